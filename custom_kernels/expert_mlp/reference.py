@@ -1,0 +1,46 @@
+"""The SwiGLU MLP of one routed expert in elementary operations."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A matrix [out, in]: dense if ``bits`` is None, else MLX affine codes with ``scales`` and ``biases``."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bits: int | None = None
+    group_size: int | None = None
+
+    def dense(self) -> mx.array:
+        """The matrix itself, f32 [out, in]."""
+        if self.bits is None:
+            return self.weight.astype(mx.float32)
+        assert self.scales is not None
+        assert self.biases is not None
+        return mx.dequantize(
+            self.weight,
+            self.scales.astype(mx.float32),
+            self.biases.astype(mx.float32),
+            group_size=self.group_size,
+            bits=self.bits,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The three matrices of an expert."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+def expert_mlp(x: mx.array, expert: ExpertWeights) -> mx.array:
+    """down(silu(gate x) * up x) for ``x`` [T, hidden]; computed in f32, returned in the type of ``x``."""
+    wide = x.astype(mx.float32)
+    gate, up = wide @ expert.gate.dense().T, wide @ expert.up.dense().T
+    return ((gate * mx.sigmoid(gate) * up) @ expert.down.dense().T).astype(x.dtype)

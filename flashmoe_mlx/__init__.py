@@ -1,0 +1,25 @@
+"""Run Mixture-of-Experts models larger than memory, reading the experts of each token from storage."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashmoe_mlx.engine.engine import Engine, Piece, load
+
+__all__ = ["Engine", "Piece", "load"]
+
+# In a source checkout three subpackages lie beside this folder, under the names that people look for. An installed
+# package has them inside; this keeps `python -m flashmoe_mlx` working in the checkout, where this folder hides the
+# installed one.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "backends" / "pread.py").is_file():
+    __path__.append(str(_checkout))
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine when it is first asked for, so that the command line can explain a missing MLX."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from flashmoe_mlx.engine import engine
+
+    return getattr(engine, name)

@@ -1,0 +1,78 @@
+"""From a command line to a finished task: Hydra composes, the task runs in its own directory, errors become lines."""
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import get_method
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from flashmoe_mlx.command_line import tidy
+from flashmoe_mlx.config import typed
+from flashmoe_mlx.errors import FlashMoeError, InputError
+
+log = logging.getLogger(__name__)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line; the exit code. In a sweep every job runs, and the worst exit code counts."""
+    debug = any(argument.lstrip("+") in ("debug=true", "debug=True") for argument in arguments)
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
+    def job(composed: DictConfig) -> None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            config = typed(composed)
+            get_method(config.task._target_)(config, folder)
+        except Exception as error:
+            codes.append(_report(error, debug, folder))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
+    program, own = sys.argv[0], sys.argv
+    try:
+        sys.argv = [program, *tidy(arguments)]
+        job()
+    except Exception as error:
+        codes.append(_report(error, debug))
+    finally:
+        sys.argv = own
+    return max(codes, default=0)
+
+
+def _report(error: Exception, debug: bool, folder: Path | None = None) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, BrokenPipeError):
+        # The reader of our output has had enough; nothing more can be written, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    message = _message(error)
+    if folder is not None:
+        log.error("%s", message, exc_info=error)
+    if debug:
+        traceback.print_exception(error)
+    print(f"flashmoe_mlx: {message}", file=sys.stderr)
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return InputError.exit_code
+    return error.exit_code if isinstance(error, FlashMoeError) else 1
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, FlashMoeError):
+        return str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        hint = f"; for a folder: model.path={name}" if group == "model" else ""
+        return f"{group}={name}: no such {group}; there are {', '.join(sorted(error.options))}{hint}"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return f"internal error: {type(error).__name__}: {error} (debug=true shows where)"

@@ -1,0 +1,87 @@
+"""The header of a safetensors file, checked.
+
+Format: https://github.com/huggingface/safetensors#format. The header is untrusted: after this every tensor is known to
+lie inside its file, and to have as many bytes as its shape and type need.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from flashmoe_mlx.errors import CheckpointError
+
+_HEADER_LIMIT = 100_000_000
+_DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor of a shard: ``begin`` and ``nbytes`` in bytes, ``begin`` counted from the start of the shard's data."""
+
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors of a safetensors file, and the byte at which its data starts.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or not a safetensors file.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+                raise CheckpointError(f"{path}: not a complete safetensors file; download it again")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: its safetensors header is damaged; download it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its safetensors header is not an object")
+    header.pop("__metadata__", None)
+    tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
+    end = 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
+        if tensor.begin != end:
+            raise CheckpointError(f"{path}: its tensors overlap or leave gaps; download it again")
+        end += tensor.nbytes
+    if 8 + length + end != size:
+        raise CheckpointError(f"{path}: {size} bytes long, but its header needs {8 + length + end}; download it again")
+    return tensors, 8 + length
+
+
+def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
+    """Check one entry of the header of ``path``."""
+
+    def refuse(what: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {name}: {what}")
+
+    if not isinstance(entry, Mapping):
+        raise refuse("its entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if dtype not in _DTYPE_BITS:
+        raise refuse(f"type {dtype!r} is not supported")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise refuse("its shape or offsets are not lists of natural numbers")
+    nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    if offsets[1] - offsets[0] != nbytes:
+        raise refuse(f"{offsets[1] - offsets[0]} bytes do not hold shape {shape} of {dtype}")
+    return TensorInfo(path.name, dtype, tuple(shape), offsets[0], nbytes)
+
+
+def _naturals(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)

@@ -1,0 +1,58 @@
+"""Tidy the command line before Hydra sees it.
+
+Hydra has one spelling for each situation: ``+key=value`` only for keys that are not in the configuration yet,
+``key=value`` only for those that are, options never between overrides, and a grammar in which a comma or an apostrophe
+in a prompt means something else. People should not have to know any of that.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+from flashmoe_mlx.config import TEXT_KEYS, known_keys
+from flashmoe_mlx.errors import InputError
+
+_OVERRIDE = re.compile(r"(?P<plus>\+*)(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
+_GROUPS = ("task", "model", "backend")
+
+
+def tidy(arguments: Sequence[str]) -> list[str]:
+    """Arguments that mean to Hydra what ``arguments`` mean to a person: overrides first, then options.
+
+    Raises:
+        InputError: a key does not exist.
+    """
+    overrides: list[str] = []
+    others: list[str] = []
+    for argument in arguments:
+        match = _OVERRIDE.fullmatch(argument)
+        if match is None:
+            others.append(argument)
+        else:
+            overrides.append(_override(match["plus"], match["key"], match["value"]))
+    return overrides + others
+
+
+def _override(plus: str, key: str, value: str) -> str:
+    root = re.split(r"[./@:]", key, maxsplit=1)[0]
+    if root != "hydra" and root not in known_keys():
+        close = difflib.get_close_matches(root, known_keys(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known_keys())}"
+        raise InputError(f"{key}: no such key; {hint}")
+    if key in TEXT_KEYS:
+        return f"{key}={_verbatim(value)}"
+    # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group.
+    return f"{key}={value}" if key in _GROUPS or not plus else f"++{key}={value}"
+
+
+def _verbatim(text: str) -> str:
+    """``text`` as a quoted value of Hydra's grammar, in which nothing has a meaning any more; null stays null.
+
+    https://hydra.cc/docs/advanced/override_grammar/basic/#quoted-values, and OmegaConf's escapes of interpolations.
+    """
+    if text == "null":
+        return text
+    # A backslash is itself only where it stands before neither the quote nor an interpolation.
+    escaped = re.sub(r"(\\*)(\$\{)", lambda m: m[1] * 2 + "\\" + m[2], text)
+    escaped = re.sub(r"(\\*)('|$(?!\n))", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped)
+    return f"'{escaped}'"

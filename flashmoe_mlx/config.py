@@ -1,0 +1,102 @@
+"""The typed configuration: what every YAML under ``configs/`` must satisfy, and every override on the command line.
+
+All keys are at the top level. A task's own keys are fields of a subclass, named in ``TASK_CONFIGS``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.synthetic import SyntheticSizes
+
+
+@dataclass
+class ModelChoice:
+    """Which model: ``path`` to a pack or checkpoint, or else a synthetic one kept under ``cache_dir``."""
+
+    name: str = MISSING
+    path: str | None = None
+    cache_dir: str = MISSING
+    synthetic: SyntheticSizes | None = None
+
+
+@dataclass
+class TaskChoice:
+    """The verb: ``_target_`` names the function that gets the configuration and the run's directory."""
+
+    name: str = MISSING
+    _target_: str = MISSING
+
+
+@dataclass
+class Config:
+    """The keys that every task understands."""
+
+    task: TaskChoice = field(default_factory=TaskChoice)
+    model: ModelChoice = field(default_factory=ModelChoice)
+    backend: dict[str, Any] = field(default_factory=dict)
+    experts_k: int | None = None
+    kernels: str = "auto"
+    prompt: str = MISSING
+    raw: bool = False
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    prefill_chunk: int | None = None
+    profile: bool = False
+    debug: bool = False
+
+
+@dataclass
+class PackConfig(Config):
+    """Keys of ``task=pack``."""
+
+    source: str | None = None
+    out: str | None = None
+    revision: str | None = None
+    bits: list[int] = field(default_factory=lambda: [4])
+    group_size: int = 64
+    resident_bits: int | None = 4
+    packed_experts: str | None = None
+    delete_source: bool = False
+    verify: bool = False
+
+
+TASK_CONFIGS: Mapping[str, type[Config]] = {"generate": Config, "pack": PackConfig}
+TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "model.path", "model.cache_dir")
+"""Keys whose value is taken as it stands, whatever characters it has."""
+
+
+def known_keys() -> list[str]:
+    """Every key that the top level may have, in any task."""
+    return sorted({item.name for config in TASK_CONFIGS.values() for item in fields(config)})
+
+
+def typed(composed: DictConfig) -> Config:
+    """Check a composed configuration and make it an object.
+
+    Raises:
+        InputError: a value has the wrong type, or a key is not known to this task.
+    """
+    task = str(OmegaConf.select(composed, "task.name"))
+    schema = OmegaConf.structured(TASK_CONFIGS.get(task, Config))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
+    except OmegaConfBaseException as error:
+        reason = str(error.msg or error).splitlines()[0]
+        raise InputError(f"{error.full_key or 'configuration'}: {reason}") from error
+    assert isinstance(config, Config)
+    return config
+
+
+def folder_of(text: str) -> Path:
+    """A path that a person gave, ``~`` included."""
+    return Path(text).expanduser()

@@ -1,0 +1,89 @@
+"""From the name of a backend and its options to an open store."""
+
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from importlib.resources import files as package_files
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from flashmoe_mlx.engine.opening import ModelFiles
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertStore
+
+
+def backend_names() -> list[str]:
+    """Backends that come with this package: the files in ``configs/backend/``."""
+    folder = package_files("flashmoe_mlx.configs").joinpath("backend")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def backend_settings(name: str) -> dict[str, Any]:
+    """``_target_`` and default options of a backend.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in backend_names():
+        raise InputError(f"backend={name}: no such backend; there are {', '.join(backend_names())}")
+    text = package_files("flashmoe_mlx.configs").joinpath("backend", f"{name}.yaml").read_text()
+    settings = OmegaConf.to_container(OmegaConf.create(text))
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items()}
+
+
+def open_store(files: ModelFiles, backend: str | Mapping[str, Any], options: Mapping[str, Any]) -> ExpertStore:
+    """The store that serves the routed experts of ``files``.
+
+    ``variant`` among the options names the variant of the pack; the others go to the store's constructor.
+
+    Raises:
+        InputError: there is no such backend, option or variant.
+    """
+    settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
+    settings |= options
+    target = settings.pop("_target_", None)
+    source = files.variant(settings.pop("variant", None))
+    if not isinstance(target, str):
+        raise InputError("backend: _target_ must name the class of a store, like my_package.my_module.MyStore")
+    try:
+        store_class = get_class(target)
+    except Exception as error:
+        raise InputError(f"backend: cannot import {target}: {error}") from error
+    if not issubclass(store_class, ExpertStore):
+        raise InputError(f"backend: {target} is not a subclass of ExpertStore")
+    _check_options(store_class, settings)
+    store: ExpertStore = store_class(source, **settings)
+    return store
+
+
+def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -> None:
+    hints = typing.get_type_hints(store_class.__init__)
+    known = [name for name in inspect.signature(store_class).parameters if name != "source"]
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(
+                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}"
+            )
+        if not _fits(value, hints.get(name)):
+            raise InputError(f"backend.{name}={value}: must be {_type_name(hints[name])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` is of a plain type or a union of such; anything else is the store's own affair."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool, str, type(None)):
+        return type(value) is hint
+    return True
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    options = typing.get_args(hint) or (hint,)
+    return " or ".join(names.get(option, str(option)) for option in options)

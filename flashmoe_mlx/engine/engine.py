@@ -1,0 +1,279 @@
+"""Run a model: prefill in chunks, decode token by token, text in and out."""
+
+import operator
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, SupportsIndex
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.custom_kernels import PREFERENCES, choose
+from flashmoe_mlx.engine.backends import open_store
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
+from flashmoe_mlx.engine.telemetry import RunMetrics, Stage
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertStore
+from flashmoe_mlx.model.build import build_model
+from flashmoe_mlx.model.cache import SequenceCache
+from flashmoe_mlx.model.decoder import Model
+from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.text.tokenizer import Tokenizer
+
+Logits = npt.NDArray[np.float32]
+Messages = Sequence[Mapping[str, Any]]
+PREFILL_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that became certain and the tokens behind it; the last piece says why generation ended.
+
+    ``finish_reason``: "stop" (the model ended its answer) or "length" (``max_tokens`` or the context limit).
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None = None
+
+
+def load(
+    model: str | Path,
+    backend: str | Mapping[str, Any] = "pread",
+    experts_k: int | None = None,
+    *,
+    kernels: str = "auto",
+    profile: bool = False,
+    **backend_options: Any,
+) -> "Engine":
+    """Open a pack or a published checkpoint, ready to run.
+
+    Args:
+        model: folder of the pack or checkpoint.
+        backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
+        experts_k: routed experts a token uses; None for the model's own number.
+        kernels: "auto" or "reference".
+        profile: evaluate every phase by itself, so that the split of the time is exact; slower.
+        **backend_options: options of the backend, as in its YAML.
+
+    Raises:
+        InputError: the model, the backend or an option is wrong.
+    """
+    if kernels not in PREFERENCES:
+        raise InputError(f"kernels={kernels}: choose from {', '.join(PREFERENCES)}")
+    files = open_model(Path(model).expanduser())
+    k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
+    store = open_store(files, backend, backend_options)
+    try:
+        # MLX's CPU kernels add up in the type of the activations: bf16 would lose whole digits there.
+        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+        chosen = choose(kernels)
+        built = build_model(files.config, files.resident, store, k, chosen, dtype)
+        tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+    except BaseException:
+        store.close()
+        raise
+    return Engine(built, store, tokenizer, k, chosen.names, profile)
+
+
+def _checked_k(experts_k: int | None, own: int, available: int) -> int:
+    if experts_k is None:
+        return own
+    if type(experts_k) is not int or not 1 <= experts_k <= available:
+        raise InputError(
+            f"experts_k={experts_k}: must be from 1 to {available}, the experts of this model (its own is {own})"
+        )
+    return experts_k
+
+
+class Engine:
+    """A loaded model; close it, or use it as a context manager. One thread at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore,
+        tokenizer: Tokenizer | None,
+        experts_k: int,
+        kernel_names: Mapping[str, str],
+        profile: bool = False,
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.experts_k = experts_k
+        self.kernel_names = kernel_names
+        self.metrics = RunMetrics()
+        """Measurements of the latest generation."""
+        self._tokenizer = tokenizer
+        self._clock = PhaseClock(profile)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the store; may be called again."""
+        self.store.close()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: the model came without one.
+        """
+        if self._tokenizer is None:
+            raise InputError("this model has no tokenizer.json: it takes token ids, not text")
+        return self._tokenizer
+
+    def stats(self) -> dict[str, Any]:
+        """Measurements of the latest generation, as in ``metrics.json``, and the store's counters since opening."""
+        store = self.store.stats()
+        return {
+            **self.metrics.to_json(self.model.resident_bytes, self.store.layout.record_bytes),
+            "store_total": {name: getattr(store, name) for name in store.__dataclass_fields__},
+        }
+
+    def new_cache(self) -> SequenceCache:
+        """The state of a sequence that has not begun."""
+        return SequenceCache.empty(self.model.config)
+
+    def forward(self, token_ids: Sequence[SupportsIndex], cache: SequenceCache) -> Logits:
+        """Logits f32 [T, vocabulary] of ``token_ids`` after the tokens in ``cache``, which they join.
+
+        Raises:
+            InputError: no token, one that is not in the vocabulary, or more than the context holds.
+        """
+        tokens = self._checked_tokens(token_ids, cache.length)
+        return self._evaluated(self.model.logits(self._hidden(tokens, cache)), cache)
+
+    def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
+        """Logits f32 [T, vocabulary] after each of ``token_ids``; memory grows by one vocabulary a token."""
+        tokens = self._checked_tokens(token_ids, 0)
+        cache = self.new_cache()
+        return np.concatenate([self.forward(chunk, cache) for chunk in _chunks(tokens, prefill_chunk)])
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        prefill_chunk: int | None = None,
+        raw: bool = False,
+    ) -> Iterator[Piece]:
+        """Continue ``prompt`` and yield the text as it comes.
+
+        A string becomes a user's message if the model has a chat template and ``raw`` is false; messages are dicts with
+        "role" and "content". Everything is checked before the first piece.
+
+        Raises:
+            InputError: an option is out of range, or the prompt does not fit.
+        """
+        if max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens}: must be at least 1")
+        sampler = Sampler(SamplingOptions(temperature, top_k, top_p, min_p), seed)
+        token_ids = self._checked_tokens(self.encode(prompt, raw=raw), 0)
+        _checked_chunk(prefill_chunk)
+        return self._generate(token_ids, max_tokens, sampler, prefill_chunk)
+
+    def encode(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
+        """The tokens of a prompt as ``generate`` would send them."""
+        template = self.tokenizer.chat_template
+        if isinstance(prompt, str):
+            if raw or template is None:
+                return self.tokenizer.encode(prompt)
+            prompt = [{"role": "user", "content": prompt}]
+        elif template is None:
+            raise InputError("this model has no chat template: give the prompt as one string")
+        return self.tokenizer.encode(template.render(prompt))
+
+    def _generate(
+        self, token_ids: Sequence[int], max_tokens: int, sampler: Sampler, prefill_chunk: int | None
+    ) -> Iterator[Piece]:
+        self.metrics = metrics = RunMetrics()
+        start = time.perf_counter()
+        cache = self.new_cache()
+        logits = self._prefill(token_ids, cache, prefill_chunk, metrics.prefill)
+        detokenizer = self.tokenizer.detokenizer()
+        limit = min(max_tokens, self.model.config.max_context - len(token_ids) + 1)
+        waiting: list[int] = []
+        for count in range(1, limit + 1):
+            token = sampler(logits)
+            if metrics.time_to_first_token is None:
+                metrics.time_to_first_token = time.perf_counter() - start
+            waiting.append(token)
+            if token in self.tokenizer.eos_token_ids:
+                metrics.finish_reason = "stop"
+                break
+            text = detokenizer.add(token)
+            if count == limit:
+                metrics.finish_reason = "length"
+                yield Piece(text + detokenizer.flush(), tuple(waiting), "length")
+                return
+            if text:
+                yield Piece(text, tuple(waiting))
+                waiting.clear()
+            logits = self._step([token], cache, metrics.decode)
+        yield Piece(detokenizer.flush(), tuple(waiting), "stop")
+
+    def _prefill(
+        self, token_ids: Sequence[int], cache: SequenceCache, prefill_chunk: int | None, stage: Stage
+    ) -> Logits:
+        for chunk in _chunks(token_ids, prefill_chunk):
+            logits = self._step(chunk, cache, stage)
+        return logits
+
+    def _step(self, token_ids: Sequence[int], cache: SequenceCache, stage: Stage) -> Logits:
+        """Logits [vocabulary] after the last of ``token_ids``."""
+        with stage.step(len(token_ids), self.store, self._clock):
+            hidden = self._hidden(token_ids, cache)
+            logits: Logits = self._evaluated(self.model.logits(hidden[-1:]), cache)[0]
+        return logits
+
+    def _hidden(self, token_ids: Sequence[int], cache: SequenceCache) -> mx.array:
+        return self.model.forward(token_ids, cache, self._clock)
+
+    def _evaluated(self, logits: mx.array, cache: SequenceCache) -> Logits:
+        with self._clock.phase("head"):
+            mx.eval(logits, *cache.arrays())
+        return np.array(logits)
+
+    def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:
+        config = self.model.config
+        tokens = [operator.index(token) for token in token_ids]
+        if not tokens:
+            raise InputError("the prompt is empty: give at least one token")
+        for token in tokens:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}")
+        if before + len(tokens) > config.max_context:
+            raise InputError(
+                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}"
+            )
+        return tokens
+
+
+def _checked_chunk(prefill_chunk: int | None) -> int:
+    if prefill_chunk is not None and prefill_chunk < 1:
+        raise InputError(f"prefill_chunk={prefill_chunk}: must be at least 1 token")
+    return prefill_chunk or PREFILL_CHUNK
+
+
+def _chunks(token_ids: Sequence[int], prefill_chunk: int | None) -> Iterator[Sequence[int]]:
+    size = _checked_chunk(prefill_chunk)
+    for start in range(0, len(token_ids), size):
+        yield token_ids[start : start + size]

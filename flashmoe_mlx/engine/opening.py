@@ -1,0 +1,101 @@
+"""Open whatever a person points at, a pack or a published checkpoint, in one form."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, sort_tensors
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.arrays import array_from
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model on disk: ``resident`` reads a tensor when it is asked for one; ``experts`` by variant."""
+
+    folder: Path
+    config: ModelConfig
+    resident: Mapping[str, mx.array]
+    experts: Mapping[str, ExpertSource]
+
+    def variant(self, name: str | None) -> ExpertSource:
+        """The experts of a variant, or of the one with the most bits.
+
+        Raises:
+            InputError: there is no such variant.
+        """
+        if name is None:
+            return max(self.experts.values(), key=lambda source: source.layout.bits or 32)
+        if name not in self.experts:
+            raise InputError(
+                f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}. "
+                f"Make one: task=pack source={self.folder} bits=[{name.removeprefix('q')}]"
+            )
+        return self.experts[name]
+
+
+def open_model(folder: Path) -> ModelFiles:
+    """Check the model in ``folder``; nothing large is read.
+
+    Raises:
+        InputError: there is none, or it is incomplete, damaged or not supported.
+    """
+    if (folder / MANIFEST).exists():
+        pack = open_pack(folder)
+        return ModelFiles(folder, pack.config, _LoadedLazily(pack.resident_path), pack.experts)
+    if (folder / ".packing").exists():
+        raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
+    checkpoint = Checkpoint.open(folder)
+    tensors = sort_tensors(checkpoint)
+    bits = tensors.experts.layout.bits
+    name = "published" if bits is None else f"q{bits}"
+    return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
+
+
+class _LoadedLazily(Mapping[str, mx.array]):
+    """The tensors of a safetensors file, each read anew on every access, so that none outlives its use."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._names = set(self._load())
+
+    def _load(self) -> dict[str, mx.array]:
+        loaded = mx.load(str(self._path))
+        assert isinstance(loaded, dict)
+        return loaded
+
+    def __getitem__(self, name: str) -> mx.array:
+        return self._load()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _CheckpointResident(Mapping[str, mx.array]):
+    """The resident tensors of a checkpoint under the names and in the form of a pack."""
+
+    def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors) -> None:
+        self._checkpoint = checkpoint
+        self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in tensors.vectors}
+        self._tensors |= {part.name: part for matrix in tensors.matrices for part in matrix.parts}
+
+    def __getitem__(self, name: str) -> mx.array:
+        tensor = self._tensors[name]
+        data = self._checkpoint.read(tensor.source, 0, tensor.source.nbytes)
+        array = array_from(data, tensor.source.dtype, tensor.shape)
+        return array.astype(mx.float32) + 1.0 if tensor.add_one else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

@@ -1,0 +1,197 @@
+"""What a run measured, for people and for notebooks."""
+
+import json
+import platform
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import psutil
+from rich.table import Table
+
+from flashmoe_mlx.expert_store import ExpertStore, StoreStats
+from flashmoe_mlx.model.phases import PhaseClock
+
+METRICS_VERSION = 1
+_PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "safetensors", "tokenizers")
+
+
+@dataclass
+class Stage:
+    """Prefill or decode: ``seconds`` of wall time, ``steps`` the wall seconds of each forward pass."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    store: StoreStats = field(default_factory=StoreStats)
+    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def step(self, tokens: int, store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
+        """Count what happens inside as one forward pass of ``tokens`` tokens."""
+        before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
+        yield
+        seconds = perf_counter() - start
+        self.tokens += tokens
+        self.seconds += seconds
+        self.steps.append(seconds)
+        self.store += store.stats() - before
+        for name, total in clock.seconds.items():
+            self.phases[name] += total - phases.get(name, 0.0)
+
+    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+        """Rates and counters; None where nothing was measured.
+
+        ``read_gb_per_second`` is over the time spent fetching; ``weights_gb_per_second`` counts all weights that the
+        passes had to touch, resident and routed, over all of the time.
+        """
+        store, requests = self.store, self.store.requests
+        touched = resident_bytes * len(self.steps) + record_bytes * requests
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": _ratio(self.tokens, self.seconds),
+            "step_seconds": _percentiles(self.steps),
+            "bytes_read": store.bytes_read,
+            "bytes_per_token": _ratio(store.bytes_read, self.tokens),
+            "experts_requested": requests,
+            "hits": store.hits,
+            "hit_rate": _ratio(store.hits, requests),
+            "reads": store.reads,
+            "read_gb_per_second": _ratio(store.bytes_read / 1e9, store.fetch_seconds),
+            "weights_gb_per_second": _ratio(touched / 1e9, self.seconds),
+            "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
+        }
+
+
+@dataclass
+class RunMetrics:
+    """The measurements of a generation."""
+
+    prefill: Stage = field(default_factory=Stage)
+    decode: Stage = field(default_factory=Stage)
+    time_to_first_token: float | None = None
+    """Seconds from the call to the first sampled token."""
+    finish_reason: str | None = None
+
+    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+        """Everything, in the form of ``metrics.json``; seconds, bytes and tokens."""
+        return {
+            "metrics_version": METRICS_VERSION,
+            "time_to_first_token": self.time_to_first_token,
+            "finish_reason": self.finish_reason,
+            "prefill": self.prefill.to_json(resident_bytes, record_bytes),
+            "decode": self.decode.to_json(resident_bytes, record_bytes),
+            "peak_resident_bytes": peak_resident_bytes(),
+            "resident_weight_bytes": resident_bytes,
+            "page_cache": "as found",
+        }
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
+    """The closing table of a run, from ``RunMetrics.to_json``."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (
+        "",
+        "tokens",
+        "tok/s",
+        "ms a step (p5/p50/p95)",
+        "MB/token",
+        "hit rate",
+        "read GB/s",
+        "weights GB/s",
+    ):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in ("prefill", "decode"):
+        stage = metrics[name]
+        steps = stage["step_seconds"]
+        table.add_row(
+            name,
+            str(stage["tokens"]),
+            _shown(stage["tokens_per_second"], ".2f"),
+            "/".join(f"{1e3 * steps[p]:.3g}" for p in ("p5", "p50", "p95")) if steps else "-",
+            _shown(stage["bytes_per_token"], ".3g", 1e-6),
+            # A store that keeps nothing cannot hit; the page cache under it is not visible from here.
+            _shown(stage["hit_rate"] or None, ".0%"),
+            _shown(stage["read_gb_per_second"], ".2f"),
+            _shown(stage["weights_gb_per_second"], ".2f"),
+        )
+    return table
+
+
+def split_line(metrics: Mapping[str, Any]) -> str:
+    """Where the time of decode went, and the first token's delay and memory, in one line."""
+    stage = metrics["decode"] if metrics["decode"]["tokens"] else metrics["prefill"]
+    parts = [
+        f"{name.replace('_', ' ')} {seconds / stage['seconds']:.0%}"
+        for name, seconds in sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
+        if stage["seconds"]
+    ]
+    first = metrics["time_to_first_token"]
+    return " · ".join(
+        [
+            f"TTFT {first:.3g} s" if first is not None else "no token",
+            "time: " + ", ".join(parts),
+            f"peak memory {metrics['peak_resident_bytes'] / 1e9:.2f} GB",
+        ]
+    )
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the software, so that a number can be understood later."""
+    device = mx.default_device()
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "mlx_device": str(device),
+        "mlx_device_info": dict(mx.device_info(device)),
+        "packages": {name: version(name) for name in _PACKAGES},
+        "command": sys.argv,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write one file of a run directory."""
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def peak_resident_bytes() -> int:
+    """Most memory that this process has held; the page cache is not part of it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{p}": float(np.percentile(values, p)) for p in (5, 50, 95)}
+
+
+def _ratio(amount: float, per: float) -> float | None:
+    return amount / per if per > 0 else None
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)

@@ -1,0 +1,144 @@
+"""Put a model together from its resident tensors."""
+
+from collections.abc import Mapping
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import Kernels
+from flashmoe_mlx.errors import PackError
+from flashmoe_mlx.expert_store import ExpertStore
+from flashmoe_mlx.model.attention import Attention
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.model.decoder import DecoderLayer, Model
+from flashmoe_mlx.model.experts import MixtureOfExperts
+from flashmoe_mlx.model.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.model.linear import Linear
+from flashmoe_mlx.model.parameters import Kind, quantisation_of, resident_parameters
+
+_EXACT = ("A_log", "dt_bias")
+"""Parameters of the decay, which is an exponential of an exponential."""
+
+
+def build_model(
+    config: ModelConfig,
+    tensors: Mapping[str, mx.array],
+    store: ExpertStore,
+    experts_k: int,
+    kernels: Kernels,
+    dtype: mx.Dtype,
+) -> Model:
+    """The model with its resident weights in memory and activations of ``dtype``; ``tensors`` may be read lazily.
+
+    Raises:
+        PackError: a tensor is missing or has the wrong shape.
+    """
+    matrices: dict[str, Linear] = {}
+    vectors: dict[str, mx.array] = {}
+    resident = _Resident(tensors, dtype)
+    for parameter in resident_parameters(config):
+        if parameter.kind is Kind.MATRIX:
+            matrices[parameter.name] = resident.linear(parameter.name, parameter.shape)
+        else:
+            vectors[parameter.name] = resident.vector(parameter.name, parameter.shape)
+
+    def linear(name: str) -> Linear:
+        found = matrices[name]
+        if f"{name}.bias" not in vectors:
+            return found
+        return Linear(found.weight, found.scales, found.biases, found.bits, found.group_size, vectors[f"{name}.bias"])
+
+    layers = []
+    for layer, full_attention in enumerate(config.full_attention):
+        prefix = f"model.layers.{layer}"
+        mixer: Attention | GatedDeltaNet
+        if full_attention:
+            own = f"{prefix}.self_attn"
+            mixer = Attention(
+                config,
+                kernels,
+                linear(f"{own}.q_proj"),
+                linear(f"{own}.k_proj"),
+                linear(f"{own}.v_proj"),
+                linear(f"{own}.o_proj"),
+                vectors[f"{own}.q_norm.weight"],
+                vectors[f"{own}.k_norm.weight"],
+            )
+        else:
+            own = f"{prefix}.linear_attn"
+            mixer = GatedDeltaNet(
+                config,
+                kernels,
+                linear(f"{own}.in_proj_qkv"),
+                linear(f"{own}.in_proj_z"),
+                linear(f"{own}.in_proj_b"),
+                linear(f"{own}.in_proj_a"),
+                linear(f"{own}.out_proj"),
+                vectors[f"{own}.conv1d.weight"][:, :, 0],
+                vectors[f"{own}.A_log"],
+                vectors[f"{own}.dt_bias"],
+                vectors[f"{own}.norm.weight"],
+            )
+        experts = MixtureOfExperts(
+            layer,
+            experts_k,
+            kernels,
+            store,
+            linear(f"{prefix}.mlp.gate"),
+            linear(f"{prefix}.mlp.shared_expert.gate_proj"),
+            linear(f"{prefix}.mlp.shared_expert.up_proj"),
+            linear(f"{prefix}.mlp.shared_expert.down_proj"),
+            linear(f"{prefix}.mlp.shared_expert_gate"),
+        )
+        layers.append(
+            DecoderLayer(
+                config.rms_norm_eps,
+                vectors[f"{prefix}.input_layernorm.weight"],
+                mixer,
+                vectors[f"{prefix}.post_attention_layernorm.weight"],
+                experts,
+            )
+        )
+    embedding = linear("model.embed_tokens")
+    head = embedding if config.tie_word_embeddings else linear("lm_head")
+    return Model(config, embedding, layers, vectors["model.norm.weight"], head, resident.nbytes)
+
+
+class _Resident:
+    """Takes tensors out of files one by one, so that no more than one is in memory twice."""
+
+    def __init__(self, tensors: Mapping[str, mx.array], dtype: mx.Dtype) -> None:
+        self._tensors = tensors
+        self._dtype = dtype
+        self.nbytes = 0
+
+    def _take(self, name: str, dtype: mx.Dtype | None) -> mx.array:
+        if name not in self._tensors:
+            raise PackError(f"resident weights: tensor {name} is missing; pack the model again")
+        array = self._tensors[name]
+        if dtype is not None:
+            array = array.astype(dtype)
+        mx.eval(array)
+        self.nbytes += array.nbytes
+        return array
+
+    def vector(self, name: str, shape: tuple[int, ...]) -> mx.array:
+        array = self._take(name, mx.float32 if name.endswith(_EXACT) else self._dtype)
+        _check(name, array, shape)
+        return array
+
+    def linear(self, name: str, shape: tuple[int, ...]) -> Linear:
+        if f"{name}.scales" not in self._tensors:
+            weight = self._take(f"{name}.weight", self._dtype)
+            _check(f"{name}.weight", weight, shape)
+            return Linear(weight)
+        weight = self._take(f"{name}.weight", None)
+        # Activations and scales of one type, or MLX converts the scales in every product.
+        scales, biases = (self._take(f"{name}.{part}", self._dtype) for part in ("scales", "biases"))
+        bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
+        _check(f"{name}.biases", biases, scales.shape)
+        return Linear(weight, scales, biases, bits, group_size)
+
+
+def _check(name: str, array: mx.array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise PackError(f"resident weights: {name} has shape {list(array.shape)}, config.json needs {list(shape)}")

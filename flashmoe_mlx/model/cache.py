@@ -1,0 +1,65 @@
+"""What a sequence leaves behind in every layer: keys and values, or the state of the recurrence."""
+
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from flashmoe_mlx.model.config import ModelConfig
+
+_GROWTH = 256
+
+
+@dataclass(slots=True)
+class AttentionCache:
+    """Keys and values of a full-attention layer, [1, kv heads, capacity, head dim], filled up to ``length``."""
+
+    keys: mx.array | None = None
+    values: mx.array | None = None
+    length: int = 0
+
+    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Add [1, kv heads, T, head dim] and return all that is filled."""
+        end = self.length + keys.shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = _room(keys, end), _room(values, end)
+        elif end > self.keys.shape[2]:
+            more = _room(keys, end - self.keys.shape[2])
+            self.keys = mx.concatenate([self.keys, more], axis=2)
+            self.values = mx.concatenate([self.values, more], axis=2)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass(slots=True)
+class DeltaCache:
+    """The last inputs of a convolution [kernel - 1, channels] and the state f32 [1, heads, Dv, Dk]."""
+
+    conv: mx.array | None = None
+    state: mx.array | None = None
+
+
+@dataclass(slots=True)
+class SequenceCache:
+    """The caches of all layers; ``length`` is the number of tokens that went through them."""
+
+    layers: list[AttentionCache | DeltaCache] = field(default_factory=list)
+    length: int = 0
+
+    @classmethod
+    def empty(cls, config: ModelConfig) -> "SequenceCache":
+        """The caches of a sequence that has not begun."""
+        return cls([AttentionCache() if full else DeltaCache() for full in config.full_attention])
+
+    def arrays(self) -> list[mx.array]:
+        """Every array in the caches, so that they can be evaluated together."""
+        found: list[mx.array | None] = []
+        for layer in self.layers:
+            found += (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.conv, layer.state)
+        return [array for array in found if array is not None]
+
+
+def _room(like: mx.array, tokens: int) -> mx.array:
+    batch, heads, _, width = like.shape
+    return mx.zeros((batch, heads, -(-tokens // _GROWTH) * _GROWTH, width), like.dtype)

@@ -1,0 +1,68 @@
+"""The whole model: embedding, decoder layers, head."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from flashmoe_mlx.model.attention import Attention
+from flashmoe_mlx.model.cache import AttentionCache, DeltaCache, SequenceCache
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.model.experts import MixtureOfExperts
+from flashmoe_mlx.model.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.model.linear import Linear
+from flashmoe_mlx.model.phases import PhaseClock
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """x + mixer(norm(x)), then x + experts(norm(x))."""
+
+    eps: float
+    input_norm: mx.array
+    mixer: Attention | GatedDeltaNet
+    post_norm: mx.array
+    experts: MixtureOfExperts
+
+    def __call__(self, x: mx.array, cache: AttentionCache | DeltaCache, clock: PhaseClock) -> mx.array:
+        """[T, hidden] -> [T, hidden]."""
+        normed = mx.fast.rms_norm(x, self.input_norm, self.eps)
+        x = x + self._mix(normed, cache)
+        clock.settle("attention", x)
+        y = self.experts(mx.fast.rms_norm(x, self.post_norm, self.eps), clock)
+        x = x + y
+        clock.settle("experts", x)
+        return x
+
+    def _mix(self, x: mx.array, cache: AttentionCache | DeltaCache) -> mx.array:
+        if isinstance(self.mixer, Attention):
+            assert isinstance(cache, AttentionCache)
+            return self.mixer(x, cache)
+        assert isinstance(cache, DeltaCache)
+        return self.mixer(x, cache)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model whose routed experts are in a store."""
+
+    config: ModelConfig
+    embedding: Linear
+    layers: Sequence[DecoderLayer]
+    norm: mx.array
+    head: Linear
+    resident_bytes: int
+    """Size of all weights in memory; a pass touches all but the embedding, of which it reads a few rows."""
+
+    def forward(self, token_ids: Sequence[int], cache: SequenceCache, clock: PhaseClock) -> mx.array:
+        """Hidden states [T, hidden] of tokens that follow those in ``cache``, before the final norm."""
+        x = self.embedding.rows(mx.array(list(token_ids), mx.uint32)).astype(self.norm.dtype)
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x = layer(x, layer_cache, clock)
+        cache.length += len(token_ids)
+        return x
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """f32 [T, vocabulary] of hidden states [T, hidden]."""
+        normed = mx.fast.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        return self.head(normed).astype(mx.float32)

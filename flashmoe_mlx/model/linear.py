@@ -1,0 +1,44 @@
+"""Resident matrices, dense or quantised."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x W^T + bias, for W [out, in]; MLX affine codes if ``bits`` is given."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    bias: mx.array | None = None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[..., in] -> [..., out]."""
+        if self.bits is None:
+            y = x @ self.weight.T
+        else:
+            assert self.scales is not None
+            y = mx.quantized_matmul(
+                x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+            )
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, indices: mx.array) -> mx.array:
+        """Rows of W, as an embedding table: [T] -> [T, in]."""
+        if self.bits is None:
+            return self.weight[indices]
+        assert self.scales is not None
+        assert self.biases is not None
+        return mx.dequantize(
+            self.weight[indices], self.scales[indices], self.biases[indices], group_size=self.group_size, bits=self.bits
+        )
+
+
+def swiglu(x: mx.array, gate: Linear, up: Linear, down: Linear) -> mx.array:
+    """down(silu(gate x) * up x)."""
+    gated = gate(x)
+    return down(gated * mx.sigmoid(gated) * up(x))

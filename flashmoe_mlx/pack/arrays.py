@@ -1,0 +1,17 @@
+"""Bytes of a file as MLX arrays, and back, without rounding."""
+
+import mlx.core as mx
+import numpy as np
+
+MLX_DTYPES = {"U8": mx.uint8, "U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+"""MLX types by their safetensors names."""
+
+
+def array_from(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> mx.array:
+    """A copy of ``data`` as an array; ``dtype`` is a safetensors name."""
+    return mx.array(np.frombuffer(data, np.uint8)).view(MLX_DTYPES[dtype]).reshape(shape)
+
+
+def bytes_of(array: mx.array) -> memoryview:
+    """The bytes of a contiguous array; evaluates it."""
+    return memoryview(mx.contiguous(array)).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol

@@ -1,0 +1,22 @@
+"""Write the file of one layer: its records, one after the other, under the final name only when all are there."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flashmoe_mlx.pack.files import publish, write_exactly
+from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.pack.verify import RecordReport, inspect_record
+
+
+def write_layer_file(path: Path, records: Iterable[memoryview], layout: RecordLayout) -> Iterator[RecordReport]:
+    """Write ``records`` and yield what each turned out to be; the file is published after the last."""
+    partial = path.with_name(path.name + ".partial")
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        for expert, record in enumerate(records):
+            write_exactly(fd, record, expert * layout.record_bytes)
+            yield inspect_record(record, layout)
+    finally:
+        os.close(fd)
+    publish(partial, path)

@@ -1,0 +1,264 @@
+"""A pack: a directory with a model ready to run.
+
+``pack.json`` is the manifest and is written last, so a directory without it is an unfinished pack::
+
+    {"format": "flashmoe-pack", "format_version": 1,
+     "source": {"name": ..., "revision": ...},        where it came from, for people
+     "geometry": {"num_layers": ..., "num_experts": ..., "hidden_size": ..., "expert_size": ...},
+     "variants": {"q4": {"bits": 4, "group_size": 64, "dtype": "BF16", "record_bytes": ..., "components": [...]}},
+     "files": {"config.json": {"bytes": ..., "xxh3": "..."}, "experts-q4/layer_00.bin": {"bytes": ...}, ...},
+     "skipped_tensors": [...]}
+
+``experts-<variant>/layer_NN.bin`` holds the records of a layer in the order of the experts and nothing else;
+``experts-<variant>/checksums.xxh3`` one little-endian 64-bit XXH3 hash a record, by layer, then expert. Files without a
+hash of their own in the manifest are the layer files, whose records have one each.
+
+A pack is untrusted until ``open_pack`` has checked it: nothing is allocated or read by its numbers before that.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import xxhash
+
+from flashmoe_mlx.errors import InputError, PackError
+from flashmoe_mlx.expert_store import Extent
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.files import regular_file_size, write_atomically
+from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.untrusted import read_object
+
+MANIFEST = "pack.json"
+RESIDENT = "resident.safetensors"
+CHECKSUMS = "checksums.xxh3"
+HASH_BYTES = 8
+FORMAT = "flashmoe-pack"
+FORMAT_VERSION = 1
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""Files that are copied from the checkpoint where it has them."""
+_SMALL = 64 * 2**20
+"""Files up to this size are hashed whenever a pack is opened, larger ones only by ``verify``."""
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """The records of one variant of a pack, as a source for stores."""
+
+    directory: Path
+    layout: RecordLayout
+    num_layers: int
+    num_experts: int
+
+    def layer_path(self, layer: int) -> Path:
+        """The file that holds the records of ``layer``."""
+        return self.directory / layer_file(layer)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Size of every layer file."""
+        return self.num_experts * self.layout.record_bytes
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        """The expert's record, padding included."""
+        size = self.layout.record_bytes
+        return [Extent(self.layer_path(layer), expert * size, size)]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A checked pack; ``experts`` by variant."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+    config: ModelConfig
+    experts: Mapping[str, PackedExperts]
+
+    @property
+    def resident_path(self) -> Path:
+        """The resident weights."""
+        return self.folder / RESIDENT
+
+
+def layer_file(layer: int) -> str:
+    """Name of a layer's file, as flash-moe names it."""
+    return f"layer_{layer:02d}.bin"
+
+
+def variant_name(bits: int) -> str:
+    """Name of the variant with experts of ``bits`` bits."""
+    return f"q{bits}"
+
+
+def variant_directory(name: str) -> str:
+    """Folder of a variant inside its pack."""
+    return f"experts-{name}"
+
+
+def geometry_of(config: ModelConfig) -> dict[str, int]:
+    """The sizes that decide where every record lies."""
+    return {
+        "num_layers": config.num_layers,
+        "num_experts": config.num_experts,
+        "hidden_size": config.hidden_size,
+        "expert_size": config.expert_size,
+    }
+
+
+def write_manifest(
+    folder: Path,
+    config: ModelConfig,
+    variants: Mapping[str, RecordLayout],
+    source: Mapping[str, str],
+    skipped: Sequence[str],
+) -> None:
+    """Describe the finished files in ``folder``; with this it becomes a pack."""
+    files: dict[str, Any] = {}
+    for name in ("config.json", *TEXT_FILES, RESIDENT):
+        if (folder / name).is_file():
+            files[name] = _described(folder / name)
+    for variant, layout in variants.items():
+        prefix = variant_directory(variant)
+        layer_bytes = config.num_experts * layout.record_bytes
+        files |= {f"{prefix}/{layer_file(layer)}": {"bytes": layer_bytes} for layer in range(config.num_layers)}
+        files[f"{prefix}/{CHECKSUMS}"] = _described(folder / prefix / CHECKSUMS)
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "source": dict(source),
+        "geometry": geometry_of(config),
+        "variants": {name: layout.to_json() for name, layout in variants.items()},
+        "files": files,
+        "skipped_tensors": list(skipped),
+    }
+    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
+
+
+def open_pack(folder: Path) -> Pack:
+    """Check the pack in ``folder`` against its manifest: every file is there, regular, of the right size, small ones
+    unchanged.
+
+    Raises:
+        PackError: what is wrong and what mends it.
+    """
+    folder = folder.resolve()
+    if not (folder / MANIFEST).is_file():
+        raise PackError(
+            f"{folder}: no {MANIFEST} here: not a pack, or not finished (run the same task=pack command again)"
+        )
+    return _Opener(folder).open()
+
+
+class _Opener:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        manifest = read_object(folder / MANIFEST)
+        if manifest.get("format") != FORMAT:
+            raise self._refuse(f"{MANIFEST} is not the manifest of a pack")
+        version = manifest.get("format_version")
+        if version != FORMAT_VERSION or type(version) is not int:
+            raise self._refuse(
+                f"format version {version!r} is not supported, only {FORMAT_VERSION}; pack the model again"
+            )
+        self._manifest = manifest
+
+    def _refuse(self, what: str) -> PackError:
+        return PackError(f"{self._folder}: {what}")
+
+    def _object(self, value: Any, what: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._refuse(f"{MANIFEST}: {what} is not an object")
+        return value
+
+    def open(self) -> Pack:
+        files = self._object(self._manifest.get("files"), "files")
+        for name, entry in files.items():
+            self._check_file(name, self._object(entry, f"the entry of {name}"))
+        for required in ("config.json", RESIDENT):
+            if required not in files:
+                raise self._refuse(f"{MANIFEST} does not list {required}")
+        config = ModelConfig.from_json(read_object(self._folder / "config.json"))
+        if self._manifest.get("geometry") != geometry_of(config):
+            raise self._refuse(
+                f"the geometry in {MANIFEST} is not that of config.json: files of different models are mixed"
+            )
+        variants = self._object(self._manifest.get("variants"), "variants")
+        if not variants:
+            raise self._refuse(f"{MANIFEST} lists no variants")
+        experts = {name: self._variant(name, entry, config, files) for name, entry in variants.items()}
+        return Pack(self._folder, self._manifest, config, experts)
+
+    def _check_file(self, name: str, entry: dict[str, Any]) -> None:
+        parts = PurePosixPath(name).parts
+        if (
+            not parts
+            or len(parts) > 2
+            or ".." in parts
+            or name != "/".join(parts)
+            or "\\" in name
+            or "\0" in name
+            or name[0] == "/"
+        ):
+            raise self._refuse(f"{MANIFEST} lists {name!r}, which is not the name of a file inside the pack")
+        path = self._folder / name
+        size, expected = regular_file_size(path), entry.get("bytes")
+        if type(expected) is not int or expected < 0:
+            raise self._refuse(f"{MANIFEST}: the size of {name} is {expected!r}")
+        if path.parent.is_symlink():
+            raise self._refuse(f"{path.parent.name} is a symbolic link; a pack must hold its own files")
+        if size is None:
+            raise self._refuse(f"{name} is missing or not a regular file; pack the model again")
+        if size != expected:
+            raise self._refuse(
+                f"{name} has {size} bytes, {MANIFEST} says {expected}: truncated or foreign; pack the model again"
+            )
+        if size <= _SMALL and "xxh3" in entry and file_hash(path) != entry["xxh3"]:
+            raise self._refuse(f"{name} is damaged (its checksum differs from {MANIFEST}); pack the model again")
+
+    def _variant(self, name: str, entry: Any, config: ModelConfig, files: Mapping[str, Any]) -> PackedExperts:
+        entry = self._object(entry, f"variant {name}")
+        bits, group_size, dtype = (entry.get(key) for key in ("bits", "group_size", "dtype"))
+        if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
+            raise self._refuse(f"{MANIFEST}: variant {name!r} lacks bits, group_size or dtype")
+        if name != variant_name(bits):
+            raise self._refuse(f"{MANIFEST}: variant {name!r} says that it has {bits} bits")
+        try:
+            layout = RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
+        except InputError as error:
+            raise self._refuse(f"variant {name}: {error}") from None
+        if layout.to_json() != entry:
+            raise self._refuse(
+                f"{MANIFEST}: the record layout of variant {name} is not the one that its geometry gives"
+            )
+        directory = variant_directory(name)
+        experts = PackedExperts(self._folder / directory, layout, config.num_layers, config.num_experts)
+        expected = {f"{directory}/{layer_file(layer)}": experts.layer_bytes for layer in range(config.num_layers)}
+        expected[f"{directory}/{CHECKSUMS}"] = config.num_layers * config.num_experts * HASH_BYTES
+        for path, nbytes in expected.items():
+            if path not in files:
+                raise self._refuse(f"{MANIFEST} does not list {path}")
+            if files[path]["bytes"] != nbytes:
+                raise self._refuse(
+                    f"{path} must have {nbytes} bytes by the model's geometry, {MANIFEST} says {files[path]['bytes']}"
+                )
+        return experts
+
+
+def file_hash(path: Path) -> str:
+    """XXH3 of a whole file, as 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(4 * 2**20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,57 @@
+"""Dense weights to MLX affine codes, and records from one layout to another."""
+
+import mlx.core as mx
+
+from flashmoe_mlx.pack.arrays import MLX_DTYPES, array_from, bytes_of
+from flashmoe_mlx.pack.record import PROJECTIONS, Component, RecordLayout
+
+
+def quantise(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Codes, scales and biases of ``dense`` [..., out, in], as ``mx.quantize`` and so ``mlx_lm.convert`` make them.
+
+    Scales and biases [..., out, in / group_size] have the type of ``dense``.
+    """
+    codes, scales, biases = mx.quantize(dense, group_size=group_size, bits=bits)
+    return codes, scales, biases
+
+
+def record_views(record: mx.array, layout: RecordLayout) -> dict[str, mx.array]:
+    """The components of a record, uint8 [record or payload bytes], by name; views where MLX allows."""
+    return {c.name: _component(record, c) for c in layout.components}
+
+
+def dense_projection(parts: dict[str, mx.array], projection: str, layout: RecordLayout) -> mx.array:
+    """The dense weight [out, in] of ``projection`` in a record's components, in the record's own float type."""
+    weight = parts[f"{projection}.weight"]
+    if layout.bits is None:
+        return weight
+    return mx.dequantize(
+        weight,
+        parts[f"{projection}.scales"],
+        parts[f"{projection}.biases"],
+        group_size=layout.group_size,
+        bits=layout.bits,
+    )
+
+
+def convert_record(payload: bytearray, source: RecordLayout, target: RecordLayout) -> memoryview:
+    """A record of ``target`` from the payload of one of ``source``; bytes are copied if only padding differs."""
+    record = memoryview(bytearray(target.record_bytes))
+    if source == target:
+        record[: source.payload_bytes] = payload[: source.payload_bytes]
+        return record
+    assert target.bits is not None
+    assert target.group_size is not None
+    parts = record_views(array_from(payload, "U8", (len(payload),)), source)
+    made: dict[str, mx.array] = {}
+    for projection in PROJECTIONS:
+        quantised = quantise(dense_projection(parts, projection, source), target.bits, target.group_size)
+        made |= zip((f"{projection}.{part}" for part in ("weight", "scales", "biases")), quantised, strict=True)
+    for component in target.components:
+        record[component.offset : component.offset + component.nbytes] = bytes_of(made[component.name])
+    return record
+
+
+def _component(record: mx.array, component: Component) -> mx.array:
+    raw = record[component.offset : component.offset + component.nbytes]
+    return raw.view(MLX_DTYPES[component.dtype]).reshape(component.shape)

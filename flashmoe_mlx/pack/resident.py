@@ -1,0 +1,150 @@
+"""``resident.safetensors``: all but the routed experts, written shard by shard at offsets known in advance."""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
+from flashmoe_mlx.pack.arrays import array_from, bytes_of
+from flashmoe_mlx.pack.files import write_exactly
+from flashmoe_mlx.pack.quantise import quantise
+from flashmoe_mlx.pack.record import DTYPE_BYTES
+
+_BLOCK_BYTES = 32 * 2**20
+_SENSITIVE = (".mlp.gate", ".mlp.shared_expert_gate")
+"""Matrices that decide between experts: a wrong choice costs more than their few bytes (mlx_lm does the same)."""
+_SENSITIVE_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One source tensor and the tensors made of it; ``bits`` if it is quantised on the way."""
+
+    source: ResidentTensor
+    outputs: tuple[_Output, ...]
+    bits: int | None = None
+    group_size: int | None = None
+
+
+class ResidentPlan:
+    """Where every resident tensor goes; dense matrices are quantised to ``bits`` unless that is None."""
+
+    def __init__(self, tensors: CheckpointTensors, bits: int | None, group_size: int) -> None:
+        self._jobs: list[_Job] = []
+        self._end = 0
+        for matrix in tensors.matrices:
+            self._add_matrix(matrix, bits, group_size)
+        for vector in tensors.vectors:
+            self._copy(vector)
+        self._header = self._make_header()
+
+    def _place(self, name: str, dtype: str, shape: tuple[int, ...]) -> _Output:
+        output = _Output(name, dtype, shape, self._end)
+        self._end += output.nbytes
+        return output
+
+    def _copy(self, tensor: ResidentTensor) -> None:
+        # 1 + w does not fit the precision of w, and the tensor is small.
+        dtype = "F32" if tensor.add_one else tensor.source.dtype
+        self._jobs.append(_Job(tensor, (self._place(tensor.name, dtype, tensor.shape),)))
+
+    def _add_matrix(self, matrix: Matrix, bits: int | None, group_size: int) -> None:
+        rows, columns = matrix.shape
+        if matrix.scales is not None or bits is None or columns % group_size:
+            for part in matrix.parts:
+                self._copy(part)
+            return
+        if matrix.name.endswith(_SENSITIVE):
+            bits = max(bits, _SENSITIVE_BITS)
+        dtype, groups = matrix.weight.source.dtype, (rows, columns // group_size)
+        outputs = (
+            self._place(f"{matrix.name}.weight", "U32", (rows, columns * bits // 32)),
+            self._place(f"{matrix.name}.scales", dtype, groups),
+            self._place(f"{matrix.name}.biases", dtype, groups),
+        )
+        self._jobs.append(_Job(matrix.weight, outputs, bits, group_size))
+
+    def _make_header(self) -> bytes:
+        entries = {
+            output.name: {
+                "dtype": output.dtype,
+                "shape": list(output.shape),
+                "data_offsets": [output.offset, output.offset + output.nbytes],
+            }
+            for job in self._jobs
+            for output in job.outputs
+        }
+        text = json.dumps({"__metadata__": {"format": "mlx"}, **entries}, separators=(",", ":")).encode()
+        text += b" " * (-(8 + len(text)) % 64)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the finished file."""
+        return len(self._header) + self._end
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Shards that hold resident tensors, in order."""
+        return tuple(sorted({job.source.source.shard for job in self._jobs}))
+
+    def shard_bytes(self, shard: str) -> int:
+        """Bytes that ``write_shard`` adds."""
+        return sum(output.nbytes for job in self._of(shard) for output in job.outputs)
+
+    def _of(self, shard: str) -> Sequence[_Job]:
+        return [job for job in self._jobs if job.source.source.shard == shard]
+
+    def write_shard(self, checkpoint: Checkpoint, shard: str, path: Path, progress: Callable[[int], None]) -> None:
+        """Write what comes from ``shard`` into the file at ``path``, and make it durable; a block is in memory."""
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            write_exactly(fd, self._header, 0)
+            for job in self._of(shard):
+                for output, start, data in _blocks(checkpoint, job):
+                    write_exactly(fd, data, len(self._header) + output.offset + start)
+                    progress(len(data))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
+    """Pieces of the outputs of a job: (output, byte of it, data)."""
+    source = job.source.source
+    if job.bits is None:
+        (output,) = job.outputs
+        if job.source.add_one:
+            published = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, source.shape)
+            yield output, 0, bytes_of(published.astype(mx.float32) + 1.0)
+            return
+        for start in range(0, source.nbytes, _BLOCK_BYTES):
+            yield output, start, memoryview(checkpoint.read(source, start, min(_BLOCK_BYTES, source.nbytes - start)))
+        return
+    assert job.group_size is not None
+    rows, columns = source.shape
+    row_bytes = source.nbytes // rows
+    step = max(1, _BLOCK_BYTES // row_bytes)
+    for row in range(0, rows, step):
+        count = min(step, rows - row)
+        dense = array_from(checkpoint.read(source, row * row_bytes, count * row_bytes), source.dtype, (count, columns))
+        for output, made in zip(job.outputs, quantise(dense, job.bits, job.group_size), strict=True):
+            yield output, row * (output.nbytes // rows), bytes_of(made)

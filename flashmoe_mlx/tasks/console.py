@@ -1,0 +1,39 @@
+"""What tasks show while they work: on stderr, so that stdout holds the answer alone."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+console = Console(stderr=True)
+
+
+class ByteProgress:
+    """A progress bar in bytes; implements ``pack.progress.Progress``."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=None, visible=False)
+
+    def stage(self, description: str, total: int) -> None:
+        """Begin a new stage."""
+        self._bar.reset(self._task, total=total, description=description, visible=True)
+
+    def advance(self, nbytes: int) -> None:
+        """Move on."""
+        self._bar.advance(self._task, nbytes)
+
+
+@contextmanager
+def byte_progress() -> Iterator[ByteProgress]:
+    """A bar that is gone when the work is done."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield ByteProgress(bar)

@@ -1,0 +1,28 @@
+"""The model that a configuration means."""
+
+from pathlib import Path
+
+from flashmoe_mlx.config import ModelChoice, folder_of
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.tasks.console import byte_progress
+
+
+def model_folder(choice: ModelChoice) -> Path:
+    """Its folder; a synthetic model is made first if it is not there yet.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    if choice.path is not None:
+        folder = folder_of(choice.path)
+        if not folder.is_dir():
+            raise InputError(
+                f"model.path={choice.path}: no such folder; to get a model from the hub: "
+                f"task=pack source=<org>/<name> out={choice.path}"
+            )
+        return folder
+    if choice.synthetic is None:
+        raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
+    with byte_progress() as progress:
+        return synthetic_pack(choice.name, choice.synthetic, folder_of(choice.cache_dir), progress).folder

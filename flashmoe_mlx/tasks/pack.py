@@ -1,0 +1,75 @@
+"""``task=pack``: make a pack of a published checkpoint, add variants to a pack, or verify one."""
+
+import logging
+import re
+from pathlib import Path
+
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.hub import HubCheckpoint
+from flashmoe_mlx.config import Config, PackConfig, folder_of
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
+from flashmoe_mlx.pack.verify import verify_pack
+from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
+from flashmoe_mlx.tasks.console import byte_progress, console
+
+log = logging.getLogger(__name__)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_SHOWN = 20
+
+
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
+    """Pack ``source`` into ``out``, or verify ``out``."""
+    assert isinstance(config, PackConfig)
+    if config.verify:
+        _verify(config)
+        return
+    pack = _make(config)
+    size = sum(entry["bytes"] for entry in pack.manifest["files"].values())
+    variants = ", ".join(sorted(pack.experts))
+    log.info("pack %s: %s, %d bytes", pack.folder, variants, size)
+    console.print(f"{pack.folder}: {variants}, {size / 1e9:.2f} GB", highlight=False, soft_wrap=True)
+    console.print(f"run it: python -m flashmoe_mlx model.path={pack.folder}", highlight=False, soft_wrap=True)
+
+
+def _make(config: PackConfig) -> Pack:
+    if config.source is None:
+        raise InputError("task=pack needs source=<checkpoint folder, hub id or pack>")
+    folder = folder_of(config.source)
+    with byte_progress() as progress:
+        if (folder / MANIFEST).is_file():
+            if config.out is not None and folder_of(config.out).resolve() != folder.resolve():
+                raise InputError(f"source={folder} is a pack: its variants are added in place, leave out= away")
+            return add_variants(open_pack(folder), config.bits, group_size=config.group_size, progress=progress)
+        if config.out is None:
+            raise InputError("task=pack needs out=<folder for the pack>")
+        out = folder_of(config.out)
+        source: Path | Checkpoint = folder
+        if not folder.exists():
+            if not _HUB_ID.fullmatch(config.source):
+                raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
+            source = HubCheckpoint.open_remote(config.source, config.revision, out / ".download")
+        return pack_checkpoint(
+            source,
+            out,
+            config.bits,
+            group_size=config.group_size,
+            resident_bits=config.resident_bits,
+            packed_experts=None if config.packed_experts is None else folder_of(config.packed_experts),
+            # What was downloaded for packing alone is of no further use.
+            delete_source=config.delete_source or isinstance(source, HubCheckpoint),
+            progress=progress,
+        )
+
+
+def _verify(config: PackConfig) -> None:
+    if config.out is None:
+        raise InputError("verify=true needs out=<folder of the pack>")
+    pack = open_pack(folder_of(config.out))
+    with byte_progress() as progress:
+        damages = verify_pack(pack, progress)
+    for damage in damages[:_SHOWN]:
+        console.print(str(damage), highlight=False, soft_wrap=True)
+    if damages:
+        raise FlashMoeError(f"{pack.folder}: {len(damages)} parts are damaged; pack the model again")
+    console.print(f"{pack.folder}: every byte is as it was packed", highlight=False, soft_wrap=True)

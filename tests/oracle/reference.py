@@ -1,0 +1,94 @@
+"""transformers' Qwen3.5-MoE text model in float32 on a CPU, with weights by canonical names."""
+
+from collections.abc import Mapping
+from itertools import count
+
+import numpy as np
+import torch
+from tiny_checkpoints import Geometry, random_words
+from transformers import Cache, DynamicCache, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+
+from oracle.recorded import DECODE_STEPS, PROMPT_LENGTH, TOLERANCE
+
+ARGMAX_MARGIN = 2 * TOLERANCE
+"""With this, whoever is within the tolerance has the same argmax."""
+
+ROUTING_MARGIN = 5e-4
+"""Router logits of two float32 implementations differ by some 1e-5, but an expert swapped changes the logits a lot."""
+
+
+class Reference:
+    """The model, and the narrowest choice that its routers have made so far."""
+
+    def __init__(self, geometry: Geometry, weights: Mapping[str, np.ndarray], experts_k: int | None = None) -> None:
+        config = Qwen3_5MoeTextConfig(**geometry.text_config())
+        config.num_experts_per_tok = experts_k or geometry.top_k
+        # The plain implementations: what the others are optimisations of.
+        config._attn_implementation = "eager"
+        config._experts_implementation = "eager"
+        self.model = Qwen3_5MoeForCausalLM(config).eval()
+        state = {
+            name if name.startswith("lm_head") else f"model.{name}": torch.from_numpy(values)
+            for name, values in weights.items()
+        }
+        if geometry.tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        self.model.load_state_dict(state, strict=True)
+        self.routing_margin = float("inf")
+        """Smallest distance between the router logits of the last expert taken and the first one left."""
+        for layer in self.model.model.layers:
+            layer.mlp.gate.register_forward_hook(self._watch_router)
+
+    def _watch_router(self, router: torch.nn.Module, _: object, outputs: tuple[torch.Tensor, ...]) -> None:
+        if router.top_k < router.num_experts:
+            ranked = outputs[0].sort(dim=-1, descending=True).values
+            margin = (ranked[:, router.top_k - 1] - ranked[:, router.top_k]).min().item()
+            self.routing_margin = min(self.routing_margin, margin)
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.model.config)
+
+    def forward(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
+        """Logits [tokens, vocabulary] after each of ``tokens``, which ``cache`` then holds."""
+        inputs = torch.from_numpy(np.asarray(tokens, np.int64))[None]
+        with torch.inference_mode():
+            return self.model(inputs, past_key_values=cache, use_cache=True).logits[0].numpy()
+
+    def prefill_then_decode(self, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
+        """Logits after each of ``tokens``: a prompt in one go, the others one at a time."""
+        cache = self.new_cache()
+        rows = [self.forward(tokens[:prompt_length], cache)]
+        rows += [self.forward(tokens[i : i + 1], cache) for i in range(prompt_length, len(tokens))]
+        return np.concatenate(rows)
+
+    def unambiguous_run(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and logits of a prompt and its greedy continuation, one where a sound engine has no choice.
+
+        Random prompts are tried, in an order that depends on ``key`` alone, until every choice of an expert and of a
+        token in the run is clear.
+        """
+        for attempt in count():
+            words = random_words(PROMPT_LENGTH, key, "prompt", attempt)
+            run = self._greedy((words % np.uint64(self.model.vocab_size)).astype(np.int32))
+            if run is not None:
+                return run
+        raise AssertionError("unreachable")
+
+    def _greedy(self, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """None as soon as a choice is too close."""
+        cache = self.new_cache()
+        self.routing_margin = float("inf")
+        tokens, rows, step = [prompt], [], prompt
+        for _ in range(DECODE_STEPS + 1):
+            rows.append(self.forward(step, cache))
+            if argmax_margin(rows[-1]) < ARGMAX_MARGIN or self.routing_margin < ROUTING_MARGIN:
+                return None
+            step = rows[-1][-1:].argmax(-1).astype(np.int32)
+            tokens.append(step)
+        return np.concatenate(tokens[:-1]), np.concatenate(rows)
+
+
+def argmax_margin(logits: np.ndarray) -> float:
+    """Smallest lead of the best token over the second best."""
+    second, best = np.partition(logits, (-2, -1), axis=-1)[:, -2:].T
+    return float((best - second).min())

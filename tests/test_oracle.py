@@ -1,0 +1,182 @@
+"""Live comparison with transformers and mlx-lm: ``pytest -m oracle``, with the ``oracle`` extra installed."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from oracle.recorded import CASES, PROMPT_LENGTH, TOLERANCE, Case, Encoding
+from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
+
+import flashmoe_mlx
+from flashmoe_mlx.pack.writer import pack_checkpoint
+
+pytestmark = pytest.mark.oracle
+
+torch = pytest.importorskip("torch", reason="needs the oracle extra")
+transformers = pytest.importorskip("transformers", reason="needs the oracle extra")
+mlx_lm = pytest.importorskip("mlx_lm.utils", reason="needs the oracle extra")
+
+from oracle.reference import Reference  # noqa: E402  (it imports torch)
+
+DRIFT = TOLERANCE / 10
+"""Between a recording and the same transformers code on another machine."""
+
+
+def assert_agree(logits: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    """A prompt in one go, then one token at a time."""
+    with flashmoe_mlx.load(folder) as engine:
+        cache = engine.new_cache()
+        rows = [engine.forward(tokens[:PROMPT_LENGTH], cache)]
+        rows += [engine.forward(tokens[i : i + 1], cache) for i in range(PROMPT_LENGTH, len(tokens))]
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_recordings_are_what_transformers_says(case: Case) -> None:
+    recording = case.load()
+    reference = Reference(case.geometry, case.weights(), case.experts_k)
+    assert_agree(reference.prefill_then_decode(recording.tokens, PROMPT_LENGTH), recording.logits, DRIFT)
+
+
+@pytest.mark.parametrize("original_format", [False, True], ids=["fused", "original"])
+@pytest.mark.parametrize("name", ["plain", "tied", "text"])
+def test_reads_what_transformers_saves(name: str, original_format: bool, tmp_path: Path) -> None:
+    case = Case(name, 0, "dense", "F32")
+    recording = case.load()
+    model = published_model(case.geometry, case.weights())
+    model.save_pretrained(tmp_path, save_original_format=original_format)
+    assert_agree(our_logits(tmp_path, recording.tokens), recording.logits)
+
+
+def published_model(geometry: Geometry, weights: Mapping[str, np.ndarray]) -> Any:
+    """The model as its makers save it: with an untrained vision tower, if the geometry is of the nested kind."""
+    if not geometry.nested:
+        return Reference(geometry, weights).model
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    config = transformers.Qwen3_5MoeConfig(**geometry.config() | {"vision_config": vision})
+    model = transformers.Qwen3_5MoeForConditionalGeneration(config).eval()
+    state = {name: torch.from_numpy(values) for name, values in weights.items()}
+    head = state.pop("lm_head.weight", state["embed_tokens.weight"])
+    model.model.language_model.load_state_dict(state, strict=True)
+    model.lm_head.load_state_dict({"weight": head}, strict=True)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "bits", "group_size"),
+    [("plain", "BF16", 4, 64), ("plain", "BF16", 2, 64), ("tied", "F32", 4, 32), ("wide", "F32", 2, 32)],
+)
+def test_packed_by_us(name: str, dtype: Dtype, bits: int, group_size: int, tmp_path: Path) -> None:
+    geometry = GEOMETRIES[name]
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", geometry, seed=1, dtype=dtype)
+    pack_checkpoint(checkpoint, tmp_path / "pack", bits=(bits,), group_size=group_size)
+    reference = Reference(geometry, weights_in_pack(tmp_path / "pack", geometry))
+    tokens, expected = reference.unambiguous_run(f"packed {name} {dtype} {bits}")
+    assert_agree(our_logits(tmp_path / "pack", tokens), expected)
+
+
+def weights_in_pack(pack: Path, geometry: Geometry) -> dict[str, np.ndarray]:
+    """All weights of a pack by canonical names, read by its manifest alone and dequantised by MLX."""
+    stored = mx.load(str(pack / "resident.safetensors"))
+    weights = {}
+    for name, dense in dense_weights(geometry, seed=0).items():
+        if ".experts." in name:
+            continue
+        pack_name = name if name.startswith("lm_head") else f"model.{name}"
+        values = stored[pack_name]
+        if values.dtype == mx.uint32:
+            values = dequantise(stored, pack_name.removesuffix(".weight"), dense.shape[-1])
+        values = values.astype(mx.float32)
+        if name.endswith("conv1d.weight"):
+            values = values.swapaxes(1, 2)
+        elif name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "norm.weight":
+            values = values - 1.0
+        weights[name] = np.array(values).reshape(dense.shape)
+    ((variant_name, variant),) = json.loads((pack / "pack.json").read_text())["variants"].items()
+    for layer in range(geometry.num_layers):
+        data = np.fromfile(pack / f"experts-{variant_name}" / f"layer_{layer:02d}.bin", np.uint8)
+        records = mx.array(data.reshape(geometry.experts, variant["record_bytes"]))
+        projections = {name: dense_projection(records, variant, name) for name in ("gate", "up", "down")}
+        prefix = f"layers.{layer}.mlp.experts"
+        weights[f"{prefix}.gate_up_proj"] = np.concatenate([projections["gate"], projections["up"]], axis=1)
+        weights[f"{prefix}.down_proj"] = projections["down"]
+    return weights
+
+
+def dense_projection(records: mx.array, variant: Mapping[str, Any], name: str) -> np.ndarray:
+    parts = {}
+    for component in variant["components"]:
+        begin, dtype = (
+            component["offset"],
+            {"U32": mx.uint32, "BF16": mx.bfloat16, "F32": mx.float32}[component["dtype"]],
+        )
+        raw = mx.contiguous(records[:, begin : begin + component["bytes"]])
+        parts[component["name"]] = raw.view(dtype).reshape(-1, *component["shape"])
+    columns = parts[f"{name}.scales"].shape[-1] * variant["group_size"]
+    return np.array(dequantise(parts, name, columns))
+
+
+def dequantise(stored: Mapping[str, mx.array], name: str, columns: int) -> mx.array:
+    """Float32, since MLX would round the products to the type of the scales."""
+    codes, scales, biases = (stored[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
+    bits, group_size = codes.shape[-1] * 32 // columns, columns // scales.shape[-1]
+    return mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
+
+
+@pytest.mark.parametrize("encoding", ["dense", "mlx4"])
+def test_mlx_lm_is_a_second_oracle(encoding: Encoding, tmp_path: Path) -> None:
+    case = Case("plain", 2, encoding, "F32")
+    recording = case.load()
+    theirs = mlx_lm_logits(case.write_checkpoint(tmp_path), recording.tokens)
+    assert_agree(theirs, recording.logits)
+    assert_agree(our_logits(tmp_path, recording.tokens), theirs)
+
+
+@pytest.mark.parametrize("name", ["plain", "tied", "wide"])
+def test_our_tiny_checkpoints_are_what_mlx_lm_publishes(name: str, tmp_path: Path) -> None:
+    geometry = GEOMETRIES[name]
+    ours = write_checkpoint(tmp_path / "ours", geometry, seed=2, layout="mlx4", dtype="F32")
+    theirs = quantised_by_mlx_lm(tmp_path, geometry)
+    assert json.loads((theirs / "config.json").read_text())["quantization"] == geometry.config("mlx4")["quantization"]
+    expected = mx.load(str(theirs / "model.safetensors"))
+    written = mx.load(str(ours / "model.safetensors"))
+    assert written.keys() == expected.keys()
+    for tensor, values in expected.items():
+        assert (written[tensor].dtype, written[tensor].shape) == (values.dtype, values.shape), tensor
+        assert mx.array_equal(written[tensor], values), tensor
+
+
+def test_reads_what_mlx_lm_quantises(tmp_path: Path) -> None:
+    # The case of the same weights, for tokens that leave no doubt.
+    tokens = Case("plain", 2, "mlx4", "F32").load().tokens
+    checkpoint = quantised_by_mlx_lm(tmp_path, GEOMETRIES["plain"])
+    pack_checkpoint(checkpoint, tmp_path / "pack", bits=(4,))
+    theirs = mlx_lm_logits(checkpoint, tokens)
+    assert_agree(our_logits(checkpoint, tokens), theirs)
+    assert_agree(our_logits(tmp_path / "pack", tokens), theirs)
+
+
+def quantised_by_mlx_lm(folder: Path, geometry: Geometry) -> Path:
+    """What ``mlx_lm.convert -q`` does, less the tokenizer."""
+    dense = write_checkpoint(folder / "dense", geometry, seed=2)
+    model, config = mlx_lm.load_model(dense)
+    model, config = mlx_lm.quantize_model(model, config, geometry.group_size, 4)
+    mlx_lm.save_model(folder / "quantised", model)
+    mlx_lm.save_config(config, folder / "quantised" / "config.json")
+    return folder / "quantised"
+
+
+def mlx_lm_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
+    model, _ = mlx_lm.load_model(folder)
+    cache = model.make_cache()
+    parts = np.split(tokens, range(PROMPT_LENGTH, len(tokens)))
+    return np.concatenate([np.array(model(mx.array(part)[None], cache=cache)[0]) for part in parts])

@@ -1,0 +1,132 @@
+"""Our logits are those of transformers: the recordings of ``oracle/``, which need no torch to be read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from oracle.recorded import CASES, DECODE_STEPS, FIXTURES, PROMPT_LENGTH, TOLERANCE, Case, Recording
+from tiny_checkpoints import GEOMETRIES, Geometry, Layout, write_checkpoint
+
+import flashmoe_mlx
+from flashmoe_mlx.pack.writer import pack_checkpoint
+
+SAME_ENGINE_TOLERANCE = 2e-4
+"""Between two ways of feeding the same tokens to our own engine: only the order of float32 sums differs."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine with the weights of a case, and what transformers said."""
+
+    case: Case
+    engine: Any
+    recording: Recording
+
+    def check(self, logits: np.ndarray, first_row: int = 0) -> None:
+        expected = self.recording.logits[first_row : first_row + len(logits)]
+        assert logits.dtype == np.float32
+        assert logits.shape == expected.shape
+        difference = np.abs(logits - expected).max(axis=-1)
+        worst = int(difference.argmax())
+        assert difference[worst] <= TOLERANCE, f"logits differ by {difference[worst]:.1e} at token {first_row + worst}"
+        np.testing.assert_array_equal(logits.argmax(-1), expected.argmax(-1))
+
+
+def open_case(case: Case, folder: Path) -> Any:
+    """The engine on the checkpoint itself, or for a quantised one on the pack made of it."""
+    source = case.write_checkpoint(folder / "checkpoint")
+    if case.encoding == "mlx4":
+        pack_checkpoint(source, folder / "pack", bits=(4,))
+        source = folder / "pack"
+    return flashmoe_mlx.load(source, experts_k=case.experts_k)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
+    case: Case = request.param
+    with open_case(case, tmp_path_factory.mktemp(case.name)) as engine:
+        yield Opened(case, engine, case.load())
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 7, 64], ids=lambda chunk: f"chunk-{chunk or 'none'}")
+def test_prefill(opened: Opened, chunk: int | None) -> None:
+    opened.check(opened.engine.logits(opened.recording.tokens, prefill_chunk=chunk))
+
+
+def test_cached_decode(opened: Opened) -> None:
+    tokens, cache = opened.recording.tokens, opened.engine.new_cache()
+    opened.check(opened.engine.forward(tokens[:PROMPT_LENGTH], cache))
+    steps = range(PROMPT_LENGTH, PROMPT_LENGTH + DECODE_STEPS)
+    decoded = np.concatenate([opened.engine.forward(tokens[step : step + 1], cache) for step in steps])
+    opened.check(decoded, PROMPT_LENGTH)
+
+
+def test_every_recording_is_used() -> None:
+    assert {path.stem for path in FIXTURES.iterdir()} == {case.name for case in CASES}
+
+
+def some_tokens(geometry: Geometry, count: int = 40) -> np.ndarray:
+    return np.arange(7, 7 + 13 * count, 13, dtype=np.int32) % geometry.vocab_size
+
+
+def logits_of(folder: Path, geometry: Geometry, experts_k: int | None = None) -> np.ndarray:
+    with flashmoe_mlx.load(folder, experts_k=experts_k) as engine:
+        return engine.logits(some_tokens(geometry))
+
+
+@pytest.fixture(params=GEOMETRIES.values(), ids=lambda geometry: geometry.name)
+def geometry(request: pytest.FixtureRequest) -> Geometry:
+    return request.param
+
+
+def test_chunks_and_decode_agree(geometry: Geometry, tmp_path: Path) -> None:
+    tokens = some_tokens(geometry)
+    with flashmoe_mlx.load(write_checkpoint(tmp_path, geometry, seed=0)) as engine:
+        whole = engine.logits(tokens)
+        chunked = engine.logits(tokens, prefill_chunk=9)
+        cache = engine.new_cache()
+        mixed = [engine.forward(part, cache) for part in np.split(tokens, [1, 2, 14, 15, 16, 32, 33, 37])]
+    np.testing.assert_allclose(chunked, whole, rtol=0, atol=SAME_ENGINE_TOLERANCE)
+    np.testing.assert_allclose(np.concatenate(mixed), whole, rtol=0, atol=SAME_ENGINE_TOLERANCE)
+
+
+def test_caches_do_not_share_state(tmp_path: Path) -> None:
+    geometry = GEOMETRIES["plain"]
+    with flashmoe_mlx.load(write_checkpoint(tmp_path, geometry, seed=0)) as engine:
+        first, second = some_tokens(geometry), some_tokens(geometry)[::-1]
+        caches = engine.new_cache(), engine.new_cache()
+        rows: tuple[list[np.ndarray], ...] = ([], [])
+        for parts in zip(np.split(first, 4), np.split(second, 4), strict=True):
+            for sequence in (0, 1):
+                rows[sequence].append(engine.forward(parts[sequence], caches[sequence]))
+        for tokens, parts in zip((first, second), rows, strict=True):
+            np.testing.assert_array_equal(np.concatenate(parts), engine.logits(tokens, prefill_chunk=len(tokens) // 4))
+
+
+def test_one_tensor_per_expert_is_the_same_as_fused(geometry: Geometry, tmp_path: Path) -> None:
+    fused = write_checkpoint(tmp_path / "fused", geometry, seed=0, layout="fused")
+    separate = write_checkpoint(tmp_path / "separate", geometry, seed=0, layout="per_expert")
+    np.testing.assert_array_equal(logits_of(separate, geometry), logits_of(fused, geometry))
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_shards_and_tensors_of_other_parts_change_nothing(layout: Layout, tmp_path: Path) -> None:
+    geometry = GEOMETRIES["plain"]
+    whole = write_checkpoint(tmp_path / "whole", geometry, seed=0, layout=layout)
+    sharded = write_checkpoint(tmp_path / "sharded", geometry, seed=0, layout=layout, shards=5, extras=True)
+    np.testing.assert_array_equal(logits_of(sharded, geometry), logits_of(whole, geometry))
+
+
+def test_pack_is_the_same_as_its_checkpoint(geometry: Geometry, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", geometry, seed=0, layout="mlx4", shards=3, extras=True)
+    pack_checkpoint(checkpoint, tmp_path / "pack", bits=(4,))
+    np.testing.assert_array_equal(logits_of(tmp_path / "pack", geometry), logits_of(checkpoint, geometry))
+
+
+def test_as_many_experts_as_the_model_asks_for_is_the_default(tmp_path: Path) -> None:
+    geometry = GEOMETRIES["plain"]
+    folder = write_checkpoint(tmp_path, geometry, seed=0)
+    np.testing.assert_array_equal(logits_of(folder, geometry, geometry.top_k), logits_of(folder, geometry))

@@ -1,0 +1,565 @@
+"""Tiny Qwen3.5-MoE checkpoints with the structure of the published ones, made from nothing but a seed.
+
+Every tensor is a pure function of (geometry, seed, name): raw PCG64 words, whose stream numpy promises to keep, and
+float operations that round alike on every platform. So recorded logits stay valid for as long as this file does, and
+``weights_hash`` tells when it no longer does.
+
+Canonical names are those of the transformers text model, without prefix: ``layers.0.mlp.experts.gate_up_proj``.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+Layout = Literal["fused", "per_expert", "mlx4"]
+Dtype = Literal["F32", "BF16"]
+Tensors = dict[str, np.ndarray]
+"""Named arrays; uint16 ones hold the bits of bfloat16, which numpy lacks."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one model, and which of the spellings of a config.json it is published with."""
+
+    name: str
+    layer_types: str
+    """One letter a layer: L for linear attention (GatedDeltaNet), F for full attention."""
+
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_fraction: float
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    experts: int
+    top_k: int
+    expert_size: int
+    shared_expert_size: int
+    group_size: int
+    conv_kernel: int = 4
+    rope_theta: float = 10_000_000.0
+    rms_norm_eps: float = 1e-6
+    tied: bool = False
+    attention_bias: bool = False
+    nested: bool = True
+    """Published as ``qwen3_5_moe`` with a ``text_config``, or flat as ``qwen3_5_moe_text``."""
+
+    layers_told_by: Literal["layer_types", "interval", "default"] = "layer_types"
+    flat_rope: bool = False
+    """Rotary settings beside the sizes, as before transformers 5, instead of in ``rope_parameters``."""
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layer_types)
+
+    @property
+    def key_width(self) -> int:
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def conv_width(self) -> int:
+        return 2 * self.key_width + self.value_width
+
+    def text_config(self) -> dict[str, Any]:
+        """The text model's part of ``config.json``."""
+        config: dict[str, Any] = {
+            "model_type": "qwen3_5_moe_text",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": self.rms_norm_eps,
+            "tie_word_embeddings": self.tied,
+            "attention_bias": self.attention_bias,
+            "attn_output_gate": True,
+            "linear_conv_kernel_dim": self.conv_kernel,
+            "linear_key_head_dim": self.key_dim,
+            "linear_value_head_dim": self.value_dim,
+            "linear_num_key_heads": self.key_heads,
+            "linear_num_value_heads": self.value_heads,
+            "mamba_ssm_dtype": "float32",
+            "moe_intermediate_size": self.expert_size,
+            "shared_expert_intermediate_size": self.shared_expert_size,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.top_k,
+        }
+        rope = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.rotary_fraction}
+        if self.flat_rope:
+            config |= rope
+        else:
+            section = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
+            config["rope_parameters"] = {"rope_type": "default", **rope, **section}
+        if self.layers_told_by == "layer_types":
+            kinds = {"L": "linear_attention", "F": "full_attention"}
+            config["layer_types"] = [kinds[letter] for letter in self.layer_types]
+        elif self.layers_told_by == "interval":
+            config["full_attention_interval"] = self.layer_types.index("F") + 1
+        return config
+
+    def config(self, layout: Layout = "fused", dtype: Dtype = "F32") -> dict[str, Any]:
+        """The whole ``config.json`` of a checkpoint."""
+        text = self.text_config()
+        text["dtype"] = {"F32": "float32", "BF16": "bfloat16"}[dtype]
+        if not self.nested and layout != "mlx4":
+            return {"architectures": ["Qwen3_5MoeForCausalLM"], **text}
+        config = {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+            "model_type": "qwen3_5_moe",
+            "tie_word_embeddings": self.tied,
+            "image_token_id": 1,
+            "video_token_id": 2,
+            "text_config": text,
+        }
+        if layout == "mlx4":
+            quantization: dict[str, Any] = {"group_size": self.group_size, "bits": 4, "mode": "affine"}
+            for layer in range(self.num_layers):
+                for gate in ("gate", "shared_expert_gate"):
+                    name = f"language_model.model.layers.{layer}.mlp.{gate}"
+                    quantization[name] = {"group_size": 64, "bits": 8}
+            config |= {"quantization": quantization, "quantization_config": quantization}
+        return config
+
+
+GEOMETRIES: Mapping[str, Geometry] = {
+    geometry.name: geometry
+    for geometry in (
+        # The proportions of the published models; the one that mlx-lm runs too.
+        Geometry(
+            name="plain",
+            layer_types="LLLF",
+            layers_told_by="default",
+            hidden_size=128,
+            vocab_size=256,
+            heads=4,
+            kv_heads=2,
+            head_dim=32,
+            rotary_fraction=0.25,
+            key_heads=2,
+            value_heads=4,
+            key_dim=32,
+            value_dim=32,
+            experts=16,
+            top_k=4,
+            expert_size=64,
+            shared_expert_size=64,
+            group_size=64,
+        ),
+        # The shared expert's inner size is below the group, so a quantised checkpoint keeps one of its tensors dense.
+        Geometry(
+            name="tied",
+            layer_types="LFLFL",
+            layers_told_by="interval",
+            hidden_size=64,
+            vocab_size=211,
+            heads=4,
+            kv_heads=1,
+            head_dim=64,
+            rotary_fraction=0.25,
+            key_heads=2,
+            value_heads=2,
+            key_dim=64,
+            value_dim=32,
+            experts=8,
+            top_k=2,
+            expert_size=64,
+            shared_expert_size=32,
+            group_size=64,
+            rope_theta=10_000.0,
+            tied=True,
+        ),
+        Geometry(
+            name="pattern",
+            layer_types="FLFLLF",
+            hidden_size=192,
+            vocab_size=160,
+            heads=6,
+            kv_heads=3,
+            head_dim=32,
+            rotary_fraction=0.5,
+            key_heads=3,
+            value_heads=6,
+            key_dim=32,
+            value_dim=64,
+            experts=24,
+            top_k=6,
+            expert_size=32,
+            shared_expert_size=96,
+            group_size=32,
+            conv_kernel=3,
+            rms_norm_eps=1e-2,
+            attention_bias=True,
+        ),
+        Geometry(
+            name="text",
+            layer_types="LLLFLLLF",
+            hidden_size=64,
+            vocab_size=200,
+            heads=8,
+            kv_heads=2,
+            head_dim=32,
+            rotary_fraction=0.5,
+            key_heads=1,
+            value_heads=4,
+            key_dim=32,
+            value_dim=32,
+            experts=32,
+            top_k=3,
+            expert_size=32,
+            shared_expert_size=64,
+            group_size=32,
+            rope_theta=1_000_000.0,
+            nested=False,
+        ),
+        Geometry(
+            name="wide",
+            layer_types="LLFLLFL",
+            layers_told_by="interval",
+            hidden_size=128,
+            vocab_size=173,
+            heads=2,
+            kv_heads=2,
+            head_dim=64,
+            rotary_fraction=0.5,
+            key_heads=4,
+            value_heads=8,
+            key_dim=64,
+            value_dim=32,
+            experts=12,
+            top_k=5,
+            expert_size=96,
+            shared_expert_size=128,
+            group_size=32,
+            rope_theta=100_000.0,
+            flat_rope=True,
+        ),
+    )
+}
+
+SEEDS = (0, 1, 2)
+
+
+def random_words(count: int, *key: object) -> np.ndarray:
+    """``count`` random uint64 that depend on ``key`` alone."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(count)
+
+
+def dense_weights(geometry: Geometry, seed: int, dtype: Dtype = "F32") -> Tensors:
+    """The float32 weights by canonical names; for "BF16" those that a bfloat16 checkpoint can hold."""
+    weights: Tensors = {}
+    for name, shape, centre, spread in _specification(geometry):
+        words = random_words(math.prod(shape), geometry.name, seed, name)
+        uniform = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
+        values = (np.float32(centre) + np.float32(spread) * uniform).reshape(shape)
+        weights[name] = values if dtype == "F32" or _stays_f32(name) else _from_bf16(_to_bf16(values))
+    return weights
+
+
+def dequantised_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") -> Tensors:
+    """What the "mlx4" checkpoint of this seed holds, as float32 by canonical names."""
+    stored = _mlx4_tensors(geometry, seed, dtype)
+    weights: Tensors = {}
+    for stored_name in [name for name in stored if not name.endswith((".scales", ".biases"))]:
+        values = stored[stored_name]
+        if values.dtype == np.uint32:
+            bits, _ = _bits_and_group(stored_name, geometry)
+            module = stored_name.removesuffix(".weight")
+            values = _dequantise(values, *(_as_f32(stored[f"{module}.{part}"]) for part in ("scales", "biases")), bits)
+        values = _as_f32(values)
+        name = stored_name.removeprefix("language_model.").removeprefix("model.")
+        if name.endswith("conv1d.weight"):
+            values = values.swapaxes(1, 2)
+        elif _is_centred_norm(name):
+            values = values - np.float32(1)
+        weights[name] = np.ascontiguousarray(values)
+    for layer in range(geometry.num_layers):
+        experts, stacked = f"layers.{layer}.mlp.experts", f"layers.{layer}.mlp.switch_mlp"
+        gate, up = (weights.pop(f"{stacked}.{part}_proj.weight") for part in ("gate", "up"))
+        weights[f"{experts}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
+        weights[f"{experts}.down_proj"] = weights.pop(f"{stacked}.down_proj.weight")
+    return weights
+
+
+def weights_hash(weights: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of names, shapes and bytes, whatever the order of the tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        array = np.ascontiguousarray(weights[name])
+        digest.update(f"{name} {array.dtype.name} {array.shape}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    folder: Path,
+    geometry: Geometry,
+    seed: int,
+    layout: Layout = "fused",
+    *,
+    dtype: Dtype | None = None,
+    shards: int = 1,
+    extras: bool = False,
+) -> Path:
+    """Write config.json and the weights into ``folder`` and return it.
+
+    Layouts: "fused" is what transformers loads now, "per_expert" what it saves by default, "mlx4" what
+    ``mlx_lm.convert -q --q-bits 4`` publishes. ``dtype`` is that of the tensors (of the scales, where quantised): F32
+    unless told, BF16 for "mlx4". ``extras`` adds vision and MTP tensors, which a text engine skips.
+    """
+    dtype = dtype or ("BF16" if layout == "mlx4" else "F32")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(geometry.config(layout, dtype), indent=2))
+    if layout == "mlx4":
+        tensors = _mlx4_tensors(geometry, seed, dtype)
+    else:
+        tensors = _published_tensors(geometry, seed, layout, dtype)
+    if extras:
+        tensors |= _extras(geometry, layout)
+    _write_shards(folder, tensors, shards, "mlx" if layout == "mlx4" else "pt")
+    return folder
+
+
+def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+    """Name, shape, centre and half width of every tensor; values are uniform.
+
+    Widths are chosen so that every part matters: each layer adds a good fraction of what is already in the residual
+    stream, attention and router are neither flat nor one-hot, decays range from a few tokens to hundreds.
+    """
+    g = geometry
+
+    def linear(name: str, out: int, into: int, gain: float = 1.0) -> tuple[str, tuple[int, ...], float, float]:
+        return name, (out, into), 0.0, gain * math.sqrt(3 / into)
+
+    embedding_gain = 1 / math.sqrt(g.hidden_size) if g.tied else 1.0
+    yield "embed_tokens.weight", (g.vocab_size, g.hidden_size), 0.0, embedding_gain * math.sqrt(3)
+    for layer, kind in enumerate(g.layer_types):
+        prefix = f"layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", (g.hidden_size,), 0.0, 0.4
+        yield f"{prefix}.post_attention_layernorm.weight", (g.hidden_size,), 0.0, 0.4
+        if kind == "L":
+            mixer = f"{prefix}.linear_attn"
+            yield f"{mixer}.A_log", (g.value_heads,), -2.0, 3.0
+            yield f"{mixer}.dt_bias", (g.value_heads,), -0.5, 1.5
+            yield f"{mixer}.conv1d.weight", (g.conv_width, 1, g.conv_kernel), 0.0, math.sqrt(3 / g.conv_kernel)
+            yield f"{mixer}.norm.weight", (g.value_dim,), 1.0, 0.4
+            yield linear(f"{mixer}.in_proj_qkv.weight", g.conv_width, g.hidden_size)
+            yield linear(f"{mixer}.in_proj_z.weight", g.value_width, g.hidden_size)
+            yield linear(f"{mixer}.in_proj_a.weight", g.value_heads, g.hidden_size)
+            yield linear(f"{mixer}.in_proj_b.weight", g.value_heads, g.hidden_size)
+            yield linear(f"{mixer}.out_proj.weight", g.hidden_size, g.value_width)
+        else:
+            mixer = f"{prefix}.self_attn"
+            width = g.heads * g.head_dim
+            sizes = {"q": 2 * width, "k": g.kv_heads * g.head_dim, "v": g.kv_heads * g.head_dim, "o": g.hidden_size}
+            for part, size in sizes.items():
+                inputs, gain = (width, 2.0) if part == "o" else (g.hidden_size, 1.0)
+                yield linear(f"{mixer}.{part}_proj.weight", size, inputs, gain)
+                if g.attention_bias:
+                    yield f"{mixer}.{part}_proj.bias", (size,), 0.0, 0.3
+            yield f"{mixer}.q_norm.weight", (g.head_dim,), 0.5, 0.5
+            yield f"{mixer}.k_norm.weight", (g.head_dim,), 0.5, 0.5
+        mlp = f"{prefix}.mlp"
+        yield linear(f"{mlp}.gate.weight", g.experts, g.hidden_size, 2.0)
+        experts_in, experts_out = (2 * g.expert_size, g.hidden_size), (g.hidden_size, g.expert_size)
+        yield f"{mlp}.experts.gate_up_proj", (g.experts, *experts_in), 0.0, math.sqrt(3 / g.hidden_size)
+        yield f"{mlp}.experts.down_proj", (g.experts, *experts_out), 0.0, 2 * math.sqrt(3 / g.expert_size)
+        yield linear(f"{mlp}.shared_expert.gate_proj.weight", g.shared_expert_size, g.hidden_size)
+        yield linear(f"{mlp}.shared_expert.up_proj.weight", g.shared_expert_size, g.hidden_size)
+        yield linear(f"{mlp}.shared_expert.down_proj.weight", g.hidden_size, g.shared_expert_size)
+        yield linear(f"{mlp}.shared_expert_gate.weight", 1, g.hidden_size)
+    yield "norm.weight", (g.hidden_size,), 0.0, 0.4
+    if not g.tied:
+        yield linear("lm_head.weight", g.vocab_size, g.hidden_size)
+
+
+def _stays_f32(name: str) -> bool:
+    """The two tensors that published bfloat16 checkpoints keep in float32."""
+    return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
+
+
+def _is_centred_norm(name: str) -> bool:
+    """A norm that scales by 1 + weight; MLX checkpoints hold the sum."""
+    return name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "norm.weight"
+
+
+def _published_tensors(geometry: Geometry, seed: int, layout: Layout, dtype: Dtype) -> Tensors:
+    prefix = "model.language_model." if geometry.nested else "model."
+    tensors: Tensors = {}
+    for name, values in dense_weights(geometry, seed, dtype).items():
+        stored = values if dtype == "F32" or _stays_f32(name) else _to_bf16(values)
+        if layout == "per_expert" and ".experts." in name:
+            tensors |= _expert_by_expert(prefix + name, stored)
+        else:
+            tensors[name if name.startswith("lm_head") else prefix + name] = stored
+    return tensors
+
+
+def _expert_by_expert(name: str, stacked: np.ndarray) -> Tensors:
+    module, projection = name.rsplit(".", 1)
+    tensors: Tensors = {}
+    for expert, values in enumerate(stacked):
+        parts = {"down_proj": values}
+        if projection == "gate_up_proj":
+            parts = dict(zip(("gate_proj", "up_proj"), np.split(values, 2), strict=True))
+        for part, array in parts.items():
+            tensors[f"{module}.{expert}.{part}.weight"] = array
+    return tensors
+
+
+def _mlx4_tensors(geometry: Geometry, seed: int, dtype: Dtype) -> Tensors:
+    tensors: Tensors = {}
+    for name, values in dense_weights(geometry, seed, dtype).items():
+        for mlx_name, array in _named_as_mlx(name, values):
+            bits, group_size = _bits_and_group(mlx_name, geometry)
+            if array.ndim < 2 or mlx_name.endswith("conv1d.weight") or array.shape[-1] % group_size:
+                tensors[mlx_name] = array if dtype == "F32" or name.endswith("A_log") else _to_bf16(array)
+                continue
+            module = mlx_name.removesuffix(".weight")
+            parts = _quantise(array, bits, group_size, dtype)
+            tensors |= {f"{module}.{part}": stored for part, stored in parts.items()}
+    return tensors
+
+
+def _named_as_mlx(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    if name.startswith("lm_head"):
+        yield f"language_model.{name}", values
+        return
+    mlx_name = f"language_model.model.{name}"
+    if name.endswith("experts.gate_up_proj"):
+        for part, array in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
+            yield mlx_name.replace("experts.gate_up_proj", f"switch_mlp.{part}_proj.weight"), array
+    elif name.endswith("experts.down_proj"):
+        yield mlx_name.replace("experts.down_proj", "switch_mlp.down_proj.weight"), values
+    elif name.endswith("conv1d.weight"):
+        yield mlx_name, np.ascontiguousarray(values.swapaxes(1, 2))
+    elif _is_centred_norm(name):
+        yield mlx_name, values + np.float32(1)
+    else:
+        yield mlx_name, values
+
+
+def _bits_and_group(mlx_name: str, geometry: Geometry) -> tuple[int, int]:
+    """What mlx-lm's own predicate for this family says: the two gates keep 8 bits in groups of 64."""
+    return (8, 64) if re.search(r"\.mlp\.(shared_expert_)?gate\.", mlx_name) else (4, geometry.group_size)
+
+
+def _quantise(values: np.ndarray, bits: int, group_size: int, dtype: Dtype) -> Tensors:
+    """MLX's affine quantisation: the end of the range that is further from zero is met exactly, scales have a sign."""
+    groups = values.reshape(*values.shape[:-1], -1, group_size)
+    low, high = groups.min(-1), groups.max(-1)
+    steps = np.float32(2**bits - 1)
+    from_low = np.abs(low) > np.abs(high)
+    scales = np.maximum((high - low) / steps, np.float32(1e-7))
+    scales = np.where(from_low, scales, -scales)
+    biases = np.where(from_low, low, high)
+    zero_code = np.rint(biases / scales)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = np.where(zero_code != 0, biases / zero_code, scales)
+    biases = np.where(zero_code != 0, biases, np.float32(0))
+    if dtype == "BF16":
+        stored_scales, stored_biases = _to_bf16(scales), _to_bf16(biases)
+        scales, biases = _from_bf16(stored_scales), _from_bf16(stored_biases)
+    else:
+        stored_scales, stored_biases = scales, biases
+    codes = np.clip(np.rint((groups - biases[..., None]) / scales[..., None]), 0, steps).astype(np.uint32)
+    per_word = 32 // bits
+    words = codes.reshape(*values.shape[:-1], -1, per_word) << (np.arange(per_word, dtype=np.uint32) * bits)
+    return {
+        "weight": np.bitwise_or.reduce(words, axis=-1).astype(np.uint32),
+        "scales": stored_scales,
+        "biases": stored_biases,
+    }
+
+
+def _dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+    shifts = np.arange(32 // bits, dtype=np.uint32) * bits
+    codes = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
+    groups = codes.reshape(*scales.shape, -1).astype(np.float32)
+    values = scales[..., None] * groups + biases[..., None]
+    return values.reshape(*words.shape[:-1], -1)
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    """The upper half of the float32 bits, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def _from_bf16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _as_f32(stored: np.ndarray) -> np.ndarray:
+    return _from_bf16(stored) if stored.dtype == np.uint16 else stored
+
+
+def _extras(geometry: Geometry, layout: Layout) -> Tensors:
+    """Vision and MTP tensors as published beside the text model; their values must never be looked at."""
+    nan = np.float32(np.nan)
+    names = [
+        "model.visual.patch_embed.proj.weight",
+        "model.visual.blocks.0.mlp.linear_fc1.weight",
+        "mtp.fc.weight",
+        "mtp.norm.weight",
+        "mtp.layers.0.input_layernorm.weight",
+        "mtp.layers.0.self_attn.q_proj.weight",
+        "mtp.layers.0.mlp.experts.gate_up_proj",
+        "mtp.layers.0.mlp.experts.0.gate_proj.weight",
+    ]
+    if layout == "mlx4":
+        names = [re.sub(r"^model\.visual", "vision_tower", re.sub(r"^mtp", "language_model.mtp", n)) for n in names]
+    return {name: np.full((8, geometry.hidden_size), nan) for name in names}
+
+
+def _write_shards(folder: Path, tensors: Tensors, shards: int, made_by: str) -> None:
+    if shards == 1:
+        _write_safetensors(folder / "model.safetensors", tensors, made_by)
+        return
+    # Dealt out like cards, so that the tensors of a layer, and of an expert, lie in different files.
+    names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
+    weight_map = {tensor: names[index % shards] for index, tensor in enumerate(tensors)}
+    for file_name in names:
+        part = {tensor: values for tensor, values in tensors.items() if weight_map[tensor] == file_name}
+        _write_safetensors(folder / file_name, part, made_by)
+    total = sum(values.nbytes for values in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+_STORED_DTYPES = {"float32": "F32", "uint16": "BF16", "uint32": "U32"}
+
+
+def _write_safetensors(path: Path, tensors: Tensors, made_by: str) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": made_by}}
+    offset = 0
+    for name, values in tensors.items():
+        end = offset + values.nbytes
+        dtype = _STORED_DTYPES[values.dtype.name]
+        header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    # transformers pads its headers to 8 bytes; MLX does not, so many published files have data at odd addresses.
+    text += b" " * ((len(text) % 2 == 0) if made_by == "mlx" else -len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for values in tensors.values():
+            file.write(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
