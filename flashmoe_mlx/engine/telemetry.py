@@ -98,17 +98,17 @@ class RunMetrics:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """The closing table of a run, from ``RunMetrics.to_json``."""
+    """The closing table, from ``RunMetrics.to_json``; "ms" is of a forward pass, "all" is every weight touched."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in (
         "",
         "tokens",
         "tok/s",
-        "ms a step (p5/p50/p95)",
+        "ms p5/p50/p95",
         "MB/token",
-        "hit rate",
+        "hits",
         "read GB/s",
-        "weights GB/s",
+        "all GB/s",
     ):
         table.add_column(heading, justify="left" if not heading else "right")
     for name in ("prefill", "decode"):

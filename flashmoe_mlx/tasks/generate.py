@@ -1,6 +1,8 @@
 """``task=generate``: continue a prompt, show the text as it comes, then what it cost."""
 
 import logging
+import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from flashmoe_mlx.tasks.console import console
 from flashmoe_mlx.tasks.model import model_folder
 
 log = logging.getLogger(__name__)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters with which a model could command a person's terminal."""
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -55,9 +59,10 @@ def _stream(engine: Engine, config: Config) -> tuple[str, list[int], bool]:
         prefill_chunk=config.prefill_chunk,
         raw=config.raw,
     )
+    terminal = sys.stdout.isatty()
     try:
         for piece in pieces:
-            print(piece.text, end="", flush=True)
+            print(_CONTROLS.sub("\ufffd", piece.text) if terminal else piece.text, end="", flush=True)
             text += piece.text
             token_ids += piece.token_ids
     except KeyboardInterrupt:
