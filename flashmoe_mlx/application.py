@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -36,10 +37,15 @@ def run(arguments: Sequence[str]) -> int:
             codes.append(_report(error, debug, folder))
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
+    if "--version" in arguments:
+        print(f"flashmoe_mlx {version('flashmoe_mlx')}, mlx {version('mlx')}")
+        return 0
     program, own = sys.argv[0], sys.argv
     try:
         sys.argv = [program, *tidy(arguments)]
         job()
+    except SystemExit as asked:  # after --help and the like
+        codes.append(int(asked.code or 0))
     except Exception as error:
         codes.append(_report(error, debug))
     finally:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from flashmoe_mlx.config import TEXT_KEYS, known_keys
 from flashmoe_mlx.errors import InputError
 
-_OVERRIDE = re.compile(r"(?P<plus>\+*)(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
+_OVERRIDE = re.compile(r"\+*(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
 _GROUPS = ("task", "model", "backend")
 
 
@@ -26,23 +26,32 @@ def tidy(arguments: Sequence[str]) -> list[str]:
     others: list[str] = []
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
-        if match is None:
+        if match is not None and _root(match["key"]) == "hydra":
+            overrides.append(argument)
+        elif match is not None:
+            overrides.append(_override(match["key"], match["value"]))
+        elif argument.startswith("-") or (others and others[-1].startswith("-")):
             others.append(argument)
         else:
-            overrides.append(_override(match["plus"], match["key"], match["value"]))
+            raise InputError(f"{argument}: expected key=value; --help lists the keys")
     return overrides + others
 
 
-def _override(plus: str, key: str, value: str) -> str:
-    root = re.split(r"[./@:]", key, maxsplit=1)[0]
-    if root != "hydra" and root not in known_keys():
+def _override(key: str, value: str) -> str:
+    root = _root(key)
+    if root not in known_keys():
         close = difflib.get_close_matches(root, known_keys(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known_keys())}"
         raise InputError(f"{key}: no such key; {hint}")
     if key in TEXT_KEYS:
-        return f"{key}={_verbatim(value)}"
-    # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group.
-    return f"{key}={value}" if key in _GROUPS or not plus else f"++{key}={value}"
+        return f"++{key}={_verbatim(value)}"
+    # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group. What should not
+    # be there is refused later, by those who know what should.
+    return f"{key}={value}" if key in _GROUPS else f"++{key}={value}"
+
+
+def _root(key: str) -> str:
+    return re.split(r"[./@:]", key, maxsplit=1)[0]
 
 
 def _verbatim(text: str) -> str:

@@ -87,7 +87,11 @@ def typed(composed: DictConfig) -> Config:
         InputError: a value has the wrong type, or a key is not known to this task.
     """
     task = str(OmegaConf.select(composed, "task.name"))
-    schema = OmegaConf.structured(TASK_CONFIGS.get(task, Config))
+    config_type = TASK_CONFIGS.get(task, Config)
+    for key in composed:
+        if key not in {item.name for item in fields(config_type)}:
+            raise InputError(f"{key}: task={task} has no such key")
+    schema = OmegaConf.structured(config_type)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except OmegaConfBaseException as error:

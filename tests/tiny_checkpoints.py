@@ -166,7 +166,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
         # The shared expert's inner size is below the group, so a quantised checkpoint keeps one of its tensors dense.
         Geometry(
             name="tied",
-            layer_types="LFLFL",
+            layer_types="LFLF",
             layers_told_by="interval",
             hidden_size=64,
             vocab_size=211,
@@ -188,7 +188,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
         ),
         Geometry(
             name="pattern",
-            layer_types="FLFLLF",
+            layer_types="FLLFL",
             hidden_size=192,
             vocab_size=160,
             heads=6,
@@ -210,7 +210,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
         ),
         Geometry(
             name="text",
-            layer_types="LLLFLLLF",
+            layer_types="LLLFLL",
             hidden_size=64,
             vocab_size=200,
             heads=8,
@@ -231,7 +231,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
         ),
         Geometry(
             name="wide",
-            layer_types="LLFLLFL",
+            layer_types="LLFLL",
             layers_told_by="interval",
             hidden_size=128,
             vocab_size=173,

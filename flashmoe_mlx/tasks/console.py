@@ -14,11 +14,12 @@ class ByteProgress:
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
-        self._task = bar.add_task("", total=None, visible=False)
+        self._task = bar.add_task("", total=None)
 
     def stage(self, description: str, total: int) -> None:
-        """Begin a new stage."""
-        self._bar.reset(self._task, total=total, description=description, visible=True)
+        """Begin a new stage; the bar shows itself with the first."""
+        self._bar.start()
+        self._bar.reset(self._task, total=total, description=description)
 
     def advance(self, nbytes: int) -> None:
         """Move on."""
@@ -35,5 +36,9 @@ def byte_progress() -> Iterator[ByteProgress]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    bar = Progress(*columns, console=console, transient=True)
+    try:
         yield ByteProgress(bar)
+    finally:
+        if bar.live.is_started:
+            bar.stop()
