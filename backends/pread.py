@@ -10,6 +10,7 @@ from typing import SupportsIndex
 
 import mlx.core as mx
 
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import (
     ExpertBatch,
     ExpertReadError,
@@ -30,7 +31,7 @@ class PreadStore(ExpertStore):
     def __init__(self, source: ExpertSource, slots: int = 16, threads: int = 4) -> None:
         super().__init__(source, slots)
         if threads < 1:
-            raise ValueError(f"threads={threads}: at least 1 thread must read")
+            raise InputError(f"threads={threads}: at least 1 thread must read")
         size = source.layout.record_bytes
         self._slab = mx.zeros((slots, size), mx.uint8)
         self._host = memoryview(self._slab)  # type: ignore[arg-type]  # arrays have the buffer protocol

@@ -45,8 +45,8 @@ def _override(key: str, value: str) -> str:
         raise InputError(f"{key}: no such key; {hint}")
     if key in TEXT_KEYS:
         return f"++{key}={_verbatim(value)}"
-    # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group. What should not
-    # be there is refused later, by those who know what should.
+    # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group. What should
+    # not be there is refused later, by those who know what should.
     return f"{key}={value}" if key in _GROUPS else f"++{key}={value}"
 
 

@@ -18,7 +18,7 @@ from typing import Protocol, Self, SupportsIndex
 
 import mlx.core as mx
 
-from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.pack.record import RecordLayout
 
 
@@ -117,7 +117,7 @@ class ExpertStore(ABC):
 
     def __init__(self, source: ExpertSource, slots: int) -> None:
         if slots < 1:
-            raise ExpertRequestError(f"a store needs at least 1 slot, not {slots}")
+            raise InputError(f"slots={slots}: a store needs at least 1 slot")
         self.source = source
         self.slots = slots
 

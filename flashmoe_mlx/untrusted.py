@@ -39,19 +39,30 @@ def read_text(path: Path, limit: int) -> str | None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``, empty if there is no such file; raises as ``read_text`` does, and for other JSON.
-
-    Duplicate keys, NaN and infinities are refused: readers disagree on what they mean.
-    """
+    """The JSON object in ``path``, empty if there is no such file; raises as ``read_text`` does, and for other JSON."""
     text = read_text(path, _LARGEST_JSON)
     if text is None:
         return {}
     try:
+        return parse_object(text)
+    except ValueError as error:
+        raise InputError(f"{path} {error}") from error
+
+
+def parse_object(text: str) -> dict[str, Any]:
+    """The JSON object that ``text`` is.
+
+    Duplicate keys, NaN and infinities are refused: readers disagree on what they mean.
+
+    Raises:
+        ValueError: it is not one; the message says why, its subject left out.
+    """
+    try:
         value = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InputError(f"{path} must hold a JSON object, not {type(value).__name__}")
+        raise ValueError(f"must hold a JSON object, not {type(value).__name__}")  # noqa: TRY004  # of the text, not of ours
     return value
 
 

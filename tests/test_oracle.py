@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle.recorded import CASES, PROMPT_LENGTH, TOLERANCE, Case, Encoding
+from oracle.recorded import CASES, DENSE_CASES, PROMPT_LENGTH, TOLERANCE, Case, Encoding
 from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
@@ -45,6 +45,15 @@ def test_recordings_are_what_transformers_says(case: Case) -> None:
     recording = case.load()
     reference = Reference(case.geometry, case.weights(), case.experts_k)
     assert_agree(reference.prefill_then_decode(recording.tokens, PROMPT_LENGTH), recording.logits, DRIFT)
+
+
+@pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
+def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
+    """The everyday tests feed small chunks for a few tokens only: they take long."""
+    recording = case.load()
+    with flashmoe_mlx.load(case.write_checkpoint(tmp_path)) as engine:
+        for chunk in (1, 7):
+            assert_agree(engine.logits(recording.tokens, prefill_chunk=chunk), recording.logits)
 
 
 @pytest.mark.parametrize("original_format", [False, True], ids=["fused", "original"])
@@ -113,14 +122,12 @@ def weights_in_pack(pack: Path, geometry: Geometry) -> dict[str, np.ndarray]:
 
 
 def dense_projection(records: mx.array, variant: Mapping[str, Any], name: str) -> np.ndarray:
+    dtypes = {"U32": mx.uint32, "BF16": mx.bfloat16, "F32": mx.float32}
     parts = {}
     for component in variant["components"]:
-        begin, dtype = (
-            component["offset"],
-            {"U32": mx.uint32, "BF16": mx.bfloat16, "F32": mx.float32}[component["dtype"]],
-        )
-        raw = mx.contiguous(records[:, begin : begin + component["bytes"]])
-        parts[component["name"]] = raw.view(dtype).reshape(-1, *component["shape"])
+        begin, end = component["offset"], component["offset"] + component["bytes"]
+        values = mx.contiguous(records[:, begin:end]).view(dtypes[component["dtype"]])
+        parts[component["name"]] = values.reshape(-1, *component["shape"])
     columns = parts[f"{name}.scales"].shape[-1] * variant["group_size"]
     return np.array(dequantise(parts, name, columns))
 

@@ -1,19 +1,26 @@
 """A checkpoint on the Hugging Face hub, whose shards come to disk one by one as they are needed."""
 
-import shutil
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    NotASafetensorsRepoError,
+    OfflineModeIsEnabled,
+    SafetensorsParsingError,
+)
 
-from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name, read_config
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
-from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.files import explained_write_errors
 
-_TEXT = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+_CONFIG = "config.json"
+_TEXT = (_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class HubCheckpoint(Checkpoint):
@@ -32,60 +39,67 @@ class HubCheckpoint(Checkpoint):
 
         Raises:
             CheckpointError: no such model, or it is not supported.
-            FlashMoeError: the hub cannot be reached.
+            FlashMoeError: the hub cannot be reached, or no space is left.
         """
         api = HfApi()
-        with _Explained(name):
+        with explained_write_errors(folder), _explained(name):
             info = api.model_info(name, revision=revision)
-            assert info.sha is not None
-            assert info.siblings is not None
-            present = {sibling.rfilename for sibling in info.siblings}
+            present = {sibling.rfilename for sibling in info.siblings or ()}
+            commit = info.sha
             for file in _TEXT:
                 if file in present:
-                    hf_hub_download(name, file, revision=info.sha, local_dir=folder)
-            published = read_config(folder)
-            ModelConfig.from_json(published)
-            metadata = api.get_safetensors_metadata(name, revision=info.sha)
+                    hf_hub_download(name, file, revision=commit, local_dir=folder)
+        if commit is None or _CONFIG not in present:
+            raise CheckpointError(f"source={name}: no {_CONFIG} there: not a model that can be packed")
+        published = read_config(folder)
+        with _explained(name):
+            metadata = api.get_safetensors_metadata(name, revision=commit)
         tensors: dict[str, TensorInfo] = {}
         for shard, header in metadata.files_metadata.items():
+            if not is_shard_name(shard):
+                raise CheckpointError(f"source={name}: {shard!r} is not the name of a safetensors file in its folder")
             for tensor, entry in header.tensors.items():
+                if tensor in tensors:
+                    raise CheckpointError(f"source={name}: tensor {tensor} is in {tensors[tensor].shard} and {shard}")
                 described = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": list(entry.data_offsets)}
                 tensors[tensor] = tensor_info(folder / shard, tensor, described)
-        return cls(folder, published, tensors, name, info.sha)
+        return cls(folder, published, tensors, name, commit)
 
     @property
     def identity(self) -> dict[str, str]:
         """The hub id and the exact commit."""
         return {"name": self._name, "revision": self._revision}
 
+    def stamps(self) -> dict[str, list[int]]:
+        """None: shards come and go, and the commit says what they hold."""
+        return {}
+
     def ensure(self, shard: str) -> None:
         """Download ``shard`` unless it is there; an interrupted download is continued."""
         if not (self.folder / shard).is_file():
-            with _Explained(self._name):
+            with _explained(self._name):
                 hf_hub_download(self._name, shard, revision=self._revision, local_dir=self.folder)
 
-    def discard(self, shard: str) -> None:
-        """Delete ``shard`` and what the hub's library keeps beside it."""
-        super().discard(shard)
-        shutil.rmtree(self.folder / ".cache", ignore_errors=True)
+
+@contextlib.contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever the hub's library raises into a line, but for failures of writing here."""
+    try:
+        yield
+    except HFValidationError as error:
+        raise CheckpointError(f"source={name}: not a hub id: {_line(error)}") from error
+    except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
+        raise CheckpointError(f"source={name}: {_line(error)}") from error
+    except HfHubHTTPError as error:
+        reason = error.server_message or _line(error)
+        raise CheckpointError(f"source={name}: {reason} (private models need: hf auth login)") from error
+    except Exception as error:
+        # Besides its own errors the library lets through those of its HTTP client, which are of no common class.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise
+        reach = "no such folder here, and the hub" if isinstance(error, OfflineModeIsEnabled) else "the hub"
+        raise FlashMoeError(f"source={name}: {reach} cannot be reached ({_line(error)})") from error
 
 
-class _Explained:
-    """Turns the hub's errors into a line."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, HFValidationError):
-            raise CheckpointError(f"source={self._name}: not a hub id: {error}") from error
-        if isinstance(error, HfHubHTTPError):
-            reason = str(error.server_message or error).splitlines()[0]
-            raise CheckpointError(f"source={self._name}: {reason} (private models need: hf auth login)") from error
-        if isinstance(error, ConnectionError | OfflineModeIsEnabled | OSError) and not isinstance(error, FlashMoeError):
-            raise FlashMoeError(
-                f"source={self._name}: no such folder here, and the hub cannot be reached ({error})"
-            ) from error
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

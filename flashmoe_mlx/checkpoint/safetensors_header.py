@@ -4,7 +4,6 @@ Format: https://github.com/huggingface/safetensors#format. The header is untrust
 lie inside its file, and to have as many bytes as its shape and type need.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.untrusted import parse_object
 
 _HEADER_LIMIT = 100_000_000
+_MOST_DIMENSIONS = 16
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -40,43 +41,50 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         CheckpointError: the file is missing, truncated or not a safetensors file.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing or not a regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(f"{path}: not a complete safetensors file; download it again")
-            header = json.loads(file.read(length))
+                raise CheckpointError(f"{path}: not a complete safetensors file")
+            header = parse_object(file.read(length).decode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: its safetensors header is damaged; download it again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: its safetensors header is not an object")
-    header.pop("__metadata__", None)
+    except ValueError:
+        raise CheckpointError(f"{path}: its safetensors header is damaged") from None
+    _check_metadata(path, header.pop("__metadata__", {}))
     tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
         if tensor.begin != end:
-            raise CheckpointError(f"{path}: its tensors overlap or leave gaps; download it again")
+            raise CheckpointError(f"{path}: its tensors overlap or leave gaps")
         end += tensor.nbytes
     if 8 + length + end != size:
-        raise CheckpointError(f"{path}: {size} bytes long, but its header needs {8 + length + end}; download it again")
+        raise CheckpointError(f"{path}: {size} bytes long, but its header needs {8 + length + end}")
     return tensors, 8 + length
+
+
+def _check_metadata(path: Path, metadata: Any) -> None:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: its __metadata__ does not map names to texts")
 
 
 def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     """Check one entry of the header of ``path``."""
 
     def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name}: {what}")
+        return CheckpointError(f"{path}: tensor {name!r}: {what}")
 
+    if not name.isprintable():
+        raise refuse("its name has characters that cannot be shown")
     if not isinstance(entry, Mapping):
         raise refuse("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if dtype not in _DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
         raise refuse(f"type {dtype!r} is not supported")
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise refuse("its shape or offsets are not lists of natural numbers")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MOST_DIMENSIONS:
+        raise refuse("its shape or offsets are not short lists of natural numbers")
     nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != nbytes:
         raise refuse(f"{offsets[1] - offsets[0]} bytes do not hold shape {shape} of {dtype}")

@@ -236,8 +236,8 @@ class _Sorter:
         stated = settings.get(published) if isinstance(settings, Mapping) else None
         if isinstance(stated, Mapping) and (stated.get("bits"), stated.get("group_size")) != (bits, group_size):
             raise CheckpointError(
-                f"{self._where}: config.json says that {published} has {stated.get('bits')} bits in groups of "
-                f"{stated.get('group_size')}, but its shape says {bits} bits in groups of {group_size}"
+                f"{self._where}: config.json says that {published} has {stated.get('bits')!r} bits in groups of "
+                f"{stated.get('group_size')!r}, but its shape says {bits} bits in groups of {group_size}"
             )
 
     def _layer_experts(self, prefix: str) -> tuple[_LayerExperts, RecordLayout]:

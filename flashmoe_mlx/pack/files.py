@@ -4,11 +4,19 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from flashmoe_mlx.errors import FlashMoeError, PackError
+from flashmoe_mlx.errors import FlashMoeError, InputError, PackError
+from flashmoe_mlx.expert_store import Extent
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_WRONG_PLACE = (
+    errno.EACCES, errno.EROFS, errno.EPERM,
+    errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> int:
@@ -26,6 +34,30 @@ def read_exactly(fd: int, view: memoryview, offset: int) -> int:
         done += count
         reads += 1
     return reads
+
+
+def read_extents(extents: Sequence[Extent]) -> bytearray:
+    """The bytes of ``extents``, joined.
+
+    Raises:
+        InputError: a file ends inside its extent.
+        FlashMoeError: a file cannot be read.
+    """
+    data = bytearray(sum(extent.nbytes for extent in extents))
+    done = 0
+    for extent in extents:
+        try:
+            fd = os.open(extent.path, os.O_RDONLY)
+            try:
+                read_exactly(fd, memoryview(data)[done : done + extent.nbytes], extent.offset)
+            finally:
+                os.close(fd)
+        except EOFError as error:
+            raise InputError(f"{extent.path}: ends at byte {error.args[0]}: it was cut short while in use") from None
+        except OSError as error:
+            raise FlashMoeError(f"{extent.path}: cannot be read at byte {extent.offset} ({error.strerror})") from error
+        done += extent.nbytes
+    return data
 
 
 def write_exactly(fd: int, data: bytes | memoryview, offset: int) -> None:
@@ -74,18 +106,39 @@ def regular_file_size(path: Path) -> int | None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` against other writers; the lock ends with the process, however that ends."""
+    """Hold ``folder`` against other writers; the lock ends with the process, however that ends.
+
+    Raises:
+        PackError: another process holds it, or the filesystem has no locks.
+    """
     lock = folder / ".lock"
     fd = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise PackError(f"{folder}: another process is writing this pack; wait for it to end") from None
-        yield
-        lock.unlink(missing_ok=True)
+            # A writer that ended just now has taken away the file that was opened: its name no longer guards anything.
+            held = os.path.samestat(os.fstat(fd), lock.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        except OSError as error:
+            raise PackError(f"{folder}: cannot be locked on this filesystem ({error.strerror})") from error
+        if not held:
+            raise PackError(f"{folder}: another process is writing this pack; wait for it to end")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
     finally:
         os.close(fd)
+
+
+def refuse_if_too_large(folder: Path, needed: int, remedy: str) -> None:
+    """Raise PackError, which tells to ``remedy`` it, unless ``needed`` bytes more fit into ``folder``."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise PackError(
+            f"{folder}: no space: it needs {needed / 1e9:.1f} GB more, {free / 1e9:.1f} GB are free; {remedy}"
+        )
 
 
 @contextlib.contextmanager
@@ -94,10 +147,11 @@ def explained_write_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = error.strerror or str(error)
+        if error.errno in _NO_SPACE:
             raise FlashMoeError(
-                f"{folder}: no space left ({error.strerror}); make room and run the same command again, it resumes"
+                f"{folder}: no space left ({reason}); make room and run the same command again, it resumes"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise PackError(f"{error.filename or folder}: cannot write there ({error.strerror})") from error
-        raise
+        if error.errno in _WRONG_PLACE:
+            raise PackError(f"{error.filename or folder}: cannot write there ({reason})") from error
+        raise FlashMoeError(f"{error.filename or folder}: {reason}") from error

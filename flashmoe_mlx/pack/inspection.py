@@ -1,0 +1,74 @@
+"""Look at records: their hashes, and values that no healthy model has."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from flashmoe_mlx.pack.files import read_exactly
+from flashmoe_mlx.pack.record import RecordLayout
+
+_READERS = 4
+_EXPONENT_BITS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+"""Per float type, the word that holds it and the bits that are all set in NaN and infinity alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordReport:
+    """The XXH3 of a record, None if it could not be read, and what is wrong with its content, if anything."""
+
+    digest: int | None
+    fault: str | None
+
+
+def inspect_record(record: memoryview, layout: RecordLayout) -> RecordReport:
+    """Hash a record and look for values that no healthy model has."""
+    return RecordReport(xxhash.xxh3_64_intdigest(record), not_finite(record, layout))
+
+
+def inspect_layer(path: Path, layout: RecordLayout, num_experts: int) -> Iterator[RecordReport]:
+    """Inspect each record of a layer file, in order; a few threads read ahead.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    size = layout.record_bytes
+    fd = os.open(path, os.O_RDONLY)
+
+    def inspect(expert: int) -> RecordReport:
+        record = memoryview(bytearray(size))
+        try:
+            read_exactly(fd, record, expert * size)
+        except EOFError:
+            return RecordReport(None, "the file ends inside it")
+        except OSError as error:
+            return RecordReport(None, f"cannot be read ({error.strerror})")
+        return inspect_record(record, layout)
+
+    try:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for start in range(0, num_experts, _READERS):
+                yield from pool.map(inspect, range(start, min(start + _READERS, num_experts)))
+    finally:
+        os.close(fd)
+
+
+def not_finite(payload: bytearray | memoryview, layout: RecordLayout) -> str | None:
+    """What to say of the first component of a record that holds NaN or infinity, if there is one."""
+    for component in layout.components:
+        data = memoryview(payload)[component.offset : component.offset + component.nbytes]
+        if not all_finite(data, component.dtype):
+            return f"{component.name} holds NaN or infinity"
+    return None
+
+
+def all_finite(data: bytes | bytearray | memoryview, dtype: str) -> bool:
+    """Whether no value in ``data`` is NaN or infinite; ``dtype`` is a safetensors name, integers always are finite."""
+    if dtype not in _EXPONENT_BITS:
+        return True
+    word, mask = _EXPONENT_BITS[dtype]
+    return not bool(((np.frombuffer(data, word) & mask) == mask).any())

@@ -1,0 +1,241 @@
+"""The Python interface: generation, its limits, its measurements."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import TINY
+
+import flashmoe_mlx
+from flashmoe_mlx.engine.engine import Engine, Piece
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertBatch, StoreClosedError
+
+PROMPT = "Hello, store"
+
+
+@pytest.fixture
+def engine(tiny_pack: Path) -> Iterator[Engine]:
+    with flashmoe_mlx.load(tiny_pack) as opened:
+        yield opened
+
+
+def generated(engine: Engine, **options: Any) -> tuple[str, list[int], str | None]:
+    pieces = list(engine.generate(PROMPT, **options))
+    assert all(piece.finish_reason is None for piece in pieces[:-1])
+    tokens = [token for piece in pieces for token in piece.token_ids]
+    return "".join(piece.text for piece in pieces), tokens, pieces[-1].finish_reason
+
+
+def test_greedy_is_the_argmax_of_the_logits(engine: Engine) -> None:
+    text, tokens, reason = generated(engine, max_tokens=12)
+    assert reason == "length"
+    assert len(tokens) == 12
+    assert text == engine.tokenizer.decode(tokens, skip_special_tokens=True)
+    sequence = engine.encode(PROMPT)
+    for token in tokens:
+        assert token == engine.logits(sequence)[-1].argmax()
+        sequence.append(token)
+
+
+def test_a_seed_repeats_and_another_differs(engine: Engine) -> None:
+    options = {"temperature": 1.5, "max_tokens": 24}
+    first, again, other = (generated(engine, seed=seed, **options)[1] for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_filters_that_leave_one_token_are_greedy(engine: Engine) -> None:
+    greedy = generated(engine, max_tokens=8)
+    for only in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert generated(engine, temperature=2.0, seed=3, max_tokens=8, **only) == greedy
+
+
+def test_stop_token_ends_the_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tokens, _ = generated(engine, max_tokens=8)
+    stop = tokens[5]
+    monkeypatch.setattr(engine.tokenizer, "eos_token_ids", frozenset([stop]))
+    text, stopped, reason = generated(engine, max_tokens=8)
+    assert reason == "stop"
+    assert stopped == tokens[: tokens.index(stop) + 1]
+    assert text == engine.tokenizer.decode(stopped[:-1], skip_special_tokens=True)
+
+
+def test_messages_and_raw_prompts(engine: Engine) -> None:
+    chat = engine.encode(PROMPT)
+    assert chat == engine.encode([{"role": "user", "content": PROMPT}])
+    assert engine.encode(PROMPT, raw=True) == list(PROMPT.encode())
+    assert len(chat) > len(PROMPT)
+
+
+def test_chunks_give_the_same_answer(engine: Engine) -> None:
+    answers = {tuple(generated(engine, max_tokens=8, prefill_chunk=chunk)[1]) for chunk in (None, 1, 7, 64)}
+    assert len(answers) == 1
+
+
+def test_slots_fewer_than_experts_give_the_same_logits(tiny_pack: Path) -> None:
+    tokens = list(range(5, 45))
+    with flashmoe_mlx.load(tiny_pack) as wide, flashmoe_mlx.load(tiny_pack, slots=3) as narrow:
+        np.testing.assert_array_equal(narrow.logits(tokens), wide.logits(tokens))
+        assert narrow.stats()["store_total"]["fetches"] > wide.stats()["store_total"]["fetches"]
+
+
+def test_kernels_agree_with_the_reference(tiny_pack: Path) -> None:
+    tokens = list(range(5, 45))
+    with flashmoe_mlx.load(tiny_pack) as fast, flashmoe_mlx.load(tiny_pack, kernels="reference") as plain:
+        np.testing.assert_allclose(fast.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-4)
+        assert set(plain.kernel_names.values()) == {"reference"}
+
+
+def test_profile_changes_times_alone(tiny_pack: Path) -> None:
+    with flashmoe_mlx.load(tiny_pack, profile=True) as split, flashmoe_mlx.load(tiny_pack) as whole:
+        assert generated(split, max_tokens=6) == generated(whole, max_tokens=6)
+        phases = split.stats()["decode"]["phase_seconds"]
+    assert {"attention", "router_wait", "io", "experts", "head", "other"} == set(phases)
+    assert min(phases.values()) >= 0
+
+
+def test_a_decode_step_evaluates_once_a_layer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = engine.new_cache()
+    engine.forward(engine.encode(PROMPT), cache)
+    calls = 0
+    evaluate = mx.eval
+
+    def counted(*arrays: mx.array) -> None:
+        nonlocal calls
+        calls += 1
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", counted)
+    engine.forward([7], cache)
+    assert calls == TINY.num_layers + 1  # and one for the logits
+
+
+def test_experts_are_fetched_once_a_chunk(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[tuple[int, list[int]]] = []
+    fetch = engine.store.fetch
+
+    def recorded(layer: int, experts: list[int]) -> ExpertBatch:
+        fetched.append((layer, list(experts)))
+        return fetch(layer, experts)
+
+    monkeypatch.setattr(engine.store, "fetch", recorded)
+    engine.logits(list(range(100)))
+    for layer in range(TINY.num_layers):
+        asked = list(itertools.chain.from_iterable(experts for of, experts in fetched if of == layer))
+        assert len(asked) == len(set(asked))
+
+
+def test_counters_add_up(engine: Engine) -> None:
+    generated(engine, max_tokens=10)
+    stats = json.loads(json.dumps(engine.stats()))
+    prefill, decode, total = stats["prefill"], stats["decode"], stats["store_total"]
+    assert prefill["tokens"] == len(engine.encode(PROMPT))
+    assert decode["tokens"] == 9  # the first token comes from the prompt
+    assert decode["experts_requested"] == 9 * TINY.num_layers * TINY.experts_per_token
+    record = engine.store.layout.record_bytes
+    for stage in (prefill, decode):
+        assert stage["bytes_read"] == stage["experts_requested"] * record
+        assert stage["bytes_per_token"] == pytest.approx(stage["bytes_read"] / stage["tokens"])
+        assert sum(stage["phase_seconds"].values()) == pytest.approx(stage["seconds"])
+        assert stage["hits"] == 0
+    assert total["bytes_read"] == prefill["bytes_read"] + decode["bytes_read"]
+    assert stats["time_to_first_token"] > 0
+    assert stats["finish_reason"] == "length"
+
+
+def test_context_limit_ends_generation(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.tokenizer, "eos_token_ids", frozenset())
+    room = TINY.max_context - len(engine.encode(PROMPT))
+    _, tokens, reason = generated(engine, max_tokens=10_000)
+    assert reason == "length"
+    assert len(tokens) == room + 1  # the last one is not fed back
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 0}, "max_tokens=0: must be at least 1"),
+        ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
+        ({"temperature": float("nan")}, "temperature=nan: must be 0"),
+        ({"temperature": float("inf")}, "temperature=inf: must be 0"),
+        ({"top_p": 0.0}, "top_p=0.0: must be above 0"),
+        ({"top_p": 1.1}, "top_p=1.1: must be above 0"),
+        ({"top_k": -1}, "top_k=-1: must be 0"),
+        ({"min_p": 2.0}, "min_p=2.0: must be from 0"),
+        ({"seed": -1}, "seed=-1: must be 0 or above"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0: must be at least 1"),
+    ],
+)
+def test_options_are_checked_before_the_first_piece(engine: Engine, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as raised:
+        engine.generate(PROMPT, **options)
+    assert str(raised.value).startswith(message)
+
+
+def test_prompt_longer_than_the_context(engine: Engine) -> None:
+    with pytest.raises(InputError, match="the prompt has 300 tokens; this model's context holds 256"):
+        engine.generate("x" * 300, raw=True)
+
+
+@pytest.mark.parametrize(("tokens", "message"), [([], "empty"), ([9999], "token 9999"), ([-1], "token -1")])
+def test_tokens_are_checked(engine: Engine, tokens: list[int], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        engine.logits(tokens)
+
+
+@pytest.mark.parametrize("k", [0, -1, 17, 2.0, "4", True])
+def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
+    with pytest.raises(InputError, match="must be from 1 to 16"):
+        flashmoe_mlx.load(tiny_pack, experts_k=k)
+
+
+@pytest.mark.parametrize(
+    ("backend", "options", "message"),
+    [
+        ("nosuch", {}, "backend=nosuch: no such backend; there are pread"),
+        ("pread", {"thread": 4}, "backend.thread: no such option; PreadStore has variant, slots, threads"),
+        ("pread", {"threads": "4"}, "backend.threads=4: must be an integer"),
+        ("pread", {"threads": 0}, "threads=0"),
+        ("pread", {"slots": 0}, "a store needs at least 1 slot"),
+        ("pread", {"variant": "q2"}, "no variant 'q2'; it has q4"),
+        ({"_target_": "no.such.Store"}, {}, "backend: cannot import no.such.Store"),
+        ({"_target_": "pathlib.Path"}, {}, "backend: pathlib.Path is not a subclass of ExpertStore"),
+        ({}, {}, "backend: _target_ must name"),
+    ],
+)
+def test_backends_are_checked(tiny_pack: Path, backend: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(flashmoe_mlx.errors.FlashMoeError) as raised:
+        flashmoe_mlx.load(tiny_pack, backend, **options)
+    assert message in str(raised.value)
+
+
+def test_a_closed_engine_says_so(tiny_pack: Path) -> None:
+    engine = flashmoe_mlx.load(tiny_pack)
+    engine.close()
+    engine.close()
+    with pytest.raises(StoreClosedError):
+        engine.logits([1, 2])
+
+
+def test_generation_can_be_left_and_begun_again(engine: Engine) -> None:
+    whole = generated(engine, max_tokens=6)
+    pieces = engine.generate(PROMPT, max_tokens=6)
+    assert isinstance(next(pieces), Piece)
+    pieces.close()  # type: ignore[attr-defined]  # it is a generator
+    assert generated(engine, max_tokens=6) == whole
+
+
+def test_models_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        flashmoe_mlx.load(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"neither a pack \(pack.json\) nor a checkpoint"):
+        flashmoe_mlx.load(tmp_path)
+    (tmp_path / ".packing").mkdir()
+    with pytest.raises(InputError, match="packing did not finish"):
+        flashmoe_mlx.load(tmp_path)
