@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
         job()
     except SystemExit as asked:  # after --help and the like
         codes.append(int(asked.code or 0))
+    except OSError as error:  # tasks report their own: this is about the run's directory
+        mend = "hydra.run.dir=<folder> puts the record of the run elsewhere"
+        codes.append(_report(FlashMoeError(f"{error.filename}: {error.strerror}; {mend}"), debug))
     except Exception as error:
         codes.append(_report(error, debug))
     finally:

@@ -1,6 +1,6 @@
 """Open whatever a person points at, a pack or a published checkpoint, in one form."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, sort_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.model.build import ResidentTensors
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.arrays import array_from
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
@@ -17,11 +18,11 @@ from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk: ``resident`` reads a tensor when it is asked for one; ``experts`` by variant."""
+    """A model on disk; ``experts`` by variant."""
 
     folder: Path
     config: ModelConfig
-    resident: Mapping[str, mx.array]
+    resident: ResidentTensors
     experts: Mapping[str, ExpertSource]
 
     def variant(self, name: str | None) -> ExpertSource:
@@ -48,7 +49,7 @@ def open_model(folder: Path) -> ModelFiles:
     """
     if (folder / MANIFEST).exists():
         pack = open_pack(folder)
-        return ModelFiles(folder, pack.config, _LoadedLazily(pack.resident_path), pack.experts)
+        return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if (folder / ".packing").exists():
         raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
     checkpoint = Checkpoint.open(folder)
@@ -58,44 +59,30 @@ def open_model(folder: Path) -> ModelFiles:
     return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
 
 
-class _LoadedLazily(Mapping[str, mx.array]):
-    """The tensors of a safetensors file, each read anew on every access, so that none outlives its use."""
+class _PackResident:
+    """The resident tensors of a pack."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._names = set(self._load())
-
-    def _load(self) -> dict[str, mx.array]:
-        loaded = mx.load(str(self._path))
+        loaded = mx.load(str(path))  # headers alone; MLX reads a tensor when it is evaluated
         assert isinstance(loaded, dict)
-        return loaded
+        self._tensors = loaded
+        self.names = frozenset(loaded)
 
-    def __getitem__(self, name: str) -> mx.array:
-        return self._load()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    def take(self, name: str) -> mx.array:
+        return self._tensors.pop(name)
 
 
-class _CheckpointResident(Mapping[str, mx.array]):
+class _CheckpointResident:
     """The resident tensors of a checkpoint under the names and in the form of a pack."""
 
     def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors) -> None:
         self._checkpoint = checkpoint
         self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in tensors.vectors}
         self._tensors |= {part.name: part for matrix in tensors.matrices for part in matrix.parts}
+        self.names = frozenset(self._tensors)
 
-    def __getitem__(self, name: str) -> mx.array:
+    def take(self, name: str) -> mx.array:
         tensor = self._tensors[name]
         data = self._checkpoint.read(tensor.source, 0, tensor.source.nbytes)
         array = array_from(data, tensor.source.dtype, tensor.shape)
         return array.astype(mx.float32) + 1.0 if tensor.add_one else array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)

@@ -1,6 +1,7 @@
 """Put a model together from its resident tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Collection
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -19,15 +20,28 @@ _EXACT = ("A_log", "dt_bias")
 """Parameters of the decay, which is an exponential of an exponential."""
 
 
+class ResidentTensors(Protocol):
+    """The resident tensors of a model on disk, under the names of ``parameters``."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """What is there."""
+        ...
+
+    def take(self, name: str) -> mx.array:
+        """Read a tensor; each can be taken once, so that none stays in memory twice."""
+        ...
+
+
 def build_model(
     config: ModelConfig,
-    tensors: Mapping[str, mx.array],
+    tensors: ResidentTensors,
     store: ExpertStore,
     experts_k: int,
     kernels: Kernels,
     dtype: mx.Dtype,
 ) -> Model:
-    """The model with its resident weights in memory and activations of ``dtype``; ``tensors`` may be read lazily.
+    """The model with its resident weights in memory and activations of ``dtype``.
 
     Raises:
         PackError: a tensor is missing or has the wrong shape.
@@ -104,17 +118,17 @@ def build_model(
 
 
 class _Resident:
-    """Takes tensors out of files one by one, so that no more than one is in memory twice."""
+    """Takes tensors out of files one by one, in the types that the model computes with."""
 
-    def __init__(self, tensors: Mapping[str, mx.array], dtype: mx.Dtype) -> None:
+    def __init__(self, tensors: ResidentTensors, dtype: mx.Dtype) -> None:
         self._tensors = tensors
         self._dtype = dtype
         self.nbytes = 0
 
     def _take(self, name: str, dtype: mx.Dtype | None) -> mx.array:
-        if name not in self._tensors:
+        if name not in self._tensors.names:
             raise PackError(f"resident weights: tensor {name} is missing; pack the model again")
-        array = self._tensors[name]
+        array = self._tensors.take(name)
         if dtype is not None:
             array = array.astype(dtype)
         mx.eval(array)
@@ -127,7 +141,7 @@ class _Resident:
         return array
 
     def linear(self, name: str, shape: tuple[int, ...]) -> Linear:
-        if f"{name}.scales" not in self._tensors:
+        if f"{name}.scales" not in self._tensors.names:
             weight = self._take(f"{name}.weight", self._dtype)
             _check(f"{name}.weight", weight, shape)
             return Linear(weight)

@@ -1,0 +1,143 @@
+"""The program as people start it."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+RUN = [sys.executable, "-m", "flashmoe_mlx"]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def flashmoe(
+    *arguments: str, cwd: Path, cache: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | ({"FLASHMOE_CACHE": str(cache)} if cache else {})
+    return subprocess.run(
+        [*RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"
+    )
+
+
+def mistake(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The one line of an error."""
+    assert result.returncode == code, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("flashmoe_mlx: ")
+    return lines[0].removeprefix("flashmoe_mlx: ")
+
+
+def records(folder: Path) -> list[Path]:
+    return sorted(folder.glob("outputs/*/*"))
+
+
+def test_the_users_line_on_a_fresh_machine(tmp_path: Path, cache: Path) -> None:
+    result = flashmoe("+backend=pread", "+experts_k=4", "max_tokens=4", cwd=tmp_path, cache=cache)
+    assert result.returncode == 0, result.stderr
+    assert "prefill" in result.stderr
+    assert "decode" in result.stderr
+    (record,) = records(tmp_path)
+    metrics = json.loads((record / "metrics.json").read_text())
+    assert metrics["experts_k"] == 4
+    assert metrics["text"] + "\n" == result.stdout
+    assert len(metrics["token_ids"]) == 4
+    assert metrics["decode"]["experts_requested"] == 3 * 4 * metrics["model"]["config"]["num_layers"]
+    environment = json.loads((record / "environment.json").read_text())
+    assert environment["packages"]["mlx"]
+    assert environment["command"][1:] == ["backend=pread", "++experts_k=4", "++max_tokens=4"]
+    assert (record / ".hydra" / "config.yaml").is_file()
+    assert "kernels" in (record / "flashmoe_mlx.log").read_text()
+
+
+def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) -> None:
+    result = flashmoe("-m", "+backend=pread", "+experts_k=2,99,3", "max_tokens=2", cwd=tmp_path, cache=cache)
+    assert result.returncode == 2
+    assert "experts_k=99: must be from 1 to 64" in result.stderr
+    runs = sorted(tmp_path.glob("multirun/*/*/[0-9]*"))
+    assert [run.name for run in runs] == ["0", "1", "2"]
+    measured = [run / "metrics.json" for run in runs]
+    assert [path.exists() for path in measured] == [True, False, True]
+    assert [json.loads(path.read_text())["experts_k"] for path in (measured[0], measured[2])] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["backend=nosuch"], "backend=nosuch: no such backend; there are pread"),
+        (["experts_k=0"], "experts_k=0: must be from 1 to 16"),
+        (["experts_k=-1"], "experts_k=-1: must be from 1 to 16"),
+        (["experts_k=17"], "experts_k=17: must be from 1 to 16"),
+        (["experts_k=four"], "experts_k: Value 'four' of type 'str' could not be converted to Integer"),
+        (["model=nosuch"], "model=nosuch: no such model; there are demo, synthetic; for a folder: model.path=nosuch"),
+        (["prompt=" + "x" * 300], "the prompt has 321 tokens; this model's context holds 256"),
+        (["backend.threads=many"], "backend.threads=many: must be an integer"),
+        (["task=pack", "out=x"], "task=pack needs source="),
+        (["task=pack", "source=nowhere", "out=x"], "source=nowhere: no such folder, and not a hub id"),
+        (["task=pack", "verify=true"], "verify=true needs out="),
+    ],
+)
+def test_mistakes_are_one_line(tiny_pack: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    line = mistake(flashmoe(f"model.path={tiny_pack}", *arguments, cwd=tmp_path))
+    assert message in line
+    assert "Traceback" not in line
+
+
+def test_debug_shows_where(tmp_path: Path) -> None:
+    result = flashmoe("model.path=nowhere", "debug=true", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "Traceback (most recent call last)" in result.stderr
+    assert "model.path=nowhere: no such folder" in result.stderr
+
+
+def test_a_folder_that_cannot_be_written(tiny_pack: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        # Root writes anywhere, but not into a file.
+        (tmp_path / "outputs").write_text("")
+    else:
+        tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    line = mistake(flashmoe(f"model.path={tiny_pack}", cwd=tmp_path), code=1)
+    assert "hydra.run.dir=<folder>" in line
+
+
+def test_interrupting_keeps_what_was_measured(tmp_path: Path, cache: Path) -> None:
+    arguments = [*RUN, "max_tokens=4000", "prompt=" + "x" * 20]
+    environment = os.environ | {"FLASHMOE_CACHE": str(cache)}
+    with subprocess.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.read(1)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the model ended its answer before it could be interrupted")
+    assert process.returncode == 130, errors
+    (record,) = records(tmp_path)
+    assert json.loads((record / "metrics.json").read_text())["interrupted"] is True
+
+
+def test_a_reader_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*RUN, f"model.path={tiny_pack}", "max_tokens=200"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        errors = process.stderr.read()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
