@@ -5,13 +5,15 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from threading import Lock
+from threading import Barrier, Lock
 from typing import SupportsIndex
 
 import mlx.core as mx
+import psutil
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import (
+    BackendUnavailableError,
     ExpertBatch,
     ExpertReadError,
     ExpertSource,
@@ -33,11 +35,15 @@ class PreadStore(ExpertStore):
         if threads < 1:
             raise InputError(f"threads={threads}: at least 1 thread must read")
         size = source.layout.record_bytes
+        memory = psutil.virtual_memory().total
+        if slots * size > memory:  # MLX would crash on it
+            raise InputError(f"slots={slots}: {slots * size / 1e9:.1f} GB, this machine has {memory / 1e9:.1f} GB")
         self._slab = mx.zeros((slots, size), mx.uint8)
         self._host = memoryview(self._slab)  # type: ignore[arg-type]  # arrays have the buffer protocol
         self._rows = [memoryview(self._host.cast("B"))[slot * size : (slot + 1) * size] for slot in range(slots)]
         self._files: dict[Path, int] = {}
-        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(threads, "pread")
+        self._pool: ThreadPoolExecutor | None = _started_pool(threads)
+        self._process = os.getpid()
         self._fetching = Lock()
         self._stats = StoreStats()
 
@@ -45,14 +51,17 @@ class PreadStore(ExpertStore):
         """Read ``experts`` of ``layer`` into the first slots."""
         start = time.perf_counter()
         layer, indices = self.checked_request(layer, experts)
+        if os.getpid() != self._process:
+            raise StoreClosedError(
+                "this store was opened by another process, whose threads it reads with; open one here"
+            )
         with self._fetching:
             pool = self._pool
             if pool is None:
                 raise StoreClosedError("this store is closed")
             slots = {expert: slot for slot, expert in enumerate(dict.fromkeys(indices))}
             pending = [pool.submit(self._read, layer, expert, slot) for expert, slot in slots.items()]
-            # All of them, even if one fails: a slot must not be written to after fetch has returned.
-            wait(pending)
+            _drain(pending)
             self._count(pending, time.perf_counter() - start)
         return ExpertBatch(self._slab, self._host, tuple(slots[expert] for expert in indices))
 
@@ -107,3 +116,29 @@ class PreadStore(ExpertStore):
             for fd in self._files.values():
                 os.close(fd)
             self._files.clear()
+
+
+def _started_pool(threads: int) -> ThreadPoolExecutor:
+    """A pool whose threads all run: one that fails to start later would leave a read that nobody waits for."""
+    pool = ThreadPoolExecutor(threads, "pread")
+    together = Barrier(threads + 1)
+    try:
+        for _ in range(threads):
+            pool.submit(together.wait)
+    except RuntimeError as error:
+        together.abort()
+        pool.shutdown()
+        raise BackendUnavailableError(f"cannot start {threads} threads: {error}; choose fewer threads") from error
+    together.wait()
+    return pool
+
+
+def _drain(pending: Sequence[Future[tuple[int, int]]]) -> None:
+    """Wait for all reads, even if one fails or an interrupt comes: no slot may be written to after the fetch."""
+    try:
+        wait(pending)
+    except BaseException:
+        for read in pending:
+            read.cancel()
+        wait(pending)
+        raise

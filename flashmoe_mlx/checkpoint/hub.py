@@ -10,14 +10,13 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     NotASafetensorsRepoError,
-    OfflineModeIsEnabled,
     SafetensorsParsingError,
 )
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name, read_config
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
-from flashmoe_mlx.pack.files import explained_write_errors
+from flashmoe_mlx.pack.files import WRITE_ERRORS, explained_write_errors
 
 _CONFIG = "config.json"
 _TEXT = (_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -91,15 +90,16 @@ def _explained(name: str) -> Iterator[None]:
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
         raise CheckpointError(f"source={name}: {_line(error)}") from error
     except HfHubHTTPError as error:
-        reason = error.server_message or _line(error)
+        reason = _line(error.server_message or error)
         raise CheckpointError(f"source={name}: {reason} (private models need: hf auth login)") from error
     except Exception as error:
-        # Besides its own errors the library lets through those of its HTTP client, which are of no common class.
-        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        # Besides its own errors the library lets through those of its HTTP client, which have no class in common.
+        if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             raise
-        reach = "no such folder here, and the hub" if isinstance(error, OfflineModeIsEnabled) else "the hub"
-        raise FlashMoeError(f"source={name}: {reach} cannot be reached ({_line(error)})") from error
+        raise FlashMoeError(
+            f"source={name}: no such folder here, and the hub cannot be reached ({_line(error)})"
+        ) from error
 
 
-def _line(error: Exception) -> str:
+def _line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -118,7 +118,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             name,
             str(stage["tokens"]),
             _shown(stage["tokens_per_second"], ".2f"),
-            "/".join(f"{1e3 * steps[p]:.3g}" for p in ("p5", "p50", "p95")) if steps else "-",
+            _spread(steps) if steps else "-",
             _shown(stage["bytes_per_token"], ".3g", 1e-6),
             # A store that keeps nothing cannot hit; the page cache under it is not visible from here.
             _shown(stage["hit_rate"] or None, ".0%"),
@@ -187,6 +187,12 @@ def _percentiles(values: list[float]) -> dict[str, float] | None:
     if not values:
         return None
     return {f"p{p}": float(np.percentile(values, p)) for p in (5, 50, 95)}
+
+
+def _spread(steps: Mapping[str, float]) -> str:
+    """Percentiles in milliseconds, or the one value there is."""
+    shown = [f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}" for seconds in steps.values()]
+    return "/".join(dict.fromkeys(shown))
 
 
 def _ratio(amount: float, per: float) -> float | None:

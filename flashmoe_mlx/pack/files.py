@@ -17,6 +17,8 @@ _WRONG_PLACE = (
     errno.EACCES, errno.EROFS, errno.EPERM,
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+WRITE_ERRORS = (*_NO_SPACE, *_WRONG_PLACE)
+"""What ``explained_write_errors`` has advice for."""
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> int:

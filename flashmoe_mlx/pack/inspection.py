@@ -19,9 +19,9 @@ _EXPONENT_BITS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4"
 
 @dataclass(frozen=True, slots=True)
 class RecordReport:
-    """The XXH3 of a record, None if it could not be read, and what is wrong with its content, if anything."""
+    """The XXH3 of a record, -1 if it could not be read, and what is wrong with it, if anything."""
 
-    digest: int | None
+    digest: int
     fault: str | None
 
 
@@ -44,9 +44,9 @@ def inspect_layer(path: Path, layout: RecordLayout, num_experts: int) -> Iterato
         try:
             read_exactly(fd, record, expert * size)
         except EOFError:
-            return RecordReport(None, "the file ends inside it")
+            return RecordReport(-1, "the file ends inside it")
         except OSError as error:
-            return RecordReport(None, f"cannot be read ({error.strerror})")
+            return RecordReport(-1, f"cannot be read ({error.strerror})")
         return inspect_record(record, layout)
 
     try:

@@ -19,16 +19,17 @@ A pack is untrusted until ``open_pack`` has checked it: nothing is allocated or 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from flashmoe_mlx.errors import InputError, PackError
+from flashmoe_mlx.checkpoint.safetensors_header import read_header
+from flashmoe_mlx.errors import CheckpointError, PackError
 from flashmoe_mlx.expert_store import Extent
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.files import regular_file_size, write_atomically
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.pack.record import DTYPE_BYTES, RecordLayout
 from flashmoe_mlx.untrusted import read_object
 
 MANIFEST = "pack.json"
@@ -150,10 +151,13 @@ def open_pack(folder: Path) -> Pack:
     unchanged.
 
     Raises:
-        PackError: what is wrong and what mends it.
+        InputError: what is wrong and what mends it; mostly a PackError.
     """
-    folder = folder.resolve()
-    if not (folder / MANIFEST).is_file():
+    try:
+        folder = folder.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links (before Python 3.13), a NUL in the name
+        raise PackError(f"{str(folder)!r}: {error}") from error
+    if regular_file_size(folder / MANIFEST) is None:
         raise PackError(
             f"{folder}: no {MANIFEST} here: not a pack, or not finished (run the same task=pack command again)"
         )
@@ -172,6 +176,8 @@ class _Opener:
                 f"format version {version!r} is not supported, only {FORMAT_VERSION}; pack the model again"
             )
         self._manifest = manifest
+        self._files = self._object(manifest.get("files"), "files")
+        self._known: set[str] = set()
 
     def _refuse(self, what: str) -> PackError:
         return PackError(f"{self._folder}: {what}")
@@ -182,52 +188,82 @@ class _Opener:
         return value
 
     def open(self) -> Pack:
-        files = self._object(self._manifest.get("files"), "files")
-        for name, entry in files.items():
-            self._check_file(name, self._object(entry, f"the entry of {name}"))
-        for required in ("config.json", RESIDENT):
-            if required not in files:
-                raise self._refuse(f"{MANIFEST} does not list {required}")
-        config = ModelConfig.from_json(read_object(self._folder / "config.json"))
-        if self._manifest.get("geometry") != geometry_of(config):
+        self._check_origin()
+        self._check_file("config.json")
+        try:
+            config = ModelConfig.from_json(read_object(self._folder / "config.json"))
+        except CheckpointError as error:
+            raise self._refuse(str(error)) from None
+        if not _same(self._manifest.get("geometry"), geometry_of(config)):
             raise self._refuse(
                 f"the geometry in {MANIFEST} is not that of config.json: files of different models are mixed"
             )
         variants = self._object(self._manifest.get("variants"), "variants")
         if not variants:
             raise self._refuse(f"{MANIFEST} lists no variants")
-        experts = {name: self._variant(name, entry, config, files) for name, entry in variants.items()}
+        experts = {name: self._variant(name, entry, config) for name, entry in variants.items()}
+        for name in TEXT_FILES:
+            if name in self._files:
+                self._check_file(name)
+        self._check_resident()
+        foreign = self._files.keys() - self._known
+        if foreign:
+            raise self._refuse(f"{MANIFEST} lists {min(foreign)!r}, which is no part of such a pack")
         return Pack(self._folder, self._manifest, config, experts)
 
-    def _check_file(self, name: str, entry: dict[str, Any]) -> None:
-        parts = PurePosixPath(name).parts
-        if (
-            not parts
-            or len(parts) > 2
-            or ".." in parts
-            or name != "/".join(parts)
-            or "\\" in name
-            or "\0" in name
-            or name[0] == "/"
-        ):
-            raise self._refuse(f"{MANIFEST} lists {name!r}, which is not the name of a file inside the pack")
+    def _check_origin(self) -> None:
+        source = self._object(self._manifest.get("source"), "source")
+        skipped = self._manifest.get("skipped_tensors")
+        if not isinstance(skipped, list) or not all(isinstance(text, str) for text in (*source.values(), *skipped)):
+            raise self._refuse(f"{MANIFEST}: source or skipped_tensors does not hold texts")
+
+    def _check_file(self, name: str, nbytes: int | None = None, hashed: bool = True) -> None:
+        """Check a file whose size is ``nbytes`` if that is known, and of which the manifest has a hash if ``hashed``.
+
+        ``name`` is ours, so the manifest has no say in which paths are touched.
+        """
+        if name not in self._files:
+            raise self._refuse(f"{MANIFEST} does not list {name}")
+        self._known.add(name)
+        entry = self._object(self._files[name], f"the entry of {name}")
+        listed = entry.get("bytes")
+        if type(listed) is not int or listed < 0:
+            raise self._refuse(f"{MANIFEST}: the size of {name} is {listed!r}")
+        if entry.keys() - {"bytes"} != ({"xxh3"} if hashed else set()):
+            raise self._refuse(f"{MANIFEST}: the entry of {name} {'lacks its xxh3' if hashed else 'has foreign keys'}")
+        if nbytes not in (None, listed):
+            raise self._refuse(f"{name} must have {nbytes} bytes by the model's geometry, {MANIFEST} says {listed}")
         path = self._folder / name
-        size, expected = regular_file_size(path), entry.get("bytes")
-        if type(expected) is not int or expected < 0:
-            raise self._refuse(f"{MANIFEST}: the size of {name} is {expected!r}")
-        if path.parent.is_symlink():
+        size = regular_file_size(path)
+        if path.parent != self._folder and path.parent.is_symlink():
             raise self._refuse(f"{path.parent.name} is a symbolic link; a pack must hold its own files")
         if size is None:
             raise self._refuse(f"{name} is missing or not a regular file; pack the model again")
-        if size != expected:
+        if size != listed:
             raise self._refuse(
-                f"{name} has {size} bytes, {MANIFEST} says {expected}: truncated or foreign; pack the model again"
+                f"{name} has {size} bytes, {MANIFEST} says {listed}: truncated or foreign; pack the model again"
             )
-        if size <= _SMALL and "xxh3" in entry and file_hash(path) != entry["xxh3"]:
+        if hashed and size <= _SMALL and self._hash(path) != entry["xxh3"]:
             raise self._refuse(f"{name} is damaged (its checksum differs from {MANIFEST}); pack the model again")
 
-    def _variant(self, name: str, entry: Any, config: ModelConfig, files: Mapping[str, Any]) -> PackedExperts:
-        entry = self._object(entry, f"variant {name}")
+    def _hash(self, path: Path) -> str:
+        try:
+            return file_hash(path)
+        except OSError as error:
+            raise self._refuse(f"{path.name} cannot be read ({error.strerror})") from error
+
+    def _check_resident(self) -> None:
+        self._check_file(RESIDENT)
+        try:
+            tensors, _ = read_header(self._folder / RESIDENT)
+        except CheckpointError as error:
+            raise PackError(f"{error}; pack the model again") from None
+        for name, tensor in tensors.items():
+            if tensor.dtype not in DTYPE_BYTES:
+                raise self._refuse(f"{RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has")
+
+    def _variant(self, name: str, entry: Any, config: ModelConfig) -> PackedExperts:
+        entry = self._object(entry, f"variant {name!r}")
         bits, group_size, dtype = (entry.get(key) for key in ("bits", "group_size", "dtype"))
         if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
             raise self._refuse(f"{MANIFEST}: variant {name!r} lacks bits, group_size or dtype")
@@ -235,24 +271,23 @@ class _Opener:
             raise self._refuse(f"{MANIFEST}: variant {name!r} says that it has {bits} bits")
         try:
             layout = RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
-        except InputError as error:
+        except PackError as error:
             raise self._refuse(f"variant {name}: {error}") from None
-        if layout.to_json() != entry:
+        if not _same(layout.to_json(), entry):
             raise self._refuse(
                 f"{MANIFEST}: the record layout of variant {name} is not the one that its geometry gives"
             )
         directory = variant_directory(name)
         experts = PackedExperts(self._folder / directory, layout, config.num_layers, config.num_experts)
-        expected = {f"{directory}/{layer_file(layer)}": experts.layer_bytes for layer in range(config.num_layers)}
-        expected[f"{directory}/{CHECKSUMS}"] = config.num_layers * config.num_experts * HASH_BYTES
-        for path, nbytes in expected.items():
-            if path not in files:
-                raise self._refuse(f"{MANIFEST} does not list {path}")
-            if files[path]["bytes"] != nbytes:
-                raise self._refuse(
-                    f"{path} must have {nbytes} bytes by the model's geometry, {MANIFEST} says {files[path]['bytes']}"
-                )
+        for layer in range(config.num_layers):
+            self._check_file(f"{directory}/{layer_file(layer)}", experts.layer_bytes, hashed=False)
+        self._check_file(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)
         return experts
+
+
+def _same(first: Any, second: Any) -> bool:
+    """Whether two JSON values are equal in their types too; Python takes 1, 1.0 and true for the same."""
+    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
 def file_hash(path: Path) -> str:

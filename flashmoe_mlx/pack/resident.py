@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import xxhash
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
+from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.pack.arrays import array_from, bytes_of
 from flashmoe_mlx.pack.files import write_exactly
+from flashmoe_mlx.pack.inspection import all_finite
 from flashmoe_mlx.pack.quantise import quantise
 from flashmoe_mlx.pack.record import DTYPE_BYTES
 
@@ -114,17 +117,34 @@ class ResidentPlan:
         return [job for job in self._jobs if job.source.source.shard == shard]
 
     def write_shard(self, checkpoint: Checkpoint, shard: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Write what comes from ``shard`` into the file at ``path``, and make it durable; a block is in memory."""
+        """Write what comes from ``shard`` into the file at ``path``, and make it durable; a block is in memory.
+
+        Raises:
+            CheckpointError: a tensor holds NaN or infinity.
+        """
         fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             write_exactly(fd, self._header, 0)
             for job in self._of(shard):
                 for output, start, data in _blocks(checkpoint, job):
+                    _refuse_not_finite(checkpoint, job, data, output.dtype)
                     write_exactly(fd, data, len(self._header) + output.offset + start)
                     progress(len(data))
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def shard_hash(self, shard: str, path: Path) -> str:
+        """XXH3 of what ``write_shard`` wrote into the file at ``path``, which may be cut short, and of the header."""
+        digest = xxhash.xxh3_64()
+        with path.open("rb") as file:
+            digest.update(file.read(len(self._header)))
+            for job in self._of(shard):
+                for output in job.outputs:
+                    file.seek(len(self._header) + output.offset)
+                    for start in range(0, output.nbytes, _BLOCK_BYTES):
+                        digest.update(file.read(min(_BLOCK_BYTES, output.nbytes - start)))
+        return digest.hexdigest()
 
 
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
@@ -145,6 +165,14 @@ def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, m
     step = max(1, _BLOCK_BYTES // row_bytes)
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        dense = array_from(checkpoint.read(source, row * row_bytes, count * row_bytes), source.dtype, (count, columns))
+        data = checkpoint.read(source, row * row_bytes, count * row_bytes)
+        _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantises a NaN to an ordinary number
+        dense = array_from(data, source.dtype, (count, columns))
         for output, made in zip(job.outputs, quantise(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
+
+
+def _refuse_not_finite(checkpoint: Checkpoint, job: _Job, data: bytearray | memoryview, dtype: str) -> None:
+    if not all_finite(data, dtype):
+        path = checkpoint.folder / job.source.source.shard
+        raise CheckpointError(f"{path}: {job.source.name} holds NaN or infinity; download it again")

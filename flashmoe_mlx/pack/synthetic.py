@@ -7,7 +7,6 @@ at random, so no storage or filesystem can compress what it should read.
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +15,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.model.parameters import Kind, Parameter, resident_parameters
-from flashmoe_mlx.pack.files import exclusive, explained_write_errors, write_atomically
+from flashmoe_mlx.pack.files import exclusive, explained_write_errors, publish, refuse_if_too_large, write_atomically
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.pack import (
     CHECKSUMS,
@@ -116,21 +114,15 @@ class _Synthesiser:
         }
 
     def write(self, name: str) -> None:
-        self._refuse_if_too_large()
+        needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes
+        refuse_if_too_large(
+            self._folder, needed, "choose fewer layers (model.synthetic.num_layers) or another model.cache_dir"
+        )
         self._write_resident()
         variant = variant_name(self._sizes.bits)
         self._write_experts(self._folder / variant_directory(variant))
         source = {"name": f"{name} (random weights)", "revision": f"recipe {_RECIPE}, seed {self._sizes.seed}"}
         write_manifest(self._folder, self._config, {variant: self._layout}, source, [])
-
-    def _refuse_if_too_large(self) -> None:
-        needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes
-        free = shutil.disk_usage(self._folder).free
-        if needed > free:
-            raise PackError(
-                f"{self._folder}: no space: the experts need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-                "choose fewer layers (model.synthetic.num_layers) or another model.cache_dir"
-            )
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._sizes.seed, *stream])
@@ -140,8 +132,9 @@ class _Synthesiser:
         for index, parameter in enumerate(resident_parameters(self._config)):
             tensors |= _resident_tensors(parameter, self._sizes.bits, self._random(0, index))
         partial = self._folder / f"partial-{RESIDENT}"
-        mx.save_safetensors(str(partial), tensors, {"format": "mlx"})
-        partial.replace(self._folder / RESIDENT)
+        with partial.open("wb") as file:  # with a name alone MLX does not say why it cannot write
+            mx.save_safetensors(file, tensors, {"format": "mlx"})
+        publish(partial, self._folder / RESIDENT)
 
     def _write_experts(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)

@@ -59,11 +59,13 @@ def _damaged_records(
     try:
         for expert, report in enumerate(inspect_layer(path, experts.layout, experts.num_experts)):
             fault = report.fault
-            if report.digest is not None and report.digest != expected[expert]:
+            if fault is None and report.digest != expected[expert]:
                 fault = "its checksum differs"
             if fault is not None:
                 start = expert * experts.layout.record_bytes
-                yield Damage(path, f"{variant} layer {layer} expert {expert} (record at byte {start}) is damaged: {fault}")
+                yield Damage(
+                    path, f"{variant} layer {layer} expert {expert} (record at byte {start}) is damaged: {fault}"
+                )
             progress.advance(experts.layout.record_bytes)
     except OSError as error:
         yield Damage(path, f"cannot be read ({error.strerror})")

@@ -1,0 +1,156 @@
+"""What an unfinished pack is made of, kept beside it so that a later run goes on with the same, or refuses to.
+
+Everything in the folder of the state belongs to the plan in it: units are marked there as they are finished.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
+from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
+from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.errors import CheckpointError, InputError, PackError
+from flashmoe_mlx.pack.files import write_atomically
+from flashmoe_mlx.untrusted import read_object
+
+_DOWNLOADS = ".download"
+"""Folder in an unfinished pack for what comes from the hub."""
+_STATE = ".packing"
+_PLAN = "plan.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackSettings:
+    """``bits`` of each variant; ``resident_bits`` of dense resident matrices, None to keep them."""
+
+    bits: tuple[int, ...]
+    group_size: int
+    resident_bits: int | None
+
+
+def state_folder(out: Path) -> Path:
+    """Where the plan of the pack in ``out`` and its markers are, until it is finished."""
+    return out / _STATE
+
+
+def forget_plan(out: Path) -> None:
+    """Remove what only an unfinished pack needs."""
+    for name in (_STATE, _DOWNLOADS):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
+    """The checkpoint to pack into ``out``; its index is kept, so that a resumed run needs only the shards still to be
+    read.
+
+    Raises:
+        CheckpointError: the source is not supported, or has changed since packing began.
+        PackError: ``out`` holds something else, or was begun with another source or other settings.
+    """
+    folder = source.folder if isinstance(source, Checkpoint) else source
+    if folder.resolve() == out.resolve():
+        raise PackError(f"{out}: out= must not be the checkpoint's own folder")
+    present = [path.name for path in out.iterdir() if path.name not in (".lock", _STATE, _DOWNLOADS)]
+    if not present:
+        return _begin(source, out, settings)
+    if not (state_folder(out) / _PLAN).is_file():
+        raise PackError(f"{out}: not empty ({min(present)} is there), and not a pack begun by this tool")
+    plan = _read_plan(out)
+    if plan is None:
+        raise PackError(f"{out}: begun by another version of this tool; delete it, or finish it with that version")
+    if plan["source"] != str(folder.resolve()):
+        raise PackError(f"{out}: holds an unfinished pack of {plan['source']}; delete it or choose another out=")
+    if plan["settings"] != _listed(settings):
+        raise PackError(f"{out}: this pack was begun with {_shown(plan['settings'])}; repeat these, or delete it")
+    return _resume(source, out, plan)
+
+
+def resume_or_restart(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
+    """The checkpoint to extend the finished pack in ``out`` from; an extension begun otherwise is dropped."""
+    folder = source.folder if isinstance(source, Checkpoint) else source
+    plan = _read_plan(out)
+    if plan is not None and (plan["source"], plan["settings"]) == (str(folder.resolve()), _listed(settings)):
+        with contextlib.suppress(InputError):
+            return _resume(source, out, plan)
+    return _begin(source, out, settings)
+
+
+def restart_unless_same(out: Path, settings: PackSettings) -> None:
+    """Go on extending the finished pack in ``out`` from its own experts; an extension begun otherwise is dropped."""
+    plan = _read_plan(out)
+    if plan is None or (plan["source"], plan["settings"]) != (str(out.resolve()), _listed(settings)):
+        _write_plan(out, out, settings, {})
+
+
+def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise CheckpointError if a shard is no longer the one that was there when packing into ``out`` began."""
+    plan = _read_plan(out) or {}
+    for shard, stamp in checkpoint.stamps().items():
+        if plan["stamps"].get(shard) != stamp:
+            raise CheckpointError(
+                f"{checkpoint.folder / shard}: changed since packing began; delete {out} and pack again"
+            )
+
+
+def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
+    sort_tensors(checkpoint)  # what cannot be packed leaves no plan behind
+    index = {
+        "identity": checkpoint.identity,
+        "config": checkpoint.published,
+        "tensors": {name: list(asdict(tensor).values()) for name, tensor in checkpoint.tensors.items()},
+        "stamps": checkpoint.stamps(),
+    }
+    _write_plan(out, checkpoint.folder, settings, index)
+    return checkpoint
+
+
+def _write_plan(out: Path, source: Path, settings: PackSettings, index: Mapping[str, Any]) -> None:
+    state = state_folder(out)
+    shutil.rmtree(state, ignore_errors=True)  # markers of another plan
+    state.mkdir()
+    plan = {"version": _VERSION, "source": str(source.resolve()), "settings": _listed(settings), **index}
+    write_atomically(state / _PLAN, json.dumps(plan).encode())
+
+
+def _read_plan(out: Path) -> dict[str, Any] | None:
+    """The plan, or None if there is none of this version."""
+    plan = read_object(state_folder(out) / _PLAN)
+    return plan if plan.get("version") == _VERSION else None
+
+
+def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Checkpoint:
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    else:
+        places = {
+            name: (shard, dtype, tuple(shape), *place)
+            for name, (shard, dtype, shape, *place) in plan["tensors"].items()
+        }
+        checkpoint = Checkpoint(
+            source, read_config(source), {name: TensorInfo(*place) for name, place in places.items()}
+        )
+    if checkpoint.identity != plan["identity"]:
+        began, now = (" at ".join(identity.values()) for identity in (plan["identity"], checkpoint.identity))
+        raise PackError(f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it")
+    if checkpoint.published != plan["config"]:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again"
+        )
+    refuse_if_changed(checkpoint, out)
+    return checkpoint
+
+
+def _listed(settings: PackSettings) -> dict[str, Any]:
+    """The settings as JSON gives them back."""
+    return {**asdict(settings), "bits": list(settings.bits)}
+
+
+def _shown(settings: Mapping[str, Any]) -> str:
+    return " ".join(f"{key}={'null' if value is None else value}" for key, value in settings.items())

@@ -1,0 +1,146 @@
+"""Write the layer files of one variant of a pack."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe_mlx.errors import CheckpointError, InputError, PackError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.pack.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.pack.inspection import RecordReport, inspect_layer, inspect_record, not_finite
+from flashmoe_mlx.pack.layer_file import write_layer_file
+from flashmoe_mlx.pack.pack import CHECKSUMS, layer_file, variant_directory, variant_name
+from flashmoe_mlx.pack.plan import state_folder
+from flashmoe_mlx.pack.progress import Progress
+from flashmoe_mlx.pack.quantise import convert_record
+from flashmoe_mlx.pack.record import RecordLayout
+
+_READ_AHEAD = 4
+
+
+class VariantWriter:
+    """Makes the records of ``experts`` those of a variant of ``bits``; each finished layer is marked by its hashes."""
+
+    def __init__(self, experts: ExpertSource, out: Path, bits: int, group_size: int, progress: Progress) -> None:
+        self._experts = experts
+        self._progress = progress
+        self._linked: Path | None = None
+        self._directory = out / variant_directory(variant_name(bits))
+        self._state = state_folder(out)
+        self.name = variant_name(bits)
+        self.layout = _layout(experts.layout, bits, group_size)
+
+    @property
+    def _layer_bytes(self) -> int:
+        return self._experts.num_experts * self.layout.record_bytes
+
+    def _hashes(self, layer: int) -> Path:
+        return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
+
+    def bytes_to_write(self) -> int:
+        """Bytes of the layers that are not there yet."""
+        if self._linked is not None:
+            return 0
+        return self._layer_bytes * sum(not self._hashes(layer).exists() for layer in range(self._experts.num_layers))
+
+    def take_over(self, folder: Path) -> None:
+        """Use the layer files in ``folder``, flash-moe's, in place of writing them."""
+        for layer in range(self._experts.num_layers):
+            path = folder / layer_file(layer)
+            size = regular_file_size(path)
+            if size != self._layer_bytes:
+                found = "is missing" if size is None else f"has {size} bytes"
+                raise PackError(f"{path}: {found}; this model's layers have {self._layer_bytes} bytes")
+        self._linked = folder
+
+    def has_layer(self, layer: int) -> bool:
+        """Whether an earlier run finished ``layer``: its file must still hash to what that run recorded."""
+        marker, path = self._hashes(layer), self._directory / layer_file(layer)
+        if not marker.exists() or regular_file_size(path) != self._layer_bytes:
+            return False
+        self._progress.stage(f"checking {self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes)
+        found = [report.digest for report in self._inspect(path)]
+        return found == list(np.fromfile(marker, "<u8"))
+
+    def _inspect(self, path: Path) -> Iterator[RecordReport]:
+        for report in inspect_layer(path, self.layout, self._experts.num_experts):
+            self._progress.advance(self.layout.record_bytes)
+            yield report
+
+    def write_layer(self, layer: int) -> None:
+        """Write, or link, the file of ``layer`` and record its hashes.
+
+        Raises:
+            CheckpointError: an expert holds NaN or infinity.
+            PackError: the file to be linked is not of this checkpoint, or on another filesystem.
+        """
+        self._directory.mkdir(exist_ok=True)
+        path = self._directory / layer_file(layer)
+        self._progress.stage(f"{self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes)
+        reports = self._write(layer, path) if self._linked is None else self._link(layer, self._linked, path)
+        digests: list[int] = []
+        for expert, report in enumerate(reports):
+            if report.fault:
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}")
+            digests.append(report.digest)
+        write_atomically(self._hashes(layer), np.array(digests, "<u8").tobytes())
+
+    def _write(self, layer: int, path: Path) -> Iterator[RecordReport]:
+        for report in write_layer_file(path, self._records(layer), self.layout):
+            self._progress.advance(self.layout.record_bytes)
+            yield report
+
+    def _records(self, layer: int) -> Iterator[memoryview]:
+        source = self._experts.layout
+        for expert, payload in enumerate(self._payloads(layer)):
+            # MLX quantises a NaN to an ordinary number, so it must be found before.
+            fault = None if source == self.layout else not_finite(payload, source)
+            if fault:
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
+            yield convert_record(payload, source, self.layout)
+
+    def _payloads(self, layer: int) -> Iterator[bytearray]:
+        """The bytes of each expert's components, joined in the order of its record; a few threads read ahead."""
+        with ThreadPoolExecutor(_READ_AHEAD) as pool:
+            for start in range(0, self._experts.num_experts, _READ_AHEAD):
+                experts = range(start, min(start + _READ_AHEAD, self._experts.num_experts))
+                yield from pool.map(lambda expert: read_extents(self._experts.extents(layer, expert)), experts)
+
+    def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:
+        """Link their file and compare all of it with the checkpoint: an interrupted packing leaves holes in it."""
+        theirs = folder / layer_file(layer)
+        path.unlink(missing_ok=True)
+        try:
+            os.link(theirs, path)
+        except OSError as error:
+            raise PackError(
+                f"{theirs}: cannot be linked into {path.parent} ({error.strerror}); "
+                "choose an out= on the same filesystem as packed_experts="
+            ) from None
+        sync_directory(path.parent)
+        with theirs.open("rb") as file:
+            for expert, payload in enumerate(self._payloads(layer)):
+                record = file.read(self.layout.record_bytes)
+                if record != payload.ljust(self.layout.record_bytes, b"\0"):
+                    path.unlink()
+                    raise PackError(
+                        f"{theirs}: expert {expert} is not that of the checkpoint: unfinished, damaged or foreign"
+                    )
+                self._progress.advance(self.layout.record_bytes)
+                yield inspect_record(memoryview(record), self.layout)
+
+    def finish(self) -> None:
+        """Join the hashes of all layers, which must be there, into the variant's checksums."""
+        hashes = [self._hashes(layer).read_bytes() for layer in range(self._experts.num_layers)]
+        write_atomically(self._directory / CHECKSUMS, b"".join(hashes))
+
+
+def _layout(source: RecordLayout, bits: int, group_size: int) -> RecordLayout:
+    if source.bits == bits:
+        return source
+    if source.bits is not None and source.bits < bits:
+        raise InputError(f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing")
+    return RecordLayout(source.hidden_size, source.intermediate_size, bits, group_size, source.dtype)

@@ -1,0 +1,114 @@
+"""What a pack of a tiny checkpoint must hold, worked out from the safetensors files alone."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from tiny_checkpoints import GEOMETRIES, Geometry, Layout
+
+Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
+"""Tensors by name: safetensors type, shape, bytes."""
+
+SMALL = replace(GEOMETRIES["tied"], layer_types="LF", experts=4, top_k=2)
+"""Packs in a tenth of a second."""
+
+_ALIGNMENT = 16384
+_MLX = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
+
+
+def read_safetensors(path: Path) -> Stored:
+    """All tensors of a file."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header.pop("__metadata__", None)
+    return {
+        name: (entry["dtype"], tuple(entry["shape"]), data[start + begin : start + end])
+        for name, entry in header.items()
+        for begin, end in [entry["data_offsets"]]
+    }
+
+
+def read_checkpoint(folder: Path) -> Stored:
+    """All tensors of all shards."""
+    found: Stored = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= read_safetensors(path)
+    return found
+
+
+def as_array(dtype: str, shape: tuple[int, ...], data: bytes) -> mx.array:
+    """The tensor as MLX sees it."""
+    return mx.array(np.frombuffer(data, np.uint8)).view(_MLX[dtype]).reshape(shape)
+
+
+def raw(array: mx.array) -> bytes:
+    """The bytes of an array."""
+    return np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
+
+
+def quantised(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
+    """Codes, scales and biases as ``mlx_lm.convert`` makes them: of the whole tensor at once."""
+    return list(mx.quantize(dense, group_size=group_size, bits=bits))
+
+
+def dense_experts(tensors: Stored, geometry: Geometry, layer: int, layout: Layout) -> dict[str, mx.array]:
+    """Gate, up and down [experts, out, in] of a layer, in the type they are stored in."""
+    prefix = f"{'model.language_model.' if geometry.nested else 'model.'}layers.{layer}.mlp.experts"
+    if layout == "fused":
+        gate_up = as_array(*tensors[f"{prefix}.gate_up_proj"])
+        size = geometry.expert_size
+        return {"gate": gate_up[:, :size], "up": gate_up[:, size:], "down": as_array(*tensors[f"{prefix}.down_proj"])}
+    return {
+        part: mx.stack([as_array(*tensors[f"{prefix}.{e}.{part}_proj.weight"]) for e in range(geometry.experts)])
+        for part in ("gate", "up", "down")
+    }
+
+
+def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
+    """The nine stacked tensors of a quantised layer in the order of a record."""
+    prefix = f"language_model.model.layers.{layer}.mlp.switch_mlp"
+    return [
+        as_array(*tensors[f"{prefix}.{projection}_proj.{part}"])
+        for projection in ("gate", "up", "down")
+        for part in ("weight", "scales", "biases")
+    ]
+
+
+def quantised_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
+    """The nine stacked tensors of a dense layer."""
+    return [part for name in ("gate", "up", "down") for part in quantised(dense[name], bits, group_size)]
+
+
+def layer_bytes(parts: list[mx.array]) -> bytes:
+    """The layer file of stacked tensors: each expert's slices in turn, padded."""
+    records = []
+    for expert in range(parts[0].shape[0]):
+        record = b"".join(raw(part[expert]) for part in parts)
+        records.append(record + bytes(-len(record) % _ALIGNMENT))
+    return b"".join(records)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below ``folder`` with the hash of its content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Replace top-level values of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def assert_one_line(error: BaseException) -> None:
+    """What reaches a person is a line."""
+    text = str(error)
+    assert text
+    assert text.isprintable()

@@ -1,0 +1,84 @@
+"""The layout of a record: flash-moe's offsets at the published geometries, and sums that hold at any."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashmoe_mlx.errors import PackError
+from flashmoe_mlx.pack.record import DTYPE_BYTES, GROUP_SIZES, QUANTISED_BITS, RecordLayout
+
+PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for part in ("weight", "scales", "biases")]
+
+
+@pytest.mark.parametrize(
+    ("bits", "record_bytes", "offsets", "shapes"),
+    [
+        (
+            4,
+            7_077_888,
+            [0, 2097152, 2228224, 2359296, 4456448, 4587520, 4718592, 6815744, 6946816],
+            [(1024, 512), (1024, 64), (1024, 64)] * 2 + [(4096, 128), (4096, 16), (4096, 16)],
+        ),
+        (
+            2,
+            3_932_160,
+            [0, 1048576, 1179648, 1310720, 2359296, 2490368, 2621440, 3670016, 3801088],
+            [(1024, 256), (1024, 64), (1024, 64)] * 2 + [(4096, 64), (4096, 16), (4096, 16)],
+        ),
+    ],
+)
+def test_397b_records_are_those_of_flash_moe(
+    bits: int, record_bytes: int, offsets: list[int], shapes: list[tuple[int, int]]
+) -> None:
+    layout = RecordLayout(hidden_size=4096, intermediate_size=1024, bits=bits, group_size=64, dtype="BF16")
+    assert layout.record_bytes == layout.payload_bytes == record_bytes
+    assert [component.name for component in layout.components] == PARTS
+    assert [component.offset for component in layout.components] == offsets
+    assert [component.shape for component in layout.components] == shapes
+    assert [component.dtype for component in layout.components] == ["U32", "BF16", "BF16"] * 3
+
+
+def test_35b_records() -> None:
+    assert RecordLayout(2048, 512, 4, 64, "BF16").record_bytes == 1_769_472
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> RecordLayout:
+    bits = draw(st.sampled_from((None, *QUANTISED_BITS)))
+    group_size = None if bits is None else draw(st.sampled_from(GROUP_SIZES))
+    hidden, inner = (draw(st.integers(1, 200)) * (group_size or 1) for _ in range(2))
+    return RecordLayout(hidden, inner, bits, group_size, draw(st.sampled_from(("BF16", "F16", "F32"))))
+
+
+@given(layouts())
+def test_components_follow_each_other_and_add_up(layout: RecordLayout) -> None:
+    end = 0
+    for component in layout.components:
+        assert component.offset == end
+        assert component.nbytes == component.shape[0] * component.shape[1] * DTYPE_BYTES[component.dtype]
+        end += component.nbytes
+    weights = 3 * layout.hidden_size * layout.intermediate_size
+    if layout.bits is None:
+        expected = weights * DTYPE_BYTES[layout.dtype]
+    else:
+        assert layout.group_size is not None
+        expected = weights * layout.bits // 8 + 2 * (weights // layout.group_size) * DTYPE_BYTES[layout.dtype]
+    assert layout.payload_bytes == end == expected
+    assert layout.record_bytes % 16384 == 0
+    assert 0 <= layout.record_bytes - layout.payload_bytes < 16384
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reason"),
+    [
+        ((64, 64, 7, 64, "BF16"), "7-bit"),
+        ((64, 64, 4, 48, "BF16"), "group size 48"),
+        ((64, 64, 4, None, "BF16"), "group size None"),
+        ((96, 64, 4, 64, "BF16"), "rows of 96"),
+        ((64, 96, 4, 64, "BF16"), "rows of 96"),
+        ((64, 64, 4, 64, "I8"), "type I8"),
+    ],
+)
+def test_what_no_kernel_reads_is_refused(sizes: tuple[int, int, int, int, str], reason: str) -> None:
+    with pytest.raises(PackError, match=reason):
+        RecordLayout(*sizes)

@@ -1,0 +1,559 @@
+"""Packing: every byte is what an independent reading of the checkpoint says, whatever layout it was published in."""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from pack_oracle import (
+    SMALL,
+    as_array,
+    assert_one_line,
+    dense_experts,
+    edit_json,
+    layer_bytes,
+    published_parts,
+    quantised,
+    quantised_parts,
+    raw,
+    read_checkpoint,
+    read_safetensors,
+    tree,
+)
+from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, Layout, write_checkpoint
+
+import flashmoe_mlx
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
+from flashmoe_mlx.pack import files as pack_files
+from flashmoe_mlx.pack import resident
+from flashmoe_mlx.pack.pack import Pack, open_pack
+from flashmoe_mlx.pack.variant import VariantWriter
+from flashmoe_mlx.pack.verify import verify_pack
+from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
+
+SENSITIVE = (".mlp.gate", ".mlp.shared_expert_gate")
+
+
+def layer_file(pack: Pack, variant: str, layer: int) -> bytes:
+    return pack.experts[variant].layer_path(layer).read_bytes()
+
+
+def layers(geometry: Geometry) -> range:
+    return range(geometry.num_layers)
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("name", ["plain", "wide"])
+def test_published_4_bit_experts_are_copied_byte_for_byte(name: str, dtype: Dtype, tmp_path: Path) -> None:
+    geometry = GEOMETRIES[name]
+    source = write_checkpoint(tmp_path / "source", geometry, 0, "mlx4", dtype=dtype, shards=3, extras=True)
+    pack = pack_checkpoint(source, tmp_path / "pack")
+    tensors = read_checkpoint(source)
+    layout = pack.experts["q4"].layout
+    assert (layout.bits, layout.group_size, layout.dtype) == (4, geometry.group_size, dtype)
+    for layer in layers(geometry):
+        assert layer_file(pack, "q4", layer) == layer_bytes(published_parts(tensors, layer))
+    assert verify_pack(pack) == []
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+@pytest.mark.parametrize("layout", ["fused", "per_expert"])
+def test_dense_experts_are_quantised_as_mlx_does(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
+    geometry = replace(GEOMETRIES["wide"], layer_types="LLF", experts=6)
+    source = write_checkpoint(tmp_path / "source", geometry, 1, layout, dtype=dtype, shards=2)
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32)
+    tensors = read_checkpoint(source)
+    assert pack.experts[f"q{bits}"].layout.dtype == dtype
+    for layer in layers(geometry):
+        dense = dense_experts(tensors, geometry, layer, layout)
+        assert layer_file(pack, f"q{bits}", layer) == layer_bytes(quantised_parts(dense, bits, 32))
+
+
+def test_2_bits_are_made_of_what_4_bits_stand_for(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[2, 4])
+    tensors = read_checkpoint(source)
+    assert set(pack.experts) == {"q2", "q4"}
+    for layer in layers(SMALL):
+        parts = published_parts(tensors, layer)
+        dense = {
+            name: mx.dequantize(*parts[3 * i : 3 * i + 3], group_size=64, bits=4)
+            for i, name in enumerate(("gate", "up", "down"))
+        }
+        assert layer_file(pack, "q4", layer) == layer_bytes(parts)
+        assert layer_file(pack, "q2", layer) == layer_bytes(quantised_parts(dense, 2, 64))
+
+
+@pytest.mark.parametrize("name", ["pattern", "tied"])
+@pytest.mark.parametrize("dtype", get_args(Dtype))
+def test_resident_weights_of_a_dense_checkpoint(name: str, dtype: Dtype, tmp_path: Path) -> None:
+    geometry = GEOMETRIES[name]
+    source = write_checkpoint(tmp_path / "source", geometry, 0, "fused", dtype=dtype, shards=3, extras=True)
+    pack = pack_checkpoint(source, tmp_path / "pack", group_size=32, resident_bits=4)
+    stored = read_safetensors(pack.resident_path)
+    for name_, (source_dtype, shape, data) in read_checkpoint(source).items():
+        name = name_.replace("model.language_model.", "model.")
+        if ".experts." in name or ".visual." in name or name.startswith("mtp."):
+            assert name not in stored
+            continue
+        module = name.removesuffix(".weight")
+        if name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "model.norm.weight":
+            factor = np.array(as_array(source_dtype, shape, data).astype(mx.float32)) + np.float32(1)
+            assert stored.pop(name) == ("F32", shape, factor.tobytes())
+        elif len(shape) == 2:
+            bits = 8 if module.endswith(SENSITIVE) else 4
+            made = quantised(as_array(source_dtype, shape, data), bits, 32)
+            for part, dtype_, array in zip(("weight", "scales", "biases"), ("U32", dtype, dtype), made, strict=True):
+                assert stored.pop(f"{module}.{part}") == (dtype_, array.shape, raw(array))
+        else:
+            expected = (shape[0], shape[2], shape[1]) if name.endswith("conv1d.weight") else shape
+            assert stored.pop(name) == (source_dtype, expected, data)
+    assert stored == {}
+    assert ("lm_head.weight" in read_safetensors(pack.resident_path)) is not geometry.tied
+
+
+def test_dense_resident_weights_may_be_kept(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "fused", dtype="BF16")
+    pack = pack_checkpoint(source, tmp_path / "pack", resident_bits=None)
+    published = read_checkpoint(source)["model.language_model.embed_tokens.weight"]
+    assert read_safetensors(pack.resident_path)["model.embed_tokens.weight"] == published
+
+
+def test_resident_weights_of_an_mlx_checkpoint_are_copied(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", GEOMETRIES["plain"], 0, "mlx4", shards=4, extras=True)
+    pack = pack_checkpoint(source, tmp_path / "pack")
+    expected = {
+        name.removeprefix("language_model."): tensor
+        for name, tensor in read_checkpoint(source).items()
+        if "switch_mlp" not in name and "mtp." not in name and not name.startswith("vision_tower.")
+    }
+    assert read_safetensors(pack.resident_path) == expected
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_the_manifest_lists_everything(layout: Layout, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, layout, shards=2, extras=True)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "chat_template.jinja").write_text("hello")
+    (source / "notes.txt").write_text("not part of a model")
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2])
+    manifest = json.loads((pack.folder / "pack.json").read_text())
+    on_disk = {str(path.relative_to(pack.folder)) for path in pack.folder.rglob("*") if path.is_file()}
+    assert on_disk == {"pack.json", *manifest["files"]}
+    assert {"tokenizer.json", "chat_template.jinja", "config.json"} < on_disk
+    for name, entry in manifest["files"].items():
+        assert entry["bytes"] == (pack.folder / name).stat().st_size
+    assert (pack.folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert manifest["source"] == {"name": "source"}
+    skipped = [name for name in read_checkpoint(source) if re.search(r"visual|vision_tower|mtp", name)]
+    assert manifest["skipped_tensors"] == sorted(skipped)
+    assert len(skipped) == 8
+
+
+@pytest.mark.parametrize("layout", get_args(Layout))
+def test_shards_change_nothing(layout: Layout, tmp_path: Path) -> None:
+    trees = []
+    for shards in (1, 3):
+        source = write_checkpoint(tmp_path / f"s{shards}" / "source", SMALL, 0, layout, shards=shards)
+        trees.append(tree(pack_checkpoint(source, tmp_path / f"pack{shards}", bits=[4, 2]).folder))
+    assert trees[0] == trees[1]
+
+
+def test_a_tied_head_that_is_stored_is_ignored(tmp_path: Path) -> None:
+    tied = write_checkpoint(tmp_path / "tied" / "source", SMALL, 0, "fused")
+    untied = write_checkpoint(tmp_path / "untied" / "source", replace(SMALL, tied=False), 0, "fused")
+    shutil.copy(tied / "config.json", untied)
+    assert "lm_head.weight" in read_checkpoint(untied)
+    packed = read_safetensors(pack_checkpoint(untied, tmp_path / "pack").resident_path)
+    assert packed.keys() == read_safetensors(pack_checkpoint(tied, tmp_path / "other").resident_path).keys()
+
+
+def test_no_read_is_larger_than_a_block_or_an_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = replace(GEOMETRIES["plain"], vocab_size=4096)
+    source = write_checkpoint(tmp_path / "source", geometry, 0, "fused")
+    largest = max(len(data) for _, _, data in read_checkpoint(source).values())
+    expert = 3 * geometry.expert_size * geometry.hidden_size * 4
+    reads: list[int] = []
+
+    def counted(fd: int, view: memoryview, offset: int) -> int:
+        reads.append(len(view))
+        return read(fd, view, offset)
+
+    read = pack_files.read_exactly
+    monkeypatch.setattr(pack_files, "read_exactly", counted)
+    monkeypatch.setattr(resident, "_BLOCK_BYTES", 64 * 1024)
+    pack = pack_checkpoint(source, tmp_path / "pack")
+    assert max(reads) <= max(64 * 1024, expert) < largest
+    monkeypatch.undo()
+    again = pack_checkpoint(source, tmp_path / "again")
+    assert tree(pack.folder) == tree(again.folder)
+
+
+MEASURE_MEMORY = """
+import os, resource, sys
+from dataclasses import replace
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from tiny_checkpoints import GEOMETRIES, write_checkpoint
+from flashmoe_mlx.pack import resident
+from flashmoe_mlx.pack.writer import pack_checkpoint
+
+resident._BLOCK_BYTES = 2 * 2**20
+
+def peak():
+    if sys.platform == "linux":  # where getrusage counts what ran before exec too
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+small = replace(GEOMETRIES["pattern"], layer_types="LF")
+large = replace(small, vocab_size=80_000, experts=150)
+if not os.fork():  # its own memory is not of interest
+    write_checkpoint(Path("large"), large, 0, "fused")
+    os._exit(0)
+os.wait()
+write_checkpoint(Path("small"), small, 0, "fused")
+for name in ("small", "large"):
+    pack_checkpoint(Path(name), Path(name + "-pack"), group_size=32)
+    print(peak())
+print(Path("large/model.safetensors").stat().st_size)
+"""
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", MEASURE_MEMORY, str(Path(__file__).parent)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    small, large, checkpoint = map(int, done.stdout.split())
+    assert checkpoint > 130e6
+    assert large - small < 40e6
+
+
+def test_shards_are_deleted_once_they_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4", shards=4, extras=True)
+    expected = tree(pack_checkpoint(source, tmp_path / "expected" / "pack", bits=[4, 2]).folder)
+    before = sorted(path.name for path in source.glob("*.safetensors"))
+    discarded: list[str] = []
+    discard = Checkpoint.discard
+
+    def noted(self: Checkpoint, shard: str) -> None:
+        discarded.append(shard)
+        discard(self, shard)
+
+    monkeypatch.setattr(Checkpoint, "discard", noted)
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2], delete_source=True)
+    assert sorted(discarded) == before  # each once
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors.index.json"]
+    assert tree(pack.folder) == expected
+    # The same command again finds its work done.
+    again = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2], delete_source=True)
+    assert tree(again.folder) == expected
+
+
+@pytest.mark.parametrize(
+    ("part", "layout"),
+    [
+        ("language_model.model.layers.1.mlp.switch_mlp.up_proj.scales", "mlx4"),
+        ("language_model.model.layers.0.mlp.switch_mlp.down_proj.biases", "mlx4"),
+        ("language_model.model.embed_tokens.scales", "mlx4"),
+        ("language_model.model.layers.0.linear_attn.dt_bias", "mlx4"),
+        ("model.language_model.layers.1.mlp.experts.down_proj", "fused"),
+        ("model.language_model.layers.1.self_attn.q_proj.weight", "fused"),
+        ("model.language_model.norm.weight", "fused"),
+    ],
+)
+@pytest.mark.parametrize("value", [0x7F80, 0xFFC1])
+def test_nan_and_infinity_are_refused(part: str, layout: Layout, value: int, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, layout, dtype="BF16")
+    poison(source / "model.safetensors", part, value)
+    for bits in (4, 2):
+        with pytest.raises(CheckpointError, match="holds NaN or infinity") as caught:
+            pack_checkpoint(source, tmp_path / f"pack{bits}", bits=[bits])
+        assert_one_line(caught.value)
+        expert = re.search(r"layer (\d) expert (\d)", str(caught.value))
+        assert (expert is not None) is ("switch_mlp" in part or "experts" in part)
+        if expert:
+            assert f"layers.{expert[1]}." in part
+            assert expert[2] == "3"
+        with pytest.raises(PackError, match="not finished"):
+            open_pack(tmp_path / f"pack{bits}")
+
+
+def poison(path: Path, name: str, value: int) -> None:
+    """Make the last element of a bfloat16 tensor ``value``."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    entry = json.loads(data[8:start])[name]
+    assert entry["dtype"] == "BF16"
+    end = start + entry["data_offsets"][1]
+    data[end - 2 : end] = value.to_bytes(2, "little")
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bits": [7]}, "bits="),
+        ({"bits": []}, "bits="),
+        ({"bits": [4], "group_size": 48}, "group_size=48"),
+        ({"bits": [4], "resident_bits": 1}, "resident_bits=1"),
+        ({"bits": [8]}, "more would add nothing"),
+    ],
+)
+def test_settings_that_make_no_sense(options: dict[str, object], reason: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    with pytest.raises(InputError, match=reason) as caught:
+        pack_checkpoint(source, tmp_path / "pack", **options)
+    assert_one_line(caught.value)
+
+
+def test_out_may_not_be_the_source(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    before = tree(source)
+    for out in (source, tmp_path / "source" / ".." / "source", link(tmp_path / "alias", source)):
+        with pytest.raises(PackError, match="own folder"):
+            pack_checkpoint(source, out)
+    assert tree(source) == before
+
+
+def link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def test_places_where_no_pack_can_be(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("the only copy")
+    for out, reason in (
+        (foreign, "not empty \\(thesis.txt"),
+        (source / "config.json", "cannot write there"),
+        (source / "config.json" / "below", "cannot write there"),
+        (tmp_path / ("x" * 300), "cannot write there"),
+    ):
+        with pytest.raises(PackError, match=reason) as caught:
+            pack_checkpoint(source, out)
+        assert_one_line(caught.value)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4", shards=2)
+    needed = sum(entry.stat().st_size for entry in pack_checkpoint(source, tmp_path / "a").folder.rglob("*.bin"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    with pytest.raises(PackError, match="make room or choose another out=") as caught:
+        pack_checkpoint(source, tmp_path / "pack")
+    assert_one_line(caught.value)
+    assert list((tmp_path / "pack").rglob("*.bin")) == []
+    pack = open_pack(tmp_path / "a")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(PackError, match="no space"):
+        add_variants(pack, [2])
+    monkeypatch.undo()
+    assert tree(pack_checkpoint(source, tmp_path / "pack", bits=[4, 2]).folder) == tree(add_variants(pack, [2]).folder)
+
+
+# Folders of flash-moe
+
+
+def write_packed_experts(folder: Path, source: Path, geometry: Geometry) -> Path:
+    folder.mkdir()
+    tensors = read_checkpoint(source)
+    for layer in layers(geometry):
+        (folder / f"layer_{layer:02d}.bin").write_bytes(layer_bytes(published_parts(tensors, layer)))
+    return folder
+
+
+def test_a_flash_moe_folder_is_taken_over_without_copying(tmp_path: Path) -> None:
+    geometry = GEOMETRIES["plain"]
+    source = write_checkpoint(tmp_path / "source", geometry, 0, "mlx4", shards=2)
+    theirs = write_packed_experts(tmp_path / "packed_experts", source, geometry)
+    copied = pack_checkpoint(source, tmp_path / "copied", bits=[4, 2])
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2], packed_experts=theirs)
+    for layer in layers(geometry):
+        linked = pack.experts["q4"].layer_path(layer).stat()
+        assert linked.st_ino == (theirs / f"layer_{layer:02d}.bin").stat().st_ino
+    assert tree(pack.folder) == tree(copied.folder)
+    assert verify_pack(pack) == []
+    tokens = np.arange(12, dtype=np.int32)
+    with flashmoe_mlx.load(pack.folder) as ours, flashmoe_mlx.load(copied.folder) as other:
+        np.testing.assert_array_equal(ours.logits(tokens), other.logits(tokens))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("missing", "layer_01.bin: is missing"),
+        ("short", "layer_01.bin: has 65535 bytes; this model's layers have 65536"),
+        ("link", "layer_01.bin: is missing"),
+        ("foreign", "layer_01.bin: expert 2 is not that of the checkpoint"),
+        ("padding", "layer_01.bin: expert 2 is not that of the checkpoint"),
+    ],
+)
+def test_other_folders_are_not_taken_over(damage: str, reason: str, tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    theirs = write_packed_experts(tmp_path / "packed_experts", source, SMALL)
+    path = theirs / "layer_01.bin"
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if damage == "short":
+        path.write_bytes(data[:-1])
+    elif damage == "link":
+        path.symlink_to(theirs / "layer_00.bin")
+    elif damage == "foreign":
+        path.write_bytes(data[: 2 * 16384] + bytes(100) + data[2 * 16384 + 100 :])
+    elif damage == "padding":
+        data[3 * 16384 - 1] = 1
+        path.write_bytes(data)
+    with pytest.raises(PackError, match=re.escape(reason)) as caught:
+        pack_checkpoint(source, tmp_path / "pack", packed_experts=theirs)
+    assert_one_line(caught.value)
+    assert not (tmp_path / "pack" / "experts-q4" / "layer_01.bin").exists()
+
+
+def test_taking_over_needs_the_same_width(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    theirs = write_packed_experts(tmp_path / "packed_experts", source, SMALL)
+    with pytest.raises(InputError, match="its width in bits="):
+        pack_checkpoint(source, tmp_path / "pack", bits=[2], packed_experts=theirs)
+    dense = write_checkpoint(tmp_path / "dense", SMALL, 0, "fused")
+    with pytest.raises(InputError, match="needs a quantised checkpoint"):
+        pack_checkpoint(dense, tmp_path / "pack2", packed_experts=theirs)
+
+
+def test_folders_on_another_filesystem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    theirs = write_packed_experts(tmp_path / "packed_experts", source, SMALL)
+
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(PackError, match="choose an out= on the same filesystem") as caught:
+        pack_checkpoint(source, tmp_path / "pack", packed_experts=theirs)
+    assert_one_line(caught.value)
+
+
+# Further variants
+
+
+def test_a_variant_is_added_to_a_pack(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    expected = pack_checkpoint(source, tmp_path / "both" / "pack", bits=[4, 2])
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4])
+    extended = add_variants(pack, [2, 4])
+    assert tree(extended.folder) == tree(expected.folder)
+    assert list(extended.experts) == ["q4", "q2"]
+    assert tree(add_variants(pack, [2]).folder) == tree(expected.folder)  # even through the outdated object
+    with pytest.raises(InputError, match="more would add nothing"):
+        add_variants(extended, [8])
+    with pytest.raises(InputError, match="bits="):
+        add_variants(extended, [5, 9])
+    assert tree(open_pack(pack.folder).folder) == tree(expected.folder)
+
+
+def test_a_variant_is_added_from_the_checkpoint(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "fused", shards=2)
+    both = pack_checkpoint(source, tmp_path / "both", bits=[4, 8])
+    pack_checkpoint(source, tmp_path / "pack", bits=[4])
+    assert tree(pack_checkpoint(source, tmp_path / "pack", bits=[4, 8]).folder) == tree(both.folder)
+    other = write_checkpoint(tmp_path / "other", replace(SMALL, vocab_size=99), 0, "fused")
+    with pytest.raises(PackError, match="pack of another model"):
+        pack_checkpoint(other, tmp_path / "pack", bits=[4])
+
+
+def test_an_interrupted_addition_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    geometry = replace(SMALL, layer_types="LFLF")
+    source = write_checkpoint(tmp_path / "source", geometry, 0, "mlx4")
+    expected = tree(pack_checkpoint(source, tmp_path / "both" / "pack", bits=[4, 2]).folder)
+    pack = pack_checkpoint(source, tmp_path / "pack")
+    # Of the same size as with group_size=64, because both are padded.
+    interrupt_at_layer(monkeypatch, 2, lambda: add_variants(pack, [2], group_size=32))
+    assert list(open_pack(pack.folder).experts) == ["q4"]
+    assert verify_pack(open_pack(pack.folder)) == []
+    interrupt_at_layer(monkeypatch, 2, lambda: add_variants(pack, [2]))
+    done = (pack.folder / "experts-q2" / "layer_00.bin").stat()
+    assert tree(add_variants(pack, [2]).folder) == expected
+    assert (pack.folder / "experts-q2" / "layer_00.bin").stat() == done  # not written again
+
+
+def interrupt_at_layer(monkeypatch: pytest.MonkeyPatch, layer: int, do: Callable[[], Pack]) -> None:
+    write = VariantWriter.write_layer
+
+    def stop(self: VariantWriter, at: int) -> None:
+        if at == layer:
+            raise KeyboardInterrupt
+        write(self, at)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VariantWriter, "write_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            do()
+
+
+def test_progress_adds_up(tmp_path: Path) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.stages: list[list[int]] = []
+
+        def stage(self, description: str, total: int) -> None:
+            assert description.isprintable()
+            self.stages.append([total, 0])
+
+        def advance(self, nbytes: int) -> None:
+            self.stages[-1][1] += nbytes
+
+    progress = Counting()
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "fused", shards=2)
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2], progress=progress)
+    assert len(progress.stages) == 2 + 2 * SMALL.num_layers
+    assert verify_pack(pack, progress) == []
+    assert all(done == total > 0 for total, done in progress.stages)
+
+
+def test_a_source_whose_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    read = os.preadv
+
+    def failing_at(call: int) -> Callable[[int, list[memoryview], int], int]:
+        calls = itertools.count(1)
+
+        def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+            if next(calls) == call:
+                raise OSError(5, "Input/output error")
+            return read(fd, buffers, offset)
+
+        return preadv
+
+    for call in (1, 5, 60):
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", failing_at(call))
+            with pytest.raises(FlashMoeError, match="Input/output error") as caught:
+                pack_checkpoint(source, tmp_path / "pack")
+        assert str(source) in str(caught.value)
+        assert_one_line(caught.value)
+    assert verify_pack(pack_checkpoint(source, tmp_path / "pack")) == []
+
+
+def test_a_config_with_another_quantisation_than_the_tensors(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
+    name = "language_model.model.layers.0.mlp.gate"
+    edit_json(source / "config.json", quantization={"mode": "affine", name: {"bits": "4\n", "group_size": 64}})
+    with pytest.raises(CheckpointError, match="its shape says 8 bits") as caught:
+        pack_checkpoint(source, tmp_path / "pack")
+    assert_one_line(caught.value)
+    edit_json(source / "config.json", quantization={"mode": "mxfp4"}, quantization_config=None)
+    with pytest.raises(CheckpointError, match="'mxfp4' are not supported"):
+        pack_checkpoint(source, tmp_path / "pack")
