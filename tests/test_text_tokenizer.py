@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.text import files
+from flashmoe_mlx import untrusted
 from flashmoe_mlx.text import tokenizer as tokenizer_module
 from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text.tokenizer import Detokenizer, Tokenizer
@@ -335,7 +335,7 @@ def test_a_corrupt_helper_file_is_named(model: Path, name: str, data: bytes, rea
 
 
 def test_oversized_files_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_LARGEST_JSON", 50)
+    monkeypatch.setattr(untrusted, "_LARGEST_JSON", 50)
     with pytest.raises(InputError, match=r"config\.json is larger than 50 bytes"):
         Tokenizer.load(model)
     monkeypatch.setattr(tokenizer_module, "_LARGEST_TOKENIZER", 1000)
