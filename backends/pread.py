@@ -60,8 +60,17 @@ class PreadStore(ExpertStore):
             if pool is None:
                 raise StoreClosedError("this store is closed")
             slots = {expert: slot for slot, expert in enumerate(dict.fromkeys(indices))}
-            pending = [pool.submit(self._read, layer, expert, slot) for expert, slot in slots.items()]
-            _drain(pending)
+            pending: list[Future[tuple[int, int]]] = []
+            try:
+                for expert, slot in slots.items():
+                    pending.append(pool.submit(self._read, layer, expert, slot))
+                wait(pending)
+            except BaseException:
+                # An interrupt must not leave reads behind that write into slots after the fetch.
+                for read in pending:
+                    read.cancel()
+                wait(pending)
+                raise
             self._count(pending, time.perf_counter() - start)
         return ExpertBatch(self._slab, self._host, tuple(slots[expert] for expert in indices))
 
@@ -131,14 +140,3 @@ def _started_pool(threads: int) -> ThreadPoolExecutor:
         raise BackendUnavailableError(f"cannot start {threads} threads: {error}; choose fewer threads") from error
     together.wait()
     return pool
-
-
-def _drain(pending: Sequence[Future[tuple[int, int]]]) -> None:
-    """Wait for all reads, even if one fails or an interrupt comes: no slot may be written to after the fetch."""
-    try:
-        wait(pending)
-    except BaseException:
-        for read in pending:
-            read.cancel()
-        wait(pending)
-        raise

@@ -26,7 +26,7 @@ class Kernels:
 
 
 def choose(preference: str) -> Kernels:
-    """Implementations for this device: the fastest that is verified ("auto"), or elementary operations ("reference").
+    """Implementations: MLX's fused operations ("auto"), or elementary ones ("reference").
 
     Raises:
         ValueError: another word.
@@ -47,6 +47,6 @@ def choose(preference: str) -> Kernels:
         {
             "attention": "mx.fast.scaled_dot_product_attention",
             "gated_delta": "mx.fast.gated_delta_update",
-            "expert_mlp": "mx.quantized_matmul",
+            "expert_mlp": "mx.quantized_matmul or, of dense records, matmul",
         },
     )

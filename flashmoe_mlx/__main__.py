@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import TextIOWrapper
 
 _NO_MLX = (
     "MLX has no library for this machine: pip install 'flashmoe_mlx[cpu]', or with an NVIDIA GPU 'flashmoe_mlx[cuda]'"
@@ -12,6 +13,9 @@ _NO_MLX = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code: 0, 2 for a mistake in the request, 1 for a failure, 130 if interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a model may say what a terminal's encoding cannot
     try:
         import_module("mlx.core")
     except ImportError as error:

@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command line; the exit code. In a sweep every job runs, and the worst exit code counts."""
-    debug = any(argument.lstrip("+") in ("debug=true", "debug=True") for argument in arguments)
+    # Composing can fail before there is a configuration to ask.
+    debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in arguments)
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
@@ -46,11 +47,13 @@ def run(arguments: Sequence[str]) -> int:
         job()
     except SystemExit as asked:  # after --help and the like
         codes.append(int(asked.code or 0))
-    except OSError as error:  # tasks report their own: this is about the run's directory
-        mend = "hydra.run.dir=<folder> puts the record of the run elsewhere"
-        codes.append(_report(FlashMoeError(f"{error.filename}: {error.strerror}; {mend}"), debug))
     except Exception as error:
-        codes.append(_report(error, debug))
+        # Tasks report their own: an error of the system here is about the run's directory.
+        if isinstance(error, OSError) and error.filename is not None:
+            mend = "hydra.run.dir=<folder> puts the record of the run elsewhere"
+            codes.append(_report(FlashMoeError(f"{error.filename}: {error.strerror}; {mend}"), debug))
+        else:
+            codes.append(_report(error, debug))
     finally:
         sys.argv = own
     return max(codes, default=0)
@@ -81,7 +84,10 @@ def _message(error: Exception) -> str:
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; there are {', '.join(sorted(error.options))}{hint}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return " ".join(str(error).split())
+        first, *_ = text = str(error).splitlines()
+        if first.startswith("Ambiguous value for argument"):
+            return f"{first.split(chr(39))[1]}: several values are a sweep, which needs -m; a list needs [brackets]"
+        return " ".join(" ".join(text).split())
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"internal error: {type(error).__name__}: {error} (debug=true shows where)"

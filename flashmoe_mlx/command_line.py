@@ -14,6 +14,14 @@ from flashmoe_mlx.errors import InputError
 
 _OVERRIDE = re.compile(r"\+*(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
 _GROUPS = ("task", "model", "backend")
+_OPTIONS = frozenset(
+    (
+        *("-h", "--help", "--hydra-help", "--version", "-i", "--info", "-sc", "--shell-completion"),
+        *("-c", "--cfg", "-p", "--package", "--resolve", "-r", "--run", "-m", "--multirun"),
+        *("-cp", "--config-path", "-cn", "--config-name", "-cd", "--config-dir", "--experimental-rerun"),
+    )
+)
+"""What Hydra's own parser knows; it answers others with its usage."""
 
 
 def tidy(arguments: Sequence[str]) -> list[str]:
@@ -30,8 +38,10 @@ def tidy(arguments: Sequence[str]) -> list[str]:
             overrides.append(argument)
         elif match is not None:
             overrides.append(_override(match["key"], match["value"]))
-        elif argument.startswith("-") or (others and others[-1].startswith("-")):
+        elif argument.partition("=")[0] in _OPTIONS or (others and others[-1] in _OPTIONS):
             others.append(argument)
+        elif argument.startswith("-"):
+            raise InputError(f"{argument}: no such option; --help lists what there is")
         else:
             raise InputError(f"{argument}: expected key=value; --help lists the keys")
     return overrides + others
@@ -43,6 +53,8 @@ def _override(key: str, value: str) -> str:
         close = difflib.get_close_matches(root, known_keys(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known_keys())}"
         raise InputError(f"{key}: no such key; {hint}")
+    if key in _GROUPS and not value:
+        raise InputError(f"{key}=: the name is missing; --help lists what there is")
     if key in TEXT_KEYS:
         return f"++{key}={_verbatim(value)}"
     # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group. What should

@@ -17,11 +17,11 @@ from flashmoe_mlx.pack.synthetic import SyntheticSizes
 
 @dataclass
 class ModelChoice:
-    """Which model: ``path`` to a pack or checkpoint, or else a synthetic one kept under ``cache_dir``."""
+    """Which model: ``path`` to a pack or checkpoint, or else a synthetic one, kept under ``cache_dir``."""
 
     name: str = MISSING
     path: str | None = None
-    cache_dir: str = MISSING
+    cache_dir: str | None = None
     synthetic: SyntheticSizes | None = None
 
 

@@ -81,6 +81,9 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
         (["model=nosuch"], "model=nosuch: no such model; there are demo, synthetic; for a folder: model.path=nosuch"),
         (["prompt=" + "x" * 300], "the prompt has 321 tokens; this model's context holds 256"),
         (["backend.threads=many"], "backend.threads=many: must be an integer"),
+        (["backend="], "backend=: the name is missing"),
+        (["--nosuch"], "--nosuch: no such option; --help lists what there is"),
+        (["experts_k=2,4"], "experts_k=2,4: several values are a sweep, which needs -m"),
         (["task=pack", "out=x"], "task=pack needs source="),
         (["task=pack", "source=nowhere", "out=x"], "source=nowhere: no such folder, and not a hub id"),
         (["task=pack", "verify=true"], "verify=true needs out="),
@@ -141,3 +144,12 @@ def test_a_reader_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:
         errors = process.stderr.read()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+
+
+def test_text_that_the_terminal_cannot_show(tmp_path: Path, tiny_pack: Path) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [*RUN, f"model.path={tiny_pack}", "max_tokens=64", "temperature=2", "seed=1"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    (record,) = records(tmp_path)
+    assert not json.loads((record / "metrics.json").read_text())["text"].isascii()

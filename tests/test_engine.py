@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from conftest import TINY
 
 import flashmoe_mlx
 from flashmoe_mlx.engine.engine import Engine, Piece
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.expert_store import ExpertBatch, StoreClosedError
+from flashmoe_mlx.model.experts import expert_weights
 
 PROMPT = "Hello, store"
 
@@ -89,14 +92,14 @@ def test_kernels_agree_with_the_reference(tiny_pack: Path) -> None:
     tokens = list(range(5, 45))
     with flashmoe_mlx.load(tiny_pack) as fast, flashmoe_mlx.load(tiny_pack, kernels="reference") as plain:
         np.testing.assert_allclose(fast.logits(tokens), plain.logits(tokens), rtol=0, atol=1e-4)
-        assert set(plain.kernel_names.values()) == {"reference"}
+        assert set(plain.setup["kernels"].values()) == {"reference"}
 
 
 def test_profile_changes_times_alone(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, profile=True) as split, flashmoe_mlx.load(tiny_pack) as whole:
         assert generated(split, max_tokens=6) == generated(whole, max_tokens=6)
         phases = split.stats()["decode"]["phase_seconds"]
-    assert {"attention", "router_wait", "io", "experts", "head", "other"} == set(phases)
+    assert {"attention", "router_wait", "io", "experts", "head", "sample", "other"} == set(phases)
     assert min(phases.values()) >= 0
 
 
@@ -210,7 +213,7 @@ def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
     ],
 )
 def test_backends_are_checked(tiny_pack: Path, backend: Any, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(flashmoe_mlx.errors.FlashMoeError) as raised:
+    with pytest.raises(FlashMoeError) as raised:
         flashmoe_mlx.load(tiny_pack, backend, **options)
     assert message in str(raised.value)
 
@@ -239,3 +242,86 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / ".packing").mkdir()
     with pytest.raises(InputError, match="packing did not finish"):
         flashmoe_mlx.load(tmp_path)
+
+
+def test_records_are_read_in_place(engine: Engine) -> None:
+    batch = engine.store.fetch(0, [3, 5])
+    weights = expert_weights(batch.slab[1:2].reshape(-1), engine.store.layout)
+    mx.eval(weights.down.weight)
+    slab, inside = np.asarray(batch.slab), np.asarray(weights.down.weight)
+    offset = inside.__array_interface__["data"][0] - slab.__array_interface__["data"][0]
+    record = engine.store.layout.record_bytes
+    assert record < offset < 2 * record
+
+
+def test_threads_may_share_an_engine_in_turn(tiny_pack: Path) -> None:
+    with ThreadPoolExecutor(1) as worker:
+        engine = worker.submit(flashmoe_mlx.load, tiny_pack).result()
+        tokens = list(range(20))
+        here = engine.logits(tokens)
+        np.testing.assert_array_equal(worker.submit(engine.logits, tokens).result(), here)
+        engine.close()
+
+
+def test_a_pass_that_failed_spoils_its_sequence_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = engine.encode(PROMPT)
+    expected = engine.logits(tokens)
+    cache = engine.new_cache()
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.store, "fetch", lambda layer, experts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.forward(tokens, cache)
+    with pytest.raises(InputError, match=r"failed half-way: begin again with new_cache\(\)"):
+        engine.forward(tokens, cache)
+    np.testing.assert_array_equal(engine.logits(tokens), expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 1e-3, 1.0, 50.0])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7, "min_p": 0.1}]
+)
+def test_filters_leave_what_they_should(temperature: float, options: dict[str, Any]) -> None:
+    logits = np.random.default_rng(0).normal(0, 4, 50).astype(np.float32)
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - logits.max()) / temperature
+    order = np.argsort(-scaled)
+    probabilities = np.exp(scaled[order]) / np.exp(scaled).sum()
+    # The definition, one token after the other.
+    kept = list(zip(order.tolist(), probabilities.tolist(), strict=True))[: options.get("top_k") or None]
+    kept = [(token, p / sum(p for _, p in kept)) for token, p in kept]
+    if "top_p" in options:
+        before = np.cumsum([0.0] + [p for _, p in kept])
+        kept = [pair for pair, mass in zip(kept, before, strict=False) if mass < options["top_p"]]
+    kept = [pair for pair in kept if pair[1] >= options.get("min_p", 0.0) * kept[0][1]]
+    allowed = {token for token, p in kept if p > 1e-12}
+    sampler = Sampler(SamplingOptions(temperature, **options), seed=0)
+    drawn = {sampler(logits) for _ in range(2000)}
+    assert drawn <= {token for token, _ in kept}
+    assert {token for token, p in kept if p > 0.01} <= drawn
+    assert allowed
+    assert sampler(logits) in allowed
+
+
+def test_nan_logits_are_an_error() -> None:
+    with pytest.raises(FlashMoeError, match="NaN"):
+        Sampler(SamplingOptions())(np.array([0.0, np.nan], np.float32))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        pytest.param("metal", marks=pytest.mark.metal),
+        pytest.param("cuda", marks=pytest.mark.cuda),
+    ],
+)
+def test_gpu_says_what_the_cpu_says(tiny_pack: Path, where: str) -> None:
+    tokens = list(range(5, 45))
+    with flashmoe_mlx.load(tiny_pack) as engine:
+        assert engine.setup["activations"] == "mlx.core.bfloat16"
+        got = engine.logits(tokens)
+    mx.set_default_device(mx.cpu)
+    with flashmoe_mlx.load(tiny_pack) as engine:
+        expected = engine.logits(tokens)
+    # bf16 may turn a close choice of the router; most tokens must still be close.
+    close = np.abs(got - expected).max(-1) < 0.1 * np.abs(expected).max()
+    assert close.mean() > 0.9

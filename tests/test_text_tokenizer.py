@@ -11,8 +11,8 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashmoe_mlx.errors import InputError
 from flashmoe_mlx import untrusted
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.text import tokenizer as tokenizer_module
 from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text.tokenizer import Detokenizer, Tokenizer

@@ -35,8 +35,10 @@ def backend_settings(name: str) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items()}
 
 
-def open_store(files: ModelFiles, backend: str | Mapping[str, Any], options: Mapping[str, Any]) -> ExpertStore:
-    """The store that serves the routed experts of ``files``.
+def open_store(
+    files: ModelFiles, backend: str | Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[ExpertStore, dict[str, Any]]:
+    """The store that serves the routed experts of ``files``, and all settings that it was opened with.
 
     ``variant`` among the options names the variant of the pack; the others go to the store's constructor.
 
@@ -45,6 +47,7 @@ def open_store(files: ModelFiles, backend: str | Mapping[str, Any], options: Map
     """
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     settings |= options
+    stated = dict(settings)
     target = settings.pop("_target_", None)
     source = files.variant(settings.pop("variant", None))
     if not isinstance(target, str):
@@ -57,7 +60,7 @@ def open_store(files: ModelFiles, backend: str | Mapping[str, Any], options: Map
         raise InputError(f"backend: {target} is not a subclass of ExpertStore")
     _check_options(store_class, settings)
     store: ExpertStore = store_class(source, **settings)
-    return store
+    return store, stated
 
 
 def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -> None:

@@ -12,11 +12,11 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import PREFERENCES, choose
+from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
-from flashmoe_mlx.engine.telemetry import RunMetrics, Stage
+from flashmoe_mlx.engine.telemetry import RunMetrics
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.build import build_model
@@ -64,21 +64,31 @@ def load(
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    if kernels not in PREFERENCES:
-        raise InputError(f"kernels={kernels}: choose from {', '.join(PREFERENCES)}")
+    try:
+        chosen = choose(kernels)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     files = open_model(Path(model).expanduser())
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
-    store = open_store(files, backend, backend_options)
+    tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+    # MLX's CPU kernels add up in the type of the activations: bf16 would lose whole digits there.
+    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    mx.reset_peak_memory()
+    store, settings = open_store(files, backend, backend_options)
     try:
-        # MLX's CPU kernels add up in the type of the activations: bf16 would lose whole digits there.
-        dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
-        chosen = choose(kernels)
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
     except BaseException:
         store.close()
         raise
-    return Engine(built, store, tokenizer, k, chosen.names, profile)
+    layout = store.layout
+    setup = {
+        "experts_k": k,
+        "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
+        "activations": str(dtype),
+        "kernels": dict(chosen.names),
+        "backend": settings,
+    }
+    return Engine(built, store, tokenizer, setup, profile)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -99,14 +109,13 @@ class Engine:
         model: Model,
         store: ExpertStore,
         tokenizer: Tokenizer | None,
-        experts_k: int,
-        kernel_names: Mapping[str, str],
+        setup: Mapping[str, Any],
         profile: bool = False,
     ) -> None:
         self.model = model
         self.store = store
-        self.experts_k = experts_k
-        self.kernel_names = kernel_names
+        self.setup = setup
+        """What runs: experts a token, their format, kernels, backend with its options; fit for JSON."""
         self.metrics = RunMetrics()
         """Measurements of the latest generation."""
         self._tokenizer = tokenizer
@@ -132,14 +141,16 @@ class Engine:
             InputError: the model came without one.
         """
         if self._tokenizer is None:
-            raise InputError("this model has no tokenizer.json: it takes token ids, not text")
+            raise InputError(
+                "this model has no tokenizer.json: only logits() and forward(), which take token ids, can run it"
+            )
         return self._tokenizer
 
     def stats(self) -> dict[str, Any]:
         """Measurements of the latest generation, as in ``metrics.json``, and the store's counters since opening."""
         store = self.store.stats()
         return {
-            **self.metrics.to_json(self.model.resident_bytes, self.store.layout.record_bytes),
+            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.record_bytes),
             "store_total": {name: getattr(store, name) for name in store.__dataclass_fields__},
         }
 
@@ -153,8 +164,10 @@ class Engine:
         Raises:
             InputError: no token, one that is not in the vocabulary, or more than the context holds.
         """
+        if cache.broken:
+            raise InputError("a pass over this sequence failed half-way: begin again with new_cache()")
         tokens = self._checked_tokens(token_ids, cache.length)
-        return self._evaluated(self.model.logits(self._hidden(tokens, cache)), cache)
+        return self._evaluated(self.model.logits(self.model.forward(tokens, cache, self._clock)), cache)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
         """Logits f32 [T, vocabulary] after each of ``token_ids``; memory grows by one vocabulary a token."""
@@ -183,12 +196,13 @@ class Engine:
         Raises:
             InputError: an option is out of range, or the prompt does not fit.
         """
+        start = time.perf_counter()
         if max_tokens < 1:
             raise InputError(f"max_tokens={max_tokens}: must be at least 1")
         sampler = Sampler(SamplingOptions(temperature, top_k, top_p, min_p), seed)
         token_ids = self._checked_tokens(self.encode(prompt, raw=raw), 0)
         _checked_chunk(prefill_chunk)
-        return self._generate(token_ids, max_tokens, sampler, prefill_chunk)
+        return self._generate(token_ids, max_tokens, sampler, prefill_chunk, start)
 
     def encode(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
         """The tokens of a prompt as ``generate`` would send them."""
@@ -197,24 +211,26 @@ class Engine:
             if raw or template is None:
                 return self.tokenizer.encode(prompt)
             prompt = [{"role": "user", "content": prompt}]
-        elif template is None:
-            raise InputError("this model has no chat template: give the prompt as one string")
+        elif raw or template is None:
+            raise InputError("messages need a chat template: give the prompt as one string")
         return self.tokenizer.encode(template.render(prompt))
 
     def _generate(
-        self, token_ids: Sequence[int], max_tokens: int, sampler: Sampler, prefill_chunk: int | None
+        self,
+        token_ids: Sequence[int],
+        max_tokens: int,
+        sampler: Sampler,
+        prefill_chunk: int | None,
+        start: float,
     ) -> Iterator[Piece]:
         self.metrics = metrics = RunMetrics()
-        start = time.perf_counter()
         cache = self.new_cache()
-        logits = self._prefill(token_ids, cache, prefill_chunk, metrics.prefill)
+        token = self._prefill(token_ids, cache, prefill_chunk, sampler)
+        metrics.time_to_first_token = time.perf_counter() - start
         detokenizer = self.tokenizer.detokenizer()
         limit = min(max_tokens, self.model.config.max_context - len(token_ids) + 1)
         waiting: list[int] = []
         for count in range(1, limit + 1):
-            token = sampler(logits)
-            if metrics.time_to_first_token is None:
-                metrics.time_to_first_token = time.perf_counter() - start
             waiting.append(token)
             if token in self.tokenizer.eos_token_ids:
                 metrics.finish_reason = "stop"
@@ -227,29 +243,30 @@ class Engine:
             if text:
                 yield Piece(text, tuple(waiting))
                 waiting.clear()
-            logits = self._step([token], cache, metrics.decode)
+            with metrics.decode.step(1, self.store, self._clock):
+                token = self._next(self.model.forward([token], cache, self._clock), cache, sampler)
         yield Piece(detokenizer.flush(), tuple(waiting), "stop")
 
     def _prefill(
-        self, token_ids: Sequence[int], cache: SequenceCache, prefill_chunk: int | None, stage: Stage
-    ) -> Logits:
-        for chunk in _chunks(token_ids, prefill_chunk):
-            logits = self._step(chunk, cache, stage)
-        return logits
+        self, token_ids: Sequence[int], cache: SequenceCache, prefill_chunk: int | None, sampler: Sampler
+    ) -> int:
+        """The token after ``token_ids``."""
+        chunks = list(_chunks(token_ids, prefill_chunk))
+        for chunk in chunks[:-1]:
+            with self.metrics.prefill.step(len(chunk), self.store, self._clock):
+                hidden = self.model.forward(chunk, cache, self._clock)
+                self._clock.evaluate("experts", hidden, *cache.arrays())
+        with self.metrics.prefill.step(len(chunks[-1]), self.store, self._clock):
+            return self._next(self.model.forward(chunks[-1], cache, self._clock), cache, sampler)
 
-    def _step(self, token_ids: Sequence[int], cache: SequenceCache, stage: Stage) -> Logits:
-        """Logits [vocabulary] after the last of ``token_ids``."""
-        with stage.step(len(token_ids), self.store, self._clock):
-            hidden = self._hidden(token_ids, cache)
-            logits: Logits = self._evaluated(self.model.logits(hidden[-1:]), cache)[0]
-        return logits
-
-    def _hidden(self, token_ids: Sequence[int], cache: SequenceCache) -> mx.array:
-        return self.model.forward(token_ids, cache, self._clock)
+    def _next(self, hidden: mx.array, cache: SequenceCache, sampler: Sampler) -> int:
+        """Sample what follows the last of ``hidden`` [T, hidden]."""
+        logits = self._evaluated(self.model.logits(hidden[-1:]), cache)[0]
+        with self._clock.phase("sample"):
+            return sampler(logits)
 
     def _evaluated(self, logits: mx.array, cache: SequenceCache) -> Logits:
-        with self._clock.phase("head"):
-            mx.eval(logits, *cache.arrays())
+        self._clock.evaluate("head", logits, *cache.arrays())
         return np.array(logits)
 
     def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:

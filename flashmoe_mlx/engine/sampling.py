@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import FlashMoeError, InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +44,36 @@ class Sampler:
         """The next token for ``logits`` [vocabulary].
 
         Raises:
-            FloatingPointError: a logit is NaN; no token can be right then.
+            FlashMoeError: a logit is NaN; no token can be right then.
         """
         if np.isnan(logits).any():
-            raise FloatingPointError("the model's logits hold NaN")
+            raise FlashMoeError(
+                "the model's logits hold NaN: its weights are damaged (task=pack verify=true), or a kernel"
+            )
         if self._options.temperature == 0:
             return int(logits.argmax())
-        kept = self._kept(logits.astype(np.float64) / self._options.temperature)
-        tokens, probabilities = kept
-        return int(self._random.choice(tokens, p=probabilities))
+        with np.errstate(over="ignore"):  # under a tiny temperature all but the best may become -inf, which is right
+            scaled = (logits.astype(np.float64) - logits.max()) / self._options.temperature
+        tokens = self._kept(scaled)
+        return int(self._random.choice(tokens, p=_probabilities(scaled[tokens])))
 
-    def _kept(self, scaled: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-        """Tokens that survive the filters, most probable first, and their probabilities."""
+    def _kept(self, scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.intp]:
+        """Tokens that survive the filters; a vocabulary is large, so nothing is sorted without need."""
         options = self._options
-        tokens = np.argsort(-scaled, kind="stable")
-        if options.top_k:
-            tokens = tokens[: options.top_k]
-        probabilities = _softmax(scaled[tokens])
+        tokens = np.arange(len(scaled))
+        if 0 < options.top_k < len(tokens):
+            tokens = np.argpartition(-scaled, options.top_k - 1)[: options.top_k]
         if options.top_p < 1:
+            tokens = tokens[np.argsort(-scaled[tokens])]
             # The token that crosses the line is kept, so there is always one.
-            count = int(np.searchsorted(np.cumsum(probabilities), options.top_p)) + 1
-            tokens, probabilities = tokens[:count], _normalised(probabilities[:count])
+            tokens = tokens[: int(np.searchsorted(np.cumsum(_probabilities(scaled[tokens])), options.top_p)) + 1]
         if options.min_p > 0:
-            keep = probabilities >= options.min_p * probabilities[0]
-            tokens, probabilities = tokens[keep], _normalised(probabilities[keep])
-        return tokens, probabilities
+            tokens = tokens[scaled[tokens] >= np.log(options.min_p)]
+        return tokens
 
 
-def _softmax(scores: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return _normalised(np.exp(scores - scores.max()))
-
-
-def _normalised(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    normalised: npt.NDArray[np.float64] = weights / weights.sum()
-    return normalised
+def _probabilities(scaled: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Softmax of scores of which none is above 0."""
+    weights = np.exp(scaled)
+    probabilities: npt.NDArray[np.float64] = weights / weights.sum()
+    return probabilities

@@ -91,10 +91,14 @@ class RunMetrics:
             "finish_reason": self.finish_reason,
             "prefill": self.prefill.to_json(resident_bytes, record_bytes),
             "decode": self.decode.to_json(resident_bytes, record_bytes),
-            "peak_resident_bytes": peak_resident_bytes(),
-            "resident_weight_bytes": resident_bytes,
+            "process_peak_bytes": process_peak_bytes(),
+            "mlx_peak_bytes": mx.get_peak_memory(),
+            "resident_bytes_touched": resident_bytes,
             "page_cache": "as found",
         }
+
+
+_PHASE_NAMES = {"compute": "attention + router + experts", "router_wait": "router wait", "io": "I/O"}
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
@@ -120,8 +124,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             _shown(stage["tokens_per_second"], ".2f"),
             _spread(steps) if steps else "-",
             _shown(stage["bytes_per_token"], ".3g", 1e-6),
-            # A store that keeps nothing cannot hit; the page cache under it is not visible from here.
-            _shown(stage["hit_rate"] or None, ".0%"),
+            _shown(stage["hit_rate"], ".0%"),
             _shown(stage["read_gb_per_second"], ".2f"),
             _shown(stage["weights_gb_per_second"], ".2f"),
         )
@@ -132,7 +135,7 @@ def split_line(metrics: Mapping[str, Any]) -> str:
     """Where the time of decode went, and the first token's delay and memory, in one line."""
     stage = metrics["decode"] if metrics["decode"]["tokens"] else metrics["prefill"]
     parts = [
-        f"{name.replace('_', ' ')} {seconds / stage['seconds']:.0%}"
+        f"{_PHASE_NAMES.get(name, name)} {seconds / stage['seconds']:.0%}"
         for name, seconds in sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
         if stage["seconds"]
     ]
@@ -141,7 +144,7 @@ def split_line(metrics: Mapping[str, Any]) -> str:
         [
             f"TTFT {first:.3g} s" if first is not None else "no token",
             "time: " + ", ".join(parts),
-            f"peak memory {metrics['peak_resident_bytes'] / 1e9:.2f} GB",
+            f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB",
         ]
     )
 
@@ -167,8 +170,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
-def peak_resident_bytes() -> int:
-    """Most memory that this process has held; the page cache is not part of it."""
+def process_peak_bytes() -> int:
+    """Most memory that this process has held since it began, earlier runs of a sweep included; without page cache."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -48,7 +48,7 @@ class Attention:
             seen = start + end
             blocks.append(self.kernels.attention(queries[:, :, begin:end], keys[:, :, :seen], values[:, :, :seen]))
         mixed = blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
-        mixed = mixed[0].swapaxes(0, 1) * mx.sigmoid(gate)
+        mixed = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
         return self.o_proj(mixed.reshape(length, config.num_heads * config.head_dim))
 
     def _rotate(self, x: mx.array, start: int) -> mx.array:

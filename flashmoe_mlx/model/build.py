@@ -1,6 +1,7 @@
 """Put a model together from its resident tensors."""
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ class ResidentTensors(Protocol):
         ...
 
     def take(self, name: str) -> mx.array:
-        """Read a tensor; each can be taken once, so that none stays in memory twice."""
+        """Read a tensor, to be taken no more than once: none should stay in memory twice."""
         ...
 
 
@@ -57,9 +58,7 @@ def build_model(
 
     def linear(name: str) -> Linear:
         found = matrices[name]
-        if f"{name}.bias" not in vectors:
-            return found
-        return Linear(found.weight, found.scales, found.biases, found.bits, found.group_size, vectors[f"{name}.bias"])
+        return replace(found, bias=vectors[f"{name}.bias"]) if f"{name}.bias" in vectors else found
 
     layers = []
     for layer, full_attention in enumerate(config.full_attention):
@@ -87,7 +86,7 @@ def build_model(
                 linear(f"{own}.in_proj_b"),
                 linear(f"{own}.in_proj_a"),
                 linear(f"{own}.out_proj"),
-                vectors[f"{own}.conv1d.weight"][:, :, 0],
+                vectors[f"{own}.conv1d.weight"],
                 vectors[f"{own}.A_log"],
                 vectors[f"{own}.dt_bias"],
                 vectors[f"{own}.norm.weight"],
@@ -114,7 +113,8 @@ def build_model(
         )
     embedding = linear("model.embed_tokens")
     head = embedding if config.tie_word_embeddings else linear("lm_head")
-    return Model(config, embedding, layers, vectors["model.norm.weight"], head, resident.nbytes)
+    touched = resident.nbytes - (0 if config.tie_word_embeddings else embedding.nbytes)
+    return Model(config, embedding, layers, vectors["model.norm.weight"], head, touched)
 
 
 class _Resident:

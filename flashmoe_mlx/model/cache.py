@@ -42,10 +42,15 @@ class DeltaCache:
 
 @dataclass(slots=True)
 class SequenceCache:
-    """The caches of all layers; ``length`` is the number of tokens that went through them."""
+    """The caches of all layers; ``length`` is the number of tokens that went through them.
+
+    Arrays inside are updated in place, so a copy needs copies of them. ``broken``: a pass failed half-way, and some
+    layers have seen tokens that others have not.
+    """
 
     layers: list[AttentionCache | DeltaCache] = field(default_factory=list)
     length: int = 0
+    broken: bool = False
 
     @classmethod
     def empty(cls, config: ModelConfig) -> "SequenceCache":

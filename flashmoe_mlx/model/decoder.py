@@ -51,14 +51,16 @@ class Model:
     layers: Sequence[DecoderLayer]
     norm: mx.array
     head: Linear
-    resident_bytes: int
-    """Size of all weights in memory; a pass touches all but the embedding, of which it reads a few rows."""
+    touched_bytes: int
+    """Size of the resident weights that every pass reads: all but an embedding that is not the head as well."""
 
     def forward(self, token_ids: Sequence[int], cache: SequenceCache, clock: PhaseClock) -> mx.array:
         """Hidden states [T, hidden] of tokens that follow those in ``cache``, before the final norm."""
         x = self.embedding.rows(mx.array(list(token_ids), mx.uint32)).astype(self.norm.dtype)
+        cache.broken = True
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, layer_cache, clock)
+        cache.broken = False
         cache.length += len(token_ids)
         return x
 

@@ -35,8 +35,7 @@ class MixtureOfExperts:
     def __call__(self, x: mx.array, clock: PhaseClock) -> mx.array:
         """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy."""
         chosen, weights = self.route(x)
-        with clock.phase("router_wait"):
-            mx.eval(chosen, weights)
+        clock.evaluate("router_wait", chosen, weights)
         y = self._routed(x, np.array(chosen), weights, clock)
         shared = swiglu(x, self.shared_gate_proj, self.shared_up_proj, self.shared_down_proj)
         return y + mx.sigmoid(self.shared_expert_gate(x)) * shared
@@ -57,13 +56,14 @@ class MixtureOfExperts:
         y = mx.zeros(x.shape, mx.float32)
         for start in range(0, len(distinct), self.store.slots):
             if start:
-                mx.eval(y)  # the slots are about to be refilled
+                clock.evaluate("experts", y)  # the slots are about to be refilled
             group = distinct[start : start + self.store.slots]
             with clock.phase("io"):
                 batch = self.store.fetch(self.layer, group)
             for expert, slot in zip(group, batch.slots, strict=True):
-                weight = expert_weights(batch.slab[slot], self.store.layout)
-                y = self._add(y, x, expert, weight, chosen, weights)
+                # A slice is a view of the slab; an index would copy the whole record.
+                record = batch.slab[slot : slot + 1].reshape(-1)
+                y = self._add(y, x, expert, expert_weights(record, self.store.layout), chosen, weights)
         return y.astype(x.dtype)
 
     def _add(

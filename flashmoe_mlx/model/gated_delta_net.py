@@ -17,7 +17,7 @@ _L2_EPS = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class GatedDeltaNet:
-    """One layer's weights; ``conv`` [channels, kernel], ``a_log`` and ``dt_bias`` f32 [value heads]."""
+    """One layer's weights; ``conv`` [channels, kernel, 1], ``a_log`` and ``dt_bias`` f32 [value heads]."""
 
     config: ModelConfig
     kernels: Kernels
@@ -49,7 +49,7 @@ class GatedDeltaNet:
         )
 
         z = self.in_proj_z(x).reshape(length, config.linear_value_heads, config.linear_value_dim).astype(mx.float32)
-        y = mx.fast.rms_norm(y[0].astype(mx.float32), self.norm.astype(mx.float32), config.rms_norm_eps)
+        y = mx.fast.rms_norm(y.squeeze(0).astype(mx.float32), self.norm.astype(mx.float32), config.rms_norm_eps)
         y = (y * (z * mx.sigmoid(z))).astype(x.dtype)
         return self.out_proj(y.reshape(length, config.value_width))
 
@@ -61,7 +61,7 @@ class GatedDeltaNet:
         padded = mx.concatenate([cache.conv, x])
         # Contiguous, or the slice would keep the whole chunk alive.
         cache.conv = mx.contiguous(padded[length:])
-        y = sum(padded[tap : tap + length] * self.conv[:, tap] for tap in range(kernel))
+        y = sum(padded[tap : tap + length] * self.conv[:, tap, 0] for tap in range(kernel))
         assert isinstance(y, mx.array)
         return y * mx.sigmoid(y)
 

@@ -27,6 +27,11 @@ class Linear:
             )
         return y if self.bias is None else y + self.bias
 
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return sum(array.nbytes for array in (self.weight, self.scales, self.biases, self.bias) if array is not None)
+
     def rows(self, indices: mx.array) -> mx.array:
         """Rows of W, as an embedding table: [T] -> [T, in]."""
         if self.bits is None:

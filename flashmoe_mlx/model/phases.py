@@ -11,14 +11,14 @@ import mlx.core as mx
 class PhaseClock:
     """Seconds by phase.
 
-    MLX evaluates lazily, and a layer is evaluated once, when its router's choice is needed: "router_wait" then holds
-    the attention, the router and the experts of the layer before. With ``split`` every phase is evaluated by itself,
-    which attributes the time exactly and costs two more synchronisations a layer.
+    MLX evaluates lazily, and a layer is evaluated once, when its router's choice is needed; attention, router and
+    experts cannot be told apart then and are counted as "compute". With ``split`` each is evaluated by itself, which
+    attributes the time exactly and costs two more synchronisations a layer.
     """
 
     def __init__(self, split: bool = False) -> None:
-        self.split = split
         self.seconds: dict[str, float] = defaultdict(float)
+        self._split = split
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -29,8 +29,12 @@ class PhaseClock:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
+    def evaluate(self, name: str, *arrays: mx.array) -> None:
+        """Evaluate ``arrays``, the end of the phase ``name``."""
+        with self.phase(name if self._split else "compute"):
+            mx.eval(*arrays)
+
     def settle(self, name: str, *arrays: mx.array) -> None:
-        """If phases are split, evaluate ``arrays`` now and count that as ``name``."""
-        if self.split:
-            with self.phase(name):
-                mx.eval(*arrays)
+        """If phases are split, evaluate ``arrays``, the end of the phase ``name``."""
+        if self._split:
+            self.evaluate(name, *arrays)

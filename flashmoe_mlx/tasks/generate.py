@@ -22,15 +22,14 @@ def run(config: Config, run_dir: Path) -> None:
     folder = model_folder(config.model)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels, profile=config.profile) as engine:
-        log.info("model %s, %d experts a token, kernels %s", folder, engine.experts_k, dict(engine.kernel_names))
+        log.info("model %s, %s", folder, engine.setup)
         text, token_ids, interrupted = _stream(engine, config)
         stats = engine.stats()
         write_json(
             run_dir / "metrics.json",
             {
                 "model": {"path": str(folder), "config": asdict(engine.model.config)},
-                "experts_k": engine.experts_k,
-                "kernels": engine.kernel_names,
+                **engine.setup,
                 "interrupted": interrupted,
                 "text": text,
                 "token_ids": token_ids,

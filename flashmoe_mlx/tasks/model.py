@@ -1,5 +1,6 @@
 """The model that a configuration means."""
 
+import os
 from pathlib import Path
 
 from flashmoe_mlx.config import ModelChoice, folder_of
@@ -25,4 +26,12 @@ def model_folder(choice: ModelChoice) -> Path:
     if choice.synthetic is None:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
     with byte_progress() as progress:
-        return synthetic_pack(choice.name, choice.synthetic, folder_of(choice.cache_dir), progress).folder
+        return synthetic_pack(choice.name, choice.synthetic, _cache_dir(choice), progress).folder
+
+
+def _cache_dir(choice: ModelChoice) -> Path:
+    """Where synthetic models are kept; an empty variable counts as unset, as the XDG specification says."""
+    if choice.cache_dir is not None:
+        return folder_of(choice.cache_dir)
+    own = os.environ.get("FLASHMOE_CACHE")
+    return folder_of(own) if own else folder_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
