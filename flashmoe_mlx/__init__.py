@@ -16,6 +16,10 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "backends" / "pread
     __path__.append(str(_checkout))
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """Import the engine when it is first asked for, so that the command line can explain a missing MLX."""
     if name not in __all__:

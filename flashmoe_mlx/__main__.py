@@ -21,9 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"flashmoe_mlx: {_NO_MLX} ({error})", file=sys.stderr)
         return 1
-    from flashmoe_mlx.application import run
-
     try:
+        from flashmoe_mlx.application import run
+
         return run(arguments)
     except KeyboardInterrupt:
         print("flashmoe_mlx: interrupted", file=sys.stderr)

@@ -8,6 +8,7 @@ in a prompt means something else. People should not have to know any of that.
 import difflib
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from flashmoe_mlx.config import TEXT_KEYS, known_keys
 from flashmoe_mlx.errors import InputError
@@ -35,7 +36,7 @@ def tidy(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         match = _OVERRIDE.fullmatch(argument)
         if match is not None and _root(match["key"]) == "hydra":
-            overrides.append(argument)
+            overrides.append(argument.replace("=~/", f"={Path.home()}/", 1))
         elif match is not None:
             overrides.append(_override(match["key"], match["value"]))
         elif argument.partition("=")[0] in _OPTIONS or (others and others[-1] in _OPTIONS):
@@ -53,10 +54,11 @@ def _override(key: str, value: str) -> str:
         close = difflib.get_close_matches(root, known_keys(), n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known_keys())}"
         raise InputError(f"{key}: no such key; {hint}")
-    if key in _GROUPS and not value:
-        raise InputError(f"{key}=: the name is missing; --help lists what there is")
+    if key in _GROUPS and value in ("", "null"):
+        raise InputError(f"{key}={value}: the name is missing; --help lists what there is")
     if key in TEXT_KEYS:
-        return f"++{key}={_verbatim(value)}"
+        # A folder may be none at all; a prompt is a text, whatever it is.
+        return f"++{key}={value if value == 'null' and key != 'prompt' else _verbatim(value)}"
     # "++" sets a key whether it is there or not, but Hydra has no such spelling for the choice of a group. What should
     # not be there is refused later, by those who know what should.
     return f"{key}={value}" if key in _GROUPS else f"++{key}={value}"
@@ -67,12 +69,10 @@ def _root(key: str) -> str:
 
 
 def _verbatim(text: str) -> str:
-    """``text`` as a quoted value of Hydra's grammar, in which nothing has a meaning any more; null stays null.
+    """``text`` as a quoted value of Hydra's grammar, in which nothing has a meaning any more.
 
     https://hydra.cc/docs/advanced/override_grammar/basic/#quoted-values, and OmegaConf's escapes of interpolations.
     """
-    if text == "null":
-        return text
     # A backslash is itself only where it stands before neither the quote nor an interpolation.
     escaped = re.sub(r"(\\*)(\$\{)", lambda m: m[1] * 2 + "\\" + m[2], text)
     escaped = re.sub(r"(\\*)('|$(?!\n))", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), escaped)

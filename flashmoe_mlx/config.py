@@ -6,7 +6,8 @@ All keys are at the top level. A task's own keys are fields of a subclass, named
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -88,19 +89,44 @@ def typed(composed: DictConfig) -> Config:
     """
     task = str(OmegaConf.select(composed, "task.name"))
     config_type = TASK_CONFIGS.get(task, Config)
-    for key in composed:
-        if key not in {item.name for item in fields(config_type)}:
+    known = {item.name for item in fields(config_type)}
+    for key in map(str, composed):
+        if key not in known:
             raise InputError(f"{key}: task={task} has no such key")
     schema = OmegaConf.structured(config_type)
     try:
         config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
     except OmegaConfBaseException as error:
-        reason = str(error.msg or error).splitlines()[0]
-        raise InputError(f"{error.full_key or 'configuration'}: {reason}") from error
+        raise InputError(_explained(error, composed, config_type)) from error
     assert isinstance(config, Config)
     return config
 
 
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list[int]: "a list such as [4,2]",
+}
+
+
+def _explained(error: OmegaConfBaseException, composed: DictConfig, config_type: type[Config]) -> str:
+    key = error.full_key or ""
+    hint = get_type_hints(config_type).get(key)
+    kinds = [_KINDS[kind] for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind in _KINDS]
+    if not kinds:
+        return f"{key or 'configuration'}: {str(error.msg or error).splitlines()[0]}"
+    nullable = " or null" if NoneType in get_args(hint) else ""
+    return f"{key}={OmegaConf.select(composed, key)}: must be {' or '.join(kinds)}{nullable}"
+
+
 def folder_of(text: str) -> Path:
-    """A path that a person gave, ``~`` included."""
+    """A path that a person gave, ``~`` included.
+
+    Raises:
+        InputError: there is nothing but blanks.
+    """
+    if not text.strip():
+        raise InputError("the name of a folder is empty")
     return Path(text).expanduser()

@@ -41,7 +41,7 @@ TINY = SyntheticSizes(
     bits=4,
     seed=0,
 )
-"""A model that runs in a blink; its tokens are bytes. Matrices have 128 columns: MLX 0.32.4 is wrong on CUDA with 64."""
+"""A model that runs in a blink; tokens are bytes. Matrices have 128 columns; with 64 MLX 0.32.4 is wrong on CUDA."""
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
@@ -60,7 +60,6 @@ def test_hydras_own_keys_are_left_alone() -> None:
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
 def test_any_text_is_taken_as_it_stands(text: str) -> None:
-    assume(text != "null")
     (override,) = OverridesParser.create().parse_overrides(tidy([f"+prompt={text}"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
 
@@ -110,9 +109,9 @@ def test_mistakes_are_named(argument: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("experts_k=four", "experts_k: Value 'four' of type 'str' could not be converted to Integer"),
-        ("temperature=hot", "temperature: Value 'hot' of type 'str' could not be converted to Float"),
-        ("raw=maybe", "raw: Value 'maybe' is not a valid bool"),
+        ("experts_k=four", "experts_k=four: must be a whole number or null"),
+        ("temperature=hot", "temperature=hot: must be a number"),
+        ("raw=maybe", "raw=maybe: must be true or false"),
         ("source=x", "source: task=generate has no such key"),
         ("model.nosuch=1", "model.nosuch: Key 'nosuch' not in 'ModelChoice'"),
     ],

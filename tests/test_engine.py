@@ -163,7 +163,11 @@ def test_context_limit_ends_generation(engine: Engine, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0: must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens=0: must be a whole number"),
+        ({"max_tokens": "4"}, "max_tokens='4': must be a whole number"),
+        ({"temperature": "hot"}, "temperature='hot': must be a number"),
+        ({"top_k": 2.5}, "top_k=2.5: must be a whole number"),
+        ({"seed": "x"}, "seed='x': must be a whole number"),
         ({"temperature": -0.1}, "temperature=-0.1: must be 0"),
         ({"temperature": float("nan")}, "temperature=nan: must be 0"),
         ({"temperature": float("inf")}, "temperature=inf: must be 0"),
@@ -171,8 +175,8 @@ def test_context_limit_ends_generation(engine: Engine, monkeypatch: pytest.Monke
         ({"top_p": 1.1}, "top_p=1.1: must be above 0"),
         ({"top_k": -1}, "top_k=-1: must be 0"),
         ({"min_p": 2.0}, "min_p=2.0: must be from 0"),
-        ({"seed": -1}, "seed=-1: must be 0 or above"),
-        ({"prefill_chunk": 0}, "prefill_chunk=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be a whole number"),
+        ({"prefill_chunk": 0}, "prefill_chunk=0: must be a whole number"),
     ],
 )
 def test_options_are_checked_before_the_first_piece(engine: Engine, options: dict[str, Any], message: str) -> None:

@@ -61,7 +61,9 @@ def test_a_pack_may_be_moved_and_linked_to(original: Path, folder: Path, tmp_pat
 def test_files_cut_short_or_extended(folder: Path, name: str, change: int) -> None:
     whole = (folder / name).stat().st_size
     os.truncate(folder / name, max(0, whole + change))
-    refused(folder, f"{name} has .* bytes, pack.json says {whole}: truncated or foreign; pack the model again")
+    refused(
+        folder, f"{name} has .* bytes, pack.json says {whole}: truncated or foreign; delete the pack and make it again"
+    )
 
 
 FILES = [

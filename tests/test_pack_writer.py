@@ -484,9 +484,9 @@ def test_an_interrupted_addition_is_finished(tmp_path: Path, monkeypatch: pytest
     assert list(open_pack(pack.folder).experts) == ["q4"]
     assert verify_pack(open_pack(pack.folder)) == []
     interrupt_at_layer(monkeypatch, 2, lambda: add_variants(pack, [2]))
-    done = (pack.folder / "experts-q2" / "layer_00.bin").stat()
+    done = (pack.folder / "experts-q2" / "layer_00.bin").stat().st_mtime_ns
     assert tree(add_variants(pack, [2]).folder) == expected
-    assert (pack.folder / "experts-q2" / "layer_00.bin").stat() == done  # not written again
+    assert (pack.folder / "experts-q2" / "layer_00.bin").stat().st_mtime_ns == done  # not written again
 
 
 def interrupt_at_layer(monkeypatch: pytest.MonkeyPatch, layer: int, do: Callable[[], Pack]) -> None:
@@ -557,3 +557,13 @@ def test_a_config_with_another_quantisation_than_the_tensors(tmp_path: Path) -> 
     edit_json(source / "config.json", quantization={"mode": "mxfp4"}, quantization_config=None)
     with pytest.raises(CheckpointError, match="'mxfp4' are not supported"):
         pack_checkpoint(source, tmp_path / "pack")
+
+
+def test_another_models_experts_do_not_join_a_pack(tmp_path: Path) -> None:
+    geometry = GEOMETRIES["plain"]
+    first, second = (write_checkpoint(tmp_path / str(seed), geometry, seed=seed) for seed in (0, 1))
+    pack = pack_checkpoint(first, tmp_path / "pack", bits=(4,))
+    with pytest.raises(PackError, match="its experts are not those of"):
+        pack_checkpoint(second, tmp_path / "pack", bits=(8,))
+    assert set(open_pack(pack.folder).experts) == {"q4"}
+    assert set(pack_checkpoint(first, tmp_path / "pack", bits=(8,)).experts) == {"q4", "q8"}

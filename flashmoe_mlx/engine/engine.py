@@ -96,7 +96,7 @@ def _checked_k(experts_k: int | None, own: int, available: int) -> int:
         return own
     if type(experts_k) is not int or not 1 <= experts_k <= available:
         raise InputError(
-            f"experts_k={experts_k}: must be from 1 to {available}, the experts of this model (its own is {own})"
+            f"experts_k={experts_k!r}: must be from 1 to {available}, the experts of this model (its own is {own})"
         )
     return experts_k
 
@@ -120,6 +120,10 @@ class Engine:
         """Measurements of the latest generation."""
         self._tokenizer = tokenizer
         self._clock = PhaseClock(profile)
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {self.setup['experts_k']} a token>"
 
     def __enter__(self) -> Self:
         return self
@@ -197,8 +201,8 @@ class Engine:
             InputError: an option is out of range, or the prompt does not fit.
         """
         start = time.perf_counter()
-        if max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens}: must be at least 1")
+        if type(max_tokens) is not int or max_tokens < 1:
+            raise InputError(f"max_tokens={max_tokens!r}: must be a whole number, at least 1")
         sampler = Sampler(SamplingOptions(temperature, top_k, top_p, min_p), seed)
         token_ids = self._checked_tokens(self.encode(prompt, raw=raw), 0)
         _checked_chunk(prefill_chunk)
@@ -207,6 +211,8 @@ class Engine:
     def encode(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
         """The tokens of a prompt as ``generate`` would send them."""
         template = self.tokenizer.chat_template
+        if not isinstance(prompt, str | Sequence):
+            raise InputError(f"the prompt is of type {type(prompt).__name__}; give text or a list of messages")
         if isinstance(prompt, str):
             if raw or template is None:
                 return self.tokenizer.encode(prompt)
@@ -285,8 +291,8 @@ class Engine:
 
 
 def _checked_chunk(prefill_chunk: int | None) -> int:
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise InputError(f"prefill_chunk={prefill_chunk}: must be at least 1 token")
+    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
+        raise InputError(f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token")
     return prefill_chunk or PREFILL_CHUNK
 
 

@@ -21,6 +21,11 @@ class SamplingOptions:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_k", "top_p", "min_p"):
+            kinds = (int,) if name == "top_k" else (int, float)
+            value = getattr(self, name)
+            if type(value) not in kinds:
+                raise InputError(f"{name}={value!r}: must be a {'whole ' if name == 'top_k' else ''}number")
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
         if self.top_k < 0:
@@ -35,8 +40,8 @@ class Sampler:
     """Draws tokens; equal seeds and logits give equal tokens."""
 
     def __init__(self, options: SamplingOptions, seed: int | None = None) -> None:
-        if seed is not None and seed < 0:
-            raise InputError(f"seed={seed}: must be 0 or above, or null for a different draw each time")
+        if seed is not None and (type(seed) is not int or seed < 0):
+            raise InputError(f"seed={seed!r}: must be a whole number, or null for a different draw each time")
         self._options = options
         self._random = np.random.default_rng(seed)
 

@@ -131,22 +131,21 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def split_line(metrics: Mapping[str, Any]) -> str:
-    """Where the time of decode went, and the first token's delay and memory, in one line."""
-    stage = metrics["decode"] if metrics["decode"]["tokens"] else metrics["prefill"]
-    parts = [
-        f"{_PHASE_NAMES.get(name, name)} {seconds / stage['seconds']:.0%}"
-        for name, seconds in sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
-        if stage["seconds"]
-    ]
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """What the table has no room for: the first token, where the time went, memory."""
     first = metrics["time_to_first_token"]
-    return " · ".join(
-        [
-            f"TTFT {first:.3g} s" if first is not None else "no token",
-            "time: " + ", ".join(parts),
-            f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB",
-        ]
-    )
+    ended = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
+    if first is None:
+        yield "interrupted before the first token"
+    else:
+        yield f"first token after {first:.3g} s; {ended.get(metrics['finish_reason'], 'interrupted')}"
+    for name in ("prefill", "decode"):
+        stage = metrics[name]
+        if stage["seconds"]:
+            shares = sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
+            parts = (f"{_PHASE_NAMES.get(phase, phase)} {seconds / stage['seconds']:.0%}" for phase, seconds in shares)
+            yield f"{name} time: {', '.join(parts)}"
+    yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"
 
 
 def environment() -> dict[str, Any]:
@@ -161,7 +160,7 @@ def environment() -> dict[str, Any]:
         "mlx_device": str(device),
         "mlx_device_info": dict(mx.device_info(device)),
         "packages": {name: version(name) for name in _PACKAGES},
-        "command": sys.argv,
+        "command": sys.orig_argv,
     }
 
 

@@ -127,7 +127,7 @@ class _Resident:
 
     def _take(self, name: str, dtype: mx.Dtype | None) -> mx.array:
         if name not in self._tensors.names:
-            raise PackError(f"resident weights: tensor {name} is missing; pack the model again")
+            raise PackError(f"resident weights: tensor {name} is missing; delete the pack and make it again")
         array = self._tensors.take(name)
         if dtype is not None:
             array = array.astype(dtype)

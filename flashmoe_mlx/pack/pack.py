@@ -173,7 +173,7 @@ class _Opener:
         version = manifest.get("format_version")
         if version != FORMAT_VERSION or type(version) is not int:
             raise self._refuse(
-                f"format version {version!r} is not supported, only {FORMAT_VERSION}; pack the model again"
+                f"format version {version!r} is not supported, only {FORMAT_VERSION}; delete the pack and make it again"
             )
         self._manifest = manifest
         self._files = self._object(manifest.get("files"), "files")
@@ -238,13 +238,16 @@ class _Opener:
         if path.parent != self._folder and path.parent.is_symlink():
             raise self._refuse(f"{path.parent.name} is a symbolic link; a pack must hold its own files")
         if size is None:
-            raise self._refuse(f"{name} is missing or not a regular file; pack the model again")
+            raise self._refuse(f"{name} is missing or not a regular file; delete the pack and make it again")
         if size != listed:
             raise self._refuse(
-                f"{name} has {size} bytes, {MANIFEST} says {listed}: truncated or foreign; pack the model again"
+                f"{name} has {size} bytes, {MANIFEST} says {listed}: truncated or foreign; "
+                "delete the pack and make it again"
             )
         if hashed and size <= _SMALL and self._hash(path) != entry["xxh3"]:
-            raise self._refuse(f"{name} is damaged (its checksum differs from {MANIFEST}); pack the model again")
+            raise self._refuse(
+                f"{name} is damaged (its checksum differs from {MANIFEST}); delete the pack and make it again"
+            )
 
     def _hash(self, path: Path) -> str:
         try:
@@ -257,7 +260,7 @@ class _Opener:
         try:
             tensors, _ = read_header(self._folder / RESIDENT)
         except CheckpointError as error:
-            raise PackError(f"{error}; pack the model again") from None
+            raise PackError(f"{error}; delete the pack and make it again") from None
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPE_BYTES:
                 raise self._refuse(f"{RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has")

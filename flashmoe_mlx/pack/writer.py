@@ -13,7 +13,14 @@ from pathlib import Path
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.pack.files import exclusive, explained_write_errors, publish, refuse_if_too_large, write_atomically
+from flashmoe_mlx.pack.files import (
+    exclusive,
+    explained_write_errors,
+    publish,
+    read_extents,
+    refuse_if_too_large,
+    write_atomically,
+)
 from flashmoe_mlx.pack.pack import MANIFEST, RESIDENT, TEXT_FILES, Pack, open_pack, variant_name, write_manifest
 from flashmoe_mlx.pack.plan import (
     PackSettings,
@@ -25,6 +32,7 @@ from flashmoe_mlx.pack.plan import (
     state_folder,
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
+from flashmoe_mlx.pack.quantise import convert_record
 from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
@@ -210,12 +218,31 @@ class _Packer:
                 needed = layers.pop(layer)
                 for variant in self._variants:
                     if not variant.has_layer(layer):
-                        yield sorted(needed), partial(variant.write_layer, layer)
+                        yield sorted(needed), partial(self._write_layer, variant, layer)
             if self._delete_source:
                 used = waiting.difference(*layers.values())
                 for name in used:
                     self._checkpoint.discard(name)
                 waiting -= used
+
+    def _write_layer(self, variant: VariantWriter, layer: int) -> None:
+        if self._pack is not None:
+            self._refuse_other_experts(self._pack, layer)
+        variant.write_layer(layer)
+
+    def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
+        """Models of one family have equal shapes: make a record anew that the pack has, and compare."""
+        known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+        source = self._tensors.experts
+        comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
+        payload = read_extents(source.extents(layer, 0))
+        if not comparable or convert_record(payload, source.layout, known.layout) != read_extents(
+            known.extents(layer, 0)
+        ):
+            raise PackError(
+                f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
+                "or give the checkpoint that it was made of"
+            )
 
     def _marker(self, shard: str) -> Path:
         return state_folder(self._out) / f"resident-{shard}.xxh3"

@@ -5,8 +5,17 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 
 console = Console(stderr=True)
+
+
+_TABLE_WIDTH = 100
+
+
+def print_table(table: Table) -> None:
+    """Show a table whole: a line that the terminal breaks is better than digits left out."""
+    Console(stderr=True, width=max(_TABLE_WIDTH, console.width)).print(table)
 
 
 class ByteProgress:

@@ -17,6 +17,8 @@ def model_folder(choice: ModelChoice) -> Path:
     """
     if choice.path is not None:
         folder = folder_of(choice.path)
+        if folder.is_file():
+            raise InputError(f"model.path={choice.path}: is a file; give the folder of a pack or a checkpoint")
         if not folder.is_dir():
             raise InputError(
                 f"model.path={choice.path}: no such folder; to get a model from the hub: "
@@ -25,8 +27,14 @@ def model_folder(choice: ModelChoice) -> Path:
         return folder
     if choice.synthetic is None:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
-    with byte_progress() as progress:
-        return synthetic_pack(choice.name, choice.synthetic, _cache_dir(choice), progress).folder
+    cache_dir = _cache_dir(choice)
+    try:
+        with byte_progress() as progress:
+            return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
+    except OSError as error:
+        raise InputError(
+            f"{cache_dir}: cannot keep the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
+        ) from error
 
 
 def _cache_dir(choice: ModelChoice) -> Path:

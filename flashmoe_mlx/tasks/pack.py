@@ -4,6 +4,8 @@ import logging
 import re
 from pathlib import Path
 
+from rich import filesize
+
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.config import Config, PackConfig, folder_of
@@ -28,7 +30,7 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task ge
     size = sum(entry["bytes"] for entry in pack.manifest["files"].values())
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, size)
-    console.print(f"{pack.folder}: {variants}, {size / 1e9:.2f} GB", highlight=False, soft_wrap=True)
+    console.print(f"{pack.folder}: {variants}, {filesize.decimal(size)}", highlight=False, soft_wrap=True)
     console.print(f"run it: python -m flashmoe_mlx model.path={pack.folder}", highlight=False, soft_wrap=True)
 
 
@@ -46,7 +48,7 @@ def _make(config: PackConfig) -> Pack:
         out = folder_of(config.out)
         source: Path | Checkpoint = folder
         if not folder.exists():
-            if not _HUB_ID.fullmatch(config.source):
+            if not _HUB_ID.fullmatch(config.source) or config.source.startswith((".", "/")):
                 raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
             source = HubCheckpoint.open_remote(config.source, config.revision, out / ".download")
         return pack_checkpoint(
@@ -71,5 +73,5 @@ def _verify(config: PackConfig) -> None:
     for damage in damages[:_SHOWN]:
         console.print(str(damage), highlight=False, soft_wrap=True)
     if damages:
-        raise FlashMoeError(f"{pack.folder}: {len(damages)} parts are damaged; pack the model again")
+        raise FlashMoeError(f"{pack.folder}: {len(damages)} damaged, as listed; delete the pack and make it again")
     console.print(f"{pack.folder}: every byte is as it was packed", highlight=False, soft_wrap=True)
