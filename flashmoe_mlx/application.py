@@ -2,10 +2,10 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 import hydra
@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from flashmoe_mlx.command_line import tidy
 from flashmoe_mlx.config import typed
+from flashmoe_mlx.engine.telemetry import package_version
 from flashmoe_mlx.errors import FlashMoeError, InputError
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
     if "--version" in arguments:
-        print(f"flashmoe_mlx {version('flashmoe_mlx')}, mlx {version('mlx')}")
+        print(", ".join(f"{name} {package_version(name)}" for name in ("flashmoe_mlx", "mlx")))
         return 0
     program, own = sys.argv[0], sys.argv
     try:
@@ -84,10 +85,13 @@ def _message(error: Exception) -> str:
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; there are {', '.join(sorted(error.options))}{hint}"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        first, *_ = text = str(error).splitlines()
-        if first.startswith("Ambiguous value for argument"):
-            return f"{first.split(chr(39))[1]}: several values are a sweep, which needs -m; a list needs [brackets]"
-        return " ".join(" ".join(text).split())
+        text = " ".join(str(error).split())
+        ambiguous = re.match(r"Ambiguous value for argument '(.*?)' ", text)
+        return (
+            f"{ambiguous[1]}: several values are a sweep, which needs -m; a list needs [brackets]"
+            if ambiguous
+            else text
+        )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return f"internal error: {type(error).__name__}: {error} (debug=true shows where)"

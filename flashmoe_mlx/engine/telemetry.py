@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -159,9 +159,17 @@ def environment() -> dict[str, Any]:
         "memory_bytes": psutil.virtual_memory().total,
         "mlx_device": str(device),
         "mlx_device_info": dict(mx.device_info(device)),
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "command": sys.orig_argv,
     }
+
+
+def package_version(name: str) -> str | None:
+    """Version of an installed package; None for one that is not, such as this one in a checkout that runs as it is."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
