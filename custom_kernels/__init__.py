@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+
 from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta
 
 PREFERENCES = ("auto", "reference")

@@ -3,6 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+
 from flashmoe_mlx.custom_kernels import PREFERENCES, choose
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 

@@ -18,13 +18,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from flashmoe_mlx.backends import pread
-from flashmoe_mlx.backends.pread import PreadStore
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pack_oracle import assert_one_line, layer_bytes, published_parts, read_checkpoint
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
+from flashmoe_mlx.backends import pread
+from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import InputError

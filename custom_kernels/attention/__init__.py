@@ -1,6 +1,7 @@
 """Causal attention over the cache."""
 
 import mlx.core as mx
+
 from flashmoe_mlx.custom_kernels.attention import reference
 
 __all__ = ["attention", "reference"]

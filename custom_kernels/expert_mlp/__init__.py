@@ -1,6 +1,7 @@
 """The SwiGLU MLP of one routed expert, on its record in place."""
 
 import mlx.core as mx
+
 from flashmoe_mlx.custom_kernels.expert_mlp import reference
 from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
 

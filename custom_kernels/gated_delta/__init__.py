@@ -1,6 +1,7 @@
 """The gated delta rule, the recurrence of GatedDeltaNet layers."""
 
 import mlx.core as mx
+
 from flashmoe_mlx.custom_kernels.gated_delta import reference
 
 __all__ = ["gated_delta", "reference"]
