@@ -2,14 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+
+from flashmoe_mlx.pack.pack import open_pack, write_manifest
 
 RUN = [sys.executable, "-m", "flashmoe_mlx"]
 
@@ -112,22 +114,36 @@ def test_a_folder_that_cannot_be_written(tiny_pack: Path, tmp_path: Path) -> Non
     assert "hydra.run.dir=<folder>" in line
 
 
-def test_interrupting_keeps_what_was_measured(tmp_path: Path, cache: Path) -> None:
-    arguments = [*RUN, "max_tokens=4000", "prompt=" + "x" * 20]
-    environment = os.environ | {"FLASHMOE_CACHE": str(cache)}
+@pytest.fixture
+def endless_pack(tiny_pack: Path, tmp_path: Path) -> Path:
+    """A model that has no token to end its answer with."""
+    folder = Path(shutil.copytree(tiny_pack, tmp_path / "endless"))
+    pack = open_pack(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    (folder / "generation_config.json").write_text("{}")
+    layouts = {name: experts.layout for name, experts in pack.experts.items()}
+    write_manifest(folder, pack.config, layouts, pack.manifest["source"], [])
+    return folder
+
+
+def test_interrupting_keeps_what_was_measured(tmp_path: Path, endless_pack: Path) -> None:
     with subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [*RUN, f"model.path={endless_pack}", "max_tokens=200", "profile=true"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         process.stdout.read(1)
-        time.sleep(0.2)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    if process.returncode == 0:
-        pytest.skip("the model ended its answer before it could be interrupted")
     assert process.returncode == 130, errors
+    assert b"stopping after this token" in errors
     (record,) = records(tmp_path)
-    assert json.loads((record / "metrics.json").read_text())["interrupted"] is True
+    metrics = json.loads((record / "metrics.json").read_text())
+    assert metrics["interrupted"] is True
+    assert 0 < len(metrics["token_ids"]) < 200
 
 
 def test_a_reader_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:

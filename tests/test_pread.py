@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from pack_oracle import assert_one_line, layer_bytes, published_parts, read_checkpoint
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
-from flashmoe_mlx.backends import pread
+from flashmoe_mlx import expert_reader
 from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
@@ -420,28 +421,53 @@ def test_many_threads_and_a_close(source: PackedExperts, oracle: Oracle) -> None
     assert stats.bytes_read == stats.requests * source.layout.record_bytes
 
 
+class Interrupted(SimpleQueue[Any]):
+    """Interrupts whoever waits for the first time."""
+
+    waits = 0
+
+    def get(self, *arguments: Any, **options: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            Interrupted.waits += 1
+            if Interrupted.waits == 1:
+                raise KeyboardInterrupt
+        return super().get(*arguments, **options)
+
+
 def test_an_interrupt_leaves_no_read_behind(
-    source: PackedExperts, oracle: Oracle, disturb: Any, monkeypatch: Any
+    source: PackedExperts, oracle: Oracle, disturb: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next fetch must not race with reads of the one that was interrupted, which go into the same slots."""
     with PreadStore(source, SLOTS, threads=2) as store:
         disturb(slowed(0.02))
-        waits = 0
-
-        def interrupted(pending: Any) -> Any:
-            nonlocal waits
-            waits += 1
-            if waits == 1:
-                raise KeyboardInterrupt
-            return wait(pending)
-
-        monkeypatch.setattr(pread, "wait", interrupted)
+        monkeypatch.setattr(Interrupted, "waits", 0)
+        monkeypatch.setattr(expert_reader, "SimpleQueue", Interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.fetch(0, range(6))
         after = np.asarray(store.fetch(1, [7]).host)[0].copy()
         time.sleep(0.1)
         assert after.tobytes() == oracle[1, 7]
         check(store.fetch(1, [7]), 1, [7], oracle)
+
+
+def test_interrupts_anywhere_never_hang(source: PackedExperts, oracle: Oracle) -> None:
+    """Real signals at random moments, as from a person who is impatient."""
+    interrupted = 0
+    with PreadStore(source, SLOTS, threads=3) as store:
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            for step in range(300):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-6 * step)
+                    store.fetch(step % LAYERS, [step % EXPERTS, (step + 3) % EXPERTS])
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        check(store.fetch(1, [7, 2]), 1, [7, 2], oracle)
+    assert interrupted > 20
 
 
 def test_a_forked_process_is_told(source: PackedExperts, tmp_path: Path) -> None:
