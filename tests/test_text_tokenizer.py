@@ -264,11 +264,6 @@ def test_absent_eos_is_ignored(model: Path) -> None:
     assert Tokenizer.load(model).eos_token_ids == frozenset()
 
 
-def test_given_eos_replaces_the_files(model: Path) -> None:
-    (model / "generation_config.json").write_text("not read")
-    assert Tokenizer.load(model, eos_token_ids=[7, 8, 7]).eos_token_ids == {7, 8}
-
-
 @pytest.mark.parametrize("eos", ["x", 1.0, True, -1, 2**32, {"a": 1}, [1, "x"], [[1]]])
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_malformed_eos_ids_are_refused(model: Path, name: str, eos: object) -> None:

@@ -1,6 +1,6 @@
 """Tokens and text, by a model's own ``tokenizer.json``."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +26,8 @@ class Tokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def load(cls, folder: Path, eos_token_ids: Collection[int] | None = None) -> "Tokenizer":
-        """Read a model's tokenizer files; ``eos_token_ids``, where given, replaces the ids that they name.
+    def load(cls, folder: Path) -> "Tokenizer":
+        """Read a model's tokenizer files.
 
         Raises:
             InputError: ``tokenizer.json`` is missing, or a file is malformed or too large.
@@ -41,9 +41,7 @@ class Tokenizer:
         # A training set-up left in the file would cut prompts short.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if eos_token_ids is None:
-            eos_token_ids = _published_eos(folder, tokenizer)
-        return cls(tokenizer, eos_token_ids, ChatTemplate.load(folder))
+        return cls(tokenizer, _published_eos(folder, tokenizer), ChatTemplate.load(folder))
 
     @property
     def vocab_size(self) -> int:
