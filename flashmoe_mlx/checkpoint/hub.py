@@ -17,9 +17,9 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name, read_c
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
 from flashmoe_mlx.pack.files import WRITE_ERRORS, explained_write_errors
+from flashmoe_mlx.pack.pack import TEXT_FILES
 
 _CONFIG = "config.json"
-_TEXT = (_CONFIG, "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 class HubCheckpoint(Checkpoint):
@@ -45,7 +45,7 @@ class HubCheckpoint(Checkpoint):
             info = api.model_info(name, revision=revision)
             present = {sibling.rfilename for sibling in info.siblings or ()}
             commit = info.sha
-            for file in _TEXT:
+            for file in (_CONFIG, *TEXT_FILES):
                 if file in present:
                     hf_hub_download(name, file, revision=commit, local_dir=folder)
         if commit is None or _CONFIG not in present:

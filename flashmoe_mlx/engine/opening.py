@@ -12,8 +12,9 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
 from flashmoe_mlx.model.build import ResidentTensors
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.arrays import array_from
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.plan import state_folder
+from flashmoe_mlx.pack.resident import read_resident
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def open_model(folder: Path) -> ModelFiles:
     if (folder / MANIFEST).exists():
         pack = open_pack(folder)
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
-    if (folder / ".packing").exists():
+    if state_folder(folder).exists():
         raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
     checkpoint = Checkpoint.open(folder)
     tensors = sort_tensors(checkpoint)
@@ -82,7 +83,4 @@ class _CheckpointResident:
         self.names = frozenset(self._tensors)
 
     def take(self, name: str) -> mx.array:
-        tensor = self._tensors[name]
-        data = self._checkpoint.read(tensor.source, 0, tensor.source.nbytes)
-        array = array_from(data, tensor.source.dtype, tensor.shape)
-        return array.astype(mx.float32) + 1.0 if tensor.add_one else array
+        return read_resident(self._checkpoint, self._tensors[name])

@@ -87,6 +87,11 @@ class Pack:
         """The resident weights."""
         return self.folder / RESIDENT
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all its files but the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
 
 def layer_file(layer: int) -> str:
     """Name of a layer's file, as flash-moe names it."""

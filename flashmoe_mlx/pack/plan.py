@@ -39,6 +39,11 @@ def state_folder(out: Path) -> Path:
     return out / _STATE
 
 
+def downloads_folder(out: Path) -> Path:
+    """Where shards from the hub are kept while the pack in ``out`` needs them."""
+    return out / _DOWNLOADS
+
+
 def forget_plan(out: Path) -> None:
     """Remove what only an unfinished pack needs."""
     for name in (_STATE, _DOWNLOADS):

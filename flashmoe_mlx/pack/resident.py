@@ -147,14 +147,20 @@ class ResidentPlan:
         return digest.hexdigest()
 
 
+def read_resident(checkpoint: Checkpoint, tensor: ResidentTensor) -> mx.array:
+    """The whole of a resident tensor in the form that the model wants; f32 if 1 had to be added."""
+    source = tensor.source
+    array = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, tensor.shape)
+    return array.astype(mx.float32) + 1.0 if tensor.add_one else array
+
+
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
     """Pieces of the outputs of a job: (output, byte of it, data)."""
     source = job.source.source
     if job.bits is None:
         (output,) = job.outputs
         if job.source.add_one:
-            published = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, source.shape)
-            yield output, 0, bytes_of(published.astype(mx.float32) + 1.0)
+            yield output, 0, bytes_of(read_resident(checkpoint, job.source))
             return
         for start in range(0, source.nbytes, _BLOCK_BYTES):
             yield output, start, memoryview(checkpoint.read(source, start, min(_BLOCK_BYTES, source.nbytes - start)))

@@ -26,7 +26,7 @@ class Damage:
 def verify_pack(pack: Pack, progress: Progress | None = None) -> list[Damage]:
     """Read all of ``pack`` and list what is damaged."""
     progress = progress or Silent()
-    progress.stage("verifying", sum(entry["bytes"] for entry in pack.manifest["files"].values()))
+    progress.stage("verifying", pack.nbytes)
     found: list[Damage] = []
     for name, entry in pack.manifest["files"].items():
         if "xxh3" in entry:

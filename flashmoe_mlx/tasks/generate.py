@@ -86,7 +86,7 @@ def _stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseExcepti
 def _interrupts() -> Iterator[Callable[[], bool]]:
     """Notice an interrupt and let the token at hand be finished; the second one ends the process at once.
 
-    An exception that arrives anywhere could strike while a lock of the reading threads is held.
+    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too.
     """
     count = 0
 

@@ -11,6 +11,7 @@ from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.config import Config, PackConfig, folder_of
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
+from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.tasks.console import byte_progress, console
@@ -27,10 +28,9 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task ge
         _verify(config)
         return
     pack = _make(config)
-    size = sum(entry["bytes"] for entry in pack.manifest["files"].values())
     variants = ", ".join(sorted(pack.experts))
-    log.info("pack %s: %s, %d bytes", pack.folder, variants, size)
-    console.print(f"{pack.folder}: {variants}, {filesize.decimal(size)}", highlight=False, soft_wrap=True)
+    log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
+    console.print(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}", highlight=False, soft_wrap=True)
     console.print(f"run it: python -m flashmoe_mlx model.path={pack.folder}", highlight=False, soft_wrap=True)
 
 
@@ -50,7 +50,7 @@ def _make(config: PackConfig) -> Pack:
         if not folder.exists():
             if not _HUB_ID.fullmatch(config.source) or config.source.startswith((".", "/")):
                 raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
-            source = HubCheckpoint.open_remote(config.source, config.revision, out / ".download")
+            source = HubCheckpoint.open_remote(config.source, config.revision, downloads_folder(out))
         return pack_checkpoint(
             source,
             out,
