@@ -9,10 +9,13 @@ then. MLX itself protects no buffer from being overwritten while a kernel reads 
 """
 
 import operator
+import os
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Protocol, Self, SupportsIndex
 
@@ -72,17 +75,32 @@ class ExpertSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertBatch:
+class ExpertBatch(Protocol):
     """Experts in memory, valid until the next ``fetch`` of the store that returned them.
 
-    ``slab`` is the buffer as an array, uint8 [slots, record bytes], and ``host`` the same bytes as the CPU sees them.
-    ``slots[i]`` is the row that holds the i-th expert asked for.
+    Three views of the same bytes, for whichever a kernel wants; a store makes the ones that cost it a copy only when
+    they are asked for. All in the order of the request.
     """
 
-    slab: mx.array
-    host: memoryview
-    slots: tuple[int, ...]
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The row of ``slab`` that holds each expert."""
+        ...
+
+    @property
+    def slab(self) -> mx.array:
+        """One buffer with all of them, uint8 [rows, record bytes]."""
+        ...
+
+    @property
+    def records(self) -> Sequence[mx.array]:
+        """Each expert by itself, uint8 [record bytes]."""
+        ...
+
+    @property
+    def host(self) -> Sequence[memoryview]:
+        """Each expert as the CPU sees it, ``record bytes`` of format "B"; for reading alone."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +108,16 @@ class StoreStats:
     """What a store has done since it was opened; the same counters for every store.
 
     ``requests`` = experts asked for (an expert named twice in a fetch counts once) = ``hits`` (already in a slot)
-    + ``misses`` (had to be read). ``reads`` and ``bytes_read`` count reads of storage or page cache, ``fetch_seconds``
-    the wall time that callers spent inside ``fetch``.
+    + ``misses`` (had to be read). ``evictions`` = experts that lost their slot to another. ``reads`` and ``bytes_read``
+    count reads of storage or page cache, ``fetch_seconds`` the wall time that callers spent inside ``fetch``. A fetch
+    that fails counts nothing.
     """
 
     fetches: int = 0
     requests: int = 0
     hits: int = 0
     misses: int = 0
+    evictions: int = 0
     reads: int = 0
     bytes_read: int = 0
     fetch_seconds: float = 0.0
@@ -110,9 +130,11 @@ class StoreStats:
 
 
 class ExpertStore(ABC):
-    """Serves expert records from ``source``.
+    """Serves expert records from ``source``; ``slots`` is the number of distinct experts that one ``fetch`` can hold.
 
-    ``slots`` is the number of distinct experts that one ``fetch`` can hold.
+    A subclass says how experts come into memory (``_bring``), what there is to free (``_release``) and, if it can make
+    use of it, what a hint does (``_hint``). Requests are checked, counted and taken one at a time here. All methods may
+    be called from any thread.
     """
 
     def __init__(self, source: ExpertSource, slots: int) -> None:
@@ -120,32 +142,90 @@ class ExpertStore(ABC):
             raise InputError(f"slots={slots}: a store needs at least 1 slot")
         self.source = source
         self.slots = slots
+        self._stats = StoreStats()
+        self._closed = False
+        self._one_at_a_time = Lock()
+        self._process = os.getpid()
 
     @property
     def layout(self) -> RecordLayout:
         """The layout of every record in the batches."""
         return self.source.layout
 
-    @abstractmethod
-    def fetch(self, layer: int, experts: Sequence[SupportsIndex]) -> ExpertBatch:
+    def fetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> ExpertBatch:
         """Bring ``experts`` of ``layer`` into slots; blocks until they are there.
 
         Raises:
             ExpertRequestError: an index is out of range or not an integer, or there are more experts than slots.
-            ExpertReadError: the storage failed.
-            StoreClosedError: the store was closed.
+            ExpertReadError: the storage failed; the store can be used on.
+            StoreClosedError: the store was closed, or opened by another process.
         """
+        start = time.perf_counter()
+        layer, indices = self._checked(layer, experts)
+        distinct = len(set(indices))
+        if distinct > self.slots:
+            raise ExpertRequestError(f"{distinct} experts were asked for at once, but the store has {self.slots} slots")
+        self._refuse_other_process()
+        with self._one_at_a_time:
+            self._refuse_closed()
+            batch, done = self._bring(layer, indices)
+            seconds = time.perf_counter() - start
+            self._stats += replace(done, fetches=1, requests=done.hits + done.misses, fetch_seconds=seconds)
+        return batch
 
-    def prefetch(self, layer: int, experts: Sequence[SupportsIndex]) -> None:  # noqa: B027  # ignoring it is the default
-        """Hint that ``experts`` of ``layer`` may be fetched soon; never changes what ``fetch`` returns."""
+    def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
+        """Hint that ``experts`` of ``layer`` may be fetched soon; never changes what ``fetch`` returns.
 
-    @abstractmethod
+        Raises:
+            ExpertRequestError: an index is out of range or not an integer.
+            StoreClosedError: the store was closed, or opened by another process.
+        """
+        layer, indices = self._checked(layer, experts)
+        self._refuse_other_process()
+        with self._one_at_a_time:
+            self._refuse_closed()
+            self._hint(layer, indices)
+
     def stats(self) -> StoreStats:
         """Counters since the store was opened."""
+        return self._stats
+
+    def close(self) -> None:
+        """Wait for the fetch under way, then free files, threads and slots; may be called again."""
+        if os.getpid() != self._process:
+            return  # what there is to free belongs to the process that opened it
+        with self._one_at_a_time:
+            if not self._closed:
+                self._closed = True
+                self._release()
 
     @abstractmethod
-    def close(self) -> None:
-        """Free files, threads and slots after pending reads have ended; may be called again."""
+    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+        """``experts``, valid indices of ``layer``, perhaps some of them twice, and what it took.
+
+        Of the counters, ``hits``, ``misses``, ``evictions``, ``reads`` and ``bytes_read`` are this method's to state.
+        When it raises, nothing may be written to any slot any more.
+        """
+
+    def _hint(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # ignoring it is the default
+        """Make use of a hint, without waiting for storage."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Free everything; called once, when no fetch is under way."""
+
+    def _checked(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> tuple[int, list[int]]:
+        indices = [_index(expert, self.source.num_experts, "expert") for expert in experts]
+        return _index(layer, self.source.num_layers, "layer"), indices
+
+    def _refuse_other_process(self) -> None:
+        # Before the lock: another thread of the parent may have held it when this process was forked.
+        if os.getpid() != self._process:
+            raise StoreClosedError("this store was opened by another process; open one in this process")
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise StoreClosedError("this store is closed")
 
     def __enter__(self) -> Self:
         return self
@@ -154,15 +234,6 @@ class ExpertStore(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def checked_request(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> tuple[int, list[int]]:
-        """``layer`` and ``experts`` as ints, every one in range and no more distinct experts than slots."""
-        layer = _index(layer, self.source.num_layers, "layer")
-        indices = [_index(expert, self.source.num_experts, "expert") for expert in experts]
-        distinct = len(set(indices))
-        if distinct > self.slots:
-            raise ExpertRequestError(f"{distinct} experts were asked for at once, but the store has {self.slots} slots")
-        return layer, indices
 
 
 def _index(value: SupportsIndex, count: int, what: str) -> int:

@@ -205,7 +205,7 @@ def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
 @pytest.mark.parametrize(
     ("backend", "options", "message"),
     [
-        ("nosuch", {}, "backend=nosuch: no such backend; there are pread"),
+        ("nosuch", {}, "backend=nosuch: no such backend; there are checkpoint, io_uring"),
         ("pread", {"thread": 4}, "backend.thread: no such option; PreadStore has variant, slots, threads"),
         ("pread", {"threads": "4"}, "backend.threads=4: must be an integer"),
         ("pread", {"threads": 0}, "threads=0"),

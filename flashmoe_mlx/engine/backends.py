@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from flashmoe_mlx.engine.opening import ModelFiles
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertStore
+from flashmoe_mlx.expert_store import ExpertSource, ExpertStore
 
 
 def backend_names() -> list[str]:
@@ -48,8 +48,17 @@ def open_store(
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     settings |= options
     stated = dict(settings)
-    target = settings.pop("_target_", None)
-    source = files.variant(settings.pop("variant", None))
+    return create_store(files.variant(settings.pop("variant", None)), settings), stated
+
+
+def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
+    """The store that ``settings``, with ``_target_`` and options for its constructor, make for ``source``.
+
+    Raises:
+        InputError: there is no such store or option, or the store refuses.
+    """
+    options = dict(settings)
+    target = options.pop("_target_", None)
     if not isinstance(target, str):
         raise InputError("backend: _target_ must name the class of a store, like my_package.my_module.MyStore")
     try:
@@ -58,9 +67,9 @@ def open_store(
         raise InputError(f"backend: cannot import {target}: {error}") from error
     if not issubclass(store_class, ExpertStore):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore")
-    _check_options(store_class, settings)
-    store: ExpertStore = store_class(source, **settings)
-    return store, stated
+    _check_options(store_class, options)
+    store: ExpertStore = store_class(source, **options)
+    return store
 
 
 def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -> None:

@@ -60,9 +60,7 @@ class MixtureOfExperts:
             group = distinct[start : start + self.store.slots]
             with clock.phase("io"):
                 batch = self.store.fetch(self.layer, group)
-            for expert, slot in zip(group, batch.slots, strict=True):
-                # A slice is a view of the slab; an index would copy the whole record.
-                record = batch.slab[slot : slot + 1].reshape(-1)
+            for expert, record in zip(group, batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.store.layout), chosen, weights)
         return y.astype(x.dtype)
 

@@ -1,0 +1,23 @@
+"""Experts straight from a published safetensors checkpoint, without a pack."""
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.pack.pack import PackedExperts
+from flashmoe_mlx.storage.readers import make_reader
+from flashmoe_mlx.storage.reading_store import ReadingStore
+
+
+class CheckpointStore(ReadingStore):
+    """Gathers every expert that is asked for from its places in the shards: nine in a quantised checkpoint, fewer
+    where they adjoin.
+
+    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.
+    """
+
+    def __init__(self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 8) -> None:
+        if isinstance(source, PackedExperts):
+            raise InputError(
+                f"backend=checkpoint: {source.directory.parent} is a pack; give the folder of a checkpoint as "
+                "model.path, or choose another backend"
+            )
+        super().__init__(source, slots, lambda _: make_reader(reader, source, depth))

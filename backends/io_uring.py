@@ -1,0 +1,33 @@
+"""Linux's io_uring: the reads of a layer in one system call."""
+
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.storage.reading_store import ReadingStore
+from flashmoe_mlx.storage.uring_reader import UringReader
+
+
+class UringStore(ReadingStore):
+    """Reads every expert that is asked for through one ring, without threads of its own.
+
+    Options: ``slots`` of one fetch; ``depth`` reads under way at once; ``chunk_mib`` MiB at most in one read (None:
+    whole experts); ``direct`` reads past the page cache (O_DIRECT); ``workers`` has the kernel's own threads make the
+    reads, which matters where pages are in the cache and must be copied; ``registered`` pins the slots once.
+
+    Raises:
+        BackendUnavailableError: not Linux, an old kernel, or io_uring is forbidden here.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        slots: int = 16,
+        depth: int = 64,
+        chunk_mib: float | None = None,
+        direct: bool = False,
+        workers: bool = True,
+        registered: bool = False,
+    ) -> None:
+        super().__init__(
+            source,
+            slots,
+            lambda slab: UringReader(source, depth, chunk_mib, direct, workers, slab if registered else None),
+        )

@@ -1,0 +1,21 @@
+"""The 2-bit variant of a pack: little more than half the bytes of the 4-bit one."""
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.storage.readers import make_reader
+from flashmoe_mlx.storage.reading_store import ReadingStore
+
+
+class Pack2Store(ReadingStore):
+    """Reads experts of 2 bits, and refuses others.
+
+    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.
+    """
+
+    def __init__(self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4) -> None:
+        if source.layout.bits != 2:
+            raise InputError(
+                f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
+                "leave backend.variant=q2, or choose another backend"
+            )
+        super().__init__(source, slots, lambda _: make_reader(reader, source, depth))

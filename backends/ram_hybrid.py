@@ -1,0 +1,131 @@
+"""A budget of memory for the experts that are used most, reads for the others."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource, ExpertStore, StoreStats
+from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large
+from flashmoe_mlx.storage.policies import make_policy
+from flashmoe_mlx.storage.readers import make_reader
+from flashmoe_mlx.storage.slab import make_slots
+from flashmoe_mlx.storage.slot_cache import SlotCache
+
+
+class RamHybridStore(ExpertStore):
+    """Keeps experts in slots, as many for each layer, and reads what is not there.
+
+    Options: the budget is ``budget_gib`` GiB, or else ``memory_share`` of the memory that is free when it is opened;
+    ``policy`` says which expert makes room for another: lru, lfu, s3fifo, or pinned, which keeps those that were
+    chosen most in the recorded ``trace`` and the others by lru; ``slots`` that one fetch may need, if the budget gives
+    a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once. On CUDA the slots are in
+    the GPU's memory.
+
+    Each layer has slots of its own: with one pool for all, layers of a token would push each other out.
+
+    Raises:
+        InputError: the budget does not fit into memory, or holds less than one expert a layer.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        budget_gib: float | None = None,
+        memory_share: float = 0.5,
+        policy: str = "lru",
+        trace: str | None = None,
+        slots: int = 16,
+        reader: str = "pread",
+        depth: int = 4,
+    ) -> None:
+        if slots < 1:
+            raise InputError(f"slots={slots}: a fetch needs at least 1 slot")
+        record = source.layout.record_bytes
+        budget = _budget(budget_gib, memory_share)
+        capacity = min(budget // (record * source.num_layers), source.num_experts)
+        if capacity < 1:
+            raise InputError(
+                f"backend=ram_hybrid: {budget / GIB:.3g} GiB are less than one expert for each of {source.num_layers} "
+                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}"
+            )
+        super().__init__(source, min(slots, capacity))
+        self._policy = policy
+        self._hot = _hot_experts(source, policy, trace)
+        self._capacity = capacity
+        self._caches = [self._empty(layer) for layer in range(source.num_layers)]
+        size = record * source.num_layers * capacity
+        refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
+        self._layers = [make_slots(capacity, record, self.slots) for _ in range(source.num_layers)]
+        self._reader = make_reader(reader, source, depth)
+
+    def _empty(self, layer: int) -> SlotCache:
+        return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))
+
+    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+        distinct = list(dict.fromkeys(experts))
+        try:
+            placement = self._caches[layer].place(distinct)
+            slots = [placement.slots[expert] for expert in placement.misses]
+            reads, nbytes = self._fill(layer, placement.misses, slots)
+        except BaseException as error:
+            # A failed read is known to have spoilt the slots of the misses; after anything else, an interrupt
+            # perhaps, nothing is known of this layer.
+            if not isinstance(error, ExpertReadError):
+                self._caches[layer] = self._empty(layer)
+            raise
+        batch = self._layers[layer].batch([placement.slots[expert] for expert in experts])
+        misses = len(placement.misses)
+        return batch, StoreStats(
+            hits=len(distinct) - misses,
+            misses=misses,
+            evictions=placement.evictions,
+            reads=reads,
+            bytes_read=nbytes,
+        )
+
+    def _fill(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> tuple[int, int]:
+        if not experts:
+            return 0, 0
+        where = self._layers[layer]
+        try:
+            counts = self._reader.read(layer, list(zip(experts, where.rows(slots), strict=True)))
+        except ExpertReadError:
+            self._caches[layer].drop(experts)
+            raise
+        where.commit(slots)
+        return counts
+
+    def _release(self) -> None:
+        self._reader.close()
+        self._layers.clear()
+
+
+def _budget(budget_gib: float | None, memory_share: float) -> int:
+    if budget_gib is not None:
+        if not 0 < budget_gib < 2**20:
+            raise InputError(f"backend.budget_gib={budget_gib}: must be a size in GiB, more than 0")
+        return int(budget_gib * GIB)
+    if not 0 < memory_share <= 1:
+        raise InputError(f"backend.memory_share={memory_share}: must be more than 0 and at most 1")
+    return int(memory_share * available_memory())
+
+
+def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[Sequence[int]]:
+    """Of each layer, the experts by descending use in the trace; nothing for policies that want none."""
+    if (policy == "pinned") != (trace is not None):
+        raise InputError(
+            "backend.policy=pinned needs backend.trace=<recorded trace>"
+            if trace is None
+            else f"backend.trace={trace}: only backend.policy=pinned uses a trace"
+        )
+    if trace is None:
+        return [()] * source.num_layers
+    recorded = RoutingTrace.load(Path(trace).expanduser())
+    _, layers, _ = recorded.experts.shape
+    if (layers, recorded.num_experts) != (source.num_layers, source.num_experts):
+        raise InputError(
+            f"{trace}: recorded with {layers} layers of {recorded.num_experts} experts; this model has "
+            f"{source.num_layers} of {source.num_experts}"
+        )
+    return [recorded.hot_experts(layer) for layer in range(layers)]

@@ -1,0 +1,110 @@
+"""From experts to reads: which bytes of which files go where."""
+
+import fcntl
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertReadError, ExpertSource, Extent
+
+_MIB = 2**20
+_PAGE = 4096
+_F_RDADVISE = 44  # <sys/fcntl.h> of macOS
+_RADVISORY = struct.Struct("@qi0q")  # off_t, int
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """``view`` is to be filled from ``offset`` of the file at ``path``, for ``expert``."""
+
+    expert: int
+    path: Path
+    offset: int
+    view: memoryview
+
+    def failed(self, layer: int, error: OSError | EOFError) -> ExpertReadError:
+        """The error that says so; an EOFError holds the byte at which the file ended."""
+        if isinstance(error, EOFError):
+            reason = "the file ends here, in mid-record"
+            return ExpertReadError(self.path, layer, self.expert, error.args[0], reason)
+        reason = error.strerror or str(error)
+        return ExpertReadError(self.path, layer, self.expert, self.offset, reason)
+
+
+def plan_reads(
+    source: ExpertSource, layer: int, wanted: Sequence[tuple[int, memoryview]], chunk_bytes: int | None
+) -> Iterator[Read]:
+    """Reads that fill the row of each (expert, row): one for each run of adjacent extents, or several if it is longer
+    than ``chunk_bytes``.
+    """
+    for expert, row in wanted:
+        done = 0
+        for extent in coalesced(source.extents(layer, expert)):
+            step = chunk_bytes or extent.nbytes
+            for start in range(0, extent.nbytes, step):
+                end = min(start + step, extent.nbytes)
+                yield Read(expert, extent.path, extent.offset + start, row[done + start : done + end])
+            done += extent.nbytes
+
+
+def chunk_bytes(chunk_mib: float | None) -> int | None:
+    """A chunk size in bytes, a multiple of 4 KiB as direct I/O wants it."""
+    if chunk_mib is None:
+        return None
+    if chunk_mib * _MIB < _PAGE:
+        raise InputError(f"chunk_mib={chunk_mib}: must be at least 4 KiB (0.00390625), or null for whole records")
+    return int(chunk_mib * _MIB) // _PAGE * _PAGE
+
+
+def coalesced(extents: Sequence[Extent]) -> list[Extent]:
+    """``extents`` with those joined that follow each other in their file, as they do in memory."""
+    joined: list[Extent] = []
+    for extent in extents:
+        last = joined[-1] if joined else None
+        if last is not None and (last.path, last.offset + last.nbytes) == (extent.path, extent.offset):
+            joined[-1] = Extent(last.path, last.offset, last.nbytes + extent.nbytes)
+        else:
+            joined.append(extent)
+    return joined
+
+
+class OpenFiles:
+    """Descriptors by path, opened by ``opener`` when first asked for; several threads may ask."""
+
+    def __init__(self, opener: Callable[[Path], int]) -> None:
+        self._opener = opener
+        self._files: dict[Path, int] = {}
+
+    def __getitem__(self, path: Path) -> int:
+        """The descriptor of ``path``; OSError if it cannot be opened."""
+        fd = self._files.get(path)
+        if fd is None:
+            fd = self._opener(path)
+            # Another thread may have opened it meanwhile; one descriptor stays.
+            if self._files.setdefault(path, fd) != fd:
+                os.close(fd)
+                fd = self._files[path]
+        return fd
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+def advise_will_need(source: ExpertSource, files: OpenFiles, layer: int, experts: Iterable[int]) -> None:
+    """Ask the system to begin reading ``experts`` into its cache, without waiting; errors are left to the reads."""
+    for expert in experts:
+        for extent in source.extents(layer, expert):
+            try:
+                fd = files[extent.path]
+                if sys.platform == "darwin":
+                    fcntl.fcntl(fd, _F_RDADVISE, _RADVISORY.pack(extent.offset, extent.nbytes))
+                else:
+                    os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
+            except OSError:
+                return

@@ -1,0 +1,262 @@
+"""Which expert of a layer loses its slot when another needs one: LRU, LFU, S3-FIFO, and hot experts pinned.
+
+A policy sees the sequence of requests and nothing else, so the same requests always lead to the same victims.
+"""
+
+import heapq
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+
+from flashmoe_mlx.errors import InputError
+
+
+class EvictionPolicy(ABC):
+    """Orders the experts that are in slots; one policy a layer.
+
+    ``SlotCache`` tells it of each request: first a ``hit`` for every expert that has a slot, then for every other an
+    ``evict``, if no slot is free, and its ``insert``; both in the order of the request.
+    """
+
+    @abstractmethod
+    def hit(self, expert: int) -> None:
+        """``expert``, which has a slot, was asked for."""
+
+    @abstractmethod
+    def insert(self, expert: int) -> None:
+        """``expert``, which had no slot, was asked for and has one now."""
+
+    @abstractmethod
+    def evict(self, keep: Collection[int]) -> int:
+        """Choose an expert that is not in ``keep``, the current request, and take it for gone; there is always one."""
+
+    @abstractmethod
+    def drop(self, expert: int) -> None:
+        """Forget ``expert``, which has a slot, as if it had never been asked for: it could not be read."""
+
+
+class LRU(EvictionPolicy):
+    """Evicts the least recently used expert."""
+
+    def __init__(self) -> None:
+        self._oldest_first: OrderedDict[int, None] = OrderedDict()
+
+    def hit(self, expert: int) -> None:
+        self._oldest_first.move_to_end(expert)
+
+    def insert(self, expert: int) -> None:
+        self._oldest_first[expert] = None
+
+    def evict(self, keep: Collection[int]) -> int:
+        victim = next(expert for expert in self._oldest_first if expert not in keep)
+        del self._oldest_first[victim]
+        return victim
+
+    def drop(self, expert: int) -> None:
+        del self._oldest_first[expert]
+
+
+class LFU(EvictionPolicy):
+    """Evicts the least frequently used expert; of several, the least recently used.
+
+    Counts every request since the start, also of experts that lost their slot in the meantime ("perfect" LFU), and
+    never ages the counts.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, int] = {}
+        self._last_use: dict[int, int] = {}  # of the experts in slots
+        self._clock = 0
+        # (count, last use, expert), one for each expert in a slot. A hit leaves its entry as it is: too small, which
+        # shows when it comes to the top.
+        self._heap: list[tuple[int, int, int]] = []
+
+    def hit(self, expert: int) -> None:
+        self._counts[expert] += 1
+        self._clock += 1
+        self._last_use[expert] = self._clock
+
+    def insert(self, expert: int) -> None:
+        self._counts.setdefault(expert, 0)
+        self.hit(expert)
+        heapq.heappush(self._heap, (self._counts[expert], self._clock, expert))
+
+    def evict(self, keep: Collection[int]) -> int:
+        kept = []
+        while True:
+            _, used, expert = self._heap[0]
+            last_use = self._last_use[expert]
+            if used != last_use:
+                heapq.heapreplace(self._heap, (self._counts[expert], last_use, expert))
+            elif expert in keep:
+                kept.append(heapq.heappop(self._heap))
+            else:
+                break
+        heapq.heappop(self._heap)
+        for entry in kept:
+            heapq.heappush(self._heap, entry)
+        del self._last_use[expert]
+        return expert
+
+    def drop(self, expert: int) -> None:
+        del self._counts[expert], self._last_use[expert]
+        self._heap = [entry for entry in self._heap if entry[2] != expert]
+        heapq.heapify(self._heap)
+
+
+class S3FIFO(EvictionPolicy):
+    """Evicts from a small queue those that were not asked for again, and keeps the others in a main queue.
+
+    Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1: a small queue for a tenth
+    of ``capacity`` (rounded down, 1 at least), a main queue for the rest, and a ghost queue that remembers as many
+    experts evicted from the small queue as the main one holds. Hits are counted up to 3. More than one moves an expert
+    from the small queue into the main one, where its count starts anew; a ghost that is asked for goes there at once.
+    In the main queue an expert goes around again for each hit.
+
+    Where the paper leaves it open: an eviction ends as soon as one expert has gone, also when that makes room in the
+    main queue for one from the small queue. An expert of the current request is passed over and keeps its place. A
+    queue in which nothing can be evicted leaves it to the other one.
+    """
+
+    _MOST_HITS = 3
+
+    def __init__(self, capacity: int) -> None:
+        self._small_size = max(1, capacity // 10)
+        self._main_size = capacity - self._small_size
+        # Expert -> hits, oldest first.
+        self._small: OrderedDict[int, int] = OrderedDict()
+        self._main: OrderedDict[int, int] = OrderedDict()
+        self._ghost: OrderedDict[int, None] = OrderedDict()
+
+    def hit(self, expert: int) -> None:
+        queue = self._small if expert in self._small else self._main
+        queue[expert] = min(queue[expert] + 1, self._MOST_HITS)
+
+    def insert(self, expert: int) -> None:
+        if expert in self._ghost:
+            del self._ghost[expert]
+            self._main[expert] = 0
+        else:
+            self._small[expert] = 0
+
+    def evict(self, keep: Collection[int]) -> int:
+        victim = None
+        if len(self._small) < self._small_size:
+            victim = self._evict_main(keep)
+        if victim is None:
+            victim = self._evict_small(keep)
+        if victim is None:
+            victim = self._evict_main(keep)
+        assert victim is not None
+        return victim
+
+    def _evict_small(self, keep: Collection[int]) -> int | None:
+        queue, kept, victim = self._small, [], None
+        while queue and victim is None:
+            expert, hits = queue.popitem(last=False)
+            if hits > 1:
+                if len(self._main) >= self._main_size:
+                    victim = self._evict_main(keep)
+                self._main[expert] = 0
+            elif expert in keep:
+                kept.append((expert, hits))
+            else:
+                victim = expert
+                self._remember(expert)
+        _put_back(queue, kept)
+        return victim
+
+    def _evict_main(self, keep: Collection[int]) -> int | None:
+        queue, kept, victim = self._main, [], None
+        while queue and victim is None:
+            expert, hits = queue.popitem(last=False)
+            if hits > 0:
+                queue[expert] = hits - 1
+            elif expert in keep:
+                kept.append((expert, hits))
+            else:
+                victim = expert
+        _put_back(queue, kept)
+        return victim
+
+    def _remember(self, expert: int) -> None:
+        self._ghost[expert] = None
+        if len(self._ghost) > self._main_size:
+            self._ghost.popitem(last=False)
+
+    def drop(self, expert: int) -> None:
+        del (self._small if expert in self._small else self._main)[expert]
+
+
+def _put_back(queue: OrderedDict[int, int], kept: Sequence[tuple[int, int]]) -> None:
+    for expert, hits in reversed(kept):
+        queue[expert] = hits
+        queue.move_to_end(expert, last=False)
+
+
+class Pinned(EvictionPolicy):
+    """Keeps the hottest experts once they are in, and treats the others by LRU.
+
+    The first of ``hot`` (hottest first) are pinned: as many as half of ``capacity``, rounded down, so that the other
+    half stays for the rest of each request. A slot is not held free for a pinned expert that was never asked for.
+    As a last resort, when a request needs more slots than the unpinned have, the coldest pinned expert outside of the
+    request gives its slot; it is pinned again when it comes back.
+    """
+
+    def __init__(self, capacity: int, hot: Sequence[int]) -> None:
+        self._pins = tuple(hot[: capacity // 2])
+        self._pinned = frozenset(self._pins)
+        self._pinned_in: set[int] = set()
+        self._others_oldest_first: OrderedDict[int, None] = OrderedDict()
+
+    def hit(self, expert: int) -> None:
+        if expert not in self._pinned:
+            self._others_oldest_first.move_to_end(expert)
+
+    def insert(self, expert: int) -> None:
+        if expert in self._pinned:
+            self._pinned_in.add(expert)
+        else:
+            self._others_oldest_first[expert] = None
+
+    def evict(self, keep: Collection[int]) -> int:
+        for expert in self._others_oldest_first:
+            if expert not in keep:
+                del self._others_oldest_first[expert]
+                return expert
+        victim = next(expert for expert in reversed(self._pins) if expert in self._pinned_in and expert not in keep)
+        self._pinned_in.remove(victim)
+        return victim
+
+    def drop(self, expert: int) -> None:
+        if expert in self._pinned:
+            self._pinned_in.remove(expert)
+        else:
+            del self._others_oldest_first[expert]
+
+
+POLICIES: Mapping[str, Callable[[int, Sequence[int]], EvictionPolicy]] = MappingProxyType(
+    {
+        "lru": lambda _capacity, _hot: LRU(),
+        "lfu": lambda _capacity, _hot: LFU(),
+        "s3fifo": lambda capacity, _hot: S3FIFO(capacity),
+        "pinned": Pinned,
+    }
+)
+"""How to make each policy from the number of slots and the hot experts."""
+
+
+def make_policy(name: str, capacity: int, hot: Sequence[int] = ()) -> EvictionPolicy:
+    """The policy ``name`` for a layer with ``capacity`` slots.
+
+    ``hot`` are the layer's experts by descending heat, as many as are known; only "pinned" makes use of them.
+
+    Raises:
+        InputError: there is no such policy, or "pinned" has no hot experts.
+    """
+    if name not in POLICIES:
+        raise InputError(f"policy={name}: no such policy; there are {', '.join(POLICIES)}")
+    if name == "pinned" and not hot:
+        raise InputError("policy=pinned: no hot experts are known; record a routing trace first")
+    return POLICIES[name](capacity, hot)

@@ -1,0 +1,55 @@
+"""What reads experts into memory, and the ways of reading that stores can be told to use by name."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.storage.thread_reader import ThreadReader
+from flashmoe_mlx.storage.uring_reader import UringReader
+
+
+class ExpertReader(Protocol):
+    """Reads experts of one source into memory that the caller owns."""
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+        """Fill the row of each (expert, row); the number of reads and of bytes.
+
+        Whatever happens, no row is written to any more when this returns.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+        """
+        ...
+
+    def advise(self, layer: int, experts: Iterable[int]) -> None:
+        """Ask the system to begin reading ``experts`` into its cache, without waiting."""
+        ...
+
+    def close(self) -> None:
+        """Free what it reads with; no read may be under way. May be called again."""
+        ...
+
+
+READERS: Mapping[str, Callable[[ExpertSource, int], ExpertReader]] = MappingProxyType(
+    {
+        "io_uring": UringReader,
+        "pread": ThreadReader,
+    }
+)
+"""Made of a source and the number of reads to have under way at once."""
+
+
+def make_reader(name: str, source: ExpertSource, depth: int) -> ExpertReader:
+    """The reader called ``name``, with ``depth`` reads under way at once.
+
+    Raises:
+        InputError: there is no such reader, or ``depth`` is less than 1.
+        BackendUnavailableError: this machine has no such thing.
+    """
+    if name not in READERS:
+        raise InputError(f"reader={name}: no such reader; there are {', '.join(sorted(READERS))}")
+    if depth < 1:
+        raise InputError(f"depth={depth}: at least 1 read must be under way")
+    return READERS[name](source, depth)

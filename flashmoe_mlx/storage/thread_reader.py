@@ -1,0 +1,163 @@
+"""Read experts by several threads at once, straight into memory that the caller owns."""
+
+import fcntl
+import os
+import sys
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
+from flashmoe_mlx.pack.files import read_exactly
+from flashmoe_mlx.storage.extents import OpenFiles, Read, advise_will_need, chunk_bytes, plan_reads
+
+_Jobs = SimpleQueue[Callable[[], object] | None]
+# <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
+_F_RDAHEAD, _F_NOCACHE = 45, 48
+
+
+class ThreadReader:
+    """Positioned reads of ``source`` by ``threads`` threads, at most ``chunk_mib`` MiB each (None: whole extents).
+
+    ``readahead`` false tells the system not to read beyond what is asked for; ``page_cache`` false keeps what was read
+    out of its cache. An interrupt may arrive anywhere: ``SimpleQueue`` is the one way of handing work to threads that
+    it cannot leave in a state in which the next hand-over would hang.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        threads: int,
+        chunk_mib: float | None = None,
+        readahead: bool = True,
+        page_cache: bool = True,
+    ) -> None:
+        if threads < 1:
+            raise InputError(f"threads={threads}: at least 1 thread must read")
+        self._chunk = chunk_bytes(chunk_mib)
+        self._source = source
+        self._drop = not page_cache and sys.platform == "linux"
+        self._files = OpenFiles(partial(_open, readahead=readahead, page_cache=page_cache))
+        self._queues: list[_Jobs] = []
+        self._threads: list[Thread] = []
+        self._end = weakref.finalize(self, _end, self._queues)
+        try:
+            for number in range(threads):
+                queue: _Jobs = SimpleQueue()
+                thread = Thread(target=_serve, args=(queue,), name=f"expert-reader-{number}", daemon=True)
+                thread.start()
+                self._queues.append(queue)
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise BackendUnavailableError(f"cannot start {threads} threads: {error}; choose fewer threads") from error
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+        """Fill the row of each (expert, row) of ``wanted``; the number of reads and of bytes.
+
+        Whatever happens, no row is written to any more when this returns.
+
+        Raises:
+            ExpertReadError: an expert could not be read; the first one that failed.
+        """
+        reads = list(plan_reads(self._source, layer, wanted, self._chunk))
+        batch = _Batch(partial(self._read, layer), reads)
+        workers = min(len(reads), len(self._queues))
+        try:
+            for queue in self._queues[:workers]:
+                queue.put(batch.work)
+            count = sum(batch.finished.get() for _ in range(workers))
+        except BaseException:
+            batch.todo.clear()
+            self._settle()
+            raise
+        if batch.errors:
+            raise batch.errors[0]
+        return count, sum(len(read.view) for read in reads)
+
+    def _settle(self) -> None:
+        """Wait until every thread is done with what it was given before, however often that is interrupted."""
+        while True:
+            done: SimpleQueue[None] = SimpleQueue()
+            try:
+                for queue in self._queues:
+                    queue.put(partial(done.put, None))
+                for _ in self._queues:
+                    done.get()
+            except KeyboardInterrupt:
+                continue
+            return
+
+    def _read(self, layer: int, read: Read) -> int:
+        try:
+            fd = self._files[read.path]
+            count = read_exactly(fd, read.view, read.offset)
+        except (EOFError, OSError) as error:
+            raise read.failed(layer, error) from error
+        if self._drop:
+            os.posix_fadvise(fd, read.offset, len(read.view), os.POSIX_FADV_DONTNEED)
+        return count
+
+    def advise(self, layer: int, experts: Iterable[int]) -> None:
+        """Ask the system to begin reading ``experts`` into its cache, without waiting."""
+        advise_will_need(self._source, self._files, layer, experts)
+
+    def close(self) -> None:
+        """End the threads and close the files; no read may be under way. May be called again."""
+        self._end()
+        for thread in self._threads:
+            thread.join()
+        self._files.close()
+
+
+def _open(path: Path, readahead: bool, page_cache: bool) -> int:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if sys.platform == "darwin":
+            if not readahead:
+                fcntl.fcntl(fd, _F_RDAHEAD, 0)
+            if not page_cache:
+                fcntl.fcntl(fd, _F_NOCACHE, 1)
+        elif not readahead:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+class _Batch:
+    """Reads that several threads share; each puts how many it made into ``finished`` when nothing is left."""
+
+    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
+        self._read = read
+        self.todo = deque(reads)
+        self.errors: list[BaseException] = []
+        self.finished: SimpleQueue[int] = SimpleQueue()
+
+    def work(self) -> None:
+        count = 0
+        try:
+            while self.todo:
+                count += self._read(self.todo.popleft())
+        except IndexError:
+            pass  # another thread took the last one
+        except BaseException as error:  # given to the thread that waits
+            self.errors.append(error)
+            self.todo.clear()
+        self.finished.put(count)
+
+
+def _serve(queue: _Jobs) -> None:
+    while (job := queue.get()) is not None:
+        job()
+
+
+def _end(queues: Sequence[_Jobs]) -> None:
+    for queue in queues:
+        queue.put(None)

@@ -1,0 +1,127 @@
+"""Read experts through io_uring, straight into memory that the caller owns."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
+from flashmoe_mlx.storage.extents import OpenFiles, Read, advise_will_need, chunk_bytes, plan_reads
+from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.storage.uring import Ring, RingRead
+
+_ALIGNMENT = 4096
+"""What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
+
+
+class UringReader:
+    """Reads of ``source``, ``depth`` at once, at most ``chunk_mib`` MiB each (None: whole extents).
+
+    ``direct`` opens files with O_DIRECT: the page cache is neither used nor filled, and everything must be aligned, as
+    packs are. ``workers`` has threads of the kernel make the reads. ``registered`` is a slab whose slots the kernel
+    pins once, which saves it that work in every read and needs as much locked memory (``ulimit -l``).
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        depth: int,
+        chunk_mib: float | None = None,
+        direct: bool = False,
+        workers: bool = False,
+        registered: Slab | None = None,
+    ) -> None:
+        if not 1 <= depth <= 4096:
+            raise InputError(f"depth={depth}: must be from 1 to 4096 reads under way at once")
+        self._chunk = chunk_bytes(chunk_mib)
+        if direct:
+            _refuse_unaligned(source)
+        self._source = source
+        self._direct = direct
+        self._depth = depth
+        self._ring = Ring(depth, workers)
+        self._files = OpenFiles(self._open)
+        self._numbers: dict[Path, int] = {}
+        self._buffers: dict[int, int] = {}
+        if registered is not None:
+            try:
+                self._register(registered)
+            except BaseException:
+                self.close()
+                raise
+
+    def _register(self, slab: Slab) -> None:
+        rows = slab.rows(range(slab.count))
+        try:
+            self._ring.register_buffers(rows)
+        except OSError as error:
+            size = sum(map(len, rows))
+            raise BackendUnavailableError(
+                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): raise the limit of locked "
+                "memory (ulimit -l), or set backend.registered=false"
+            ) from error
+        self._buffers = {id(row): index for index, row in enumerate(rows)}
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+        """Fill the row of each (expert, row) of ``wanted``; the number of reads and of bytes.
+
+        Whatever happens, no row is written to any more when this returns.
+
+        Raises:
+            ExpertReadError: an expert could not be read; the first one that failed.
+        """
+        buffers = {expert: self._buffers.get(id(row)) for expert, row in wanted}
+        todo = list(plan_reads(self._source, layer, wanted, self._chunk))
+        nbytes = sum(len(read.view) for read in todo)
+        count = 0
+        while todo:
+            batch, todo = todo[: self._depth], todo[self._depth :]
+            handed = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
+            results = self._ring.run(handed)
+            count += len(batch)
+            rests = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
+            todo = [rest for rest in rests if rest] + todo
+        return count, nbytes
+
+    def _ring_read(self, layer: int, read: Read, buffer: int | None) -> RingRead:
+        number = self._numbers.get(read.path)
+        if number is None:
+            try:
+                number = self._ring.register_file(self._files[read.path])
+            except OSError as error:
+                raise read.failed(layer, error) from error
+            self._numbers[read.path] = number
+        return RingRead(number, read.offset, read.view, buffer)
+
+    def _open(self, path: Path) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0))
+
+    def advise(self, layer: int, experts: Iterable[int]) -> None:
+        """Ask the system to begin reading ``experts`` into its cache, unless reads go past it."""
+        if not self._direct:
+            advise_will_need(self._source, self._files, layer, experts)
+
+    def close(self) -> None:
+        """Give the ring back and close the files; no read may be under way. May be called again."""
+        self._ring.close()
+        self._files.close()
+
+
+def _rest(layer: int, read: Read, done: int) -> Read | None:
+    """What is still to be read after ``done`` bytes, or an error number, came of ``read``."""
+    if done < 0:
+        raise read.failed(layer, OSError(-done, os.strerror(-done)))
+    if done == 0:
+        raise read.failed(layer, EOFError(read.offset))
+    if done == len(read.view):
+        return None
+    return Read(read.expert, read.path, read.offset + done, read.view[done:])
+
+
+def _refuse_unaligned(source: ExpertSource) -> None:
+    extents = source.extents(0, 0)
+    if any(extent.offset % _ALIGNMENT or extent.nbytes % _ALIGNMENT for extent in extents):
+        raise InputError(
+            f"direct=true: {extents[0].path} is not aligned to {_ALIGNMENT} bytes, as direct I/O needs it; "
+            "make a pack (task=pack), or set direct=false"
+        )

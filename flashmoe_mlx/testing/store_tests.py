@@ -1,0 +1,636 @@
+"""What every store must do, whatever it is made of.
+
+    from flashmoe_mlx.testing import ExpertStoreTests
+
+    class TestMyStore(ExpertStoreTests):
+        backend = {"_target_": "my_package.MyStore"}
+
+The files are written by the tests, and what a store serves is compared with what was written: no test learns from one
+method of a store what another should return.
+"""
+
+import contextlib
+import errno
+import gc
+import operator
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from flashmoe_mlx.engine.backends import backend_settings, create_store
+from flashmoe_mlx.expert_store import (
+    ExpertBatch,
+    ExpertReadError,
+    ExpertRequestError,
+    ExpertStore,
+    StoreClosedError,
+)
+from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
+
+Fault = Callable[[int], int | None]
+"""What becomes of the n-th read, counted from 1: None, nothing; a negative number, it fails with that errno; a positive
+one, it brings at most so many bytes. May sleep."""
+
+_Injector = Callable[[Fault], None]
+
+
+class ExpertStoreTests:
+    """Subclass it and name the ``backend``; its tests are then collected with yours.
+
+    A store that does not read with ``os.preadv`` also overrides ``inject``, so that storage can fail under it.
+    """
+
+    backend: ClassVar[str | Mapping[str, Any]]
+    """A file of ``configs/backend/``, or a mapping with ``_target_`` and options."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Options other than the defaults; best such that a fetch holds 3 experts or more, but not all 12."""
+    bits: ClassVar[int] = 4
+    """Width of the experts in the files."""
+    in_one_piece: ClassVar[bool] = True
+    """Each expert in one piece, as in a pack; false: in nine, as in a quantised checkpoint."""
+
+    def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+        """Have ``fault`` decide what becomes of every read from now on; counting begins anew."""
+        original, lock, count = os.preadv, threading.Lock(), 0
+
+        def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            nonlocal count
+            with lock:
+                count += 1
+                number = count
+            outcome = fault(number)
+            if outcome is None:
+                return original(fd, buffers, offset)
+            if outcome < 0:
+                raise OSError(-outcome, os.strerror(-outcome))
+            return original(fd, [buffers[0][:outcome]], offset)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    def open_store(self, stored: StoredExperts) -> ExpertStore:
+        """A new store."""
+        named = backend_settings(self.backend) if isinstance(self.backend, str) else dict(self.backend)
+        named.pop("variant", None)
+        return create_store(stored.source, named | dict(self.options))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stored(cls, tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
+        """Experts on disk, for reading alone."""
+        return write_experts(tmp_path_factory.mktemp("experts"), cls.bits, cls.in_one_piece)
+
+    @pytest.fixture
+    def own(self, tmp_path: Path) -> StoredExperts:
+        """Experts on disk that a test may spoil."""
+        return write_experts(tmp_path, self.bits, self.in_one_piece)
+
+    @pytest.fixture(autouse=True)
+    def nothing_leaks(self) -> Iterator[None]:
+        """Descriptors and threads are as many after each test as before."""
+        gc.collect()
+        before = _open_files(), threading.active_count()
+        yield
+        gc.collect()
+        assert (_open_files(), threading.active_count()) == before
+
+    @pytest.fixture
+    def store(self, stored: StoredExperts, nothing_leaks: None) -> Iterator[ExpertStore]:  # noqa: ARG002  # for order
+        """A store that is closed in the end."""
+        with self.open_store(stored) as opened:
+            yield opened
+
+    @pytest.fixture
+    def injector(self, monkeypatch: pytest.MonkeyPatch) -> _Injector:
+        """Disturbs the reads of a test, from then on."""
+
+        def install(fault: Fault) -> None:
+            monkeypatch.undo()
+            self.inject(monkeypatch, fault)
+
+        return install
+
+    # What is served
+
+    def test_every_record(self, store: ExpertStore, stored: StoredExperts) -> None:
+        for layer in range(LAYERS):
+            for group in _groups(range(EXPERTS), store.slots):
+                check(store.fetch(layer, group), layer, group, stored)
+
+    def test_any_number_of_experts_in_any_order(self, store: ExpertStore, stored: StoredExperts) -> None:
+        random = np.random.default_rng(0)
+        for number in range(1, min(store.slots, EXPERTS) + 1):
+            for _ in range(3):
+                experts = random.permutation(EXPERTS)[:number].tolist()
+                check(store.fetch(number % LAYERS, experts), number % LAYERS, experts, stored)
+
+    def test_the_three_views_are_the_same_bytes(self, store: ExpertStore, stored: StoredExperts) -> None:
+        size = stored.source.layout.record_bytes
+        batch = store.fetch(1, [4, 2])
+        assert batch.slab.dtype == mx.uint8
+        assert batch.slab.shape[1] == size
+        assert [record.shape for record in batch.records] == [(size,), (size,)]
+        assert [(view.format, view.nbytes) for view in batch.host] == [("B", size), ("B", size)]
+        for slot, record, view in zip(batch.slots, batch.records, batch.host, strict=True):
+            assert _bytes(batch.slab[slot]) == _bytes(record) == bytes(view)
+
+    def test_duplicates_share_a_slot(self, store: ExpertStore, stored: StoredExperts) -> None:
+        experts = [4, 2, 4, 4, 2]
+        batch = store.fetch(1, experts)
+        check(batch, 1, experts, stored)
+        assert len(set(batch.slots)) == 2
+        assert store.stats().requests == 2
+        check(store.fetch(1, [3] * 50), 1, [3] * 50, stored)
+
+    def test_an_empty_request(self, store: ExpertStore) -> None:
+        before = store.stats()
+        batch = store.fetch(0, [])
+        assert (batch.slots, len(batch.records), len(batch.host)) == ((), 0, 0)
+        done = store.stats() - before
+        assert (done.fetches, done.requests, done.reads, done.bytes_read) == (1, 0, 0, 0)
+
+    def test_integers_of_any_kind(self, store: ExpertStore, stored: StoredExperts) -> None:
+        check(store.fetch(np.int32(1), np.array([3, 4], np.int64)), 1, [3, 4], stored)  # type: ignore[arg-type]
+        check(store.fetch(1, [np.uint8(3), 4]), 1, [3, 4], stored)
+        check(store.fetch(1, (3, 4)), 1, [3, 4], stored)
+        check(store.fetch(1, range(3, 5)), 1, [3, 4], stored)
+
+    @pytest.mark.parametrize("bad", [-1, "end", 2**31, 2**63, -(2**63), np.int64(-1), np.uint64(2**63)])
+    def test_indices_out_of_range(self, store: ExpertStore, stored: StoredExperts, bad: Any) -> None:
+        before = store.stats()
+        for layer, experts, wrong in ((0, [bad], EXPERTS), (0, [1, bad], EXPERTS), (bad, [1], LAYERS)):
+            index = wrong if isinstance(bad, str) else operator.index(bad)
+            request = (index if layer is bad else layer, [index if expert is bad else expert for expert in experts])
+            for method in (store.fetch, store.prefetch):
+                with pytest.raises(ExpertRequestError, match=f"{index} is out of range") as caught:
+                    method(*request)
+                assert_one_line(caught.value)
+        assert store.stats() == before
+        check(store.fetch(0, [1]), 0, [1], stored)
+
+    @pytest.mark.parametrize("bad", [True, False, np.bool_(True), 1.0, np.float32(1), "1", None, [1], 1j, float("nan")])
+    def test_indices_that_are_none(self, store: ExpertStore, bad: Any) -> None:
+        for layer, experts in ((0, [bad]), (bad, [1])):
+            with pytest.raises(ExpertRequestError, match="is not an integer") as caught:
+                store.fetch(layer, experts)
+            assert_one_line(caught.value)
+
+    def test_more_experts_than_slots(self, store: ExpertStore, stored: StoredExperts) -> None:
+        most = min(store.slots, EXPERTS)
+        if most < EXPERTS:
+            with pytest.raises(ExpertRequestError, match=f"{most + 1} experts .* the store has {most} slots") as caught:
+                store.fetch(0, range(most + 1))
+            assert_one_line(caught.value)
+        check(store.fetch(0, range(most)), 0, list(range(most)), stored)
+
+    def test_a_batch_stays_valid_until_the_next_fetch(self, store: ExpertStore, stored: StoredExperts) -> None:
+        batch = store.fetch(2, [7, 5])
+        records = batch.records
+        total = mx.sum(records[0].astype(mx.int32)) + mx.sum(batch.slab[batch.slots[1]].astype(mx.int32))
+        store.prefetch(2, [0, 1, 2])
+        store.prefetch(0, [7])
+        store.stats()
+        time.sleep(0.02)
+        check(batch, 2, [7, 5], stored)
+        assert total.item() == sum(map(sum, (stored.expected[2, 7], stored.expected[2, 5])))
+
+    def test_slots_are_refilled_whatever_they_held(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Every expert is asked for once, so each must be brought; what the slots held before is made NaN."""
+        places = np.random.default_rng(1).permutation(EXPERTS).tolist()
+        before = store.stats()
+        for group in _groups(places, min(3, store.slots)):
+            for layer in range(LAYERS):
+                batch = store.fetch(layer, group)
+                check(batch, layer, group, stored)
+                if (store.stats() - before).hits:
+                    pytest.skip("this store has all experts from the start: poisoning them would change them")
+                memoryview(batch.slab).cast("B")[:] = b"\xff" * batch.slab.nbytes  # type: ignore[arg-type]
+
+    def test_a_hint_never_changes_results(self, store: ExpertStore, stored: StoredExperts) -> None:
+        random = np.random.default_rng(2)
+        for _ in range(40):
+            layer, hinted = int(random.integers(LAYERS)), int(random.integers(LAYERS))
+            experts = random.permutation(EXPERTS)[: min(3, store.slots)].tolist()
+            store.prefetch(hinted, random.integers(EXPERTS, size=8).tolist())
+            check(store.fetch(layer, experts), layer, experts, stored)
+        store.prefetch(0, [])
+
+    # Storage that fails
+
+    @pytest.mark.parametrize("nbytes", [1000, 4096, 10_000])
+    def test_short_reads(self, nbytes: int, stored: StoredExperts, injector: _Injector) -> None:
+        reached = threading.Event()
+
+        def short(_: int) -> int:
+            reached.set()
+            return nbytes
+
+        injector(short)
+        with self.open_store(stored) as store:
+            check(store.fetch(1, [2, 9]), 1, [2, 9], stored)
+            check(store.fetch(3, [9]), 3, [9], stored)
+        assert reached.is_set(), "the reads of this store were not reached: override inject()"
+
+    @pytest.mark.parametrize("always", [False, True], ids=["once", "for ever"])
+    @pytest.mark.parametrize("error", [errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOMEM])
+    def test_an_error_at_the_nth_read(
+        self, error: int, always: bool, stored: StoredExperts, injector: _Injector
+    ) -> None:
+        """For n = 1, 2, 3 and so on until all goes well, as SQLite tests I/O errors."""
+        requests = [(0, [1, 2]), (2, [3]), (1, [0, 5, 9]), (0, [1, 4])]
+        for nth in range(1, 1000):
+            hit = threading.Event()
+
+            def fault(number: int, nth: int = nth, hit: threading.Event = hit) -> int | None:
+                if number == nth or (always and number > nth):
+                    hit.set()
+                    return -error
+                return None
+
+            injector(fault)
+            failures = self._fetch_all(stored, requests, injector)
+            assert bool(failures) == hit.is_set()
+            for failure in failures:
+                self._check_failure(failure, stored)
+                assert os.strerror(error) in str(failure)
+            if not hit.is_set():
+                assert nth > 1, "the reads of this store were not reached: override inject()"
+                return
+        raise AssertionError("a thousand reads for four requests")
+
+    def _fetch_all(
+        self, stored: StoredExperts, requests: Sequence[tuple[int, list[int]]], injector: _Injector
+    ) -> list[ExpertReadError]:
+        """The failures of ``requests``; what succeeds is right, and after the faults everything is."""
+        failures: list[ExpertReadError] = []
+        try:
+            opened = self.open_store(stored)
+        except ExpertReadError as failure:
+            return [failure]
+        with opened as store:
+            for layer, experts in requests:
+                for group in _groups(experts, store.slots):
+                    before = store.stats()
+                    try:
+                        check(store.fetch(layer, group), layer, group, stored)
+                    except ExpertReadError as failure:
+                        assert (failure.layer, failure.expert in group) == (layer, True)
+                        assert store.stats() == before
+                        failures.append(failure)
+            injector(lambda _: None)
+            for layer, experts in requests:
+                for group in _groups(experts, store.slots):
+                    check(store.fetch(layer, group), layer, group, stored)
+        return failures
+
+    def _check_failure(self, failure: ExpertReadError, stored: StoredExperts) -> None:
+        assert_one_line(failure)
+        where = f"layer {failure.layer} expert {failure.expert}: {failure.path} at byte {failure.offset}: "
+        assert where in str(failure)
+        extents = stored.source.extents(failure.layer, failure.expert)
+        assert any(
+            extent.path == failure.path and extent.offset <= failure.offset < extent.offset + extent.nbytes
+            for extent in extents
+        )
+
+    def test_files_cut_short_while_open(self, own: StoredExperts) -> None:
+        """At any length: a typed error or the right bytes, and never the end of the process."""
+        with self.open_store(own) as store:
+            check(store.fetch(0, [1]), 0, [1], own)
+            for keep in (0.99, 0.5, 0.1, 0.0):
+                for path in own.paths():
+                    os.truncate(path, int(path.stat().st_size * keep))
+                for layer in range(LAYERS):
+                    for expert in (EXPERTS - 1, 5, 0):
+                        try:
+                            check(store.fetch(layer, [expert]), layer, [expert], own)
+                        except ExpertReadError as failure:
+                            assert "the file ends here" in str(failure)
+                            assert_one_line(failure)
+                            assert (failure.layer, failure.expert) == (layer, expert)
+                            assert failure.offset >= failure.path.stat().st_size
+                            self._check_failure(failure, own)
+
+    def test_files_that_are_gone_before_they_are_opened(self, own: StoredExperts) -> None:
+        for path in own.paths():
+            path.unlink()
+        with pytest.raises(ExpertReadError, match="No such file") as caught, self.open_store(own) as store:
+            store.fetch(1, [1])
+        assert_one_line(caught.value)
+
+    def test_too_few_file_descriptors(self, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*_: object, **__: object) -> int:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(os, "open", refuse)
+        try:
+            store = self.open_store(stored)
+        except ExpertReadError as failure:  # it reads when it is opened
+            assert "Too many open files" in str(failure)
+            return
+        with store:
+            with pytest.raises(ExpertReadError, match="Too many open files"):
+                store.fetch(1, [1])
+            monkeypatch.undo()
+            check(store.fetch(1, [1]), 1, [1], stored)
+
+    def test_a_file_replaced_while_open_is_still_the_old_one(self, own: StoredExperts) -> None:
+        with self.open_store(own) as store:
+            check(store.fetch(0, [1]), 0, [1], own)
+            for path in own.paths():
+                new = path.with_suffix(".new")
+                new.write_bytes(bytes(path.stat().st_size))
+                new.replace(path)
+            check(store.fetch(0, [1, 2]), 0, [1, 2], own)
+
+    # Threads, signals, processes
+
+    def test_signals_during_reads(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """A read that a signal interrupts is repeated: no signal may change what is read."""
+        received = 0
+
+        def handle(*_: object) -> None:
+            nonlocal received
+            received += 1
+
+        with _handling(signal.SIGALRM, handle):
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+            for step in range(150):
+                experts = [step % EXPERTS, (step * 5 + 1) % EXPERTS]
+                check(store.fetch(step % LAYERS, experts), step % LAYERS, experts, stored)
+        assert received > 0
+
+    def test_interrupts_anywhere_neither_hang_nor_spoil(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Real signals at random moments, as from a person who is impatient."""
+        for layer in range(LAYERS):
+            store.fetch(layer, [0])  # opens the files: an interrupt may lose a descriptor before it has a name
+        interrupted = 0
+        with _no_garbage_collection(), _handling(signal.SIGALRM, signal.default_int_handler):
+            for step in range(300):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-6 * (step % 100))
+                    for layer in range(LAYERS):
+                        store.fetch(layer, [step % EXPERTS, (step + 3) % EXPERTS])
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                except KeyboardInterrupt:
+                    interrupted += 1
+        for layer in range(LAYERS):
+            for group in _groups(range(EXPERTS), store.slots):
+                check(store.fetch(layer, group), layer, group, stored)
+        assert interrupted > 0
+
+    def test_threads_that_take_turns(self, store: ExpertStore, stored: StoredExperts) -> None:
+        turn = threading.Lock()
+
+        def read(seed: int) -> None:
+            random = np.random.default_rng(seed)
+            for _ in range(25):
+                layer, experts = int(random.integers(LAYERS)), random.permutation(EXPERTS)[:3].tolist()
+                with turn:
+                    check_host(store.fetch(layer, experts), layer, experts, stored)
+
+        with ThreadPoolExecutor(4) as readers:
+            list(readers.map(read, range(4)))
+        assert store.stats().fetches == 100
+
+    def test_threads_that_do_not_and_a_close(self, stored: StoredExperts) -> None:
+        """Fetches come one after the other, each counted; after the close all see the end."""
+        store = self.open_store(stored)
+        barrier = threading.Barrier(5)
+
+        def read(seed: int) -> int:
+            random = np.random.default_rng(seed)
+            barrier.wait()
+            for done in range(100_000):
+                try:
+                    store.fetch(int(random.integers(LAYERS)), random.permutation(EXPERTS)[:3])  # type: ignore[arg-type]
+                except StoreClosedError:
+                    return done
+            return -1
+
+        with ThreadPoolExecutor(4) as readers:
+            reading = [readers.submit(read, seed) for seed in range(4)]
+            barrier.wait()
+            time.sleep(0.1)
+            store.close()
+            wait(reading)
+        done = [future.result() for future in reading]
+        assert min(done) >= 0
+        assert store.stats().fetches == sum(done) > 0
+
+    def test_close_waits_for_a_fetch_under_way(self, stored: StoredExperts, injector: _Injector) -> None:
+        store = self.open_store(stored)
+        begun = threading.Event()
+
+        def slow(_: int) -> None:
+            begun.set()
+            time.sleep(0.05)
+
+        injector(slow)
+        with ThreadPoolExecutor(1) as other:
+            fetching = other.submit(store.fetch, 1, [1, 2, 3])
+            while not (begun.is_set() or fetching.done()):
+                time.sleep(0.001)
+            store.close()
+            assert fetching.done()
+            assert len(fetching.result().slots) == 3
+        with pytest.raises(StoreClosedError):
+            store.fetch(1, [1])
+
+    def test_close_is_final_and_may_be_repeated(self, stored: StoredExperts) -> None:
+        store = self.open_store(stored)
+        store.fetch(0, [0, 1])
+        stats = store.stats()
+        store.close()
+        store.close()
+        for experts in ([0], []):
+            for method in (store.fetch, store.prefetch):
+                with pytest.raises(StoreClosedError, match="closed") as caught:
+                    method(0, experts)
+                assert_one_line(caught.value)
+        assert store.stats() == stats
+
+    def test_a_context_closes(self, stored: StoredExperts) -> None:
+        with pytest.raises(ZeroDivisionError), self.open_store(stored) as store:
+            raise ZeroDivisionError
+        with pytest.raises(StoreClosedError):
+            store.fetch(0, [0])
+
+    def test_a_forked_process_is_told(self, store: ExpertStore, stored: StoredExperts) -> None:
+        store.fetch(0, [1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer versions of Python dislike forks with threads
+            child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                try:
+                    store.fetch(0, [1])
+                except StoreClosedError as error:
+                    store.close()
+                    code = 0 if "opened by another process" in str(error) else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        check(store.fetch(0, [1, 3]), 0, [1, 3], stored)
+
+    # Counting
+
+    def test_stats_add_up(self, store: ExpertStore, stored: StoredExperts) -> None:
+        size, opened = len(stored.expected[0, 0]), store.stats()
+        assert (opened.fetches, opened.requests, opened.fetch_seconds) == (0, 0, 0.0)
+        start = time.perf_counter()
+        for layer, experts in ((0, [1, 2, 3]), (0, [1, 1]), (1, [5]), (1, []), (0, [2, 9])):
+            before = store.stats()
+            store.fetch(layer, experts)
+            done = store.stats() - before
+            assert (done.fetches, done.requests) == (1, len(set(experts)))
+            assert done.hits + done.misses == done.requests
+            assert done.evictions <= done.misses
+            assert done.bytes_read == done.misses * size
+            assert (done.reads > 0) == (done.misses > 0)
+        stats = store.stats() - opened
+        assert (stats.fetches, stats.requests) == (5, 7)
+        assert 0 < stats.fetch_seconds <= time.perf_counter() - start
+        assert opened + stats == store.stats()
+
+    def test_any_sequence_of_calls(self, stored: StoredExperts) -> None:
+        """A random sequence against a dict of what the files hold."""
+
+        class Machine(_StoreMachine):
+            def __init__(machine) -> None:  # noqa: N805  # self is the test
+                super().__init__(lambda: self.open_store(stored), stored)
+
+        checks = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+        few = settings(max_examples=15, stateful_step_count=20, deadline=None, suppress_health_check=checks)
+        run_state_machine_as_test(Machine, settings=few)
+
+
+class _StoreMachine(RuleBasedStateMachine):
+    """Opens, uses and closes a store in any order."""
+
+    def __init__(self, opener: Callable[[], ExpertStore], stored: StoredExperts) -> None:
+        super().__init__()
+        self._opener = opener
+        self._stored = stored
+        self._open()
+
+    def _open(self) -> None:
+        self._store = self._opener()
+        self._opened = self._store.stats()
+        self._fetches = self._requests = 0
+        self._closed = False
+
+    _layers = st.integers(-1, LAYERS)
+    _experts = st.lists(st.integers(-1, EXPERTS), max_size=EXPERTS)
+
+    @rule(layer=_layers, experts=_experts)
+    def fetch(self, layer: int, experts: list[int]) -> None:
+        valid = 0 <= layer < LAYERS and all(0 <= expert < EXPERTS for expert in experts)
+        if not valid or len(set(experts)) > self._store.slots:
+            with pytest.raises(ExpertRequestError):
+                self._store.fetch(layer, experts)
+        elif self._closed:
+            with pytest.raises(StoreClosedError):
+                self._store.fetch(layer, experts)
+        else:
+            check(self._store.fetch(layer, experts), layer, experts, self._stored)
+            self._fetches += 1
+            self._requests += len(set(experts))
+
+    @rule(layer=st.integers(0, LAYERS - 1), experts=st.lists(st.integers(0, EXPERTS - 1)))
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        if self._closed:
+            with pytest.raises(StoreClosedError):
+                self._store.prefetch(layer, experts)
+        else:
+            self._store.prefetch(layer, experts)
+
+    @rule()
+    def count(self) -> None:
+        stats = self._store.stats() - self._opened
+        assert (stats.fetches, stats.requests) == (self._fetches, self._requests)
+        assert stats.hits + stats.misses == stats.requests
+        assert stats.evictions <= stats.misses
+
+    @rule()
+    def close(self) -> None:
+        self._store.close()
+        self._closed = True
+
+    @precondition(lambda self: self._closed)
+    @rule()
+    def open_another(self) -> None:
+        self._open()
+
+    def teardown(self) -> None:
+        self._store.close()
+
+
+def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
+    """The batch holds ``experts``, for MLX and for the CPU."""
+    check_host(batch, layer, experts, stored)
+    assert len(batch.records) == len(experts)
+    for expert, slot, record in zip(experts, batch.slots, batch.records, strict=True):
+        expected = stored.expected[layer, expert]
+        assert _bytes(record)[: len(expected)] == expected
+        assert _bytes(batch.slab[slot])[: len(expected)] == expected
+
+
+def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
+    """The batch holds ``experts`` for the CPU; in any thread."""
+    assert len(batch.slots) == len(batch.host) == len(experts)
+    for expert, view in zip(experts, batch.host, strict=True):
+        expected = stored.expected[layer, expert]
+        assert bytes(view[: len(expected)]) == expected
+
+
+def assert_one_line(error: BaseException) -> None:
+    """What reaches a person is a line."""
+    text = str(error)
+    assert text
+    assert text.isprintable()
+
+
+def _bytes(array: mx.array) -> bytes:
+    return np.array(array).tobytes()
+
+
+def _groups(experts: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(experts), size):
+        yield list(experts[start : start + size])
+
+
+def _open_files() -> int:
+    return len(list(Path("/dev/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Hypothesis measures garbage collection, and an interrupt there would be lost."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextlib.contextmanager
+def _handling(number: int, handler: Callable[..., object]) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(number, before)

@@ -1,0 +1,119 @@
+"""All backends serve the same model: the same tokens, whatever reads them; and what there is can be listed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack_oracle import assert_one_line
+from tiny_checkpoints import GEOMETRIES, write_checkpoint
+
+import flashmoe_mlx
+from flashmoe_mlx.backends import __path__ as backends_path
+from flashmoe_mlx.engine.backends import backend_names, backend_settings
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import BackendUnavailableError
+from flashmoe_mlx.pack.writer import pack_checkpoint
+from flashmoe_mlx.storage.uring import Ring
+
+BUDGET = {"ram_hybrid": {"budget_gib": 0.0005}}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", GEOMETRIES["wide"], 0, "mlx4", shards=2)
+
+
+@pytest.fixture(scope="module")
+def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pack_checkpoint(checkpoint, tmp_path_factory.mktemp("pack"), [4, 2], group_size=32).folder
+
+
+def has_io_uring() -> bool:
+    try:
+        Ring(1, workers=False).close()
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+def tokens(folder: Path, backend: str, **options: Any) -> tuple[list[int], list[bytes]]:
+    """Greedy choices after a prompt, and the bytes of all logits on the way."""
+    made, seen = [], []
+    with flashmoe_mlx.load(folder, backend, 3, **BUDGET.get(backend, {}), **options) as engine:
+        cache = engine.new_cache()
+        logits = engine.forward([5, 17, 42, 8, 3, 99, 23], cache)
+        for _ in range(12):
+            seen.append(logits.tobytes())
+            made.append(int(logits[-1].argmax()))
+            logits = engine.forward([made[-1]], cache)
+    return made, seen
+
+
+@pytest.fixture(scope="module")
+def expected_q4(pack: Path) -> tuple[list[int], list[bytes]]:
+    return tokens(pack, "pread")
+
+
+@pytest.fixture(scope="module")
+def expected_q2(pack: Path) -> tuple[list[int], list[bytes]]:
+    return tokens(pack, "pread", variant="q2")
+
+
+@pytest.mark.parametrize("backend", [name for name in backend_names() if name != "pack2"])
+def test_all_backends_generate_the_same_tokens(
+    backend: str, pack: Path, checkpoint: Path, expected_q4: tuple[list[int], list[bytes]]
+) -> None:
+    if backend == "io_uring" and not has_io_uring():
+        pytest.skip("no io_uring here")
+    folder = checkpoint if backend == "checkpoint" else pack
+    assert tokens(folder, backend) == expected_q4
+    assert len(set(expected_q4[0])) > 3
+
+
+@pytest.mark.parametrize("backend", [name for name in backend_names() if name != "checkpoint"])
+def test_also_those_of_the_2_bit_variant(
+    backend: str, pack: Path, expected_q2: tuple[list[int], list[bytes]], expected_q4: tuple[list[int], list[bytes]]
+) -> None:
+    if backend == "io_uring" and not has_io_uring():
+        pytest.skip("no io_uring here")
+    named = {} if backend == "pack2" else {"variant": "q2"}
+    assert tokens(pack, backend, **named) == expected_q2
+    assert expected_q2[1] != expected_q4[1]
+
+
+def test_one_file_and_one_yaml_each() -> None:
+    modules = {path.stem for folder in backends_path for path in Path(folder).glob("*.py")} - {"__init__"}
+    assert modules == set(backend_names())
+    for name in backend_names():
+        assert backend_settings(name)["_target_"].startswith(f"flashmoe_mlx.backends.{name}.")
+
+
+def test_a_name_that_does_not_exist(pack: Path) -> None:
+    with pytest.raises(InputError, match="no such backend; there are checkpoint, io_uring, mmap, pack2, pread, "):
+        flashmoe_mlx.load(pack, "nosuch")
+
+
+def test_pack2_on_experts_of_4_bits(pack: Path) -> None:
+    with pytest.raises(InputError, match=r"pack2 reads experts of 2 bits, these have 4; leave backend.variant=q2") as e:
+        flashmoe_mlx.load(pack, "pack2", variant="q4")
+    assert_one_line(e.value)
+
+
+def test_pack2_without_a_2_bit_variant(tiny_pack: Path) -> None:
+    with pytest.raises(InputError, match=r"no variant 'q2'; it has q4. Make one: task=pack source=.* bits=\[2\]"):
+        flashmoe_mlx.load(tiny_pack, "pack2")
+
+
+def test_checkpoint_on_a_pack(pack: Path) -> None:
+    with pytest.raises(InputError, match=r"backend=checkpoint: .* is a pack; give the folder of a checkpoint") as e:
+        flashmoe_mlx.load(pack, "checkpoint")
+    assert_one_line(e.value)
+
+
+def test_every_option_of_a_yaml_is_one_of_the_store(pack: Path, checkpoint: Path) -> None:
+    for name in backend_names():
+        if name == "io_uring" and not has_io_uring():
+            continue
+        options = {key: value for key, value in backend_settings(name).items() if key != "_target_"}
+        options |= BUDGET.get(name, {})
+        flashmoe_mlx.load(checkpoint if name == "checkpoint" else pack, name, **options).close()

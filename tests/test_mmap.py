@@ -1,0 +1,126 @@
+"""What is the mmap store's own: no copies for the CPU, and files that shrink under the mapping."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.backends.mmap import MmapStore
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertReadError, Extent
+from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.testing.store_tests import check
+from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> StoredExperts:
+    return write_experts(tmp_path, bits=4, in_one_piece=True)
+
+
+def test_the_cpu_reads_the_file_itself(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a copy: what is written to the file shows, and the slab is not touched until MLX wants it."""
+    copied: list[object] = []
+    original = Slab.rows
+    monkeypatch.setattr(Slab, "rows", lambda slab, slots: copied.append(slots) or original(slab, slots))
+    with MmapStore(stored.source) as store:
+        batch = store.fetch(1, [3, 8])
+        assert bytes(batch.host[0]) == stored.expected[1, 3]
+        with stored.source.extents(1, 3)[0].path.open("r+b") as file:
+            file.seek(stored.source.extents(1, 3)[0].offset)
+            file.write(b"changed")
+        assert bytes(batch.host[0][:7]) == b"changed"
+        assert copied == []
+        assert np.array(batch.records[0])[:7].tobytes() == b"changed"
+        assert len(copied) == 1
+
+
+def test_the_mapping_cannot_be_written_to(stored: StoredExperts) -> None:
+    with MmapStore(stored.source) as store, pytest.raises(TypeError, match="read-only"):
+        store.fetch(0, [1]).host[0][0] = 1
+
+
+def test_a_batch_outlives_its_store(stored: StoredExperts) -> None:
+    with MmapStore(stored.source) as store:
+        batch = store.fetch(2, [5])
+    check(batch, 2, [5], stored)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot populate a mapping, and check sizes alone")
+def test_a_file_cut_short_between_the_check_and_the_touch(
+    stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel says so while it populates the pages; touching them would be a SIGBUS."""
+    with MmapStore(stored.source) as store:
+        check(store.fetch(0, [0]), 0, [0], stored)
+        path = stored.source.extents(0, 0)[0].path
+        size = path.stat()
+        os.truncate(path, 16384)
+        monkeypatch.setattr(os, "fstat", lambda _: size)
+        with pytest.raises(ExpertReadError, match="cut short") as caught:
+            store.fetch(0, [7])
+        assert_one_line(caught.value)
+        assert (caught.value.layer, caught.value.expert) == (0, 7)
+
+
+def test_a_file_cut_short_does_not_end_the_process(stored: StoredExperts) -> None:
+    """With and without populating, in a process of its own."""
+    script = """
+import os, sys
+from pathlib import Path
+from flashmoe_mlx.backends.mmap import MmapStore
+from flashmoe_mlx.expert_store import ExpertReadError
+from flashmoe_mlx.testing.stored_experts import write_experts
+stored = write_experts(Path(sys.argv[1]), 4, True)
+for populate in (True, False):
+    with MmapStore(stored.source, populate=populate) as store:
+        bytes(store.fetch(0, [11]).host[0])
+        os.truncate(stored.paths()[0], 100)
+        try:
+            bytes(store.fetch(0, [11]).host[0])
+        except ExpertReadError as error:
+            print(error)
+    stored = write_experts(Path(sys.argv[1]), 4, True)
+"""
+    folder = stored.paths()[0].parent
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.count("the file ends here") for line in done.stdout.splitlines()] == [1, 1]
+
+
+def test_experts_in_pieces_are_refused(tmp_path: Path) -> None:
+    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    with pytest.raises(InputError, match=r"backend=mmap needs a pack.* 9\. Make one .*backend=checkpoint") as caught:
+        MmapStore(scattered.source)
+    assert_one_line(caught.value)
+
+
+def test_advice_that_does_not_exist(stored: StoredExperts) -> None:
+    with pytest.raises(InputError, match=r"advice=good: choose from normal, random, sequential"):
+        MmapStore(stored.source, advice="good")
+
+
+def test_an_old_kernel_still_serves(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashmoe_mlx.backends import mmap as backend
+
+    monkeypatch.setattr(backend, "_MADV_POPULATE_READ", 1000)  # unknown to any kernel
+    with MmapStore(stored.source) as store:
+        check(store.fetch(0, [7]), 0, [7], stored)
+
+
+def test_hints_are_for_what_is_mapped(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashmoe_mlx.backends import mmap as backend
+
+    hinted: list[Extent] = []
+    with MmapStore(stored.source) as store:
+        monkeypatch.setattr(backend._Mapping, "advise", lambda _, extent, __: hinted.append(extent))
+        store.prefetch(1, [2])
+        assert hinted == []
+        store.fetch(1, [3])
+        hinted.clear()
+        store.prefetch(1, [2, 4])
+        assert hinted == [stored.source.extents(1, 2)[0], stored.source.extents(1, 4)[0]]

@@ -1,0 +1,190 @@
+"""What is the ram_hybrid store's own: its budget, its counters, what happens to slots when a read fails."""
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.backends import ram_hybrid
+from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError, StoreStats
+from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
+from flashmoe_mlx.storage.policies import POLICIES, make_policy
+from flashmoe_mlx.storage.slot_cache import SlotCache
+from flashmoe_mlx.storage.uring import Ring
+from flashmoe_mlx.testing.store_tests import check
+from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
+
+RECORD = 32768
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+
+
+def gib(slots_per_layer: float) -> float:
+    return slots_per_layer * LAYERS * RECORD / 2**30
+
+
+@pytest.mark.parametrize(
+    ("slots_per_layer", "capacity"), [(1, 1), (1.99, 1), (2, 2), (5.5, 5), (EXPERTS, EXPERTS), (1000, EXPERTS)]
+)
+def test_a_budget_in_gib(stored: StoredExperts, slots_per_layer: float, capacity: int) -> None:
+    with RamHybridStore(stored.source, budget_gib=gib(slots_per_layer)) as store:
+        assert store.slots == capacity
+        for expert in [*range(EXPERTS), *range(EXPERTS - capacity, EXPERTS)]:
+            check(store.fetch(2, [expert]), 2, [expert], stored)
+        stats = store.stats()
+        assert (stats.misses, stats.hits) == (EXPERTS, capacity)
+        assert stats.evictions == EXPERTS - capacity
+
+
+def test_a_share_of_free_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ram_hybrid, "available_memory", lambda: 40 * RECORD)
+    with RamHybridStore(stored.source, memory_share=0.5) as store:
+        assert store.slots == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"budget_gib": gib(0.5)}, r"less than one expert for each of 4 layers; budget_gib must be at least 0\.000122"),
+        ({"budget_gib": 0.0}, "budget_gib=0.0: must be a size"),
+        ({"budget_gib": -1.0}, "budget_gib=-1.0: must be a size"),
+        ({"budget_gib": float("nan")}, "budget_gib=nan: must be a size"),
+        ({"budget_gib": float("inf")}, "budget_gib=inf: must be a size"),
+        ({"memory_share": 0.0}, "memory_share=0.0: must be more than 0 and at most 1"),
+        ({"memory_share": 1.5}, "memory_share=1.5: must be"),
+        ({"policy": "fifo"}, "policy=fifo: no such policy; there are lru, lfu, s3fifo, pinned"),
+        ({"policy": "pinned"}, "policy=pinned needs backend.trace="),
+        ({"trace": "x"}, "trace=x: only backend.policy=pinned uses a trace"),
+        ({"policy": "pinned", "trace": "/nowhere"}, "/nowhere"),
+        ({"slots": 0}, "slots=0"),
+        ({"reader": "floppy"}, "reader=floppy: no such reader; there are io_uring, pread"),
+        ({"depth": 0}, "depth=0"),
+    ],
+)
+def test_options_that_make_no_store(stored: StoredExperts, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        RamHybridStore(stored.source, **{"budget_gib": 0.001, **options} if "memory_share" not in options else options)
+    assert_one_line(caught.value)
+
+
+def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmoe_mlx.storage.memory.available_memory", lambda: RECORD)
+    with pytest.raises(InputError, match=r"needs 0.0 GiB of memory, 0.0 GiB are free; .*smaller backend.budget_gib"):
+        RamHybridStore(stored.source, budget_gib=1.0)
+
+
+def test_layers_do_not_push_each_other_out(stored: StoredExperts) -> None:
+    """One pool for all layers would hit nothing here: a token needs more than it holds before it comes again."""
+    with RamHybridStore(stored.source, budget_gib=gib(3)) as store:
+        for _ in range(5):
+            for layer in range(LAYERS):
+                check(store.fetch(layer, [1, 2, 3]), layer, [1, 2, 3], stored)
+        assert (store.stats().misses, store.stats().hits) == (3 * LAYERS, 4 * 3 * LAYERS)
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_it_counts_as_the_policy_alone_does(policy: str, stored: StoredExperts, tmp_path: Path) -> None:
+    """The store and a bare cache see the same requests, so every counter is the same."""
+    trace = zipf_trace(tokens=60, layers=LAYERS, num_experts=EXPERTS, k=3, exponent=1.0, seed=3)
+    trace.save(tmp_path / "trace")
+    named = {"trace": str(tmp_path / "trace")} if policy == "pinned" else {}
+    hot = [trace.hot_experts(layer) if named else () for layer in range(LAYERS)]
+    caches = [SlotCache(5, make_policy(policy, 5, hot[layer])) for layer in range(LAYERS)]
+    expected = StoreStats()
+    with RamHybridStore(stored.source, budget_gib=gib(5), policy=policy, **named) as store:
+        for layer, experts in trace.decode_requests():
+            check(store.fetch(layer, experts), layer, list(experts), stored)
+            placed = caches[layer].place(experts)
+            misses = len(placed.misses)
+            expected += StoreStats(hits=len(experts) - misses, misses=misses, evictions=placed.evictions)
+        stats = store.stats()
+    assert (stats.hits, stats.misses, stats.evictions) == (expected.hits, expected.misses, expected.evictions)
+    assert stats.hits > 0
+    assert stats.bytes_read == stats.misses * RECORD
+
+
+def test_pinned_experts_stay(stored: StoredExperts, tmp_path: Path) -> None:
+    choices = np.zeros((10, LAYERS, 2), np.uint16)
+    choices[:, :, 0], choices[:, :, 1] = 7, 9
+    RoutingTrace(choices, EXPERTS, 0, "test", "").save(tmp_path / "trace")
+    options = {"budget_gib": gib(4), "policy": "pinned", "trace": str(tmp_path / "trace")}
+    with RamHybridStore(stored.source, **options) as store:  # type: ignore[arg-type]
+        store.fetch(0, [7, 9])
+        for expert in range(EXPERTS):
+            store.fetch(0, [expert])
+        before = store.stats()
+        check(store.fetch(0, [7, 9]), 0, [7, 9], stored)
+        assert (store.stats() - before).hits == 2
+
+
+def test_a_trace_of_another_model(stored: StoredExperts, tmp_path: Path) -> None:
+    zipf_trace(tokens=4, layers=2, num_experts=EXPERTS, k=3, exponent=1.0, seed=3).save(tmp_path / "trace")
+    with pytest.raises(InputError, match=r"recorded with 2 layers of 12 experts; this model has 4 of 12") as caught:
+        RamHybridStore(stored.source, budget_gib=1.0, policy="pinned", trace=str(tmp_path / "trace"))
+    assert_one_line(caught.value)
+
+
+def test_slots_that_change_hands_hold_nothing_old(stored: StoredExperts) -> None:
+    with RamHybridStore(stored.source, budget_gib=gib(2)) as store:
+        batch = store.fetch(0, [1, 2])
+        memoryview(batch.slab).cast("B")[:] = b"\xff" * batch.slab.nbytes  # type: ignore[arg-type]
+        check(store.fetch(0, [3, 4]), 0, [3, 4], stored)
+        assert store.stats().evictions == 2
+
+
+def test_a_failed_read_frees_its_slots_and_no_others(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = os.preadv
+    with RamHybridStore(stored.source, budget_gib=gib(4), depth=1) as store:
+        check(store.fetch(0, [1, 2, 3]), 0, [1, 2, 3], stored)
+        before = store.stats()
+
+        def fail(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+            if offset == 6 * RECORD:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return original(fd, buffers, offset)
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(ExpertReadError, match="layer 0 expert 6"):
+            store.fetch(0, [2, 5, 6])  # 5 takes the free slot, 6 that of 1
+        assert store.stats() == before
+        monkeypatch.undo()
+        check(store.fetch(0, [2, 3, 5, 6]), 0, [2, 3, 5, 6], stored)
+        done = store.stats() - before
+        assert (done.hits, done.misses, done.evictions) == (2, 2, 0)
+
+
+def test_an_interrupt_during_a_read_is_remembered(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot must never be taken for one that holds an expert which did not arrive."""
+    with RamHybridStore(stored.source, budget_gib=gib(4)) as store:
+
+        def interrupt(*_: object) -> tuple[int, int]:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(store._reader, "read", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.fetch(1, [1, 2])
+        monkeypatch.undo()
+        check(store.fetch(1, [1, 2]), 1, [1, 2], stored)
+        assert store.stats().misses == 2
+
+
+def test_misses_by_io_uring(stored: StoredExperts) -> None:
+    try:
+        Ring(1, workers=False).close()
+    except BackendUnavailableError as error:
+        pytest.skip(str(error))
+    with RamHybridStore(stored.source, budget_gib=gib(4), reader="io_uring", depth=2) as store:
+        for layer in range(LAYERS):
+            for experts in ([1, 2, 3, 4], [3, 4, 5], [11, 1]):
+                check(store.fetch(layer, experts), layer, experts, stored)
+        assert store.stats().hits == 2 * LAYERS

@@ -1,0 +1,50 @@
+"""What is the resident store's own: everything is read once, or refused with the numbers."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.backends.resident import ResidentStore
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertReadError
+from flashmoe_mlx.testing.store_tests import check
+from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> StoredExperts:
+    return write_experts(tmp_path, bits=4, in_one_piece=True)
+
+
+def test_the_files_are_not_needed_any_more(stored: StoredExperts) -> None:
+    with ResidentStore(stored.source) as store:
+        for path in stored.paths():
+            path.unlink()
+        for layer in range(LAYERS):
+            check(store.fetch(layer, range(EXPERTS)), layer, list(range(EXPERTS)), stored)
+        stats = store.stats()
+        assert (stats.hits, stats.misses, stats.reads) == (LAYERS * EXPERTS, 0, LAYERS * EXPERTS)
+        assert stats.bytes_read == LAYERS * EXPERTS * stored.source.layout.record_bytes
+
+
+def test_what_does_not_fit_is_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmoe_mlx.storage.memory.available_memory", lambda: 2**20)
+    with pytest.raises(InputError, match=r"backend=resident: needs .*, 0.0 GiB are free; .*ram_hybrid") as caught:
+        ResidentStore(stored.source)
+    assert_one_line(caught.value)
+
+
+def test_a_failing_disk_leaves_nothing_behind(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads, files = threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ExpertReadError, match="Input/output error"):
+        ResidentStore(stored.source)
+    assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) == (threads, files)

@@ -1,0 +1,423 @@
+"""Routing traces come back from their files as they were, or an error says why not; drawn ones follow their law."""
+
+import itertools
+import json
+import math
+import struct
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research import trace as trace_module
+from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+
+HEADER: dict[str, Any] = {
+    "tokens": 3,
+    "layers": 2,
+    "experts_per_token": 2,
+    "num_experts": 300,
+    "prompt_tokens": 1,
+    "model": "Qwen3.5 \u4e2d",
+    "prompt_xxh3": "0123456789abcdef",
+}
+CHOICES = [[[7, 299], [0, 1]], [[5, 7], [2, 0]], [[7, 3], [1, 258]]]
+
+
+def small() -> RoutingTrace:
+    return RoutingTrace(np.array(CHOICES, np.uint16), 300, 1, HEADER["model"], HEADER["prompt_xxh3"])
+
+
+def signed(data: bytes) -> bytes:
+    return data + struct.pack("<Q", xxhash.xxh3_64_intdigest(data))
+
+
+def written(header: Any = HEADER, choices: Any = CHOICES, magic: bytes = b"MOETRACE", version: int = 1) -> bytes:
+    """A file by the words of the format, whatever it is to say."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    numbers = np.array(choices, np.int64).ravel().tolist()
+    return signed(magic + struct.pack("<II", version, len(text)) + text + struct.pack(f"<{len(numbers)}H", *numbers))
+
+
+def load(data: bytes, folder: Path) -> RoutingTrace:
+    path = folder / "some.trace"
+    path.write_bytes(data)
+    return RoutingTrace.load(path)
+
+
+def refused(data: bytes, folder: Path, reason: str | None = None) -> None:
+    with pytest.raises(InputError, match=reason) as caught:
+        load(data, folder)
+    assert_one_line(caught.value)
+    assert str(caught.value).startswith(f"{folder / 'some.trace'}: ")
+
+
+def assert_same(first: RoutingTrace, second: RoutingTrace) -> None:
+    assert first.experts.dtype == second.experts.dtype == np.uint16
+    np.testing.assert_array_equal(first.experts, second.experts)
+    for name in ("num_experts", "prompt_tokens", "model", "prompt_xxh3"):
+        assert getattr(first, name) == getattr(second, name)
+
+
+# Files
+
+
+def test_a_file_is_what_the_format_says(tmp_path: Path) -> None:
+    assert_same(load(written(), tmp_path), small())
+    small().save(tmp_path / "saved.trace")
+    assert (tmp_path / "saved.trace").read_bytes() == written()
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_trace_comes_back_as_it_was(tmp_path: Path, data: st.DataObject) -> None:
+    tokens, layers, k = (data.draw(st.integers(1, most)) for most in (6, 4, 5))
+    num_experts = data.draw(st.integers(k, 12) | st.integers(k, 2**16) | st.just(2**16))
+    chosen = st.lists(st.integers(0, num_experts - 1), min_size=k, max_size=k, unique=True)
+    rows = data.draw(st.lists(chosen, min_size=tokens * layers, max_size=tokens * layers))
+    saved = RoutingTrace(
+        np.array(rows, np.uint16).reshape(tokens, layers, k),
+        num_experts,
+        data.draw(st.integers(0, tokens)),
+        data.draw(st.text().filter(str.isprintable)),
+        data.draw(st.just("") | st.integers(0, 2**64 - 1).map(lambda digest: f"{digest:016x}")),
+    )
+    path = tmp_path / "any.trace"
+    saved.save(path)
+    assert_same(RoutingTrace.load(path), saved)
+    assert path.stat().st_size < 2 * saved.experts.size + 200 + 6 * len(saved.model)
+
+
+def test_a_view_of_a_larger_array_is_saved_in_its_own_order(tmp_path: Path) -> None:
+    experts = np.array(CHOICES, np.uint16)[::-1, ::-1]
+    RoutingTrace(experts, 300, 0, "", "").save(tmp_path / "view.trace")
+    np.testing.assert_array_equal(RoutingTrace.load(tmp_path / "view.trace").experts, experts)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    data = written()
+    choices = len(data) - 8 - 2 * 12
+    for end in range(len(data)):
+        reason = "not a routing trace" if end < 16 else "cut short" if end < choices else "its header needs"
+        refused(data[:end], tmp_path, reason)
+
+
+def test_a_file_with_a_wrong_byte_anywhere_is_refused(tmp_path: Path) -> None:
+    data = written()
+    for place, wrong in itertools.product(range(len(data)), (0x01, 0x80, 0xFF)):
+        refused(data[:place] + bytes([data[place] ^ wrong]) + data[place + 1 :], tmp_path)
+
+
+@pytest.mark.parametrize("more", [b"\0", bytes(8), bytes(1000)])
+def test_a_file_with_something_after_its_end_is_refused(tmp_path: Path, more: bytes) -> None:
+    refused(written() + more, tmp_path, "bytes, its header needs")
+    refused(signed(written()[:-8] + more), tmp_path, "bytes, its header needs")
+
+
+# From here on the checksums are right: whoever made the file meant it.
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_experts": 299}, "token 0 chose an expert outside of 299 in layer 0"),
+        ({"num_experts": 1}, "2 of 1 experts a token"),
+        ({"num_experts": 2**16 + 1}, "2 of 65537 experts a token; there may be 65536 at most"),
+        ({"num_experts": 0}, "2 of 0 experts"),
+        ({"num_experts": -5}, "no valid num_experts"),
+        ({"prompt_tokens": 4}, "4 tokens of prompt among 3 tokens"),
+        ({"prompt_tokens": -1}, "no valid prompt_tokens"),
+        ({"tokens": 0}, "bytes, its header needs"),
+        ({"tokens": 2}, "bytes, its header needs"),
+        ({"tokens": 4}, "bytes, its header needs"),
+        ({"tokens": -3, "layers": -2}, "no valid tokens"),
+        ({"tokens": 3.0}, "no valid tokens"),
+        ({"tokens": True}, "no valid tokens"),
+        ({"tokens": None}, "no valid tokens"),
+        ({"tokens": "3"}, "no valid tokens"),
+        ({"tokens": 2**40}, "no valid tokens"),
+        ({"tokens": 10**400}, "no valid tokens"),
+        ({"tokens": 2**32 - 1, "layers": 2**32 - 1, "experts_per_token": 2**32 - 1}, "bytes, its header needs"),
+        ({"layers": []}, "no valid layers"),
+        ({"experts_per_token": {}}, "no valid experts_per_token"),
+        ({"experts_per_token": 4, "layers": 1, "num_experts": 3}, "4 of 3 experts a token"),
+        ({"model": 7}, "no valid model"),
+        ({"model": None}, "no valid model"),
+        ({"model": "\x1b[2J"}, "name cannot be shown"),
+        ({"model": "a\nb"}, "name cannot be shown"),
+        ({"model": "\ud800"}, "name cannot be shown"),
+        ({"model": "x" * 1025}, "name cannot be shown"),
+        ({"prompt_xxh3": "0123"}, "hash is not 16 hexadecimal digits"),
+        ({"prompt_xxh3": "0123456789ABCDEF"}, "hash is not 16 hexadecimal digits"),
+        ({"prompt_xxh3": "0123456789abcdef\n"}, "hash is not 16 hexadecimal digits"),
+        ({"prompt_xxh3": 1}, "no valid prompt_xxh3"),
+    ],
+)
+def test_headers_that_contradict_the_file(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
+    refused(written(HEADER | changes), tmp_path, reason)
+
+
+@pytest.mark.parametrize("name", HEADER)
+def test_headers_that_lack_something(tmp_path: Path, name: str) -> None:
+    refused(written({key: value for key, value in HEADER.items() if key != name}), tmp_path, f"no valid {name}")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (b"", "is not valid JSON"),
+        (b"[]", "must hold a JSON object, not list"),
+        (b"\xff\xfe", "header of the routing trace"),
+        (b'{"tokens": NaN}', "NaN is not a number"),
+        (b'{"tokens": 1' + b"0" * 5000 + b"}", "is not valid JSON"),
+        (b'{"tokens": 3, "tokens": 3}', "a key occurs twice"),
+        (b"[" * 60_000, "is not valid JSON"),
+        (b" " * 70_000, "cut short or damaged in its header"),
+        (json.dumps(HEADER).encode() + b"{}", "is not valid JSON"),
+    ],
+)
+def test_headers_that_are_none(tmp_path: Path, header: bytes, reason: str) -> None:
+    refused(written(header), tmp_path, reason)
+
+
+def test_choices_that_no_router_makes(tmp_path: Path) -> None:
+    outside, twice = np.array(CHOICES), np.array(CHOICES)
+    outside[2, 1, 0] = 300
+    refused(written(choices=outside), tmp_path, "token 2 chose an expert outside of 300 in layer 1")
+    twice[1, 0] = 5
+    refused(written(choices=twice), tmp_path, "token 1 chose an expert twice in layer 0")
+
+
+def test_a_wrong_choice_is_found_far_into_a_long_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = uniform_trace(50, 3, 64, 4, seed=0).experts
+    monkeypatch.setattr(trace_module, "_BLOCK", 64)
+    RoutingTrace(experts, 64, 0, "", "")
+    experts[41, 2, 3] = experts[41, 2, 1]
+    with pytest.raises(InputError, match="token 41 chose an expert twice in layer 2"):
+        RoutingTrace(experts, 64, 0, "", "")
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    for data in (b"", b"MOETRACE", b"PK\x03\x04" + bytes(100), written(magic=b"MOETRACF")):
+        refused(data, tmp_path, "not a routing trace; record the trace again")
+    refused(written(version=2), tmp_path, "of version 2, this program reads version 1")
+
+
+def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nosuch", tmp_path / ("x" * 300), Path("/dev/null")):
+        with pytest.raises(InputError, match=str(path)) as caught:
+            RoutingTrace.load(path)
+        assert_one_line(caught.value)
+    with pytest.raises(InputError, match="null"):
+        RoutingTrace.load(tmp_path / "a\0b")
+
+
+def test_paths_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "nosuch" / "a", tmp_path / "file" / "a", tmp_path / ("x" * 300), Path()):
+        with pytest.raises(InputError, match="the trace cannot be written there") as caught:
+            small().save(path)
+        assert_one_line(caught.value)
+
+
+def test_sizes_are_checked_before_memory_is_taken(tmp_path: Path) -> None:
+    promised = written(HEADER | {"tokens": 2**32 - 1, "layers": 2**16})
+    long_header = struct.pack("<8sII", b"MOETRACE", 1, 2**32 - 1) + bytes(100)
+    huge = tmp_path / "huge.trace"
+    with huge.open("wb") as file:
+        file.write(promised)
+        file.truncate(2**40)
+    tracemalloc.start()
+    refused(promised, tmp_path)
+    refused(long_header, tmp_path)
+    with pytest.raises(InputError, match="too large for a routing trace"):
+        RoutingTrace.load(huge)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10**6
+
+
+def test_a_trace_that_could_not_be_loaded_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(written())
+    monkeypatch.setattr(trace_module, "_LARGEST_FILE", size)
+    assert_same(load(written(), tmp_path), small())
+    small().save(tmp_path / "fits.trace")
+    monkeypatch.setattr(trace_module, "_LARGEST_FILE", size - 1)
+    with pytest.raises(InputError, match=f"a trace of {size} bytes is too large"):
+        small().save(tmp_path / "not.trace")
+    assert not (tmp_path / "not.trace").exists()
+    refused(written(), tmp_path, f"{size} bytes are too large")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(0, 5) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(HEADER)), JSON, max_size=3),
+    choices=st.lists(st.integers(0, 400), min_size=0, max_size=24),
+)
+def test_any_header_loads_or_is_refused(tmp_path: Path, changes: dict[str, Any], choices: list[int]) -> None:
+    try:
+        loaded = load(written(HEADER | changes, choices), tmp_path)
+    except InputError as error:
+        assert_one_line(error)
+    else:
+        assert loaded.experts.ravel().tolist() == choices
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200), start=st.sampled_from([b"", b"MOETRACE", b"MOETRACE\1\0\0\0", written()[:40]]))
+def test_any_bytes_are_refused(tmp_path: Path, data: bytes, start: bytes) -> None:
+    refused(start + data, tmp_path)
+    refused(signed(start + data), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        np.zeros((1, 1, 1), np.int64),
+        np.zeros((1, 1, 1), np.uint8),
+        np.zeros((1, 1, 1), ">u2"),
+        np.zeros((1, 1), np.uint16),
+        np.zeros((0, 2, 2), np.uint16),
+        np.zeros((2, 0, 2), np.uint16),
+        np.zeros((2, 2, 0), np.uint16),
+    ],
+)
+def test_arrays_that_are_no_trace(experts: Any) -> None:
+    with pytest.raises(InputError, match=r"not uint16 \[tokens, layers, K\]") as caught:
+        RoutingTrace(experts, 8, 0, "", "")
+    assert_one_line(caught.value)
+
+
+# What is asked of a trace
+
+
+def test_decode_requests_come_token_by_token_and_layer_by_layer() -> None:
+    assert list(small().decode_requests()) == [(0, (5, 7)), (1, (2, 0)), (0, (7, 3)), (1, (1, 258))]
+    assert all(type(expert) is int for _, experts in small().decode_requests() for expert in experts)
+    whole = RoutingTrace(np.array(CHOICES, np.uint16), 300, 3, "", "")
+    assert list(whole.decode_requests()) == []
+
+
+def test_hot_experts_are_all_experts_by_descending_count() -> None:
+    trace = RoutingTrace(np.array(CHOICES, np.uint16)[:, :, :1] % 8, 8, 1, "", "")
+    assert trace.experts[:, 0, 0].tolist() == [7, 5, 7]
+    assert trace.hot_experts(0) == [7, 5, 0, 1, 2, 3, 4, 6]
+    assert trace.experts[:, 1, 0].tolist() == [0, 2, 1]
+    assert trace.hot_experts(1) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert small().hot_experts(0)[:4] == [7, 3, 5, 299]
+    assert sorted(small().hot_experts(1)) == list(range(300))
+
+
+# Drawn traces
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(1, 1), (8, 8), (64, 10), (512, 10)])
+def test_drawn_experts_are_distinct_and_in_range(num_experts: int, k: int) -> None:
+    for trace in (uniform_trace(30, 3, num_experts, k, seed=1), zipf_trace(30, 3, num_experts, k, 1.5, seed=1)):
+        assert trace.experts.shape == (30, 3, k)
+        assert (trace.num_experts, trace.prompt_tokens, trace.prompt_xxh3) == (num_experts, 0, "")
+        assert all(len(set(row)) == k for row in trace.experts.reshape(-1, k).tolist())
+        assert trace.experts.max() < num_experts
+        assert len(list(trace.decode_requests())) == 90
+
+
+def test_a_seed_determines_a_trace_and_its_length_does_not() -> None:
+    first = zipf_trace(40, 4, 32, 4, 1.0, seed=5)
+    assert_same(first, zipf_trace(40, 4, 32, 4, 1.0, seed=5))
+    np.testing.assert_array_equal(first.experts[:7], zipf_trace(7, 4, 32, 4, 1.0, seed=5).experts)
+    assert (first.experts != zipf_trace(40, 4, 32, 4, 1.0, seed=6).experts).any()
+    assert first.model == "zipf exponent=1.0 seed=5"
+    assert uniform_trace(1, 1, 2, 1, seed=3).model == "uniform seed=3"
+
+
+def test_blocks_do_not_show_in_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = uniform_trace(40, 4, 32, 4, seed=5)
+    monkeypatch.setattr(trace_module, "_BLOCK", 4 * 32 * 3)
+    assert_same(whole, uniform_trace(40, 4, 32, 4, seed=5))
+
+
+def test_uniform_draws_are_uniform() -> None:
+    tokens, num_experts, k = 20_000, 16, 4
+    trace = uniform_trace(tokens, 2, num_experts, k, seed=0)
+    share = k / num_experts
+    tolerance = 5 * math.sqrt(tokens * share * (1 - share))
+    for layer in range(2):
+        counts = np.bincount(trace.experts[:, layer].ravel(), minlength=num_experts)
+        assert abs(counts - tokens * share).max() < tolerance
+        for place in range(k):
+            counts = np.bincount(trace.experts[:, layer, place], minlength=num_experts)
+            assert abs(counts - tokens / num_experts).max() < 5 * math.sqrt(tokens / num_experts)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 2.0])
+def test_zipf_draws_follow_the_law_without_replacement(exponent: float) -> None:
+    """Every ordered pair occurs as often as two draws, the second among those that are left, make it."""
+    tokens, num_experts = 60_000, 5
+    trace = zipf_trace(tokens, 1, num_experts, 2, exponent, seed=2)
+    weights = np.arange(1, num_experts + 1) ** -exponent
+    weights /= weights.sum()
+    by_rank = np.argsort(-np.bincount(trace.experts[:, 0, 0], minlength=num_experts))
+    rank = np.argsort(by_rank)
+    pairs = np.zeros((num_experts, num_experts))
+    np.add.at(pairs, tuple(rank[trace.experts[:, 0]].T), 1)
+    for first, second in itertools.permutations(range(num_experts), 2):
+        share = weights[first] * weights[second] / (1 - weights[first])
+        assert abs(pairs[first, second] - tokens * share) < 5 * math.sqrt(tokens * share * (1 - share))
+
+
+def test_layers_have_hot_experts_of_their_own() -> None:
+    trace = zipf_trace(500, 4, 64, 4, 1.5, seed=0)
+    assert len({trace.hot_experts(layer)[0] for layer in range(4)}) > 1
+    assert len({tuple(trace.hot_experts(layer)[:4]) for layer in range(4)}) == 4
+
+
+def test_a_steep_law_is_exact_too() -> None:
+    trace = zipf_trace(50, 2, 512, 3, 500.0, seed=0)
+    assert (trace.experts == trace.experts[0]).all()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (0, 1, 4, 1, 0),
+        (1, 0, 4, 1, 0),
+        (1, 1, 4, 0, 0),
+        (1, 1, 4, 5, 0),
+        (1, 1, 0, 0, 0),
+        (1, 1, 2**16 + 1, 1, 0),
+        (-1, -1, 4, 1, 0),
+        (1, 1, 4, 1, -1),
+        (10**12, 60, 512, 10, 0),
+        (1, 10**9, 512, 10, 0),
+    ],
+)
+def test_sizes_that_make_no_trace(sizes: tuple[int, int, int, int, int]) -> None:
+    *shape, seed = sizes
+    tokens, layers, num_experts, k = shape
+    with pytest.raises(InputError) as caught:
+        uniform_trace(tokens, layers, num_experts, k, seed)
+    assert_one_line(caught.value)
+    with pytest.raises(InputError):
+        zipf_trace(tokens, layers, num_experts, k, 1.0, seed)
+
+
+@pytest.mark.parametrize("exponent", [-0.1, math.inf, -math.inf, math.nan])
+def test_exponents_that_make_no_law(exponent: float) -> None:
+    with pytest.raises(InputError, match="Zipf exponent") as caught:
+        zipf_trace(1, 1, 4, 1, exponent, 0)
+    assert_one_line(caught.value)
