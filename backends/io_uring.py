@@ -22,8 +22,8 @@ class UringStore(ReadingStore):
         slots: int = 16,
         depth: int = 64,
         chunk_mib: float | None = None,
-        direct: bool = False,
-        workers: bool = True,
+        direct: bool = True,
+        workers: bool = False,
         registered: bool = False,
     ) -> None:
         super().__init__(

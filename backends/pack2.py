@@ -9,13 +9,16 @@ from flashmoe_mlx.storage.reading_store import ReadingStore
 class Pack2Store(ReadingStore):
     """Reads experts of 2 bits, and refuses others.
 
-    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.
+    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once;
+    ``direct`` reads past the page cache.
     """
 
-    def __init__(self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4) -> None:
+    def __init__(
+        self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4, direct: bool = False
+    ) -> None:
         if source.layout.bits != 2:
             raise InputError(
                 f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
                 "leave backend.variant=q2, or choose another backend"
             )
-        super().__init__(source, slots, lambda _: make_reader(reader, source, depth))
+        super().__init__(source, slots, lambda _: make_reader(reader, source, depth, direct))

@@ -9,9 +9,8 @@ class PreadStore(ReadingStore):
     """Reads every expert that is asked for, with ``threads`` threads, straight into its slot.
 
     Options: ``slots`` of one fetch; ``threads`` that read at once; ``chunk_mib`` MiB at most in one read, so that
-    several threads share an expert (None: whole experts); ``readahead`` false tells the system not to read beyond
-    what is asked for; ``page_cache`` false keeps what was read out of its cache (``F_NOCACHE`` on macOS; on Linux the
-    pages are dropped after the read).
+    several threads share an expert (None: whole experts); ``direct`` reads past the page cache (O_DIRECT on Linux,
+    F_NOCACHE on macOS); ``readahead`` false tells the system not to read beyond what is asked for.
     """
 
     def __init__(
@@ -20,7 +19,7 @@ class PreadStore(ReadingStore):
         slots: int = 16,
         threads: int = 4,
         chunk_mib: float | None = None,
+        direct: bool = False,
         readahead: bool = True,
-        page_cache: bool = True,
     ) -> None:
-        super().__init__(source, slots, lambda _: ThreadReader(source, threads, chunk_mib, readahead, page_cache))
+        super().__init__(source, slots, lambda _: ThreadReader(source, threads, chunk_mib, direct, readahead))

@@ -19,8 +19,8 @@ class RamHybridStore(ExpertStore):
     Options: the budget is ``budget_gib`` GiB, or else ``memory_share`` of the memory that is free when it is opened;
     ``policy`` says which expert makes room for another: lru, lfu, s3fifo, or pinned, which keeps those that were
     chosen most in the recorded ``trace`` and the others by lru; ``slots`` that one fetch may need, if the budget gives
-    a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once. On CUDA the slots are in
-    the GPU's memory.
+    a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once, ``direct`` past the page
+    cache, which then does not keep a second copy. On CUDA the slots are in the GPU's memory.
 
     Each layer has slots of its own: with one pool for all, layers of a token would push each other out.
 
@@ -38,6 +38,7 @@ class RamHybridStore(ExpertStore):
         slots: int = 16,
         reader: str = "pread",
         depth: int = 4,
+        direct: bool = False,
     ) -> None:
         if slots < 1:
             raise InputError(f"slots={slots}: a fetch needs at least 1 slot")
@@ -57,7 +58,7 @@ class RamHybridStore(ExpertStore):
         size = record * source.num_layers * capacity
         refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._layers = [make_slots(capacity, record, self.slots) for _ in range(source.num_layers)]
-        self._reader = make_reader(reader, source, depth)
+        self._reader = make_reader(reader, source, depth, direct)
 
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))

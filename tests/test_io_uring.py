@@ -87,7 +87,7 @@ def test_memory_that_may_not_be_pinned(stored: StoredExperts, monkeypatch: pytes
 def test_direct_reads_need_a_pack(tmp_path: Path) -> None:
     scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
     with pytest.raises(InputError, match=r"direct=true: .* is not aligned to 4096 bytes.*task=pack") as caught:
-        UringStore(scattered.source, direct=True)
+        UringStore(scattered.source)
     assert_one_line(caught.value)
 
 

@@ -1,5 +1,6 @@
 """What is the pread store's own: threads, chunks, hints, real checkpoints. The rest is in test_stores.py."""
 
+import errno
 import os
 import shutil
 import threading
@@ -97,14 +98,48 @@ def test_hints_reach_the_system(stored: StoredExperts, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
     size = stored.source.layout.record_bytes
-    with PreadStore(stored.source, readahead=False, page_cache=False) as store:
+    with PreadStore(stored.source, readahead=False) as store:
         store.prefetch(0, [3])
         store.fetch(0, [3])
     assert advised == [
         (0, 0, os.POSIX_FADV_RANDOM),
         (3 * size, size, os.POSIX_FADV_WILLNEED),
-        (3 * size, size, os.POSIX_FADV_DONTNEED),
     ]
+
+
+def test_direct_reads_leave_nothing_in_the_page_cache(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags: list[int] = []
+    original = os.open
+
+    def opened(path: Path, flag: int) -> int:
+        flags.append(flag)
+        return original(path, flag)
+
+    monkeypatch.setattr(os, "open", opened)
+    with PreadStore(stored.source, direct=True) as store:
+        store.prefetch(1, [4])  # a hint would bring pages in
+        assert flags == []
+        check(store.fetch(1, [5]), 1, [5], stored)
+    assert [flag & os.O_DIRECT for flag in flags] == [os.O_DIRECT]
+
+
+def test_direct_reads_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
+    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    with pytest.raises(InputError, match=r"direct=true: .* is not aligned to 4096 bytes") as caught:
+        PreadStore(scattered.source, direct=True)
+    assert_one_line(caught.value)
+
+
+def test_a_filesystem_without_direct_reads(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with (
+        PreadStore(stored.source, direct=True) as store,
+        pytest.raises(ExpertReadError, match="this filesystem has no direct reads; set direct=false"),
+    ):
+        store.fetch(0, [1])
 
 
 class Interrupted(SimpleQueue[Any]):

@@ -46,7 +46,19 @@ class TestPread(ExpertStoreTests):
 
 class TestPreadInChunks(ExpertStoreTests):
     backend = "pread"
-    options = {"slots": 6, "threads": 2, "chunk_mib": 1 / 128, "readahead": False, "page_cache": False}
+    options = {"slots": 6, "threads": 2, "chunk_mib": 1 / 128, "readahead": False}
+
+
+class TestPreadDirect(ExpertStoreTests):
+    backend = "pread"
+    options = {"slots": 6, "direct": True}
+
+    def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
+        def aligned(number: int) -> int | None:
+            outcome = fault(number)
+            return outcome if outcome is None or outcome < 0 else max(outcome // 4096 * 4096, 4096)
+
+        super().inject(monkeypatch, aligned)
 
 
 class TestPreadOnACheckpoint(ExpertStoreTests):
@@ -104,16 +116,16 @@ class TestMmapByPageFaults(ExpertStoreTests):
 
 class TestUring(_ThroughTheRing):
     backend = "io_uring"
-    options = {"slots": 6}
+    options = {"slots": 6, "direct": False, "workers": True}
 
 
 class TestUringDirect(_ThroughTheRing):
     backend = "io_uring"
-    options = {"slots": 6, "direct": True, "registered": True, "chunk_mib": 1 / 128, "depth": 3}
+    options = {"slots": 6, "registered": True, "chunk_mib": 1 / 128, "depth": 3}
     least = 4096
 
 
 class TestUringOnACheckpoint(_ThroughTheRing):
     backend = "io_uring"
-    options = {"slots": 6, "workers": False}
+    options = {"slots": 6, "direct": False}
     in_one_piece = False

@@ -1,5 +1,6 @@
 """From experts to reads: which bytes of which files go where."""
 
+import errno
 import fcntl
 import os
 import struct
@@ -13,7 +14,9 @@ from flashmoe_mlx.expert_store import ExpertReadError, ExpertSource, Extent
 
 _MIB = 2**20
 _PAGE = 4096
-_F_RDADVISE = 44  # <sys/fcntl.h> of macOS
+"""What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
+# <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
+_F_RDADVISE, _F_RDAHEAD, _F_NOCACHE = 44, 45, 48
 _RADVISORY = struct.Struct("@qi0q")  # off_t, int
 
 
@@ -70,6 +73,42 @@ def coalesced(extents: Sequence[Extent]) -> list[Extent]:
         else:
             joined.append(extent)
     return joined
+
+
+def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -> int:
+    """A descriptor of ``path``.
+
+    ``direct`` reads past the page cache: O_DIRECT on Linux, F_NOCACHE on macOS, which still uses what is in the cache.
+    ``readahead`` false tells the system not to read beyond what is asked for.
+
+    Raises:
+        OSError: the file cannot be opened, or its filesystem has no direct reads.
+    """
+    if sys.platform != "linux":
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if sys.platform == "darwin":
+            fcntl.fcntl(fd, _F_NOCACHE, int(direct))
+            fcntl.fcntl(fd, _F_RDAHEAD, int(readahead))
+        return fd
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+    except OSError as error:
+        if direct and error.errno == errno.EINVAL:
+            raise OSError(errno.EINVAL, "this filesystem has no direct reads; set direct=false") from error
+        raise
+    if not readahead:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+    return fd
+
+
+def refuse_unaligned(source: ExpertSource) -> None:
+    """Raise InputError unless ``source`` is aligned as direct reads need it, as packs are."""
+    extents = source.extents(0, 0)
+    if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
+        raise InputError(
+            f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads need it; "
+            "make a pack (task=pack), or set direct=false"
+        )
 
 
 class OpenFiles:

@@ -1,7 +1,6 @@
 """What reads experts into memory, and the ways of reading that stores can be told to use by name."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
@@ -32,24 +31,20 @@ class ExpertReader(Protocol):
         ...
 
 
-READERS: Mapping[str, Callable[[ExpertSource, int], ExpertReader]] = MappingProxyType(
-    {
-        "io_uring": UringReader,
-        "pread": ThreadReader,
-    }
-)
-"""Made of a source and the number of reads to have under way at once."""
+READERS = ("io_uring", "pread")
 
 
-def make_reader(name: str, source: ExpertSource, depth: int) -> ExpertReader:
-    """The reader called ``name``, with ``depth`` reads under way at once.
+def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = False) -> ExpertReader:
+    """The reader called ``name``, with ``depth`` reads under way at once; ``direct`` ones go past the page cache.
 
     Raises:
-        InputError: there is no such reader, or ``depth`` is less than 1.
+        InputError: there is no such reader, ``depth`` is less than 1, or the source is not aligned for direct reads.
         BackendUnavailableError: this machine has no such thing.
     """
     if name not in READERS:
-        raise InputError(f"reader={name}: no such reader; there are {', '.join(sorted(READERS))}")
+        raise InputError(f"reader={name}: no such reader; there are {', '.join(READERS)}")
     if depth < 1:
         raise InputError(f"depth={depth}: at least 1 read must be under way")
-    return READERS[name](source, depth)
+    if name == "io_uring":
+        return UringReader(source, depth, direct=direct)
+    return ThreadReader(source, depth, direct=direct)

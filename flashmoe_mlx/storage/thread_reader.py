@@ -1,31 +1,33 @@
 """Read experts by several threads at once, straight into memory that the caller owns."""
 
-import fcntl
-import os
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
 from flashmoe_mlx.pack.files import read_exactly
-from flashmoe_mlx.storage.extents import OpenFiles, Read, advise_will_need, chunk_bytes, plan_reads
+from flashmoe_mlx.storage.extents import (
+    OpenFiles,
+    Read,
+    advise_will_need,
+    chunk_bytes,
+    open_for_reading,
+    plan_reads,
+    refuse_unaligned,
+)
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
-# <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
-_F_RDAHEAD, _F_NOCACHE = 45, 48
 
 
 class ThreadReader:
     """Positioned reads of ``source`` by ``threads`` threads, at most ``chunk_mib`` MiB each (None: whole extents).
 
-    ``readahead`` false tells the system not to read beyond what is asked for; ``page_cache`` false keeps what was read
-    out of its cache. An interrupt may arrive anywhere: ``SimpleQueue`` is the one way of handing work to threads that
+    ``direct`` reads past the page cache; ``readahead`` false tells the system not to read beyond what is asked for. An
+    interrupt may arrive anywhere: ``SimpleQueue`` is the one way of handing work to threads that
     it cannot leave in a state in which the next hand-over would hang.
     """
 
@@ -34,15 +36,17 @@ class ThreadReader:
         source: ExpertSource,
         threads: int,
         chunk_mib: float | None = None,
+        direct: bool = False,
         readahead: bool = True,
-        page_cache: bool = True,
     ) -> None:
         if threads < 1:
             raise InputError(f"threads={threads}: at least 1 thread must read")
         self._chunk = chunk_bytes(chunk_mib)
+        if direct:
+            refuse_unaligned(source)
         self._source = source
-        self._drop = not page_cache and sys.platform == "linux"
-        self._files = OpenFiles(partial(_open, readahead=readahead, page_cache=page_cache))
+        self._direct = direct
+        self._files = OpenFiles(partial(open_for_reading, direct=direct, readahead=readahead))
         self._queues: list[_Jobs] = []
         self._threads: list[Thread] = []
         self._end = weakref.finalize(self, _end, self._queues)
@@ -95,17 +99,14 @@ class ThreadReader:
 
     def _read(self, layer: int, read: Read) -> int:
         try:
-            fd = self._files[read.path]
-            count = read_exactly(fd, read.view, read.offset)
+            return read_exactly(self._files[read.path], read.view, read.offset)
         except (EOFError, OSError) as error:
             raise read.failed(layer, error) from error
-        if self._drop:
-            os.posix_fadvise(fd, read.offset, len(read.view), os.POSIX_FADV_DONTNEED)
-        return count
 
     def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Ask the system to begin reading ``experts`` into its cache, without waiting."""
-        advise_will_need(self._source, self._files, layer, experts)
+        """Ask the system to begin reading ``experts`` into its cache, unless reads go past it."""
+        if not self._direct:
+            advise_will_need(self._source, self._files, layer, experts)
 
     def close(self) -> None:
         """End the threads and close the files; no read may be under way. May be called again."""
@@ -113,22 +114,6 @@ class ThreadReader:
         for thread in self._threads:
             thread.join()
         self._files.close()
-
-
-def _open(path: Path, readahead: bool, page_cache: bool) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if sys.platform == "darwin":
-            if not readahead:
-                fcntl.fcntl(fd, _F_RDAHEAD, 0)
-            if not page_cache:
-                fcntl.fcntl(fd, _F_NOCACHE, 1)
-        elif not readahead:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd
 
 
 class _Batch:

@@ -2,24 +2,30 @@
 
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
-from flashmoe_mlx.storage.extents import OpenFiles, Read, advise_will_need, chunk_bytes, plan_reads
+from flashmoe_mlx.storage.extents import (
+    OpenFiles,
+    Read,
+    advise_will_need,
+    chunk_bytes,
+    open_for_reading,
+    plan_reads,
+    refuse_unaligned,
+)
 from flashmoe_mlx.storage.slab import Slab
 from flashmoe_mlx.storage.uring import Ring, RingRead
-
-_ALIGNMENT = 4096
-"""What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
 
 
 class UringReader:
     """Reads of ``source``, ``depth`` at once, at most ``chunk_mib`` MiB each (None: whole extents).
 
-    ``direct`` opens files with O_DIRECT: the page cache is neither used nor filled, and everything must be aligned, as
-    packs are. ``workers`` has threads of the kernel make the reads. ``registered`` is a slab whose slots the kernel
-    pins once, which saves it that work in every read and needs as much locked memory (``ulimit -l``).
+    ``direct`` reads past the page cache, for which everything must be aligned, as packs are. ``workers`` has threads
+    of the kernel make the reads. ``registered`` is a slab whose slots the kernel pins once, which saves it that work
+    in every read and needs as much locked memory (``ulimit -l``).
     """
 
     def __init__(
@@ -35,12 +41,12 @@ class UringReader:
             raise InputError(f"depth={depth}: must be from 1 to 4096 reads under way at once")
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
-            _refuse_unaligned(source)
+            refuse_unaligned(source)
         self._source = source
         self._direct = direct
         self._depth = depth
         self._ring = Ring(depth, workers)
-        self._files = OpenFiles(self._open)
+        self._files = OpenFiles(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._buffers: dict[int, int] = {}
         if registered is not None:
@@ -93,9 +99,6 @@ class UringReader:
             self._numbers[read.path] = number
         return RingRead(number, read.offset, read.view, buffer)
 
-    def _open(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0))
-
     def advise(self, layer: int, experts: Iterable[int]) -> None:
         """Ask the system to begin reading ``experts`` into its cache, unless reads go past it."""
         if not self._direct:
@@ -116,12 +119,3 @@ def _rest(layer: int, read: Read, done: int) -> Read | None:
     if done == len(read.view):
         return None
     return Read(read.expert, read.path, read.offset + done, read.view[done:])
-
-
-def _refuse_unaligned(source: ExpertSource) -> None:
-    extents = source.extents(0, 0)
-    if any(extent.offset % _ALIGNMENT or extent.nbytes % _ALIGNMENT for extent in extents):
-        raise InputError(
-            f"direct=true: {extents[0].path} is not aligned to {_ALIGNMENT} bytes, as direct I/O needs it; "
-            "make a pack (task=pack), or set direct=false"
-        )
