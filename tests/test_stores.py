@@ -129,3 +129,25 @@ class TestUringOnACheckpoint(_ThroughTheRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False}
     in_one_piece = False
+
+
+@pytest.mark.cuda
+class TestRamHybridOnCuda(ExpertStoreTests):
+    backend = "ram_hybrid"
+    options = {"budget_gib": 4 * 5 * 32768 / 2**30}
+
+
+@pytest.mark.cuda
+class TestResidentOnCuda(ExpertStoreTests):
+    backend = "resident"
+
+
+@pytest.mark.cuda
+class TestPreadOnCuda(ExpertStoreTests):
+    backend = "pread"
+    options = {"slots": 6}
+
+
+@pytest.mark.cuda
+class TestMmapOnCuda(TestMmap):
+    pass

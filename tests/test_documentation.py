@@ -1,0 +1,39 @@
+"""What the documents promise: their example of a store is one, and the tests they name exist."""
+
+import re
+import sys
+import textwrap
+import types
+from pathlib import Path
+
+import pytest
+
+from flashmoe_mlx.testing import ExpertStoreTests
+
+ROOT = Path(__file__).parents[1]
+
+
+def example() -> str:
+    """The store in CONTRIBUTING.md."""
+    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    return next(textwrap.dedent(block) for block in blocks if "(ExpertStore):" in block)
+
+
+class TestTheExampleOfAStore(ExpertStoreTests):
+    backend = {"_target_": "example_of_a_store.PlainStore"}
+    options = {"slots": 6}
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def module(cls) -> None:
+        module = types.ModuleType("example_of_a_store")
+        sys.modules["example_of_a_store"] = module
+        exec(compile(example(), "CONTRIBUTING.md", "exec"), module.__dict__)
+
+
+def test_faults_name_tests_that_exist() -> None:
+    sources = [*(ROOT / "tests").glob("*.py"), *(ROOT / "flashmoe_mlx" / "testing").glob("*.py")]
+    code = "".join(path.read_text() for path in sources)
+    named = set(re.findall(r"(test_\w+)`", (ROOT / "docs" / "faults.md").read_text()))
+    assert len(named) > 40
+    assert {name for name in named if f"def {name}(" not in code} == set()

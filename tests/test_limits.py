@@ -1,0 +1,95 @@
+"""Limits of the system, for real, in a process of its own: descriptors and memory that run out."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRELUDE = """
+import os, resource, sys
+from pathlib import Path
+from hydra.utils import get_class
+from flashmoe_mlx.engine.backends import backend_settings, create_store
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.testing.stored_experts import write_experts
+
+def opened(name, source, **options):
+    settings = backend_settings(name) | options
+    settings.pop("variant")
+    return create_store(source, settings)
+"""
+
+
+def run(script: str, *arguments: object) -> list[str]:
+    command = [sys.executable, "-c", PRELUDE + script, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("name", "in_one_piece"), [("pread", True), ("mmap", True), ("checkpoint", False)])
+def test_descriptors_that_run_out(name: str, in_one_piece: bool, tmp_path: Path) -> None:
+    """An error while there are none, and the right bytes as soon as there are some again."""
+    lines = run(
+        """
+name, pieces, folder = sys.argv[1], sys.argv[2] == "True", Path(sys.argv[3])
+stored = write_experts(folder, 4, pieces)
+with opened(name, stored.source) as store:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))
+    taken = []
+    try:
+        while True:
+            taken.append(os.dup(0))
+    except OSError:
+        pass
+    for layer in (0, 1):
+        try:
+            store.fetch(layer, [3])
+        except FlashMoeError as error:
+            print(error)
+    for fd in taken:
+        os.close(fd)
+    view = store.fetch(1, [3]).host[0]
+    expected = stored.expected[1, 3]
+    print(bytes(view[: len(expected)]) == expected)
+""",
+        name,
+        in_one_piece,
+        tmp_path,
+    )
+    assert [line.endswith("Too many open files") for line in lines] == [True, True, False]
+    assert lines[2] == "True"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pread", {"slots": 100_000}),
+        ("mmap", {"slots": 100_000}),
+        ("checkpoint", {"slots": 100_000}),
+        ("ram_hybrid", {"budget_gib": 1.0, "slots": 12}),
+        ("resident", {}),
+    ],
+)
+def test_memory_that_runs_out(name: str, options: dict[str, float], tmp_path: Path) -> None:
+    """A limit that leaves nothing to allocate: refused in a line, not a crash inside MLX."""
+    lines = run(
+        """
+name, options, folder = sys.argv[1], eval(sys.argv[2]), Path(sys.argv[3])
+stored = write_experts(folder, 4, name != "checkpoint")
+get_class(backend_settings(name)["_target_"])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200_000, used + 200_000))
+try:
+    opened(name, stored.source, **options)
+except FlashMoeError as error:
+    print(error)
+""",
+        name,
+        options,
+        tmp_path,
+    )
+    assert len(lines) == 1
+    assert "refused here" in lines[0] or "cannot start" in lines[0]
