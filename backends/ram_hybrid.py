@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
+
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource, ExpertStore, StoreStats
 from flashmoe_mlx.research.trace import RoutingTrace
@@ -100,6 +102,7 @@ class RamHybridStore(ExpertStore):
     def _release(self) -> None:
         self._reader.close()
         self._layers.clear()
+        mx.clear_cache()  # MLX would keep this much memory for arrays to come
 
 
 def _budget(budget_gib: float | None, memory_share: float) -> int:

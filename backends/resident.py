@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, StoreStats
 from flashmoe_mlx.storage.memory import refuse_if_too_large
 from flashmoe_mlx.storage.readers import make_reader
@@ -47,3 +49,4 @@ class ResidentStore(ExpertStore):
 
     def _release(self) -> None:
         self._layers.clear()
+        mx.clear_cache()  # MLX would keep this much memory for arrays to come

@@ -71,8 +71,22 @@ class PackConfig(Config):
     verify: bool = False
 
 
-TASK_CONFIGS: Mapping[str, type[Config]] = {"generate": Config, "pack": PackConfig}
-TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "model.path", "model.cache_dir")
+@dataclass
+class BenchIoConfig(Config):
+    """Keys of ``task=bench_io``."""
+
+    backends: list[Any] | None = None
+    requests: str = "uniform"
+    zipf_exponent: float = 1.0
+    trace: str | None = None
+    tokens: int = 8
+    rounds: int = 6
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    fio: bool = False
+
+
+TASK_CONFIGS: Mapping[str, type[Config]] = {"bench_io": BenchIoConfig, "generate": Config, "pack": PackConfig}
+TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "trace", "model.path", "model.cache_dir")
 """Keys whose value is taken as it stands, whatever characters it has."""
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 console = Console(stderr=True)
 
 
-_TABLE_WIDTH = 100
+_TABLE_WIDTH = 120
 
 
 def print_table(table: Table) -> None:

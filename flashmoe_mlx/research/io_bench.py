@@ -1,0 +1,261 @@
+"""Replay expert requests against stores, in turns, and measure what storage gives; no model runs.
+
+A pass opens a store anew and replays one round's requests, token by token and layer by layer, as decoding would; only
+the time inside a fetch counts, until MLX has the experts in one slab. In a round every contender replays the same
+requests, and every other round in reverse order, so that a drift of the machine hits all alike.
+
+cold: before each pass the pack's files are dropped from the page cache, which is checked; what a pass asks for twice
+may then come from it. warm: before each pass all that it will ask for is read into the page cache.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource, ExpertStore, StoreStats
+from flashmoe_mlx.pack.progress import Progress
+from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.storage.page_cache import cached_bytes, evict
+
+CONDITIONS = ("cold", "warm")
+_BLOCK = 8 * 2**20
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one contender did in one round.
+
+    ``latencies`` seconds of each fetch, of all experts of a token in a layer; ``nbytes`` record bytes delivered;
+    ``cpu_seconds`` of this process in user and system mode, kernel threads of its own included; ``cached`` the share
+    of the requested bytes in the page cache when it began.
+    """
+
+    contender: str
+    condition: str
+    round: int
+    latencies: tuple[float, ...]
+    seconds: float
+    cpu_seconds: float
+    nbytes: int
+    cached: float
+    stats: StoreStats
+
+    @property
+    def rate(self) -> float:
+        """Delivered bytes a second."""
+        return self.nbytes / self.seconds
+
+
+class Contender(Protocol):
+    """Something that can replay requests."""
+
+    label: str
+    conditions: Sequence[str]
+
+    def check(self) -> None:
+        """Find out before anything is measured that it cannot run."""
+        ...
+
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
+        """Replay ``requests``."""
+        ...
+
+
+class StoreContender:
+    """A store, opened anew for every pass."""
+
+    conditions = CONDITIONS
+
+    def __init__(self, label: str, opener: Callable[[], ExpertStore]) -> None:
+        self.label = label
+        self._opener = opener
+
+    def check(self) -> None:
+        """Open the store once."""
+        self._opener().close()
+
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
+        """Replay ``requests`` and close the store."""
+        latencies: list[float] = []
+        nbytes = 0
+        with self._opener() as store:
+            record = store.layout.record_bytes
+            before = store.stats()
+            cpu = _cpu_seconds()
+            for layer, experts in requests.decode_requests():
+                spent = 0
+                for first in range(0, len(experts), store.slots):
+                    group = experts[first : first + store.slots]
+                    start = time.perf_counter_ns()
+                    store.fetch(layer, group).slab  # noqa: B018  # a mapping copies now
+                    spent += time.perf_counter_ns() - start
+                latencies.append(spent / 1e9)
+                nbytes += record * len(experts)
+            cpu = _cpu_seconds() - cpu
+            stats = store.stats() - before
+        return Pass(self.label, condition, number, tuple(latencies), sum(latencies), cpu, nbytes, cached, stats)
+
+
+def replay(
+    source: ExpertSource,
+    contenders: Sequence[Contender],
+    requests: Sequence[RoutingTrace],
+    conditions: Sequence[str],
+    progress: Progress,
+) -> Iterator[Pass]:
+    """Every pass as it ends: one round for each of ``requests``.
+
+    Raises:
+        InputError: a contender cannot run, or pages cannot be dropped from the page cache.
+        ExpertStoreError: reading failed.
+    """
+    for contender in contenders:
+        contender.check()
+    if "cold" in conditions:
+        evict(_files(source))  # refused now rather than half-way
+    for number, trace in enumerate(requests):
+        for condition in conditions:
+            for contender in contenders if number % 2 == 0 else contenders[::-1]:
+                if condition not in contender.conditions:
+                    continue
+                progress.stage(f"round {number + 1} of {len(requests)}, {condition}, {contender.label}", 1)
+                cached = _prepare(source, condition, trace)
+                yield contender.run(condition, number, trace, cached)
+                progress.advance(1)
+
+
+def _prepare(source: ExpertSource, condition: str, requests: RoutingTrace) -> float:
+    """Make it cold or warm; the share of what will be asked for that is in the page cache."""
+    files = _files(source)
+    if condition == "cold":
+        evict(files)
+        return 0.0
+    wanted = {(layer, expert) for layer, experts in requests.decode_requests() for expert in experts}
+    extents = [extent for place in sorted(wanted) for extent in source.extents(*place)]
+    for extent in extents:
+        with extent.path.open("rb", buffering=0) as file:
+            file.seek(extent.offset)
+            left = extent.nbytes
+            while left and (block := file.read(min(left, _BLOCK))):
+                left -= len(block)
+    return min(1.0, sum(map(cached_bytes, files)) / sum(extent.nbytes for extent in extents))
+
+
+def _files(source: ExpertSource) -> list[Path]:
+    places = ((layer, expert) for layer in range(source.num_layers) for expert in (0, source.num_experts - 1))
+    return sorted({extent.path for place in places for extent in source.extents(*place)})
+
+
+def _cpu_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All passes of a contender in a condition.
+
+    ``gb_per_second`` delivered, median over rounds with its 95 % interval (None of fewer than 3 rounds); ``ratio`` to
+    the first contender, paired by round; ``read_gb_per_second`` and ``iops`` of reads of storage or page cache;
+    ``latency_ms`` p5, p50, p95 of a fetch; ``repeats`` the share of requests for what the pass had asked for before.
+    """
+
+    contender: str
+    condition: str
+    rounds: int
+    gb_per_second: float
+    interval: tuple[float, float] | None
+    ratio: float
+    ratio_interval: tuple[float, float] | None
+    read_gb_per_second: float
+    iops: float
+    latency_ms: tuple[float, float, float]
+    cpu_seconds_per_gb: float
+    hit_rate: float | None
+    cached: float
+
+    def to_json(self) -> Mapping[str, Any]:
+        """As in ``bench_io.json``."""
+        return asdict(self)
+
+
+def summarise(passes: Sequence[Pass]) -> list[Summary]:
+    """A summary for each contender and condition, in the order of their first passes."""
+    groups: dict[tuple[str, str], list[Pass]] = {}
+    for condition in CONDITIONS:
+        for contender in dict.fromkeys(one.contender for one in passes if one.round == 0):
+            found = [one for one in passes if (one.contender, one.condition) == (contender, condition)]
+            if found:
+                groups[contender, condition] = found
+    first = {condition: found for (_, condition), found in reversed(groups.items())}
+    return [_summary(found, first[condition]) for (_, condition), found in groups.items()]
+
+
+def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
+    rates = [one.rate / 1e9 for one in passes]
+    base = {one.round: one.rate for one in first}
+    ratios = [one.rate / base[one.round] for one in passes if one.round in base]
+    seconds = sum(one.seconds for one in passes)
+    stats = sum((one.stats for one in passes), StoreStats())
+    low, median, high = 1e3 * np.percentile(np.concatenate([one.latencies for one in passes]), (5, 50, 95))
+    return Summary(
+        contender=passes[0].contender,
+        condition=passes[0].condition,
+        rounds=len(passes),
+        gb_per_second=float(np.median(rates)),
+        interval=median_interval(rates),
+        ratio=float(np.median(ratios)),
+        ratio_interval=median_interval(ratios),
+        read_gb_per_second=stats.bytes_read / seconds / 1e9,
+        iops=stats.reads / seconds,
+        latency_ms=(float(low), float(median), float(high)),
+        cpu_seconds_per_gb=sum(one.cpu_seconds for one in passes) / (sum(one.nbytes for one in passes) / 1e9),
+        hit_rate=stats.hits / stats.requests if stats.requests else None,
+        cached=min(one.cached for one in passes),
+    )
+
+
+def best_over(passes: Sequence[Pass], label_of_reference: Callable[[str], bool]) -> tuple[str, str, list[float]] | None:
+    """The fastest store, the fastest reference, and the ratio of their rates in each round, all cold.
+
+    Only stores that read all they deliver count. None if one of the two kinds is missing.
+    """
+    cold = [one for one in passes if one.condition == "cold" and not one.stats.hits]
+    medians = {
+        label: float(np.median([one.rate for one in cold if one.contender == label]))
+        for label in dict.fromkeys(one.contender for one in cold)
+    }
+    stores = [label for label in medians if not label_of_reference(label)]
+    references = [label for label in medians if label_of_reference(label)]
+    if not stores or not references:
+        return None
+    store, reference = (max(labels, key=medians.__getitem__) for labels in (stores, references))
+    base = {one.round: one.rate for one in cold if one.contender == reference}
+    return (
+        store,
+        reference,
+        [one.rate / base[one.round] for one in cold if one.contender == store and one.round in base],
+    )
+
+
+def repeats(requests: RoutingTrace) -> float:
+    """The share of requests for an expert that was asked for before."""
+    wanted = [(layer, expert) for layer, experts in requests.decode_requests() for expert in experts]
+    return 1 - len(set(wanted)) / len(wanted)
+
+
+def check_fits(trace: RoutingTrace, source: ExpertSource, name: str) -> None:
+    """Raise InputError if ``trace`` was recorded with other layers or experts than ``source`` has."""
+    layers = trace.experts.shape[1]
+    if (layers, trace.num_experts) != (source.num_layers, source.num_experts):
+        raise InputError(
+            f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
+            f"{source.num_layers} of {source.num_experts}"
+        )

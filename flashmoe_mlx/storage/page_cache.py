@@ -1,0 +1,57 @@
+"""What of files is in the page cache, and getting it out: a cold measurement is one only if that was checked."""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from flashmoe_mlx.errors import FlashMoeError
+
+
+def cached_bytes(path: Path) -> int:
+    """How many bytes of the file at ``path`` are in the page cache, in whole pages; by mincore(2).
+
+    Raises:
+        FlashMoeError: this system cannot tell.
+    """
+    size = path.stat().st_size
+    if not size:
+        return 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+        resident = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        libc = ctypes.CDLL(None, use_errno=True)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident):
+            raise FlashMoeError(f"{path}: cannot tell what is in the page cache ({os.strerror(ctypes.get_errno())})")
+    return mmap.PAGESIZE * sum(bytes(resident).translate(_LOWEST_BIT))
+
+
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
+
+
+def evict(paths: Iterable[Path]) -> None:
+    """Drop whole files from the page cache and check that they are gone.
+
+    Whole ones, because the kernel keeps pages that lie in one block of memory with pages to be kept.
+
+    Raises:
+        FlashMoeError: this system or this filesystem does not let go of them.
+    """
+    if sys.platform != "linux":
+        raise FlashMoeError("files can be dropped from the page cache on Linux alone; conditions=[warm] works here")
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if cached_bytes(path):
+                os.fsync(fd)  # pages that were written but not saved yet cannot be dropped
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
+        if left := cached_bytes(path):
+            raise FlashMoeError(
+                f"{path}: {left / 1e6:.1f} MB stay in the page cache (a filesystem in memory, or mapped by another "
+                "process): nothing is cold here; conditions=[warm] works"
+            )

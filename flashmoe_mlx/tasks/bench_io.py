@@ -1,0 +1,215 @@
+"""``task=bench_io``: what storage gives to each backend, without a model's computation."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.table import Table
+
+from flashmoe_mlx.config import BenchIoConfig, Config, folder_of
+from flashmoe_mlx.engine.backends import backend_settings, open_store
+from flashmoe_mlx.engine.opening import ModelFiles, open_model
+from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.research.fio import LABEL, FioContender
+from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.io_bench import (
+    CONDITIONS,
+    Contender,
+    Pass,
+    StoreContender,
+    Summary,
+    best_over,
+    check_fits,
+    repeats,
+    replay,
+    summarise,
+)
+from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.tasks.console import byte_progress, console, print_table
+from flashmoe_mlx.tasks.model import model_folder
+
+log = logging.getLogger(__name__)
+BENCH_VERSION = 1
+_REQUESTS = ("uniform", "zipf", "trace")
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Measure, show tables, and leave ``bench_io.json`` in ``run_dir``, also of what was done before an error."""
+    assert isinstance(config, BenchIoConfig)
+    _check(config)
+    files = open_model(model_folder(config.model))
+    contenders, source = _contenders(files, config)
+    requests = _requests(config, source, files)
+    k = requests[0].experts.shape[2]
+    if config.fio:
+        contenders += [FioContender(source, k, registered) for registered in (False, True)]
+    passes: list[Pass] = []
+    try:
+        with byte_progress() as progress:
+            for one in replay(source, contenders, requests, config.conditions, progress):
+                passes.append(one)
+                log.info("%s %s round %d: %.3f GB/s", one.contender, one.condition, one.round, one.rate / 1e9)
+    finally:
+        if passes:
+            write_json(run_dir / "bench_io.json", _record(config, files, source, requests, passes))
+    record = source.layout.record_bytes
+    console.print(
+        f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
+        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts a fetch, "
+        f"{config.requests}, {repeats(requests[0]):.0%} asked for again",
+        highlight=False,
+        soft_wrap=True,
+    )
+    summaries = summarise(passes)
+    for condition in config.conditions:
+        print_table(_table(condition, [one for one in summaries if one.condition == condition]))
+    _compare_with_fio(passes)
+    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+
+
+def _check(config: BenchIoConfig) -> None:
+    if config.requests not in _REQUESTS:
+        raise InputError(f"requests={config.requests}: choose from {', '.join(_REQUESTS)}")
+    if (config.requests == "trace") != (config.trace is not None):
+        raise InputError("requests=trace and trace=<file> belong together")
+    for name in ("tokens", "rounds"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
+    if not 0 <= config.zipf_exponent <= 10:
+        raise InputError(f"zipf_exponent={config.zipf_exponent}: must be from 0 to 10")
+    unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
+    if unknown or not config.conditions:
+        raise InputError(f"conditions=[{', '.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
+    if config.fio and "cold" not in config.conditions:
+        raise InputError("fio=true reads past the page cache: conditions= must have cold")
+
+
+def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contender], ExpertSource]:
+    """The stores to measure, and the experts that all of them serve."""
+    made: dict[str, Contender] = {}
+    variants: dict[str | None, None] = {}
+    for entry in [config.backend] if config.backends is None else config.backends:
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("_target_")):
+            raise InputError(f"backends: {entry!r} is neither a name nor a mapping such as {{name:pread,threads:8}}")
+        options = {str(key): value for key, value in entry.items() if key != "name"}
+        settings = (backend_settings(str(entry["name"])) if entry.get("name") else {}) | options
+        target = str(settings.get("_target_", "")).rpartition(".")
+        name = str(entry.get("name") or target[0].rpartition(".")[2])
+        shown = options if config.backends is not None else {}
+        label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
+        if label in made:
+            raise InputError(f"backends: {label} is named twice")
+        variants[settings.get("variant")] = None
+        made[label] = StoreContender(label, partial(_opened, files, settings))
+    if not made:
+        raise InputError("backends=[]: name at least one")
+    sources = [files.variant(variant) for variant in variants]
+    if len({source.layout for source in sources}) > 1:
+        raise InputError(
+            f"backends: variants {', '.join(str(variant) for variant in variants)} have records of different sizes; "
+            "compare one variant at a time: {name:pread,variant:q2}"
+        )
+    return list(made.values()), sources[0]
+
+
+def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> Any:
+    return open_store(files, settings, {})[0]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
+    """The requests of each round; rounds differ, except that a recorded trace may be too short for that."""
+    if config.trace is not None:
+        path = folder_of(config.trace)
+        recorded = RoutingTrace.load(path)
+        check_fits(recorded, source, str(path))
+        return [_part(recorded, number * config.tokens, config.tokens) for number in range(config.rounds)]
+    k = files.config.experts_per_token if config.experts_k is None else config.experts_k
+    if not 1 <= k <= source.num_experts:
+        raise InputError(f"experts_k={k}: must be from 1 to {source.num_experts}, the experts of this model")
+    shape = (config.tokens, source.num_layers, source.num_experts, k)
+    seeds = [(config.seed or 0) * 1000 + number for number in range(config.rounds)]
+    if config.requests == "zipf":
+        return [zipf_trace(*shape, exponent=config.zipf_exponent, seed=seed) for seed in seeds]
+    return [uniform_trace(*shape, seed=seed) for seed in seeds]
+
+
+def _part(trace: RoutingTrace, start: int, tokens: int) -> RoutingTrace:
+    """``tokens`` decoded tokens from the ``start``-th on, from the beginning again at the end."""
+    decoded = trace.experts[trace.prompt_tokens :]
+    if not len(decoded):
+        raise InputError("trace: it has no decoded tokens, only a prompt")
+    picks = [(start + token) % len(decoded) for token in range(tokens)]
+    return RoutingTrace(decoded[picks], trace.num_experts, 0, trace.model, trace.prompt_xxh3)
+
+
+def _record(
+    config: BenchIoConfig,
+    files: ModelFiles,
+    source: ExpertSource,
+    requests: Sequence[RoutingTrace],
+    passes: Sequence[Pass],
+) -> dict[str, Any]:
+    return {
+        "bench_version": BENCH_VERSION,
+        "model": str(files.folder),
+        "record_bytes": source.layout.record_bytes,
+        "expert_bytes_in_all": source.num_layers * source.num_experts * source.layout.record_bytes,
+        "experts_k": requests[0].experts.shape[2],
+        "repeats": repeats(requests[0]),
+        "config": asdict(config),
+        "environment": environment(),
+        "passes": [asdict(one) for one in passes],
+        "summary": [one.to_json() for one in summarise(passes)],
+    }
+
+
+def _table(condition: str, summaries: Sequence[Summary]) -> Table:
+    cached = min((one.cached for one in summaries), default=0.0)
+    note = "" if condition == "cold" or cached > 0.99 else f", only {cached:.0%} of it fits into the page cache"
+    table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("backend", no_wrap=True)
+    for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in summaries:
+        spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in one.latency_ms)
+        table.add_row(
+            one.contender,
+            f"{one.gb_per_second:.3g}{_bracketed(one.interval)}",
+            "1" if one.contender == summaries[0].contender else f"{one.ratio:.3g}{_bracketed(one.ratio_interval)}",
+            f"{one.iops:.0f}",
+            f"{spread}{'*' if one.contender.startswith(LABEL) else ''}",
+            f"{one.cpu_seconds_per_gb:.2f}",
+            "-" if one.hit_rate is None else f"{one.hit_rate:.0%}",
+        )
+    if any(one.contender.startswith(LABEL) for one in summaries):
+        table.caption, table.caption_justify = "* of one record, not of a fetch", "left"
+    return table
+
+
+def _bracketed(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def _compare_with_fio(passes: Sequence[Pass]) -> None:
+    found = best_over(passes, lambda label: label.startswith(LABEL))
+    if found is None:
+        return
+    store, reference, ratios = found
+    shown = f"{median(ratios):.2f}{_bracketed(median_interval(ratios))}"
+    console.print(
+        f"cold, {store} / {reference}: {shown}",
+        highlight=False,
+        soft_wrap=True,
+    )
