@@ -66,6 +66,7 @@ class PackConfig(Config):
     bits: list[int] = field(default_factory=lambda: [4])
     group_size: int = 64
     resident_bits: int | None = 4
+    quantiser: str | None = None
     packed_experts: str | None = None
     delete_source: bool = False
     verify: bool = False

@@ -5,15 +5,14 @@ from typing import Any
 
 import pytest
 from pack_oracle import assert_one_line
+from systems import WHY_NO_IO_URING, needs_io_uring
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.backends import __path__ as backends_path
 from flashmoe_mlx.engine.backends import backend_names, backend_settings
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import BackendUnavailableError
 from flashmoe_mlx.pack.writer import pack_checkpoint
-from flashmoe_mlx.storage.uring import Ring
 
 BUDGET = {"ram_hybrid": {"budget_gib": 0.0005}}
 
@@ -28,12 +27,10 @@ def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_checkpoint(checkpoint, tmp_path_factory.mktemp("pack"), [4, 2], group_size=32).folder
 
 
-def has_io_uring() -> bool:
-    try:
-        Ring(1, workers=False).close()
-    except BackendUnavailableError:
-        return False
-    return True
+def backends_but(other: str) -> list[Any]:
+    """All but one, marked where a system has not got them."""
+    names = [name for name in backend_names() if name != other]
+    return [pytest.param(name, marks=needs_io_uring) if name == "io_uring" else name for name in names]
 
 
 def tokens(folder: Path, backend: str, **options: Any) -> tuple[list[int], list[bytes]]:
@@ -59,23 +56,19 @@ def expected_q2(pack: Path) -> tuple[list[int], list[bytes]]:
     return tokens(pack, "pread", variant="q2")
 
 
-@pytest.mark.parametrize("backend", [name for name in backend_names() if name != "pack2"])
+@pytest.mark.parametrize("backend", backends_but("pack2"))
 def test_all_backends_generate_the_same_tokens(
     backend: str, pack: Path, checkpoint: Path, expected_q4: tuple[list[int], list[bytes]]
 ) -> None:
-    if backend == "io_uring" and not has_io_uring():
-        pytest.skip("no io_uring here")
     folder = checkpoint if backend == "checkpoint" else pack
     assert tokens(folder, backend) == expected_q4
     assert len(set(expected_q4[0])) > 3
 
 
-@pytest.mark.parametrize("backend", [name for name in backend_names() if name != "checkpoint"])
+@pytest.mark.parametrize("backend", backends_but("checkpoint"))
 def test_also_those_of_the_2_bit_variant(
     backend: str, pack: Path, expected_q2: tuple[list[int], list[bytes]], expected_q4: tuple[list[int], list[bytes]]
 ) -> None:
-    if backend == "io_uring" and not has_io_uring():
-        pytest.skip("no io_uring here")
     named = {} if backend == "pack2" else {"variant": "q2"}
     assert tokens(pack, backend, **named) == expected_q2
     assert expected_q2[1] != expected_q4[1]
@@ -112,7 +105,7 @@ def test_checkpoint_on_a_pack(pack: Path) -> None:
 
 def test_every_option_of_a_yaml_is_one_of_the_store(pack: Path, checkpoint: Path) -> None:
     for name in backend_names():
-        if name == "io_uring" and not has_io_uring():
+        if name == "io_uring" and WHY_NO_IO_URING:
             continue
         options = {key: value for key, value in backend_settings(name).items() if key != "_target_"}
         options |= BUDGET.get(name, {})

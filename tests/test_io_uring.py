@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pack_oracle import assert_one_line
+from systems import needs_io_uring, needs_linux
 
 from flashmoe_mlx.backends.io_uring import UringStore
 from flashmoe_mlx.errors import InputError
@@ -19,18 +20,6 @@ from flashmoe_mlx.expert_store import BackendUnavailableError
 from flashmoe_mlx.storage.uring import Ring, RingRead
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
-
-
-def available() -> str | None:
-    """Why there is no io_uring here, if so."""
-    try:
-        Ring(1, workers=False).close()
-    except BackendUnavailableError as error:
-        return str(error)
-    return None
-
-
-needs_io_uring = pytest.mark.skipif(available() is not None, reason=str(available()))
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +34,7 @@ def failing(code: int) -> Any:
     return call
 
 
+@needs_linux
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -76,14 +66,13 @@ def test_another_system_is_told_so(stored: StoredExperts, monkeypatch: pytest.Mo
 def test_memory_that_may_not_be_pinned(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     before = len(list(Path("/dev/fd").iterdir()))
     monkeypatch.setattr(Ring, "register_buffers", failing(errno.ENOMEM))
-    with pytest.raises(
-        BackendUnavailableError, match=r"cannot pin 1 MB .*ulimit -l.*registered=false"
-    ) as caught:
+    with pytest.raises(BackendUnavailableError, match=r"cannot pin 1 MB .*ulimit -l.*registered=false") as caught:
         UringStore(stored.source, registered=True)
     assert_one_line(caught.value)
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
+@needs_linux
 def test_direct_reads_need_a_pack(tmp_path: Path) -> None:
     scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
     with pytest.raises(InputError, match=r"direct=true: .* is not aligned to 4096 bytes.*task=pack") as caught:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from systems import needs_linux
 
 PRELUDE = """
 import os, resource, sys
@@ -62,7 +63,7 @@ with opened(name, stored.source) as store:
     assert lines[2] == "True"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit address space")
+@needs_linux
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pack_oracle import assert_one_line
+from systems import needs_linux
 
 from flashmoe_mlx.backends.mmap import MmapStore
 from flashmoe_mlx.errors import InputError
@@ -50,7 +51,7 @@ def test_a_batch_outlives_its_store(stored: StoredExperts) -> None:
     check(batch, 2, [5], stored)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot populate a mapping, and check sizes alone")
+@needs_linux
 def test_a_file_cut_short_between_the_check_and_the_touch(
     stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

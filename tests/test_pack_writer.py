@@ -37,7 +37,8 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
 from flashmoe_mlx.pack import files as pack_files
 from flashmoe_mlx.pack import resident
-from flashmoe_mlx.pack.pack import Pack, open_pack
+from flashmoe_mlx.pack.least_squares import least_squares
+from flashmoe_mlx.pack.pack import Pack, open_pack, variant_name
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
@@ -73,19 +74,25 @@ def test_published_4_bit_experts_are_copied_byte_for_byte(name: str, dtype: Dtyp
 def test_dense_experts_are_quantised_as_mlx_does(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
     geometry = replace(GEOMETRIES["wide"], layer_types="LLF", experts=6)
     source = write_checkpoint(tmp_path / "source", geometry, 1, layout, dtype=dtype, shards=2)
-    pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32)
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32, quantiser="minmax")
+    name = variant_name(bits, "minmax")
     tensors = read_checkpoint(source)
-    assert pack.experts[f"q{bits}"].layout.dtype == dtype
+    assert pack.experts[name].layout.dtype == dtype
     for layer in layers(geometry):
         dense = dense_experts(tensors, geometry, layer, layout)
-        assert layer_file(pack, f"q{bits}", layer) == layer_bytes(quantised_parts(dense, bits, 32))
+        assert layer_file(pack, name, layer) == layer_bytes(quantised_parts(dense, bits, 32))
 
 
 def test_2_bits_are_made_of_what_4_bits_stand_for(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[2, 4])
+    pack = add_variants(pack, [2], quantiser="minmax")
     tensors = read_checkpoint(source)
-    assert set(pack.experts) == {"q2", "q4"}
+    assert {name: experts.quantiser for name, experts in pack.experts.items()} == {
+        "q4": None,
+        "q2": "least_squares",
+        "q2-minmax": "minmax",
+    }
     for layer in layers(SMALL):
         parts = published_parts(tensors, layer)
         dense = {
@@ -93,7 +100,9 @@ def test_2_bits_are_made_of_what_4_bits_stand_for(tmp_path: Path) -> None:
             for i, name in enumerate(("gate", "up", "down"))
         }
         assert layer_file(pack, "q4", layer) == layer_bytes(parts)
-        assert layer_file(pack, "q2", layer) == layer_bytes(quantised_parts(dense, 2, 64))
+        assert layer_file(pack, "q2-minmax", layer) == layer_bytes(quantised_parts(dense, 2, 64))
+        better = [part for name in dense for part in least_squares(dense[name], 2, 64)]
+        assert layer_file(pack, "q2", layer) == layer_bytes(better)
 
 
 @pytest.mark.parametrize("name", ["pattern", "tied"])
@@ -308,6 +317,8 @@ def poison(path: Path, name: str, value: int) -> None:
         ({"bits": [4], "group_size": 48}, "group_size=48"),
         ({"bits": [4], "resident_bits": 1}, "resident_bits=1"),
         ({"bits": [8]}, "more would add nothing"),
+        ({"bits": [2], "quantiser": "best"}, "quantiser=best: choose from least_squares, minmax, or null"),
+        ({"bits": [4], "quantiser": "least_squares"}, "has experts of 4 bits already, which are copied"),
     ],
 )
 def test_settings_that_make_no_sense(options: dict[str, object], reason: str, tmp_path: Path) -> None:

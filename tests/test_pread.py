@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pack_oracle import assert_one_line, layer_bytes, published_parts, read_checkpoint
+from systems import needs_linux
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.backends.pread import PreadStore
@@ -88,6 +89,7 @@ def test_reads_of_a_byte(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch)
         assert store.stats().reads == len(stored.expected[1, 2])
 
 
+@needs_linux
 def test_hints_reach_the_system(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     advised: list[tuple[int, int, int]] = []
     original = os.posix_fadvise
@@ -107,6 +109,7 @@ def test_hints_reach_the_system(stored: StoredExperts, monkeypatch: pytest.Monke
     ]
 
 
+@needs_linux
 def test_direct_reads_leave_nothing_in_the_page_cache(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
     original = os.open
@@ -130,6 +133,7 @@ def test_direct_reads_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
     assert_one_line(caught.value)
 
 
+@needs_linux
 def test_a_filesystem_without_direct_reads(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 from pack_oracle import assert_one_line
+from systems import needs_io_uring
 
 from flashmoe_mlx.backends import ram_hybrid
 from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError, StoreStats
+from flashmoe_mlx.expert_store import ExpertReadError, StoreStats
 from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
 from flashmoe_mlx.storage.policies import POLICIES, make_policy
 from flashmoe_mlx.storage.slot_cache import SlotCache
-from flashmoe_mlx.storage.uring import Ring
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
 
@@ -178,11 +178,8 @@ def test_an_interrupt_during_a_read_is_remembered(stored: StoredExperts, monkeyp
         assert store.stats().misses == 2
 
 
+@needs_io_uring
 def test_misses_by_io_uring(stored: StoredExperts) -> None:
-    try:
-        Ring(1, workers=False).close()
-    except BackendUnavailableError as error:
-        pytest.skip(str(error))
     with RamHybridStore(stored.source, budget_gib=gib(4), reader="io_uring", depth=2) as store:
         for layer in range(LAYERS):
             for experts in ([1, 2, 3, 4], [3, 4, 5], [11, 1]):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+from systems import needs_io_uring
 
 from flashmoe_mlx.backends import mmap as mmap_backend
 from flashmoe_mlx.storage import uring
@@ -114,17 +115,20 @@ class TestMmapByPageFaults(ExpertStoreTests):
         pytest.skip("page faults are not calls that could fail: a failing disk is a SIGBUS, as the docstring says")
 
 
+@needs_io_uring
 class TestUring(_ThroughTheRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False, "workers": True}
 
 
+@needs_io_uring
 class TestUringDirect(_ThroughTheRing):
     backend = "io_uring"
     options = {"slots": 6, "registered": True, "chunk_mib": 1 / 128, "depth": 3}
     least = 4096
 
 
+@needs_io_uring
 class TestUringOnACheckpoint(_ThroughTheRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False}

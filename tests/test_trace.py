@@ -93,7 +93,7 @@ def test_any_trace_comes_back_as_it_was(tmp_path: Path, data: st.DataObject) -> 
     path = tmp_path / "any.trace"
     saved.save(path)
     assert_same(RoutingTrace.load(path), saved)
-    assert path.stat().st_size < 2 * saved.experts.size + 200 + 6 * len(saved.model)
+    assert path.stat().st_size <= 2 * saved.experts.size + 200 + len(json.dumps(saved.model))
 
 
 def test_a_view_of_a_larger_array_is_saved_in_its_own_order(tmp_path: Path) -> None:

@@ -35,9 +35,11 @@ class ModelFiles:
         if name is None:
             return max(self.experts.values(), key=lambda source: source.layout.bits or 32)
         if name not in self.experts:
+            width, _, quantiser = name.removeprefix("q").partition("-")
+            made_by = f" quantiser={quantiser}" if quantiser else ""
             raise InputError(
                 f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}. "
-                f"Make one: task=pack source={self.folder} bits=[{name.removeprefix('q')}]"
+                f"Make one: task=pack source={self.folder} bits=[{width}]{made_by}"
             )
         return self.experts[name]
 

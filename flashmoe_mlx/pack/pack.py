@@ -5,13 +5,16 @@
     {"format": "flashmoe-pack", "format_version": 1,
      "source": {"name": ..., "revision": ...},        where it came from, for people
      "geometry": {"num_layers": ..., "num_experts": ..., "hidden_size": ..., "expert_size": ...},
-     "variants": {"q4": {"bits": 4, "group_size": 64, "dtype": "BF16", "record_bytes": ..., "components": [...]}},
+     "variants": {"q4": {"bits": 4, "group_size": 64, "dtype": "BF16", "record_bytes": ..., "components": [...]},
+                  "q2": {"bits": 2, "quantiser": "least_squares", ...}},
      "files": {"config.json": {"bytes": ..., "xxh3": "..."}, "experts-q4/layer_00.bin": {"bytes": ...}, ...},
      "skipped_tensors": [...]}
 
-``experts-<variant>/layer_NN.bin`` holds the records of a layer in the order of the experts and nothing else;
-``experts-<variant>/checksums.xxh3`` one little-endian 64-bit XXH3 hash a record, by layer, then expert. Files without a
-hash of their own in the manifest are the layer files, whose records have one each.
+A variant is called by its width, and by its quantiser where that is not the width's default (``q2-minmax``); one whose
+records are copies of published ones names no quantiser. ``experts-<variant>/layer_NN.bin`` holds the records of a layer
+in the order of the experts and nothing else; ``experts-<variant>/checksums.xxh3`` one little-endian 64-bit XXH3 hash a
+record, by layer, then expert. Files without a hash of their own in the manifest are the layer files, whose records have
+one each.
 
 A pack is untrusted until ``open_pack`` has checked it: nothing is allocated or read by its numbers before that.
 """
@@ -20,6 +23,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import xxhash
@@ -29,6 +33,7 @@ from flashmoe_mlx.errors import CheckpointError, PackError
 from flashmoe_mlx.expert_store import Extent
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.files import regular_file_size, write_atomically
+from flashmoe_mlx.pack.quantise import QUANTISERS, default_quantiser
 from flashmoe_mlx.pack.record import DTYPE_BYTES, RecordLayout
 from flashmoe_mlx.untrusted import read_object
 
@@ -51,12 +56,13 @@ _SMALL = 64 * 2**20
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The records of one variant of a pack, as a source for stores."""
+    """The records of one variant of a pack, as a source for stores; ``quantiser`` made them, if they are not copies."""
 
     directory: Path
     layout: RecordLayout
     num_layers: int
     num_experts: int
+    quantiser: str | None = None
 
     def layer_path(self, layer: int) -> Path:
         """The file that holds the records of ``layer``."""
@@ -98,9 +104,9 @@ def layer_file(layer: int) -> str:
     return f"layer_{layer:02d}.bin"
 
 
-def variant_name(bits: int) -> str:
-    """Name of the variant with experts of ``bits`` bits."""
-    return f"q{bits}"
+def variant_name(bits: int, quantiser: str | None = None) -> str:
+    """Name of the variant with experts of ``bits`` bits, made by ``quantiser``."""
+    return f"q{bits}" if quantiser in (None, default_quantiser(bits)) else f"q{bits}-{quantiser}"
 
 
 def variant_directory(name: str) -> str:
@@ -124,8 +130,12 @@ def write_manifest(
     variants: Mapping[str, RecordLayout],
     source: Mapping[str, str],
     skipped: Sequence[str],
+    quantisers: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Describe the finished files in ``folder``; with this it becomes a pack."""
+    """Describe the finished files in ``folder``; with this it becomes a pack.
+
+    ``quantisers`` says of variants what made them, None for copies.
+    """
     files: dict[str, Any] = {}
     for name in ("config.json", *TEXT_FILES, RESIDENT):
         if (folder / name).is_file():
@@ -140,7 +150,10 @@ def write_manifest(
         "format_version": FORMAT_VERSION,
         "source": dict(source),
         "geometry": geometry_of(config),
-        "variants": {name: layout.to_json() for name, layout in variants.items()},
+        "variants": {
+            name: layout.to_json() | ({"quantiser": quantisers[name]} if quantisers.get(name) else {})
+            for name, layout in variants.items()
+        },
         "files": files,
         "skipped_tensors": list(skipped),
     }
@@ -271,11 +284,14 @@ class _Opener:
                 raise self._refuse(f"{RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has")
 
     def _variant(self, name: str, entry: Any, config: ModelConfig) -> PackedExperts:
-        entry = self._object(entry, f"variant {name!r}")
+        entry = dict(self._object(entry, f"variant {name!r}"))
+        quantiser = entry.pop("quantiser", None)
+        if quantiser is not None and quantiser not in tuple(QUANTISERS):
+            raise self._refuse(f"{MANIFEST}: variant {name!r} was made by {quantiser!r}, which is not known here")
         bits, group_size, dtype = (entry.get(key) for key in ("bits", "group_size", "dtype"))
         if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
             raise self._refuse(f"{MANIFEST}: variant {name!r} lacks bits, group_size or dtype")
-        if name != variant_name(bits):
+        if name not in (variant_name(bits), variant_name(bits, quantiser)):
             raise self._refuse(f"{MANIFEST}: variant {name!r} says that it has {bits} bits")
         try:
             layout = RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
@@ -286,7 +302,7 @@ class _Opener:
                 f"{MANIFEST}: the record layout of variant {name} is not the one that its geometry gives"
             )
         directory = variant_directory(name)
-        experts = PackedExperts(self._folder / directory, layout, config.num_layers, config.num_experts)
+        experts = PackedExperts(self._folder / directory, layout, config.num_layers, config.num_experts, quantiser)
         for layer in range(config.num_layers):
             self._check_file(f"{directory}/{layer_file(layer)}", experts.layer_bytes, hashed=False)
         self._check_file(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)

@@ -27,11 +27,15 @@ _VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class PackSettings:
-    """``bits`` of each variant; ``resident_bits`` of dense resident matrices, None to keep them."""
+    """``bits`` of each variant; ``resident_bits`` of dense resident matrices, None to keep them.
+
+    ``quantiser`` chooses scales and biases of routed experts; None for the default of each width.
+    """
 
     bits: tuple[int, ...]
     group_size: int
     resident_bits: int | None
+    quantiser: str | None = None
 
 
 def state_folder(out: Path) -> Path:

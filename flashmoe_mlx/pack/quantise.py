@@ -1,8 +1,12 @@
 """Dense weights to MLX affine codes, and records from one layout to another."""
 
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
 import mlx.core as mx
 
 from flashmoe_mlx.pack.arrays import MLX_DTYPES, array_from, bytes_of
+from flashmoe_mlx.pack.least_squares import least_squares
 from flashmoe_mlx.pack.record import PROJECTIONS, Component, RecordLayout
 
 
@@ -13,6 +17,17 @@ def quantise(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.
     """
     codes, scales, biases = mx.quantize(dense, group_size=group_size, bits=bits)
     return codes, scales, biases
+
+
+QUANTISERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array, mx.array]]] = MappingProxyType(
+    {"least_squares": least_squares, "minmax": quantise}
+)
+"""Ways to choose scales and biases of routed experts."""
+
+
+def default_quantiser(bits: int) -> str:
+    """Least squares where min-max wastes codes; else what everyone's conversions have."""
+    return "least_squares" if bits == 2 else "minmax"
 
 
 def record_views(record: mx.array, layout: RecordLayout) -> dict[str, mx.array]:
@@ -34,18 +49,24 @@ def dense_projection(parts: dict[str, mx.array], projection: str, layout: Record
     )
 
 
-def convert_record(payload: bytearray, source: RecordLayout, target: RecordLayout) -> memoryview:
-    """A record of ``target`` from the payload of one of ``source``; bytes are copied if only padding differs."""
+def convert_record(
+    payload: bytearray, source: RecordLayout, target: RecordLayout, quantiser: str | None = None
+) -> memoryview:
+    """A record of ``target`` from the payload of one of ``source``; bytes are copied if only padding differs.
+
+    ``quantiser`` is one of ``QUANTISERS``; None for the default of the target's width.
+    """
     record = memoryview(bytearray(target.record_bytes))
     if source == target:
         record[: source.payload_bytes] = payload[: source.payload_bytes]
         return record
     assert target.bits is not None
     assert target.group_size is not None
+    quantised_by = QUANTISERS[quantiser or default_quantiser(target.bits)]
     parts = record_views(array_from(payload, "U8", (len(payload),)), source)
     made: dict[str, mx.array] = {}
     for projection in PROJECTIONS:
-        quantised = quantise(dense_projection(parts, projection, source), target.bits, target.group_size)
+        quantised = quantised_by(dense_projection(parts, projection, source), target.bits, target.group_size)
         made |= zip((f"{projection}.{part}" for part in ("weight", "scales", "biases")), quantised, strict=True)
     for component in target.components:
         record[component.offset : component.offset + component.nbytes] = bytes_of(made[component.name])

@@ -15,23 +15,42 @@ from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.pack import CHECKSUMS, layer_file, variant_directory, variant_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantise import convert_record
+from flashmoe_mlx.pack.quantise import convert_record, default_quantiser
 from flashmoe_mlx.pack.record import RecordLayout
 
 _READ_AHEAD = 4
 
 
 class VariantWriter:
-    """Makes the records of ``experts`` those of a variant of ``bits``; each finished layer is marked by its hashes."""
+    """Makes the records of ``experts`` those of a variant of ``bits``; each finished layer is marked by its hashes.
 
-    def __init__(self, experts: ExpertSource, out: Path, bits: int, group_size: int, progress: Progress) -> None:
+    ``quantiser`` chooses scales and biases; None for the default of the width.
+    """
+
+    def __init__(
+        self,
+        experts: ExpertSource,
+        out: Path,
+        bits: int,
+        group_size: int,
+        progress: Progress,
+        quantiser: str | None = None,
+    ) -> None:
         self._experts = experts
         self._progress = progress
         self._linked: Path | None = None
-        self._directory = out / variant_directory(variant_name(bits))
+        self.name = variant_name(bits, quantiser)
+        self._directory = out / variant_directory(self.name)
         self._state = state_folder(out)
-        self.name = variant_name(bits)
         self.layout = _layout(experts.layout, bits, group_size)
+        copied = self.layout == experts.layout
+        if copied and self.name != variant_name(bits):
+            raise InputError(
+                f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
+                f"leave {bits} out of bits=, or quantiser= away"
+            )
+        self.quantiser = None if copied else quantiser or default_quantiser(bits)
+        """What made it; None if its records are copies."""
 
     @property
     def _layer_bytes(self) -> int:
@@ -100,7 +119,7 @@ class VariantWriter:
             fault = None if source == self.layout else not_finite(payload, source)
             if fault:
                 raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
-            yield convert_record(payload, source, self.layout)
+            yield convert_record(payload, source, self.layout, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
         """The bytes of each expert's components, joined in the order of its record; a few threads read ahead."""

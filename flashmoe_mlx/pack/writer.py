@@ -32,7 +32,7 @@ from flashmoe_mlx.pack.plan import (
     state_folder,
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
-from flashmoe_mlx.pack.quantise import convert_record
+from flashmoe_mlx.pack.quantise import QUANTISERS, convert_record
 from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
@@ -48,6 +48,7 @@ def pack_checkpoint(
     *,
     group_size: int = 64,
     resident_bits: int | None = 4,
+    quantiser: str | None = None,
     packed_experts: Path | None = None,
     delete_source: bool = False,
     progress: Progress | None = None,
@@ -55,15 +56,16 @@ def pack_checkpoint(
     """Make, finish or extend the pack in ``out`` from the checkpoint ``source``.
 
     Experts that the checkpoint already has in one of ``bits`` are copied byte for byte, others quantised in groups of
-    ``group_size``. ``packed_experts`` is a flash-moe folder of the same model, taken over as the variant of its width
-    by hard links. ``delete_source`` removes every shard once nothing more is needed from it.
+    ``group_size`` by ``quantiser`` (one of ``QUANTISERS``; None for the default of each width). ``packed_experts`` is a
+    flash-moe folder of the same model, taken over as the variant of its width by hard links. ``delete_source`` removes
+    every shard once nothing more is needed from it.
 
     Raises:
         CheckpointError: the source is incomplete or not supported.
         PackError: ``out`` cannot become this pack.
         FlashMoeError: no space left.
     """
-    settings = _checked(bits, group_size, resident_bits)
+    settings = _checked(bits, group_size, resident_bits, quantiser)
     progress = progress or Silent()
     with explained_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -82,16 +84,24 @@ def pack_checkpoint(
             return _Packer(checkpoint, out, settings, progress, packed_experts, delete_source, pack).run()
 
 
-def add_variants(pack: Pack, bits: Sequence[int], *, group_size: int = 64, progress: Progress | None = None) -> Pack:
+def add_variants(
+    pack: Pack,
+    bits: Sequence[int],
+    *,
+    group_size: int = 64,
+    quantiser: str | None = None,
+    progress: Progress | None = None,
+) -> Pack:
     """Add variants to a pack, made of the experts with the most bits that it has."""
-    settings = _checked(bits, group_size, None)
+    settings = _checked(bits, group_size, None, quantiser)
     with explained_write_errors(pack.folder), exclusive(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
             variants = [
-                VariantWriter(experts, pack.folder, width, group_size, progress or Silent()) for width in settings.bits
+                VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
+                for width in settings.bits
             ]
             restart_unless_same(pack.folder, settings)
             refuse_if_too_large(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
@@ -104,7 +114,7 @@ def add_variants(pack: Pack, bits: Sequence[int], *, group_size: int = 64, progr
         return open_pack(pack.folder)
 
 
-def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None) -> PackSettings:
+def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
     choices = ", ".join(map(str, QUANTISED_BITS))
     if not bits or any(width not in QUANTISED_BITS for width in bits):
         raise InputError(f"bits={list(bits)}: choose from {choices}")
@@ -112,12 +122,15 @@ def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None) ->
         raise InputError(f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
     if resident_bits is not None and resident_bits not in QUANTISED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null")
-    return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits)
+    if quantiser is not None and quantiser not in QUANTISERS:
+        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTISERS)}, or null")
+    return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits, quantiser)
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
     """The settings without the variants that ``pack`` has."""
-    return replace(settings, bits=tuple(width for width in settings.bits if variant_name(width) not in pack.experts))
+    missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
+    return replace(settings, bits=tuple(missing))
 
 
 def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
@@ -132,7 +145,13 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
-    write_manifest(pack.folder, pack.config, layouts, pack.manifest["source"], pack.manifest["skipped_tensors"])
+    quantisers = {name: experts.quantiser for name, experts in pack.experts.items()} | _quantisers(variants)
+    source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
+    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
+
+
+def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
+    return {variant.name: variant.quantiser for variant in variants}
 
 
 def _finished(variants: Sequence[VariantWriter]) -> dict[str, RecordLayout]:
@@ -163,7 +182,8 @@ class _Packer:
         self._tensors: CheckpointTensors = sort_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
-            VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress) for bits in settings.bits
+            VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
+            for bits in settings.bits
         ]
         if packed_experts is not None:
             self._take_over(packed_experts)
@@ -236,9 +256,8 @@ class _Packer:
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
         payload = read_extents(source.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout, known.layout) != read_extents(
-            known.extents(layer, 0)
-        ):
+        made = convert_record(payload, source.layout, known.layout, known.quantiser) if comparable else None
+        if made != read_extents(known.extents(layer, 0)):
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
                 "or give the checkpoint that it was made of"
@@ -264,4 +283,5 @@ class _Packer:
             if (self._checkpoint.folder / name).is_file():
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
         config, identity = self._checkpoint.config, self._checkpoint.identity
-        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped)
+        made = _quantisers(self._variants)
+        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made)

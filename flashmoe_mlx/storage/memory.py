@@ -1,13 +1,19 @@
-"""How much memory there is to take, and refusing what does not fit before anything is allocated."""
+"""How much memory there is to take, refusing what does not fit before anything is allocated, and large pages."""
 
+import ctypes
+import sys
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from flashmoe_mlx.errors import InputError
 
+_OWN_CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 GIB = 2**30
+_HUGE_PAGE = 2 * 2**20
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # <asm-generic/mman-common.h>; the second since Linux 6.1
 
 
 def total_memory() -> int:
@@ -32,7 +38,7 @@ def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
 def _cgroup_limits() -> list[tuple[int, int]]:
     """(limit, used less what can be reclaimed) in bytes of every version 2 control group around this process."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
         return []
     own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
@@ -44,10 +50,29 @@ def _cgroup_limits() -> list[tuple[int, int]]:
             break
         try:
             limit = (folder / "memory.max").read_text().strip()
+            if limit == "max":
+                continue
             used = int((folder / "memory.current").read_text())
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        except (OSError, ValueError):
+            cached = int(stat["inactive_file"]) + int(stat["active_file"])
+            found.append((int(limit), used - cached))
+        except (OSError, ValueError, KeyError):
             continue
-        if limit != "max":
-            found.append((int(limit), used - int(stat.get("inactive_file", 0)) - int(stat.get("active_file", 0))))
     return found
+
+
+def use_huge_pages(memory: memoryview) -> None:
+    """Have ``memory``, which was written to before, consist of pages of 2 MiB where Linux can.
+
+    A disk reads past the page cache into scattered small pages at little more than half its speed
+    (docs/measurements/2026-11-24-stores.md). Elsewhere, and where the kernel has no such pages, nothing changes.
+    """
+    if sys.platform != "linux":
+        return
+    address = int(np.frombuffer(memory, np.uint8).ctypes.data)
+    start, end = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + len(memory)) // _HUGE_PAGE * _HUGE_PAGE
+    if end <= start:
+        return
+    libc = ctypes.CDLL(None)
+    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)

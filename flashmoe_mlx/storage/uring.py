@@ -23,7 +23,7 @@ from flashmoe_mlx.expert_store import BackendUnavailableError
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
 _SQ_RING, _SQES = 0, 0x1000_0000  # what to map
 _SETUP_CLAMP = 1 << 4
-_FEAT_SINGLE_MMAP = 1 << 0
+_FEATURES = 1 << 0 | 1 << 3  # one mapping for both rings, and (RW_CUR_POS) Linux 5.6, which has plain reads
 _ENTER_GETEVENTS = 1 << 0
 _REGISTER_BUFFERS, _REGISTER_FILES, _REGISTER_FILES_UPDATE = 0, 2, 6
 _OP_READ_FIXED, _OP_READ = 4, 22
@@ -83,7 +83,7 @@ class Ring:
 
     def _map(self, params: tuple[int, ...]) -> None:
         sq_entries, cq_entries, _, _, _, features = params[:6]
-        if not features & _FEAT_SINGLE_MMAP:
+        if features & _FEATURES != _FEATURES:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         head, tail, mask, _, _, _, array = params[10:17]
         cq_head, cq_tail, cq_mask, _, _, cqes = params[19:25]

@@ -1,5 +1,6 @@
 """Read experts through io_uring, straight into memory that the caller owns."""
 
+import errno
 import os
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -62,9 +63,11 @@ class UringReader:
             self._ring.register_buffers(rows)
         except OSError as error:
             size = sum(map(len, rows))
+            # Memory that CUDA manages is no memory to the kernel (EFAULT), whatever the limit.
+            mend = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
-                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): raise the limit of locked "
-                "memory (ulimit -l), or set backend.registered=false"
+                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {mend}set "
+                "backend.registered=false"
             ) from error
         self._buffers = {id(row): index for index, row in enumerate(rows)}
 

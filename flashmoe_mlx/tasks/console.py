@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 console = Console(stderr=True)
-
-
-_TABLE_WIDTH = 120
+_WIDEST = 400
 
 
 def print_table(table: Table) -> None:
     """Show a table whole: a line that the terminal breaks is better than digits left out."""
-    Console(stderr=True, width=max(_TABLE_WIDTH, console.width)).print(table)
+    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    Console(stderr=True, width=max(needed, console.width)).print(table)
 
 
 class ByteProgress:

@@ -42,7 +42,13 @@ def _make(config: PackConfig) -> Pack:
         if (folder / MANIFEST).is_file():
             if config.out is not None and folder_of(config.out).resolve() != folder.resolve():
                 raise InputError(f"source={folder} is a pack: its variants are added in place, leave out= away")
-            return add_variants(open_pack(folder), config.bits, group_size=config.group_size, progress=progress)
+            return add_variants(
+                open_pack(folder),
+                config.bits,
+                group_size=config.group_size,
+                quantiser=config.quantiser,
+                progress=progress,
+            )
         if config.out is None:
             raise InputError("task=pack needs out=<folder for the pack>")
         out = folder_of(config.out)
@@ -57,6 +63,7 @@ def _make(config: PackConfig) -> Pack:
             config.bits,
             group_size=config.group_size,
             resident_bits=config.resident_bits,
+            quantiser=config.quantiser,
             packed_experts=None if config.packed_experts is None else folder_of(config.packed_experts),
             # What was downloaded for packing alone is of no further use.
             delete_source=config.delete_source or isinstance(source, HubCheckpoint),

@@ -1,0 +1,21 @@
+"""Marks for tests of what only some systems have."""
+
+import sys
+
+import pytest
+
+from flashmoe_mlx.expert_store import BackendUnavailableError
+from flashmoe_mlx.storage.uring import Ring
+
+
+def _why_no_io_uring() -> str | None:
+    try:
+        Ring(1, workers=False).close()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+WHY_NO_IO_URING = _why_no_io_uring()
+needs_io_uring = pytest.mark.skipif(WHY_NO_IO_URING is not None, reason=str(WHY_NO_IO_URING))
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")

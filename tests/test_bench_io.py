@@ -1,0 +1,321 @@
+"""task=bench_io: what is replayed, in which order, what is made of the times, and what is refused."""
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.backends.pread import PreadStore
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.expert_store import ExpertSource, StoreStats
+from flashmoe_mlx.pack.progress import Silent
+from flashmoe_mlx.research import io_bench
+from flashmoe_mlx.research.fio import FioContender, fio_command, fio_pass
+from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.io_bench import Pass, StoreContender, best_over, repeats, replay, summarise
+from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace
+
+LAYERS, EXPERTS = 4, 16
+
+
+@pytest.fixture
+def source(tiny_pack: Path) -> ExpertSource:
+    return open_model(tiny_pack).variant(None)
+
+
+def a_pass(contender: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Pass:
+    stats = StoreStats(fetches=2, requests=8, misses=8, reads=8, bytes_read=10**9)
+    made = Pass(contender, condition, number, (seconds / 2, seconds / 2), seconds, 0.5, 10**9, 0.0, stats)
+    return replace(made, **changes)
+
+
+class Recorder:
+    """A contender that only notes when it runs."""
+
+    conditions = ("cold", "warm")
+
+    def __init__(self, label: str, ran: list[tuple[int, str, str]]) -> None:
+        self.label, self._ran = label, ran
+
+    def check(self) -> None:
+        self._ran.append((-1, "check", self.label))
+
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
+        self._ran.append((number, condition, self.label))
+        return a_pass(self.label, number, 1.0, condition, cached=cached)
+
+
+def test_turns_are_reversed_every_other_round(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(io_bench, "evict", lambda _: None)
+    ran: list[tuple[int, str, str]] = []
+    requests = [uniform_trace(1, LAYERS, EXPERTS, 2, seed) for seed in range(3)]
+    list(replay(source, [Recorder(name, ran) for name in "AB"], requests, ["cold", "warm"], Silent()))
+    assert "".join(label for _, _, label in ran[:2]) == "AB"
+    assert [(number, condition) for number, condition, _ in ran[2::2]] == [
+        (number, condition) for number in range(3) for condition in ("cold", "warm")
+    ]
+    assert "".join(label for _, _, label in ran[2:]) == "ABAB" + "BABA" + "ABAB"
+
+
+def test_every_request_is_replayed(source: ExpertSource) -> None:
+    requests = uniform_trace(5, LAYERS, EXPERTS, 3, seed=1)
+    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source))], [requests], ["warm"], Silent())
+    assert len(one.latencies) == 5 * LAYERS
+    assert one.seconds == pytest.approx(sum(one.latencies))
+    assert (one.stats.fetches, one.stats.requests) == (5 * LAYERS, 5 * LAYERS * 3)
+    assert one.nbytes == one.stats.bytes_read == 5 * LAYERS * 3 * source.layout.record_bytes
+    assert one.cached == 1.0
+    assert one.cpu_seconds >= 0
+
+
+def test_requests_larger_than_a_store_are_split(source: ExpertSource) -> None:
+    requests = uniform_trace(2, LAYERS, EXPERTS, 5, seed=1)
+    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source, slots=2))], [requests], ["warm"], Silent())
+    assert len(one.latencies) == 2 * LAYERS
+    assert (one.stats.fetches, one.stats.requests) == (2 * LAYERS * 3, 2 * LAYERS * 5)
+
+
+def test_rates_and_percentiles() -> None:
+    passes = [a_pass("a", n, s) for n, s in enumerate((1.0, 2.0, 4.0))] + [a_pass("b", n, 0.5) for n in range(3)]
+    passes[1] = replace(passes[1], latencies=(0.5, 1.5))
+    first, second = summarise(passes)
+    assert (first.contender, first.gb_per_second, first.ratio, first.ratio_interval) == ("a", 0.5, 1.0, (1.0, 1.0))
+    assert second.gb_per_second == 2.0
+    assert second.ratio == pytest.approx(4.0)  # 2, 4, 8
+    assert second.interval == (2.0, 2.0)
+    assert first.read_gb_per_second == pytest.approx(3 / 7)
+    assert first.iops == pytest.approx(24 / 7)
+    assert first.latency_ms == pytest.approx(1e3 * np.percentile([0.5, 0.5, 0.5, 1.5, 2, 2], (5, 50, 95)))
+    assert first.cpu_seconds_per_gb == pytest.approx(0.5)
+    assert first.hit_rate == 0.0
+
+
+def test_conditions_are_kept_apart() -> None:
+    passes = [a_pass("a", 0, 1.0), a_pass("a", 0, 0.5, "warm"), a_pass("b", 0, 2.0), a_pass("b", 0, 0.25, "warm")]
+    found = {(one.condition, one.contender): (one.gb_per_second, one.ratio) for one in summarise(passes)}
+    assert found == {("cold", "a"): (1, 1), ("cold", "b"): (0.5, 0.5), ("warm", "a"): (2, 1), ("warm", "b"): (4, 2)}
+
+
+def test_intervals() -> None:
+    assert median_interval([1.0, 2.0]) is None
+    assert median_interval([3.0, 3.0, 3.0]) == (3.0, 3.0)
+    values = np.random.default_rng(1).normal(10, 1, 200).tolist()
+    interval = median_interval(values)
+    assert interval is not None
+    low, high = interval
+    assert low < np.median(values) < high
+    assert 0.2 < high - low < 0.6  # about 4 x 1.25 / sqrt(200)
+    assert median_interval(values) == interval
+
+
+def test_the_best_against_fio() -> None:
+    hit = StoreStats(requests=8, hits=8)
+    passes = [a_pass("fio", n, 1.0 + n) for n in range(3)] + [a_pass("fio registered=true", n, 10.0) for n in range(3)]
+    passes += [a_pass("slow", n, 9.0) for n in range(3)] + [a_pass("quick", n, 2.0 + 2 * n) for n in range(3)]
+    passes += [a_pass("resident", n, 0.001, stats=hit) for n in range(3)]
+    assert best_over(passes, lambda label: label.startswith("fio")) == ("quick", "fio", [0.5, 0.5, 0.5])
+    assert best_over(passes[6:], lambda label: label.startswith("fio")) is None
+
+
+def test_what_is_asked_for_again() -> None:
+    choices = np.array([[[0, 1]], [[1, 2]], [[3, 0]]], np.uint16)
+    assert repeats(RoutingTrace(choices, 8, 0, "", "")) == pytest.approx(2 / 6)
+
+
+# fio
+
+REPORT = {
+    "fio version": "fio-3.33",
+    "jobs": [
+        {
+            "error": 0,
+            "job_runtime": 2000,
+            "usr_cpu": 1.5,
+            "sys_cpu": 8.5,
+            "read": {
+                "io_bytes": 3_000_000_000,
+                "runtime": 1500,
+                "total_ios": 424,
+                "clat_ns": {"percentile": {"5.000000": 1_000_000, "50.000000": 2_000_000, "95.000000": 3_000_000}},
+            },
+        }
+    ],
+}
+
+
+def test_a_report_of_fio() -> None:
+    one = fio_pass(REPORT, "fio", "cold", 2, 0.0)
+    assert (one.contender, one.condition, one.round, one.nbytes) == ("fio", "cold", 2, 3_000_000_000)
+    assert one.rate == 2e9
+    assert one.latencies == (0.001, 0.002, 0.003)
+    assert one.cpu_seconds == pytest.approx(0.2)
+    assert one.stats.reads == 424
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"error": 5}, "reading failed with error 5"),
+        ({"read": {}}, "its report lacks"),
+        ({"read": REPORT["jobs"][0]["read"] | {"runtime": 0}}, "too little to time"),  # type: ignore[index]
+    ],
+)
+def test_reports_that_say_nothing(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(FlashMoeError, match=reason) as caught:
+        fio_pass({"jobs": [REPORT["jobs"][0] | changes]}, "fio", "cold", 0, 0.0)  # type: ignore[index]
+    assert_one_line(caught.value)
+
+
+def test_the_command_reads_whole_records_and_never_writes() -> None:
+    command = fio_command([Path("/a:b/c"), Path("/d")], 32768, depth=10, count=7, seed=0, registered=True)
+    assert {"--bs=32768", "--blockalign=32768", "--io_size=229376", "--iodepth=10", "--direct=1", "--readonly"} < set(
+        command
+    )
+    assert "--filename=/a\\:b/c:/d" in command
+    assert "--fixedbufs=1" in command
+    assert "--fixedbufs=1" not in fio_command([Path("/d")], 32768, 10, 7, 0, registered=False)
+
+
+def fake_fio(folder: Path, script: str) -> None:
+    path = folder / "fio"
+    path.write_text(f"#!{sys.executable}\n{script}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            "import sys; print('note', file=sys.stderr); sys.exit('fio: no engine')",
+            "fio: no engine",
+        ),
+        ("print('no json {')", "its report is no JSON"),
+        ("pass", "its report is no JSON"),
+    ],
+)
+def test_fio_that_fails(
+    script: str, reason: str, source: ExpertSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_fio(tmp_path, script)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    contender = FioContender(source, 2, registered=False)
+    contender.check()
+    with pytest.raises(FlashMoeError, match=reason) as caught:
+        contender.run("cold", 0, uniform_trace(1, LAYERS, EXPERTS, 2, 0), 0.0)
+    assert_one_line(caught.value)
+
+
+def test_fio_that_is_not_there(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(InputError, match=r"fio is not installed \(apt-get install fio"):
+        FioContender(source, 2, registered=False).check()
+
+
+# The command line
+
+
+def bench(pack: Path, out: Path, *arguments: str) -> int:
+    return run_command_line(["task=bench_io", f"model.path={pack}", f"hydra.run.dir={out}", "tokens=2", *arguments])
+
+
+def test_a_whole_run(tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    (tmp_path / "bin").mkdir()
+    fake_fio(tmp_path / "bin", f"print({json.dumps(json.dumps(REPORT))})")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(io_bench, "evict", lambda _: None)  # the tests' folder may be in memory
+    backends = "backends=[pread,{name:pread,threads:2,direct:false},{name:ram_hybrid,budget_gib:0.01},resident]"
+    assert bench(tiny_pack, tmp_path / "out", backends, "rounds=3", "requests=zipf", "experts_k=3", "fio=true") == 0
+    record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
+    labels = ["pread", "pread threads=2 direct=false", "ram_hybrid budget_gib=0.01", "resident"]
+    assert [one["contender"] for one in record["passes"][:6]] == [*labels, "fio", "fio registered=true"]
+    assert len(record["passes"]) == 3 * (6 + 4)
+    assert record["experts_k"] == 3
+    assert {one["hit_rate"] for one in record["summary"] if one["contender"] == "resident"} == {1.0}
+    assert record["environment"]["command"]
+    shown = capsys.readouterr().err
+    for label in labels:
+        assert label in shown
+    assert "cold, pread" in shown
+    assert " / fio: " in shown
+    assert "MB stay" not in shown
+
+
+def test_the_backend_of_the_command_line(tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = ["+backend=pread", "backend.threads=2", "rounds=1", "conditions=[warm]"]
+    assert bench(tiny_pack, tmp_path / "out", *arguments) == 0
+    record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
+    assert [one["contender"] for one in record["passes"]] == ["pread"]
+    assert record["summary"][0]["interval"] is None
+    assert record["config"]["backend"]["threads"] == 2
+
+
+def test_a_recorded_trace(tiny_pack: Path, tmp_path: Path) -> None:
+    """Rounds go on where the one before ended, and from the beginning again; the prompt is left out."""
+    choices = np.arange(5 * LAYERS * 2, dtype=np.uint16).reshape(5, LAYERS, 2) % EXPERTS
+    RoutingTrace(choices, EXPERTS, 2, "m", "").save(tmp_path / "trace")
+    arguments = ["requests=trace", f"trace={tmp_path / 'trace'}", "rounds=2", "conditions=[warm]"]
+    assert bench(tiny_pack, tmp_path / "out", *arguments) == 0
+    record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
+    assert [one["stats"]["requests"] for one in record["passes"]] == [2 * LAYERS * 2] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["requests=some"], "requests=some: choose from uniform, zipf, trace"),
+        (["requests=trace"], "requests=trace and trace=<file> belong together"),
+        (["trace=x"], "requests=trace and trace=<file> belong together"),
+        (["requests=trace", "trace=/nowhere"], "/nowhere"),
+        (["tokens=0"], "tokens=0: must be at least 1"),
+        (["rounds=-1"], "rounds=-1: must be at least 1"),
+        (["zipf_exponent=-1"], "zipf_exponent=-1.0: must be from 0 to 10"),
+        (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm"),
+        (["conditions=[]"], "conditions=[]: choose from cold, warm"),
+        (["conditions=[warm]", "fio=true"], "fio=true reads past the page cache"),
+        (["experts_k=17"], "experts_k=17: must be from 1 to 16"),
+        (["backends=[]"], "backends=[]: name at least one"),
+        (["backends=[nosuch]"], "backend=nosuch: no such backend"),
+        (["backends=[3]"], "backends: 3 is neither a name nor a mapping"),
+        (["backends=[{threads:3}]"], "is neither a name nor a mapping"),
+        (["backends=[pread,pread]"], "backends: pread is named twice"),
+        (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
+        (["backends=[pread,{name:resident,variant:q2}]"], "no variant 'q2'; it has q4"),
+        (["backends=[checkpoint]"], "is a pack; give the folder of a checkpoint"),
+    ],
+)
+def test_mistakes(
+    arguments: Sequence[str], reason: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(tiny_pack, tmp_path / "out", *arguments) == 2
+    shown = capsys.readouterr().err.strip()
+    assert reason in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_what_was_done_before_a_failure_is_kept(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, count = os.preadv, 0
+
+    def failing(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        nonlocal count
+        count += 1
+        if count > 40:
+            raise OSError(5, "Input/output error")
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    assert bench(tiny_pack, tmp_path / "out", "backends=[pread]", "rounds=5", "conditions=[warm]") == 1
+    record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
+    assert len(record["passes"]) == 1
+    assert "Input/output error" in capsys.readouterr().err

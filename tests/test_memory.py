@@ -1,0 +1,68 @@
+"""Free memory is what the machine and the control groups around the process leave."""
+
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.storage import memory
+from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large, total_memory, use_huge_pages
+
+
+def control_group(folder: Path, limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\nactive_file {cached // 2}\ninactive_file {cached - cached // 2}\n")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "own").write_text("0::/outer/inner\n")
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    return tmp_path / "groups"
+
+
+def test_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "none")
+    assert total_memory() == psutil.virtual_memory().total
+    assert 0 < available_memory() <= total_memory()
+
+
+def test_the_tightest_group_counts(groups: Path) -> None:
+    """What it holds of files can be dropped, so it counts as free."""
+    control_group(groups / "outer" / "inner", "max", 2 * 2**20, 0)
+    control_group(groups / "outer", str(10 * 2**20), 7 * 2**20, 2 * 2**20)
+    assert total_memory() == 10 * 2**20
+    assert available_memory() == 5 * 2**20
+
+
+def test_a_full_group_leaves_nothing(groups: Path) -> None:
+    control_group(groups / "outer" / "inner", "1000", 5000, 0)
+    assert available_memory() == 0
+
+
+@pytest.mark.parametrize("name", ["memory.max", "memory.current", "memory.stat"])
+def test_groups_that_cannot_be_read(groups: Path, name: str) -> None:
+    control_group(groups / "outer" / "inner", "1000", 5000, 0)
+    (groups / "outer" / "inner" / name).write_text("what\nis\nthis")
+    assert total_memory() == psutil.virtual_memory().total
+
+
+def test_the_refusal_has_the_numbers(groups: Path) -> None:
+    control_group(groups / "outer", str(3 * GIB), GIB, 0)
+    refuse_if_too_large("this", 2 * GIB, "take less")
+    with pytest.raises(InputError, match=r"^this: needs 2.5 GiB of memory, 2.0 GiB are free; take less$"):
+        refuse_if_too_large("this", 5 * GIB // 2, "take less")
+
+
+@pytest.mark.parametrize("size", [0, 1000, 2**21, 5 * 2**20 + 17])
+def test_large_pages_hold_the_same(size: int) -> None:
+    held = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+    before = held.tobytes()
+    if size:
+        use_huge_pages(held.data)
+    assert held.tobytes() == before

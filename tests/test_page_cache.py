@@ -1,0 +1,74 @@
+"""The page cache is what the kernel says it is."""
+
+import os
+from pathlib import Path
+
+import pytest
+from pack_oracle import assert_one_line
+from systems import needs_linux
+
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.storage import page_cache
+from flashmoe_mlx.storage.page_cache import cached_bytes, evict
+
+PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """Three pages and a byte, just written."""
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(3 * PAGE + 1))
+    return path
+
+
+def test_what_was_just_written_is_in_it(file: Path) -> None:
+    assert cached_bytes(file) == 4 * PAGE
+
+
+def test_an_empty_file_has_no_pages(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert cached_bytes(tmp_path / "empty") == 0
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether files in ``folder`` are nowhere else than in the page cache."""
+    kinds = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    mounts = {Path(point): kind for _, point, kind, *_ in kinds}
+    return next(mounts[parent] for parent in (folder, *folder.parents) if parent in mounts) in ("tmpfs", "ramfs")
+
+
+@needs_linux
+def test_eviction(file: Path) -> None:
+    """Dirty pages are written first; then reading brings pages back."""
+    content = file.read_bytes()
+    if in_memory(file.parent):
+        with pytest.raises(FlashMoeError, match="stay in the page cache"):
+            evict([file])
+        return
+    evict([file])
+    assert cached_bytes(file) == 0
+    evict([file])
+    assert file.read_bytes() == content
+    assert cached_bytes(file) == 4 * PAGE
+
+
+@needs_linux
+def test_files_that_live_in_memory_are_refused() -> None:
+    folder = Path("/dev/shm")
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        pytest.skip("no filesystem in memory")
+    path = folder / f"flashmoe-test-{os.getpid()}"
+    try:
+        path.write_bytes(bytes(PAGE))
+        with pytest.raises(FlashMoeError, match=r"0.0 MB stay in .* conditions=\[warm\] works") as caught:
+            evict([path])
+        assert_one_line(caught.value)
+    finally:
+        path.unlink()
+
+
+def test_another_system_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page_cache.sys, "platform", "darwin")
+    with pytest.raises(FlashMoeError, match="on Linux alone"):
+        evict([file])

@@ -1,0 +1,113 @@
+"""What least squares buys over min-max: error of weights, of an expert's output, and of the demo model's logits.
+
+python tools/measure_quantisers.py <demo pack> <empty folder>
+"""
+
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+import flashmoe_mlx
+from flashmoe_mlx.pack.arrays import MLX_DTYPES
+from flashmoe_mlx.pack.pack import PackedExperts, open_pack
+from flashmoe_mlx.pack.quantise import QUANTISERS, dense_projection, record_views
+from flashmoe_mlx.pack.record import PROJECTIONS
+from flashmoe_mlx.pack.writer import add_variants
+
+GROUP_SIZE = 64
+HIDDEN, WIDTH = 4096, 1024  # an expert of the 397B
+
+
+def main(demo: Path, scratch: Path) -> None:
+    """Print everything."""
+    random = np.random.default_rng(0)
+    shapes = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+    experts = {
+        "normal, 397B size": _expert({name: random.standard_normal(shape) for name, shape in shapes.items()}),
+        "Student t (5), 397B size": _expert({name: random.standard_t(5, shape) for name, shape in shapes.items()}),
+        "demo model, from 4 bits": _demo_expert(open_pack(demo).experts["q4"]),
+    }
+    print(f"{'expert':26} bits  weights: min-max  least squares  output: min-max  least squares")
+    for name, dense in experts.items():
+        for bits in (2, 3, 4):
+            if name.startswith("demo") and bits == 4:
+                continue
+            found = [_errors(dense, quantiser, bits) for quantiser in ("minmax", "least_squares")]
+            (w0, y0), (w1, y1) = found
+            print(f"{name:26} {bits:4}  {w0:16.4f}  {w1:13.4f}  {y0:15.4f}  {y1:13.4f}")
+    for quantiser, quantise in QUANTISERS.items():
+        start = time.perf_counter()
+        for weight in experts["normal, 397B size"].values():
+            mx.eval(quantise(weight, 2, GROUP_SIZE))
+        print(f"{quantiser}: {time.perf_counter() - start:.2f} s for a record of the 397B, {mx.default_device()}")
+    _logits(demo, scratch)
+
+
+def _expert(parts: dict[str, npt.NDArray[np.float64]]) -> dict[str, mx.array]:
+    return {
+        name: mx.array((part / part.std() / part.shape[1] ** 0.5).astype(np.float32)).astype(mx.bfloat16)
+        for name, part in parts.items()
+    }
+
+
+def _demo_expert(source: PackedExperts) -> dict[str, mx.array]:
+    extent = source.extents(0, 0)[0]
+    with extent.path.open("rb") as file:
+        file.seek(extent.offset)
+        record = mx.array(np.frombuffer(file.read(extent.nbytes), np.uint8)).view(MLX_DTYPES["U8"])
+    parts = record_views(record, source.layout)
+    return {projection: dense_projection(parts, projection, source.layout) for projection in PROJECTIONS}
+
+
+def _errors(dense: dict[str, mx.array], quantiser: str, bits: int) -> tuple[float, float]:
+    """Relative errors of the weights and of the expert's output for normal inputs, in f32."""
+    exact = {name: weight.astype(mx.float32) for name, weight in dense.items()}
+    rough = {}
+    for name, weight in dense.items():
+        codes, scales, biases = QUANTISERS[quantiser](weight, bits, GROUP_SIZE)
+        wide = (scales.astype(mx.float32), biases.astype(mx.float32))
+        rough[name] = mx.dequantize(codes, *wide, group_size=GROUP_SIZE, bits=bits)
+    x = mx.array(np.random.default_rng(1).standard_normal((32, exact["gate"].shape[1])).astype(np.float32))
+    weights = _relative([exact[name] for name in exact], [rough[name] for name in exact])
+    return weights, _relative([_output(x, exact)], [_output(x, rough)])
+
+
+def _output(x: mx.array, weights: dict[str, mx.array]) -> mx.array:
+    gate = x @ weights["gate"].T
+    return (gate * mx.sigmoid(gate) * (x @ weights["up"].T)) @ weights["down"].T
+
+
+def _relative(exact: list[mx.array], rough: list[mx.array]) -> float:
+    squares = [(mx.square(a - b).sum().item(), mx.square(a).sum().item()) for a, b in zip(exact, rough, strict=True)]
+    return float((sum(error for error, _ in squares) / sum(size for _, size in squares)) ** 0.5)
+
+
+def _logits(demo: Path, scratch: Path) -> None:
+    """KL divergence from the 4-bit experts and agreement of the most probable token, over 256 random tokens."""
+    folder = scratch / "demo"
+    shutil.copytree(demo, folder)
+    pack = add_variants(open_pack(folder), [2, 3])
+    add_variants(pack, [2], quantiser="minmax")
+    add_variants(pack, [3], quantiser="least_squares")
+    tokens = np.random.default_rng(2).integers(0, 256, 256).tolist()
+
+    def log_probabilities(variant: str) -> npt.NDArray[np.float64]:
+        with flashmoe_mlx.load(folder, variant=variant) as engine:
+            logits = engine.logits(tokens).astype(np.float64)
+        return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)  # type: ignore[no-any-return]
+
+    exact = log_probabilities("q4")
+    for variant in ("q3", "q3-least_squares", "q2-minmax", "q2"):
+        rough = log_probabilities(variant)
+        kl = (np.exp(exact) * (exact - rough)).sum(-1).mean()
+        agree = (exact.argmax(-1) == rough.argmax(-1)).mean()
+        print(f"demo model, {variant:17} against q4: KL {kl:.4f} nats, same most probable token {agree:.1%}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
