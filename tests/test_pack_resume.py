@@ -227,11 +227,12 @@ def test_resident_weights_that_were_published_are_mended(
 
 
 def test_other_settings_are_refused(source: Path, unfinished: Path) -> None:
-    reason = r"begun with bits=\[4\] group_size=64 resident_bits=4; repeat these, or delete it"
+    reason = r"begun with bits=\[4\] group_size=64 resident_bits=4 quantiser=null; repeat these, or delete it"
     refused(PackError, reason, source, unfinished, bits=[2])
     refused(PackError, reason, source, unfinished, bits=[4, 2])
     refused(PackError, reason, source, unfinished, group_size=32)
     refused(PackError, reason, source, unfinished, resident_bits=None)
+    refused(PackError, reason, source, unfinished, quantiser="minmax")
     finishes_like_new(source, unfinished)
 
 

@@ -22,7 +22,7 @@ _DOWNLOADS = ".download"
 """Folder in an unfinished pack for what comes from the hub."""
 _STATE = ".packing"
 _PLAN = "plan.json"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

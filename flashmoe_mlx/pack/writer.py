@@ -256,8 +256,8 @@ class _Packer:
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
         payload = read_extents(source.extents(layer, 0))
-        made = convert_record(payload, source.layout, known.layout, known.quantiser) if comparable else None
-        if made != read_extents(known.extents(layer, 0)):
+        there = read_extents(known.extents(layer, 0))
+        if not comparable or convert_record(payload, source.layout, known.layout, known.quantiser) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
                 "or give the checkpoint that it was made of"

@@ -27,7 +27,7 @@ class FioContender:
     record, not of a fetch.
     """
 
-    conditions = ("cold",)
+    conditions: Sequence[str] = ("cold",)
 
     def __init__(self, source: ExpertSource, depth: int, registered: bool) -> None:
         if not isinstance(source, PackedExperts):

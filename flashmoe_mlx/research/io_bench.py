@@ -71,7 +71,7 @@ class Contender(Protocol):
 class StoreContender:
     """A store, opened anew for every pass."""
 
-    conditions = CONDITIONS
+    conditions: Sequence[str] = CONDITIONS
 
     def __init__(self, label: str, opener: Callable[[], ExpertStore]) -> None:
         self.label = label
