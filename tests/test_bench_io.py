@@ -18,7 +18,6 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.expert_store import ExpertSource, StoreStats
-from flashmoe_mlx.pack.progress import Silent
 from flashmoe_mlx.research import io_bench
 from flashmoe_mlx.research.fio import FioContender, fio_command, fio_pass
 from flashmoe_mlx.research.intervals import median_interval
@@ -59,7 +58,7 @@ def test_turns_are_reversed_every_other_round(source: ExpertSource, monkeypatch:
     monkeypatch.setattr(io_bench, "evict", lambda _: None)
     ran: list[tuple[int, str, str]] = []
     requests = [uniform_trace(1, LAYERS, EXPERTS, 2, seed) for seed in range(3)]
-    list(replay(source, [Recorder(name, ran) for name in "AB"], requests, ["cold", "warm"], Silent()))
+    list(replay(source, [Recorder(name, ran) for name in "AB"], requests, ["cold", "warm"], str))
     assert "".join(label for _, _, label in ran[:2]) == "AB"
     assert [(number, condition) for number, condition, _ in ran[2::2]] == [
         (number, condition) for number in range(3) for condition in ("cold", "warm")
@@ -69,7 +68,7 @@ def test_turns_are_reversed_every_other_round(source: ExpertSource, monkeypatch:
 
 def test_every_request_is_replayed(source: ExpertSource) -> None:
     requests = uniform_trace(5, LAYERS, EXPERTS, 3, seed=1)
-    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source))], [requests], ["warm"], Silent())
+    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source))], [requests], ["warm"], str)
     assert len(one.latencies) == 5 * LAYERS
     assert one.seconds == pytest.approx(sum(one.latencies))
     assert (one.stats.fetches, one.stats.requests) == (5 * LAYERS, 5 * LAYERS * 3)
@@ -80,7 +79,7 @@ def test_every_request_is_replayed(source: ExpertSource) -> None:
 
 def test_requests_larger_than_a_store_are_split(source: ExpertSource) -> None:
     requests = uniform_trace(2, LAYERS, EXPERTS, 5, seed=1)
-    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source, slots=2))], [requests], ["warm"], Silent())
+    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source, slots=2))], [requests], ["warm"], str)
     assert len(one.latencies) == 2 * LAYERS
     assert (one.stats.fetches, one.stats.requests) == (2 * LAYERS * 3, 2 * LAYERS * 5)
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource, ExpertStore, StoreStats
-from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.research.intervals import median_interval
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.page_cache import cached_bytes, evict
@@ -108,9 +107,9 @@ def replay(
     contenders: Sequence[Contender],
     requests: Sequence[RoutingTrace],
     conditions: Sequence[str],
-    progress: Progress,
+    announce: Callable[[str], object],
 ) -> Iterator[Pass]:
-    """Every pass as it ends: one round for each of ``requests``.
+    """Every pass as it ends: one round for each of ``requests``; ``announce`` is told what comes next.
 
     Raises:
         InputError: a contender cannot run, or pages cannot be dropped from the page cache.
@@ -118,25 +117,23 @@ def replay(
     """
     for contender in contenders:
         contender.check()
+    files = _files(source)
     if "cold" in conditions:
-        evict(_files(source))  # refused now rather than half-way
+        evict(files)  # refused now rather than half-way
     for number, trace in enumerate(requests):
         for condition in conditions:
             for contender in contenders if number % 2 == 0 else contenders[::-1]:
                 if condition not in contender.conditions:
                     continue
-                progress.stage(f"round {number + 1} of {len(requests)}, {condition}, {contender.label}", 1)
-                cached = _prepare(source, condition, trace)
+                announce(f"round {number + 1} of {len(requests)}, {condition}, {contender.label}")
+                if condition == "cold":
+                    evict(files)
+                cached = _warm_up(source, files, trace) if condition == "warm" else 0.0
                 yield contender.run(condition, number, trace, cached)
-                progress.advance(1)
 
 
-def _prepare(source: ExpertSource, condition: str, requests: RoutingTrace) -> float:
-    """Make it cold or warm; the share of what will be asked for that is in the page cache."""
-    files = _files(source)
-    if condition == "cold":
-        evict(files)
-        return 0.0
+def _warm_up(source: ExpertSource, files: Sequence[Path], requests: RoutingTrace) -> float:
+    """Read what will be asked for into the page cache; the share of it that is there then."""
     wanted = {(layer, expert) for layer, experts in requests.decode_requests() for expert in experts}
     extents = [extent for place in sorted(wanted) for extent in source.extents(*place)]
     for extent in extents:
@@ -149,7 +146,7 @@ def _prepare(source: ExpertSource, condition: str, requests: RoutingTrace) -> fl
 
 
 def _files(source: ExpertSource) -> list[Path]:
-    places = ((layer, expert) for layer in range(source.num_layers) for expert in (0, source.num_experts - 1))
+    places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
     return sorted({extent.path for place in places for extent in source.extents(*place)})
 
 
@@ -164,7 +161,7 @@ class Summary:
 
     ``gb_per_second`` delivered, median over rounds with its 95 % interval (None of fewer than 3 rounds); ``ratio`` to
     the first contender, paired by round; ``read_gb_per_second`` and ``iops`` of reads of storage or page cache;
-    ``latency_ms`` p5, p50, p95 of a fetch; ``repeats`` the share of requests for what the pass had asked for before.
+    ``latency_ms`` p5, p50, p95 of a fetch; ``cached`` the least share of a pass that was in the page cache before it.
     """
 
     contender: str

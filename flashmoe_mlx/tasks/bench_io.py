@@ -15,7 +15,7 @@ from flashmoe_mlx.engine.backends import backend_settings, open_store
 from flashmoe_mlx.engine.opening import ModelFiles, open_model
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.expert_store import ExpertSource, ExpertStore
 from flashmoe_mlx.research.fio import LABEL, FioContender
 from flashmoe_mlx.research.intervals import median_interval
 from flashmoe_mlx.research.io_bench import (
@@ -31,7 +31,7 @@ from flashmoe_mlx.research.io_bench import (
     summarise,
 )
 from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
-from flashmoe_mlx.tasks.console import byte_progress, console, print_table
+from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
 
 log = logging.getLogger(__name__)
@@ -51,8 +51,8 @@ def run(config: Config, run_dir: Path) -> None:
         contenders += [FioContender(source, k, registered) for registered in (False, True)]
     passes: list[Pass] = []
     try:
-        with byte_progress() as progress:
-            for one in replay(source, contenders, requests, config.conditions, progress):
+        with console.status("") as status:
+            for one in replay(source, contenders, requests, config.conditions, status.update):
                 passes.append(one)
                 log.info("%s %s round %d: %.3f GB/s", one.contender, one.condition, one.round, one.rate / 1e9)
     finally:
@@ -112,15 +112,12 @@ def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contende
     if not made:
         raise InputError("backends=[]: name at least one")
     sources = [files.variant(variant) for variant in variants]
-    if len({source.layout for source in sources}) > 1:
-        raise InputError(
-            f"backends: variants {', '.join(str(variant) for variant in variants)} have records of different sizes; "
-            "compare one variant at a time: {name:pread,variant:q2}"
-        )
+    if any(source != sources[0] for source in sources):
+        raise InputError("backends: they read different variants; compare one at a time: {name:pread,variant:q2}")
     return list(made.values()), sources[0]
 
 
-def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> Any:
+def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
     return open_store(files, settings, {})[0]
 
 

@@ -52,7 +52,7 @@ class Reference:
         """Logits [tokens, vocabulary] after each of ``tokens``, which ``cache`` then holds."""
         inputs = torch.from_numpy(np.asarray(tokens, np.int64))[None]
         with torch.inference_mode():
-            return self.model(inputs, past_key_values=cache, use_cache=True).logits[0].numpy()
+            return self.model(inputs, cache=cache, use_cache=True).logits[0].numpy()
 
     def prefill_then_decode(self, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
         """Logits after each of ``tokens``: a prompt in one go, the others one at a time."""
