@@ -1,5 +1,6 @@
 """The pack mapped into memory: the operating system brings pages, and nothing is copied where MLX can do without."""
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -165,7 +166,8 @@ class _MappedBatch:
     @cached_property
     def records(self) -> list[mx.array]:
         if mx.metal.is_available():
-            return [mx.asarray(view, copy=False) for view in self._views]
+            with contextlib.suppress(ValueError):  # memory that Metal does not take
+                return [mx.asarray(view, copy=False) for view in self._views]
         slab = self.slab
         return [slab[slot : slot + 1].reshape(-1) for slot in self.slots]
 
