@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
@@ -66,3 +67,17 @@ def test_large_pages_hold_the_same(size: int) -> None:
     if size:
         use_huge_pages(held.data)
     assert held.tobytes() == before
+
+
+def test_slots_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda _: {"free_memory": 3 * GIB})
+    assert available_memory() == 3 * GIB
+    with pytest.raises(InputError, match=r"needs 4.0 GiB of GPU memory, 3.0 GiB are free; take less"):
+        refuse_if_too_large("this", 4 * GIB, "take less")
+
+
+@pytest.mark.cuda
+def test_a_real_gpu() -> None:
+    assert memory.slots_on_gpu()
+    assert GIB < available_memory() < 2**40

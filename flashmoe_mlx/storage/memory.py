@@ -4,6 +4,7 @@ import ctypes
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import psutil
 
@@ -22,17 +23,31 @@ def total_memory() -> int:
     return min(psutil.virtual_memory().total, *limits, 2**63)
 
 
+def slots_on_gpu() -> bool:
+    """Whether stores that keep experts keep them in a memory of the GPU's own."""
+    return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
 def available_memory() -> int:
-    """Bytes that can be allocated now without swapping; page cache that can be dropped counts as available."""
+    """Bytes that slots can take now.
+
+    Of the GPU if that is where they are; else what can be allocated without swapping: page cache that can be dropped
+    counts as available.
+    """
+    if slots_on_gpu():
+        return int(mx.device_info(mx.gpu)["free_memory"])
     free = (limit - used for limit, used in _cgroup_limits())
     return max(0, min(psutil.virtual_memory().available, *free, 2**63))
 
 
 def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
-    """Raise InputError, with the numbers and the ``mend``, unless ``nbytes`` can be allocated now."""
+    """Raise InputError, with the numbers and the ``mend``, unless slots can take ``nbytes`` now."""
     available = available_memory()
     if nbytes > available:
-        raise InputError(f"{what}: needs {nbytes / GIB:.1f} GiB of memory, {available / GIB:.1f} GiB are free; {mend}")
+        kind = "GPU memory" if slots_on_gpu() else "memory"
+        raise InputError(
+            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}"
+        )
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ from flashmoe_mlx.custom_kernels.fill_slots import fill_slots
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch
 from flashmoe_mlx.pack.record import RECORD_ALIGNMENT
-from flashmoe_mlx.storage.memory import GIB, total_memory, use_huge_pages
+from flashmoe_mlx.storage.memory import GIB, slots_on_gpu, total_memory, use_huge_pages
 
 _COLLAPSED = 2**29
 """Bytes up to which slots are made of large pages at once; it takes a tenth of a second or two for each 100 MB."""
@@ -139,7 +139,7 @@ class GpuBatch:
 
 def make_slots(count: int, record_bytes: int, at_once: int) -> Slots:
     """``count`` slots where kernels of the default device read them best; at most ``at_once`` are written at a time."""
-    if mx.cuda.is_available() and mx.default_device() == mx.gpu:
+    if slots_on_gpu():
         return GpuSlots(count, record_bytes, at_once)
     return Slab(count, record_bytes)
 
