@@ -45,9 +45,7 @@ def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
-        raise InputError(
-            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}"
-        )
+        raise InputError(f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}")
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
