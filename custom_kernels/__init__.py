@@ -1,7 +1,8 @@
 """The operations whose speed this project is about, each with a plain reference beside it.
 
 One folder an operation: ``reference.py`` in elementary MLX operations is the truth, and whatever else is offered must
-equal it. ``choose`` picks once; the record of a run says what was picked.
+equal it. ``choose`` picks once; the record of a run says what was picked. ``dialects/`` lets one body of source be a
+Metal and a CUDA kernel (see ``kernel.py``).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,25 +10,47 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta
+from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta_net, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels.attention import AttentionWeights
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
+from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
+from flashmoe_mlx.custom_kernels.gated_delta_net import DeltaWeights
+from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.routed_experts import ExpertFormat
 
-PREFERENCES = ("auto", "reference")
+PREFERENCES = ("auto", "mlx", "reference")
+
+_MLX = {
+    "attention": "mx.fast.scaled_dot_product_attention",
+    "gated_delta_net": "mx.fast.gated_delta_update",
+    "expert_mlp": "mx.quantized_matmul or, of dense records, matmul",
+    "routed_experts": "expert_mlp",
+    "quantised_matvec": "mx.quantized_matmul",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """The implementations that a model runs; ``names`` says which, by operation."""
+    """The implementations that a model runs; ``names`` says which, by operation, once they have run.
 
-    attention: Callable[[mx.array, mx.array, mx.array], mx.array]
-    gated_delta: Callable[
-        [mx.array, mx.array, mx.array, mx.array, mx.array, mx.array | None], tuple[mx.array, mx.array]
-    ]
-    expert_mlp: Callable[[mx.array, expert_mlp.ExpertWeights], mx.array]
+    ``takes_routed`` says whether ``routed_experts`` takes these experts; where it does not, the model applies
+    ``expert_mlp`` to each.
+    """
+
+    attention: Callable[..., tuple[mx.array, mx.array, mx.array]]
+    gated_delta_net: Callable[..., tuple[mx.array, mx.array, mx.array]]
+    expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
+    routed_experts: Callable[..., mx.array]
+    takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
+    quantised_matvec: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]
     names: Mapping[str, str]
 
 
 def choose(preference: str) -> Kernels:
-    """Implementations: MLX's fused operations ("auto"), or elementary ones ("reference").
+    """Implementations of every operation.
+
+    "auto": on a GPU our own kernels, each compared with its reference at its first use, and MLX's fused operations
+    where there is none; "mlx": MLX's fused operations alone; "reference": elementary ones.
 
     Raises:
         ValueError: another word.
@@ -36,18 +59,92 @@ def choose(preference: str) -> Kernels:
         raise ValueError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}")
     if preference == "reference":
         return Kernels(
-            attention.reference.attention,
-            gated_delta.reference.gated_delta,
+            attention.reference.gated_attention,
+            gated_delta_net.reference.gated_delta_net,
             expert_mlp.reference.expert_mlp,
-            {"attention": "reference", "gated_delta": "reference", "expert_mlp": "reference"},
+            routed_experts.reference.routed_experts,
+            _never,
+            quantised_matvec.reference.quantised_matvec,
+            dict.fromkeys(_MLX, "reference"),
         )
-    return Kernels(
-        attention.attention,
-        gated_delta.gated_delta,
-        expert_mlp.expert_mlp,
-        {
-            "attention": "mx.fast.scaled_dot_product_attention",
-            "gated_delta": "mx.fast.gated_delta_update",
-            "expert_mlp": "mx.quantized_matmul or, of dense records, matmul",
-        },
+    if preference == "mlx" or dialect() is None:
+        return Kernels(
+            attention.gated_attention,
+            gated_delta_net.gated_delta_net,
+            expert_mlp.expert_mlp,
+            routed_experts.reference.routed_experts,
+            _never,
+            quantised_matvec.by_mlx,
+            dict(_MLX),
+        )
+    return _custom()
+
+
+def _custom() -> Kernels:
+    names = dict(_MLX)
+
+    def reports(operation: str) -> Callable[[str], None]:
+        return lambda what: names.__setitem__(operation, what)
+
+    checked_routed = CheckedKernel(
+        name="routed_experts",
+        custom=routed_experts.routed_experts,
+        standard=routed_experts.by_expert,
+        reference=routed_experts.reference.routed_experts,
+        takes=routed_experts.takes,
+        kind=routed_experts.code_path,
+        report=reports("routed_experts"),
     )
+    return Kernels(
+        CheckedKernel(
+            name="attention",
+            custom=attention.fused_gated_attention,
+            standard=attention.gated_attention,
+            reference=attention.reference_on_copies,
+            takes=lambda q_and_gate, k, v, weights, *_: attention.fits(weights, q_and_gate.dtype),  # noqa: ARG005
+            kind=lambda q_and_gate, *_: len(q_and_gate) > 1,
+            report=reports("attention"),
+        ),
+        CheckedKernel(
+            name="gated_delta_net",
+            custom=gated_delta_net.step,
+            standard=gated_delta_net.gated_delta_net,
+            reference=gated_delta_net.reference.gated_delta_net,
+            takes=lambda qkv, z, b, a, weights, *_: (  # noqa: ARG005
+                gated_delta_net.fits(weights) and len(qkv) <= gated_delta_net.MOST_TOKENS
+            ),
+            kind=lambda qkv, *_: len(qkv) > 1,
+            report=reports("gated_delta_net"),
+        ),
+        expert_mlp.expert_mlp,
+        checked_routed,
+        lambda tokens, form, dtype: (
+            form is not None and tokens <= routed_experts.MOST_TOKENS and routed_experts.fits(form, dtype)
+        ),
+        CheckedKernel(
+            name="quantised_matvec",
+            custom=quantised_matvec.quantised_matvec,
+            standard=quantised_matvec.by_mlx,
+            reference=quantised_matvec.reference.quantised_matvec,
+            takes=quantised_matvec.takes,
+            kind=lambda x, weight, scales, biases, bits, group_size: (bits, group_size, len(x) > 1),  # noqa: ARG005
+            report=reports("quantised_matvec"),
+        ),
+        names,
+    )
+
+
+def _never(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:  # noqa: ARG001
+    return False
+
+
+__all__ = [
+    "PREFERENCES",
+    "AttentionWeights",
+    "DeltaWeights",
+    "ExpertFormat",
+    "ExpertWeights",
+    "Kernels",
+    "choose",
+    "dialect",
+]

@@ -1,6 +1,33 @@
-"""Causal grouped-query attention in elementary operations."""
+"""What a full-attention layer does between its projections, in elementary operations.
+
+Source: transformers ``Qwen3_5MoeAttention``: norms of queries and keys, rotary embedding of part of each head, causal
+grouped-query attention, an output gate beside every query.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.precision import wide
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """One layer's own weights; ``q_norm`` and ``k_norm`` [D]. The first ``rotary_dim`` of D dimensions are rotated."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    theta: float
+    q_norm: mx.array
+    k_norm: mx.array
+    eps: float
+
+
+Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
@@ -16,9 +43,62 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     """
     _, heads, length, width = queries.shape
     groups = heads // keys.shape[1]
-    keys, values = (mx.repeat(part.astype(mx.float32), groups, axis=1) for part in (keys, values))
-    scores = queries.astype(mx.float32) @ keys.swapaxes(-1, -2) * width**-0.5
+    keys, values = (mx.repeat(wide(part), groups, axis=1) for part in (keys, values))
+    scores = wide(queries) @ keys.swapaxes(-1, -2) * width**-0.5
     span = keys.shape[2]
     seen = mx.arange(span)[None, :] <= mx.arange(span - length, span)[:, None]
     scores = mx.where(seen, scores, -mx.inf)
     return (mx.softmax(scores, axis=-1) @ values).astype(queries.dtype)
+
+
+def rotate(x: mx.array, rotary_dim: int, theta: float, start: int) -> mx.array:
+    """Rotary embedding of the first ``rotary_dim`` dimensions of [1, heads, T, D], for positions from ``start`` on."""
+    pairs = rotary_dim // 2
+    frequencies = theta ** (-np.arange(pairs) / pairs)
+    angles = np.outer(np.arange(start, start + x.shape[2]), frequencies)
+    cosine, sine = (mx.array(part(angles), wide(x).dtype) for part in (np.cos, np.sin))
+    low, high, rest = mx.split(wide(x), [pairs, rotary_dim], axis=-1)
+    rotated = mx.concatenate([low * cosine - high * sine, high * cosine + low * sine, rest], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def gated_attention(
+    q_and_gate: mx.array,
+    k: mx.array,
+    v: mx.array,
+    weights: AttentionWeights,
+    keys: mx.array,
+    values: mx.array,
+    start: int,
+    attend: Attend = attention,
+    rotated: Callable[[mx.array, int, float, int], mx.array] = rotate,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Queries and keys normalised and rotated, the cache extended, attention, the output gate.
+
+    Args:
+        q_and_gate: [T, heads * 2 D], of every head its query and then its gate.
+        k: [T, kv heads * D].
+        v: the same.
+        weights: the layer's own.
+        keys: the cache, [1, kv heads, capacity, D], filled up to ``start``, with room for T more.
+        values: the same.
+        start: position of the first of the T tokens.
+        attend: an implementation of ``attention``.
+        rotated: an implementation of ``rotate``.
+
+    Returns:
+        [T, heads * D], and the caches.
+    """
+    length, end = q_and_gate.shape[0], start + q_and_gate.shape[0]
+    queries, gate = mx.split(q_and_gate.reshape(length, weights.heads, 2 * weights.head_dim), 2, axis=-1)
+    new_keys, new_values = (part.reshape(length, weights.kv_heads, weights.head_dim) for part in (k, v))
+
+    def placed(x: mx.array, norm: mx.array) -> mx.array:
+        normed = mx.fast.rms_norm(x, norm, weights.eps).swapaxes(0, 1)[None]
+        return rotated(normed, weights.rotary_dim, weights.theta, start)
+
+    keys[:, :, start:end] = placed(new_keys, weights.k_norm)
+    values[:, :, start:end] = new_values.swapaxes(0, 1)[None]
+    mixed = attend(placed(queries, weights.q_norm), keys[:, :, :end], values[:, :, :end])
+    y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
+    return y.reshape(length, weights.heads * weights.head_dim), keys, values

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.precision import wide
+
 
 @dataclass(frozen=True, slots=True)
 class Weight:
@@ -18,7 +20,7 @@ class Weight:
     def dense(self) -> mx.array:
         """The matrix itself, f32 [out, in]."""
         if self.bits is None:
-            return self.weight.astype(mx.float32)
+            return wide(self.weight)
         assert self.scales is not None
         assert self.biases is not None
         return mx.dequantize(
@@ -41,6 +43,6 @@ class ExpertWeights:
 
 def expert_mlp(x: mx.array, expert: ExpertWeights) -> mx.array:
     """down(silu(gate x) * up x) for ``x`` [T, hidden]; computed in f32, returned in the type of ``x``."""
-    wide = x.astype(mx.float32)
-    gate, up = wide @ expert.gate.dense().T, wide @ expert.up.dense().T
+    x_wide = wide(x)
+    gate, up = x_wide @ expert.gate.dense().T, x_wide @ expert.up.dense().T
     return ((gate * mx.sigmoid(gate) * up) @ expert.down.dense().T).astype(x.dtype)

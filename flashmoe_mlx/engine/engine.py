@@ -57,7 +57,7 @@ def load(
         model: folder of the pack or checkpoint.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
         experts_k: routed experts a token uses; None for the model's own number.
-        kernels: "auto" or "reference".
+        kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
         profile: evaluate every phase by itself, so that the split of the time is exact; slower.
         **backend_options: options of the backend, as in its YAML.
 
@@ -85,7 +85,7 @@ def load(
         "experts_k": k,
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
-        "kernels": dict(chosen.names),
+        "kernels": chosen.names,
         "backend": settings,
     }
     return Engine(built, store, tokenizer, setup, profile)

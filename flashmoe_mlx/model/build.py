@@ -6,7 +6,8 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import Kernels
+from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.attention import Attention
@@ -49,7 +50,7 @@ def build_model(
     """
     matrices: dict[str, Linear] = {}
     vectors: dict[str, mx.array] = {}
-    resident = _Resident(tensors, dtype)
+    resident = _Resident(tensors, dtype, kernels)
     for parameter in resident_parameters(config):
         if parameter.kind is Kind.MATRIX:
             matrices[parameter.name] = resident.linear(parameter.name, parameter.shape)
@@ -67,29 +68,42 @@ def build_model(
         if full_attention:
             own = f"{prefix}.self_attn"
             mixer = Attention(
-                config,
+                AttentionWeights(
+                    config.num_heads,
+                    config.num_kv_heads,
+                    config.head_dim,
+                    config.rope_dim,
+                    config.rope_theta,
+                    vectors[f"{own}.q_norm.weight"],
+                    vectors[f"{own}.k_norm.weight"],
+                    config.rms_norm_eps,
+                ),
                 kernels,
                 linear(f"{own}.q_proj"),
                 linear(f"{own}.k_proj"),
                 linear(f"{own}.v_proj"),
                 linear(f"{own}.o_proj"),
-                vectors[f"{own}.q_norm.weight"],
-                vectors[f"{own}.k_norm.weight"],
             )
         else:
             own = f"{prefix}.linear_attn"
             mixer = GatedDeltaNet(
-                config,
+                DeltaWeights(
+                    config.linear_key_heads,
+                    config.linear_value_heads,
+                    config.linear_key_dim,
+                    config.linear_value_dim,
+                    vectors[f"{own}.conv1d.weight"],
+                    vectors[f"{own}.A_log"],
+                    vectors[f"{own}.dt_bias"],
+                    vectors[f"{own}.norm.weight"],
+                    config.rms_norm_eps,
+                ),
                 kernels,
                 linear(f"{own}.in_proj_qkv"),
                 linear(f"{own}.in_proj_z"),
                 linear(f"{own}.in_proj_b"),
                 linear(f"{own}.in_proj_a"),
                 linear(f"{own}.out_proj"),
-                vectors[f"{own}.conv1d.weight"],
-                vectors[f"{own}.A_log"],
-                vectors[f"{own}.dt_bias"],
-                vectors[f"{own}.norm.weight"],
             )
         experts = MixtureOfExperts(
             layer,
@@ -97,9 +111,9 @@ def build_model(
             kernels,
             store,
             linear(f"{prefix}.mlp.gate"),
-            linear(f"{prefix}.mlp.shared_expert.gate_proj"),
-            linear(f"{prefix}.mlp.shared_expert.up_proj"),
-            linear(f"{prefix}.mlp.shared_expert.down_proj"),
+            ExpertWeights(
+                *(_weight(linear(f"{prefix}.mlp.shared_expert.{part}_proj")) for part in ("gate", "up", "down"))
+            ),
             linear(f"{prefix}.mlp.shared_expert_gate"),
         )
         layers.append(
@@ -120,8 +134,9 @@ def build_model(
 class _Resident:
     """Takes tensors out of files one by one, in the types that the model computes with."""
 
-    def __init__(self, tensors: ResidentTensors, dtype: mx.Dtype) -> None:
+    def __init__(self, tensors: ResidentTensors, dtype: mx.Dtype, kernels: Kernels) -> None:
         self._tensors = tensors
+        self._kernels = kernels
         self._dtype = dtype
         self.nbytes = 0
 
@@ -150,7 +165,11 @@ class _Resident:
         scales, biases = (self._take(f"{name}.{part}", self._dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
-        return Linear(weight, scales, biases, bits, group_size)
+        return Linear(weight, scales, biases, bits, group_size, product=self._kernels.quantised_matvec)
+
+
+def _weight(linear: Linear) -> Weight:
+    return Weight(linear.weight, linear.scales, linear.biases, linear.bits, linear.group_size)
 
 
 def _check(name: str, array: mx.array, shape: tuple[int, ...]) -> None:

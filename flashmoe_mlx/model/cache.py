@@ -17,19 +17,19 @@ class AttentionCache:
     values: mx.array | None = None
     length: int = 0
 
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Add [1, kv heads, T, head dim] and return all that is filled."""
-        end = self.length + keys.shape[2]
+    def reserve(self, tokens: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Both arrays with room for ``tokens`` more, evaluated when they are new: kernels write into them."""
+        end = self.length + tokens
         if self.keys is None or self.values is None:
-            self.keys, self.values = _room(keys, end), _room(values, end)
+            self.keys, self.values = (_room(kv_heads, end, head_dim, dtype) for _ in range(2))
         elif end > self.keys.shape[2]:
-            more = _room(keys, end - self.keys.shape[2])
-            self.keys = mx.concatenate([self.keys, more], axis=2)
-            self.values = mx.concatenate([self.values, more], axis=2)
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+            missing = end - self.keys.shape[2]
+            self.keys, self.values = (
+                mx.concatenate([old, _room(kv_heads, missing, head_dim, dtype)], axis=2)
+                for old in (self.keys, self.values)
+            )
+            mx.eval(self.keys, self.values)
+        return self.keys, self.values
 
 
 @dataclass(slots=True)
@@ -65,6 +65,7 @@ class SequenceCache:
         return [array for array in found if array is not None]
 
 
-def _room(like: mx.array, tokens: int) -> mx.array:
-    batch, heads, _, width = like.shape
-    return mx.zeros((batch, heads, -(-tokens // _GROWTH) * _GROWTH, width), like.dtype)
+def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.array:
+    room = mx.contiguous(mx.zeros((1, kv_heads, -(-tokens // _GROWTH) * _GROWTH, head_dim), dtype))
+    mx.eval(room)
+    return room

@@ -3,17 +3,21 @@
 Source: transformers ``Qwen3_5MoeSparseMoeBlock``: softmax over all experts, the K largest, renormalised.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import Kernels
+from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
-from flashmoe_mlx.expert_store import ExpertStore
-from flashmoe_mlx.model.linear import Linear, swiglu
+from flashmoe_mlx.custom_kernels.routed_experts import joins
+from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
+from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.pack.arrays import MLX_DTYPES
 from flashmoe_mlx.pack.quantise import record_views
 from flashmoe_mlx.pack.record import RecordLayout
 
@@ -27,42 +31,75 @@ class MixtureOfExperts:
     kernels: Kernels
     store: ExpertStore
     gate: Linear
-    shared_gate_proj: Linear
-    shared_up_proj: Linear
-    shared_down_proj: Linear
+    shared: ExpertWeights
     shared_expert_gate: Linear
 
     def __call__(self, x: mx.array, clock: PhaseClock) -> mx.array:
         """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy."""
         chosen, weights = self.route(x)
         clock.evaluate("router_wait", chosen, weights)
-        y = self._routed(x, np.array(chosen), weights, clock)
-        shared = swiglu(x, self.shared_gate_proj, self.shared_up_proj, self.shared_down_proj)
-        return y + mx.sigmoid(self.shared_expert_gate(x)) * shared
+        indices = np.array(chosen)
+        shared_share = mx.sigmoid(self.shared_expert_gate(x))
+        form = expert_format(self.store.layout)
+        if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):
+            return self._in_place(x, indices, weights, shared_share, form, clock)
+        return self._by_expert(x, indices, weights, clock) + shared_share * self.kernels.expert_mlp(x, self.shared)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token, int [T, K], and their weights, f32 [T, K], which sum to 1."""
         scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
-        chosen = mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k]
+        # In ascending order, so that a token's sum does not depend on how its prompt was cut into chunks.
+        chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
         return chosen, weights / weights.sum(-1, keepdims=True)
 
-    def _routed(self, x: mx.array, chosen: npt.NDArray[np.uint32], weights: mx.array, clock: PhaseClock) -> mx.array:
-        """Every distinct expert is fetched once and applied to all of its tokens, in ascending order.
-
-        The order makes the sum of a token independent of how its prompt was cut into chunks.
-        """
-        distinct = np.unique(chosen).tolist()
-        y = mx.zeros(x.shape, mx.float32)
-        for start in range(0, len(distinct), self.store.slots):
-            if start:
+    def _in_place(
+        self,
+        x: mx.array,
+        chosen: npt.NDArray[np.uint32],
+        weights: mx.array,
+        shared_share: mx.array,
+        form: ExpertFormat,
+        clock: PhaseClock,
+    ) -> mx.array:
+        """All experts of a few tokens at once, from the store's slab."""
+        shared = self.shared if joins(self.shared, form) else None
+        shares = weights if shared is None else mx.concatenate([weights, shared_share.astype(mx.float32)], axis=-1)
+        y: mx.array | None = None
+        for group in self._groups(chosen):
+            if y is not None:
                 clock.evaluate("experts", y)  # the slots are about to be refilled
-            group = distinct[start : start + self.store.slots]
-            with clock.phase("io"):
-                batch = self.store.fetch(self.layer, group)
+            batch = self._fetch(group, clock)
+            rows = np.full(int(chosen.max()) + 1, -1, np.int32)
+            rows[group] = batch.slots
+            part = self.kernels.routed_experts(x, batch.slab, mx.array(rows[chosen]), shares, form, shared)
+            y = part if y is None else y + part
+            shared, shares = None, weights
+        assert y is not None
+        if joins(self.shared, form):
+            return y
+        return y + shared_share * self.kernels.expert_mlp(x, self.shared)
+
+    def _by_expert(self, x: mx.array, chosen: npt.NDArray[np.uint32], weights: mx.array, clock: PhaseClock) -> mx.array:
+        """Every distinct expert is fetched once and applied to all of its tokens, in ascending order."""
+        y = mx.zeros(x.shape, mx.float32)
+        for number, group in enumerate(self._groups(chosen)):
+            if number:
+                clock.evaluate("experts", y)  # the slots are about to be refilled
+            batch = self._fetch(group, clock)
             for expert, record in zip(group, batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.store.layout), chosen, weights)
         return y.astype(x.dtype)
+
+    def _groups(self, chosen: npt.NDArray[np.uint32]) -> Iterator[list[int]]:
+        """The distinct experts in ascending order, as many at a time as the store has slots."""
+        distinct = np.unique(chosen).tolist()
+        for start in range(0, len(distinct), self.store.slots):
+            yield distinct[start : start + self.store.slots]
+
+    def _fetch(self, group: list[int], clock: PhaseClock) -> ExpertBatch:
+        with clock.phase("io"):
+            return self.store.fetch(self.layer, group)
 
     def _add(
         self,
@@ -79,6 +116,22 @@ class MixtureOfExperts:
         rows, columns = mx.array(tokens), mx.array(ranks)
         out = self.kernels.expert_mlp(x[rows], weight)
         return y.at[rows].add(weights[rows, columns][:, None] * out)
+
+
+@cache
+def expert_format(layout: RecordLayout) -> ExpertFormat | None:
+    """``layout`` as kernels want it; None for dense records."""
+    if layout.bits is None or layout.group_size is None:
+        return None
+    return ExpertFormat(
+        layout.hidden_size,
+        layout.intermediate_size,
+        layout.bits,
+        layout.group_size,
+        MLX_DTYPES[layout.dtype],
+        layout.record_bytes,
+        {component.name: component.offset for component in layout.components},
+    )
 
 
 def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:

@@ -1,13 +1,16 @@
 """Resident matrices, dense or quantised."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.quantised_matvec import by_mlx
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """y = x W^T + bias, for W [out, in]; MLX affine codes if ``bits`` is given."""
+    """y = x W^T + bias, for W [out, in]; MLX affine codes, multiplied by ``product``, if ``bits`` is given."""
 
     weight: mx.array
     scales: mx.array | None = None
@@ -15,16 +18,17 @@ class Linear:
     bits: int | None = None
     group_size: int | None = None
     bias: mx.array | None = None
+    product: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array] = by_mlx
 
     def __call__(self, x: mx.array) -> mx.array:
-        """[..., in] -> [..., out]."""
+        """[T, in] -> [T, out]."""
         if self.bits is None:
             y = x @ self.weight.T
         else:
             assert self.scales is not None
-            y = mx.quantized_matmul(
-                x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
-            )
+            assert self.biases is not None
+            assert self.group_size is not None
+            y = self.product(x, self.weight, self.scales, self.biases, self.bits, self.group_size)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -41,9 +45,3 @@ class Linear:
         return mx.dequantize(
             self.weight[indices], self.scales[indices], self.biases[indices], group_size=self.group_size, bits=self.bits
         )
-
-
-def swiglu(x: mx.array, gate: Linear, up: Linear, down: Linear) -> mx.array:
-    """down(silu(gate x) * up x)."""
-    gated = gate(x)
-    return down(gated * mx.sigmoid(gated) * up(x))

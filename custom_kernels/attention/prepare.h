@@ -1,0 +1,52 @@
+// Norm and rotary embedding of one head of one token, a simdgroup each; keys and values go into the cache, in place.
+// Grid: x = query heads, then heads of keys, then of values; y = tokens.
+//
+// An angle is position * frequency with the frequency in turns and in two parts, and whole turns are taken off before
+// it is rounded: exact at any position, where one float would lose a digit for every power of ten.
+
+const int index = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;
+const int lane = thread_index_in_simdgroup;
+const int start = place[4], capacity = place[1], tokens = place[5];
+const bool is_query = index < HEADS;
+const bool is_key = !is_query && index < HEADS + KV_HEADS;
+const int head = is_query ? index : (index - HEADS) % KV_HEADS;
+const device T* from = is_query ? q_and_gate + ((long)token * HEADS + head) * 2 * DIM
+                     : is_key   ? k + ((long)token * KV_HEADS + head) * DIM
+                                : v + ((long)token * KV_HEADS + head) * DIM;
+const long cached = ((long)head * capacity + start + token) * DIM;
+
+if (!is_query && !is_key) {
+  device T* to = (device T*)values;
+  for (int c = lane; c < DIM; c += 32) {
+    to[cached + c] = from[c];
+  }
+  return;
+}
+
+SHARED float row[DIM];
+float square = 0.0f;
+for (int c = lane; c < DIM; c += 32) {
+  const float value = float(from[c]);
+  square += value * value;
+}
+const float scale = reciprocal_root(simd_sum(square) / float(DIM) + eps[0]);
+for (int c = lane; c < DIM; c += 32) {
+  row[c] = float(from[c]) * scale * float(is_query ? q_norm[c] : k_norm[c]);
+}
+wait_for_threadgroup();
+
+device T* to = is_query ? queries + ((long)head * tokens + token) * DIM : (device T*)keys + cached;
+const int pairs = ROTARY / 2;
+for (int c = lane; c < DIM; c += 32) {
+  float value = row[c];
+  if (c < ROTARY) {
+    const int pair = c % pairs;
+    const float position = float(start + token);
+    const float turns = position * frequencies[pair];
+    const float rest = multiply_add(position, frequencies[pair], -turns) + position * frequencies[pairs + pair];
+    const float angle = 6.283185307179586f * ((turns - nearest(turns)) + rest);
+    const float partner = c < pairs ? -row[c + pairs] : row[c - pairs];
+    value = value * cosine(angle) + partner * sine(angle);
+  }
+  to[c] = T(value);
+}

@@ -1,0 +1,121 @@
+// A few tokens through GatedDeltaNet, one value head a threadgroup: convolution and SiLU, normalised q and k, decay and
+// beta, the recurrence with its state in registers, gated RMSNorm. Grid: x = value heads.
+//
+// A simdgroup holds ROWS rows of the state; lane l its columns l, l + 32, ...
+
+const int head = threadgroup_position_in_grid.x;
+const int key_head = head / (VALUE_HEADS / KEY_HEADS);
+const int mine = thread_index_in_threadgroup;
+const int lane = thread_index_in_simdgroup;
+const int first_row = int(simdgroup_index_in_threadgroup) * ROWS;
+const int tokens = count[0];
+const int key_width = KEY_HEADS * KEY_DIM, value_width = VALUE_HEADS * VALUE_DIM;
+const int channels = 2 * key_width + value_width;
+const int mixed_size = 2 * KEY_DIM + VALUE_DIM;  // q, k, v of this head
+
+SHARED float mixed[2 * KEY_DIM + VALUE_DIM];
+SHARED float out[VALUE_DIM];
+
+float memory[ROWS * COLUMNS];
+#pragma unroll
+for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) {
+    memory[i * COLUMNS + j] = state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j];
+  }
+}
+
+for (int token = 0; token < tokens; token++) {
+  for (int c = mine; c < mixed_size; c += THREADS) {
+    const int channel = c < 2 * KEY_DIM ? c / KEY_DIM * key_width + key_head * KEY_DIM + c % KEY_DIM
+                                        : 2 * key_width + head * VALUE_DIM + c - 2 * KEY_DIM;
+    float sum = 0.0f;
+#pragma unroll
+    for (int tap = 0; tap < TAPS; tap++) {
+      const int at = token + tap - (TAPS - 1);
+      const float value = at < 0 ? float(past[(long)(at + TAPS - 1) * channels + channel])
+                                 : float(qkv[(long)at * channels + channel]);
+      sum += value * float(convolution[channel * TAPS + tap]);
+    }
+    mixed[c] = silu(sum);
+  }
+  wait_for_threadgroup();
+
+  float q[COLUMNS], k[COLUMNS];
+  float q_square = 0.0f, k_square = 0.0f, q_times_k = 0.0f;
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) {
+    q[j] = mixed[lane + 32 * j];
+    k[j] = mixed[KEY_DIM + lane + 32 * j];
+    q_square += q[j] * q[j];
+    k_square += k[j] * k[j];
+  }
+  const float q_scale = reciprocal_root(simd_sum(q_square) + 1e-6f) * reciprocal_root(float(KEY_DIM));
+  const float k_scale = reciprocal_root(simd_sum(k_square) + 1e-6f);
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) {
+    q[j] *= q_scale;
+    k[j] *= k_scale;
+    q_times_k += q[j] * k[j];
+  }
+  q_times_k = simd_sum(q_times_k);
+
+  const float beta = 1.0f / (1.0f + exponential(-float(b[token * VALUE_HEADS + head])));
+  const float step = float(a[token * VALUE_HEADS + head]) + float(dt_bias[head]);
+  const float softplus = step > 20.0f ? step : logarithm(1.0f + exponential(step));
+  const float decay = exponential(-exponential(float(a_log[head])) * softplus);
+
+  // y = S_new q with S_new = decay S + change k^T, so S k and S q both come from the old state, in one pass.
+#pragma unroll
+  for (int i = 0; i < ROWS; i++) {
+    float recalled = 0.0f, asked = 0.0f;
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+      recalled += memory[i * COLUMNS + j] * k[j];
+      asked += memory[i * COLUMNS + j] * q[j];
+    }
+    recalled = simd_sum(recalled) * decay;
+    asked = simd_sum(asked) * decay;
+    const float change = beta * (mixed[2 * KEY_DIM + first_row + i] - recalled);
+#pragma unroll
+    for (int j = 0; j < COLUMNS; j++) {
+      memory[i * COLUMNS + j] = memory[i * COLUMNS + j] * decay + change * k[j];
+    }
+    if (lane == 0) {
+      out[first_row + i] = asked + change * q_times_k;
+    }
+  }
+  wait_for_threadgroup();
+
+  float square = 0.0f;
+  for (int c = lane; c < VALUE_DIM; c += 32) {
+    square += out[c] * out[c];
+  }
+  const float scale = reciprocal_root(simd_sum(square) / float(VALUE_DIM) + eps[0]);
+  for (int c = mine; c < VALUE_DIM; c += THREADS) {
+    const long at = (long)token * value_width + head * VALUE_DIM + c;
+    y[at] = T(out[c] * scale * float(norm[c]) * silu(float(z[at])));
+  }
+}
+
+#pragma unroll
+for (int i = 0; i < ROWS; i++) {
+#pragma unroll
+  for (int j = 0; j < COLUMNS; j++) {
+    new_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j] = memory[i * COLUMNS + j];
+  }
+}
+// The last inputs of the convolution; q and k are shared by several value heads, and the first of them writes.
+const bool writes_keys = head % (VALUE_HEADS / KEY_HEADS) == 0;
+for (int c = mine; c < mixed_size; c += THREADS) {
+  if (c < 2 * KEY_DIM && !writes_keys) {
+    continue;
+  }
+  const int channel = c < 2 * KEY_DIM ? c / KEY_DIM * key_width + key_head * KEY_DIM + c % KEY_DIM
+                                      : 2 * key_width + head * VALUE_DIM + c - 2 * KEY_DIM;
+  for (int place = 0; place < TAPS - 1; place++) {
+    const int at = tokens + place - (TAPS - 1);
+    new_past[(long)place * channels + channel] =
+        at < 0 ? past[(long)(at + TAPS - 1) * channels + channel] : qkv[(long)at * channels + channel];
+  }
+}

@@ -1,0 +1,172 @@
+"""The routed experts of a few tokens, and the shared one, from their records in place, in two dispatches."""
+
+from functools import cache
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight, expert_mlp
+from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
+from flashmoe_mlx.custom_kernels.routed_experts import reference
+from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
+
+__all__ = ["MOST_TOKENS", "ExpertFormat", "by_expert", "fits", "joins", "reference", "routed_experts"]
+
+MOST_TOKENS = 8
+"""With more tokens at once, an expert is better applied to all of its tokens together."""
+
+_CHUNK = 32
+_ROWS = 4
+_SIMDGROUPS = 4
+_MOST_SIMDGROUPS = 12
+_DEPTH = 4
+"""Steps whose weights are under way at once."""
+_SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
+_SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
+
+
+@cache
+def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
+    """The two dispatches, for routed experts alone or with a shared one; ``tensor``: on NVIDIA's tensor cores."""
+    switches = {"WITH_SHARED_EXPERT": with_shared}
+    gate_up = ["x", "slab", "rows", *(_SHARED_UP if with_shared else ())]
+    down = ["hidden", "slab", "rows", "shares", *(_SHARED_DOWN if with_shared else ())]
+    headers = ["functions", "tensor_codes"] if tensor else ["functions", "loads", "codes"]
+    suffix = "_tensor" if tensor else ""
+    return (
+        Kernel("routed_experts", f"gate_up{suffix}", gate_up, ["hidden"], headers, switches),
+        Kernel("routed_experts", f"down{suffix}", down, ["y"], headers, switches),
+    )
+
+
+def fits(form: ExpertFormat, dtype: mx.Dtype) -> bool:
+    """Whether the kernels take experts of this form with activations of ``dtype``."""
+    return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+
+
+def joins(shared: ExpertWeights, form: ExpertFormat) -> bool:
+    """Whether the shared expert is like the routed ones, so that the same dispatches can take it along."""
+    matrices = (shared.gate, shared.up, shared.down)
+    return shared.gate.weight.shape[0] == form.intermediate_size and all(
+        matrix.bits == form.bits
+        and matrix.group_size == form.group_size
+        and matrix.scales is not None
+        and matrix.scales.dtype == form.dtype
+        for matrix in matrices
+    )
+
+
+def takes(
+    x: mx.array,
+    slab: mx.array,  # noqa: ARG001  # the arguments of the operation
+    rows: mx.array,  # noqa: ARG001
+    shares: mx.array,  # noqa: ARG001
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> bool:
+    """Whether ``routed_experts`` is made for these arguments."""
+    return len(x) <= MOST_TOKENS and fits(form, x.dtype) and (shared is None or joins(shared, form))
+
+
+def code_path(
+    x: mx.array,
+    slab: mx.array,  # noqa: ARG001  # the arguments of the operation
+    rows: mx.array,  # noqa: ARG001
+    shares: mx.array,  # noqa: ARG001
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> tuple[int, bool, bool]:
+    """What arguments must share for a check of one to hold for the other."""
+    return form.bits, shared is None, len(x) > 1
+
+
+def by_expert(
+    x: mx.array,
+    slab: mx.array,
+    rows: mx.array,
+    shares: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> mx.array:
+    """As ``reference.routed_experts``, each expert by MLX's quantised products."""
+    return reference.routed_experts(x, slab, rows, shares, form, shared, expert_mlp)
+
+
+def routed_experts(
+    x: mx.array,
+    slab: mx.array,
+    rows: mx.array,
+    shares: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> mx.array:
+    """As ``reference.routed_experts``, if the experts fit (``fits``) and the shared one ``joins`` them.
+
+    Made for up to ``MOST_TOKENS`` tokens; more are right, but slow.
+    """
+    tokens, choices = shares.shape
+    template: dict[str, int | mx.Dtype] = {
+        "T": x.dtype,
+        "S": form.dtype,
+        "HIDDEN": form.hidden_size,
+        "INTERMEDIATE": form.intermediate_size,
+        "BITS": form.bits,
+        "GROUP": form.group_size,
+        "CHOICES": choices,
+        "RECORD_BYTES": form.record_bytes,
+    }
+    offsets = {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
+    up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
+    down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
+
+    tensor = on_tensor_cores(form, x.dtype)
+    gate_up, down = kernels(shared is not None, tensor)
+    if tensor:
+        up_rows, up_threads = 8, 32 * _SIMDGROUPS
+        up_template = {"SIMDGROUPS": _SIMDGROUPS, "DEPTH": _DEPTH}
+        down_rows, simdgroups = 16, min(choices, _MOST_SIMDGROUPS)
+        down_template = {"SIMDGROUPS": simdgroups, "DEPTH": _DEPTH}
+    else:
+        up_rows, up_threads = _ROWS, min(256, _whole_simdgroups(form.hidden_size // _CHUNK))
+        up_template = {"ROWS": _ROWS, "THREADS": up_threads}
+        team = min(32, max(_ROWS, _power_of_two(form.intermediate_size // _CHUNK)))
+        down_rows, simdgroups = _ROWS * 32 // team, min(choices, _MOST_SIMDGROUPS)
+        down_template = {"ROWS": _ROWS, "TEAM": team, "SIMDGROUPS": simdgroups}
+    (hidden,) = gate_up(
+        [x, slab, rows, *(_parts(shared.gate, shared.up) if shared else ())],
+        [((tokens * choices, form.intermediate_size), x.dtype if tensor else mx.float32)],
+        (form.intermediate_size // up_rows, tokens * choices, 1),
+        up_threads,
+        template | up_offsets | up_template,
+    )
+    (y,) = down(
+        [hidden, slab, rows, shares, *(_parts(shared.down) if shared else ())],
+        [(x.shape, x.dtype)],
+        (form.hidden_size // down_rows, tokens, 1),
+        32 * simdgroups,
+        template | down_offsets | down_template,
+    )
+    return y
+
+
+def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
+    """Whether the experts go through NVIDIA's tensor cores: 2 or 4 bits, everything else in bf16."""
+    return (
+        dialect() == "cuda"
+        and form.bits in (2, 4)
+        and form.group_size in (64, 128)
+        and dtype == form.dtype == mx.bfloat16
+        and form.hidden_size % 256 == 0
+        and form.intermediate_size % 256 == 0
+    )
+
+
+def _parts(*weights: Weight) -> list[mx.array]:
+    return [part for weight in weights for part in (weight.weight, weight.scales, weight.biases) if part is not None]
+
+
+def _whole_simdgroups(threads: int) -> int:
+    return -(-threads // 32) * 32
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
