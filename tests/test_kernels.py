@@ -1,89 +1,267 @@
-"""What runs equals its plain reference: on the CPU every day, on GPUs with ``-m metal`` or ``-m cuda``."""
+"""Custom kernels equal their references in f64: as Metal text run on the CPU every day, on GPUs with ``-m metal`` or
+``-m cuda``; and what chooses between them chooses right.
+"""
 
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import metal_on_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
+from nvrtc import compile_for_cuda
+from systems import needs_linux, needs_nvrtc
 
-from flashmoe_mlx.custom_kernels import PREFERENCES, choose
+from flashmoe_mlx.custom_kernels import attention, choose, gated_delta_net, kernel, quantised_matvec, routed_experts
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
+from flashmoe_mlx.testing import kernel_cases
+from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, relative_error
 
-DEVICES = [
-    pytest.param("cpu", id="cpu"),
+TARGETS = [
+    pytest.param("metal on cpu", id="metal_on_cpu", marks=needs_linux),
     pytest.param("metal", id="metal", marks=pytest.mark.metal),
     pytest.param("cuda", id="cuda", marks=pytest.mark.cuda),
 ]
-TOLERANCE = {mx.float32: 2e-5, mx.bfloat16: 2e-2}
 DTYPES = [pytest.param(mx.float32, id="f32"), pytest.param(mx.bfloat16, id="bf16")]
+SMALL = GEOMETRIES["small"]
+PUBLISHED = [name for name in GEOMETRIES if name != "small"]
+WIDTHS = [(bits, group_size) for bits in (2, 3, 4, 8) for group_size in (32, 64, 128)]
+ODD = kernel_cases.Geometry(128, 384, 5, 1, 96, 20, 1, 3, 64, 16)
+"""Sizes that no model has: rows that fill no simdgroup, rotary pairs that fill no lanes, five heads a key."""
 
 
-@pytest.fixture(params=DEVICES)
-def target(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the kernels run."""
+    if request.param == "metal on cpu":
+        monkeypatch.setattr(kernel, "dialect", lambda: "metal")
+        monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
+        kernel.compiled.cache_clear()
+        with metal_on_cpu.writable("keys", "values"):
+            yield request.param
+        kernel.compiled.cache_clear()
+    else:
+        yield request.param
 
 
-def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
-
-
-def assert_equal(got: mx.array, expected: mx.array, dtype: mx.Dtype) -> None:
-    assert got.shape == expected.shape
-    got, expected = np.array(got.astype(mx.float32)), np.array(expected.astype(mx.float32))
-    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE[dtype] * np.abs(expected).max())
-
-
-@pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 32), (6, 2, 64), (32, 2, 256)])
-@pytest.mark.parametrize(("length", "span"), [(1, 1), (1, 37), (5, 5), (7, 40), (33, 65)])
-def test_attention(heads: int, kv_heads: int, width: int, length: int, span: int, dtype: mx.Dtype) -> None:
-    queries = normal((1, heads, length, width), dtype, 0)
-    keys, values = normal((1, kv_heads, span, width), dtype, 1), normal((1, kv_heads, span, width), dtype, 2)
-    got, expected = (choose(preference).attention(queries, keys, values) for preference in PREFERENCES)
-    assert_equal(got, expected, dtype)
+def check(case: Case) -> None:
+    assert case.error() <= TOLERANCE[case.dtype]
 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
+def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    check(kernel_cases.routed_experts(ODD, dtype, bits=bits, group_size=group_size))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 20), (3, 2), (8, 5)])
+def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dtype: mx.Dtype) -> None:
+    check(kernel_cases.routed_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, shared=shared, seed=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16])
+@pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
+def test_gated_delta_net(geometry: kernel_cases.Geometry, tokens: int, dtype: mx.Dtype) -> None:
+    check(kernel_cases.gated_delta_net(geometry, dtype, tokens=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("context", "tokens"), [(1, 1), (2, 1), (63, 1), (600, 1), (9, 9), (300, 5)])
+@pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
+def test_attention(geometry: kernel_cases.Geometry, context: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(kernel_cases.attention(geometry, dtype, context=context, tokens=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
+def test_quantised_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(kernel_cases.quantised_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize(
-    ("key_heads", "heads", "key_width", "width"), [(2, 4, 32, 32), (3, 3, 64, 32), (16, 64, 128, 128)]
+    "make",
+    [
+        partial(kernel_cases.routed_experts, k=4),
+        partial(kernel_cases.routed_experts, k=2, bits=2, shared=False),
+        kernel_cases.gated_delta_net,
+        partial(kernel_cases.attention, context=700),
+    ],
+    ids=["routed_experts", "routed_experts-2bit", "gated_delta_net", "attention"],
 )
-@pytest.mark.parametrize("length", [1, 2, 9])
-@pytest.mark.parametrize("continued", [False, True])
-def test_gated_delta(
-    key_heads: int, heads: int, key_width: int, width: int, length: int, continued: bool, dtype: mx.Dtype
-) -> None:
-    def unit(array: mx.array) -> mx.array:
-        return (array / mx.linalg.norm(array.astype(mx.float32), axis=-1, keepdims=True)).astype(dtype)
-
-    queries, keys = (unit(normal((1, length, key_heads, key_width), dtype, seed)) for seed in (0, 1))
-    values = normal((1, length, heads, width), dtype, 2)
-    decay, beta = (mx.sigmoid(normal((1, length, heads), mx.float32, seed)) for seed in (3, 4))
-    state = normal((1, heads, width, key_width), mx.float32, 5) if continued else None
-    got, expected = (
-        choose(preference).gated_delta(queries, keys, values, decay, beta, state) for preference in PREFERENCES
-    )
-    assert_equal(got[0], expected[0], dtype)
-    assert got[1].dtype == expected[1].dtype == mx.float32
-    assert_equal(got[1], expected[1], dtype)
+def test_shapes_of_published_models(make: Callable[..., Case], name: str, dtype: mx.Dtype) -> None:
+    check(make(GEOMETRIES[name], dtype))
 
 
 @pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
-@pytest.mark.parametrize("group_size", [32, 64])
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_expert_mlp(bits: int | None, group_size: int, tokens: int) -> None:
-    def weight(rows: int, columns: int, seed: int) -> Weight:
-        dense = normal((rows, columns), mx.float32, seed) * columns**-0.5
-        if bits is None:
-            return Weight(dense)
-        return Weight(*mx.quantize(dense, group_size=group_size, bits=bits), bits, group_size)
+def test_a_far_position_is_rotated_exactly() -> None:
+    """One float for the angle would be off by a thousandth here."""
+    geometry = kernel_cases.Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16)
+    check(kernel_cases.attention(geometry, mx.float32, context=100_000, tokens=2))
 
-    expert = ExpertWeights(weight(192, 128, 0), weight(192, 128, 1), weight(128, 192, 2))
-    x = normal((tokens, 128), mx.float32, 3)
-    got, expected = (choose(preference).expert_mlp(x, expert) for preference in PREFERENCES)
-    assert_equal(got, expected, mx.float32)
+
+def test_the_checks_notice_an_unwritten_element() -> None:
+    whole = mx.ones((4,))
+    assert relative_error(whole, whole.astype(mx.float64)) == 0
+    assert relative_error(mx.array([1.0, 1.0, 1.0, float("nan")]), whole.astype(mx.float64)) == float("inf")
+    assert relative_error(mx.ones((3,)), whole.astype(mx.float64)) == float("inf")
+
+
+@pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantised_matvec"])
+def test_mlx_operations_equal_the_references(operation: str) -> None:
+    make = {
+        "routed_experts": partial(kernel_cases.routed_experts, SMALL, group_size=32),
+        "gated_delta_net": partial(kernel_cases.gated_delta_net, SMALL, tokens=3),
+        "attention": partial(kernel_cases.attention, SMALL, context=70, tokens=9),
+        "quantised_matvec": partial(kernel_cases.quantised_matvec, 64, 128),
+    }[operation]
+    case = make(mx.float32)
+    for found, expected in zip(case.standard(), case.reference(), strict=True):
+        assert relative_error(found, expected) <= TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("bits", [None, 2, 3, 4, 8])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_expert_mlp_by_mlx_equals_the_reference(bits: int | None, tokens: int) -> None:
+    random = np.random.default_rng(0)
+
+    def weight(rows: int, columns: int) -> Weight:
+        dense = mx.array(random.standard_normal((rows, columns)) * columns**-0.5, mx.float32)
+        return Weight(dense) if bits is None else Weight(*mx.quantize(dense, group_size=64, bits=bits), bits, 64)
+
+    expert = ExpertWeights(weight(192, 128), weight(192, 128), weight(128, 192))
+    x = mx.array(random.standard_normal((tokens, 128)), mx.float32)
+    got, expected = (choose(preference).expert_mlp(x, expert) for preference in ("mlx", "reference"))
+    assert relative_error(got, expected.astype(mx.float64, stream=mx.cpu)) <= TOLERANCE[mx.float32]
+
+
+BF16, F32, U8, U32, I32 = mx.bfloat16, mx.float32, mx.uint8, mx.uint32, mx.int32
+OFFSETS = {
+    f"{projection}_{part}": 64 * i
+    for i, (projection, part) in enumerate(
+        (projection, part) for projection in ("GATE", "UP", "DOWN") for part in ("WEIGHT", "SCALES", "BIASES")
+    )
+}
+EXPERTS = {"HIDDEN": 4096, "INTERMEDIATE": 1024, "GROUP": 64, "CHOICES": 5, "RECORD_BYTES": 2**20, "ROWS": 4} | OFFSETS
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shared", [False, True])
+def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtype) -> None:
+    gate_up, down = routed_experts.kernels(shared)
+    own = [U32, dtype, dtype] * shared
+    template = EXPERTS | {"T": dtype, "S": dtype, "BITS": bits}
+    assert compile_for_cuda(gate_up, [dtype, U8, I32, *own, *own], [F32], template | {"THREADS": 128})
+    assert compile_for_cuda(down, [F32, U8, I32, F32, *own], [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("shared", [False, True])
+def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_size: int, bits: int) -> None:
+    gate_up, down = routed_experts.kernels(shared, tensor=True)
+    own = [U32, BF16, BF16] * shared
+    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size}
+    assert compile_for_cuda(gate_up, [BF16, U8, I32, *own, *own], [BF16], template | {"SIMDGROUPS": 4, "DEPTH": 4})
+    parts = {"SIMDGROUPS": 5, "DEPTH": 4}
+    assert compile_for_cuda(down, [BF16, U8, I32, F32, *own], [BF16], template | parts)
+    template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
+    template |= {"SIMDGROUPS": 4, "DEPTH": 4}
+    assert compile_for_cuda(quantised_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
+    heads = {"KEY_HEADS": 16, "VALUE_HEADS": 64, "KEY_DIM": 128, "VALUE_DIM": 128}
+    template = {"T": dtype, "TAPS": 4, "ROWS": 8, "COLUMNS": 4, "THREADS": 512} | heads
+    types = [dtype] * 5 + [F32, F32, dtype, dtype, F32, F32, I32]
+    assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
+    template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
+    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, F32, I32], [dtype], template | {"ROTARY": 64})
+    parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
+    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [I32], [F32, F32], template | parts)
+    assert compile_for_cuda(attention.MERGE, [F32, F32, dtype, I32], [dtype], template)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_quantised_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
+    template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
+    template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}
+    assert compile_for_cuda(quantised_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
+
+
+def doubling(custom: Callable[[mx.array], mx.array], reports: list[str]) -> CheckedKernel[[mx.array], mx.array]:
+    return CheckedKernel(
+        name="doubling",
+        custom=custom,
+        standard=lambda x: x + x,
+        reference=lambda x: 2 * x,
+        takes=lambda x: x.ndim == 1,
+        kind=lambda x: x.dtype,
+        report=reports.append,
+    )
+
+
+def test_a_kernel_that_agrees_is_used_and_checked_once() -> None:
+    reports: list[str] = []
+    calls: list[int] = []
+    checked = doubling(lambda x: (calls.append(1), x * 2)[1], reports)
+    for _ in range(3):
+        assert checked(mx.array([1.0, 2.0])).tolist() == [2, 4]
+    assert len(calls) == 4
+    assert reports == ["custom kernel doubling"]
+    assert checked(mx.array([[1.0]])).tolist() == [[2]]
+    assert len(calls) == 4, "what it does not take goes to MLX"
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x * 2.1, lambda x: x * float("nan")], ids=["differs", "not a number"])
+def test_a_kernel_that_disagrees_is_replaced_with_a_warning(
+    wrong: Callable[[mx.array], mx.array], caplog: pytest.LogCaptureFixture
+) -> None:
+    reports: list[str] = []
+    checked = doubling(wrong, reports)
+    with caplog.at_level(logging.WARNING):
+        assert checked(mx.array([1.0, 2.0])).tolist() == [2, 4]
+        assert checked(mx.array([3.0])).tolist() == [6]
+    assert len(caplog.records) == 1
+    assert "custom kernel doubling differs from its reference" in caplog.text
+    assert reports[0].startswith("MLX: the custom kernel doubling differs")
+
+
+def test_a_kernel_that_cannot_run_is_replaced_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def broken(x: mx.array) -> mx.array:
+        raise RuntimeError("no such compiler\nlong log")
+
+    reports: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        assert doubling(broken, reports)(mx.array([1.0])).tolist() == [2]
+    assert "cannot run: no such compiler;" in caplog.text
 
 
 def test_unknown_preference() -> None:
-    with pytest.raises(ValueError, match="choose from auto, reference"):
+    with pytest.raises(ValueError, match="choose from auto, mlx, reference"):
         choose("fastest")
+
+
+def test_names_of_what_runs_on_a_cpu() -> None:
+    assert choose("auto").names == choose("mlx").names
+    assert set(choose("reference").names.values()) == {"reference"}

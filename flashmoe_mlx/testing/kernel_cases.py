@@ -1,0 +1,322 @@
+"""Every custom kernel with inputs to run it on: at the shapes of real models, and at any other.
+
+A case runs the kernel, what MLX offers in its place, and the reference in f64 on the same values.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights
+from flashmoe_mlx.custom_kernels import attention as attention_kernels
+from flashmoe_mlx.custom_kernels import gated_delta_net as delta_kernels
+from flashmoe_mlx.custom_kernels import quantised_matvec as matvec_kernels
+from flashmoe_mlx.custom_kernels import routed_experts as expert_kernels
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.model.experts import expert_format
+from flashmoe_mlx.pack.record import RecordLayout
+
+Results = tuple[mx.array, ...]
+
+TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2}
+"""Largest accepted ||kernel - reference|| / ||reference||, the reference in f64."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of a model that kernels see."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+
+
+GEOMETRIES = {
+    "397B": Geometry(4096, 1024, 32, 2, 256, 64, 16, 64, 128, 128),
+    "122B": Geometry(3072, 1024, 32, 2, 256, 64, 16, 64, 128, 128),
+    "35B": Geometry(2048, 512, 16, 2, 256, 64, 16, 32, 128, 128),
+    "small": Geometry(192, 96, 6, 2, 32, 8, 2, 6, 32, 48),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one set of inputs; every member makes its results anew.
+
+    ``custom`` may write in place into arrays that no other member reads. ``nbytes`` is what it must read and write at
+    least.
+    """
+
+    operation: str
+    title: str
+    dtype: mx.Dtype
+    nbytes: int
+    custom: Callable[[], Results]
+    standard: Callable[[], Results]
+    reference: Callable[[], Results]
+
+    def error(self) -> float:
+        """The largest ||custom - reference|| / ||reference|| among the results; infinite if any value is NaN."""
+        found = self.custom()
+        mx.eval(found)
+        with mx.stream(mx.cpu):
+            expected = self.reference()
+            mx.eval(expected)
+        return max(relative_error(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """||found - expected|| / ||expected||; infinite if shapes differ or any value is NaN or infinite."""
+    if found.shape != expected.shape:
+        return float("inf")
+    ours, theirs = np.array(found.astype(mx.float32)).astype(np.float64), np.array(expected)
+    if not np.isfinite(ours).all():
+        return float("inf")
+    difference, size = (float(np.linalg.norm(values)) for values in (ours - theirs, theirs))
+    return difference / max(size, 1e-300)
+
+
+class _Inputs:
+    """Random arrays, reproducible; of a type and, with the same values, in f64."""
+
+    def __init__(self, dtype: mx.Dtype, seed: int) -> None:
+        self.dtype = dtype
+        self._random = np.random.default_rng(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None) -> mx.array:
+        values = mean + scale * self._random.standard_normal(shape, np.float32)
+        array = mx.array(values.astype(np.float32)).astype(dtype or self.dtype)
+        mx.eval(array)
+        return array
+
+    def words(self, *shape: int) -> mx.array:
+        return mx.array(self._random.integers(0, 2**32, shape, np.uint32))
+
+    def quantised(self, rows: int, columns: int, bits: int, group_size: int) -> Weight:
+        groups = (rows, columns // group_size)
+        return Weight(
+            self.words(rows, columns * bits // 32),
+            self.normal(*groups, scale=columns**-0.5 / 2**bits),
+            self.normal(*groups, scale=columns**-0.5),
+            bits,
+            group_size,
+        )
+
+
+def routed_experts(
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    tokens: int = 1,
+    k: int = 4,
+    shared: bool = True,
+    seed: int = 0,
+) -> Case:
+    """K experts of each token out of a slab, one choice left out, with the shared expert or without."""
+    inputs = _Inputs(dtype, seed)
+    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
+    layout = RecordLayout(geometry.hidden, geometry.intermediate, bits, group_size, scale_type)
+    form = expert_format(layout)
+    assert form is not None
+    rows = np.random.default_rng(seed).integers(0, k + 2, (tokens, k), np.int32)
+    if tokens * k > 4:
+        rows[-1, 0] = -1
+    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(k + 2)])
+    x = inputs.normal(tokens, geometry.hidden)
+    shares = mx.softmax(inputs.normal(tokens, k + shared, dtype=mx.float32), axis=-1)
+    own = None
+    if shared:
+        shapes = ((geometry.intermediate, geometry.hidden),) * 2 + ((geometry.hidden, geometry.intermediate),)
+        own = ExpertWeights(*(inputs.quantised(*shape, bits, group_size) for shape in shapes))
+    mx.eval(slab, shares)
+    indices = mx.array(rows)
+    read = len(np.unique(rows[rows >= 0])) * layout.payload_bytes
+    read += sum(part.nbytes for m in (own.gate, own.up, own.down) for part in (m.weight, m.scales, m.biases)
+                if part is not None) if own else 0  # fmt: skip
+
+    def run(implementation: Callable[..., mx.array], x: mx.array) -> Results:
+        return (implementation(x, slab, indices, shares.astype(max_type(x)), form, own),)
+
+    return Case(
+        "routed_experts",
+        f"{bits} bit g{group_size} K={k}{'+1' if shared else ''} T={tokens}",
+        dtype,
+        read,
+        lambda: run(expert_kernels.routed_experts, x),
+        lambda: run(expert_kernels.by_expert, x),
+        lambda: run(expert_kernels.reference.routed_experts, x.astype(mx.float64)),
+    )
+
+
+def max_type(x: mx.array) -> mx.Dtype:
+    """The type of sums beside ``x``: f32, or f64 with f64."""
+    return mx.float64 if x.dtype == mx.float64 else mx.float32
+
+
+def _record(inputs: _Inputs, layout: RecordLayout) -> mx.array:
+    parts = []
+    for projection in ("gate", "up", "down"):
+        rows, columns = layout.projection_shape(projection)
+        assert layout.bits is not None
+        assert layout.group_size is not None
+        weight = inputs.quantised(rows, columns, layout.bits, layout.group_size)
+        parts += [weight.weight, weight.scales, weight.biases]
+    raw = [part.reshape(-1).view(mx.uint8) for part in parts if part is not None]
+    return mx.concatenate([*raw, mx.zeros(layout.record_bytes - layout.payload_bytes, mx.uint8)])
+
+
+@dataclass(frozen=True)
+class DeltaInputs:
+    """What ``custom_kernels.gated_delta_net`` takes; ``arrays`` are qkv, z, b and a."""
+
+    arrays: tuple[mx.array, mx.array, mx.array, mx.array]
+    weights: DeltaWeights
+    past: mx.array
+    state: mx.array
+
+
+def delta_inputs(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0) -> DeltaInputs:
+    """Tokens after others."""
+    inputs = _Inputs(dtype, seed)
+    heads, value_width = geometry.value_heads, geometry.value_heads * geometry.value_dim
+    channels = 2 * geometry.key_heads * geometry.key_dim + value_width
+    weights = DeltaWeights(
+        geometry.key_heads,
+        heads,
+        geometry.key_dim,
+        geometry.value_dim,
+        inputs.normal(channels, 4, 1, scale=0.5),
+        inputs.normal(heads, dtype=mx.float32),
+        inputs.normal(heads, dtype=mx.float32),
+        inputs.normal(geometry.value_dim, scale=0.2, mean=1.0),
+        1e-6,
+    )
+    return DeltaInputs(
+        (
+            inputs.normal(tokens, channels),
+            inputs.normal(tokens, value_width),
+            inputs.normal(tokens, heads),
+            inputs.normal(tokens, heads),
+        ),
+        weights,
+        inputs.normal(3, channels),
+        inputs.normal(1, heads, geometry.value_dim, geometry.key_dim, scale=0.3, dtype=mx.float32),
+    )
+
+
+def gated_delta_net(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0) -> Case:
+    """A few tokens through the recurrence, after others."""
+    made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
+    arrays, weights, past, state = made.arrays, made.weights, made.past, made.state
+
+    def exact() -> Results:
+        wide = replace(
+            weights,
+            **{name: getattr(weights, name).astype(mx.float64) for name in ("convolution", "a_log", "dt_bias", "norm")},
+        )
+        qkv, z, b, a, old, memory = (array.astype(mx.float64) for array in (*arrays, past, state))
+        return delta_kernels.reference.gated_delta_net(qkv, z, b, a, wide, old, memory)
+
+    return Case(
+        "gated_delta_net",
+        f"T={tokens}",
+        dtype,
+        2 * (state.nbytes + past.nbytes) + sum(array.nbytes for array in arrays) + weights.convolution.nbytes,
+        lambda: delta_kernels.step(*arrays, weights, past, state),
+        lambda: delta_kernels.gated_delta_net(*arrays, weights, past, state),
+        exact,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What ``custom_kernels.attention`` takes; ``arrays`` are q_and_gate, k and v."""
+
+    arrays: tuple[mx.array, mx.array, mx.array]
+    weights: AttentionWeights
+    keys: mx.array
+    values: mx.array
+
+
+def attention_inputs(
+    geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0
+) -> AttentionInputs:
+    """Tokens and a filled cache with room for ``context``."""
+    inputs = _Inputs(dtype, seed)
+    weights = AttentionWeights(
+        geometry.heads,
+        geometry.kv_heads,
+        geometry.head_dim,
+        geometry.rotary_dim,
+        1e7,
+        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
+        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
+        1e-6,
+    )
+    width, kv_width = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
+    return AttentionInputs(
+        (inputs.normal(tokens, 2 * width), inputs.normal(tokens, kv_width), inputs.normal(tokens, kv_width)),
+        weights,
+        inputs.normal(*room),
+        inputs.normal(*room),
+    )
+
+
+def attention(geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0) -> Case:
+    """Tokens at the end of a filled cache of ``context`` tokens, themselves included."""
+    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed)
+    arrays, weights, caches = made.arrays, made.weights, (made.keys, made.values)
+    own = [cache * 1 for cache in caches]
+    mx.eval(own)
+    start = context - tokens
+
+    def shown(y: mx.array, keys: mx.array, values: mx.array) -> Results:
+        return y, keys[:, :, :context], values[:, :, :context]
+
+    def exact() -> Results:
+        wide = replace(weights, q_norm=weights.q_norm.astype(mx.float64), k_norm=weights.k_norm.astype(mx.float64))
+        q_and_gate, k, v, keys, values = (array.astype(mx.float64) for array in (*arrays, *caches))
+        return shown(*attention_kernels.reference.gated_attention(q_and_gate, k, v, wide, keys, values, start))
+
+    return Case(
+        "attention",
+        f"context {context} T={tokens}",
+        dtype,
+        2 * context * geometry.kv_heads * geometry.head_dim * dtype.size,
+        lambda: shown(*attention_kernels.fused_gated_attention(*arrays, weights, own[0], own[1], start)),
+        lambda: shown(*attention_kernels.gated_attention(*arrays, weights, caches[0] * 1, caches[1] * 1, start)),
+        exact,
+    )
+
+
+def quantised_matvec(
+    rows: int, columns: int, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, tokens: int = 1, seed: int = 0
+) -> Case:
+    """A resident matrix times a few vectors."""
+    inputs = _Inputs(dtype, seed)
+    weight = inputs.quantised(rows, columns, bits, group_size)
+    assert weight.scales is not None
+    assert weight.biases is not None
+    parts = (weight.weight, weight.scales, weight.biases)
+    x = inputs.normal(tokens, columns)
+    return Case(
+        "quantised_matvec",
+        f"{rows}x{columns} {bits} bit g{group_size} T={tokens}",
+        dtype,
+        sum(part.nbytes for part in parts),
+        lambda: (matvec_kernels.quantised_matvec(x, *parts, bits, group_size),),
+        lambda: (matvec_kernels.by_mlx(x, *parts, bits, group_size),),
+        lambda: (matvec_kernels.reference.quantised_matvec(x.astype(mx.float64), *parts, bits, group_size),),
+    )

@@ -1,0 +1,98 @@
+"""Compile kernels for CUDA where there is no GPU, by NVIDIA's run-time compiler from its wheel.
+
+Around a body stands what MLX writes there (its ``mlx/backend/cuda/custom_kernel.cpp``): arguments in the order of
+inputs and outputs, template arguments as constants inside the function.
+"""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.kernel import Kernel
+
+_C_TYPES = {
+    mx.float32: "float",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.float16: "__half",
+    mx.int32: "int32_t",
+    mx.uint32: "uint32_t",
+    mx.uint8: "uint8_t",
+}
+_PROLOGUE = """
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef signed int int32_t;
+typedef unsigned int uint32_t;
+typedef unsigned char uint8_t;
+"""
+
+
+def compile_for_cuda(
+    kernel: Kernel,
+    inputs: Sequence[mx.Dtype],
+    outputs: Sequence[mx.Dtype],
+    template: Mapping[str, int | mx.Dtype],
+    architecture: str = "sm_90a",
+) -> bytes:
+    """The machine code; AssertionError with the compiler's words if there is none."""
+    header, body = kernel.source("cuda")
+    pairs = [f"const {_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.inputs, inputs, strict=True)] + [
+        f"{_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, outputs, strict=True)
+    ]
+    constants = [
+        f"constexpr int {name} = {value};" if isinstance(value, int) else f"using {name} = {_C_TYPES[value]};"
+        for name, value in template.items()
+    ]
+    text = "\n".join(
+        [
+            _PROLOGUE,
+            header,
+            "namespace mlx::core::cu {",
+            f'extern "C" __global__ void {kernel.name}({", ".join(pairs)}) {{',
+            *constants,
+            body,
+            "}}",
+        ]
+    )
+    return _compile(text, kernel.name, architecture)
+
+
+def _compile(text: str, name: str, architecture: str) -> bytes:
+    library, include = _found()
+    program = ctypes.c_void_p()
+    _check(library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{name}.cu".encode(), 0, None, None))
+    options = [
+        b"--device-as-default-execution-space",
+        f"--gpu-architecture={architecture}".encode(),
+        f"--include-path={include}".encode(),
+        b"--std=c++17",
+    ]
+    status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+    size = ctypes.c_size_t()
+    _check(library.nvrtcGetProgramLogSize(program, ctypes.byref(size)))
+    log = ctypes.create_string_buffer(size.value)
+    _check(library.nvrtcGetProgramLog(program, log))
+    assert status == 0, log.value.decode()
+    _check(library.nvrtcGetCUBINSize(program, ctypes.byref(size)))
+    code = ctypes.create_string_buffer(size.value)
+    _check(library.nvrtcGetCUBIN(program, code))
+    _check(library.nvrtcDestroyProgram(ctypes.byref(program)))
+    return code.raw
+
+
+def _found() -> tuple[ctypes.CDLL, Path]:
+    package = find_spec("nvidia")
+    assert package is not None, "pip install nvidia-cuda-nvrtc nvidia-cuda-runtime"
+    roots = [Path(location) for location in package.submodule_search_locations or ()]
+    libraries = [path for root in roots for path in root.glob("*/lib/libnvrtc.so.*")]
+    headers = [path.parent for root in roots for path in root.glob("*/include/cuda_bf16.h")]
+    assert libraries, "pip install nvidia-cuda-nvrtc"
+    assert headers, "pip install nvidia-cuda-runtime"
+    return ctypes.CDLL(str(libraries[0])), headers[0]
+
+
+def _check(status: int) -> None:
+    assert status == 0, f"NVRTC error {status}"
