@@ -86,7 +86,12 @@ class BenchIoConfig(Config):
     fio: bool = False
 
 
-TASK_CONFIGS: Mapping[str, type[Config]] = {"bench_io": BenchIoConfig, "generate": Config, "pack": PackConfig}
+TASK_CONFIGS: Mapping[str, type[Config]] = {
+    "bench_io": BenchIoConfig,
+    "doctor": Config,
+    "generate": Config,
+    "pack": PackConfig,
+}
 TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "trace", "model.path", "model.cache_dir")
 """Keys whose value is taken as it stands, whatever characters it has."""
 

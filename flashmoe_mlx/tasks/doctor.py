@@ -1,0 +1,146 @@
+"""``task=doctor``: every kernel against its reference on this machine, timed; a table to paste into an issue."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+
+from flashmoe_mlx.config import Config
+from flashmoe_mlx.custom_kernels import dialect
+from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.tasks.console import console
+from flashmoe_mlx.testing import kernel_cases
+from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Results
+
+DOCTOR_VERSION = 1
+_CALLS = 20
+_REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one kernel did: its error, the accepted one, and microseconds a call (None if it could not run)."""
+
+    kernel: str
+    case: str
+    geometry: str
+    dtype: str
+    error: float | None
+    accepted: float
+    microseconds: float | None
+    mlx_microseconds: float | None
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the kernel may be used here."""
+        return self.error is not None and self.error <= self.accepted
+
+
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
+    """Check, show the table, and leave ``doctor.json`` in ``run_dir``.
+
+    Raises:
+        FlashMoeError: a kernel cannot run or differs from its reference.
+    """
+    custom = dialect()
+    findings: list[Finding] = []
+    with console.status("") as status:
+        for geometry, make in _cases(custom is not None):
+            for dtype in (mx.float32, mx.bfloat16) if custom else (mx.float32,):
+                case = make(dtype)
+                status.update(f"{case.operation} {case.title}, {geometry} shape")
+                findings.append(_examined(case, geometry, custom is not None))
+    write_json(run_dir / "doctor.json", _record(custom, findings))
+    for line in _report(custom, findings):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    failed = [f"{one.kernel} ({one.case}, {one.geometry}, {one.dtype})" for one in findings if not one.passed]
+    if failed:
+        raise FlashMoeError(
+            f"{len(failed)} of {len(findings)} checks failed: {'; '.join(failed)}. Runs use MLX's own operations in "
+            "place of these; please report the table above"
+        )
+
+
+def _cases(custom: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
+    for name in ("397B", "35B") if custom else ("35B",):
+        geometry = GEOMETRIES[name]
+        experts = partial(kernel_cases.routed_experts, geometry)
+        for make in (
+            partial(experts, k=4),
+            partial(experts, k=8, tokens=2),
+            *(partial(experts, k=4, bits=bits) for bits in (2, 3, 8)),
+            partial(kernel_cases.gated_delta_net, geometry),
+            partial(kernel_cases.gated_delta_net, geometry, tokens=5),
+            partial(kernel_cases.attention, geometry, context=1000),
+            partial(kernel_cases.attention, geometry, context=100, tokens=7),
+            partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden),
+            partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
+        ):
+            yield name, make
+
+
+def _examined(case: Case, geometry: str, custom: bool) -> Finding:
+    examined = case if custom else _standard(case)
+    about = (case.operation, case.title, geometry, str(case.dtype).rpartition(".")[2])
+    try:
+        error = examined.error()
+    except (RuntimeError, ValueError) as failure:
+        return Finding(*about, None, TOLERANCE[case.dtype], None, None, str(failure).splitlines()[0])
+    ours = _microseconds(case.custom) if custom else None
+    return Finding(*about, error, TOLERANCE[case.dtype], ours, _microseconds(case.standard))
+
+
+def _standard(case: Case) -> Case:
+    return Case(case.operation, case.title, case.dtype, case.nbytes, case.standard, case.standard, case.reference)
+
+
+def _microseconds(function: Callable[[], Results]) -> float:
+    """Wall time of a call among others, launches included; median."""
+    mx.eval(function())
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        mx.eval([function() for _ in range(_CALLS)])
+        times.append((time.perf_counter() - start) / _CALLS * 1e6)
+    return median(times)
+
+
+def _record(custom: str | None, findings: list[Finding]) -> dict[str, Any]:
+    return {
+        "version": DOCTOR_VERSION,
+        "environment": environment(),
+        "device": {str(key): str(value) for key, value in mx.device_info(mx.default_device()).items()},
+        "dialect": custom,
+        "findings": [asdict(one) | {"passed": one.passed} for one in findings],
+    }
+
+
+def _report(custom: str | None, findings: list[Finding]) -> Iterator[str]:
+    """Markdown."""
+    described = ", ".join(f"{key} {value}" for key, value in environment().items() if isinstance(value, str))
+    yield f"{described}, {mx.device_info(mx.default_device()).get('device_name', mx.default_device())}"
+    if custom is None:
+        yield "No GPU that MLX can use: MLX's own operations run, and are checked; custom kernels need Metal or CUDA."
+    else:
+        yield f"Custom kernels as {custom}. Times: microseconds a call, launch included, weights in the GPU's cache."
+    yield ""
+    yield "| kernel | case | shape | type | error | ours | MLX | |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for one in findings:
+        error = "-" if one.error is None else f"{one.error:.1e}"
+        verdict = "ok" if one.passed else one.reason or f"FAILED: over {one.accepted:.0e}"
+        yield (
+            f"| {one.kernel} | {one.case} | {one.geometry} | {one.dtype} | {error} "
+            f"| {_shown(one.microseconds)} | {_shown(one.mlx_microseconds)} | {verdict} |"
+        )
+
+
+def _shown(microseconds: float | None) -> str:
+    return "-" if microseconds is None else f"{microseconds:.0f}"

@@ -1,0 +1,98 @@
+"""A decode step of one layer of each kind, custom kernels on against off, in one run; prints a table in Markdown.
+
+    python tools/measure_layers.py            # 397B geometry, K=4 and K=10, experts resident
+    python tools/measure_layers.py --small    # a check of this script on any machine
+
+Both models share the pack and its experts; steps are taken in turn. A time is wall time of one layer from its input to
+its evaluated output: router, store and launches included.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import mlx.core as mx
+
+import flashmoe_mlx
+from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+
+_BIG = {
+    "hidden_size": 4096,
+    "expert_size": 1024,
+    "shared_expert_size": 1024,
+    "num_heads": 32,
+    "num_kv_heads": 2,
+    "head_dim": 256,
+    "linear_key_heads": 16,
+    "linear_value_heads": 64,
+    "linear_key_dim": 128,
+    "linear_value_dim": 128,
+}
+_SMALL = {
+    "hidden_size": 128,
+    "expert_size": 128,
+    "shared_expert_size": 128,
+    "num_heads": 4,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "linear_key_heads": 1,
+    "linear_value_heads": 4,
+    "linear_key_dim": 32,
+    "linear_value_dim": 32,
+}
+_CONTEXT = 512
+_STEPS = 60
+
+
+def main() -> None:
+    """Make a model, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    arguments = parser.parse_args()
+    sizes = SyntheticSizes(
+        num_layers=4,
+        num_experts=16,
+        experts_per_token=4,
+        max_context=2048,
+        bits=4,
+        seed=0,
+        **(_SMALL if arguments.small else _BIG),
+    )
+    print("| layer | K | custom kernels, ms | MLX's, ms | ratio |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        pack = synthetic_pack("layers", sizes, Path(folder)).folder
+        for k in (4, 10):
+            _measure(pack, k)
+
+
+def _measure(pack: Path, k: int) -> None:
+    engines = {
+        kernels: flashmoe_mlx.load(pack, "resident", experts_k=k, kernels=kernels) for kernels in ("auto", "mlx")
+    }
+    caches = {kernels: engine.new_cache() for kernels, engine in engines.items()}
+    for kernels, engine in engines.items():
+        engine.forward([7] * _CONTEXT, caches[kernels])
+        engine.forward([8], caches[kernels])
+    x = mx.random.normal((1, engines["auto"].model.norm.size)).astype(engines["auto"].model.norm.dtype)
+    mx.eval(x)
+    for number, title in ((0, "GatedDeltaNet"), (3, "full attention")):
+        times: dict[str, list[float]] = {kernels: [] for kernels in engines}
+        for step in range(_STEPS):
+            order = list(engines) if step % 2 else list(engines)[::-1]
+            for kernels in order:
+                layer, cache = engines[kernels].model.layers[number], caches[kernels].layers[number]
+                start = time.perf_counter()
+                mx.eval(layer(x, cache, PhaseClock()))
+                times[kernels].append(1e3 * (time.perf_counter() - start))
+        ours, mlx = (statistics.median(times[kernels][10:]) for kernels in ("auto", "mlx"))
+        print(f"| {title} | {k} | {ours:.2f} | {mlx:.2f} | {mlx / ours:.2f} |", flush=True)
+    print(f"\n{engines['auto'].setup['kernels']}\n", flush=True)
+    for engine in engines.values():
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
