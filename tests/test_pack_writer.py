@@ -34,6 +34,7 @@ from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, Layout, write_checkpoi
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
 from flashmoe_mlx.pack import files as pack_files
 from flashmoe_mlx.pack import resident
@@ -473,6 +474,17 @@ def test_a_variant_is_added_to_a_pack(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="bits="):
         add_variants(extended, [5, 9])
     assert tree(open_pack(pack.folder).folder) == tree(expected.folder)
+
+
+def test_a_variant_is_no_copy_of_one_made_otherwise(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", SMALL, 0, "fused")
+    pack = pack_checkpoint(source, tmp_path / "pack", bits=[4], quantiser="least_squares")
+    with pytest.raises(InputError, match=r"bits=4: .* from the checkpoint") as caught:
+        add_variants(pack, [4])
+    assert_one_line(caught.value)
+    both = pack_checkpoint(source, pack.folder, bits=[4])
+    assert layer_file(both, "q4", 0) != layer_file(both, "q4-least_squares", 0)
+    assert open_model(both.folder).variant(None) == both.experts["q4"]
 
 
 def test_a_variant_is_added_from_the_checkpoint(tmp_path: Path) -> None:

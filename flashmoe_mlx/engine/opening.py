@@ -27,13 +27,13 @@ class ModelFiles:
     experts: Mapping[str, ExpertSource]
 
     def variant(self, name: str | None) -> ExpertSource:
-        """The experts of a variant, or of the one with the most bits.
+        """The experts of a variant, or of the one with the most bits; of several such, the one with the plainest name.
 
         Raises:
             InputError: there is no such variant.
         """
         if name is None:
-            return max(self.experts.values(), key=lambda source: source.layout.bits or 32)
+            name = min(self.experts, key=lambda one: (-(self.experts[one].layout.bits or 32), one))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""

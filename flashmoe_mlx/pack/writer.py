@@ -99,6 +99,11 @@ def add_variants(
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+            if experts.layout.bits in settings.bits:
+                raise InputError(
+                    f"bits={experts.layout.bits}: the pack's experts with the most bits have as many, and were made "
+                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>"
+                )
             variants = [
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
                 for width in settings.bits
