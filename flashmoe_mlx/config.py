@@ -86,13 +86,34 @@ class BenchIoConfig(Config):
     fio: bool = False
 
 
+@dataclass
+class TraceConfig(Config):
+    """Keys of ``task=trace``."""
+
+    out: str | None = None
+
+
+@dataclass
+class SimulateConfig(Config):
+    """Keys of ``task=simulate``."""
+
+    trace: str | None = None
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "s3fifo", "pinned", "belady"])
+    scopes: list[str] = field(default_factory=lambda: ["layer"])
+    slots: list[int] | None = None
+    hot: str | None = None
+    prefetch_accuracy: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
+
+
 TASK_CONFIGS: Mapping[str, type[Config]] = {
     "bench_io": BenchIoConfig,
     "doctor": Config,
     "generate": Config,
     "pack": PackConfig,
+    "simulate": SimulateConfig,
+    "trace": TraceConfig,
 }
-TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "trace", "model.path", "model.cache_dir")
+TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "trace", "hot", "model.path", "model.cache_dir")
 """Keys whose value is taken as it stands, whatever characters it has."""
 
 

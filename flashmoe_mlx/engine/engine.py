@@ -3,7 +3,7 @@
 import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -22,6 +22,7 @@ from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.build import build_model
 from flashmoe_mlx.model.cache import SequenceCache
 from flashmoe_mlx.model.decoder import Model
+from flashmoe_mlx.model.experts import RoutingObserver
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
@@ -149,6 +150,11 @@ class Engine:
                 "this model has no tokenizer.json: only logits() and forward(), which take token ids, can run it"
             )
         return self._tokenizer
+
+    def observe_routing(self, observer: RoutingObserver | None) -> None:
+        """Tell ``observer`` of every routing decision from now on; None ends that."""
+        layers = [replace(one, experts=replace(one.experts, observer=observer)) for one in self.model.layers]
+        self.model = replace(self.model, layers=layers)
 
     def stats(self) -> dict[str, Any]:
         """Measurements of the latest generation, as in ``metrics.json``, and the store's counters since opening."""

@@ -3,7 +3,7 @@
 Source: transformers ``Qwen3_5MoeSparseMoeBlock``: softmax over all experts, the K largest, renormalised.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,6 +21,9 @@ from flashmoe_mlx.pack.arrays import MLX_DTYPES
 from flashmoe_mlx.pack.quantise import record_views
 from flashmoe_mlx.pack.record import RecordLayout
 
+RoutingObserver = Callable[[int, npt.NDArray[np.uint32]], None]
+"""Told of every layer's choices: the layer, and the experts [T, K] of each token, ascending."""
+
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
@@ -33,12 +36,15 @@ class MixtureOfExperts:
     gate: Linear
     shared: ExpertWeights
     shared_expert_gate: Linear
+    observer: RoutingObserver | None = None
 
     def __call__(self, x: mx.array, clock: PhaseClock) -> mx.array:
         """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy."""
         chosen, weights = self.route(x)
         clock.evaluate("router_wait", chosen, weights)
         indices = np.array(chosen)
+        if self.observer is not None:
+            self.observer(self.layer, indices)
         shared_share = mx.sigmoid(self.shared_expert_gate(x))
         form = expert_format(self.store.layout)
         if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):

@@ -6,7 +6,7 @@ The file, all numbers little-endian::
     4 bytes     version of the format, 1
     4 bytes     length of the header
     header      JSON: {"tokens": ..., "layers": ..., "experts_per_token": ..., "num_experts": ...,
-                "prompt_tokens": ..., "model": "...", "prompt_xxh3": "..."}
+                "prompt_tokens": ..., "model": "...", "prompt_xxh3": "..."}, and "record_bytes" where it is known
     choices     2 bytes each, by token, then layer, in the router's order
     8 bytes     XXH3 (64 bits) of all the bytes before
 
@@ -48,7 +48,8 @@ class RoutingTrace:
 
     ``experts`` is uint16 [tokens, layers, K], distinct along K and in the router's order. The first ``prompt_tokens``
     tokens were prefill. ``prompt_xxh3`` is the 64-bit XXH3 of the prompt's token ids as little-endian uint32, in 16
-    hexadecimal digits, or empty if there was no prompt.
+    hexadecimal digits, or empty if there was no prompt. ``record_bytes`` is the size of an expert, 0 if
+    it is not known.
 
     Raises:
         InputError: the parts do not make a trace.
@@ -59,6 +60,7 @@ class RoutingTrace:
     prompt_tokens: int
     model: str
     prompt_xxh3: str
+    record_bytes: int = 0
 
     def __post_init__(self) -> None:
         fault = self._fault()
@@ -77,6 +79,8 @@ class RoutingTrace:
             return "the model's name cannot be shown"
         if not re.fullmatch("(?:[0-9a-f]{16})?", self.prompt_xxh3):
             return "the prompt's hash is not 16 hexadecimal digits"
+        if not 0 <= self.record_bytes < 2**32:
+            return f"experts of {self.record_bytes} bytes"
         return self._wrong_choice()
 
     def _wrong_choice(self) -> str | None:
@@ -107,6 +111,8 @@ class RoutingTrace:
             "model": self.model,
             "prompt_xxh3": self.prompt_xxh3,
         }
+        if self.record_bytes:
+            about["record_bytes"] = self.record_bytes
         header = json.dumps(sizes | about).encode()
         data = _PREFIX.pack(_MAGIC, _VERSION, len(header)) + header + self.experts.astype("<u2").tobytes()
         data += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(data))
@@ -213,7 +219,7 @@ def _file(path: Path) -> bytes:
     return data
 
 
-def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str]:
+def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, int]:
     """What the bytes say, sizes and checksum checked; raises ValueError if they contradict each other."""
     if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
         raise ValueError("not a routing trace")
@@ -235,7 +241,9 @@ def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str]:
     if _CHECKSUM.unpack_from(data, end) != (xxhash.xxh3_64_intdigest(memoryview(data)[:end]),):
         raise ValueError("the routing trace is damaged: its checksum differs")
     experts = np.frombuffer(data, "<u2", math.prod(shape), start).reshape(shape).astype(np.uint16)
-    return experts, numbers["num_experts"], numbers["prompt_tokens"], _text(about, "model"), _text(about, "prompt_xxh3")
+    record_bytes = _number(about, "record_bytes") if "record_bytes" in about else 0
+    names = _text(about, "model"), _text(about, "prompt_xxh3")
+    return experts, numbers["num_experts"], numbers["prompt_tokens"], *names, record_bytes
 
 
 def _number(about: dict[str, Any], name: str) -> int:

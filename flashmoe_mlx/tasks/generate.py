@@ -32,7 +32,7 @@ def run(config: Config, run_dir: Path) -> None:
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels, profile=config.profile) as engine:
         log.info("model %s, %s", folder, engine.setup)
-        text, token_ids, stopped = _stream(engine, config)
+        text, token_ids, stopped = stream(engine, config)
         stats = engine.stats()
         record = {
             "model": {"path": str(folder), "config": asdict(engine.model.config)},
@@ -53,7 +53,7 @@ def run(config: Config, run_dir: Path) -> None:
         raise stopped
 
 
-def _stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseException | None]:
+def stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseException | None]:
     """Print pieces as they come; the whole text, its tokens, and what stopped it before its end."""
     text, token_ids = "", list[int]()
     pieces = engine.generate(

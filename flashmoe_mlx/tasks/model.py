@@ -5,6 +5,7 @@ from pathlib import Path
 
 from flashmoe_mlx.config import ModelChoice, folder_of
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 from flashmoe_mlx.pack.synthetic import synthetic_pack
 from flashmoe_mlx.tasks.console import byte_progress
 
@@ -35,6 +36,14 @@ def model_folder(choice: ModelChoice) -> Path:
         raise InputError(
             f"{cache_dir}: cannot keep the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
         ) from error
+
+
+def model_identity(folder: Path) -> str:
+    """What the model is called, with its revision where a pack says it."""
+    if not (folder / MANIFEST).exists():
+        return folder.name
+    source = open_pack(folder).manifest["source"]
+    return "@".join(filter(None, (source["name"], source.get("revision"))))
 
 
 def _cache_dir(choice: ModelChoice) -> Path:

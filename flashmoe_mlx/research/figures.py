@@ -1,0 +1,74 @@
+"""Figures that tasks save and notebooks show. They need matplotlib, which comes with the extra ``research``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research.curves import Curve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "lru": "tab:blue",
+    "lfu": "tab:orange",
+    "s3fifo": "tab:green",
+    "pinned": "tab:purple",
+    "belady": "black",
+}
+NAMES = {"lru": "LRU", "lfu": "LFU", "s3fifo": "S3-FIFO", "pinned": "pinned", "belady": "Belady's optimum"}
+
+
+def new_figure(width: float = 7, height: float = 4.2, columns: int = 1) -> "tuple[Figure, Sequence[Axes]]":
+    """A figure with ``columns`` axes side by side, that shows itself at the end of a notebook's cell.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("figures need matplotlib: pip install 'flashmoe_mlx[research]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+        one.grid(alpha=0.25)
+    return figure, list(axes)
+
+
+def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes: int = 0) -> "Figure":
+    """Hit rate of decode over capacity, a line for each policy; pooled slots dashed.
+
+    ``layer_record_bytes`` is what one slot in every layer takes, 0 if it is not known.
+    """
+    figure, (axes,) = new_figure()
+    for curve in curves:
+        axes.plot(
+            curve.slots,
+            [100 * rate for rate in curve.hit_rates],
+            color=COLOURS.get(curve.policy),
+            linestyle="--" if curve.scope == "global" else "-",
+            marker="o",
+            markersize=3,
+            label=NAMES.get(curve.policy, curve.policy) + (", one pool" if curve.scope == "global" else ""),
+        )
+    axes.set_xscale("log", base=2)
+    ticks = sorted({slots for curve in curves for slots in curve.slots})
+    ticks = [slots for slots in ticks if not any(slots < other < 1.4 * slots for other in ticks)]
+    gib = [f"\n{slots * layer_record_bytes / 2**30:.2g}" if layer_record_bytes else "" for slots in ticks]
+    axes.set_xticks(ticks, [f"{slots}{size}" for slots, size in zip(ticks, gib, strict=True)])
+    axes.set_xticks([], minor=True)
+    axes.set_ylim(0, 101)
+    axes.set_xlabel("slots a layer" + (" / GiB in all" if layer_record_bytes else ""))
+    axes.set_ylabel("hit rate of decode, %")
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.legend(frameon=False, fontsize="small", loc="lower right")
+    return figure
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a PNG."""
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,56 @@
+"""Record which experts a running model chooses."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from flashmoe_mlx.engine.engine import Engine
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research.trace import RoutingTrace
+
+
+class RoutingRecorder:
+    """Collects the choices that an engine tells it of, in memory: two bytes each."""
+
+    def __init__(self) -> None:
+        self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
+
+    def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
+        """The experts [T, K] of ``layer`` for tokens that follow those before."""
+        self._chosen[layer].append(chosen.astype(np.uint16))
+
+    def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
+        """All that was recorded, of a sequence that began with the tokens ``prompt``.
+
+        A pass that was cut short has reached some layers only; its tokens are left out.
+
+        Raises:
+            InputError: nothing was recorded.
+        """
+        layers = [np.concatenate(self._chosen[layer]) for layer in sorted(self._chosen)]
+        tokens = min(map(len, layers), default=0)
+        if not tokens:
+            raise InputError("no routing was recorded: the model has not run")
+        experts = np.stack([layer[:tokens] for layer in layers], axis=1)
+        prompt_tokens = min(len(prompt), tokens)
+        return RoutingTrace(experts, num_experts, prompt_tokens, model, prompt_hash(prompt), record_bytes)
+
+
+@contextmanager
+def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
+    """Record what ``engine`` chooses inside; outside it costs nothing."""
+    recorder = RoutingRecorder()
+    engine.observe_routing(recorder)
+    try:
+        yield recorder
+    finally:
+        engine.observe_routing(None)
+
+
+def prompt_hash(token_ids: Sequence[int]) -> str:
+    """What a trace says of its prompt."""
+    return xxhash.xxh3_64_hexdigest(np.array(token_ids, "<u4").tobytes())

@@ -1,0 +1,155 @@
+"""``task=simulate``: what caches of any size would do with a recorded trace, and what the best possible one would."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flashmoe_mlx.config import Config, SimulateConfig, folder_of
+from flashmoe_mlx.engine.telemetry import write_json
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research.curves import Curve, curves
+from flashmoe_mlx.research.figures import hit_rate_figure, save
+from flashmoe_mlx.research.routing import RoutingSummary, summarise
+from flashmoe_mlx.research.simulator import (
+    CacheDesign,
+    Predictor,
+    Replay,
+    SameAsLast,
+    StatedAccuracy,
+    capacities,
+    replay,
+)
+from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.storage.memory import GIB
+from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.trace import summary_lines
+
+SIMULATION_VERSION = 1
+Prefetches = Sequence[tuple[str, Replay]]
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Replay, show tables, and leave ``simulate.json`` and ``hit_rates.png`` in ``run_dir``."""
+    assert isinstance(config, SimulateConfig)
+    if config.trace is None:
+        raise InputError("task=simulate needs trace=<file>; record one: task=trace")
+    for name in ("policies", "scopes"):
+        if not getattr(config, name):
+            raise InputError(f"{name}=[]: name at least one")
+    trace = RoutingTrace.load(folder_of(config.trace))
+    hot = None if config.hot is None else RoutingTrace.load(folder_of(config.hot))
+    _, layers, k = trace.experts.shape
+    slots = sorted(set(config.slots or capacities(trace.num_experts, k)))
+    if slots[-1] > trace.num_experts:
+        raise InputError(f"slots={slots[-1]}: a layer has {trace.num_experts} experts")
+    with console.status("") as status:
+        found = list(curves(trace, config.policies, slots, config.scopes, hot=hot, announce=status.update))
+        beside = min((number for number in slots if number >= 2 * k), default=slots[-1])
+        prefetches = _prefetches(trace, beside, config.prefetch_accuracy)
+    summary = summarise(trace)
+    write_json(run_dir / "simulate.json", _record(config, trace, summary, found, beside, prefetches))
+    console.print(trace.model, highlight=False, markup=False, soft_wrap=True)
+    for line in summary_lines(summary, trace.prompt_tokens):
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print()
+    print_table(_table(found, trace.record_bytes * layers))
+    console.print()
+    print_table(_prefetch_table(prefetches, beside))
+    _save_figure(found, trace, run_dir)
+    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+
+
+def _prefetches(trace: RoutingTrace, slots: int, accuracies: Sequence[float]) -> Prefetches:
+    design = CacheDesign("lru", slots)
+    predictors: list[tuple[str, Predictor | None]] = [("none", None), ("same as the last token", SameAsLast())]
+    predictors += [(f"right {accuracy:.0%}", StatedAccuracy(accuracy, trace.num_experts)) for accuracy in accuracies]
+    return [(name, replay(trace, design, predictor)) for name, predictor in predictors]
+
+
+def _record(
+    config: SimulateConfig,
+    trace: RoutingTrace,
+    summary: RoutingSummary,
+    found: Sequence[Curve],
+    beside: int,
+    prefetches: Prefetches,
+) -> dict[str, Any]:
+    return {
+        "simulation_version": SIMULATION_VERSION,
+        "trace": {"path": config.trace, "model": trace.model, "prompt_xxh3": trace.prompt_xxh3, **asdict(summary)},
+        "prompt_tokens": trace.prompt_tokens,
+        "record_bytes": trace.record_bytes or None,
+        "curves": [
+            {
+                "policy": curve.policy,
+                "scope": curve.scope,
+                "slots": slots,
+                "hit_rate": one.hit_rate,
+                "prefill": asdict(one.prefill),
+                "decode": asdict(one.decode),
+            }
+            for curve in found
+            for slots, one in zip(curve.slots, curve.replays, strict=True)
+        ],
+        "prefetch": {
+            "slots": beside,
+            "policies": {
+                name: {
+                    "decode": asdict(one.decode),
+                    "guessed": one.guessed,
+                    "right": one.right,
+                    "prefetched": one.prefetched,
+                    "useful": one.useful,
+                }
+                for name, one in prefetches
+            },
+        },
+    }
+
+
+def _new_table(title: str, headings: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _table(found: Sequence[Curve], layer_record_bytes: int) -> Table:
+    """Hit rates; a column for each policy and scope."""
+    names = [curve.policy + ("" if curve.scope == "layer" else " pool") for curve in found]
+    sizes = ["slots a layer", *(["GiB"] if layer_record_bytes else [])]
+    table = _new_table("hit rate of decode", [*sizes, *names])
+    for row, slots in enumerate(found[0].slots):
+        gib = [f"{slots * layer_record_bytes / GIB:.3g}"] if layer_record_bytes else []
+        table.add_row(str(slots), *gib, *(f"{curve.hit_rates[row]:.1%}" for curve in found))
+    return table
+
+
+def _prefetch_table(prefetches: Prefetches, slots: int) -> Table:
+    """What prefetching would save, beside per-layer LRU."""
+    columns = ("guess", "right", "hits", "misses left", "reads in all", "of no use")
+    table = _new_table(f"prefetching, per-layer LRU of {slots} slots", columns)
+    table.columns[0].justify = "left"
+    before = prefetches[0][1].decode.misses
+    for name, one in prefetches:
+        reads = one.decode.misses + one.prefetched
+        table.add_row(
+            name,
+            f"{one.right / one.guessed:.0%}" if one.guessed else "-",
+            f"{one.decode.hits / one.decode.requests:.1%}",
+            f"{one.decode.misses / before:.0%}" if before else "-",
+            f"{reads / before:.0%}" if before else "-",
+            f"{(one.prefetched - one.useful) / one.prefetched:.0%}" if one.prefetched else "-",
+        )
+    return table
+
+
+def _save_figure(found: Sequence[Curve], trace: RoutingTrace, run_dir: Path) -> None:
+    _, layers, _ = trace.experts.shape
+    try:
+        save(hit_rate_figure(found, trace.model, trace.record_bytes * layers), run_dir / "hit_rates.png")
+    except InputError as error:
+        console.print(f"no hit_rates.png: {error}", highlight=False, markup=False, soft_wrap=True)

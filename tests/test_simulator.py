@@ -1,0 +1,281 @@
+"""The simulator counts what live stores count; Belady is the optimum; statistics are what their words say."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashmoe_mlx.engine.backends import open_store
+from flashmoe_mlx.engine.engine import load
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.expert_store import StoreStats
+from flashmoe_mlx.research.curves import curves
+from flashmoe_mlx.research.recorder import prompt_hash, recorded
+from flashmoe_mlx.research.routing import coverage, effective_experts, overlap, reuse_distances, summarise
+from flashmoe_mlx.research.simulator import (
+    Belady,
+    CacheDesign,
+    SameAsLast,
+    StatedAccuracy,
+    capacities,
+    replay,
+    requests,
+)
+from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.storage.policies import POLICIES
+from flashmoe_mlx.storage.slot_cache import SlotCache
+
+PROMPT = "It is a truth universally acknowledged"
+
+
+def counters(stats: StoreStats) -> StoreStats:
+    return replace(stats, fetch_seconds=0.0)
+
+
+# The same counters as a live store
+
+
+@pytest.fixture(scope="module")
+def recording(tiny_pack: Path) -> RoutingTrace:
+    with load(tiny_pack) as engine:
+        prompt = engine.encode(PROMPT)
+        with recorded(engine) as recorder:
+            for _ in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16):
+                pass
+        return recorder.trace(engine.model.config.num_experts, prompt, "tiny", engine.store.layout.record_bytes)
+
+
+@pytest.mark.parametrize("slots", [2, 4, 7, 11, 16])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_generation_costs_what_the_simulator_says(
+    policy: str, slots: int, recording: RoutingTrace, tiny_pack: Path, tmp_path: Path
+) -> None:
+    recording.save(tmp_path / "hot.moetrace")
+    _, layers, _ = recording.experts.shape
+    options = {"trace": str(tmp_path / "hot.moetrace")} if policy == "pinned" else {}
+    budget = slots * layers * recording.record_bytes / 2**30
+    with load(tiny_pack, "ram_hybrid", budget_gib=budget, policy=policy, slots=6, **options) as engine:
+        for _ in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16):
+            pass
+        metrics = engine.metrics
+    found = replay(recording, CacheDesign(policy, slots, fetch_slots=6, prefill_chunk=16))
+    assert found.prefill == counters(metrics.prefill.store)
+    assert found.decode == counters(metrics.decode.store)
+    assert found.decode.requests > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_store_that_replays_a_trace_costs_what_the_simulator_says(
+    policy: str, tiny_pack: Path, tmp_path: Path
+) -> None:
+    drawn = zipf_trace(tokens=120, layers=4, num_experts=16, k=4, exponent=1.0, seed=3)
+    files = open_model(tiny_pack)
+    record = files.variant(None).layout.record_bytes
+    trace = RoutingTrace(np.sort(drawn.experts, axis=-1), 16, 0, "drawn", "", record)
+    trace.save(tmp_path / "hot.moetrace")
+    options = {"trace": str(tmp_path / "hot.moetrace")} if policy == "pinned" else {}
+    budget = {"budget_gib": 9 * 4 * record / 2**30}
+    store, _ = open_store(files, "ram_hybrid", {"policy": policy} | budget | options)
+    with store:
+        for layer, experts in trace.decode_requests():
+            store.fetch(layer, experts)
+        live = counters(store.stats())
+    assert replay(trace, CacheDesign(policy, 9)).decode == live
+    assert live.evictions > 100
+
+
+# Recording
+
+
+def test_recording_sees_what_the_store_is_asked_for(recording: RoutingTrace, tiny_pack: Path) -> None:
+    with load(tiny_pack) as engine:
+        text = "".join(piece.text for piece in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16))
+        prompt = engine.encode(PROMPT)
+        with recorded(engine) as recorder:
+            again = "".join(piece.text for piece in engine.generate(PROMPT, max_tokens=60))
+        assert all(layer.experts.observer is None for layer in engine.model.layers)
+    assert again == text
+    other = recorder.trace(16, prompt)
+    np.testing.assert_array_equal(other.experts, recording.experts)  # however the prompt is cut
+    assert (recording.prompt_tokens, recording.prompt_xxh3) == (len(prompt), prompt_hash(prompt))
+    assert recording.experts.shape == (len(prompt) + 59, 4, 4)
+
+
+def test_a_pass_that_was_cut_short_leaves_whole_tokens(tiny_pack: Path) -> None:
+    with load(tiny_pack) as engine, recorded(engine) as recorder:
+        cache = engine.new_cache()
+        engine.forward([1, 2, 3], cache)
+        recorder(0, np.array([[0, 1, 2, 3]], np.uint32))
+        assert len(recorder.trace(16, [1, 2, 3]).experts) == 3
+
+
+def test_nothing_recorded_is_said(tiny_pack: Path) -> None:
+    with load(tiny_pack) as engine, recorded(engine) as recorder, pytest.raises(InputError, match="has not run"):
+        recorder.trace(16, [])
+
+
+def test_a_trace_keeps_the_size_of_its_experts(recording: RoutingTrace, tmp_path: Path) -> None:
+    recording.save(tmp_path / "a.moetrace")
+    assert RoutingTrace.load(tmp_path / "a.moetrace").record_bytes == recording.record_bytes > 0
+
+
+# Belady's optimum
+
+
+def fewest_misses(sequence: Sequence[Sequence[int]], capacity: int) -> int:
+    """By trying every choice of victims."""
+
+    @cache
+    def best(position: int, resident: frozenset[int]) -> int:
+        if position == len(sequence):
+            return 0
+        request = frozenset(sequence[position])
+        missing = len(request - resident)
+        everything = resident | request
+        over = len(everything) - capacity
+        if over <= 0:
+            return missing + best(position + 1, everything)
+        return missing + min(
+            best(position + 1, everything - frozenset(gone)) for gone in combinations(everything - request, over)
+        )
+
+    return best(0, frozenset())
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_belady_misses_as_little_as_any_choice_of_victims(data: st.DataObject) -> None:
+    capacity = data.draw(st.integers(1, 4))
+    request = st.lists(st.integers(0, 5), min_size=1, max_size=capacity, unique=True)
+    sequence = data.draw(st.lists(request, min_size=1, max_size=9))
+    cache_ = SlotCache(capacity, Belady(sequence))
+    assert sum(len(cache_.place(one).misses) for one in sequence) == fewest_misses(
+        tuple(map(tuple, sequence)), capacity
+    )
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_no_policy_beats_belady_and_one_pool_beats_fixed_shares(scope: str) -> None:
+    trace = zipf_trace(tokens=60, layers=3, num_experts=32, k=4, exponent=0.8, seed=1)
+    for slots in (4, 9, 20):
+        best = replay(trace, CacheDesign("belady", slots, scope)).decode.hits
+        assert all(replay(trace, CacheDesign(policy, slots, scope)).decode.hits <= best for policy in POLICIES)
+        assert replay(trace, CacheDesign("belady", slots, "global")).decode.hits >= best
+
+
+def test_one_pool_below_a_token_gives_lru_nothing() -> None:
+    """The cliff: layers of a token push each other out (found in several engines)."""
+    experts = np.tile(np.arange(4, dtype=np.uint16), (20, 3, 1))
+    trace = RoutingTrace(experts, 8, 0, "", "")
+    assert replay(trace, CacheDesign("lru", 3, "global", fetch_slots=3)).decode.hits == 0
+    assert replay(trace, CacheDesign("lru", 4, "global")).hit_rate == 19 / 20
+    assert replay(trace, CacheDesign("belady", 3, "global", fetch_slots=3)).decode.hits > 0
+
+
+# Prefetching
+
+
+def test_a_right_guess_leaves_nothing_to_wait_for() -> None:
+    trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
+    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(1.0, 16))
+    assert found.decode.misses == 0
+    assert found.right == found.guessed == found.decode.requests
+    assert found.useful == found.prefetched > 0
+
+
+def test_a_wrong_guess_costs_reads() -> None:
+    trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
+    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(0.0, 16))
+    assert found.right == found.useful == 0 < found.prefetched
+
+
+def test_the_stated_accuracy_is_reached() -> None:
+    trace = uniform_trace(tokens=300, layers=2, num_experts=64, k=8, seed=0)
+    found = replay(trace, CacheDesign("lru", 16), StatedAccuracy(0.7, 64))
+    assert found.right / found.guessed == pytest.approx(0.7, abs=0.02)
+
+
+def test_the_last_token_is_guessed() -> None:
+    guesser = SameAsLast()
+    assert guesser.guess(0, [1, 2]) == []
+    assert guesser.guess(1, [3]) == []
+    assert guesser.guess(0, [5, 6]) == [1, 2]
+    assert guesser.guess(0, [7]) == [5, 6]
+
+
+# Requests
+
+
+def test_requests_are_those_of_the_engine() -> None:
+    experts = np.array([[[3, 1]], [[1, 2]], [[0, 5]], [[5, 4]]], np.uint16)
+    trace = RoutingTrace(experts, 8, 3, "", "")
+    asked = [(one.layer, one.experts, one.decoding) for one in requests(trace, at_once=2, prefill_chunk=2)]
+    assert asked == [
+        (0, (1, 2), False),
+        (0, (3,), False),
+        (0, (0, 5), False),
+        (0, (4, 5), True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"policy": "fifo", "slots": 4}, "no such policy"),
+        ({"policy": "lru", "slots": 0}, "at least 1"),
+        ({"policy": "lru", "slots": 4, "scope": "token"}, "choose from layer, global"),
+    ],
+)
+def test_bad_designs_are_refused(options: dict[str, object], reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        CacheDesign(**options)  # type: ignore[arg-type]
+
+
+def test_a_pinned_cache_takes_no_trace_of_another_model() -> None:
+    trace = uniform_trace(4, 2, 8, 2, 0)
+    with pytest.raises(InputError, match="another number"):
+        replay(trace, CacheDesign("pinned", 4), hot=uniform_trace(4, 3, 8, 2, 0))
+    with pytest.raises(InputError, match="nothing is left to prefetch"):
+        replay(trace, CacheDesign("belady", 4), SameAsLast())
+
+
+def test_curves_rise_with_capacity() -> None:
+    trace = zipf_trace(tokens=50, layers=2, num_experts=32, k=4, exponent=1.0, seed=0)
+    slots = capacities(32, 4)
+    assert (slots[0], slots[-1]) == (4, 32)
+    for curve in curves(trace, ["lru", "belady"], slots):
+        assert curve.hit_rates == sorted(curve.hit_rates)
+    with pytest.raises(InputError, match="no decoded tokens"):
+        list(curves(replace(trace, prompt_tokens=50), ["lru"], slots))
+
+
+# Statistics
+
+
+def test_statistics_by_hand() -> None:
+    experts = np.array([[[0, 1]], [[1, 2]], [[0, 3]]], np.uint16)
+    trace = RoutingTrace(experts, 4, 0, "", "")
+    assert coverage(trace).tolist() == pytest.approx([0, 2 / 6, 4 / 6, 5 / 6, 1])
+    assert overlap(trace).tolist() == [0.25]
+    assert reuse_distances(trace)[:, 0].tolist() == [[0, 0], [1, 0], [2, 0]]
+    shares = np.array([2, 2, 1, 1]) / 6
+    assert effective_experts(trace)[0] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def test_statistics_of_even_choices() -> None:
+    summary = summarise(uniform_trace(tokens=2000, layers=2, num_experts=32, k=4, seed=0))
+    assert summary.effective_experts == pytest.approx(32, rel=0.01)
+    assert summary.overlap == pytest.approx(summary.chance_overlap, abs=0.01)
+    assert summary.reuse is not None
+    assert 5 <= summary.reuse[0] <= 6  # the median of a geometric distribution with probability 1/8
+
+
+def test_one_token_has_no_overlap() -> None:
+    assert summarise(uniform_trace(1, 2, 8, 2, 0)).overlap is None
