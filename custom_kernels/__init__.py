@@ -23,6 +23,7 @@ PREFERENCES = ("auto", "mlx", "reference")
 _MLX = {
     "attention": "mx.fast.scaled_dot_product_attention",
     "gated_delta_net": "mx.fast.gated_delta_update",
+    "gated_delta_net of prompts": "mx.fast.gated_delta_update",
     "expert_mlp": "mx.quantized_matmul or, of dense records, matmul",
     "routed_experts": "expert_mlp",
     "quantised_matvec": "mx.quantized_matmul",
@@ -50,7 +51,8 @@ def choose(preference: str) -> Kernels:
     """Implementations of every operation.
 
     "auto": on a GPU our own kernels, each compared with its reference at its first use, and MLX's fused operations
-    where there is none; "mlx": MLX's fused operations alone; "reference": elementary ones.
+    where there is none; prompts go through GatedDeltaNet in chunks. "mlx": MLX's fused operations alone. "reference":
+    elementary ones.
 
     Raises:
         ValueError: another word.
@@ -67,21 +69,22 @@ def choose(preference: str) -> Kernels:
             quantised_matvec.reference.quantised_matvec,
             dict.fromkeys(_MLX, "reference"),
         )
-    if preference == "mlx" or dialect() is None:
-        return Kernels(
-            attention.gated_attention,
-            gated_delta_net.gated_delta_net,
-            expert_mlp.expert_mlp,
-            routed_experts.reference.routed_experts,
-            _never,
-            quantised_matvec.by_mlx,
-            dict(_MLX),
-        )
-    return _custom()
+    if preference == "auto" and dialect() is not None:
+        return _custom()
+    in_chunks = preference == "auto"
+    return Kernels(
+        attention.gated_attention,
+        gated_delta_net.in_chunks if in_chunks else gated_delta_net.gated_delta_net,
+        expert_mlp.expert_mlp,
+        routed_experts.reference.routed_experts,
+        _never,
+        quantised_matvec.by_mlx,
+        _MLX | ({"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()} if in_chunks else {}),
+    )
 
 
 def _custom() -> Kernels:
-    names = dict(_MLX)
+    names = _MLX | {"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()}
 
     def reports(operation: str) -> Callable[[str], None]:
         return lambda what: names.__setitem__(operation, what)
@@ -108,7 +111,7 @@ def _custom() -> Kernels:
         CheckedKernel(
             name="gated_delta_net",
             custom=gated_delta_net.step,
-            standard=gated_delta_net.gated_delta_net,
+            standard=gated_delta_net.in_chunks,
             reference=gated_delta_net.reference.gated_delta_net,
             takes=lambda qkv, z, b, a, weights, *_: (  # noqa: ARG005
                 gated_delta_net.fits(weights) and len(qkv) <= gated_delta_net.MOST_TOKENS

@@ -16,6 +16,8 @@ from systems import needs_linux, needs_nvrtc
 from flashmoe_mlx.custom_kernels import attention, choose, gated_delta_net, kernel, quantised_matvec, routed_experts
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
+from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
+from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.testing import kernel_cases
 from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, relative_error
 
@@ -71,6 +73,77 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dty
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_gated_delta_net(geometry: kernel_cases.Geometry, tokens: int, dtype: mx.Dtype) -> None:
     check(kernel_cases.gated_delta_net(geometry, dtype, tokens=tokens))
+
+
+RULES = [
+    pytest.param(chunked.gated_delta, id="mlx"),
+    pytest.param(chunked.gated_delta_on_host, id="numpy"),
+    pytest.param(chunked.gated_delta, id="metal", marks=pytest.mark.metal),
+    pytest.param(chunked.gated_delta, id="cuda", marks=pytest.mark.cuda),
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 64, 65, 200])
+@pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
+def test_prompts_through_gated_delta_net(
+    geometry: kernel_cases.Geometry, tokens: int, dtype: mx.Dtype, rule: GatedDelta
+) -> None:
+    check(kernel_cases.gated_delta_net_in_chunks(geometry, dtype, tokens=tokens, rule=rule))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, rule: GatedDelta) -> None:
+    check(kernel_cases.gated_delta_net_in_chunks(GEOMETRIES["35B"], dtype, tokens=100, rule=rule))
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("decay", [1.0, 0.9999, 1e-3, 1e-30, 0.0])
+def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDelta) -> None:
+    """The system of a chunk is as badly conditioned as it gets; a decay of 0 forgets everything."""
+    random = np.random.default_rng(0)
+    heads, tokens, size = 4, 150, 32
+
+    def unit(alike: float) -> mx.array:
+        values = random.standard_normal((1, tokens, 2, size)) + alike * random.standard_normal((1, 1, 2, size))
+        return mx.array((values / np.linalg.norm(values, axis=-1, keepdims=True)).astype(np.float32))
+
+    decays = np.where(random.random((1, tokens, heads)) < 0.9, 0.9999, decay)
+    inputs = [
+        unit(0),
+        unit(20),
+        mx.array(random.standard_normal((1, tokens, heads, 16)), mx.float32),
+        mx.array(decays, mx.float32),
+        mx.array(random.uniform(0.9, 1, (1, tokens, heads)), mx.float32),
+        mx.array(random.standard_normal((1, heads, 16, size)), mx.float32),
+    ]
+    with mx.stream(mx.cpu):
+        expected = gated_delta_net.reference.gated_delta(*(array.astype(mx.float64) for array in inputs))
+        mx.eval(expected)
+    for found, exact in zip(rule(*inputs), expected, strict=True):
+        assert relative_error(found, exact) <= TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("rule", RULES[:2])
+def test_a_prompt_in_pieces_equals_the_whole(rule: GatedDelta) -> None:
+    made = kernel_cases.delta_inputs(SMALL, mx.float32, tokens=150)
+    whole = gated_delta_net.reference.gated_delta_net(*made.arrays, made.weights, made.past, made.state, rule)
+    outputs, past, state = [], made.past, made.state
+    for piece in (slice(0, 70), slice(70, 71), slice(71, 150)):
+        arrays = [array[piece] for array in made.arrays]
+        y, past, state = gated_delta_net.reference.gated_delta_net(*arrays, made.weights, past, state, rule)
+        outputs.append(y)
+    for found, expected in zip((mx.concatenate(outputs), past, state), whole, strict=True):
+        assert relative_error(found, expected.astype(mx.float64, stream=mx.cpu)) <= TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_inverse_of_a_unit_lower_triangular_matrix(size: int) -> None:
+    below = np.tril(np.random.default_rng(size).uniform(-1, 1, (2, 3, size, size)), -1) * 4 / size
+    inverse = np.array(chunked.unit_lower_inverse(mx.array(below, mx.float32)))
+    assert np.allclose(inverse @ (np.eye(size) + below), np.eye(size), atol=1e-5)
 
 
 @pytest.mark.usefixtures("target")
@@ -263,5 +336,6 @@ def test_unknown_preference() -> None:
 
 
 def test_names_of_what_runs_on_a_cpu() -> None:
-    assert choose("auto").names == choose("mlx").names
+    by_mlx, by_us = choose("mlx").names, choose("auto").names
+    assert by_us == by_mlx | {"gated_delta_net of prompts": "chunks by numpy"}
     assert set(choose("reference").names.values()) == {"reference"}

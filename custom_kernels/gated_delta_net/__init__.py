@@ -2,11 +2,11 @@
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.gated_delta_net import reference
-from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
-from flashmoe_mlx.custom_kernels.kernel import Kernel, constant
+from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
+from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights, GatedDelta
+from flashmoe_mlx.custom_kernels.kernel import Kernel, constant, dialect
 
-__all__ = ["MOST_TOKENS", "DeltaWeights", "fits", "gated_delta_net", "reference", "step"]
+__all__ = ["MOST_TOKENS", "DeltaWeights", "chunked", "fits", "gated_delta_net", "in_chunks", "reference", "step"]
 
 MOST_TOKENS = 16
 """More tokens at once are worth the parallel route of a prompt."""
@@ -18,6 +18,30 @@ STEP = Kernel(
     ["y", "new_past", "new_state"],
     ["functions"],
 )
+
+
+_FEWEST_IN_CHUNKS = {"cuda": 8, None: 2}
+"""Tokens at once from which chunks beat MLX's recurrence; Metal is absent because MLX's goes in chunks itself there."""
+
+
+def in_chunks(
+    qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: DeltaWeights, past: mx.array, state: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As ``reference.gated_delta_net``, the recurrence in chunks of tokens where MLX's would take them one by one."""
+    return reference.gated_delta_net(qkv, z, b, a, weights, past, state, _rule_for(len(qkv)))
+
+
+def _rule_for(tokens: int) -> GatedDelta:
+    device = dialect()
+    if tokens < _FEWEST_IN_CHUNKS.get(device, tokens + 1):
+        return _rule
+    return chunked.gated_delta if device else chunked.gated_delta_on_host
+
+
+def rule_of_prompts() -> str:
+    """What ``in_chunks`` runs for a prompt on the default device, for the record of a run."""
+    names = {"metal": "mx.fast.gated_delta_update", "cuda": "chunks by MLX's products", None: "chunks by numpy"}
+    return names[dialect()]
 
 
 def gated_delta_net(

@@ -27,7 +27,8 @@ class DecoderLayer:
     def __call__(self, x: mx.array, cache: AttentionCache | DeltaCache, clock: PhaseClock) -> mx.array:
         """[T, hidden] -> [T, hidden]."""
         normed = mx.fast.rms_norm(x, self.input_norm, self.eps)
-        x = x + self._mix(normed, cache)
+        with clock.computing("attention"):
+            x = x + self._mix(normed, cache)
         clock.settle("attention", x)
         y = self.experts(mx.fast.rms_norm(x, self.post_norm, self.eps), clock)
         x = x + y

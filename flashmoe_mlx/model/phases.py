@@ -29,9 +29,15 @@ class PhaseClock:
         finally:
             self.seconds[name] += time.perf_counter() - start
 
+    @contextmanager
+    def computing(self, name: str) -> Iterator[None]:
+        """Count the time inside as computing in the phase ``name``: for what may evaluate arrays itself."""
+        with self.phase(name if self._split else "compute"):
+            yield
+
     def evaluate(self, name: str, *arrays: mx.array) -> None:
         """Evaluate ``arrays``, the end of the phase ``name``."""
-        with self.phase(name if self._split else "compute"):
+        with self.computing(name):
             mx.eval(*arrays)
 
     def settle(self, name: str, *arrays: mx.array) -> None:

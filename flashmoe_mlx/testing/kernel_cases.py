@@ -15,6 +15,8 @@ from flashmoe_mlx.custom_kernels import gated_delta_net as delta_kernels
 from flashmoe_mlx.custom_kernels import quantised_matvec as matvec_kernels
 from flashmoe_mlx.custom_kernels import routed_experts as expert_kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
+from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.model.experts import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
 
@@ -218,6 +220,19 @@ def delta_inputs(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: 
 def gated_delta_net(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0) -> Case:
     """A few tokens through the recurrence, after others."""
     made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
+    return _delta_case(made, lambda: delta_kernels.step(*made.arrays, made.weights, made.past, made.state))
+
+
+def gated_delta_net_in_chunks(
+    geometry: Geometry, dtype: mx.Dtype, *, tokens: int, rule: GatedDelta = chunked.gated_delta, seed: int = 0
+) -> Case:
+    """A prompt through ``rule``, after other tokens."""
+    made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
+    arrays = (*made.arrays, made.weights, made.past, made.state)
+    return _delta_case(made, lambda: delta_kernels.reference.gated_delta_net(*arrays, rule))
+
+
+def _delta_case(made: DeltaInputs, custom: Callable[[], Results]) -> Case:
     arrays, weights, past, state = made.arrays, made.weights, made.past, made.state
 
     def exact() -> Results:
@@ -230,10 +245,10 @@ def gated_delta_net(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, see
 
     return Case(
         "gated_delta_net",
-        f"T={tokens}",
-        dtype,
+        f"T={len(arrays[0])}",
+        arrays[0].dtype,
         2 * (state.nbytes + past.nbytes) + sum(array.nbytes for array in arrays) + weights.convolution.nbytes,
-        lambda: delta_kernels.step(*arrays, weights, past, state),
+        custom,
         lambda: delta_kernels.gated_delta_net(*arrays, weights, past, state),
         exact,
     )
