@@ -20,4 +20,4 @@ class CheckpointStore(ReadingStore):
                 f"backend=checkpoint: {source.directory.parent} is a pack; give the folder of a checkpoint as "
                 "model.path, or choose another backend"
             )
-        super().__init__(source, slots, lambda _: make_reader(reader, source, depth))
+        super().__init__(source, slots, lambda _: make_reader(reader, source, depth), depth)

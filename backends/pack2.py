@@ -21,4 +21,4 @@ class Pack2Store(ReadingStore):
                 f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
                 "leave backend.variant=q2, or choose another backend"
             )
-        super().__init__(source, slots, lambda _: make_reader(reader, source, depth, direct))
+        super().__init__(source, slots, lambda _: make_reader(reader, source, depth, direct), depth, direct)

@@ -22,4 +22,6 @@ class PreadStore(ReadingStore):
         direct: bool = False,
         readahead: bool = True,
     ) -> None:
-        super().__init__(source, slots, lambda _: ThreadReader(source, threads, chunk_mib, direct, readahead))
+        super().__init__(
+            source, slots, lambda _: ThreadReader(source, threads, chunk_mib, direct, readahead), threads, direct
+        )

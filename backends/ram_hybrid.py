@@ -1,6 +1,7 @@
 """A budget of memory for the experts that are used most, reads for the others."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large
 from flashmoe_mlx.storage.policies import make_policy
+from flashmoe_mlx.storage.read_ahead import ReadAhead
 from flashmoe_mlx.storage.readers import make_reader
 from flashmoe_mlx.storage.slab import make_slots
 from flashmoe_mlx.storage.slot_cache import SlotCache
@@ -60,7 +62,7 @@ class RamHybridStore(ExpertStore):
         size = record * source.num_layers * capacity
         refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._layers = [make_slots(capacity, record, self.slots) for _ in range(source.num_layers)]
-        self._reader = make_reader(reader, source, depth, direct)
+        self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
 
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))
@@ -70,7 +72,7 @@ class RamHybridStore(ExpertStore):
         try:
             placement = self._caches[layer].place(distinct)
             slots = [placement.slots[expert] for expert in placement.misses]
-            reads, nbytes = self._fill(layer, placement.misses, slots)
+            done = self._fill(layer, placement.misses, slots)
         except BaseException as error:
             # A failed read is known to have spoilt the slots of the misses; after anything else, an interrupt
             # perhaps, nothing is known of this layer.
@@ -79,28 +81,25 @@ class RamHybridStore(ExpertStore):
             raise
         batch = self._layers[layer].batch([placement.slots[expert] for expert in experts])
         misses = len(placement.misses)
-        return batch, StoreStats(
-            hits=len(distinct) - misses,
-            misses=misses,
-            evictions=placement.evictions,
-            reads=reads,
-            bytes_read=nbytes,
-        )
+        return batch, replace(done, hits=len(distinct) - misses, misses=misses, evictions=placement.evictions)
 
-    def _fill(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> tuple[int, int]:
-        if not experts:
-            return 0, 0
+    def _hint(self, layer: int, experts: Sequence[int]) -> None:
+        # Beside the slots: what is only guessed pushes nobody out, and hits do not depend on hints.
+        self._reader.advise(layer, [expert for expert in experts if expert not in self._caches[layer]])
+
+    def _fill(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> StoreStats:
         where = self._layers[layer]
         try:
-            counts = self._reader.read(layer, list(zip(experts, where.rows(slots), strict=True)))
+            done = self._reader.read(layer, list(zip(experts, where.rows(slots), strict=True)))
         except ExpertReadError:
             self._caches[layer].drop(experts)
             raise
-        where.commit(slots)
-        return counts
+        if slots:
+            where.commit(slots)
+        return done
 
     def _release(self) -> None:
-        self._reader.close()
+        self._stats += self._reader.close()
         self._layers.clear()
         mx.clear_cache()  # MLX would keep this much memory for arrays to come
 

@@ -43,6 +43,7 @@ class Config:
     backend: dict[str, Any] = field(default_factory=dict)
     experts_k: int | None = None
     kernels: str = "auto"
+    prefetch: str = "none"
     prompt: str = MISSING
     raw: bool = False
     max_tokens: int = 256

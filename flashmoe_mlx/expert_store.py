@@ -109,8 +109,11 @@ class StoreStats:
 
     ``requests`` = experts asked for (an expert named twice in a fetch counts once) = ``hits`` (already in a slot)
     + ``misses`` (had to be read). ``evictions`` = experts that lost their slot to another. ``reads`` and ``bytes_read``
-    count reads of storage or page cache, ``fetch_seconds`` the wall time that callers spent inside ``fetch``. A fetch
-    that fails counts nothing.
+    count reads of storage or page cache that served a fetch, ``fetch_seconds`` the wall time that callers spent inside
+    ``fetch``. A fetch that fails counts nothing.
+
+    Hints change none of these but the time: ``prefetched`` of the misses were read, or being read, because of a hint,
+    and ``bytes_wasted`` were read because of hints, and no fetch wanted them.
     """
 
     fetches: int = 0
@@ -121,6 +124,8 @@ class StoreStats:
     reads: int = 0
     bytes_read: int = 0
     fetch_seconds: float = 0.0
+    prefetched: int = 0
+    bytes_wasted: int = 0
 
     def __add__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -174,7 +179,9 @@ class ExpertStore(ABC):
         return batch
 
     def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
-        """Hint that ``experts`` of ``layer`` may be fetched soon; never changes what ``fetch`` returns.
+        """Hint that ``experts`` of ``layer`` may be fetched soon, the likeliest first; never changes what is fetched.
+
+        The latest hint counts: a store may drop what an earlier one had begun.
 
         Raises:
             ExpertRequestError: an index is out of range or not an integer.
@@ -203,7 +210,7 @@ class ExpertStore(ABC):
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         """``experts``, valid indices of ``layer``, perhaps some of them twice, and what it took.
 
-        Of the counters, ``hits``, ``misses``, ``evictions``, ``reads`` and ``bytes_read`` are this method's to state.
+        Of the counters, all but ``fetches``, ``requests`` and ``fetch_seconds`` are this method's to state.
         When it raises, nothing may be written to any slot any more.
         """
 

@@ -5,7 +5,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -21,7 +21,7 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError
-from flashmoe_mlx.storage import thread_reader
+from flashmoe_mlx.storage import read_ahead, thread_reader
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
@@ -89,24 +89,62 @@ def test_reads_of_a_byte(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch)
         assert store.stats().reads == len(stored.expected[1, 2])
 
 
-@needs_linux
-def test_hints_reach_the_system(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    advised: list[tuple[int, int, int]] = []
-    original = os.posix_fadvise
-
-    def posix_fadvise(fd: int, offset: int, length: int, advice: int) -> None:
-        advised.append((offset, length, advice))
-        original(fd, offset, length, advice)
-
-    monkeypatch.setattr(os, "posix_fadvise", posix_fadvise)
+def test_reads_ahead_are_used_or_wasted(stored: StoredExperts) -> None:
     size = stored.source.layout.record_bytes
-    with PreadStore(stored.source, readahead=False) as store:
-        store.prefetch(0, [3])
-        store.fetch(0, [3])
-    assert advised == [
-        (0, 0, os.POSIX_FADV_RANDOM),
-        (3 * size, size, os.POSIX_FADV_WILLNEED),
-    ]
+    with PreadStore(stored.source) as store:
+        store.prefetch(0, [3, 4, 5])
+        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        check(store.fetch(0, [5, 3, 7]), 0, [5, 3, 7], stored)
+        stats = store.stats()
+        assert (stats.misses, stats.prefetched, stats.bytes_read) == (3, 2, 3 * size)
+        assert stats.bytes_wasted == size
+        check(store.fetch(0, [4]), 0, [4], stored)  # what was not asked for is gone
+        assert store.stats().prefetched == 2
+
+
+def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two chunks; its slot is free again, and the new hint gets its reads."""
+    stored = write_experts(tmp_path, bits=4, in_one_piece=True)
+    size = stored.source.layout.record_bytes
+    monkeypatch.setattr(read_ahead, "_CHUNK", size // 8)
+    begun, go = threading.Event(), threading.Event()
+    original = os.preadv
+
+    def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if threading.current_thread().name.startswith("expert-read-ahead"):
+            begun.set()
+            go.wait(10)
+        return original(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with PreadStore(stored.source, slots=2, threads=1) as store:
+        store.prefetch(0, [1, 2])
+        assert begun.wait(10)
+        store.prefetch(3, [4, 5])  # one slot is still being written to, the other never was
+        assert [expert for _, expert in store._reader._hinted] == [4]
+        go.set()
+        _wait_for(lambda: store._reader._hinted[3, 4].finished.is_set())
+        check(store.fetch(3, [4, 5]), 3, [4, 5], stored)
+        stats = store.stats()
+        assert stats.prefetched == 1
+        assert stats.bytes_wasted == size // 8
+        store.prefetch(1, [6, 7])
+        assert len(store._reader._hinted) == 2
+
+
+def test_reads_ahead_that_nobody_wanted_are_counted_at_the_end(stored: StoredExperts) -> None:
+    store = PreadStore(stored.source)
+    store.prefetch(0, [3])
+    _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+    store.close()
+    assert store.stats().bytes_wasted == stored.source.layout.record_bytes
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
 
 
 @needs_linux

@@ -24,6 +24,7 @@ from flashmoe_mlx.model.cache import SequenceCache
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.experts import RoutingObserver
 from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.model.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 Logits = npt.NDArray[np.float32]
@@ -49,6 +50,7 @@ def load(
     experts_k: int | None = None,
     *,
     kernels: str = "auto",
+    prefetch: str = "none",
     profile: bool = False,
     **backend_options: Any,
 ) -> "Engine":
@@ -59,6 +61,8 @@ def load(
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
         experts_k: routed experts a token uses; None for the model's own number.
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
+        prefetch: "none", "previous_token" or "next_router": which experts of the next layer are read ahead while
+            decoding; see ``model.prefetch``.
         profile: evaluate every phase by itself, so that the split of the time is exact; slower.
         **backend_options: options of the backend, as in its YAML.
 
@@ -78,6 +82,7 @@ def load(
     store, settings = open_store(files, backend, backend_options)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
+        prefetcher = make_prefetcher(prefetch, store, built.layers)
     except BaseException:
         store.close()
         raise
@@ -87,9 +92,10 @@ def load(
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
         "kernels": chosen.names,
+        "prefetch": prefetch,
         "backend": settings,
     }
-    return Engine(built, store, tokenizer, setup, profile)
+    return Engine(built, store, tokenizer, setup, profile, prefetcher)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -112,15 +118,17 @@ class Engine:
         tokenizer: Tokenizer | None,
         setup: Mapping[str, Any],
         profile: bool = False,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
         self.model = model
         self.store = store
         self.setup = setup
-        """What runs: experts a token, their format, kernels, backend with its options; fit for JSON."""
+        """What runs: experts a token, their format, kernels, prefetch, backend with its options; fit for JSON."""
         self.metrics = RunMetrics()
         """Measurements of the latest generation."""
         self._tokenizer = tokenizer
         self._clock = PhaseClock(profile)
+        self._prefetcher = prefetcher
 
     def __repr__(self) -> str:
         config = self.model.config
@@ -177,7 +185,9 @@ class Engine:
         if cache.broken:
             raise InputError("a pass over this sequence failed half-way: begin again with new_cache()")
         tokens = self._checked_tokens(token_ids, cache.length)
-        return self._evaluated(self.model.logits(self.model.forward(tokens, cache, self._clock)), cache)
+        return self._evaluated(
+            self.model.logits(self.model.forward(tokens, cache, self._clock, self._prefetcher)), cache
+        )
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
         """Logits f32 [T, vocabulary] after each of ``token_ids``; memory grows by one vocabulary a token."""
@@ -236,6 +246,8 @@ class Engine:
         start: float,
     ) -> Iterator[Piece]:
         self.metrics = metrics = RunMetrics()
+        if self._prefetcher is not None:
+            self._prefetcher.guesses = metrics.guesses = Guesses()
         cache = self.new_cache()
         token = self._prefill(token_ids, cache, prefill_chunk, sampler)
         metrics.time_to_first_token = time.perf_counter() - start
@@ -256,7 +268,7 @@ class Engine:
                 yield Piece(text, tuple(waiting))
                 waiting.clear()
             with metrics.decode.step(1, self.store, self._clock):
-                token = self._next(self.model.forward([token], cache, self._clock), cache, sampler)
+                token = self._next(self.model.forward([token], cache, self._clock, self._prefetcher), cache, sampler)
         yield Piece(detokenizer.flush(), tuple(waiting), "stop")
 
     def _prefill(
@@ -266,10 +278,10 @@ class Engine:
         chunks = list(_chunks(token_ids, prefill_chunk))
         for chunk in chunks[:-1]:
             with self.metrics.prefill.step(len(chunk), self.store, self._clock):
-                hidden = self.model.forward(chunk, cache, self._clock)
+                hidden = self.model.forward(chunk, cache, self._clock, self._prefetcher)
                 self._clock.evaluate("experts", hidden, *cache.arrays())
         with self.metrics.prefill.step(len(chunks[-1]), self.store, self._clock):
-            return self._next(self.model.forward(chunks[-1], cache, self._clock), cache, sampler)
+            return self._next(self.model.forward(chunks[-1], cache, self._clock, self._prefetcher), cache, sampler)
 
     def _next(self, hidden: mx.array, cache: SequenceCache, sampler: Sampler) -> int:
         """Sample what follows the last of ``hidden`` [T, hidden]."""

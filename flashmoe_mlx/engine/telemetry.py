@@ -20,6 +20,7 @@ from rich.table import Table
 
 from flashmoe_mlx.expert_store import ExpertStore, StoreStats
 from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.model.prefetch import Guesses
 
 METRICS_VERSION = 1
 _PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "safetensors", "tokenizers")
@@ -51,10 +52,12 @@ class Stage:
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
         """Rates and counters; None where nothing was measured.
 
-        ``read_gb_per_second`` is over the time spent fetching; ``weights_gb_per_second`` counts all weights that the
-        passes had to touch, resident and routed, over all of the time.
+        ``read_gb_per_second`` is of what was read when it was asked for, over the time spent fetching;
+        ``weights_gb_per_second`` counts all weights that the passes had to touch, resident and routed, over all of the
+        time. ``prefetched`` of the misses had been hinted, ``bytes_wasted`` were read because of wrong hints.
         """
         store, requests = self.store, self.store.requests
+        read_on_demand = store.bytes_read - record_bytes * store.prefetched
         touched = resident_bytes * len(self.steps) + record_bytes * requests
         return {
             "tokens": self.tokens,
@@ -66,8 +69,13 @@ class Stage:
             "experts_requested": requests,
             "hits": store.hits,
             "hit_rate": _ratio(store.hits, requests),
+            "misses": store.misses,
+            "evictions": store.evictions,
             "reads": store.reads,
-            "read_gb_per_second": _ratio(store.bytes_read / 1e9, store.fetch_seconds),
+            "prefetched": store.prefetched,
+            "bytes_wasted": store.bytes_wasted,
+            "fetch_seconds": store.fetch_seconds,
+            "read_gb_per_second": _ratio(read_on_demand / 1e9, store.fetch_seconds),
             "weights_gb_per_second": _ratio(touched / 1e9, self.seconds),
             "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
         }
@@ -82,6 +90,8 @@ class RunMetrics:
     time_to_first_token: float | None = None
     """Seconds from the call to the first sampled token."""
     finish_reason: str | None = None
+    guesses: Guesses | None = None
+    """Of prefetch, if there is any."""
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
         """Everything, in the form of ``metrics.json``; seconds, bytes and tokens."""
@@ -89,6 +99,7 @@ class RunMetrics:
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "guesses": None if self.guesses is None else self.guesses.to_json(),
             "prefill": self.prefill.to_json(resident_bytes, record_bytes),
             "decode": self.decode.to_json(resident_bytes, record_bytes),
             "process_peak_bytes": process_peak_bytes(),
@@ -145,6 +156,13 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             shares = sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
             parts = (f"{_PHASE_NAMES.get(phase, phase)} {seconds / stage['seconds']:.0%}" for phase, seconds in shares)
             yield f"{name} time: {', '.join(parts)}"
+    guesses, decode = metrics["guesses"], metrics["decode"]
+    if guesses is not None and guesses["predicted"]:
+        useful = decode["prefetched"] / decode["misses"] if decode["misses"] else 0
+        yield (
+            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {useful:.0%} of the reads begun ahead, "
+            f"{decode['bytes_wasted'] / 1e6 / decode['tokens']:.3g} MB/token read for nothing"
+        )
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"
 
 

@@ -12,6 +12,7 @@ from flashmoe_mlx.model.experts import MixtureOfExperts
 from flashmoe_mlx.model.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.model.prefetch import Prefetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,19 @@ class DecoderLayer:
     post_norm: mx.array
     experts: MixtureOfExperts
 
-    def __call__(self, x: mx.array, cache: AttentionCache | DeltaCache, clock: PhaseClock) -> mx.array:
+    def __call__(
+        self,
+        x: mx.array,
+        cache: AttentionCache | DeltaCache,
+        clock: PhaseClock,
+        prefetcher: Prefetcher | None = None,
+    ) -> mx.array:
         """[T, hidden] -> [T, hidden]."""
         normed = mx.fast.rms_norm(x, self.input_norm, self.eps)
         with clock.computing("attention"):
             x = x + self._mix(normed, cache)
         clock.settle("attention", x)
-        y = self.experts(mx.fast.rms_norm(x, self.post_norm, self.eps), clock)
+        y = self.experts(mx.fast.rms_norm(x, self.post_norm, self.eps), clock, prefetcher, x)
         x = x + y
         clock.settle("experts", x)
         return x
@@ -55,12 +62,18 @@ class Model:
     touched_bytes: int
     """Size of the resident weights that every pass reads: all but an embedding that is not the head as well."""
 
-    def forward(self, token_ids: Sequence[int], cache: SequenceCache, clock: PhaseClock) -> mx.array:
+    def forward(
+        self,
+        token_ids: Sequence[int],
+        cache: SequenceCache,
+        clock: PhaseClock,
+        prefetcher: Prefetcher | None = None,
+    ) -> mx.array:
         """Hidden states [T, hidden] of tokens that follow those in ``cache``, before the final norm."""
         x = self.embedding.rows(mx.array(list(token_ids), mx.uint32)).astype(self.norm.dtype)
         cache.broken = True
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x = layer(x, layer_cache, clock)
+            x = layer(x, layer_cache, clock, prefetcher)
         cache.broken = False
         cache.length += len(token_ids)
         return x

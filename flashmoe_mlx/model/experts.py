@@ -17,6 +17,7 @@ from flashmoe_mlx.custom_kernels.routed_experts import joins
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
 from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.model.prefetch import Prefetcher
 from flashmoe_mlx.pack.arrays import MLX_DTYPES
 from flashmoe_mlx.pack.quantise import record_views
 from flashmoe_mlx.pack.record import RecordLayout
@@ -38,13 +39,29 @@ class MixtureOfExperts:
     shared_expert_gate: Linear
     observer: RoutingObserver | None = None
 
-    def __call__(self, x: mx.array, clock: PhaseClock) -> mx.array:
-        """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy."""
+    def __call__(
+        self, x: mx.array, clock: PhaseClock, prefetcher: Prefetcher | None = None, residual: mx.array | None = None
+    ) -> mx.array:
+        """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy.
+
+        With a ``prefetcher`` the store is told which experts the next layer may want; ``residual`` is ``x`` before its
+        norm.
+        """
         chosen, weights = self.route(x)
-        clock.evaluate("router_wait", chosen, weights)
+        guess = None
+        if prefetcher is not None and residual is not None and len(x) == 1:
+            guess = prefetcher.guess(self.layer, residual)
+        clock.evaluate("router_wait", chosen, weights, *(() if guess is None else (guess,)))
         indices = np.array(chosen)
         if self.observer is not None:
             self.observer(self.layer, indices)
+        y = self._combined(x, indices, weights, clock)
+        if prefetcher is not None:  # the experts of this layer are there, and nothing was computed with them yet
+            with clock.phase("io"):
+                prefetcher.chosen(self.layer, indices, guess)
+        return y
+
+    def _combined(self, x: mx.array, indices: npt.NDArray[np.uint32], weights: mx.array, clock: PhaseClock) -> mx.array:
         shared_share = mx.sigmoid(self.shared_expert_gate(x))
         form = expert_format(self.store.layout)
         if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):

@@ -3,9 +3,8 @@
 import errno
 import fcntl
 import os
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,7 @@ _MIB = 2**20
 _PAGE = 4096
 """What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
 # <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
-_F_RDADVISE, _F_RDAHEAD, _F_NOCACHE = 44, 45, 48
-_RADVISORY = struct.Struct("@qi0q")  # off_t, int
+_F_RDAHEAD, _F_NOCACHE = 45, 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,17 +131,3 @@ class OpenFiles:
         """Close all of them."""
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def advise_will_need(source: ExpertSource, files: OpenFiles, layer: int, experts: Iterable[int]) -> None:
-    """Ask the system to begin reading ``experts`` into its cache, without waiting; errors are left to the reads."""
-    for expert in experts:
-        for extent in source.extents(layer, expert):
-            try:
-                fd = files[extent.path]
-                if sys.platform == "darwin":
-                    fcntl.fcntl(fd, _F_RDADVISE, _RADVISORY.pack(extent.offset, extent.nbytes))
-                else:
-                    os.posix_fadvise(fd, extent.offset, extent.nbytes, os.POSIX_FADV_WILLNEED)
-            except OSError:
-                return

@@ -1,6 +1,6 @@
 """What reads experts into memory, and the ways of reading that stores can be told to use by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
@@ -20,10 +20,6 @@ class ExpertReader(Protocol):
         Raises:
             ExpertReadError: an expert could not be read.
         """
-        ...
-
-    def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Ask the system to begin reading ``experts`` into its cache, without waiting."""
         ...
 
     def close(self) -> None:

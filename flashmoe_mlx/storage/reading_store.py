@@ -1,8 +1,10 @@
 """What stores have in common that read all that is asked for and keep nothing."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, StoreStats
+from flashmoe_mlx.storage.read_ahead import ReadAhead
 from flashmoe_mlx.storage.readers import ExpertReader
 from flashmoe_mlx.storage.slab import Slab
 
@@ -10,23 +12,31 @@ from flashmoe_mlx.storage.slab import Slab
 class ReadingStore(ExpertStore):
     """Reads every expert that is asked for into the first slots of a slab, with the reader that ``make_reader`` makes.
 
-    What is read again soon comes from the page cache, if the reader uses it.
+    What is read again soon comes from the page cache, if the reader uses it. Hints are read ahead by ``threads``
+    threads, ``direct`` past the page cache.
     """
 
-    def __init__(self, source: ExpertSource, slots: int, make_reader: Callable[[Slab], ExpertReader]) -> None:
+    def __init__(
+        self,
+        source: ExpertSource,
+        slots: int,
+        make_reader: Callable[[Slab], ExpertReader],
+        threads: int,
+        direct: bool = False,
+    ) -> None:
         super().__init__(source, slots)
         self._slab = Slab(slots, source.layout.record_bytes)
-        self._reader = make_reader(self._slab)
+        self._reader = ReadAhead(source, make_reader(self._slab), slots, threads, direct)
 
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         slots = {expert: slot for slot, expert in enumerate(dict.fromkeys(experts))}
         rows = self._slab.rows(range(len(slots)))
-        reads, nbytes = self._reader.read(layer, list(zip(slots, rows, strict=True)))
+        done = self._reader.read(layer, list(zip(slots, rows, strict=True)))
         batch = self._slab.batch([slots[expert] for expert in experts])
-        return batch, StoreStats(misses=len(slots), reads=reads, bytes_read=nbytes)
+        return batch, replace(done, misses=len(slots))
 
     def _hint(self, layer: int, experts: Sequence[int]) -> None:
         self._reader.advise(layer, experts)
 
     def _release(self) -> None:
-        self._reader.close()
+        self._stats += self._reader.close()

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -13,7 +13,6 @@ from flashmoe_mlx.pack.files import read_exactly
 from flashmoe_mlx.storage.extents import (
     OpenFiles,
     Read,
-    advise_will_need,
     chunk_bytes,
     open_for_reading,
     plan_reads,
@@ -45,7 +44,6 @@ class ThreadReader:
         if direct:
             refuse_unaligned(source)
         self._source = source
-        self._direct = direct
         self._files = OpenFiles(partial(open_for_reading, direct=direct, readahead=readahead))
         self._queues: list[_Jobs] = []
         self._threads: list[Thread] = []
@@ -102,11 +100,6 @@ class ThreadReader:
             return read_exactly(self._files[read.path], read.view, read.offset)
         except (EOFError, OSError) as error:
             raise read.failed(layer, error) from error
-
-    def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Ask the system to begin reading ``experts`` into its cache, unless reads go past it."""
-        if not self._direct:
-            advise_will_need(self._source, self._files, layer, experts)
 
     def close(self) -> None:
         """End the threads and close the files; no read may be under way. May be called again."""

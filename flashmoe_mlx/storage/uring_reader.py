@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
 from flashmoe_mlx.storage.extents import (
     OpenFiles,
     Read,
-    advise_will_need,
     chunk_bytes,
     open_for_reading,
     plan_reads,
@@ -44,7 +43,6 @@ class UringReader:
         if direct:
             refuse_unaligned(source)
         self._source = source
-        self._direct = direct
         self._depth = depth
         self._ring = Ring(depth, workers)
         self._files = OpenFiles(partial(open_for_reading, direct=direct))
@@ -101,11 +99,6 @@ class UringReader:
                 raise read.failed(layer, error) from error
             self._numbers[read.path] = number
         return RingRead(number, read.offset, read.view, buffer)
-
-    def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Ask the system to begin reading ``experts`` into its cache, unless reads go past it."""
-        if not self._direct:
-            advise_will_need(self._source, self._files, layer, experts)
 
     def close(self) -> None:
         """Give the ring back and close the files; no read may be under way. May be called again."""

@@ -30,7 +30,14 @@ def run(config: Config, run_dir: Path) -> None:
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model)
     write_json(run_dir / "environment.json", environment())
-    with load(folder, config.backend, config.experts_k, kernels=config.kernels, profile=config.profile) as engine:
+    with load(
+        folder,
+        config.backend,
+        config.experts_k,
+        kernels=config.kernels,
+        prefetch=config.prefetch,
+        profile=config.profile,
+    ) as engine:
         log.info("model %s, %s", folder, engine.setup)
         text, token_ids, stopped = stream(engine, config)
         stats = engine.stats()

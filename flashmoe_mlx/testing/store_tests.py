@@ -227,6 +227,30 @@ class ExpertStoreTests:
             check(store.fetch(layer, experts), layer, experts, stored)
         store.prefetch(0, [])
 
+    def test_hints_change_nothing_that_is_counted_but_what_they_cost(
+        self, store: ExpertStore, stored: StoredExperts
+    ) -> None:
+        """The same requests with right, wrong and no hints: the same hits, misses, evictions and bytes."""
+        random = np.random.default_rng(3)
+        requests = [(step % LAYERS, random.permutation(EXPERTS)[: min(3, store.slots)].tolist()) for step in range(24)]
+        size = len(stored.expected[0, 0])
+        with self.open_store(stored) as plain:
+            for step, (layer, experts) in enumerate(requests):
+                before, plainly = store.stats(), plain.stats()
+                if step % 3:
+                    store.prefetch(layer, experts if step % 3 == 1 else [(expert + 1) % EXPERTS for expert in experts])
+                    time.sleep(0.002)
+                check(store.fetch(layer, experts), layer, experts, stored)
+                plain.fetch(layer, experts)
+                done, expected = store.stats() - before, plain.stats() - plainly
+                assert (done.hits, done.misses, done.evictions) == (expected.hits, expected.misses, expected.evictions)
+                assert done.bytes_read == expected.bytes_read == done.misses * size
+                assert 0 <= done.prefetched <= done.misses
+                assert done.bytes_wasted >= 0
+                if not step % 3:
+                    assert done.prefetched == 0
+            assert plain.stats().prefetched == plain.stats().bytes_wasted == 0
+
     # Storage that fails
 
     @pytest.mark.parametrize("nbytes", [1000, 4096, 10_000])
@@ -305,6 +329,33 @@ class ExpertStoreTests:
             for extent in extents
         )
 
+    @pytest.mark.parametrize("always", [False, True], ids=["once", "for ever"])
+    def test_reads_ahead_that_fail_are_met_when_asked_for(
+        self, always: bool, stored: StoredExperts, injector: _Injector
+    ) -> None:
+        """What a hint could not read is the affair of the fetch that wants it, and of no other."""
+        with self.open_store(stored) as store:
+            injector(lambda number: -errno.EIO if always or number == 1 else None)
+            store.prefetch(1, [2, 9])
+            time.sleep(0.02)
+            try:
+                check(store.fetch(1, [2, 9]), 1, [2, 9], stored)
+            except ExpertReadError as failure:
+                self._check_failure(failure, stored)
+            store.prefetch(2, [0])
+            time.sleep(0.02)
+            injector(lambda _: None)
+            check(store.fetch(1, [2, 9]), 1, [2, 9], stored)
+            check(store.fetch(2, [0, 4]), 2, [0, 4], stored)
+
+    def test_a_close_during_reads_ahead(self, stored: StoredExperts, injector: _Injector) -> None:
+        store = self.open_store(stored)
+        injector(lambda _: time.sleep(0.01))
+        for layer in range(LAYERS):
+            store.prefetch(layer, range(EXPERTS))
+        store.close()
+        assert store.stats().prefetched == 0
+
     def test_files_cut_short_while_open(self, own: StoredExperts) -> None:
         """At any length: a typed error or the right bytes, and never the end of the process."""
         with self.open_store(own) as store:
@@ -375,13 +426,17 @@ class ExpertStoreTests:
     def test_interrupts_anywhere_neither_hang_nor_spoil(self, store: ExpertStore, stored: StoredExperts) -> None:
         """Real signals at random moments, as from a person who is impatient."""
         for layer in range(LAYERS):
-            store.fetch(layer, [0])  # opens the files: an interrupt may lose a descriptor before it has a name
+            # Opens files and starts threads: an interrupt may lose one before it has a name.
+            store.prefetch(layer, [0])
+            store.fetch(layer, [0])
         interrupted = 0
         with _no_garbage_collection(), _handling(signal.SIGALRM, signal.default_int_handler):
             for step in range(300):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, 1e-5 + 2e-6 * (step % 100))
                     for layer in range(LAYERS):
+                        if step % 2:
+                            store.prefetch(layer, [(step + layer) % EXPERTS, step % EXPERTS])
                         store.fetch(layer, [step % EXPERTS, (step + 3) % EXPERTS])
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 except KeyboardInterrupt:

@@ -1,0 +1,191 @@
+"""Read experts before they are asked for, which may turn out to be for nothing."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
+from threading import Event, Thread
+
+import numpy as np
+
+from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource, StoreStats
+from flashmoe_mlx.pack.files import read_exactly
+from flashmoe_mlx.storage.extents import OpenFiles, Read, open_for_reading, plan_reads
+from flashmoe_mlx.storage.readers import ExpertReader
+from flashmoe_mlx.storage.slab import Slab
+
+MOST_THREADS = 8
+_CHUNK = 2**20
+"""Bytes of one read, so that a stale one ends soon: storage is needed for what was really asked for."""
+
+
+class ReadAhead:
+    """A reader that also takes hints: what they name is read into slots of its own, and copied when it is asked for.
+
+    The latest hint counts: it and every ``read`` cancel what others had begun and nobody has asked for. A read that
+    fails ahead is repeated, and reported, when the expert is asked for. The first hint takes the memory, as much as
+    ``slots`` records, and starts the ``threads``.
+    """
+
+    def __init__(
+        self, source: ExpertSource, reader: ExpertReader, slots: int, threads: int, direct: bool = False
+    ) -> None:
+        self._source = source
+        self._reader = reader
+        self._slots = slots
+        self._count = min(threads, MOST_THREADS)
+        self._files = OpenFiles(partial(open_for_reading, direct=direct))
+        self._slab: Slab | None = None
+        self._threads: list[Thread] = []
+        self._queue: SimpleQueue[_Ahead | None] = SimpleQueue()
+        self._end = weakref.finalize(self, _end, self._queue, self._threads)
+        self._hinted: dict[tuple[int, int], _Ahead] = {}
+        self._ended: list[_Ahead] = []  # perhaps still being read: their slots are not free yet
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
+        """Fill the row of each (expert, row); counts ``reads``, ``bytes_read``, ``prefetched`` and ``bytes_wasted``.
+
+        Whatever happens, no row is written to any more when this returns.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+        """
+        hinted = self._hinted
+        ahead = {expert: hinted[layer, expert] for expert, _ in wanted if (layer, expert) in hinted}
+        ahead = {expert: job for expert, job in ahead.items() if job.begun}
+        self._cancel(set(hinted.values()).difference(ahead.values()))
+        self._ended += ahead.values()  # their slots are free once they have been copied
+        self._hinted = {}
+        rest = [(expert, row) for expert, row in wanted if expert not in ahead]
+        done = StoreStats()
+        if rest:
+            reads, nbytes = self._reader.read(layer, rest)
+            done = StoreStats(reads=reads, bytes_read=nbytes)
+        failed = []
+        for expert, row in wanted:
+            if expert not in ahead:
+                continue
+            job = ahead[expert]
+            job.finished.wait()
+            if job.complete:
+                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+                job.used = True
+                done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+            else:
+                failed.append((expert, row))
+        if failed:
+            reads, nbytes = self._reader.read(layer, failed)
+            done += StoreStats(reads=reads, bytes_read=nbytes)
+        return done + StoreStats(bytes_wasted=self._wasted())
+
+    def advise(self, layer: int, experts: Iterable[int]) -> None:
+        """Begin to read ``experts``, as many as there are slots, without waiting.
+
+        Raises:
+            InputError: there is no memory for them.
+            BackendUnavailableError: no thread can be started.
+        """
+        slab = self._started()
+        wanted = {(layer, expert): None for expert in experts}
+        kept = {place: job for place, job in self._hinted.items() if place in wanted}
+        self._cancel(set(self._hinted.values()).difference(kept.values()))
+        self._hinted = kept
+        taken = {job.slot for job in kept.values()} | {job.slot for job in self._ended if job.writing}
+        free = (slot for slot in range(slab.count) if slot not in taken)
+        for place in wanted:
+            if place in kept:
+                continue
+            slot = next(free, None)
+            if slot is None:
+                return
+            row = slab.rows([slot])[0]
+            job = _Ahead(slot, row, list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK)))
+            self._hinted[place] = job
+            self._queue.put(job)
+
+    def close(self) -> StoreStats:
+        """End threads and reads, close the files and the reader; what was read for nothing. May be called again."""
+        self._cancel(self._hinted.values())
+        self._hinted = {}
+        self._end()
+        for thread in self._threads:
+            thread.join()
+        self._reader.close()
+        self._files.close()
+        return StoreStats(bytes_wasted=self._wasted())
+
+    def _started(self) -> Slab:
+        if self._slab is None:
+            self._slab = Slab(self._slots, self._source.layout.record_bytes)
+        try:
+            while len(self._threads) < self._count:
+                name = f"expert-read-ahead-{len(self._threads)}"
+                thread = Thread(target=_serve, args=(self._queue, self._files), name=name, daemon=True)
+                thread.start()
+                self._threads.append(thread)
+        except RuntimeError as error:
+            if not self._threads:
+                raise BackendUnavailableError(
+                    f"cannot start a thread to read ahead: {error}; set prefetch=none"
+                ) from error
+        return self._slab
+
+    def _cancel(self, jobs: Iterable["_Ahead"]) -> None:
+        for job in jobs:
+            job.cancelled = True
+            self._ended.append(job)
+
+    def _wasted(self) -> int:
+        """Bytes of ended reads that nobody wanted, each counted once."""
+        over = [job for job in self._ended if not job.writing]
+        self._ended = [job for job in self._ended if job.writing]
+        return sum(job.nbytes for job in over if not job.used)
+
+
+@dataclass(eq=False, slots=True)
+class _Ahead:
+    """A record on its way into a slot. The thread writes the first group of flags, the owner the second."""
+
+    slot: int
+    row: memoryview
+    plan: list[Read]
+
+    begun: bool = False
+    complete: bool = False
+    reads: int = 0
+    nbytes: int = 0
+    finished: Event = field(default_factory=Event)
+
+    cancelled: bool = False
+    used: bool = False
+
+    @property
+    def writing(self) -> bool:
+        """Whether the slot may still be written to: not by what was cancelled before it began."""
+        return not self.finished.is_set() and (self.begun or not self.cancelled)
+
+    def run(self, files: OpenFiles) -> None:
+        """Read, unless cancelled; an error is left to the fetch that will meet it."""
+        self.begun = True
+        try:
+            for read in self.plan:
+                if self.cancelled:
+                    return
+                self.reads += read_exactly(files[read.path], read.view, read.offset)
+                self.nbytes += len(read.view)
+            self.complete = True
+        except (EOFError, OSError):
+            pass
+        finally:
+            self.finished.set()
+
+
+def _serve(queue: "SimpleQueue[_Ahead | None]", files: OpenFiles) -> None:
+    while (job := queue.get()) is not None:
+        job.run(files)
+
+
+def _end(queue: "SimpleQueue[_Ahead | None]", threads: Sequence[Thread]) -> None:
+    for _ in threads:
+        queue.put(None)
