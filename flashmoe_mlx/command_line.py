@@ -14,7 +14,7 @@ from flashmoe_mlx.config import TEXT_KEYS, known_keys
 from flashmoe_mlx.errors import InputError
 
 _OVERRIDE = re.compile(r"\+*(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
-_GROUPS = ("task", "model", "backend")
+_GROUPS = ("task", "model", "backend", "experiment")
 _OPTIONS = frozenset(
     (
         *("-h", "--help", "--hydra-help", "--version", "-i", "--info", "-sc", "--shell-completion"),
@@ -50,9 +50,10 @@ def tidy(arguments: Sequence[str]) -> list[str]:
 
 def _override(key: str, value: str) -> str:
     root = _root(key)
-    if root not in known_keys():
-        close = difflib.get_close_matches(root, known_keys(), n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known_keys())}"
+    known = sorted({*known_keys(), *_GROUPS})
+    if root not in known:
+        close = difflib.get_close_matches(root, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         raise InputError(f"{key}: no such key; {hint}")
     if key in _GROUPS and value in ("", "null"):
         raise InputError(f"{key}={value}: the name is missing; --help lists what there is")

@@ -74,6 +74,23 @@ class PackConfig(Config):
 
 
 @dataclass
+class BenchConfig(Config):
+    """Keys of ``task=bench``."""
+
+    backends: list[Any] | None = None
+    experts_ks: list[int] | None = None
+    prefetches: list[str] | None = None
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    prompts: list[str] | None = None
+    tokens: int = 16
+    rounds: int = 4
+    memory_gib: float | None = None
+    skip_unavailable: bool = False
+    resume: str | None = None
+    plot: bool = True
+
+
+@dataclass
 class BenchIoConfig(Config):
     """Keys of ``task=bench_io``."""
 
@@ -107,6 +124,7 @@ class SimulateConfig(Config):
 
 
 TASK_CONFIGS: Mapping[str, type[Config]] = {
+    "bench": BenchConfig,
     "bench_io": BenchIoConfig,
     "doctor": Config,
     "generate": Config,
@@ -114,7 +132,18 @@ TASK_CONFIGS: Mapping[str, type[Config]] = {
     "simulate": SimulateConfig,
     "trace": TraceConfig,
 }
-TEXT_KEYS = ("prompt", "source", "out", "revision", "packed_experts", "trace", "hot", "model.path", "model.cache_dir")
+TEXT_KEYS = (
+    "prompt",
+    "source",
+    "out",
+    "revision",
+    "packed_experts",
+    "trace",
+    "hot",
+    "resume",
+    "model.path",
+    "model.cache_dir",
+)
 """Keys whose value is taken as it stands, whatever characters it has."""
 
 
@@ -150,6 +179,7 @@ _KINDS = {
     bool: "true or false",
     str: "text",
     list[int]: "a list such as [4,2]",
+    list[str]: "a list such as [a,b]",
 }
 
 

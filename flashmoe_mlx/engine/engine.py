@@ -2,7 +2,7 @@
 
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -207,11 +207,13 @@ class Engine:
         seed: int | None = None,
         prefill_chunk: int | None = None,
         raw: bool = False,
+        ignore_eos: bool = False,
     ) -> Iterator[Piece]:
         """Continue ``prompt`` and yield the text as it comes.
 
         A string becomes a user's message if the model has a chat template and ``raw`` is false; messages are dicts with
-        "role" and "content". Everything is checked before the first piece.
+        "role" and "content". With ``ignore_eos`` an end of the answer does not end the generation, as benchmarks want
+        it. Everything is checked before the first piece.
 
         Raises:
             InputError: an option is out of range, or the prompt does not fit.
@@ -222,7 +224,8 @@ class Engine:
         sampler = Sampler(SamplingOptions(temperature, top_k, top_p, min_p), seed)
         token_ids = self._checked_tokens(self.encode(prompt, raw=raw), 0)
         _checked_chunk(prefill_chunk)
-        return self._generate(token_ids, max_tokens, sampler, prefill_chunk, start)
+        ends = frozenset[int]() if ignore_eos else self.tokenizer.eos_token_ids
+        return self._generate(token_ids, max_tokens, sampler, prefill_chunk, ends, start)
 
     def encode(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
         """The tokens of a prompt as ``generate`` would send them."""
@@ -243,6 +246,7 @@ class Engine:
         max_tokens: int,
         sampler: Sampler,
         prefill_chunk: int | None,
+        ends: Collection[int],
         start: float,
     ) -> Iterator[Piece]:
         self.metrics = metrics = RunMetrics()
@@ -256,7 +260,7 @@ class Engine:
         waiting: list[int] = []
         for count in range(1, limit + 1):
             waiting.append(token)
-            if token in self.tokenizer.eos_token_ids:
+            if token in ends:
                 metrics.finish_reason = "stop"
                 break
             text = detokenizer.add(token)

@@ -104,14 +104,19 @@ class NextRouter(Prefetcher):
         return [] if guess is None else np.array(guess).tolist()
 
 
+def check_policy(policy: str) -> None:
+    """Raise InputError unless there is such a policy."""
+    if policy not in POLICIES:
+        raise InputError(f"prefetch={policy}: no such policy; there are {', '.join(POLICIES)}")
+
+
 def make_prefetcher(policy: str, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> Prefetcher | None:
     """What makes the guesses of ``policy``, or None.
 
     Raises:
         InputError: there is no such policy.
     """
-    if policy not in POLICIES:
-        raise InputError(f"prefetch={policy}: no such policy; there are {', '.join(POLICIES)}")
+    check_policy(policy)
     if policy == "none":
         return None
     return PreviousToken(store, len(layers)) if policy == "previous_token" else NextRouter(store, layers)

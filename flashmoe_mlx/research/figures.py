@@ -10,6 +10,9 @@ from flashmoe_mlx.research.curves import Curve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    from flashmoe_mlx.research.bench import Summary
 
 COLOURS = {
     "lru": "tab:blue",
@@ -67,6 +70,49 @@ def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes
     axes.set_title(title, loc="left", fontsize="medium")
     axes.legend(frameon=False, fontsize="small", loc="lower right")
     return figure
+
+
+def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
+    """Tokens a second of every setting with its interval, and where its time went; a row of axes for each condition."""
+    conditions = list(dict.fromkeys(one.condition for one in summaries))
+    settings = list(dict.fromkeys(one.setting for one in summaries))
+    figure, every = new_figure(4.2 * len(conditions) + 1.8, 0.42 * len(settings) + 1.6, len(conditions))
+    fastest = max(one.interval[1] if one.interval else one.tokens_per_second for one in summaries)
+    for condition, axes in zip(conditions, every, strict=True):
+        for one in summaries:
+            if one.condition == condition:
+                _bench_bar(axes, settings.index(one.setting), one, fastest)
+        axes.set_xlim(0, 1.18 * fastest)
+        axes.set_ylim(len(settings) - 0.4, -0.6)
+        axes.set_yticks(range(len(settings)), settings if axes is every[0] else [])
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("tokens a second")
+        axes.set_title(condition, loc="left", fontsize="medium")
+    shades = {"reading experts": "tab:blue", "everything else": "lightsteelblue"}
+    figure.legend(
+        handles=[_patch(colour, label) for label, colour in shades.items()],
+        loc="outside lower right", ncols=2, frameon=False, fontsize="small",
+    )  # fmt: skip
+    figure.suptitle(f"{title} (bars: share of the time; lines: 95 % intervals)", fontsize="medium", x=0.01, ha="left")
+    return figure
+
+
+def _bench_bar(axes: "Axes", row: int, one: "Summary", fastest: float) -> None:
+    rate, reading = one.tokens_per_second, one.shares.get("io", 0.0)
+    axes.barh(row, rate * reading, height=0.62, color="tab:blue")
+    axes.barh(row, rate * (1 - reading), left=rate * reading, height=0.62, color="lightsteelblue")
+    end = rate
+    if one.interval is not None:
+        low, high = one.interval
+        axes.plot([low, high], [row, row], color="black", linewidth=1.5)
+        end = max(rate, high)
+    axes.text(end + 0.015 * fastest, row, f"{rate:.3g}", va="center", fontsize="small")
+
+
+def _patch(colour: str, label: str) -> "Patch":
+    from matplotlib.patches import Patch
+
+    return Patch(color=colour, label=label)
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from flashmoe_mlx.config import BenchIoConfig, Config, folder_of
-from flashmoe_mlx.engine.backends import backend_settings, open_store
+from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.opening import ModelFiles, open_model
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
@@ -31,6 +31,7 @@ from flashmoe_mlx.research.io_bench import (
     summarise,
 )
 from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.tasks.backend_list import listed_backends
 from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
 
@@ -94,23 +95,9 @@ def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contende
     """The stores to measure, and the experts that all of them serve."""
     made: dict[str, Contender] = {}
     variants: dict[str | None, None] = {}
-    for entry in [config.backend] if config.backends is None else config.backends:
-        if isinstance(entry, str):
-            entry = {"name": entry}
-        if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("_target_")):
-            raise InputError(f"backends: {entry!r} is neither a name nor a mapping such as {{name:pread,threads:8}}")
-        options = {str(key): value for key, value in entry.items() if key != "name"}
-        settings = (backend_settings(str(entry["name"])) if entry.get("name") else {}) | options
-        target = str(settings.get("_target_", "")).rpartition(".")
-        name = str(entry.get("name") or target[0].rpartition(".")[2])
-        shown = options if config.backends is not None else {}
-        label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
-        if label in made:
-            raise InputError(f"backends: {label} is named twice")
+    for label, settings in listed_backends(config.backends, config.backend).items():
         variants[settings.get("variant")] = None
         made[label] = StoreContender(label, partial(_opened, files, settings))
-    if not made:
-        raise InputError("backends=[]: name at least one")
     sources = [files.variant(variant) for variant in variants]
     if any(source != sources[0] for source in sources):
         raise InputError("backends: they read different variants; compare one at a time: {name:pread,variant:q2}")
@@ -119,10 +106,6 @@ def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contende
 
 def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
     return open_store(files, settings, {})[0]
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:

@@ -1,0 +1,116 @@
+"""Recorded runs as one table: what ``task=generate``, sweeps and ``task=bench`` left in their directories."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashmoe_mlx.errors import InputError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_Reader = Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]]
+_STAGE = (
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "bytes_read",
+    "bytes_per_token",
+    "bytes_wasted",
+    "experts_requested",
+    "hits",
+    "hit_rate",
+    "prefetched",
+    "reads",
+    "read_gb_per_second",
+    "weights_gb_per_second",
+)
+
+
+def load_runs(folder: str | Path) -> "DataFrame":
+    """Every recorded run in ``folder`` and the folders inside it, a row each: a generation, or a pass of a benchmark.
+
+    Columns: ``run`` (its directory, relative to ``folder``), ``task``, ``model``, ``backend`` (a name), ``setting``
+    (the backend's label in a benchmark), ``backend.OPTION`` for every option, ``experts_k``, ``bits``, ``prefetch``,
+    ``kernels``, ``condition`` ("as found" of a generation) and ``round``; then what was measured: ``decode_*`` and
+    ``prefill_*`` (seconds, bytes, GB/s, p5, p50 and p95 of a step, ``decode_io_share`` and other shares of the time),
+    ``time_to_first_token``, ``accuracy`` of prefetch, ``text``; ``error`` of a job that failed, whose other columns are
+    empty. In the order of the directories' names.
+
+    Raises:
+        InputError: pandas is not installed, there is no such folder, or a record cannot be read.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise InputError("load_runs needs pandas: pip install 'flashmoe_mlx[research]'") from error
+    top = Path(folder).expanduser()
+    if not top.is_dir():
+        raise InputError(f"{top}: no such folder")
+    rows = []
+    for path in sorted(top.rglob("*.json"), key=_natural):
+        read = _READERS.get(path.name)
+        if read is not None:
+            run = {"run": str(path.parent.relative_to(top))}
+            rows += [run | row for row in _checked(path, read)]
+    return pd.DataFrame(rows)
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Jobs of a sweep are numbered: 2 comes before 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.parts]
+
+
+def _checked(path: Path, read: _Reader) -> list[dict[str, Any]]:
+    try:
+        return list(read(json.loads(path.read_text())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: not a record that can be read ({type(error).__name__}: {error})") from None
+
+
+def _generation(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    row = {"task": "generate", "model": record["model"]["path"], "condition": record["page_cache"]}
+    yield {**row, **_measured(record), "text": record["text"]}
+
+
+def _bench(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for one in record["passes"]:
+        row = {
+            "task": "bench",
+            "model": record["setup"]["folder"],
+            "memory_gib": record["setup"]["memory_gib"],
+            **{name: one[name] for name in ("setting", "condition", "round", "prompt", "cached")},
+        }
+        yield row | _measured(one["record"])
+
+
+def _failure(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    yield {"error": record["error"]}
+
+
+def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a run from what ``Engine.setup`` and ``Engine.stats`` say."""
+    backend = dict(record["backend"])
+    kernels = record["kernels"]
+    row: dict[str, Any] = {
+        "backend": backend.pop("_target_").rpartition(".")[0].rpartition(".")[2],
+        "experts_k": record["experts_k"],
+        "bits": record["experts"]["bits"],
+        "prefetch": record["prefetch"],
+        "kernels": kernels if isinstance(kernels, str) else json.dumps(kernels),
+        "time_to_first_token": record["time_to_first_token"],
+        "accuracy": (record["guesses"] or {}).get("accuracy"),
+        "peak_bytes": record["process_peak_bytes"],
+    }
+    row |= {f"backend.{option}": value for option, value in backend.items()}
+    for stage in ("prefill", "decode"):
+        measured = record[stage]
+        row |= {f"{stage}_{name}": measured[name] for name in _STAGE}
+        row |= {f"{stage}_{name}_seconds": value for name, value in (measured["step_seconds"] or {}).items()}
+        for phase, seconds in measured["phase_seconds"].items():
+            row[f"{stage}_{phase}_share"] = seconds / measured["seconds"] if measured["seconds"] else None
+    return row
+
+
+_READERS: Mapping[str, _Reader] = {"metrics.json": _generation, "bench.json": _bench, "failure.json": _failure}

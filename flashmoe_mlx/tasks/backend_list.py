@@ -1,0 +1,41 @@
+"""Several backends on one command line: ``backends=[pread,{name:pread,direct:true}]``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flashmoe_mlx.engine.backends import backend_settings
+from flashmoe_mlx.errors import InputError
+
+
+def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """A label and all settings of each entry, a name or a mapping; of ``otherwise`` alone if there are no entries.
+
+    Raises:
+        InputError: an entry is neither, is named twice, or no such backend exists.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for entry in [otherwise] if entries is None else entries:
+        if isinstance(entry, str):
+            entry = {"name": entry}
+        if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("_target_")):
+            raise InputError(f"backends: {entry!r} is neither a name nor a mapping such as {{name:pread,threads:8}}")
+        options = {str(key): value for key, value in entry.items() if key != "name"}
+        settings = (backend_settings(str(entry["name"])) if entry.get("name") else {}) | options
+        name = str(entry.get("name") or short_name(settings))
+        shown = {} if entries is None else options
+        label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
+        if label in found:
+            raise InputError(f"backends: {label} is named twice")
+        found[label] = settings
+    if not found:
+        raise InputError("backends=[]: name at least one")
+    return found
+
+
+def short_name(settings: Mapping[str, Any]) -> str:
+    """What a store with these settings is called: the module of its class."""
+    return str(settings.get("_target_", "")).rpartition(".")[0].rpartition(".")[2]
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

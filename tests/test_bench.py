@@ -1,0 +1,249 @@
+"""task=bench: what runs in which order, what is made of it, what is refused, and going on with an earlier run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.expert_store import ExpertReadError
+from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.pack.writer import add_variants
+from flashmoe_mlx.research import bench
+from flashmoe_mlx.research.bench import Pass, Plan, Setting, run_passes, summarise
+from flashmoe_mlx.tasks.backend_list import listed_backends
+
+FAST = ["raw=true", "prompt=Hello", "tokens=4"]
+
+
+def a_pass(setting: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Pass:
+    stage = {
+        "seconds": 2 * seconds, "tokens": 2, "bytes_read": 100, "bytes_wasted": 20, "hits": 1, "misses": 3,
+        "experts_requested": 4, "prefetched": 1, "tokens_per_second": 1 / seconds, "read_gb_per_second": 2.0,
+        "weights_gb_per_second": 3.0, "phase_seconds": {"compute": seconds, "io": seconds},
+    }  # fmt: skip
+    record = {
+        "experts_k": 4,
+        "decode": stage,
+        "prefill": stage,
+        "guesses": {"predicted": 8, "right": 6},
+        "time_to_first_token": 0.5,
+    }
+    made = Pass(setting, condition, number, "Hello", 0.0, "pack/q4", (1, 2, 3), (seconds, seconds), record)
+    return replace(made, **changes)
+
+
+@pytest.fixture
+def plan(tiny_pack: Path) -> Plan:
+    settings = [Setting(label, one, 2, "none") for label, one in listed_backends(["pread", "mmap"], {}).items()]
+    return Plan(tiny_pack, settings, ["cold", "warm", "rotating"], ["Hi", "Yes"], True, 3, 2, "auto")
+
+
+def test_turns_are_reversed_every_other_round(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_run", lambda _, one, condition, number: a_pass(one.label, number, 1.0, condition))
+    ran = list(run_passes(plan, [], str, {}))
+    assert [one.setting for one in ran] == ["pread", "mmap"] * 3 + ["mmap", "pread"] * 3
+    assert [one.condition for one in ran] == ["cold", "cold", "warm", "warm", "rotating", "rotating"] * 2
+    again = list(run_passes(plan, ran[:5], str, {}))
+    assert [one.place for one in again] == [one.place for one in ran[5:]]
+
+
+def test_what_a_condition_means(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every pass begins with an empty page cache; warm continues its own prompt first, rotating the other one."""
+    events: list[str] = []
+    original = bench.evict
+
+    def evict(paths: Sequence[Path]) -> None:
+        events.append("evict")
+        original(paths)
+
+    generate = bench._generate
+
+    def generated(engine: Any, prompt: str, plan: Plan) -> list[int]:
+        events.append(prompt)
+        return generate(engine, prompt, plan)
+
+    monkeypatch.setattr(bench, "evict", evict)
+    monkeypatch.setattr(bench, "_generate", generated)
+    ran = list(run_passes(replace(plan, settings=plan.settings[:1]), [], str, {}))
+    assert " ".join(events) == ("evict Hi evict Hi Hi evict Yes Hi evict Yes evict Yes Yes evict Hi Yes")
+    cold, warm, rotating = ran[:3]
+    assert cold.cached == 0
+    assert warm.cached > 0
+    assert rotating.cached > 0
+    assert [len(one.token_ids) for one in ran] == [3] * 6
+    assert [len(one.decode_steps) for one in ran] == [2] * 6
+    assert cold.token_ids == warm.token_ids == rotating.token_ids
+
+
+def test_different_tokens_count_for_nothing(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(_: Plan, one: Setting, condition: str, number: int) -> Pass:
+        return a_pass(one.label, number, 1.0, condition, token_ids=(1, 2, 3 if one.label == "pread" else 4))
+
+    monkeypatch.setattr(bench, "_run", wrong)
+    with pytest.raises(
+        FlashMoeError, match=r"mmap \(cold\) and pread \(cold\) chose different tokens, from the 3"
+    ) as e:
+        list(run_passes(plan, [], str, {}))
+    assert_one_line(e.value)
+
+
+def test_other_experts_or_another_k_may_choose_others(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Plan, one: Setting, condition: str, number: int) -> Pass:
+        pread = one.label == "pread"
+        return a_pass(one.label, number, 1.0, condition, token_ids=(1, 2 if pread else 3), experts=f"pack/{one.label}")
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert len(list(run_passes(plan, [], str, {}))) == 12
+
+
+def test_a_setting_that_fails_is_left_out_from_then_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: Plan, one: Setting, condition: str, number: int) -> Pass:
+        if one.label == "mmap" and condition == "warm":
+            raise ExpertReadError(Path("x"), 1, 2, 3, "broken")
+        return a_pass(one.label, number, 1.0, condition)
+
+    monkeypatch.setattr(bench, "_run", run)
+    failures: dict[str, str] = {}
+    ran = list(run_passes(plan, [], str, failures))
+    assert [one.place for one in ran if one.setting == "mmap"] == [("mmap", "cold", 0)]
+    assert len([one for one in ran if one.setting == "pread"]) == 6
+    assert failures == {"mmap": "warm, round 1: cannot read layer 1 expert 2: x at byte 3: broken"}
+
+
+def test_summaries() -> None:
+    passes = [a_pass("a", n, 1.0) for n in range(4)] + [a_pass("b", n, 0.5 + n / 10) for n in range(4)]
+    one, other = summarise(passes)
+    assert (one.setting, one.rounds, one.tokens_per_second, one.ratio) == ("a", 4, 1.0, 1.0)
+    assert one.interval == (1.0, 1.0)
+    assert other.tokens_per_second == pytest.approx((1 / 0.6 + 1 / 0.7) / 2)
+    assert other.ratio == other.tokens_per_second
+    assert other.ratio_interval is not None
+    assert other.ratio_interval[0] < other.ratio < other.ratio_interval[1]
+    assert one.step_ms == (1000, 1000, 1000)
+    assert (one.bytes_per_token, one.wasted_bytes_per_token, one.hit_rate) == (50, 10, 0.25)
+    assert (one.accuracy, one.prefetched) == (0.75, pytest.approx(1 / 3))
+    assert one.shares == {"compute": 0.5, "io": 0.5}
+    assert summarise([a_pass("a", 0, 1.0)])[0].interval is None
+
+
+@pytest.fixture
+def record(tiny_pack: Path, tmp_path: Path) -> dict[str, Any]:
+    """Of a small run of everything."""
+    arguments = [
+        f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, "rounds=1", "experts_ks=[2,4]",
+        "backends=[pread,{name:pread,direct:true}]", "prefetches=[none,next_router]",
+    ]  # fmt: skip
+    assert run_command_line(arguments) == 0
+    return json.loads((tmp_path / "bench.json").read_text())
+
+
+def test_every_combination_is_recorded_and_drawn(record: dict[str, Any], tmp_path: Path) -> None:
+    settings = [
+        f"{b} K={k} {p}" for k in (2, 4) for b in ("pread", "pread direct=true") for p in ("none", "next_router")
+    ]
+    assert [one["setting"] for one in record["passes"]] == settings * 2
+    assert [(one["setting"], one["condition"]) for one in record["summary"]] == [
+        (setting, condition) for condition in ("cold", "warm") for setting in settings
+    ]
+    for one in record["passes"]:
+        assert one["record"]["decode"]["tokens"] == 3
+        assert (one["record"]["guesses"] is None) == (one["record"]["prefetch"] == "none")
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert record["environment"]["cores"]
+
+
+def test_going_on_keeps_the_rounds(
+    record: dict[str, Any], tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"model.path={tiny_pack}", "task=bench", *FAST, "experts_ks=[2,4]", f"resume={tmp_path}"]
+    arguments += ["backends=[pread,{name:pread,direct:true}]", "prefetches=[none,next_router]"]
+    assert run_command_line([*arguments, "rounds=2", "plot=false", f"hydra.run.dir={tmp_path / 'second'}"]) == 0
+    later = json.loads((tmp_path / "second" / "bench.json").read_text())
+    assert later["passes"][:16] == record["passes"]
+    assert [one["round"] for one in later["passes"]] == [0] * 16 + [1] * 16
+    assert not (tmp_path / "second" / "bench.png").exists()
+    capsys.readouterr()
+    assert run_command_line([*arguments, "tokens=5", f"hydra.run.dir={tmp_path / 'third'}"]) == 2
+    assert "was asked for other tokens; only rounds= may change" in capsys.readouterr().err
+    assert run_command_line([*arguments, f"hydra.run.dir={tmp_path}"]) == 2
+    assert "holds the record of another run" in capsys.readouterr().err
+
+
+def test_two_bits_beside_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import TINY
+
+    from flashmoe_mlx.pack.synthetic import synthetic_pack
+
+    folder = synthetic_pack("tiny", TINY, tmp_path).folder
+    add_variants(open_pack(folder), [2])
+    run_dir = tmp_path / "run"
+    arguments = [f"model.path={folder}", f"hydra.run.dir={run_dir}", "experiment=two_bit", *FAST, "rounds=1"]
+    assert run_command_line([*arguments, "conditions=[warm]"]) == 0
+    first, second, *_ = json.loads((run_dir / "bench.json").read_text())["summary"]
+    assert second["setting"] == "pack2"
+    assert second["bytes_per_token"] < 0.6 * first["bytes_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokens=1"], "tokens=1: must be at least 2"),
+        (["rounds=0"], "rounds=0: must be at least 1"),
+        (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm, rotating"),
+        (["conditions=[]"], "conditions=[]: choose from"),
+        (["conditions=[rotating]", "prompts=[a]"], "prompts= needs at least one text, two for conditions=[rotating]"),
+        (["backends=[pread,pread]"], "backends: pread is named twice"),
+        (["backends=[]"], "backends=[]: name at least one"),
+        (["backends=[pred]"], "backend=pred: no such backend"),
+        (["backends=[{threads:3}]"], "is neither a name nor a mapping"),
+        (["backends=[pread,pack2]"], "pack2: "),
+        (["backends=[pack2]", "skip_unavailable=true"], "nothing can run here: pack2: "),
+        (["experts_ks=[2,2]"], "has a value twice"),
+        (["experts_ks=[2,99]"], "experts_k=99: there are 16 experts"),
+        (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
+        (["prefetches=[oracle]"], "prefetch=oracle: no such policy"),
+        (["memory_gib=0"], "memory_gib=0: must be more than 0 and less than"),
+        (["memory_gib=100000"], "memory_gib=100000: must be"),
+        (["resume=/nowhere"], "resume=/nowhere: there is no record"),
+        (["experts_ks=2"], "experts_ks=2: must be a list such as [4,2]"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], message: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run_command_line([f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, *arguments])
+    shown = capsys.readouterr().err.strip()
+    assert message in shown
+    assert shown.count("\n") == 0
+    assert code == 2
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.mark.parametrize(
+    "experiment", [path.stem for path in (Path(__file__).parents[1] / "configs/experiment").iterdir()]
+)
+def test_every_experiment_runs(experiment: str, tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", f"+experiment={experiment}", *FAST, "rounds=1"]
+    assert run_command_line([*arguments, "tokens=2", "plot=false"]) == 0
+    assert json.loads((tmp_path / "bench.json").read_text())["passes"]
+
+
+def test_without_matplotlib_there_is_a_line(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, "conditions=[warm]"]
+    assert run_command_line([*arguments, "rounds=1"]) == 0
+    assert "no plot: figures need matplotlib: pip install 'flashmoe_mlx[research]'" in capsys.readouterr().err
+
+
+def test_an_unknown_resumed_record_is_refused(tiny_pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text("{}")
+    arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path / 'run'}", "task=bench", *FAST]
+    assert run_command_line([*arguments, f"resume={tmp_path}"]) == InputError.exit_code

@@ -1,0 +1,86 @@
+"""A machine made smaller: by a control group where one can be made, else by a ballast."""
+
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research import memory_cap as module
+from flashmoe_mlx.research.memory_cap import memory_cap
+from flashmoe_mlx.storage.memory import GIB
+
+MIB = 2**20
+
+
+def test_no_cap() -> None:
+    with memory_cap(None) as described:
+        assert described is None
+
+
+@pytest.mark.parametrize("gib", [0, -1, float("nan"), float("inf"), 10**9])
+def test_impossible_caps(gib: float) -> None:
+    with pytest.raises(InputError, match="must be more than 0 and less than"), memory_cap(gib):
+        pass
+
+
+def test_a_ballast_takes_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_own_group", lambda _: None)
+    monkeypatch.setattr(module, "available_memory", lambda: 2 * GIB)
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with memory_cap(2 - 64 * MIB / GIB) as described:
+        assert described is not None
+        assert described.startswith("1.9375 GiB by a")
+        assert described.endswith(("a locked ballast of 0.1 GiB", "a ballast (there is no swap) of 0.1 GiB"))
+        assert process.memory_info().rss - before > 60 * MIB
+    assert process.memory_info().rss - before < 30 * MIB
+
+
+def test_a_ballast_that_could_be_swapped_out_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def mlock(self, *_: object) -> int:
+            return -1
+
+    monkeypatch.setattr(module, "_own_group", lambda _: None)
+    monkeypatch.setattr(module, "available_memory", lambda: GIB)
+    monkeypatch.setattr(module.ctypes, "CDLL", Libc)
+    monkeypatch.setattr(module.psutil, "swap_memory", lambda: type("Swap", (), {"total": GIB}))
+    with pytest.raises(InputError, match=r"cannot be locked here .* raise the limit"), memory_cap(0.99):
+        pass
+
+
+def test_a_control_group_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "session" / "shell"
+    own.mkdir(parents=True)
+    (own / "cgroup.procs").touch()
+    about = tmp_path / "self"
+    about.write_text("0::/session/shell\n")
+    monkeypatch.setattr(module, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(module, "_OWN_CGROUP", about)
+    original, original_rmdir = Path.mkdir, Path.rmdir
+
+    def mkdir(path: Path) -> None:  # the kernel puts files into a new group, and takes them away with it
+        original(path)
+        for name in ("memory.max", "memory.swap.max", "cgroup.procs"):
+            (path / name).touch()
+
+    def rmdir(path: Path) -> None:
+        for entry in path.iterdir():
+            entry.unlink()
+        original_rmdir(path)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    monkeypatch.setattr(Path, "rmdir", rmdir)
+    with memory_cap(0.5) as described:
+        group = tmp_path / "session" / f"flashmoe-{os.getpid()}"
+        assert described == "0.5 GiB by a control group"
+        used = int((group / "memory.max").read_text()) - GIB // 2
+        assert 0 < used < 8 * GIB
+        assert (group / "memory.swap.max").read_text() == "0"
+        assert (group / "cgroup.procs").read_text() == str(os.getpid())
+    assert (own / "cgroup.procs").read_text() == str(os.getpid())
+    assert not group.exists()

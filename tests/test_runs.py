@@ -1,0 +1,114 @@
+"""Recorded runs as a frame, and sweeps that fail in part."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.application import run
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research import load_runs
+
+FAST = ["raw=true", "prompt=Hello", "max_tokens=4"]
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, a sweep of which a part fails, and a benchmark."""
+    top = tmp_path_factory.mktemp("outputs")
+    model = f"model.path={tiny_pack}"
+    assert run([model, *FAST, f"hydra.run.dir={top / 'one'}", "prefetch=next_router"]) == 0
+    sweep = ["-m", "+backend=pread,pack2,mmap", "+experts_k=2,3", f"hydra.sweep.dir={top / 'sweep'}"]
+    assert run([model, *FAST, *sweep]) == 2
+    bench = [
+        "task=bench",
+        "raw=true",
+        "prompt=Hello",
+        "tokens=3",
+        "rounds=2",
+        "backends=[pread,{name:pread,threads:2}]",
+    ]
+    assert run([model, *bench, "plot=false", f"hydra.run.dir={top / 'bench'}"]) == 0
+    return top
+
+
+def test_one_frame_of_all(recorded: Path) -> None:
+    frame = load_runs(recorded)
+    assert frame["run"].tolist() == ["bench"] * 8 + ["one"] + [f"sweep/{job}" for job in range(6)]
+    ran = frame[frame["error"].isna()]
+    assert (ran["decode_tokens_per_second"] > 0).all()
+    assert ran["backend"].tolist() == ["pread"] * 9 + ["pread", "pread", "mmap", "mmap"]
+    assert ran["experts_k"].tolist() == [4] * 9 + [2, 3, 2, 3]
+    bench = frame[frame["task"] == "bench"]
+    assert sorted(bench["setting"].unique()) == ["pread", "pread threads=2"]
+    assert sorted(bench["backend.threads"].unique()) == [2, 4]
+    assert bench.groupby(["setting", "condition"])["round"].count().tolist() == [2] * 4
+    one = frame[frame["run"] == "one"].iloc[0]
+    metrics = json.loads((recorded / "one" / "metrics.json").read_text())
+    assert one["decode_bytes_per_token"] == metrics["decode"]["bytes_per_token"]
+    assert one["accuracy"] == metrics["guesses"]["accuracy"]
+    assert one["decode_p50_seconds"] == metrics["decode"]["step_seconds"]["p50"]
+    assert one["condition"] == "as found"
+    shares = [name for name in frame if name.startswith("decode_") and name.endswith("_share")]
+    assert one[shares].sum() == pytest.approx(1)
+
+
+def test_jobs_that_failed_say_why(recorded: Path) -> None:
+    frame = load_runs(recorded / "sweep")
+    failed = frame[frame["error"].notna()]
+    assert failed["run"].tolist() == ["2", "3"]
+    assert failed["error"].str.contains("no variant 'q2'").all()
+    assert len(frame) == 6
+
+
+def test_a_sweep_lists_what_failed(tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-m", f"model.path={tiny_pack}", *FAST, "experts_k=2,99", "backend=pread,mmap"]
+    folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    assert run([*arguments, folder]) == 2
+    *_, title, first, second = capsys.readouterr().err.splitlines()
+    assert title == "flashmoe_mlx: 2 of 4 jobs failed; the records of the others are complete:"
+    assert first.startswith("  2 experts_k=99 backend=pread: experts_k=99: must be from 1 to 16")
+    assert second.startswith("  3 experts_k=99 backend=mmap: ")
+    assert [(tmp_path / "sweep" / str(job) / "metrics.json").exists() for job in range(4)] == [True, True, False, False]
+    before = {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+    assert run([*arguments, folder]) == 2
+    assert "holds an earlier sweep; choose another hydra.sweep.dir" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
+
+
+def test_a_refused_folder_gets_no_failure(tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={tiny_pack}", *FAST, f"hydra.run.dir={tmp_path}"]
+    assert run(arguments) == 0
+    assert run(arguments) == 2
+    assert not (tmp_path / "failure.json").exists()
+    assert len(load_runs(tmp_path)) == 1
+
+
+def test_every_backend_by_its_pattern(tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = ["-m", f"model.path={tiny_pack}", *FAST, "backend=glob(*)", f"hydra.sweep.dir={tmp_path}"]
+    assert run(arguments) == 2
+    frame = load_runs(tmp_path)
+    assert {"pread", "mmap", "ram_hybrid", "resident"} <= set(frame["backend"].dropna())
+    assert frame["error"].notna().sum() >= 2  # pack2 and checkpoint
+    assert frame["text"].dropna().nunique() == 1
+
+
+def test_nothing_recorded(tmp_path: Path) -> None:
+    assert load_runs(tmp_path).empty
+    with pytest.raises(InputError, match="no such folder"):
+        load_runs(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}', "nonsense"])
+def test_records_that_are_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(InputError, match=r"metrics\.json: not a record that can be read") as caught:
+        load_runs(tmp_path)
+    assert_one_line(caught.value)
+
+
+def test_without_pandas_there_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+    with pytest.raises(InputError, match=r"load_runs needs pandas: pip install 'flashmoe_mlx\[research\]'"):
+        load_runs(tmp_path)
