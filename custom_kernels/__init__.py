@@ -5,18 +5,22 @@ equal it. ``choose`` picks once; the record of a run says what was picked. ``dia
 Metal and a CUDA kernel (see ``kernel.py``).
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta_net, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta_net, native, quantised_matvec, routed_experts
 from flashmoe_mlx.custom_kernels.attention import AttentionWeights
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
 from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import DeltaWeights
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.native import arguments
 from flashmoe_mlx.custom_kernels.routed_experts import ExpertFormat
+
+_log = logging.getLogger(__name__)
 
 PREFERENCES = ("auto", "mlx", "reference")
 
@@ -35,7 +39,9 @@ class Kernels:
     """The implementations that a model runs; ``names`` says which, by operation, once they have run.
 
     ``takes_routed`` says whether ``routed_experts`` takes these experts; where it does not, the model applies
-    ``expert_mlp`` to each.
+    ``expert_mlp`` to each. ``on_host`` stands in for ``routed_experts``, for any number of tokens, where experts are
+    best read where the CPU sees them: see ``native.routed_experts``. ``any_scales``: quantised products take scales and
+    biases in any type. ``note`` is what a person should know of the choice.
     """
 
     attention: Callable[..., tuple[mx.array, mx.array, mx.array]]
@@ -45,14 +51,17 @@ class Kernels:
     takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
     quantised_matvec: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]
     names: Mapping[str, str]
+    on_host: Callable[..., mx.array] | None = None
+    any_scales: bool = False
+    note: str | None = None
 
 
 def choose(preference: str) -> Kernels:
     """Implementations of every operation.
 
-    "auto": on a GPU our own kernels, each compared with its reference at its first use, and MLX's fused operations
-    where there is none; prompts go through GatedDeltaNet in chunks. "mlx": MLX's fused operations alone. "reference":
-    elementary ones.
+    "auto": our own kernels, each compared with its reference at its first use, and MLX's fused operations where there
+    is none; prompts go through GatedDeltaNet in chunks, or on a CPU through our kernel. "mlx": MLX's fused operations
+    alone. "reference": elementary ones.
 
     Raises:
         ValueError: another word.
@@ -72,6 +81,12 @@ def choose(preference: str) -> Kernels:
     if preference == "auto" and dialect() is not None:
         return _custom()
     in_chunks = preference == "auto"
+    note = None
+    if preference == "auto":
+        if native.extension() is not None:
+            return _for_cpu()
+        note = native.MISSING
+        _log.warning("%s", note)
     return Kernels(
         attention.gated_attention,
         gated_delta_net.in_chunks if in_chunks else gated_delta_net.gated_delta_net,
@@ -80,6 +95,7 @@ def choose(preference: str) -> Kernels:
         _never,
         quantised_matvec.by_mlx,
         _MLX | ({"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()} if in_chunks else {}),
+        note=note,
     )
 
 
@@ -134,6 +150,66 @@ def _custom() -> Kernels:
             report=reports("quantised_matvec"),
         ),
         names,
+    )
+
+
+def _for_cpu() -> Kernels:
+    names = dict(_MLX)
+    maker, built_for = "native kernel", native.description()
+
+    def reports(*operations: str) -> Callable[[str], None]:
+        return lambda what: names.update(dict.fromkeys(operations, f"{what} ({built_for})"))
+
+    return Kernels(
+        CheckedKernel(
+            name="attention",
+            custom=native.gated_attention,
+            standard=attention.gated_attention,
+            reference=attention.reference_on_copies,
+            takes=arguments.Attention.takes,
+            kind=arguments.Attention.kind,
+            report=reports("attention"),
+            sample=arguments.Attention.sample,
+            maker=maker,
+        ),
+        CheckedKernel(
+            name="gated_delta_net",
+            custom=native.gated_delta_net,
+            standard=gated_delta_net.in_chunks,
+            reference=gated_delta_net.reference.gated_delta_net,
+            takes=arguments.Delta.takes,
+            kind=arguments.Delta.kind,
+            report=reports("gated_delta_net", "gated_delta_net of prompts"),
+            sample=arguments.Delta.sample,
+            maker=maker,
+        ),
+        expert_mlp.expert_mlp,
+        routed_experts.reference.routed_experts,
+        _never,
+        CheckedKernel(
+            name="quantised_matvec",
+            custom=native.quantised_product,
+            standard=quantised_matvec.by_mlx,
+            reference=quantised_matvec.reference.quantised_matvec,
+            takes=arguments.Product.takes,
+            kind=arguments.Product.kind,
+            report=reports("quantised_matvec"),
+            sample=arguments.Product.sample,
+            maker=maker,
+        ),
+        names,
+        on_host=CheckedKernel(
+            name="routed_experts",
+            custom=native.routed_experts,
+            standard=arguments.Experts.on_slab(routed_experts.by_expert),
+            reference=arguments.Experts.on_slab(routed_experts.reference.routed_experts),
+            takes=arguments.Experts.takes,
+            kind=arguments.Experts.kind,
+            report=reports("routed_experts"),
+            sample=arguments.Experts.sample,
+            maker=maker,
+        ),
+        any_scales=True,
     )
 
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,9 @@ class CheckedKernel(Generic[P, R]):
     """``custom`` where it takes the arguments and agrees with ``reference``, else ``standard``.
 
     ``takes`` says whether ``custom`` is made for the arguments, and ``kind`` (both with the same arguments) which of
-    several code paths they lead to: each is checked once. ``report`` hears what became of every kind.
+    several code paths they lead to: each is checked once. ``report`` hears what became of every kind. ``sample``, if
+    given, makes of the arguments those of the check: fewer, and copies of what the kernel would write to. ``maker``
+    says what kind of kernel it is.
     """
 
     name: str
@@ -35,6 +37,8 @@ class CheckedKernel(Generic[P, R]):
     takes: Callable[P, bool]
     kind: Callable[P, Hashable]
     report: Callable[[str], None]
+    sample: Callable[P, tuple[Any, ...]] | None = None
+    maker: str = "custom kernel"
     _verdicts: dict[Hashable, bool] = field(default_factory=dict)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -48,6 +52,11 @@ class CheckedKernel(Generic[P, R]):
         return chosen(*args, **kwargs)
 
     def _check(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        if self.sample is not None:
+            return self._agrees(*self.sample(*args, **kwargs))
+        return self._agrees(*args, **kwargs)
+
+    def _agrees(self, *args: Any, **kwargs: Any) -> bool:
         expected = _arrays(self.reference(*args, **kwargs))
         mx.eval(expected)
         try:
@@ -61,12 +70,12 @@ class CheckedKernel(Generic[P, R]):
             difference = relative_difference(ours, theirs)
             if not difference <= accepted:  # not a number fails as well
                 return self._replaced(f"differs from its reference by {difference:.1e} of the largest value")
-        self.report(f"custom kernel {self.name}")
+        self.report(f"{self.maker} {self.name}")
         return True
 
     def _replaced(self, why: str) -> bool:
-        _log.warning("the custom kernel %s %s; MLX's own operations run in its place", self.name, why)
-        self.report(f"MLX: the custom kernel {self.name} {why}")
+        _log.warning("the %s %s %s; MLX's own operations run in its place", self.maker, self.name, why)
+        self.report(f"MLX: the {self.maker} {self.name} {why}")
         return False
 
 

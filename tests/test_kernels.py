@@ -13,7 +13,15 @@ import pytest
 from nvrtc import compile_for_cuda
 from systems import needs_linux, needs_nvrtc
 
-from flashmoe_mlx.custom_kernels import attention, choose, gated_delta_net, kernel, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels import (
+    attention,
+    choose,
+    gated_delta_net,
+    kernel,
+    native,
+    quantised_matvec,
+    routed_experts,
+)
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
@@ -335,7 +343,16 @@ def test_unknown_preference() -> None:
         choose("fastest")
 
 
-def test_names_of_what_runs_on_a_cpu() -> None:
-    by_mlx, by_us = choose("mlx").names, choose("auto").names
+def test_names_of_what_runs_on_a_cpu_without_the_extension(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "extension", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        chosen = choose("auto")
+    assert chosen.note is not None
+    assert "install a C++ compiler" in chosen.note
+    assert chosen.note in caplog.text
+    assert chosen.on_host is None
+    by_mlx, by_us = choose("mlx").names, chosen.names
     assert by_us == by_mlx | {"gated_delta_net of prompts": "chunks by numpy"}
     assert set(choose("reference").names.values()) == {"reference"}

@@ -92,6 +92,7 @@ def load(
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
         "kernels": chosen.names,
+        "note": chosen.note,
         "prefetch": prefetch,
         "backend": settings,
     }

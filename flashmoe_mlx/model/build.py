@@ -161,8 +161,9 @@ class _Resident:
             _check(f"{name}.weight", weight, shape)
             return Linear(weight)
         weight = self._take(f"{name}.weight", None)
-        # Activations and scales of one type, or MLX converts the scales in every product.
-        scales, biases = (self._take(f"{name}.{part}", self._dtype) for part in ("scales", "biases"))
+        # Activations and scales of one type, or MLX converts the scales in every product; ours take either.
+        dtype = None if self._kernels.any_scales else self._dtype
+        scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
         return Linear(weight, scales, biases, bits, group_size, product=self._kernels.quantised_matvec)

@@ -70,7 +70,7 @@ class Model:
         prefetcher: Prefetcher | None = None,
     ) -> mx.array:
         """Hidden states [T, hidden] of tokens that follow those in ``cache``, before the final norm."""
-        x = self.embedding.rows(mx.array(list(token_ids), mx.uint32)).astype(self.norm.dtype)
+        x = self.embedding.rows(mx.array(list(token_ids), mx.uint32), self.norm.dtype)
         cache.broken = True
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             x = layer(x, layer_cache, clock, prefetcher)

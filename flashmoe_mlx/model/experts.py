@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels
+from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels, native
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.routed_experts import joins
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
@@ -55,15 +55,28 @@ class MixtureOfExperts:
         indices = np.array(chosen)
         if self.observer is not None:
             self.observer(self.layer, indices)
-        y = self._combined(x, indices, weights, clock)
-        if prefetcher is not None:  # the experts of this layer are there, and nothing was computed with them yet
-            with clock.phase("io"):
-                prefetcher.chosen(self.layer, indices, guess)
+
+        def fetched() -> None:  # the experts of this layer are there, and nothing was computed with the last of them
+            if prefetcher is not None:
+                with clock.phase("io"):
+                    prefetcher.chosen(self.layer, indices, guess)
+
+        form = expert_format(self.store.layout)
+        if form is not None and self.kernels.on_host is not None:
+            return self._on_host(x, indices, weights, form, clock, fetched)
+        y = self._combined(x, indices, weights, form, clock)
+        fetched()
         return y
 
-    def _combined(self, x: mx.array, indices: npt.NDArray[np.uint32], weights: mx.array, clock: PhaseClock) -> mx.array:
+    def _combined(
+        self,
+        x: mx.array,
+        indices: npt.NDArray[np.uint32],
+        weights: mx.array,
+        form: ExpertFormat | None,
+        clock: PhaseClock,
+    ) -> mx.array:
         shared_share = mx.sigmoid(self.shared_expert_gate(x))
-        form = expert_format(self.store.layout)
         if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):
             return self._in_place(x, indices, weights, shared_share, form, clock)
         return self._by_expert(x, indices, weights, clock) + shared_share * self.kernels.expert_mlp(x, self.shared)
@@ -75,6 +88,35 @@ class MixtureOfExperts:
         chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
         return chosen, weights / weights.sum(-1, keepdims=True)
+
+    def _on_host(
+        self,
+        x: mx.array,
+        chosen: npt.NDArray[np.uint32],
+        weights: mx.array,
+        form: ExpertFormat,
+        clock: PhaseClock,
+        fetched: Callable[[], None],
+    ) -> mx.array:
+        """All experts of any number of tokens, from where the CPU sees them; computes at once."""
+        assert self.kernels.on_host is not None
+        shared_share = mx.sigmoid(self.shared_expert_gate(x))
+        joined = native.joins(self.shared)
+        y = None if joined else shared_share * self.kernels.expert_mlp(x, self.shared)
+        shared, shares = None, weights
+        groups = list(self._groups(chosen))
+        for group in groups:
+            batch = self._fetch(group, clock)
+            if group is groups[-1]:
+                fetched()
+                if joined:  # last, so that sums do not depend on the number of slots
+                    shared, shares = self.shared, mx.concatenate([weights, shared_share], axis=-1)
+            rows = np.full(int(chosen.max()) + 1, -1, np.int32)
+            rows[group] = np.arange(len(group))
+            with clock.computing("experts"):
+                y = self.kernels.on_host(x, batch.host, mx.array(rows[chosen]), shares, form, shared, y)
+        assert y is not None
+        return y
 
     def _in_place(
         self,

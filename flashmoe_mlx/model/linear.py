@@ -36,12 +36,11 @@ class Linear:
         """Size in memory."""
         return sum(array.nbytes for array in (self.weight, self.scales, self.biases, self.bias) if array is not None)
 
-    def rows(self, indices: mx.array) -> mx.array:
-        """Rows of W, as an embedding table: [T] -> [T, in]."""
+    def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Rows of W, as an embedding table: [T] -> [T, in] of type ``dtype``."""
         if self.bits is None:
-            return self.weight[indices]
+            return self.weight[indices].astype(dtype)
         assert self.scales is not None
         assert self.biases is not None
-        return mx.dequantize(
-            self.weight[indices], self.scales[indices], self.biases[indices], group_size=self.group_size, bits=self.bits
-        )
+        scales, biases = (part[indices].astype(dtype) for part in (self.scales, self.biases))
+        return mx.dequantize(self.weight[indices], scales, biases, group_size=self.group_size, bits=self.bits)

@@ -38,6 +38,8 @@ def run(config: Config, run_dir: Path) -> None:
         prefetch=config.prefetch,
         profile=config.profile,
     ) as engine:
+        if engine.setup["note"]:
+            console.print(f"note: {engine.setup['note']}", highlight=False, soft_wrap=True)
         log.info("model %s, %s", folder, engine.setup)
         text, token_ids, stopped = stream(engine, config)
         stats = engine.stats()

@@ -5,11 +5,12 @@ A case runs the kernel, what MLX offers in its place, and the reference in f64 o
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights
+from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, ExpertFormat, native
 from flashmoe_mlx.custom_kernels import attention as attention_kernels
 from flashmoe_mlx.custom_kernels import gated_delta_net as delta_kernels
 from flashmoe_mlx.custom_kernels import quantised_matvec as matvec_kernels
@@ -90,8 +91,9 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
 class _Inputs:
     """Random arrays, reproducible; of a type and, with the same values, in f64."""
 
-    def __init__(self, dtype: mx.Dtype, seed: int) -> None:
+    def __init__(self, dtype: mx.Dtype, seed: int, scales: mx.Dtype | None = None) -> None:
         self.dtype = dtype
+        self.scales = scales or dtype
         self._random = np.random.default_rng(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None) -> mx.array:
@@ -107,14 +109,32 @@ class _Inputs:
         groups = (rows, columns // group_size)
         return Weight(
             self.words(rows, columns * bits // 32),
-            self.normal(*groups, scale=columns**-0.5 / 2**bits),
-            self.normal(*groups, scale=columns**-0.5),
+            self.normal(*groups, scale=columns**-0.5 / 2**bits, dtype=self.scales),
+            self.normal(*groups, scale=columns**-0.5, dtype=self.scales),
             bits,
             group_size,
         )
 
 
-def routed_experts(
+@dataclass(frozen=True)
+class ExpertInputs:
+    """What ``custom_kernels.routed_experts`` takes; ``records`` are the rows of ``slab`` as the CPU sees them."""
+
+    x: mx.array
+    slab: mx.array
+    rows: mx.array
+    shares: mx.array
+    form: ExpertFormat
+    shared: ExpertWeights | None
+    payload_bytes: int
+
+    @property
+    def records(self) -> list[memoryview]:
+        """Of copies."""
+        return [memoryview(row) for row in np.array(self.slab)]
+
+
+def expert_inputs(
     geometry: Geometry,
     dtype: mx.Dtype,
     *,
@@ -124,10 +144,14 @@ def routed_experts(
     k: int = 4,
     shared: bool = True,
     seed: int = 0,
-) -> Case:
-    """K experts of each token out of a slab, one choice left out, with the shared expert or without."""
-    inputs = _Inputs(dtype, seed)
-    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
+    scales: mx.Dtype | None = None,
+) -> ExpertInputs:
+    """K experts of each token out of a slab, one choice left out, with the shared expert or without.
+
+    ``scales``: the type of scales and biases, if it is not ``dtype``.
+    """
+    inputs = _Inputs(dtype, seed, scales)
+    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}[inputs.scales]
     layout = RecordLayout(geometry.hidden, geometry.intermediate, bits, group_size, scale_type)
     form = expert_format(layout)
     assert form is not None
@@ -142,22 +166,33 @@ def routed_experts(
         shapes = ((geometry.intermediate, geometry.hidden),) * 2 + ((geometry.hidden, geometry.intermediate),)
         own = ExpertWeights(*(inputs.quantised(*shape, bits, group_size) for shape in shapes))
     mx.eval(slab, shares)
-    indices = mx.array(rows)
-    read = len(np.unique(rows[rows >= 0])) * layout.payload_bytes
+    return ExpertInputs(x, slab, mx.array(rows), shares, form, own, layout.payload_bytes)
+
+
+def routed_experts(
+    geometry: Geometry, dtype: mx.Dtype, *, on_cpu: bool = False, k: int = 4, tokens: int = 1, **options: Any
+) -> Case:
+    """Experts of a few tokens; ``options`` are those of ``expert_inputs``, ``on_cpu``: by the extension for CPUs."""
+    made = expert_inputs(geometry, dtype, k=k, tokens=tokens, **options)
+    form, own, rows = made.form, made.shared, np.array(made.rows)
+    read = len(np.unique(rows[rows >= 0])) * made.payload_bytes
     read += sum(part.nbytes for m in (own.gate, own.up, own.down) for part in (m.weight, m.scales, m.biases)
                 if part is not None) if own else 0  # fmt: skip
 
     def run(implementation: Callable[..., mx.array], x: mx.array) -> Results:
-        return (implementation(x, slab, indices, shares.astype(max_type(x)), form, own),)
+        return (implementation(x, made.slab, made.rows, made.shares.astype(max_type(x)), form, own),)
+
+    def by_extension() -> Results:
+        return (native.routed_experts(made.x, made.records, made.rows, made.shares, form, own),)
 
     return Case(
         "routed_experts",
-        f"{bits} bit g{group_size} K={k}{'+1' if shared else ''} T={tokens}",
+        f"{form.bits} bit g{form.group_size} K={k}{'+1' if own else ''} T={tokens}",
         dtype,
         read,
-        lambda: run(expert_kernels.routed_experts, x),
-        lambda: run(expert_kernels.by_expert, x),
-        lambda: run(expert_kernels.reference.routed_experts, x.astype(mx.float64)),
+        by_extension if on_cpu else lambda: run(expert_kernels.routed_experts, made.x),
+        lambda: run(expert_kernels.by_expert, made.x),
+        lambda: run(expert_kernels.reference.routed_experts, made.x.astype(mx.float64)),
     )
 
 
@@ -217,9 +252,15 @@ def delta_inputs(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: 
     )
 
 
-def gated_delta_net(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0) -> Case:
-    """A few tokens through the recurrence, after others."""
+def gated_delta_net(
+    geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0, on_cpu: bool = False
+) -> Case:
+    """A few tokens through the recurrence, after others; ``on_cpu``: by the extension for CPUs."""
     made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
+    if on_cpu:
+        return _delta_case(
+            made, lambda: native.gated_delta_net(*made.arrays, made.weights, made.past * 1, made.state * 1)
+        )
     return _delta_case(made, lambda: delta_kernels.step(*made.arrays, made.weights, made.past, made.state))
 
 
@@ -289,12 +330,15 @@ def attention_inputs(
     )
 
 
-def attention(geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0) -> Case:
-    """Tokens at the end of a filled cache of ``context`` tokens, themselves included."""
+def attention(
+    geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0, on_cpu: bool = False
+) -> Case:
+    """Tokens at the end of a filled cache of ``context`` tokens, themselves included; ``on_cpu``: by the extension."""
     made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed)
     arrays, weights, caches = made.arrays, made.weights, (made.keys, made.values)
     own = [cache * 1 for cache in caches]
     mx.eval(own)
+    custom = native.gated_attention if on_cpu else attention_kernels.fused_gated_attention
     start = context - tokens
 
     def shown(y: mx.array, keys: mx.array, values: mx.array) -> Results:
@@ -310,28 +354,38 @@ def attention(geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int 
         f"context {context} T={tokens}",
         dtype,
         2 * context * geometry.kv_heads * geometry.head_dim * dtype.size,
-        lambda: shown(*attention_kernels.fused_gated_attention(*arrays, weights, own[0], own[1], start)),
+        lambda: shown(*custom(*arrays, weights, own[0], own[1], start)),
         lambda: shown(*attention_kernels.gated_attention(*arrays, weights, caches[0] * 1, caches[1] * 1, start)),
         exact,
     )
 
 
 def quantised_matvec(
-    rows: int, columns: int, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, tokens: int = 1, seed: int = 0
+    rows: int,
+    columns: int,
+    dtype: mx.Dtype,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    tokens: int = 1,
+    seed: int = 0,
+    scales: mx.Dtype | None = None,
+    on_cpu: bool = False,
 ) -> Case:
-    """A resident matrix times a few vectors."""
-    inputs = _Inputs(dtype, seed)
+    """A resident matrix times a few vectors; ``scales`` and ``on_cpu`` as for ``routed_experts``."""
+    inputs = _Inputs(dtype, seed, scales)
     weight = inputs.quantised(rows, columns, bits, group_size)
     assert weight.scales is not None
     assert weight.biases is not None
     parts = (weight.weight, weight.scales, weight.biases)
     x = inputs.normal(tokens, columns)
+    custom = native.quantised_product if on_cpu else matvec_kernels.quantised_matvec
     return Case(
         "quantised_matvec",
         f"{rows}x{columns} {bits} bit g{group_size} T={tokens}",
         dtype,
         sum(part.nbytes for part in parts),
-        lambda: (matvec_kernels.quantised_matvec(x, *parts, bits, group_size),),
+        lambda: (custom(x, *parts, bits, group_size),),
         lambda: (matvec_kernels.by_mlx(x, *parts, bits, group_size),),
         lambda: (matvec_kernels.reference.quantised_matvec(x.astype(mx.float64), *parts, bits, group_size),),
     )

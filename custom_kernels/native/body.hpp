@@ -1,0 +1,435 @@
+// The operations, in the words of a `lanes_*.hpp`. Included once by each instruction set's source, inside a namespace
+// of its own, so that no code made for one machine can be linked into what another runs.
+//
+// The product of a group factors: sum((s q + b) x) = s sum(q x) + b sum(x). Codes become floats lane by lane, a chunk
+// of 16 lanes at a time, and meet a vector that was put into the same order once (`pack`).
+
+INLINE F exponential(F x) {
+    // exp(x) = 2^n exp(r), |r| <= ln(2) / 2; the polynomial is that of Cephes' expf.
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x)); // in this order NaN stays NaN
+    F n = rounded(x * splat(1.44269504f));
+    F r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    F p = fma(splat(1.9875691500e-4f), r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r + splat(1.0f));
+    return times_power_of_two(p, n);
+}
+
+INLINE F sigmoid(F x) { return splat(1.0f) / (splat(1.0f) + exponential(zero() - x)); }
+
+// Calls f(i, vector) for the vectors of `count` floats; the last may be partial and then is a copy, which f returns
+// to be written back.
+template <typename Function>
+INLINE void over(float* x, int64_t count, Function f) {
+    int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(x + i, f(i, load(x + i)));
+    if (i < count) {
+        float last[kLanes] = {};
+        std::memcpy(last, x + i, sizeof(float) * (count - i));
+        store(last, f(i, load(last)));
+        std::memcpy(x + i, last, sizeof(float) * (count - i));
+    }
+}
+
+INLINE F load_part(const float* x, int64_t i, int64_t count) {
+    if (i + kLanes <= count) return load(x + i);
+    float last[kLanes] = {};
+    std::memcpy(last, x + i, sizeof(float) * (count - i));
+    return load(last);
+}
+
+// --- quantised products -------------------------------------------------------------------------------------------
+
+INLINE F any_scales(const uint8_t* p, Scale type) {
+    if (type == Scale::bf16) return load_scales<Scale::bf16>(p);
+    return type == Scale::f32 ? load_scales<Scale::f32>(p) : load_scales<Scale::f16>(p);
+}
+
+template <int BITS>
+constexpr int kChunkBytes = BITS == 3 ? 48 : 64;
+template <int BITS>
+constexpr int kChunk = 16 * codes_per_lane(BITS); // codes
+
+void pack(const float* x, int64_t columns, int bits, int group, float* packed, float* sums) {
+    const int per_lane = codes_per_lane(bits), chunk = 16 * per_lane;
+    const int64_t length = packed_length(columns, group);
+    int64_t c = 0;
+    for (; (c + 1) * chunk <= columns; ++c)
+        for (int j = 0; j < per_lane; ++j)
+            store(packed + c * chunk + 16 * j, gather(x + c * chunk + j, per_lane));
+    for (; c * chunk < length; ++c)
+        for (int j = 0; j < per_lane; ++j)
+            for (int i = 0; i < 16; ++i) {
+                int64_t at = c * chunk + int64_t{i} * per_lane + j;
+                packed[c * chunk + 16 * j + i] = at < columns ? x[at] : 0.0f;
+            }
+    const int64_t groups = columns / group, padded = length / group;
+    for (int64_t g = 0; g < groups; ++g) {
+        F total = load(x + g * group);
+        for (int i = kLanes; i < group; i += kLanes) total = total + load(x + g * group + i);
+        sums[g] = sum(total);
+    }
+    for (int64_t g = groups; g < padded; ++g) sums[g] = 0.0f;
+}
+
+template <int BITS, int J, int TOKENS>
+struct Codes {
+    static INLINE void add(W w, const float* const* x, int64_t at, F* part) {
+        F q = decode<BITS, J>(w);
+        for (int t = 0; t < TOKENS; ++t)
+            part[t] = J ? fma(q, load(x[t] + at + 16 * J), part[t]) : q * load(x[t] + at);
+        if constexpr (J + 1 < codes_per_lane(BITS)) Codes<BITS, J + 1, TOKENS>::add(w, x, at, part);
+    }
+};
+
+template <int BITS, int GROUP>
+constexpr int kPerGroup = GROUP / codes_per_lane(BITS); // lanes of a group, and chunks of a block
+
+// The first `chunks` chunks of a block of 16 groups.
+template <int BITS, int GROUP, int TOKENS>
+INLINE void add_chunks(const uint8_t* codes, F scales, const float* const* x, int64_t at, int chunks, F* total) {
+    for (int c = 0; c < chunks; ++c) {
+        W w = load_codes<BITS>(codes + c * kChunkBytes<BITS>);
+        prefetch(codes + c * kChunkBytes<BITS> + 2048);
+        F part[TOKENS];
+        Codes<BITS, 0, TOKENS>::add(w, x, at + c * kChunk<BITS>, part);
+        F s = spread<kPerGroup<BITS, GROUP>>(scales, c);
+        for (int t = 0; t < TOKENS; ++t) total[t] = fma(part[t], s, total[t]);
+    }
+}
+
+// The end of a row that fills no block: codes up to a whole chunk and scales up to 16, zero beyond.
+struct Tail {
+    uint8_t codes[32 * 64];
+    uint8_t scales[64], biases[64];
+    int chunks;
+};
+
+template <int BITS, int GROUP>
+void read_tail(const uint8_t* codes, const uint8_t* scales, const uint8_t* biases, int groups, int size, Tail& tail) {
+    const int bytes = groups * GROUP * BITS / 8;
+    tail.chunks = (bytes + kChunkBytes<BITS> - 1) / kChunkBytes<BITS>;
+    std::memcpy(tail.codes, codes, bytes);
+    std::memset(tail.codes + bytes, 0, tail.chunks * kChunkBytes<BITS> + 16 - bytes);
+    std::memset(tail.scales, 0, sizeof tail.scales);
+    std::memset(tail.biases, 0, sizeof tail.biases);
+    std::memcpy(tail.scales, scales, groups * size);
+    std::memcpy(tail.biases, biases, groups * size);
+}
+
+template <int BITS, int GROUP, int TOKENS>
+void dot_rows(const Matrix& m, int64_t begin, int64_t end, const float* const* x, const float* const* sums,
+              float* const* out) {
+    constexpr int64_t block = 16 * GROUP, block_bytes = block * BITS / 8;
+    const int size = static_cast<int>(m.scale_bytes());
+    const int64_t groups = m.groups(), blocks = groups / 16;
+    const int rest = static_cast<int>(groups % 16);
+    Tail tail;
+    for (int64_t row = begin; row < end; ++row) {
+        const uint8_t* codes = m.codes + row * m.row_bytes();
+        const uint8_t* scales = m.scales + row * m.scale_row_bytes();
+        const uint8_t* biases = m.biases + row * m.scale_row_bytes();
+        F total[TOKENS];
+        for (int t = 0; t < TOKENS; ++t) total[t] = zero();
+        for (int64_t b = 0; b < blocks; ++b) {
+            add_chunks<BITS, GROUP, TOKENS>(codes + b * block_bytes, any_scales(scales + b * 16 * size, m.type), x,
+                                            b * block, kPerGroup<BITS, GROUP>, total);
+            F bias = any_scales(biases + b * 16 * size, m.type);
+            for (int t = 0; t < TOKENS; ++t) total[t] = fma(bias, load(sums[t] + 16 * b), total[t]);
+        }
+        if (rest) {
+            read_tail<BITS, GROUP>(codes + blocks * block_bytes, scales + blocks * 16 * size,
+                                   biases + blocks * 16 * size, rest, size, tail);
+            add_chunks<BITS, GROUP, TOKENS>(tail.codes, any_scales(tail.scales, m.type), x, blocks * block,
+                                            tail.chunks, total);
+            F bias = any_scales(tail.biases, m.type);
+            for (int t = 0; t < TOKENS; ++t) total[t] = fma(bias, load(sums[t] + 16 * blocks), total[t]);
+        }
+        for (int t = 0; t < TOKENS; ++t) out[t][row - begin] = sum(total[t]);
+    }
+}
+
+// Codes of a chunk as numbers, in the order of packed vectors.
+template <int BITS, int J>
+INLINE void dequantise_codes(W w, F s, F b, float* to) {
+    store(to + 16 * J, fma(decode<BITS, J>(w), s, b));
+    if constexpr (J + 1 < codes_per_lane(BITS)) dequantise_codes<BITS, J + 1>(w, s, b, to);
+}
+
+template <int BITS, int GROUP>
+INLINE void dequantise_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
+    constexpr int per_group = kPerGroup<BITS, GROUP>;
+    for (int c = 0; c < chunks; ++c)
+        dequantise_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
+                                  spread<per_group>(biases, c), to + c * kChunk<BITS>);
+}
+
+// tile[r][t] += sum over k of block[r][k] * across[k][t].
+template <int VECTORS>
+INLINE void multiply_block(const float* block, int64_t stride, int64_t length, const float* across, int width,
+                           float* tile) {
+    F total[kRows][VECTORS];
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < VECTORS; ++v) total[r][v] = load(tile + r * width + 16 * v);
+    for (int64_t k = 0; k < length; ++k) {
+        F x[VECTORS];
+        for (int v = 0; v < VECTORS; ++v) x[v] = load(across + k * width + 16 * v);
+        for (int r = 0; r < kRows; ++r) {
+            F q = splat(block[r * stride + k]);
+            for (int v = 0; v < VECTORS; ++v) total[r][v] = fma(q, x[v], total[r][v]);
+        }
+    }
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < VECTORS; ++v) store(tile + r * width + 16 * v, total[r][v]);
+}
+
+INLINE void multiply_tokens(const float* block, int64_t stride, int64_t length, const float* across, int width,
+                            float* tile) {
+    int t = 0;
+    if constexpr (kVectors >= 4)
+        for (; t + 64 <= width; t += 64) multiply_block<4>(block, stride, length, across + t, width, tile + t);
+    if constexpr (kVectors >= 2)
+        for (; t + 32 <= width; t += 32) multiply_block<2>(block, stride, length, across + t, width, tile + t);
+    for (; t + 16 <= width; t += 16) multiply_block<1>(block, stride, length, across + t, width, tile + t);
+}
+
+template <int BITS, int GROUP>
+void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
+                   float* scratch) {
+    constexpr int64_t block = 16 * GROUP, block_bytes = block * BITS / 8;
+    const int size = static_cast<int>(m.scale_bytes());
+    const int64_t groups = m.groups(), blocks = (groups + 15) / 16;
+    Tail tail;
+    std::memset(tile, 0, sizeof(float) * ((end - begin + kRows - 1) / kRows * kRows * width));
+    for (int64_t b = 0; b < blocks; ++b) { // outside, so that this part of `across` stays in the cache for all rows
+        for (int64_t row = begin; row < end; row += kRows) {
+            int chunks = kPerGroup<BITS, GROUP>;
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t at = row + r < end ? row + r : end - 1; // rows beyond are multiplied and not used
+                const uint8_t* codes = m.codes + at * m.row_bytes() + b * block_bytes;
+                const uint8_t* scales = m.scales + at * m.scale_row_bytes() + b * 16 * size;
+                const uint8_t* biases = m.biases + at * m.scale_row_bytes() + b * 16 * size;
+                if (16 * (b + 1) > groups) {
+                    read_tail<BITS, GROUP>(codes, scales, biases, static_cast<int>(groups - 16 * b), size,
+                                           tail);
+                    codes = tail.codes, scales = tail.scales, biases = tail.biases, chunks = tail.chunks;
+                }
+                dequantise_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
+                                                  scratch + r * block, chunks);
+            }
+            multiply_tokens(scratch, block, int64_t{chunks} * kChunk<BITS>, across + b * block * width, width,
+                            tile + (row - begin) * width);
+        }
+    }
+}
+
+template <int BITS, int GROUP>
+void dot_typed(const Matrix& m, int64_t begin, int64_t end, int tokens, const float* const* x,
+               const float* const* sums, float* const* out) {
+    int t = 0;
+    if constexpr (kTokens >= 4)
+        for (; t + 4 <= tokens; t += 4) dot_rows<BITS, GROUP, 4>(m, begin, end, x + t, sums + t, out + t);
+    if constexpr (kTokens >= 2)
+        for (; t + 2 <= tokens; t += 2) dot_rows<BITS, GROUP, 2>(m, begin, end, x + t, sums + t, out + t);
+    for (; t < tokens; ++t) dot_rows<BITS, GROUP, 1>(m, begin, end, x + t, sums + t, out + t);
+}
+
+// Calls function<BITS, GROUP>(m, arguments...).
+#define FOR_GROUPS(function, bits_, ...)                                     \
+    if (m.group == 32) return function<bits_, 32>(m, __VA_ARGS__);           \
+    if (m.group == 64) return function<bits_, 64>(m, __VA_ARGS__);           \
+    return function<bits_, 128>(m, __VA_ARGS__);
+#define FOR_FORMAT(function, ...)                                            \
+    switch (m.bits) {                                                        \
+        case 2: FOR_GROUPS(function, 2, __VA_ARGS__)                         \
+        case 3: FOR_GROUPS(function, 3, __VA_ARGS__)                         \
+        case 4: FOR_GROUPS(function, 4, __VA_ARGS__)                         \
+        default: FOR_GROUPS(function, 8, __VA_ARGS__)                        \
+    }
+
+void dot(const Matrix& m, int64_t begin, int64_t end, int tokens, const float* const* packed,
+         const float* const* sums, float* const* out) {
+    FOR_FORMAT(dot_typed, begin, end, tokens, packed, sums, out)
+}
+
+void multiply(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
+              float* scratch) {
+    FOR_FORMAT(multiply_rows, begin, end, across, width, tile, scratch)
+}
+
+void swiglu(float* gate, const float* up, int64_t count) {
+    over(gate, count, [&](int64_t i, F g) { return g * sigmoid(g) * load_part(up, i, count); });
+}
+
+void multiply_by_sigmoid(float* x, const float* gate, int64_t count) {
+    over(x, count, [&](int64_t i, F v) { return v * sigmoid(load_part(gate, i, count)); });
+}
+
+// --- norms --------------------------------------------------------------------------------------------------------
+
+INLINE float dot_product(const float* a, const float* b, int64_t count) {
+    F first = zero(), second = zero();
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) {
+        first = fma(load(a + i), load(b + i), first);
+        second = fma(load(a + i + 16), load(b + i + 16), second);
+    }
+    for (; i < count; i += kLanes) first = fma(load_part(a, i, count), load_part(b, i, count), first);
+    return sum(first + second);
+}
+
+void rms_norm(const float* x, const float* weight, int64_t count, float eps, float* out) {
+    F factor = splat(1.0f / std::sqrt(dot_product(x, x, count) / static_cast<float>(count) + eps));
+    std::memcpy(out, x, sizeof(float) * count);
+    over(out, count, [&](int64_t i, F v) { return weight ? v * factor * load_part(weight, i, count) : v * factor; });
+}
+
+// --- GatedDeltaNet ------------------------------------------------------------------------------------------------
+
+void convolve(const float* past, const float* qkv, const float* weights, int64_t tokens, int64_t channels,
+              int64_t taps, int64_t begin, int64_t end, float* mixed) {
+    for (int64_t t = 0; t < tokens; ++t) {
+        float* out = mixed + t * channels;
+        for (int64_t c = begin; c < end; c += kLanes) {
+            const int64_t count = end - c < kLanes ? end - c : kLanes;
+            F total = zero();
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                const int64_t row = t + tap - (taps - 1);
+                const float* x = row < 0 ? past + (row + taps - 1) * channels : qkv + row * channels;
+                F w = count == kLanes ? gather(weights + c * taps + tap, static_cast<int>(taps)) : zero();
+                if (count < kLanes) {
+                    float partial[kLanes] = {};
+                    for (int64_t i = 0; i < count; ++i) partial[i] = weights[(c + i) * taps + tap];
+                    w = load(partial);
+                }
+                total = fma(load_part(x + c, 0, count), w, total);
+            }
+            float values[kLanes];
+            store(values, total * sigmoid(total));
+            std::memcpy(out + c, values, sizeof(float) * count);
+        }
+    }
+}
+
+void delta(const DeltaShape& shape, int64_t head, int64_t tokens, const float* mixed, const float* z, const float* b,
+           const float* a, const float* a_log, const float* dt_bias, const float* norm, float eps, float* state,
+           float* y, float* scratch) {
+    const int64_t dk = shape.key_dim, dv = shape.value_dim, key_head = head / (shape.value_heads / shape.key_heads);
+    float *q = scratch, *k = scratch + dk, *out = scratch + 2 * dk;
+    const float rate = std::exp(a_log[head]);
+    for (int64_t t = 0; t < tokens; ++t) {
+        const float* row = mixed + t * shape.channels();
+        const float *own_q = row + key_head * dk, *own_k = row + shape.key_width() + key_head * dk;
+        const float* v = row + 2 * shape.key_width() + head * dv;
+        const float q_factor = 1.0f / std::sqrt(dot_product(own_q, own_q, dk) + 1e-6f) / std::sqrt(static_cast<float>(dk));
+        const float k_factor = 1.0f / std::sqrt(dot_product(own_k, own_k, dk) + 1e-6f);
+        for (int64_t i = 0; i < dk; i += kLanes) {
+            store(q + i, load(own_q + i) * splat(q_factor));
+            store(k + i, load(own_k + i) * splat(k_factor));
+        }
+        const float step = a[t * shape.value_heads + head] + dt_bias[head];
+        const float softplus = step > 20.0f ? step : std::log1p(std::exp(step));
+        const float decay = std::exp(-rate * softplus);
+        const float beta = 1.0f / (1.0f + std::exp(-b[t * shape.value_heads + head]));
+        const float k_q = dot_product(k, q, dk);
+        // y = (decay S + change k) q = decay (S q) + change (k q): one pass finds both products, the next updates S.
+        const F decays = splat(decay);
+        for (int64_t d = 0; d < dv; ++d) {
+            float* s = state + d * dk;
+            F with_k = zero(), with_q = zero();
+            for (int64_t i = 0; i < dk; i += kLanes) {
+                F values = load(s + i);
+                with_k = fma(values, load(k + i), with_k);
+                with_q = fma(values, load(q + i), with_q);
+            }
+            const float change = beta * (v[d] - decay * sum(with_k));
+            out[d] = decay * sum(with_q) + change * k_q;
+            const F changes = splat(change);
+            for (int64_t i = 0; i < dk; i += kLanes)
+                store(s + i, fma(load(s + i), decays, changes * load(k + i)));
+        }
+        float* y_row = y + t * shape.value_width() + head * dv;
+        rms_norm(out, norm, dv, eps, y_row);
+        const float* z_row = z + t * shape.value_width() + head * dv;
+        for (int64_t i = 0; i < dv; i += kLanes) {
+            F g = load(z_row + i);
+            store(y_row + i, load(y_row + i) * (g * sigmoid(g)));
+        }
+    }
+}
+
+// --- attention ----------------------------------------------------------------------------------------------------
+
+constexpr int64_t kSpan = 64;  // keys at a time
+constexpr int kHeadsAtOnce = 4;
+
+template <int HEADS>
+INLINE void score(const float* queries, int64_t dim, const float* keys, int64_t count, float scale, float* scores) {
+    for (int64_t n = 0; n < count; ++n) {
+        F total[HEADS];
+        for (int h = 0; h < HEADS; ++h) total[h] = zero();
+        for (int64_t i = 0; i < dim; i += kLanes) {
+            F k = load(keys + n * dim + i);
+            for (int h = 0; h < HEADS; ++h) total[h] = fma(load(queries + h * dim + i), k, total[h]);
+        }
+        for (int h = 0; h < HEADS; ++h) scores[h * kSpan + n] = sum(total[h]) * scale;
+    }
+}
+
+template <int HEADS>
+INLINE void accumulate(const float* weights, const float* values, int64_t count, int64_t dim, float* sums) {
+    for (int64_t i = 0; i < dim; i += kLanes) {
+        F total[HEADS];
+        for (int h = 0; h < HEADS; ++h) total[h] = load(sums + h * dim + i);
+        for (int64_t n = 0; n < count; ++n) {
+            F v = load(values + n * dim + i);
+            for (int h = 0; h < HEADS; ++h) total[h] = fma(splat(weights[h * kSpan + n]), v, total[h]);
+        }
+        for (int h = 0; h < HEADS; ++h) store(sums + h * dim + i, total[h]);
+    }
+}
+
+void attend(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values, int64_t begin,
+            int64_t end, float* sums, float* peaks, float* scratch) {
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    std::memset(sums, 0, sizeof(float) * heads * dim);
+    for (int64_t h = 0; h < heads; ++h) peaks[2 * h] = -INFINITY, peaks[2 * h + 1] = 0.0f;
+    for (int64_t n = begin; n < end; n += kSpan) {
+        const int64_t count = end - n < kSpan ? end - n : kSpan;
+        int64_t h = 0;
+        for (; h + kHeadsAtOnce <= heads; h += kHeadsAtOnce)
+            score<kHeadsAtOnce>(queries + h * dim, dim, keys + n * dim, count, scale, scratch + h * kSpan);
+        for (; h < heads; ++h) score<1>(queries + h * dim, dim, keys + n * dim, count, scale, scratch + h * kSpan);
+        for (h = 0; h < heads; ++h) {
+            float* own = scratch + h * kSpan;
+            for (int64_t i = count; i < kSpan; ++i) own[i] = -INFINITY;
+            F most = load(own);
+            for (int64_t i = kLanes; i < kSpan; i += kLanes) most = larger(most, load(own + i));
+            const float before = peaks[2 * h], peak = std::fmax(before, largest(most));
+            if (peak > before) {
+                const float factor = std::exp(before - peak);
+                peaks[2 * h] = peak, peaks[2 * h + 1] *= factor;
+                for (int64_t i = 0; i < dim; i += kLanes)
+                    store(sums + h * dim + i, load(sums + h * dim + i) * splat(factor));
+            }
+            F total = zero();
+            for (int64_t i = 0; i < count; i += kLanes) {
+                F weights = exponential(load(own + i) - splat(peak));
+                store(own + i, weights);
+            }
+            for (int64_t i = count; i < kSpan; ++i) own[i] = 0.0f;
+            for (int64_t i = 0; i < kSpan; i += kLanes) total = total + load(own + i);
+            peaks[2 * h + 1] += sum(total);
+        }
+        for (h = 0; h + kHeadsAtOnce <= heads; h += kHeadsAtOnce)
+            accumulate<kHeadsAtOnce>(scratch + h * kSpan, values + n * dim, count, dim, sums + h * dim);
+        for (; h < heads; ++h) accumulate<1>(scratch + h * kSpan, values + n * dim, count, dim, sums + h * dim);
+    }
+}
+
+const Operations operations = {kName, pack,     dot,    multiply, swiglu, convolve,
+                               delta, rms_norm, attend, multiply_by_sigmoid};

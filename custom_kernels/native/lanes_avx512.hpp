@@ -1,0 +1,78 @@
+// Sixteen floats in one register.
+#pragma once
+
+struct F {
+    __m512 v;
+};
+struct W {
+    __m512i v;
+};
+
+INLINE F zero() { return {_mm512_setzero_ps()}; }
+INLINE F splat(float x) { return {_mm512_set1_ps(x)}; }
+INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+INLINE F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+INLINE F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+INLINE F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+INLINE F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+INLINE F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+INLINE F larger(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+INLINE F smaller(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+INLINE F rounded(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+INLINE F times_power_of_two(F a, F whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
+
+INLINE __m256 upper(__m512 a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+INLINE float sum(F a) {
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper(a.v));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+INLINE float largest(F a) { return _mm512_reduce_max_ps(a.v); }
+
+template <Scale TYPE>
+INLINE F load_scales(const uint8_t* p) {
+    if constexpr (TYPE == Scale::f32) return {_mm512_loadu_ps(p)};
+    __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    if constexpr (TYPE == Scale::f16) return {_mm512_cvtph_ps(half)};
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+
+INLINE F gather(const float* p, int stride) {
+    const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_i32gather_ps(_mm512_mullo_epi32(index, _mm512_set1_epi32(stride)), p, 4)};
+}
+
+template <int BITS>
+INLINE W load_codes(const uint8_t* p) {
+    if constexpr (BITS != 3) return {_mm512_loadu_si512(p)};
+    __m512i words = _mm512_maskz_loadu_epi32(0xfff, p);
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11);
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1));
+    return {_mm512_shuffle_epi8(_mm512_permutexvar_epi32(lanes, words), bytes)};
+}
+
+template <int BITS, int J>
+INLINE F decode(W w) {
+    __m512i shifted = J ? _mm512_srli_epi32(w.v, J * BITS) : w.v;
+    if constexpr (BITS == 8) return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
+    // A table look-up takes the low four bits of a lane: neither mask nor conversion.
+    const __m512 table = BITS == 2   ? _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)
+                         : BITS == 3 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)
+                                     : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return {_mm512_permutexvar_ps(shifted, table)};
+}
+
+// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+template <int PER_GROUP>
+INLINE F spread(F block, int chunk) {
+    const int32_t* index = kGroupOfLane<PER_GROUP>.of + 16 * chunk;
+    return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), block.v)};
+}
+
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
+
+constexpr int kTokens = 4;  // vectors that share a pass over the codes
+constexpr int kVectors = 4; // registers of 16 vectors in `multiply`
+constexpr int kRows = 6;

@@ -1,0 +1,120 @@
+// Sixteen floats in a vector of the compiler's, which makes of it what the machine has.
+#pragma once
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+struct F {
+    Floats v;
+};
+struct W {
+    Words v;
+};
+
+inline F splat(float x) { return {Floats{} + x}; }
+inline F zero() { return {Floats{}}; }
+inline F load(const float* p) {
+    F r;
+    std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+}
+inline void store(float* p, F a) { std::memcpy(p, &a.v, sizeof a.v); }
+inline F operator+(F a, F b) { return {a.v + b.v}; }
+inline F operator-(F a, F b) { return {a.v - b.v}; }
+inline F operator*(F a, F b) { return {a.v * b.v}; }
+inline F operator/(F a, F b) { return {a.v / b.v}; }
+inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; } // a machine without the instruction would call a function
+inline F larger(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
+inline F smaller(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
+inline F rounded(F a) { return {(a.v + 12582912.0f) - 12582912.0f}; } // 1.5 * 2^23: for |a| below 2^22
+inline F times_power_of_two(F a, F whole) {
+    const Integers bits = (__builtin_convertvector(whole.v, Integers) + 127) << 23;
+    Floats power;
+    std::memcpy(&power, &bits, sizeof power);
+    return {a.v * power};
+}
+
+inline float sum(F a) {
+    float values[16];
+    store(values, a);
+    for (int width = 8; width; width /= 2)
+        for (int i = 0; i < width; ++i) values[i] += values[i + width];
+    return values[0];
+}
+inline float largest(F a) {
+    float most = a.v[0];
+    for (int i = 1; i < 16; ++i) most = a.v[i] > most ? a.v[i] : most;
+    return most;
+}
+
+inline float from_half(uint16_t half) {
+    const uint32_t sign = uint32_t{half & 0x8000u} << 16, exponent = half >> 10 & 31, fraction = half & 1023;
+    float value;
+    if (exponent == 0) {
+        value = static_cast<float>(fraction) * 0x1p-24f;
+        return sign ? -value : value;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | fraction << 13;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+template <Scale TYPE>
+inline F load_scales(const uint8_t* p) {
+    F r;
+    if constexpr (TYPE == Scale::f32) {
+        std::memcpy(&r.v, p, sizeof r.v);
+        return r;
+    }
+    uint16_t halves[16];
+    std::memcpy(halves, p, sizeof halves);
+    uint32_t bits[16];
+    for (int i = 0; i < 16; ++i) bits[i] = uint32_t{halves[i]} << 16;
+    std::memcpy(&r.v, bits, sizeof bits);
+    if constexpr (TYPE == Scale::f16)
+        for (int i = 0; i < 16; ++i) r.v[i] = from_half(halves[i]);
+    return r;
+}
+
+inline F gather(const float* p, int stride) {
+    F r;
+    for (int i = 0; i < 16; ++i) r.v[i] = p[i * stride];
+    return r;
+}
+
+template <int BITS>
+inline W load_codes(const uint8_t* p) {
+    W r;
+    if constexpr (BITS != 3) {
+        std::memcpy(&r.v, p, sizeof r.v);
+    } else {
+        uint32_t lanes[16];
+        for (int i = 0; i < 16; ++i) lanes[i] = p[3 * i] | p[3 * i + 1] << 8 | p[3 * i + 2] << 16;
+        std::memcpy(&r.v, lanes, sizeof lanes);
+    }
+    return r;
+}
+
+template <int BITS, int J>
+inline F decode(W w) {
+    const Words codes = w.v >> (J * BITS) & ((1u << BITS) - 1);
+    Integers whole;
+    std::memcpy(&whole, &codes, sizeof whole);
+    return {__builtin_convertvector(whole, Floats)};
+}
+
+// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+template <int PER_GROUP>
+inline F spread(F block, int chunk) {
+    float values[16], lanes[16];
+    store(values, block);
+    for (int i = 0; i < 16; ++i) lanes[i] = values[(16 * chunk + i) / PER_GROUP];
+    return load(lanes);
+}
+
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+
+constexpr int kTokens = 1;  // vectors that share a pass over the codes
+constexpr int kVectors = 1;
+constexpr int kRows = 4;

@@ -1,0 +1,349 @@
+// Python's side: buffers in and out, checked; no headers but Python's stable ones.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "operators.hpp"
+#include "pool.hpp"
+
+namespace {
+
+using namespace flashmoe;
+
+struct PythonError {}; // an exception is already set
+
+// A buffer, held; read from a copy if its elements do not lie one after the other.
+class Buffer {
+public:
+    Buffer(PyObject* object, const char* what, int64_t least, bool writable = false) {
+        // MLX gives strides whether they are asked for or not: nobody else checks them.
+        if (PyObject_GetBuffer(object, &view_, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0)) != 0)
+            throw PythonError{};
+        start_ = static_cast<uint8_t*>(view_.buf);
+        std::string error;
+        if (view_.len < least)
+            error = std::string(what) + ": " + std::to_string(view_.len) + " bytes, but " + std::to_string(least) +
+                    " are needed";
+        else if (!PyBuffer_IsContiguous(&view_, 'C')) {
+            copy_.resize(view_.len);
+            start_ = copy_.data();
+            if (writable)
+                error = std::string(what) + ": must be contiguous";
+            else if (PyBuffer_ToContiguous(start_, &view_, view_.len, 'C') != 0) {
+                PyBuffer_Release(&view_);
+                throw PythonError{};
+            }
+        }
+        if (!error.empty()) {
+            PyBuffer_Release(&view_);
+            throw std::invalid_argument(error);
+        }
+    }
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { PyBuffer_Release(&view_); }
+
+    const uint8_t* bytes() const { return start_; }
+    template <typename T>
+    T* as() const {
+        if (reinterpret_cast<uintptr_t>(start_) % alignof(T)) throw std::invalid_argument("a buffer is not aligned");
+        return reinterpret_cast<T*>(start_);
+    }
+
+private:
+    Py_buffer view_;
+    uint8_t* start_;
+    std::vector<uint8_t> copy_;
+};
+
+using Held = std::vector<std::unique_ptr<Buffer>>;
+
+float* floats(Held& held, PyObject* object, const char* what, int64_t count, bool writable = false) {
+    held.push_back(std::make_unique<Buffer>(object, what, 4 * count, writable));
+    return held.back()->as<float>();
+}
+
+class WithoutGil {
+public:
+    WithoutGil() : state_(PyEval_SaveThread()) {}
+    WithoutGil(const WithoutGil&) = delete;
+    ~WithoutGil() { PyEval_RestoreThread(state_); }
+
+private:
+    PyThreadState* state_;
+};
+
+template <typename Function>
+PyObject* guarded(const Function& function) {
+    try {
+        function();
+    } catch (const PythonError&) {
+        return nullptr;
+    } catch (const std::invalid_argument& error) {
+        PyErr_SetString(PyExc_ValueError, error.what());
+        return nullptr;
+    } catch (const std::bad_alloc&) {
+        return PyErr_NoMemory();
+    }
+    Py_RETURN_NONE;
+}
+
+void require(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+void check_format(int64_t rows, int64_t columns, int bits, int group, int type) {
+    require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
+    require(group == 32 || group == 64 || group == 128, "the group size must be 32, 64 or 128");
+    require(type >= 0 && type <= 2, "scales must be f32, bf16 or f16");
+    require(rows > 0 && columns > 0 && rows < (int64_t{1} << 31) && columns < (int64_t{1} << 31), "sizes out of range");
+    require(columns % group == 0, "columns must be whole groups");
+}
+
+// (weight, scales, biases, rows, columns, bits, group, type)
+Matrix matrix(Held& held, PyObject* tuple) {
+    PyObject *weight, *scales, *biases;
+    long long rows, columns;
+    int bits, group, type;
+    if (!PyArg_ParseTuple(tuple, "OOOLLiii", &weight, &scales, &biases, &rows, &columns, &bits, &group, &type))
+        throw PythonError{};
+    check_format(rows, columns, bits, group, type);
+    Matrix m{nullptr, nullptr, nullptr, rows, columns, bits, group, static_cast<Scale>(type)};
+    held.push_back(std::make_unique<Buffer>(weight, "weight", rows * m.row_bytes()));
+    m.codes = held.back()->bytes();
+    held.push_back(std::make_unique<Buffer>(scales, "scales", rows * m.scale_row_bytes()));
+    m.scales = held.back()->bytes();
+    held.push_back(std::make_unique<Buffer>(biases, "biases", rows * m.scale_row_bytes()));
+    m.biases = held.back()->bytes();
+    return m;
+}
+
+PyObject* product(PyObject*, PyObject* args) {
+    PyObject *x, *m, *y;
+    long long tokens;
+    if (!PyArg_ParseTuple(args, "OLO!O", &x, &tokens, &PyTuple_Type, &m, &y)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0, "tokens out of range");
+        const Matrix own = matrix(held, m);
+        const float* in = floats(held, x, "x", tokens * own.columns);
+        float* out = floats(held, y, "y", tokens * own.rows, true);
+        WithoutGil released;
+        quantised_product(own, in, tokens, out);
+    });
+}
+
+// Where an expert lies in its record.
+struct Format {
+    long long hidden, inner;
+    int bits, group, type;
+    long long offsets[9]; // gate, up, down; of each weight, scales, biases
+
+    explicit Format(PyObject* tuple) {
+        long long* o = offsets;
+        if (!PyArg_ParseTuple(tuple, "LLiii(LLLLLLLLL)", &hidden, &inner, &bits, &group, &type, o, o + 1, o + 2, o + 3,
+                              o + 4, o + 5, o + 6, o + 7, o + 8))
+            throw PythonError{};
+        check_format(inner, hidden, bits, group, type);
+        check_format(hidden, inner, bits, group, type);
+    }
+
+    Matrix part(int projection, const uint8_t* record) const {
+        const bool down = projection == 2;
+        const long long* o = offsets + 3 * projection;
+        return {record ? record + o[0] : nullptr, record ? record + o[1] : nullptr, record ? record + o[2] : nullptr,
+                down ? hidden : inner, down ? inner : hidden, bits, group, static_cast<Scale>(type)};
+    }
+
+    int64_t record_bytes() const {
+        int64_t most = 0;
+        for (int p = 0; p < 3; ++p) {
+            const Matrix m = part(p, nullptr);
+            const int64_t sizes[3] = {m.rows * m.row_bytes(), m.rows * m.scale_row_bytes(),
+                                      m.rows * m.scale_row_bytes()};
+            for (int i = 0; i < 3; ++i) {
+                require(offsets[3 * p + i] >= 0, "offsets out of range");
+                most = std::max<int64_t>(most, offsets[3 * p + i] + sizes[i]);
+            }
+        }
+        return most;
+    }
+};
+
+PyObject* experts(PyObject*, PyObject* args) {
+    PyObject *x, *records, *form, *rows, *shares, *shared, *y;
+    long long tokens, choices;
+    if (!PyArg_ParseTuple(args, "OLO!O!OOLOO", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
+                          &shares, &choices, &shared, &y))
+        return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0 && choices >= 0, "tokens and choices out of range");
+        const Format format(form);
+        const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
+        const float* in = floats(held, x, "x", tokens * hidden);
+        const float* weights = floats(held, shares, "shares", tokens * columns);
+        float* out = floats(held, y, "y", tokens * hidden, true);
+        held.push_back(std::make_unique<Buffer>(rows, "rows", 4 * tokens * choices));
+        const int32_t* row = held.back()->as<const int32_t>();
+        std::vector<ExpertUses> all;
+        const Py_ssize_t count = PyList_Size(records);
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            held.push_back(std::make_unique<Buffer>(PyList_GetItem(records, i), "record", least));
+            const uint8_t* record = held.back()->bytes();
+            all.push_back({{format.part(0, record), format.part(1, record), format.part(2, record)}, {}});
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t k = 0; k < choices; ++k) {
+                const int32_t choice = row[t * choices + k];
+                require(choice < count, "a row names no record");
+                if (choice >= 0) all[choice].uses.push_back({t, weights[t * columns + k]});
+            }
+        all.erase(std::remove_if(all.begin(), all.end(), [](const ExpertUses& one) { return one.uses.empty(); }),
+                  all.end());
+        if (tokens == 1) // an expert named twice comes once, with both shares
+            for (ExpertUses& one : all)
+                for (; one.uses.size() > 1; one.uses.pop_back()) one.uses[0].share += one.uses.back().share;
+        if (shared != Py_None) {
+            PyObject *gate, *up, *down;
+            if (!PyArg_ParseTuple(shared, "O!O!O!", &PyTuple_Type, &gate, &PyTuple_Type, &up, &PyTuple_Type, &down))
+                throw PythonError{};
+            ExpertUses own{{matrix(held, gate), matrix(held, up), matrix(held, down)}, {}};
+            const Expert& e = own.expert;
+            require(e.gate.columns == hidden && e.up.columns == hidden && e.down.rows == hidden &&
+                        e.up.rows == e.gate.rows && e.down.columns == e.gate.rows && e.up.bits == e.gate.bits &&
+                        e.up.group == e.gate.group,
+                    "the shared expert's matrices do not fit together");
+            for (int64_t t = 0; t < tokens; ++t) own.uses.push_back({t, weights[t * columns + choices]});
+            all.push_back(std::move(own));
+        }
+        WithoutGil released;
+        apply_experts(all, in, tokens, hidden, out);
+    });
+}
+
+PyObject* delta_net(PyObject*, PyObject* args) {
+    PyObject *qkv, *z, *b, *a, *convolution, *a_log, *dt_bias, *norm, *past, *state, *y;
+    long long tokens, key_heads, value_heads, key_dim, value_dim, taps;
+    float eps;
+    if (!PyArg_ParseTuple(args, "OOOOLOOOO(LLLLL)fOOO", &qkv, &z, &b, &a, &tokens, &convolution, &a_log, &dt_bias,
+                          &norm, &key_heads, &value_heads, &key_dim, &value_dim, &taps, &eps, &past, &state, &y))
+        return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0 && key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0, "heads do not fit");
+        require(key_dim > 0 && value_dim > 0 && key_dim % kLanes == 0 && value_dim % kLanes == 0,
+                "head sizes must be multiples of 16");
+        require(taps > 0, "taps out of range");
+        const DeltaShape shape{key_heads, value_heads, key_dim, value_dim, taps};
+        const int64_t channels = shape.channels();
+        const DeltaLayer layer{shape, floats(held, convolution, "convolution", channels * taps),
+                               floats(held, a_log, "a_log", value_heads), floats(held, dt_bias, "dt_bias", value_heads),
+                               floats(held, norm, "norm", value_dim), eps};
+        const float* in[4] = {floats(held, qkv, "qkv", tokens * channels),
+                              floats(held, z, "z", tokens * shape.value_width()),
+                              floats(held, b, "b", tokens * value_heads), floats(held, a, "a", tokens * value_heads)};
+        float* own_past = floats(held, past, "past", (taps - 1) * channels, true);
+        float* own_state = floats(held, state, "state", value_heads * value_dim * key_dim, true);
+        float* out = floats(held, y, "y", tokens * shape.value_width(), true);
+        WithoutGil released;
+        gated_delta_net(layer, in[0], in[1], in[2], in[3], tokens, own_past, own_state, out);
+    });
+}
+
+PyObject* attention(PyObject*, PyObject* args) {
+    PyObject *q_and_gate, *k, *v, *q_norm, *k_norm, *keys, *values, *y;
+    long long tokens, heads, kv_heads, dim, rotary, capacity, start;
+    double theta;
+    float eps;
+    if (!PyArg_ParseTuple(args, "OOOLOO(LLLLLL)dfOOO", &q_and_gate, &k, &v, &tokens, &q_norm, &k_norm, &heads,
+                          &kv_heads, &dim, &rotary, &capacity, &start, &theta, &eps, &keys, &values, &y))
+        return nullptr;
+    return guarded([&] {
+        Held held;
+        require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads do not fit");
+        require(dim > 0 && dim % kLanes == 0 && rotary > 0 && rotary % 2 == 0 && rotary <= dim,
+                "the head size must be a multiple of 16, and rotated dimensions even");
+        require(tokens >= 0 && start >= 0 && start + tokens <= capacity, "the cache has no room for these tokens");
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary, capacity, start}, theta, eps,
+                                   floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
+        const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
+                              floats(held, k, "k", tokens * kv_heads * dim),
+                              floats(held, v, "v", tokens * kv_heads * dim)};
+        float* own_keys = floats(held, keys, "keys", kv_heads * capacity * dim, true);
+        float* own_values = floats(held, values, "values", kv_heads * capacity * dim, true);
+        float* out = floats(held, y, "y", tokens * heads * dim, true);
+        WithoutGil released;
+        gated_attention(layer, in[0], in[1], in[2], tokens, own_keys, own_values, out);
+    });
+}
+
+PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(operations().name); }
+
+PyObject* instruction_sets(PyObject*, PyObject*) {
+    PyObject* names = PyList_New(0);
+    if (!names) return nullptr;
+    for (const Operations* found : {avx512_operations(), avx2_operations(), neon_operations(), portable_operations()}) {
+        if (!found) continue;
+        PyObject* name = PyUnicode_FromString(found->name);
+        if (!name || PyList_Append(names, name) != 0) {
+            Py_XDECREF(name);
+            Py_DECREF(names);
+            return nullptr;
+        }
+        Py_DECREF(name);
+    }
+    return names;
+}
+
+PyObject* use_instruction_set(PyObject*, PyObject* args) {
+    const char* name;
+    if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
+    return guarded([&] { require(choose_operations(name), "this machine, or this build, has no such instruction set"); });
+}
+
+PyObject* use_threads(PyObject*, PyObject* args) {
+    int count;
+    if (!PyArg_ParseTuple(args, "i", &count)) return nullptr;
+    return guarded([&] {
+        WithoutGil released;
+        set_threads(count);
+    });
+}
+
+PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
+
+PyMethodDef methods[] = {
+    {"product", product, METH_VARARGS, "product(x, tokens, matrix, y): y = x times the transpose of the matrix"},
+    {"experts", experts, METH_VARARGS,
+     "experts(x, tokens, records, format, rows, shares, choices, shared, y): y += what the experts say"},
+    {"delta_net", delta_net, METH_VARARGS,
+     "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, past, state, y)"},
+    {"attention", attention, METH_VARARGS,
+     "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, theta, eps, keys, values, y)"},
+    {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
+    {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
+    {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},
+    {"use_threads", use_threads, METH_VARARGS, "Share work among so many threads, the caller included."},
+    {"threads", thread_count, METH_NOARGS, "How many threads share work."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+constexpr int kInterface = 1; // see __init__.py
+
+int add_constants(PyObject* module) { return PyModule_AddIntConstant(module, "INTERFACE", kInterface); }
+
+PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(add_constants)}, {0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Kernels for CPUs.", 0, methods, slots, nullptr, nullptr,
+                          nullptr};
+
+} // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModuleDef_Init(&definition); }

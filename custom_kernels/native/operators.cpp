@@ -1,0 +1,383 @@
+#include "operators.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "pool.hpp"
+
+namespace flashmoe {
+namespace {
+
+std::atomic<const Operations*> chosen{nullptr};
+
+const Operations* best() {
+    for (const Operations* found : {avx512_operations(), avx2_operations(), neon_operations()})
+        if (found) return found;
+    return portable_operations();
+}
+
+// Memory that a thread keeps between calls, so that the system need not clear it anew each time.
+template <int PURPOSE>
+float* scratch(int64_t count) {
+    thread_local std::vector<float> memory;
+    if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+    return memory.data();
+}
+
+enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
+
+constexpr int64_t kBytesAtOnce = 48 * 1024; // weights that a thread takes at a time
+constexpr int64_t kFewTokens = 8;           // up to here, passes over the codes; above, dequantised blocks
+
+int64_t rows_at_once(const Matrix& m, int64_t tokens) {
+    const int64_t work = (m.row_bytes() + 2 * m.scale_row_bytes()) * (tokens > kFewTokens ? 4 : 1);
+    return std::max<int64_t>(24, kBytesAtOnce / std::max<int64_t>(work, 1) / 24 * 24);
+}
+
+int64_t up_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+bool same_format(const Matrix& a, const Matrix& b) {
+    return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
+}
+
+// Vectors in the order of a matrix's codes.
+struct Packed {
+    int64_t length, sums_length;
+    float* memory;
+
+    static int64_t size(const Matrix& m, int64_t count) {
+        return count * (packed_length(m.columns, m.group) + packed_sums(m.columns, m.group));
+    }
+    Packed(const Matrix& m, float* memory_)
+        : length(packed_length(m.columns, m.group)), sums_length(packed_sums(m.columns, m.group)), memory(memory_) {}
+    float* vector(int64_t i) const { return memory + i * (length + sums_length); }
+    float* sums(int64_t i) const { return vector(i) + length; }
+
+    // `row(i)`: the i-th vector.
+    template <typename Row>
+    void fill(const Matrix& m, int64_t count, const Row& row) const {
+        const Operations& own = operations();
+        parallel(count, 4, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) own.pack(row(i), m.columns, m.bits, m.group, vector(i), sums(i));
+        });
+    }
+
+    // [length][width], the vectors side by side.
+    void across(int64_t count, int64_t width, float* to) const {
+        parallel(length, 256, [&](int64_t begin, int64_t end, int) {
+            for (int64_t k = begin; k < end; ++k) {
+                for (int64_t t = 0; t < count; ++t) to[k * width + t] = vector(t)[k];
+                for (int64_t t = count; t < width; ++t) to[k * width + t] = 0.0f;
+            }
+        });
+    }
+};
+
+// Rows [begin, end) times vectors [0, count), count <= kFewTokens, into to[t * stride + row - begin].
+void few(const Matrix& m, int64_t begin, int64_t end, const Packed& packed, int64_t count, float* to, int64_t stride) {
+    const float *vectors[kMostTokens], *sums[kMostTokens];
+    float* out[kMostTokens];
+    for (int64_t first = 0; first < count; first += kMostTokens) {
+        const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
+        for (int t = 0; t < tokens; ++t) {
+            vectors[t] = packed.vector(first + t), sums[t] = packed.sums(first + t);
+            out[t] = to + (first + t) * stride;
+        }
+        operations().dot(m, begin, end, tokens, vectors, sums, out);
+    }
+}
+
+void many(const Matrix& m, int64_t begin, int64_t end, const float* across, int64_t width, float* tile) {
+    operations().multiply(m, begin, end, across, static_cast<int>(width), tile, scratch<kOwn>(kScratch));
+}
+
+// Calls f(first, count) for blocks of tokens as large as one pass takes; what few tokens remain come by themselves.
+template <typename Function>
+void token_blocks(int64_t tokens, const Function& f) {
+    int64_t first = 0;
+    while (first < tokens) {
+        int64_t count = std::min<int64_t>(kTile, tokens - first);
+        if (count > kFewTokens && count % kLanes && count % kLanes <= kFewTokens / 2) count -= count % kLanes;
+        f(first, count);
+        first += count;
+    }
+}
+
+// One expert and one block of the tokens that use it.
+void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y) {
+    const int64_t inner = e.gate.rows;
+    const Packed packed(e.gate, scratch<kPacked>(Packed::size(e.gate, count)));
+    packed.fill(e.gate, count, [&](int64_t i) { return x + uses[i].token * hidden; });
+    const Operations& own = operations();
+    const int64_t width = up_to_lanes(count);
+    const int64_t step = rows_at_once(e.gate, count), down_step = rows_at_once(e.down, count);
+    if (count <= kFewTokens) {
+        float* middle = scratch<kHidden>(count * inner);
+        parallel(inner, step, [&](int64_t begin, int64_t end, int) {
+            const int64_t rows = end - begin;
+            float* up = scratch<kOwnUp>(count * rows);
+            few(e.gate, begin, end, packed, count, middle + begin, inner);
+            few(e.up, begin, end, packed, count, up, rows);
+            for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
+        });
+        const Packed packed_middle(e.down, scratch<kHiddenPacked>(Packed::size(e.down, count)));
+        packed_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
+        parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
+            const int64_t rows = end - begin;
+            float* out = scratch<kOwnTile>(count * rows);
+            few(e.down, begin, end, packed_middle, count, out, rows);
+            for (int64_t t = 0; t < count; ++t)
+                for (int64_t r = 0; r < rows; ++r)
+                    y[uses[t].token * hidden + begin + r] += uses[t].share * out[t * rows + r];
+        });
+        return;
+    }
+    float* across = scratch<kAcross>(packed.length * width);
+    packed.across(count, width, across);
+    const int64_t middle_length = packed_length(inner, e.down.group);
+    float* middle = scratch<kHidden>(middle_length * width);
+    std::fill(middle, middle + middle_length * width, 0.0f);
+    parallel(inner, step, [&](int64_t begin, int64_t end, int) {
+        const int64_t rows = end - begin;
+        float *gate = scratch<kOwnTile>((rows + kSlack) * width), *up = scratch<kOwnUp>((rows + kSlack) * width);
+        many(e.gate, begin, end, across, width, gate);
+        many(e.up, begin, end, across, width, up);
+        own.swiglu(gate, up, rows * width);
+        for (int64_t r = 0; r < rows; ++r)
+            std::memcpy(middle + packed_place(begin + r, e.down.bits) * width, gate + r * width,
+                        sizeof(float) * width);
+    });
+    parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
+        const int64_t rows = end - begin;
+        float* out = scratch<kOwnTile>((rows + kSlack) * width);
+        many(e.down, begin, end, middle, width, out);
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t r = 0; r < rows; ++r)
+                y[uses[t].token * hidden + begin + r] += uses[t].share * out[r * width + t];
+    });
+}
+
+// All experts of one token in two loops: decoding.
+void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_t hidden, float* y) {
+    const Operations& own = operations();
+    const int64_t count = static_cast<int64_t>(experts.size());
+    std::vector<int64_t> starts(count + 1, 0);
+    std::vector<Packed> inputs;
+    int64_t memory = 0, widest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const Expert& e = experts[i].expert;
+        starts[i + 1] = starts[i] + e.gate.rows;
+        memory += Packed::size(e.gate, 1);
+        widest = std::max(widest, Packed::size(e.down, 1));
+    }
+    float* free = scratch<kPacked>(memory);
+    for (int64_t i = 0; i < count; ++i) {
+        const Matrix& gate = experts[i].expert.gate;
+        if (i > 0 && same_format(gate, experts[i - 1].expert.gate)) {
+            inputs.push_back(inputs.back());
+            continue;
+        }
+        inputs.emplace_back(gate, free);
+        free += Packed::size(gate, 1);
+        inputs.back().fill(gate, 1, [&](int64_t) { return x; });
+    }
+    float* middle = scratch<kHidden>(starts[count]);
+    const Matrix& first = experts[0].expert.gate;
+    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first, 1) / 2), [&](int64_t begin, int64_t end, int) {
+        int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+        while (begin < end) {
+            const Expert& e = experts[i].expert;
+            const int64_t stop = std::min(end, starts[i + 1]), rows = stop - begin, row = begin - starts[i];
+            float* up = scratch<kOwnUp>(rows);
+            few(e.gate, row, row + rows, inputs[i], 1, middle + begin, rows);
+            few(e.up, row, row + rows, inputs[i], 1, up, rows);
+            own.swiglu(middle + begin, up, rows);
+            begin = stop, ++i;
+        }
+    });
+    float* packed_memory = scratch<kHiddenPacked>(widest * count);
+    std::vector<Packed> middles;
+    for (int64_t i = 0; i < count; ++i) {
+        middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
+        middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
+    }
+    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down, 1) / count);
+    parallel(hidden, step, [&](int64_t begin, int64_t end, int) {
+        const int64_t rows = end - begin;
+        float* out = scratch<kOwnTile>(rows);
+        for (int64_t i = 0; i < count; ++i) {
+            few(experts[i].expert.down, begin, end, middles[i], 1, out, rows);
+            const float share = experts[i].uses[0].share;
+            for (int64_t r = 0; r < rows; ++r) y[begin + r] += share * out[r];
+        }
+    });
+}
+
+} // namespace
+
+const Operations& operations() {
+    const Operations* found = chosen.load(std::memory_order_relaxed);
+    if (!found) chosen.store(found = best());
+    return *found;
+}
+
+bool choose_operations(const char* name) {
+    if (std::strcmp(name, "auto") == 0) return chosen.store(best()), true;
+    for (const Operations* found :
+         {avx512_operations(), avx2_operations(), neon_operations(), portable_operations()})
+        if (found && std::strcmp(found->name, name) == 0) return chosen.store(found), true;
+    return false;
+}
+
+void quantised_product(const Matrix& m, const float* x, int64_t tokens, float* y) {
+    token_blocks(tokens, [&](int64_t first, int64_t count) {
+        const Packed packed(m, scratch<kPacked>(Packed::size(m, count)));
+        packed.fill(m, count, [&](int64_t i) { return x + (first + i) * m.columns; });
+        float* out = y + first * m.rows;
+        const int64_t step = rows_at_once(m, count);
+        if (count <= kFewTokens) {
+            parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
+                few(m, begin, end, packed, count, out + begin, m.rows);
+            });
+            return;
+        }
+        const int64_t width = up_to_lanes(count);
+        float* across = scratch<kAcross>(packed.length * width);
+        packed.across(count, width, across);
+        parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
+            float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
+            many(m, begin, end, across, width, tile);
+            for (int64_t t = 0; t < count; ++t)
+                for (int64_t r = begin; r < end; ++r) out[t * m.rows + r] = tile[(r - begin) * width + t];
+        });
+    });
+}
+
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y) {
+    if (experts.empty()) return;
+    if (tokens == 1) return apply_to_one(experts, x, hidden, y);
+    for (const ExpertUses& one : experts)
+        token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y);
+        });
+}
+
+void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
+                     int64_t tokens, float* past, float* state, float* y) {
+    const DeltaShape& shape = layer.shape;
+    const Operations& own = operations();
+    const int64_t channels = shape.channels(), before = shape.taps - 1;
+    for (int64_t first = 0; first < tokens; first += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, tokens - first);
+        const float* x = qkv + first * channels;
+        float* mixed = scratch<kMixed>(count * channels);
+        parallel(channels, count == 1 ? 2048 : 256, [&](int64_t begin, int64_t end, int) {
+            own.convolve(past, x, layer.convolution, count, channels, shape.taps, begin, end, mixed);
+            for (int64_t row = 0; row < before; ++row) { // ascending: what is read lies further on
+                const int64_t from = row + count;
+                const float* source = from < before ? past + from * channels : x + (from - before) * channels;
+                std::memmove(past + row * channels + begin, source + begin, sizeof(float) * (end - begin));
+            }
+        });
+        parallel(shape.value_heads, 1, [&](int64_t begin, int64_t end, int) {
+            for (int64_t head = begin; head < end; ++head)
+                own.delta(shape, head, count, mixed, z + first * shape.value_width(), b + first * shape.value_heads,
+                          a + first * shape.value_heads, layer.a_log, layer.dt_bias, layer.norm, layer.eps,
+                          state + head * shape.value_dim * shape.key_dim, y + first * shape.value_width(),
+                          scratch<kOwn>(2 * shape.key_dim + shape.value_dim));
+        });
+    }
+}
+
+namespace {
+
+// Norm and rotation of one head's vector; `turns`: cosines and then sines of its position.
+void place(const Operations& own, const AttentionLayer& layer, const float* x, const float* norm, const float* turns,
+           float* out) {
+    own.rms_norm(x, norm, layer.shape.head_dim, layer.eps, out);
+    const int64_t pairs = layer.shape.rotary_dim / 2;
+    for (int64_t i = 0; i < pairs; ++i) {
+        const float low = out[i], high = out[i + pairs], cosine = turns[i], sine = turns[i + pairs];
+        out[i] = low * cosine - high * sine;
+        out[i + pairs] = high * cosine + low * sine;
+    }
+}
+
+} // namespace
+
+void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
+                     int64_t tokens, float* keys, float* values, float* y) {
+    const AttentionShape& shape = layer.shape;
+    const Operations& own = operations();
+    const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.head_dim, group = heads / kv_heads;
+    const int64_t pairs = shape.rotary_dim / 2;
+    std::vector<double> frequencies(pairs);
+    for (int64_t i = 0; i < pairs; ++i)
+        frequencies[i] = std::pow(layer.theta, -static_cast<double>(i) / static_cast<double>(pairs));
+
+    for (int64_t first = 0; first < tokens; first += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, tokens - first);
+        float* queries = scratch<kQueries>(count * heads * dim);
+        std::vector<float> turns(count * 2 * pairs);
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t i = 0; i < pairs; ++i) {
+                const double angle = static_cast<double>(shape.start + first + t) * frequencies[i];
+                turns[t * 2 * pairs + i] = static_cast<float>(std::cos(angle));
+                turns[t * 2 * pairs + pairs + i] = static_cast<float>(std::sin(angle));
+            }
+        parallel(count * (heads + kv_heads), 32, [&](int64_t begin, int64_t end, int) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
+                const float* own_turns = turns.data() + t * 2 * pairs;
+                if (head < heads) {
+                    place(own, layer, q_and_gate + ((first + t) * heads + head) * 2 * dim, layer.q_norm, own_turns,
+                          queries + (t * heads + head) * dim);
+                    continue;
+                }
+                const int64_t kv = head - heads, at = (kv * shape.capacity + shape.start + first + t) * dim;
+                place(own, layer, k + ((first + t) * kv_heads + kv) * dim, layer.k_norm, own_turns, keys + at);
+                std::memcpy(values + at, v + ((first + t) * kv_heads + kv) * dim, sizeof(float) * dim);
+            }
+        });
+
+        // One token's keys are shared out among the threads; of several tokens, the tokens are.
+        const int64_t end_of_keys = shape.start + first + count;
+        const int64_t span = count > 1 ? end_of_keys
+                                       : std::max<int64_t>(128, (end_of_keys + 8 * threads() - 1) / (8 * threads()));
+        const int64_t spans = (end_of_keys + span - 1) / span;
+        const int64_t part = group * (dim + 2); // sums, then peak and weight of each head
+        float* partial = scratch<kPartial>(count * kv_heads * spans * part);
+        parallel(count * kv_heads * spans, 1, [&](int64_t begin, int64_t end, int) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t t = item / (kv_heads * spans), kv = item / spans % kv_heads, s = item % spans;
+                const int64_t seen = shape.start + first + t + 1;
+                float* to = partial + item * part;
+                own.attend(queries + (t * heads + kv * group) * dim, group, dim, keys + kv * shape.capacity * dim,
+                           values + kv * shape.capacity * dim, s * span, std::min(seen, (s + 1) * span), to,
+                           to + group * dim, scratch<kOwn>(group * 64));
+            }
+        });
+        parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
+            for (int64_t item = begin; item < end; ++item) {
+                const int64_t t = item / heads, head = item % heads, kv = head / group, h = head % group;
+                const float* parts = partial + (t * kv_heads + kv) * spans * part;
+                float peak = -INFINITY, total = 0.0f;
+                for (int64_t s = 0; s < spans; ++s) peak = std::max(peak, parts[s * part + group * dim + 2 * h]);
+                float* out = y + ((first + t) * heads + head) * dim;
+                std::fill(out, out + dim, 0.0f);
+                for (int64_t s = 0; s < spans; ++s) {
+                    const float* peaks = parts + s * part + group * dim + 2 * h;
+                    const float factor = std::exp(peaks[0] - peak);
+                    total += factor * peaks[1];
+                    for (int64_t i = 0; i < dim; ++i) out[i] += factor * parts[s * part + h * dim + i];
+                }
+                for (int64_t i = 0; i < dim; ++i) out[i] /= total;
+                own.gate(out, q_and_gate + ((first + t) * heads + head) * 2 * dim + dim, dim);
+            }
+        });
+    }
+}
+
+} // namespace flashmoe

@@ -1,0 +1,171 @@
+#include "pool.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+namespace flashmoe {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Between two operations of one token pass some microseconds of Python; a thread that sleeps takes longer to wake.
+constexpr auto kSpin = std::chrono::microseconds(100);
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+class Pool {
+public:
+    explicit Pool(int count) : count_(count) {}
+
+    // May run with fewer threads than asked for, if the system gives no more.
+    void start() {
+        for (int number = 1; number < count_; ++number) {
+            try {
+                std::thread([this, number] { serve(number); }).detach();
+            } catch (const std::system_error&) {
+                break;
+            }
+        }
+    }
+
+    // Ends the threads; no loop may be under way.
+    void stop() {
+        stopping_.store(true);
+        run(1, 1, [](void*, int64_t, int64_t, int) {}, nullptr);
+    }
+
+    void run(int64_t count, int64_t step, Body body, void* context) {
+        body_ = body, context_ = context, end_ = count, step_ = step;
+        next_.store(0, std::memory_order_relaxed);
+        const uint64_t opened = ((gate_.load(std::memory_order_relaxed) >> kEpoch) + 1) << kEpoch | kOpen;
+        {
+            // Sequentially consistent with `asleep_`: either a thread sees the loop before it sleeps, or we see it
+            // asleep and wake it.
+            gate_.store(opened, std::memory_order_seq_cst);
+            if (asleep_.load(std::memory_order_seq_cst) > 0) {
+                std::lock_guard<std::mutex> lock(mutex_);
+                wake_.notify_all();
+            }
+        }
+        work(0);
+        gate_.fetch_and(~kOpen, std::memory_order_acq_rel);
+        for (int spins = 0; gate_.load(std::memory_order_acquire) & kInside; ++spins) {
+            if (spins < 2000)
+                relax();
+            else
+                sched_yield();
+        }
+    }
+
+private:
+    // How many threads are inside the loop, whether more may enter, and which loop it is, in one word: a thread enters
+    // by raising the number while the rest is as it saw it.
+    static constexpr uint64_t kInside = 0xffff, kOpen = 1 << 16;
+    static constexpr int kEpoch = 17;
+
+    void work(int thread) {
+        for (;;) {
+            const int64_t begin = next_.fetch_add(step_, std::memory_order_relaxed);
+            if (begin >= end_) return;
+            body_(context_, begin, begin + step_ < end_ ? begin + step_ : end_, thread);
+        }
+    }
+
+    void serve(int thread) {
+        uint64_t seen = 0;
+        for (;;) {
+            uint64_t gate = wait(seen);
+            if (stopping_.load()) return;
+            seen = gate >> kEpoch;
+            while (gate & kOpen && gate >> kEpoch == seen) {
+                if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acquire)) {
+                    work(thread);
+                    gate_.fetch_sub(1, std::memory_order_release);
+                    break;
+                }
+            }
+        }
+    }
+
+    // The state of the gate once a loop was opened that is not `seen`.
+    uint64_t wait(uint64_t seen) {
+        const auto until = Clock::now() + kSpin;
+        for (int spins = 0;; ++spins) {
+            const uint64_t gate = gate_.load(std::memory_order_acquire);
+            if (gate >> kEpoch != seen) return gate;
+            relax();
+            if (spins % 64 == 63 && Clock::now() > until) break;
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        asleep_.fetch_add(1, std::memory_order_seq_cst);
+        uint64_t gate;
+        wake_.wait(lock, [&] { return (gate = gate_.load(std::memory_order_seq_cst)) >> kEpoch != seen; });
+        asleep_.fetch_sub(1, std::memory_order_relaxed);
+        return gate;
+    }
+
+    const int count_;
+    Body body_ = nullptr;
+    void* context_ = nullptr;
+    int64_t end_ = 0, step_ = 1;
+    alignas(64) std::atomic<int64_t> next_{0};
+    alignas(64) std::atomic<uint64_t> gate_{0};
+    alignas(64) std::atomic<int> asleep_{0};
+    std::atomic<bool> stopping_{false};
+    std::mutex mutex_;
+    std::condition_variable wake_;
+};
+
+// Never freed: its threads may be waiting in it when the process ends, or when another takes its place.
+std::atomic<Pool*> pool{nullptr};
+std::atomic<int> wanted{1};
+std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+// A child has none of the threads, and perhaps a loop of another thread of its parent that will never end.
+void forget_in_child() {
+    pool.store(nullptr);
+    busy.clear();
+}
+
+} // namespace
+
+void set_threads(int count) {
+    while (busy.test_and_set(std::memory_order_acquire)) sched_yield();
+    wanted.store(count < 1 ? 1 : count > kMostThreads ? kMostThreads : count);
+    if (Pool* before = pool.exchange(nullptr)) before->stop();
+    busy.clear(std::memory_order_release);
+}
+
+int threads() { return wanted.load(); }
+
+void run(int64_t count, int64_t step, Body body, void* context) {
+    if (count <= 0) return;
+    if (count <= step || threads() == 1 || busy.test_and_set(std::memory_order_acquire)) {
+        body(context, 0, count, 0);
+        return;
+    }
+    Pool* current = pool.load();
+    if (current == nullptr) {
+        static const int registered = pthread_atfork(nullptr, nullptr, forget_in_child);
+        (void)registered;
+        current = new Pool(threads());
+        pool.store(current);
+        current->start();
+    }
+    current->run(count, step, body, context);
+    busy.clear(std::memory_order_release);
+}
+
+} // namespace flashmoe

@@ -1,0 +1,14 @@
+#include <cmath>
+#include <cstring>
+
+#include "operations.hpp"
+
+namespace flashmoe {
+namespace {
+const char* const kName = "portable";
+#include "lanes_portable.hpp"
+#include "body.hpp"
+} // namespace
+
+const Operations* portable_operations() { return &operations; }
+} // namespace flashmoe
