@@ -57,6 +57,8 @@ def _override(key: str, value: str) -> str:
         raise InputError(f"{key}: no such key; {hint}")
     if key in _GROUPS and value in ("", "null"):
         raise InputError(f"{key}={value}: the name is missing; --help lists what there is")
+    if key == "model" and ("/" in value or value.endswith(".json")):
+        key = "model.path"  # of no configuration that could be named so
     if key in TEXT_KEYS:
         # A folder may be none at all; a prompt is a text, whatever it is.
         return f"++{key}={value if value == 'null' and key != 'prompt' else _verbatim(value)}"

@@ -123,10 +123,24 @@ class SimulateConfig(Config):
     prefetch_accuracy: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
 
 
+@dataclass
+class EstimateConfig(Config):
+    """Keys of ``task=estimate``."""
+
+    bits: list[int] = field(default_factory=lambda: [4])
+    resident_bits: int | None = 4
+    context: int = 8192
+    trace: str | None = None
+    memory_gib: float | None = None
+    probe: bool | None = None
+    probe_seconds: float = 90
+
+
 TASK_CONFIGS: Mapping[str, type[Config]] = {
     "bench": BenchConfig,
     "bench_io": BenchIoConfig,
     "doctor": Config,
+    "estimate": EstimateConfig,
     "generate": Config,
     "pack": PackConfig,
     "simulate": SimulateConfig,

@@ -32,7 +32,7 @@ from flashmoe_mlx.pack.pack import (
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.record import RecordLayout
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
+from flashmoe_mlx.text.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
 
 _GROUP_SIZE = 64
 _RECIPE = 1
@@ -78,40 +78,41 @@ def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: 
     return open_pack(folder)
 
 
+def synthetic_config(sizes: SyntheticSizes, vocab_size: int = BYTE_TOKENS) -> dict[str, object]:
+    """The ``config.json`` of a synthetic model."""
+    return {
+        "model_type": "qwen3_5_moe_text",
+        "vocab_size": vocab_size,
+        "hidden_size": sizes.hidden_size,
+        "num_hidden_layers": sizes.num_layers,
+        "num_attention_heads": sizes.num_heads,
+        "num_key_value_heads": sizes.num_kv_heads,
+        "head_dim": sizes.head_dim,
+        "full_attention_interval": 4,
+        "linear_num_key_heads": sizes.linear_key_heads,
+        "linear_num_value_heads": sizes.linear_value_heads,
+        "linear_key_head_dim": sizes.linear_key_dim,
+        "linear_value_head_dim": sizes.linear_value_dim,
+        "num_experts": sizes.num_experts,
+        "num_experts_per_tok": sizes.experts_per_token,
+        "moe_intermediate_size": sizes.expert_size,
+        "shared_expert_intermediate_size": sizes.shared_expert_size,
+        "max_position_embeddings": sizes.max_context,
+        "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    }
+
+
 class _Synthesiser:
     def __init__(self, sizes: SyntheticSizes, folder: Path, progress: Progress) -> None:
         self._sizes = sizes
         self._folder = folder
         self._progress = progress
         self._vocab_size = write_byte_tokenizer(folder)
-        published = self._published_config()
+        published = synthetic_config(sizes, self._vocab_size)
         self._config = ModelConfig.from_json(published)
         self._layout = RecordLayout(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
         write_atomically(folder / "config.json", json.dumps(published, indent=1).encode())
-
-    def _published_config(self) -> dict[str, object]:
-        sizes = self._sizes
-        return {
-            "model_type": "qwen3_5_moe_text",
-            "vocab_size": self._vocab_size,
-            "hidden_size": sizes.hidden_size,
-            "num_hidden_layers": sizes.num_layers,
-            "num_attention_heads": sizes.num_heads,
-            "num_key_value_heads": sizes.num_kv_heads,
-            "head_dim": sizes.head_dim,
-            "full_attention_interval": 4,
-            "linear_num_key_heads": sizes.linear_key_heads,
-            "linear_num_value_heads": sizes.linear_value_heads,
-            "linear_key_head_dim": sizes.linear_key_dim,
-            "linear_value_head_dim": sizes.linear_value_dim,
-            "num_experts": sizes.num_experts,
-            "num_experts_per_tok": sizes.experts_per_token,
-            "moe_intermediate_size": sizes.expert_size,
-            "shared_expert_intermediate_size": sizes.shared_expert_size,
-            "max_position_embeddings": sizes.max_context,
-            "tie_word_embeddings": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-        }
 
     def write(self, name: str) -> None:
         needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes

@@ -28,7 +28,7 @@ def model_folder(choice: ModelChoice) -> Path:
         return folder
     if choice.synthetic is None:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
-    cache_dir = _cache_dir(choice)
+    cache_dir = cache_folder(choice)
     try:
         with byte_progress() as progress:
             return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
@@ -46,8 +46,11 @@ def model_identity(folder: Path) -> str:
     return "@".join(filter(None, (source["name"], source.get("revision"))))
 
 
-def _cache_dir(choice: ModelChoice) -> Path:
-    """Where synthetic models are kept; an empty variable counts as unset, as the XDG specification says."""
+def cache_folder(choice: ModelChoice) -> Path:
+    """Where synthetic models, and what is known of this machine, are kept.
+
+    An empty variable counts as unset, as the XDG specification says.
+    """
     if choice.cache_dir is not None:
         return folder_of(choice.cache_dir)
     own = os.environ.get("FLASHMOE_CACHE")

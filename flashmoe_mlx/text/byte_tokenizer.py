@@ -10,6 +10,9 @@ _SPECIAL = (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN)
 _MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Single tokens that stay in the decoded text, because programs read them."""
 
+BYTE_TOKENS = 256 + len(_SPECIAL + _MARKUP)
+"""Size of its vocabulary."""
+
 _CHAT_TEMPLATE = """\
 {%- set system = messages[0].content if messages[0].role == 'system' else '' %}
 {%- if tools %}

@@ -1,0 +1,182 @@
+"""Will a model fit, and how fast will it be: memory, a simulated cache, and the speed model put together."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.research.probe import MachineProfile
+from flashmoe_mlx.research.simulator import CacheDesign, Replay
+from flashmoe_mlx.research.simulator import replay as replayed
+from flashmoe_mlx.research.sizes import MemoryNeed, memory_need, record_bytes
+from flashmoe_mlx.research.speed import Distribution, Prediction, SpeedModel, certainly
+from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
+
+ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
+"""Exponents of Zipf's law that stand for a model of which no trace is known: between the outer two lie the hit rates
+that engines of this kind have published, and about the middle one most of them."""
+TOLERANCE = 0.15
+"""What a prediction may be wrong by besides what is not known of the routing: docs/measurements/."""
+_LAYERS = 4  # of drawn traces, which stand for all
+_DIRECT = ("io_uring direct", "pread direct")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to run on: ``memory`` in bytes for everything, and what was measured.
+
+    ``faster_reads``: a disk that is so many times as fast.
+    """
+
+    profile: MachineProfile
+    memory: int
+    faster_reads: float = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is to run; ``trace`` is None if nothing is known of its routing."""
+
+    config: ModelConfig
+    bits: int
+    resident_bits: int
+    experts_k: int
+    context: int
+    activation_bytes: int
+    trace: RoutingTrace | None = None
+
+    @property
+    def need(self) -> MemoryNeed:
+        """Memory without any expert kept."""
+        return memory_need(self.config, self.resident_bits, self.bits, self.context, self.activation_bytes)
+
+    @property
+    def expert_bytes(self) -> int:
+        """All experts on disk."""
+        return self.config.num_layers * self.config.num_experts * record_bytes(self.config, self.bits)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Tokens a second of one backend: as expected, and the range that holds it.
+
+    ``hit_rates`` are of the ends of the range and the middle; ``budget`` bytes of slots or page cache.
+    """
+
+    backend: str
+    tokens_per_second: float
+    low: float
+    high: float
+    reading: float
+    hit_rates: tuple[float, float, float]
+    budget: int
+
+
+def estimates(model: Model, machine: Machine) -> list[Estimate]:
+    """One for each backend that can run the model here, the fastest first; none if it does not fit."""
+    room = machine.memory - model.need.total
+    if room <= 0:
+        return []
+    return sorted(_each(model, machine, room), key=lambda one: -one.tokens_per_second)
+
+
+def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
+    speed = SpeedModel(machine.profile, machine.faster_reads)
+    if model.expert_bytes <= room:
+        in_memory = speed.predict(model.config, model.bits, model.experts_k, {})
+        yield _estimate("resident", [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
+        return
+    record = record_bytes(model.config, model.bits)
+    slots = room // (record * model.config.num_layers)
+    direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
+    if direct is not None:
+        reader = "reader=io_uring depth=64 " if direct.startswith("io_uring") else ""
+        if slots >= 1:
+            replays = _replays(model, slots, "layer")
+            reads = [{direct: _misses(one)} for one in replays]
+            backend = f"ram_hybrid {reader}direct=true"
+            yield _predicted(speed, model, backend, replays, reads, slots * record * model.config.num_layers)
+        else:
+            all_read = speed.predict(model.config, model.bits, model.experts_k, {direct: certainly(model.experts_k)})
+            backend = "io_uring" if reader else "pread direct=true"
+            yield _estimate(backend, [all_read] * 3, (0.0, 0.0, 0.0), 0)
+    if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
+        replays = _replays(model, slots, "global")
+        reads = [{"pread cold": _misses(one), "pread warm": _hits(one, model.experts_k)} for one in replays]
+        yield _predicted(speed, model, "pread", replays, reads, room)
+
+
+def _predicted(
+    speed: SpeedModel,
+    model: Model,
+    backend: str,
+    replays: list[Replay],
+    reads: list[dict[str, Distribution]],
+    budget: int,
+) -> Estimate:
+    found = [speed.predict(model.config, model.bits, model.experts_k, one) for one in reads]
+    rates = [one.hit_rate or 0.0 for one in replays]
+    return _estimate(backend, found, (rates[0], rates[1], rates[2]), budget)
+
+
+def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, float, float], budget: int) -> Estimate:
+    worst, middle, best = found
+    return Estimate(
+        backend,
+        1 / middle.seconds,
+        (1 - TOLERANCE) / worst.high,
+        (1 + TOLERANCE) / best.low,
+        middle.reading / middle.seconds,
+        hit_rates,
+        budget,
+    )
+
+
+def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
+    """What LRU would do, for the worst, the middle and the best routing there might be."""
+    config, k = model.config, model.experts_k
+    design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
+    if model.trace is not None:
+        return [replayed(_settled(model.trace), design)] * 3
+    # Long enough for every slot to have been filled; half of it is not counted.
+    tokens = 2 * (50 + 4 * config.num_experts // k)
+    traces = [zipf_trace(tokens, _LAYERS, config.num_experts, k, exponent, seed=0) for exponent in ASSUMED.values()]
+    return [replayed(_settled(one), design) for one in traces]
+
+
+def _settled(trace: RoutingTrace) -> RoutingTrace:
+    """The first half counts as a prompt: a cache that begins empty says little of the tokens after."""
+    return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
+
+
+def _misses(one: Replay) -> Distribution:
+    return np.asarray(one.misses / one.misses.sum())
+
+
+def _hits(one: Replay, k: int) -> Distribution:
+    misses = np.zeros(k + 1)
+    misses[: len(one.misses)] = one.misses
+    return np.asarray(misses[::-1] / misses.sum())
+
+
+def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
+    """Raise InputError if ``trace`` is of a model with other layers or experts."""
+    _, layers, _ = trace.experts.shape
+    if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
+        raise InputError(
+            f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
+            f"{config.num_layers} of {config.num_experts}"
+        )
+
+
+def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
+    """What could be changed, each by itself."""
+    if model.bits > 2:
+        yield "bits=[2]", replace(model, bits=2), machine
+    for k in (4, 2):
+        if k < model.experts_k and model.trace is None:
+            yield f"experts_k={k}", replace(model, experts_k=k), machine
+    yield "twice the memory", model, replace(machine, memory=2 * machine.memory)
+    yield "a disk twice as fast", model, replace(machine, faster_reads=2 * machine.faster_reads)

@@ -1,0 +1,305 @@
+"""A probe of this machine for the speed model: what a layer costs, and what reading adds to it, in a running engine.
+
+Two small models with random weights, of the geometries of Qwen3.5-35B and 397B with four layers, are made, run and
+deleted. Everything is measured in place, token by token and in turns, since a read between two layers is slower than
+the same read in a loop of reads: the weights in between have pushed its pages out of the processor's caches.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.engine.backends import open_store
+from flashmoe_mlx.engine.engine import Engine, load
+from flashmoe_mlx.engine.opening import ModelFiles, open_model
+from flashmoe_mlx.engine.telemetry import environment
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.expert_store import ExpertStore
+from flashmoe_mlx.model.cache import SequenceCache
+from flashmoe_mlx.model.decoder import Model
+from flashmoe_mlx.model.phases import PhaseClock
+from flashmoe_mlx.pack.files import write_atomically
+from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research.sizes import expert_weights, record_bytes, touched_weights
+from flashmoe_mlx.storage.page_cache import evict
+from flashmoe_mlx.untrusted import read_object
+
+PROBE_VERSION = 1
+_LARGE = SyntheticSizes(
+    num_layers=4,
+    hidden_size=4096,
+    num_experts=64,
+    experts_per_token=10,
+    expert_size=1024,
+    shared_expert_size=1024,
+    num_heads=32,
+    num_kv_heads=2,
+    head_dim=256,
+    linear_key_heads=16,
+    linear_value_heads=64,
+    linear_key_dim=128,
+    linear_value_dim=128,
+    max_context=4096,
+    bits=4,
+    seed=0,
+)
+_SMALL = replace(_LARGE, hidden_size=2048, expert_size=512, shared_expert_size=512, num_heads=16, linear_value_heads=32)
+SIZES: Mapping[str, SyntheticSizes] = {"large": _LARGE, "small": _SMALL}
+_FEW = 16
+"""Experts of a layer when all of them are in memory."""
+EXPERTS = (1, 4, 10)
+"""Values of K that are measured; others are interpolated."""
+MEMORY = "memory"
+"""The way of an expert that need not be read."""
+WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "pread warm": ("pread", {}),
+    "pread cold": ("pread", {}),
+    "pread direct": ("pread", {"direct": True}),
+    "io_uring direct": ("io_uring", {}),
+    "mmap warm": ("mmap", {}),
+}
+"""Ways of reading: the backend and its options. Warm from the page cache, cold through it, direct past it."""
+_LEAST_ROUNDS = 3
+_COPIED = 2**27
+"""Words whose copy tells the memory's speed."""
+_IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
+
+
+@dataclass(frozen=True)
+class Point:
+    """Seconds of a decoded token, as quartiles over the rounds, and what is ``added`` to the same in memory, as
+    quartiles of the differences in each round.
+
+    ``size`` names one of ``SIZES``; ``way`` one of ``WAYS``, or MEMORY if nothing was read. ``fetching`` are the
+    median seconds inside ``fetch``, ``resident_weights`` what a token touches besides its experts.
+    """
+
+    size: str
+    bits: int
+    experts_k: int
+    way: str
+    layers: int
+    resident_weights: int
+    expert_weights: int
+    record_bytes: int
+    seconds: tuple[float, float, float]
+    added: tuple[float, float, float]
+    fetching: float
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """What the probe found; ``memory_gb_per_second`` is of a copy, reads and writes counted."""
+
+    identity: Mapping[str, Any]
+    created: datetime
+    memory_gb_per_second: float
+    points: tuple[Point, ...]
+    missing: Mapping[str, str]
+    """Ways that this machine does not have, and why."""
+
+    @property
+    def ways(self) -> list[str]:
+        """The ways of reading that were measured."""
+        return [way for way in WAYS if any(point.way == way for point in self.points)]
+
+    @property
+    def age_days(self) -> float:
+        """Days since it was measured."""
+        return (datetime.now(UTC) - self.created).total_seconds() / 86400
+
+    def to_json(self) -> dict[str, Any]:
+        """As in the file."""
+        return {"probe_version": PROBE_VERSION, **asdict(self), "created": self.created.isoformat()}
+
+    def save(self, path: Path) -> None:
+        """Write it to ``path``, replacing an older one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(self.to_json(), indent=1).encode())
+
+    @classmethod
+    def load(cls, path: Path) -> Self | None:
+        """The profile in ``path``; None if there is none, or another version wrote it."""
+        if not path.is_file():
+            return None
+        try:
+            found = read_object(path)
+            if found["probe_version"] != PROBE_VERSION:
+                return None
+            points = tuple(
+                Point(**{**one, **{name: tuple(one[name]) for name in ("seconds", "added")}}) for one in found["points"]
+            )
+            created = datetime.fromisoformat(found["created"])
+            memory = float(found["memory_gb_per_second"])
+            return cls(found["identity"], created, memory, points, found["missing"])
+        except (FlashMoeError, KeyError, TypeError, ValueError):
+            return None
+
+
+def machine_identity() -> dict[str, Any]:
+    """What must be the same for a profile to hold."""
+    found = environment()
+    own = {"kernels": choose("auto").names, "mlx": found["packages"]["mlx"]}
+    return {name: own.get(name, found.get(name)) for name in _IDENTITY}
+
+
+def probe(folder: Path, seconds: float, announce: Callable[[str], object]) -> MachineProfile:
+    """Measure this machine, and the disk under ``folder``, for about ``seconds``; needs 3 GB there for that time.
+
+    Raises:
+        FlashMoeError: the models could not be made or run.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    work = Path(mkdtemp(prefix="probe-", dir=folder))
+    points: list[Point] = []
+    missing: dict[str, str] = {}
+    try:
+        for size, share in (("large", 0.7), ("small", 0.3)):
+            announce(f"probe: making a {size} model")
+            with _Bench(size, work, missing) as bench:
+                points += bench.measure(share * seconds, announce)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    announce("probe: memory")
+    return MachineProfile(machine_identity(), datetime.now(UTC), _memory_rate(), tuple(points), missing)
+
+
+class _Bench:
+    """Two engines of one size, with all experts in memory and with all read, and the runs that take turns in them."""
+
+    def __init__(self, size: str, folder: Path, missing: dict[str, str]) -> None:
+        self._size = size
+        self._folder = folder
+        self._missing = missing
+        self._stack = ExitStack()
+        self._runs: dict[tuple[int, int, str], _Run] = {}
+
+    def __enter__(self) -> Self:
+        sizes = SIZES[self._size]
+        with self._stack:
+            for bits in (2, 4) if self._size == "large" else (4,):
+                few = self._made("few", replace(sizes, num_experts=_FEW, bits=bits))
+                in_memory = self._stack.enter_context(load(few.folder, "resident"))
+                self._add(bits, MEMORY, in_memory, in_memory.store)
+            many = self._made("many", sizes)
+            reading = self._stack.enter_context(load(many.folder, "pread"))
+            for way, (backend, options) in WAYS.items():
+                # Dropping the files of the others from the page cache would leave nothing warm.
+                cold = _files(few) if way.endswith("cold") else []
+                try:
+                    evict(cold)
+                    store, _ = open_store(few if cold else many, backend, options)
+                except FlashMoeError as error:
+                    self._missing[way] = str(error)
+                    continue
+                self._stack.enter_context(store)
+                self._add(bits, way, in_memory if cold else reading, store, cold)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _made(self, name: str, sizes: SyntheticSizes) -> ModelFiles:
+        return open_model(synthetic_pack(name, sizes, self._folder).folder)
+
+    def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
+        for k in EXPERTS:
+            self._runs[bits, k, way] = _Run(with_experts(engine.model, store, k), store, cold)
+
+    def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
+        """Rounds over everything, every other one backwards, until the time is over."""
+        end = time.perf_counter() + seconds
+        number = 0
+        # What is compared runs one after the other.
+        turns = sorted(self._runs, key=lambda run: run[:2])
+        while number < _LEAST_ROUNDS or time.perf_counter() < end:
+            for bits, k, way in turns[:: 1 if number % 2 == 0 else -1]:
+                announce(f"probe: {self._size} model, round {number + 1}, {bits} bits, {k} experts, {way}")
+                self._runs[bits, k, way].step()
+            number += 1
+        for (bits, k, way), run in self._runs.items():
+            config = run.config
+            yield Point(
+                self._size,
+                bits,
+                k,
+                way,
+                config.num_layers,
+                touched_weights(config),
+                expert_weights(config),
+                record_bytes(config, bits),
+                _quartiles(run.seconds),
+                _quartiles(np.subtract(run.seconds, self._runs[bits, k, MEMORY].seconds)),
+                float(np.median(run.fetching)),
+            )
+
+
+class _Run:
+    """Decodes with one store and K, a token at a time; ``cold`` files are dropped from the page cache before each."""
+
+    def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
+        self._model, self._store, self._cold = model, store, cold
+        self._cache = SequenceCache.empty(model.config)
+        self._clock = PhaseClock()
+        self._random = np.random.default_rng(0)
+        self.config = model.config
+        self.seconds: list[float] = []
+        self.fetching: list[float] = []
+        self.step()
+        self.seconds.clear()  # it began the sequence
+        self.fetching.clear()
+
+    def step(self) -> None:
+        """One more token."""
+        if self._cold:
+            evict(self._cold)
+        token = int(self._random.integers(self._model.config.vocab_size))
+        before = self._store.stats().fetch_seconds
+        start = time.perf_counter()
+        hidden = self._model.forward([token], self._cache, self._clock)
+        mx.eval(self._model.logits(hidden), *self._cache.arrays())
+        self.seconds.append(time.perf_counter() - start)
+        self.fetching.append(self._store.stats().fetch_seconds - before)
+
+
+def _quartiles(values: Sequence[float] | npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    low, median, high = np.percentile(values, (25, 50, 75)).tolist()
+    return low, median, high
+
+
+def _files(files: ModelFiles) -> list[Path]:
+    source = files.variant(None)
+    return sorted({extent.path for layer in range(source.num_layers) for extent in source.extents(layer, 0)})
+
+
+def _memory_rate() -> float:
+    """GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
+    words = mx.zeros(_COPIED, mx.uint32)
+    mx.eval(words)
+    rates = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval(words + 1)
+        rates.append(2 * words.nbytes / (time.perf_counter() - start) / 1e9)
+    return max(rates)
+
+
+def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
+    """``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
+    layers = [
+        replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
+    ]
+    return replace(model, layers=layers)

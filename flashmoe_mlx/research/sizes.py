@@ -1,0 +1,76 @@
+"""How large a model is: weights, bytes on disk, bytes in memory; all from its geometry."""
+
+from dataclasses import dataclass
+from math import prod
+
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.model.parameters import Kind, resident_parameters
+from flashmoe_mlx.pack.record import RecordLayout
+
+GROUP_SIZE = 64
+_KEPT_AT_8_BITS = (".mlp.gate", ".mlp.shared_expert_gate")
+_RUNTIME = 300_000_000
+"""Bytes of Python, MLX and buffers of a layer."""
+LEAST_SLOTS = 16
+
+
+def touched_weights(config: ModelConfig) -> int:
+    """Resident weights that a token is multiplied with: all matrices but an embedding that is not the head as well."""
+    matrices = (one for one in resident_parameters(config) if one.kind is Kind.MATRIX)
+    return sum(prod(one.shape) for one in matrices if one.name != "model.embed_tokens" or config.tie_word_embeddings)
+
+
+def expert_weights(config: ModelConfig) -> int:
+    """Weights of an expert."""
+    return 3 * config.hidden_size * config.expert_size
+
+
+def record_bytes(config: ModelConfig, bits: int) -> int:
+    """Bytes of an expert on disk and in a slot."""
+    return RecordLayout(config.hidden_size, config.expert_size, bits, GROUP_SIZE, "BF16").record_bytes
+
+
+def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2) -> int:
+    """Bytes of the resident weights with matrices of ``bits``; scales, biases and vectors have ``scale_bytes`` each."""
+    total = 0
+    for one in resident_parameters(config):
+        size = prod(one.shape)
+        if one.kind is not Kind.MATRIX or one.shape[1] % GROUP_SIZE:
+            total += size * scale_bytes
+        else:
+            width = 8 if one.name.endswith(_KEPT_AT_8_BITS) else bits
+            total += size * width // 8 + 2 * size // GROUP_SIZE * scale_bytes
+    return total
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes that a model takes in memory before it keeps any expert; ``slots`` is room for one fetch."""
+
+    resident: int
+    keys_and_values: int
+    state: int
+    slots: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.resident + self.keys_and_values + self.state + self.slots + self.runtime
+
+
+def memory_need(
+    config: ModelConfig, resident_bits: int, expert_bits: int, context: int, activation_bytes: int
+) -> MemoryNeed:
+    """What a sequence of ``context`` tokens needs, with activations, and so scales, of ``activation_bytes``."""
+    full = sum(config.full_attention)
+    delta = config.num_layers - full
+    head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim
+    conv = (config.linear_conv_kernel - 1) * config.conv_width
+    return MemoryNeed(
+        resident=resident_bytes(config, resident_bits, activation_bytes),
+        keys_and_values=full * 2 * config.num_kv_heads * config.head_dim * context * activation_bytes,
+        state=delta * (4 * head_state + activation_bytes * conv),
+        slots=LEAST_SLOTS * record_bytes(config, expert_bits),
+        runtime=_RUNTIME,
+    )

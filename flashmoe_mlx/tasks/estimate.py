@@ -1,0 +1,207 @@
+"""``task=estimate``: will a model fit on this machine, how fast will it be, and what would help most."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from rich.table import Table
+
+from flashmoe_mlx.checkpoint.checkpoint import read_config
+from flashmoe_mlx.config import Config, EstimateConfig, ModelChoice, folder_of
+from flashmoe_mlx.engine.telemetry import write_json
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.record import QUANTISED_BITS
+from flashmoe_mlx.pack.synthetic import synthetic_config
+from flashmoe_mlx.research.estimate import TOLERANCE, Estimate, Machine, Model, check_trace, estimates, wishes
+from flashmoe_mlx.research.probe import MachineProfile, machine_identity, probe
+from flashmoe_mlx.research.published import PUBLISHED, known_config
+from flashmoe_mlx.research.sizes import resident_bytes
+from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.storage.memory import GIB, available_memory, slots_on_gpu, total_memory
+from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.model import cache_folder
+from flashmoe_mlx.untrusted import read_object
+
+ESTIMATE_VERSION = 1
+_OLD = 30
+"""Days."""
+_WORTH = 1.03
+"""Gains below that are not called a help."""
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Show the answer and leave ``estimate.json`` in ``run_dir``."""
+    assert isinstance(config, EstimateConfig)
+    name, published = _published(config.model)
+    model = _model(config, published)
+    record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
+    memory = _memory(config)
+    record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
+    for line in _sizes(name, model, memory, cache_folder(config.model)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if model.need.total < memory:
+        profile = _profile(config)
+        machine = Machine(profile, memory)
+        found = estimates(model, machine)
+        changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
+        helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
+        for line in _profile_lines(profile):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_table(_table(found))
+        for line in _conclusions(model, found, helps):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        record |= {"estimates": [asdict(one) for one in found], "helps": helps, "probe": profile.to_json()}
+    write_json(run_dir / "estimate.json", record)
+    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+
+
+def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any]]:
+    """The model's name and its config.json, without downloading anything else."""
+    if choice.path is None:
+        if choice.synthetic is None:
+            raise InputError("task=estimate needs model=<hub id>, a config.json, a pack or a checkpoint folder")
+        return f"model={choice.name}", synthetic_config(choice.synthetic)
+    path = folder_of(choice.path)
+    if path.is_dir():
+        return choice.path, read_config(path)
+    if path.is_file():
+        return choice.path, read_object(path)
+    known = known_config(choice.path)
+    if known is not None:
+        return choice.path, known
+    try:
+        return choice.path, read_object(Path(hf_hub_download(choice.path, "config.json")))
+    except HFValidationError as error:
+        raise InputError(f"model={choice.path}: no such folder or file, and not a hub id") from error
+    except HfHubHTTPError as error:
+        reason = " ".join(str(error.server_message or error).split())
+        raise InputError(f"model={choice.path}: {reason} (private models need: hf auth login)") from error
+    except InputError:
+        raise
+    except Exception as error:  # its HTTP client's errors have no class in common
+        raise FlashMoeError(
+            f"model={choice.path}: the hub cannot be reached ({' '.join(str(error).split())}); known without it: "
+            f"{', '.join(PUBLISHED)}"
+        ) from error
+
+
+def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
+    geometry = ModelConfig.from_json(published)
+    if not config.bits or any(bits not in QUANTISED_BITS for bits in config.bits):
+        raise InputError(f"bits={config.bits}: choose from {', '.join(map(str, QUANTISED_BITS))}")
+    trace = None
+    if config.trace is not None:
+        path = folder_of(config.trace)
+        trace = RoutingTrace.load(path)
+        check_trace(trace, geometry, str(path))
+    k = config.experts_k or (trace.experts.shape[2] if trace is not None else geometry.experts_per_token)
+    if not 1 <= k <= geometry.num_experts:
+        raise InputError(f"experts_k={k}: must be from 1 to {geometry.num_experts}, the experts of this model")
+    if trace is not None and k != trace.experts.shape[2]:
+        raise InputError(f"experts_k={k}: the trace was recorded with {trace.experts.shape[2]}")
+    if not 1 <= config.context <= geometry.max_context:
+        raise InputError(f"context={config.context}: must be from 1 to {geometry.max_context} tokens")
+    resident_bits = min(config.resident_bits or 4, 8)
+    activation_bytes = 4 if mx.default_device() == mx.cpu else 2
+    return Model(geometry, config.bits[0], resident_bits, k, config.context, activation_bytes, trace)
+
+
+def _memory(config: EstimateConfig) -> int:
+    """Bytes that a run may use; a tenth, or 2 GiB, stays with the system."""
+    if config.memory_gib is not None:
+        if not 0 < config.memory_gib < 2**20:
+            raise InputError(f"memory_gib={config.memory_gib}: must be a size in GiB, more than 0")
+        return int(config.memory_gib * GIB)
+    if slots_on_gpu():
+        return available_memory()
+    return total_memory() - max(2 * GIB, total_memory() // 10)
+
+
+def _profile(config: EstimateConfig) -> MachineProfile:
+    """What is known of this machine, measured now if need be."""
+    folder = cache_folder(config.model)
+    path = folder / "probe.json"
+    stored = MachineProfile.load(path)
+    if config.probe is not True and stored is not None and stored.identity == machine_identity():
+        return stored
+    if config.probe is False:
+        raise InputError(f"{path}: no measurement of this machine; leave out probe=false, it takes two minutes")
+    with console.status("") as status:
+        made = probe(folder, config.probe_seconds, status.update)
+    made.save(path)
+    return made
+
+
+def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
+    geometry, need = model.config, model.need
+    pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits)
+    yield (
+        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} a token, "
+        f"{model.bits} bits"
+    )
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    only = "only " if free < pack else ""
+    yield f"disk: a pack takes {pack / 1e9:.1f} GB; {only}{free / 1e9:.1f} GB are free under {folder}"
+    parts = {
+        "resident weights": need.resident,
+        f"keys and values of {model.context} tokens": need.keys_and_values,
+        "recurrent state": need.state,
+        "slots of one fetch": need.slots,
+        "program": need.runtime,
+    }
+    listed = ", ".join(f"{what} {nbytes / GIB:.2f}" for what, nbytes in parts.items())
+    yield f"memory: {need.total / GIB:.2f} GiB at least: {listed}"
+    room = memory - need.total
+    if room <= 0:
+        yield f"it does not fit: {memory / GIB:.1f} GiB can be used here; fewer bits or a smaller context need less"
+    else:
+        share = min(1.0, room / model.expert_bytes)
+        yield f"it fits: of {memory / GIB:.1f} GiB {room / GIB:.1f} are left for {share:.0%} of the experts"
+
+
+def _profile_lines(profile: MachineProfile) -> Iterator[str]:
+    age = profile.age_days
+    when = "just now" if age < 0.02 else f"{age:.0f} days ago" if age >= 1 else f"{24 * age:.1f} hours ago"
+    yield f"this machine was measured {when}{'; probe=true measures it anew' if age > _OLD else ''}"
+    for way, reason in profile.missing.items():
+        yield f"not measured: {way}: {reason}"
+
+
+def _table(found: Sequence[Estimate]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("backend", no_wrap=True)
+    for heading in ("tok/s", "range", "reading", "hits", "GiB kept"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in found:
+        low, middle, high = (f"{rate:.0%}" for rate in one.hit_rates)
+        table.add_row(
+            one.backend,
+            f"{one.tokens_per_second:.3g}",
+            f"{one.low:.3g} to {one.high:.3g}",
+            f"{one.reading:.0%}",
+            middle if low == high else f"{middle} ({low} to {high})",
+            f"{one.budget / GIB:.1f}",
+        )
+    return table
+
+
+def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, float]) -> Iterator[str]:
+    best = found[0]
+    routing = "its routing being even or skewed, since no trace is known (task=trace records one, trace= uses it)"
+    unknown = f" and {routing}" if model.trace is None and best.backend != "resident" else ""
+    yield f"range: {TOLERANCE:.0%} for the model's own error, the spread of the measurement{unknown}"
+    gains = {wish: rate / best.tokens_per_second for wish, rate in helps.items()}
+    worth = sorted((wish for wish in gains if gains[wish] >= _WORTH), key=lambda wish: -gains[wish])
+    shown = [f"{wish} {helps[wish]:.3g} tok/s (x{gains[wish]:.2f})" for wish in worth]
+    rest = [wish for wish in helps if wish not in worth]
+    yield "would help: " + (", ".join(shown) or "nothing that was looked at")
+    if rest:
+        yield f"would not: {', '.join(rest)}"

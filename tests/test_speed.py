@@ -1,0 +1,314 @@
+"""The speed model finds the costs that a profile was made with; the probe measures; task=estimate answers."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY
+from huggingface_hub.errors import HFValidationError
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.engine.engine import load
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.synthetic import synthetic_config
+from flashmoe_mlx.research import probe as probe_module
+from flashmoe_mlx.research.estimate import Machine, Model, estimates, wishes
+from flashmoe_mlx.research.probe import EXPERTS, MEMORY, SIZES, WAYS, MachineProfile, Point, machine_identity, probe
+from flashmoe_mlx.research.published import PUBLISHED, known_config
+from flashmoe_mlx.research.sizes import expert_weights, memory_need, record_bytes, resident_bytes, touched_weights
+from flashmoe_mlx.research.speed import SpeedModel, certainly
+from flashmoe_mlx.research.trace import uniform_trace
+from flashmoe_mlx.tasks import estimate as estimate_module
+
+GIB = 2**30
+LAYER, WEIGHT, EXPERT, EXPERT_WEIGHT = 200e-6, 3e-11, 50e-6, 4e-11
+SETUP, BYTE = 300e-6, 1 / 4e9
+SLOWNESS = {"pread warm": 0.2, "pread cold": 3.0, "pread direct": 1.1, "io_uring direct": 1.0, "mmap warm": 0.1}
+
+
+def computing(config: ModelConfig, k: int, bits: int = 4) -> float:
+    per_weight = EXPERT_WEIGHT * (1.0 if bits == 4 else 0.7)
+    per_expert = EXPERT + per_weight * expert_weights(config)
+    return config.num_layers * (LAYER + k * per_expert) + WEIGHT * touched_weights(config)
+
+
+def reading(config: ModelConfig, experts: float, way: str, bits: int = 4) -> float:
+    return config.num_layers * experts * SLOWNESS[way] * (SETUP + BYTE * record_bytes(config, bits))
+
+
+@pytest.fixture
+def profile() -> MachineProfile:
+    """Of a machine that does exactly what the model says."""
+    points = []
+    for name, sizes in SIZES.items():
+        config = ModelConfig.from_json(synthetic_config(sizes))
+        about = (config.num_layers, touched_weights(config), expert_weights(config))
+        for bits in (4, 2) if name == "large" else (4,):
+            size = record_bytes(config, bits)
+            for k in EXPERTS:
+                base = computing(config, k, bits)
+                points.append(Point(name, bits, k, MEMORY, *about, size, (base,) * 3, (0.0,) * 3, 0.0))
+                for way in WAYS if bits == 4 else ():
+                    added = reading(config, k, way)
+                    points.append(Point(name, bits, k, way, *about, size, (base + added,) * 3, (added,) * 3, added))
+    return MachineProfile(machine_identity(), datetime.now(UTC), 40.0, tuple(points), {})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("k", [2, 6, 10])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_costs_are_found(name: str, k: int, bits: int, profile: MachineProfile) -> None:
+    config = ModelConfig.from_json(PUBLISHED[name])
+    found = SpeedModel(profile).predict(config, bits, k, {"io_uring direct": certainly(k)})
+    assert found.reading == pytest.approx(reading(config, k, "io_uring direct", bits), rel=1e-6)
+    assert found.seconds == pytest.approx(computing(config, k, bits) + found.reading, rel=1e-6)
+    assert (found.low, found.high) == (found.seconds, found.seconds)
+
+
+def test_misses_count_as_a_distribution(profile: MachineProfile) -> None:
+    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
+    halves = {"pread cold": np.array([0.5, 0, 0.5]), "pread warm": np.array([0.0, 0.0, 0.5, 0.0, 0.5])}
+    found = SpeedModel(profile, faster_reads=2).predict(config, 4, 4, halves)
+    assert found.reading == pytest.approx((reading(config, 1, "pread cold") + reading(config, 3, "pread warm")) / 2)
+
+
+def test_a_way_that_is_missing_is_named(profile: MachineProfile) -> None:
+    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
+    points = tuple(one for one in profile.points if one.way != "io_uring direct")
+    without = replace(profile, points=points, missing={"io_uring direct": "no such thing here"})
+    with pytest.raises(ValueError, match="no such thing here"):
+        SpeedModel(without).predict(config, 4, 4, {"io_uring direct": certainly(4)})
+
+
+# Sizes
+
+
+def test_sizes_are_those_of_a_pack(tiny_pack: Path) -> None:
+    files = open_model(tiny_pack)
+    with load(tiny_pack) as engine:
+        config = engine.model.config
+        stored = resident_bytes(config, 4)
+        on_disk = (tiny_pack / "resident.safetensors").stat().st_size
+        assert stored <= on_disk <= 1.1 * stored + 20_000  # names and shapes
+        # All but the embedding, in the type of the activations.
+        widened = resident_bytes(config, 4, scale_bytes=4)
+        assert engine.model.touched_bytes == pytest.approx(widened - engine.model.embedding.nbytes, rel=0.01)
+        assert record_bytes(config, 4) == files.variant(None).layout.record_bytes
+
+
+def test_what_the_published_models_need() -> None:
+    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-397B-A17B"])
+    assert record_bytes(config, 4) == 7_077_888
+    assert record_bytes(config, 2) == 3_932_160
+    # 15 attention layers, 2 heads of 256 for keys and for values, in bf16.
+    assert memory_need(config, 4, 4, 1000, 2).keys_and_values == 15 * 2 * 2 * 256 * 1000 * 2
+    weights = touched_weights(config) + config.vocab_size * config.hidden_size
+    weights += config.num_layers * config.num_experts * expert_weights(config)
+    assert weights == pytest.approx(397e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("Qwen/Qwen3.5-35B-A3B", True),
+        ("mlx-community/Qwen3.5-397B-A17B-4bit", True),
+        ("qwen3.5-122b-a10b", True),
+        ("Qwen/Qwen3.5-35B-A3Bx", False),
+        ("Qwen/Qwen3-30B-A3B", False),
+    ],
+)
+def test_names_that_are_known(name: str, known: bool) -> None:
+    assert (known_config(name) is not None) == known
+
+
+# Estimates
+
+
+def model(name: str = "Qwen3.5-397B-A17B", **changes: Any) -> Model:
+    made = Model(ModelConfig.from_json(PUBLISHED[name]), 4, 4, 10, 8192, 2)
+    return replace(made, **changes)
+
+
+def test_more_memory_is_faster_until_everything_fits(profile: MachineProfile) -> None:
+    speeds = []
+    for gib in (16, 64, 256):
+        best = estimates(model(), Machine(profile, gib * GIB))[0]
+        assert best.low < best.tokens_per_second < best.high
+        speeds.append(best.tokens_per_second)
+    assert speeds == sorted(speeds)
+    assert best.backend == "resident"
+    assert best.tokens_per_second == pytest.approx(1 / computing(model().config, 10))
+    assert estimates(model(), Machine(profile, 4 * GIB)) == []
+
+
+def test_a_trace_takes_the_place_of_assumptions(profile: MachineProfile) -> None:
+    trace = uniform_trace(80, 60, 512, 10, seed=0)
+    ranged, known = (estimates(model(trace=one), Machine(profile, 32 * GIB))[0] for one in (None, trace))
+    assert len(set(known.hit_rates)) == 1 < len(set(ranged.hit_rates))
+    assert known.high / known.low < ranged.high / ranged.low
+
+
+def test_wishes_are_worth_what_they_say(profile: MachineProfile) -> None:
+    machine = Machine(profile, 32 * GIB)
+    now = estimates(model(), machine)[0].tokens_per_second
+    gains = {wish: estimates(*changes)[0].tokens_per_second / now for wish, *changes in wishes(model(), machine)}
+    assert all(gain > 1 for gain in gains.values())
+    assert gains["experts_k=2"] > gains["experts_k=4"] > gains["bits=[2]"]
+
+
+# The probe
+
+
+@pytest.fixture
+def tiny_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    larger = replace(TINY, hidden_size=256, num_experts=24)
+    monkeypatch.setattr(probe_module, "SIZES", {"large": larger, "small": replace(TINY, num_experts=24)})
+    monkeypatch.setattr(probe_module, "_COPIED", 2**16)
+
+
+@pytest.mark.usefixtures("tiny_probe")
+def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
+    said: list[str] = []
+    found = probe(tmp_path / "cache", 0.1, said.append)
+    assert list((tmp_path / "cache").iterdir()) == []
+    measured = {(one.size, one.bits, one.way, one.experts_k) for one in found.points}
+    assert {("large", 2, MEMORY, 10), ("large", 4, "pread warm", 1), ("small", 4, "mmap warm", 4)} <= measured
+    assert set(found.ways) | set(found.missing) == set(WAYS)
+    for one in found.points:
+        assert 0 < one.seconds[0] <= one.seconds[1] <= one.seconds[2]
+    assert found.memory_gb_per_second > 0
+    assert any("round 3" in text for text in said)
+    found.save(tmp_path / "probe.json")
+    assert MachineProfile.load(tmp_path / "probe.json") == found
+
+
+def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path: Path) -> None:
+    path = tmp_path / "probe.json"
+    assert MachineProfile.load(path) is None
+    for text in ("", "[]", "{}", json.dumps(profile.to_json() | {"points": [{}]})):
+        path.write_text(text)
+        assert MachineProfile.load(path) is None
+    path.write_text(json.dumps(profile.to_json() | {"probe_version": 0}))
+    assert MachineProfile.load(path) is None
+
+
+# task=estimate
+
+
+def refuse(name: str, file: str) -> str:
+    """What the hub's library does with a name, and without a network."""
+    assert file == "config.json"
+    if name.count("/") != 1:
+        raise HFValidationError(name)
+    raise ConnectionError("no network")
+
+
+@pytest.fixture
+def cache(profile: MachineProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(estimate_module, "hf_hub_download", refuse)
+    profile.save(tmp_path / "cache" / "probe.json")
+    return tmp_path / "cache"
+
+
+def estimate(folder: Path, *arguments: str) -> dict[str, Any]:
+    assert run_command_line(["task=estimate", *arguments, f"hydra.run.dir={folder / 'run'}"]) == 0
+    found = json.loads((folder / "run" / "estimate.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_hub_id_is_answered_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32", "experts_k=4")
+    shown = capsys.readouterr().err
+    for text in ("a pack takes 223.0 GB", "it fits", "this machine was measured just now", "would help: ", "bits=[2]"):
+        assert text in shown
+    assert found["estimates"][0]["low"] < found["estimates"][0]["tokens_per_second"]
+    assert found["expert_bytes"] == 60 * 512 * 7_077_888
+
+
+@pytest.mark.usefixtures("cache")
+def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "estimates" not in estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=4")
+    assert "it does not fit: 4.0 GiB can be used here" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cache")
+def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_path: Path) -> None:
+    config = tmp_path / "some.json"
+    config.write_text(json.dumps(PUBLISHED["Qwen3.5-35B-A3B"]))
+    assert estimate(tmp_path, f"model={config}")["expert_bytes"] == 40 * 256 * 1_769_472
+    assert estimate(tmp_path, f"model={tiny_pack}", "context=100")["estimates"][0]["backend"] == "resident"
+    assert estimate(tmp_path, "model=synthetic")["expert_bytes"] == 4 * 512 * 7_077_888
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (("model=some/model-that-is-not-known",), 1, "the hub cannot be reached"),
+        (("model=a/b/c",), 2, "not a hub id"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "bits=[7]"), 2, "choose from"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "experts_k=300"), 2, "from 1 to 256"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "context=0"), 2, "from 1 to 262144"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "model.cache_dir={empty}", "probe=false"), 2, "leave out probe=false"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], code: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uniform_trace(4, 2, 8, 2, 0).save(tmp_path / "a.moetrace")
+    filled = [one.format(trace=tmp_path / "a.moetrace", empty=tmp_path / "empty") for one in arguments]
+    assert run_command_line(["task=estimate", *filled, f"hydra.run.dir={tmp_path / 'run'}"]) == code
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert reason in line
+    assert_one_line(Exception(line))
+
+
+def test_a_machine_is_measured_once(
+    cache: Path,
+    profile: MachineProfile,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    probed: list[tuple[Path, float]] = []
+
+    def fake(folder: Path, seconds: float, announce: Callable[[str], object]) -> MachineProfile:
+        probed.append((folder, seconds))
+        return profile
+
+    monkeypatch.setattr(estimate_module, "probe", fake)
+    arguments = ("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=7")
+    old = replace(profile, created=datetime.now(UTC) - timedelta(days=40))
+    old.save(cache / "probe.json")
+    estimate(tmp_path, *arguments)
+    assert "measured 40 days ago; probe=true measures it anew" in capsys.readouterr().err
+    assert not probed
+    estimate(tmp_path, *arguments, "probe=true")
+    assert probed == [(cache, 7.0)]
+    assert MachineProfile.load(cache / "probe.json") == profile
+    replace(old, identity={**old.identity, "processor": "another"}).save(cache / "probe.json")
+    estimate(tmp_path, *arguments)
+    assert len(probed) == 2
+
+
+def test_a_probe_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_probe: None) -> None:
+    def fail(*_: object) -> None:
+        raise FlashMoeError("no")
+
+    monkeypatch.setattr(probe_module, "synthetic_pack", fail)
+    with pytest.raises(FlashMoeError):
+        probe(tmp_path / "cache", 0.1, lambda _: None)
+    assert list((tmp_path / "cache").iterdir()) == []
