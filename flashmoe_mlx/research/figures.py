@@ -88,12 +88,13 @@ def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("tokens a second")
         axes.set_title(condition, loc="left", fontsize="medium")
-    shades = {"reading experts": "tab:blue", "everything else": "lightsteelblue"}
+    shades = {"share of the time for reading experts": "tab:blue", "for everything else": "lightsteelblue"}
     figure.legend(
         handles=[_patch(colour, label) for label, colour in shades.items()],
-        loc="outside lower right", ncols=2, frameon=False, fontsize="small",
+        loc="outside lower left", ncols=2, frameon=False, fontsize="small",
     )  # fmt: skip
-    figure.suptitle(f"{title} (bars: share of the time; lines: 95 % intervals)", fontsize="medium", x=0.01, ha="left")
+    intervals = "; black: 95 % intervals of the median" if any(one.interval for one in summaries) else ""
+    figure.suptitle(f"{title}{intervals}", fontsize="small", x=0.01, ha="left")
     return figure
 
 
