@@ -1,15 +1,31 @@
 """What a GatedDeltaNet layer does between its projections."""
 
+from functools import partial
+
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights, GatedDelta
 from flashmoe_mlx.custom_kernels.kernel import Kernel, constant, dialect
 
-__all__ = ["MOST_TOKENS", "DeltaWeights", "chunked", "fits", "gated_delta_net", "in_chunks", "reference", "step"]
+__all__ = [
+    "MOST_TOKENS",
+    "DeltaWeights",
+    "chunked",
+    "fits",
+    "gated_delta_net",
+    "in_chunks",
+    "reference",
+    "step",
+    "takes",
+]
 
 MOST_TOKENS = 16
-"""More tokens at once are worth the parallel route of a prompt."""
+"""More tokens at once are worth the parallel route of a prompt, except on CUDA.
+
+There ``step`` was the fastest for every prompt that was measured. On Metal MLX's own recurrence goes in chunks, and
+nobody has compared the two.
+"""
 
 STEP = Kernel(
     "gated_delta_net",
@@ -20,7 +36,7 @@ STEP = Kernel(
 )
 
 
-_FEWEST_IN_CHUNKS = {"cuda": 8, None: 2}
+_FEWEST_IN_CHUNKS = {"cuda": 16, None: 2}
 """Tokens at once from which chunks beat MLX's recurrence; Metal is absent because MLX's goes in chunks itself there."""
 
 
@@ -28,14 +44,11 @@ def in_chunks(
     qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: DeltaWeights, past: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """As ``reference.gated_delta_net``, the recurrence in chunks of tokens where MLX's would take them one by one."""
-    return reference.gated_delta_net(qkv, z, b, a, weights, past, state, _rule_for(len(qkv)))
-
-
-def _rule_for(tokens: int) -> GatedDelta:
     device = dialect()
-    if tokens < _FEWEST_IN_CHUNKS.get(device, tokens + 1):
-        return _rule
-    return chunked.gated_delta if device else chunked.gated_delta_on_host
+    rule: GatedDelta = chunked.gated_delta if device else chunked.gated_delta_on_host
+    if len(qkv) < _FEWEST_IN_CHUNKS.get(device, len(qkv) + 1):
+        rule = partial(_mlx_rule, qkv.dtype)
+    return reference.gated_delta_net(qkv, z, b, a, weights, past, state, rule)
 
 
 def rule_of_prompts() -> str:
@@ -48,12 +61,19 @@ def gated_delta_net(
     qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: DeltaWeights, past: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
     """As ``reference.gated_delta_net``, with MLX's fused recurrence."""
-    return reference.gated_delta_net(qkv, z, b, a, weights, past, state, _rule)
+    return reference.gated_delta_net(qkv, z, b, a, weights, past, state, partial(_mlx_rule, qkv.dtype))
 
 
-def _rule(
-    queries: mx.array, keys: mx.array, values: mx.array, decay: mx.array, beta: mx.array, state: mx.array
+def _mlx_rule(
+    dtype: mx.Dtype,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    decay: mx.array,
+    beta: mx.array,
+    state: mx.array,
 ) -> tuple[mx.array, mx.array]:
+    queries, keys, values = (part.astype(dtype) for part in (queries, keys, values))
     y, state = mx.fast.gated_delta_update(queries, keys, values, decay, beta, state)
     return y, state
 
@@ -63,10 +83,23 @@ def fits(weights: DeltaWeights) -> bool:
     return weights.key_dim % 32 == 0 and weights.value_dim % 16 == 0 and weights.value_dim * weights.key_dim <= 2**15
 
 
+def takes(
+    qkv: mx.array,
+    z: mx.array,  # noqa: ARG001  # the arguments of the operation
+    b: mx.array,  # noqa: ARG001
+    a: mx.array,  # noqa: ARG001
+    weights: DeltaWeights,
+    past: mx.array,  # noqa: ARG001
+    state: mx.array,  # noqa: ARG001
+) -> bool:
+    """Whether ``step`` is made for these arguments."""
+    return fits(weights) and (len(qkv) <= MOST_TOKENS or dialect() == "cuda")
+
+
 def step(
     qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: DeltaWeights, past: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """As ``reference.gated_delta_net`` for a few tokens, in one dispatch; ``weights`` must fit."""
+    """As ``reference.gated_delta_net``, one token after the other in one dispatch; ``weights`` must fit."""
     simdgroups = 16
     y, past, state = STEP(
         [

@@ -14,9 +14,12 @@ I + beta p (K K^T). The outputs, and the state S' after the chunk of C tokens, a
     S' = g(C) S + U^T (p(C) K) = S (g(C) I - W^T (p(C) K)) + V'^T (p(C) K).
 """
 
+from functools import cache
+
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import ThreadpoolController
 
 from flashmoe_mlx.custom_kernels.precision import wide
 
@@ -105,8 +108,9 @@ def gated_delta_on_host(
 ) -> tuple[mx.array, mx.array]:
     """As ``reference.gated_delta``, by numpy, one chunk after the other; evaluates its arguments.
 
-    MLX's products of f32 on CPUs without Accelerate run on one thread and without vector instructions; numpy brings a
-    BLAS of its own.
+    MLX's products of f32 on CPUs without Accelerate use no vector instructions; numpy brings a BLAS of its own. It gets
+    one thread: products as small as these gain little from more, and threads that wait for each other a hundred times a
+    chunk take ten times as long as soon as another program wants a core.
     """
     length, key_heads, key_dim = queries.shape[1:]
     heads, value_dim = values.shape[2:]
@@ -116,9 +120,10 @@ def gated_delta_on_host(
     decays, betas = (part.reshape(length, key_heads, each) for part in (decays, betas))
     memory = memory.reshape(key_heads, each * value_dim, key_dim).copy()
     y = np.empty(v.shape, np.float32)
-    for start in range(0, length, HOST_CHUNK):
-        part = slice(start, start + HOST_CHUNK)
-        _host_chunk(q[part], k[part], v[part], decays[part], betas[part], memory, y[part])
+    with _blas().limit(limits=1, user_api="blas"):
+        for start in range(0, length, HOST_CHUNK):
+            part = slice(start, start + HOST_CHUNK)
+            _host_chunk(q[part], k[part], v[part], decays[part], betas[part], memory, y[part])
     return mx.array(y.reshape(values.shape)).astype(queries.dtype), mx.array(memory.reshape(state.shape))
 
 
@@ -157,6 +162,11 @@ def _host_chunk(q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats, me
     change *= between[:, :, -1].swapaxes(1, 2)[..., None]
     memory.reshape(key_heads, each, -1)[:] *= decay.prod(axis=0)[..., None]
     memory += change.reshape(key_heads, tokens, -1).swapaxes(-1, -2) @ own
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _corners(size: int) -> list[npt.NDArray[np.bool_]]:

@@ -94,14 +94,15 @@ def gated_delta_net(
         weights: the layer's own.
         past: [taps - 1, channels], what the convolution saw last.
         state: f32 [1, value heads, Dv, Dk].
-        rule: an implementation of ``gated_delta``.
+        rule: an implementation of ``gated_delta``; gets everything in f32.
 
     Returns:
         y [T, value heads Dv] in the type of ``qkv``, and the new ``past`` and ``state``.
     """
     length, dtype = qkv.shape[0], qkv.dtype
     padded = mx.concatenate([past, qkv])
-    mixed = sum(padded[tap : tap + length] * weights.convolution[:, tap, 0] for tap in range(weights.taps))
+    taps = wide(weights.convolution[..., 0])
+    mixed = sum(wide(padded[tap : tap + length]) * taps[:, tap] for tap in range(weights.taps))
     assert isinstance(mixed, mx.array)
     mixed = mixed * mx.sigmoid(mixed)
     key_width = weights.key_heads * weights.key_dim
@@ -123,5 +124,4 @@ def gated_delta_net(
 
 
 def _l2_normalised(x: mx.array) -> mx.array:
-    x_wide = wide(x)
-    return (x_wide * mx.rsqrt((x_wide * x_wide).sum(-1, keepdims=True) + L2_EPS)).astype(x.dtype)
+    return x * mx.rsqrt((x * x).sum(-1, keepdims=True) + L2_EPS)
