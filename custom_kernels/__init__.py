@@ -8,10 +8,20 @@ Metal and a CUDA kernel (see ``kernel.py``).
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from flashmoe_mlx.custom_kernels import attention, expert_mlp, gated_delta_net, native, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels import (
+    attention,
+    dense_experts,
+    expert_mlp,
+    gated_delta_net,
+    native,
+    quantised_matvec,
+    routed_experts,
+)
 from flashmoe_mlx.custom_kernels.attention import AttentionWeights
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
 from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
@@ -19,6 +29,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import DeltaWeights
 from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.native import arguments
 from flashmoe_mlx.custom_kernels.routed_experts import ExpertFormat
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +41,7 @@ _MLX = {
     "gated_delta_net of prompts": "mx.fast.gated_delta_update",
     "expert_mlp": "mx.quantized_matmul or, of dense records, matmul",
     "routed_experts": "expert_mlp",
+    "routed_experts of prompts": "expert_mlp",
     "quantised_matvec": "mx.quantized_matmul",
 }
 
@@ -38,10 +50,11 @@ _MLX = {
 class Kernels:
     """The implementations that a model runs; ``names`` says which, by operation, once they have run.
 
-    ``takes_routed`` says whether ``routed_experts`` takes these experts; where it does not, the model applies
-    ``expert_mlp`` to each. ``on_host`` stands in for ``routed_experts``, for any number of tokens, where experts are
-    best read where the CPU sees them: see ``native.routed_experts``. ``any_scales``: quantised products take scales and
-    biases in any type. ``note`` is what a person should know of the choice.
+    ``takes_routed`` says whether ``routed_experts`` takes these experts. Where it does not, the model makes experts
+    dense and applies several at a time (``dense_experts``), or, where that is None, applies ``expert_mlp`` to each.
+    ``on_host`` stands in for both, for any number of tokens, where experts are best read where the CPU sees them: see
+    ``native.routed_experts``. ``any_scales``: quantised products take scales and biases in any type. ``note`` is what a
+    person should know of the choice.
     """
 
     attention: Callable[..., tuple[mx.array, mx.array, mx.array]]
@@ -51,6 +64,7 @@ class Kernels:
     takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
     quantised_matvec: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]
     names: Mapping[str, str]
+    dense_experts: DenseExperts | None = None
     on_host: Callable[..., mx.array] | None = None
     any_scales: bool = False
     note: str | None = None
@@ -78,8 +92,9 @@ def choose(preference: str) -> Kernels:
             quantised_matvec.reference.quantised_matvec,
             dict.fromkeys(_MLX, "reference"),
         )
-    if preference == "auto" and dialect() is not None:
-        return _custom()
+    device = dialect()
+    if preference == "auto" and device is not None:
+        return _custom(device)
     in_chunks = preference == "auto"
     note = None
     if preference == "auto":
@@ -99,11 +114,15 @@ def choose(preference: str) -> Kernels:
     )
 
 
-def _custom() -> Kernels:
+_SAMPLE = 8
+"""Tokens of a check, whose references take one after the other."""
+
+
+def _custom(device: str) -> Kernels:
     names = _MLX | {"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()}
 
-    def reports(operation: str) -> Callable[[str], None]:
-        return lambda what: names.__setitem__(operation, what)
+    def reports(*operations: str) -> Callable[[str], None]:
+        return lambda what: names.update(dict.fromkeys(operations, what))
 
     checked_routed = CheckedKernel(
         name="routed_experts",
@@ -113,6 +132,17 @@ def _custom() -> Kernels:
         takes=routed_experts.takes,
         kind=routed_experts.code_path,
         report=reports("routed_experts"),
+        sample=_few_choices,
+    )
+    dense = CheckedKernel(
+        name="dense_experts",
+        custom=dense_experts.dense_experts,
+        standard=dense_experts.reference.dense_experts,
+        reference=dense_experts.reference.dense_experts,
+        takes=lambda slab, rows, form, dtype: dense_experts.fits(form, dtype),  # noqa: ARG005
+        kind=lambda slab, rows, form, dtype: (form.bits, form.group_size),  # noqa: ARG005
+        report=reports("routed_experts of prompts"),
+        sample=lambda slab, rows, form, dtype: (slab, rows[:2], form, dtype),
     )
     return Kernels(
         CheckedKernel(
@@ -129,16 +159,15 @@ def _custom() -> Kernels:
             custom=gated_delta_net.step,
             standard=gated_delta_net.in_chunks,
             reference=gated_delta_net.reference.gated_delta_net,
-            takes=lambda qkv, z, b, a, weights, *_: (  # noqa: ARG005
-                gated_delta_net.fits(weights) and len(qkv) <= gated_delta_net.MOST_TOKENS
-            ),
+            takes=gated_delta_net.takes,
             kind=lambda qkv, *_: len(qkv) > 1,
-            report=reports("gated_delta_net"),
+            report=reports("gated_delta_net", *(["gated_delta_net of prompts"] if device == "cuda" else [])),
+            sample=lambda qkv, z, b, a, *rest: (*(part[:_SAMPLE] for part in (qkv, z, b, a)), *rest),
         ),
         expert_mlp.expert_mlp,
         checked_routed,
         lambda tokens, form, dtype: (
-            form is not None and tokens <= routed_experts.MOST_TOKENS and routed_experts.fits(form, dtype)
+            form is not None and tokens <= routed_experts.MOST_TOKENS[device] and routed_experts.fits(form, dtype)
         ),
         CheckedKernel(
             name="quantised_matvec",
@@ -150,6 +179,7 @@ def _custom() -> Kernels:
             report=reports("quantised_matvec"),
         ),
         names,
+        dense_experts=dense if device == "cuda" else None,  # not measured on a Mac
     )
 
 
@@ -211,6 +241,19 @@ def _for_cpu() -> Kernels:
         ),
         any_scales=True,
     )
+
+
+def _few_choices(
+    x: mx.array,
+    slab: mx.array,
+    rows: mx.array,
+    shares: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> tuple[Any, ...]:
+    """The arguments of ``routed_experts`` with few tokens, such that have experts in the slab."""
+    tokens = mx.array(np.flatnonzero((np.array(rows) >= 0).any(axis=1))[:_SAMPLE])
+    return x[tokens], slab, rows[tokens], shares[tokens], form, shared
 
 
 def _never(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:  # noqa: ARG001

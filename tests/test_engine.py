@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 from conftest import TINY
 
 import flashmoe_mlx
+from flashmoe_mlx.custom_kernels import choose, dense_experts
+from flashmoe_mlx.engine import engine as engine_module
 from flashmoe_mlx.engine.engine import Engine, Piece
 from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
 from flashmoe_mlx.errors import FlashMoeError, InputError
@@ -257,6 +260,23 @@ def test_records_are_read_in_place(engine: Engine) -> None:
     offset = inside.__array_interface__["data"][0] - slab.__array_interface__["data"][0]
     record = engine.store.layout.record_bytes
     assert record < offset < 2 * record
+
+
+@pytest.mark.parametrize("slots", [3, 16])
+def test_experts_of_a_prompt_by_dense_matrices(slots: int, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = list(range(40))
+    with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
+        expected = engine.logits(tokens)
+    made_of: list[int] = []
+
+    def dense(slab: mx.array, rows: mx.array, *rest: object) -> tuple[mx.array, mx.array, mx.array]:
+        made_of.append(len(rows))
+        return dense_experts.reference.dense_experts(slab, rows, *rest)
+
+    monkeypatch.setattr(engine_module, "choose", lambda _: replace(choose("mlx"), dense_experts=dense))
+    with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
+        np.testing.assert_allclose(engine.logits(tokens), expected, atol=1e-4)
+    assert 0 < max(made_of) <= slots
 
 
 def test_threads_may_share_an_engine_in_turn(tiny_pack: Path) -> None:

@@ -3,7 +3,7 @@
 Source: transformers ``Qwen3_5MoeSparseMoeBlock``: softmax over all experts, the K largest, renormalised.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels, native
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.routed_experts import joins
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
 from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.phases import PhaseClock
@@ -79,7 +80,11 @@ class MixtureOfExperts:
         shared_share = mx.sigmoid(self.shared_expert_gate(x))
         if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):
             return self._in_place(x, indices, weights, shared_share, form, clock)
-        return self._by_expert(x, indices, weights, clock) + shared_share * self.kernels.expert_mlp(x, self.shared)
+        if form is not None and self.kernels.dense_experts is not None:
+            y = self._grouped(x, indices, weights, form, self.kernels.dense_experts, clock)
+        else:
+            y = self._by_expert(x, indices, weights, clock)
+        return y + shared_share * self.kernels.expert_mlp(x, self.shared)
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The experts of each token, int [T, K], and their weights, f32 [T, K], which sum to 1."""
@@ -135,15 +140,34 @@ class MixtureOfExperts:
             if y is not None:
                 clock.evaluate("experts", y)  # the slots are about to be refilled
             batch = self._fetch(group, clock)
-            rows = np.full(int(chosen.max()) + 1, -1, np.int32)
-            rows[group] = batch.slots
-            part = self.kernels.routed_experts(x, batch.slab, mx.array(rows[chosen]), shares, form, shared)
-            y = part if y is None else y + part
+            rows = mx.array(_rows(chosen, group, batch))
+            part = self.kernels.routed_experts(x, batch.slab, rows, shares, form, shared)
+            # Over several groups in f32, so that the sum hardly depends on the number of slots.
+            y = part if y is None else y.astype(mx.float32) + part
             shared, shares = None, weights
         assert y is not None
+        y = y.astype(x.dtype)
         if joins(self.shared, form):
             return y
         return y + shared_share * self.kernels.expert_mlp(x, self.shared)
+
+    def _grouped(
+        self,
+        x: mx.array,
+        chosen: npt.NDArray[np.uint32],
+        weights: mx.array,
+        form: ExpertFormat,
+        dense_experts: DenseExperts,
+        clock: PhaseClock,
+    ) -> mx.array:
+        """Every distinct expert is fetched once and applied to all of its tokens, several experts at a time."""
+        y = mx.zeros(x.shape, mx.float32)
+        for number, group in enumerate(self._groups(chosen)):
+            if number:
+                clock.evaluate("experts", y)  # the slots are about to be refilled
+            batch = self._fetch(group, clock)
+            y = y + grouped_experts(x, batch.slab, _rows(chosen, group, batch), weights, form, dense_experts)
+        return y.astype(x.dtype)
 
     def _by_expert(self, x: mx.array, chosen: npt.NDArray[np.uint32], weights: mx.array, clock: PhaseClock) -> mx.array:
         """Every distinct expert is fetched once and applied to all of its tokens, in ascending order."""
@@ -181,6 +205,13 @@ class MixtureOfExperts:
         rows, columns = mx.array(tokens), mx.array(ranks)
         out = self.kernels.expert_mlp(x[rows], weight)
         return y.at[rows].add(weights[rows, columns][:, None] * out)
+
+
+def _rows(chosen: npt.NDArray[np.uint32], group: Sequence[int], batch: ExpertBatch) -> npt.NDArray[np.int32]:
+    """The row of the batch's slab that holds each choice; -1 if it is not of this group."""
+    rows = np.full(int(chosen.max()) + 1, -1, np.int32)
+    rows[group] = batch.slots
+    return rows[chosen]
 
 
 @cache

@@ -12,12 +12,15 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, ExpertFormat, native
 from flashmoe_mlx.custom_kernels import attention as attention_kernels
+from flashmoe_mlx.custom_kernels import dense_experts as dense_kernels
 from flashmoe_mlx.custom_kernels import gated_delta_net as delta_kernels
 from flashmoe_mlx.custom_kernels import quantised_matvec as matvec_kernels
 from flashmoe_mlx.custom_kernels import routed_experts as expert_kernels
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
+from flashmoe_mlx.custom_kernels.routed_experts import grouped
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
 from flashmoe_mlx.model.experts import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
 
@@ -193,6 +196,77 @@ def routed_experts(
         by_extension if on_cpu else lambda: run(expert_kernels.routed_experts, made.x),
         lambda: run(expert_kernels.by_expert, made.x),
         lambda: run(expert_kernels.reference.routed_experts, made.x.astype(mx.float64)),
+    )
+
+
+def dense_experts(
+    geometry: Geometry, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, experts: int = 2, seed: int = 0
+) -> Case:
+    """Some of the experts of a slab, in another order."""
+    inputs = _Inputs(dtype, seed)
+    layout = RecordLayout(
+        geometry.hidden, geometry.intermediate, bits, group_size, {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
+    )
+    form = expert_format(layout)
+    assert form is not None
+    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(experts + 1)])
+    rows = mx.array(list(range(experts, 0, -1)), mx.int32)
+    mx.eval(slab, rows)
+    written = 3 * geometry.hidden * geometry.intermediate * dtype.size
+
+    def exact() -> Results:
+        return tuple(part.astype(mx.float64) for part in by_mlx(mx.float32))
+
+    def by_mlx(dtype: mx.Dtype) -> Results:
+        return dense_kernels.reference.dense_experts(slab, rows, form, dtype)
+
+    return Case(
+        "dense_experts",
+        f"{bits} bit g{group_size} E={experts}",
+        dtype,
+        experts * (layout.payload_bytes + written),
+        lambda: dense_kernels.dense_experts(slab, rows, form, dtype),
+        lambda: by_mlx(dtype),
+        exact,
+    )
+
+
+def grouped_experts(
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    dense: DenseExperts,
+    *,
+    tokens: int,
+    k: int = 4,
+    experts: int = 20,
+    seed: int = 0,
+) -> Case:
+    """Many tokens, each with k of ``experts``, of which a slab holds most."""
+    inputs = _Inputs(dtype, seed)
+    layout = RecordLayout(
+        geometry.hidden, geometry.intermediate, 4, 32, {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
+    )
+    form = expert_format(layout)
+    assert form is not None
+    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(experts)])
+    random = np.random.default_rng(seed)
+    rows = np.stack([random.permutation(experts + 4)[:k] for _ in range(tokens)]).astype(np.int32)
+    rows[rows >= experts] = -1
+    x = inputs.normal(tokens, geometry.hidden)
+    shares = mx.softmax(inputs.normal(tokens, k, dtype=mx.float32), axis=-1)
+    mx.eval(slab, shares)
+
+    def by_expert(x: mx.array, shares: mx.array) -> Results:
+        return (expert_kernels.reference.routed_experts(x, slab, mx.array(rows), shares, form),)
+
+    return Case(
+        "grouped_experts",
+        f"T={tokens} K={k}",
+        dtype,
+        experts * layout.payload_bytes,
+        lambda: (grouped.grouped_experts(x, slab, rows, shares, form, dense),),
+        lambda: by_expert(x, shares),
+        lambda: by_expert(x.astype(mx.float64), shares.astype(mx.float64)),
     )
 
 

@@ -1,0 +1,45 @@
+"""The matrices of some experts, dequantised from their records in place, in one dispatch."""
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.dense_experts import reference
+from flashmoe_mlx.custom_kernels.kernel import Kernel
+from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
+
+__all__ = ["dense_experts", "fits", "reference"]
+
+BODY = Kernel("dense_experts", "body", ["slab", "rows"], ["gate", "up", "down"], ["loads", "stores"])
+_THREADS = 256
+
+
+def fits(form: ExpertFormat, dtype: mx.Dtype) -> bool:
+    """Whether the kernel makes matrices of ``dtype`` out of experts of this form."""
+    return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+
+
+def dense_experts(
+    slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As ``reference.dense_experts``, if experts and ``dtype`` fit."""
+    size, experts = form.hidden_size * form.intermediate_size, len(rows)
+    wide, tall = (
+        (experts, form.intermediate_size, form.hidden_size),
+        (experts, form.hidden_size, form.intermediate_size),
+    )
+    template: dict[str, int | mx.Dtype] = {
+        "T": dtype,
+        "S": form.dtype,
+        "BITS": form.bits,
+        "GROUP": form.group_size,
+        "SIZE": size,
+        "RECORD_BYTES": form.record_bytes,
+        "THREADS": _THREADS,
+    }
+    gate, up, down = BODY(
+        [slab, rows],
+        [(wide, dtype), (wide, dtype), (tall, dtype)],
+        (-(-size // 8 // _THREADS), experts, 3),
+        _THREADS,
+        template | {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()},
+    )
+    return gate, up, down
