@@ -1,0 +1,138 @@
+"""What a prompt costs in the operations that treat many tokens otherwise than one; prints tables in Markdown.
+
+    python tools/measure_prefill.py                # 397B shapes on the default device
+    python tools/measure_prefill.py --small        # a check of this script on any machine
+
+Times are wall times of a call among others, launches included, medians; activations are bf16 on GPUs, f32 on CPUs. On
+CUDA also a whole layer of experts, resident, each token with 10 of 512 at random; with ``--one-by-one`` also each
+expert by itself through ``mx.quantized_matmul``, whose first use compiles for over a minute.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels import dense_experts, dialect, expert_mlp, gated_delta_net, routed_experts
+from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts
+from flashmoe_mlx.model.experts import expert_format
+from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.testing import kernel_cases as cases
+
+_SLOTS = 16
+
+
+def milliseconds(function: Callable[[], object], calls: int, repeats: int = 5) -> float:
+    """Of one call; median."""
+    mx.eval(function())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval([function() for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return statistics.median(times)
+
+
+def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
+    """GatedDeltaNet from the projections to the gated norm."""
+    device = dialect()
+    rule = chunked.gated_delta if device else chunked.gated_delta_on_host
+    yield f"| tokens | MLX's recurrence, ms | chunks, ms | {'one dispatch, ms | ' if device else ''}around it, ms |"
+    yield f"|---|---|---|---|{'---|' if device else ''}"
+    for tokens in lengths:
+        made = cases.delta_inputs(geometry, mx.bfloat16 if device else mx.float32, tokens=tokens)
+        arguments = (*made.arrays, made.weights, made.past, made.state)
+        calls = 4 if device else 1
+
+        def around(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+            return arrays[2], arrays[5]
+
+        routes: list[Callable[[], object]] = [
+            lambda arguments=arguments: gated_delta_net.gated_delta_net(*arguments),
+            lambda arguments=arguments: reference.gated_delta_net(*arguments, rule),
+        ]
+        routes += [lambda arguments=arguments: gated_delta_net.step(*arguments)] if device else []
+        routes += [lambda arguments=arguments: reference.gated_delta_net(*arguments, around)]
+        slow = 2 if tokens > 100 else 5
+        times = [
+            milliseconds(route, calls if number else 1, 5 if number else slow) for number, route in enumerate(routes)
+        ]
+        yield f"| {tokens} | {' | '.join(f'{value:.2f}' for value in times)} |"
+
+
+def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int], one_by_one: bool) -> Iterator[str]:
+    """The routed experts of a layer, in one slab or brought in groups of 16."""
+    layout = RecordLayout(geometry.hidden, geometry.intermediate, 4, 64, "BF16")
+    form = expert_format(layout)
+    assert form is not None
+    record = cases._record(cases._Inputs(mx.bfloat16, 0), layout)[None]  # noqa: SLF001  # the same random records
+    slab = mx.contiguous(mx.broadcast_to(record, (available, record.shape[1])))
+    random = np.random.default_rng(0)
+    titles = ["a token at a time", "dense", *(["one by one"] if one_by_one else [])]
+    yield f"| tokens | distinct | {' | '.join(f'{title}, ms | in groups of 16' for title in titles)} | difference |"
+    yield f"|---|---|{'---|---|' * len(titles)}---|"
+    for tokens in lengths:
+        rows = np.sort(np.argsort(random.random((tokens, available)), axis=1)[:, :k], axis=1).astype(np.int32)
+        x = mx.random.normal((tokens, geometry.hidden)).astype(mx.bfloat16)
+        shares = mx.softmax(mx.random.normal((tokens, k)), axis=-1)
+        mx.eval(slab, x, shares)
+        distinct = np.unique(rows)
+
+        def in_place(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
+            return routed_experts.routed_experts(x, slab, mx.array(chosen), shares, form)
+
+        def dense(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
+            return grouped_experts(x, slab, chosen, shares, form, dense_experts.dense_experts)
+
+        def singly(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
+            y = mx.zeros(x.shape)
+            for row in np.unique(chosen[chosen >= 0]):
+                places, ranks = (mx.array(found) for found in np.nonzero(chosen == row))
+                out = expert_mlp.expert_mlp(x[places], form.expert(slab[row : row + 1].reshape(-1)))
+                y = y.at[places].add(shares[places, ranks][:, None] * out)
+            return y
+
+        def by_groups(
+            route: Callable[[np.ndarray], mx.array], rows: np.ndarray = rows, distinct: np.ndarray = distinct
+        ) -> mx.array:
+            y = mx.zeros((len(rows), geometry.hidden))
+            for start in range(0, len(distinct), _SLOTS):
+                y = y + route(np.where(np.isin(rows, distinct[start : start + _SLOTS]), rows, -1).astype(np.int32))
+                mx.eval(y)
+            return y
+
+        figures = []
+        for route in (in_place, dense, *((singly,) if one_by_one else ())):
+            figures += [
+                f"{milliseconds(lambda route=route, rows=rows: route(rows), 2, 3):.2f}",
+                f"{milliseconds(lambda route=route, by_groups=by_groups: by_groups(route), 1, 3):.2f}",
+            ]
+        ours, theirs = (np.array(route(rows).astype(mx.float32)) for route in (in_place, dense))
+        difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+        yield f"| {tokens} | {len(distinct)} | {' | '.join(figures)} | {difference:.1e} |"
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny sizes")
+    parser.add_argument("--one-by-one", action="store_true", help="measure this route of experts too")
+    arguments = parser.parse_args()
+    small = arguments.small
+    geometry = cases.GEOMETRIES["small" if small else "397B"]
+    print(mx.device_info(mx.default_device()).get("device_name"), "MLX", mx.__version__, flush=True)
+    for line in recurrence(geometry, [1, 40] if small else [1, 2, 16, 64, 256, 1024 if dialect() else 512]):
+        print(line, flush=True)
+    if dialect() == "cuda":
+        print()
+        lengths = [40] if small else [16, 32, 64, 128, 256, 1024]
+        for line in experts(geometry, 32 if small else 512, 10, lengths, arguments.one_by_one):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()
