@@ -79,6 +79,13 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dty
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_short_prompts_through_the_kernels_of_a_step(dtype: mx.Dtype) -> None:
+    check(kernel_cases.routed_experts(SMALL, dtype, group_size=32, tokens=20, k=3))
+    check(kernel_cases.gated_delta_net(ODD, dtype, tokens=100))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64)])
 def test_dense_experts(bits: int, group_size: int, dtype: mx.Dtype) -> None:
     check(kernel_cases.dense_experts(ODD, dtype, bits=bits, group_size=group_size))

@@ -13,7 +13,8 @@ __all__ = ["MOST_TOKENS", "ExpertFormat", "by_expert", "fits", "joins", "referen
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
 """With more tokens at once, an expert is better applied to all of its tokens together. Measured on an NVIDIA H200; on
-Metal nobody has yet."""
+Metal nobody has yet. Prompts have any length: above 8 tokens a kernel must not be compiled for their number.
+"""
 
 _CHUNK = 32
 _ROWS = 4
