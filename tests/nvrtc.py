@@ -27,6 +27,7 @@ _PROLOGUE = """
 typedef signed int int32_t;
 typedef unsigned int uint32_t;
 typedef unsigned char uint8_t;
+struct Shape { int32_t sizes[10]; int32_t operator[](int i) const { return sizes[i]; } };
 """
 
 
@@ -39,9 +40,12 @@ def compile_for_cuda(
 ) -> bytes:
     """The machine code; AssertionError with the compiler's words if there is none."""
     header, body = kernel.source("cuda")
-    pairs = [f"const {_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.inputs, inputs, strict=True)] + [
-        f"{_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, outputs, strict=True)
-    ]
+    pairs = []
+    for name, dtype in zip(kernel.inputs, inputs, strict=True):
+        pairs.append(f"const {_C_TYPES[dtype]}* {name}")
+        if f"{name}_shape" in body:
+            pairs.append(f"const __grid_constant__ Shape {name}_shape")
+    pairs += [f"{_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, outputs, strict=True)]
     constants = [
         f"constexpr int {name} = {value};" if isinstance(value, int) else f"using {name} = {_C_TYPES[value]};"
         for name, value in template.items()

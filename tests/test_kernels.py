@@ -194,6 +194,22 @@ def test_attention(geometry: kernel_cases.Geometry, context: int, tokens: int, d
     check(kernel_cases.attention(geometry, dtype, context=context, tokens=tokens))
 
 
+# Heads, kv heads, dimensions and rotated ones: full and half rows of a product, few and odd heads a key, other widths.
+ATTENTIONS = [(32, 2, 256, 64), (16, 2, 256, 64), (10, 2, 256, 128)]
+ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("context", [1, 2, 31, 32, 33, 64, 65, 2048, 2049, 12_345])
+@pytest.mark.parametrize(("heads", "kv_heads", "width", "rotary"), ATTENTIONS)
+def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary: int, context: int) -> None:
+    """Tiles that are full, begun or alone, and more of them in a span than are under way at once."""
+    geometry = kernel_cases.Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
+    weights = kernel_cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
+    assert attention.stages_on_tensor_cores(weights, mx.bfloat16)
+    check(kernel_cases.attention(geometry, mx.bfloat16, context=context, seed=context))
+
+
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 8])
@@ -314,14 +330,27 @@ def test_dense_experts_compile_for_cuda(bits: int, dtype: mx.Dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     heads = {"KEY_HEADS": 16, "VALUE_HEADS": 64, "KEY_DIM": 128, "VALUE_DIM": 128}
-    template = {"T": dtype, "TAPS": 4, "ROWS": 8, "COLUMNS": 4, "THREADS": 512} | heads
-    types = [dtype] * 5 + [F32, F32, dtype, dtype, F32, F32, I32]
+    eps = {"EPS": kernel.bits_of(1e-6)}
+    template = {"T": dtype, "TAPS": 4, "ROWS": 8, "COLUMNS": 4, "THREADS": 512} | heads | eps
+    types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
     template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
-    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, F32, I32], [dtype], template | {"ROTARY": 64})
+    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, U8], [dtype], template | {"ROTARY": 64} | eps)
     parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
-    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [I32], [F32, F32], template | parts)
-    assert compile_for_cuda(attention.MERGE, [F32, F32, dtype, I32], [dtype], template)
+    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [U8], [F32, F32], template | parts)
+    assert compile_for_cuda(attention.MERGE, [F32, F32, dtype], [dtype], template | {"SIMDGROUPS": 8, "MOST_SPANS": 64})
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("width", "heads", "kv_heads", "rotary"), [(256, 32, 2, 64), (128, 32, 4, 128)])
+@pytest.mark.parametrize(("stages", "architecture"), [(4, "sm_90a"), (2, "sm_89")])
+def test_attention_on_tensor_cores_compiles_for_cuda(
+    stages: int, architecture: str, width: int, heads: int, kv_heads: int, rotary: int
+) -> None:
+    decode = attention.decode_on_tensor_cores(width, stages)
+    template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "ROTARY": rotary, "EPS": 0}
+    parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64}
+    assert compile_for_cuda(decode, [BF16] * 7 + [F32, U8], [F32, F32], template | parts, architecture)
 
 
 @needs_nvrtc

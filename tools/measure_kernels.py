@@ -119,8 +119,11 @@ def _matvec_case(rows: int, columns: int, dtype: mx.Dtype, *, bits: int, tokens:
     return cases.quantised_matvec(rows, columns, dtype, bits=bits, group_size=32, tokens=tokens)
 
 
-def speeds(bandwidth: float) -> Iterator[str]:
-    """The kernels beside MLX's operations, 397B shapes, bf16."""
+_OPERATIONS = ("routed_experts", "gated_delta_net", "attention", "quantised_matvec")
+
+
+def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
+    """The kernels of ``operations`` beside MLX's, 397B shapes, bf16."""
     yield "| operation | ours, us | of the copy bandwidth | MLX, us | ratio |\n|---|---|---|---|---|"
     big, dtype = cases.GEOMETRIES["397B"], mx.bfloat16
     weight = mx.ones((big.hidden,), dtype)
@@ -137,7 +140,7 @@ def speeds(bandwidth: float) -> Iterator[str]:
             f"| {title} | {times['ours']:.1f} | {share:.0%} | {times['MLX']:.1f} | {times['MLX'] / times['ours']:.1f} |"
         )
 
-    for bits, k in ((4, 4), (4, 10), (2, 4), (3, 4), (8, 4)):
+    for bits, k in ((4, 4), (4, 10), (2, 4), (3, 4), (8, 4)) if "routed_experts" in operations else ():
         form, sets, nbytes, gathered = _expert_sets(bits, k)
         routes = [
             ("ours", lambda value, n, sets=sets, form=form: routed_experts.routed_experts(
@@ -148,10 +151,12 @@ def speeds(bandwidth: float) -> Iterator[str]:
         del sets, gathered, routes
         mx.clear_cache()
 
-    yield row(*_delta(big, dtype))
-    for context in (1024, 32768):
+    if "gated_delta_net" in operations:
+        yield row(*_delta(big, dtype))
+    for context in (1024, 4096, 32768) if "attention" in operations else ():
         yield row(*_attention(big, dtype, context))
-    for rows, columns in ((4096, 4096), (12288, 4096), (1024, 4096), (4096, 1024), (248320, 4096)):
+    shapes = ((4096, 4096), (12288, 4096), (1024, 4096), (4096, 1024), (248320, 4096))
+    for rows, columns in shapes if "quantised_matvec" in operations else ():
         yield row(*_matvec(rows, columns, dtype))
 
 
@@ -220,16 +225,18 @@ def _attention(big: cases.Geometry, dtype: mx.Dtype, context: int) -> tuple[str,
     sets = [cases.attention_inputs(big, dtype, context=context, seed=seed) for seed in range(min(count, 64))]
 
     def step(implementation: Callable[..., tuple[mx.array, mx.array, mx.array]]) -> Callable[..., mx.array]:
-        def run(y: mx.array, number: int) -> mx.array:
+        def run(q_and_gate: mx.array, number: int) -> mx.array:
             one = sets[number % len(sets)]
-            q_and_gate = mx.concatenate([y, y], axis=-1)
             return implementation(q_and_gate, *one.arrays[1:], one.weights, one.keys, one.values, context - 1)[0]
 
         return run
 
-    x = sets[0].arrays[0][:, : big.heads * big.head_dim]
+    def glue(value: mx.array) -> mx.array:
+        y = value[:, : big.heads * big.head_dim]
+        return mx.concatenate([y, y], axis=-1)
+
     routes = [("ours", step(attention.fused_gated_attention)), ("MLX", step(attention.gated_attention))]
-    times = compare(routes, lambda value: mx.concatenate([value, value], axis=-1)[:, : x.shape[1]], x)
+    times = compare(routes, glue, sets[0].arrays[0])
     return f"attention decode, context {context}", 2 * context * big.kv_heads * big.head_dim * dtype.size, times
 
 
@@ -260,6 +267,7 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometries", default=",".join(cases.GEOMETRIES), help="whose errors to print; may be empty")
+    parser.add_argument("--operations", default=",".join(_OPERATIONS), help="whose speeds to print")
     arguments = parser.parse_args()
     mx.set_default_device(mx.gpu)
     print(mx.device_info().get("device_name"), "MLX", mx.__version__)
@@ -268,7 +276,7 @@ def main() -> None:
         print(line, flush=True)
     bandwidth = copy_bandwidth()
     print(f"\ncopy: {bandwidth / 1e12:.2f} TB/s\n")
-    for line in speeds(bandwidth):
+    for line in speeds(bandwidth, arguments.operations.split(",")):
         print(line, flush=True)
     print(f"{time.perf_counter() - start:.0f} s", file=sys.stderr)
 

@@ -1,20 +1,53 @@
-// What the spans of the cache gave, put together, times the output gate. Grid: x = query heads; DIM threads.
+// What the spans of the cache gave, put together, times the output gate. Grid: x = query heads, y = slices of 32
+// dimensions; every simdgroup takes each SIMDGROUPS-th span, at most MOST_SPANS / SIMDGROUPS of them.
 
-const int head = threadgroup_position_in_grid.x;
-const int mine = thread_index_in_threadgroup;
-const int spans = place[3];
+constexpr int MOST = MOST_SPANS / SIMDGROUPS;
+const int head = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
+const int own = threadgroup_position_in_grid.y * 32 + lane;
+const int simdgroup = simdgroup_index_in_threadgroup;
+const int spans = partial_shape[1];
+const long first = (long)head * spans;
 
-float higher = LOWEST;
-for (int i = 0; i < spans; i++) {
-  const float peak = peaks[2 * ((long)head * spans + i)];
-  higher = peak > higher ? peak : higher;
+// Loads first: they take longer than everything else.
+float values[MOST], maxima[MOST];
+#pragma unroll
+for (int i = 0; i < MOST; i++) {
+  const int span = i * SIMDGROUPS + simdgroup;
+  values[i] = span < spans ? partial[(first + span) * DIM + own] : 0.0f;
+  maxima[i] = span < spans ? peaks[2 * (first + span)] : LOWEST;
 }
-float total = 0.0f, sum = 0.0f;
-for (int i = 0; i < spans; i++) {
-  const long at = (long)head * spans + i;
-  const float kept = exponential(peaks[2 * at] - higher);
-  total += peaks[2 * at + 1] * kept;
-  sum += partial[at * DIM + mine] * kept;
+float higher = LOWEST, total = 0.0f, sum = 0.0f;
+float lane_peaks[MOST_SPANS / 32], lane_totals[MOST_SPANS / 32];
+#pragma unroll
+for (int i = 0; i < MOST_SPANS / 32; i++) {
+  const int span = i * 32 + lane;
+  lane_peaks[i] = span < spans ? peaks[2 * (first + span)] : LOWEST;
+  lane_totals[i] = span < spans ? peaks[2 * (first + span) + 1] : 0.0f;
 }
-const float gate = float(q_and_gate[((long)head * 2 + 1) * DIM + mine]);
-y[head * DIM + mine] = T(sum / total / (1.0f + exponential(-gate)));
+const float gate = float(q_and_gate[((long)head * 2 + 1) * DIM + own]);
+#pragma unroll
+for (int i = 0; i < MOST_SPANS / 32; i++) {
+  higher = lane_peaks[i] > higher ? lane_peaks[i] : higher;
+}
+higher = simd_max(higher);
+#pragma unroll
+for (int i = 0; i < MOST_SPANS / 32; i++) {
+  total += lane_totals[i] * exponential(lane_peaks[i] - higher);
+}
+total = simd_sum(total);
+#pragma unroll
+for (int i = 0; i < MOST; i++) {
+  sum += values[i] * exponential(maxima[i] - higher);
+}
+
+SHARED float gathered[SIMDGROUPS][32];
+gathered[simdgroup][lane] = sum;
+wait_for_threadgroup();
+if (simdgroup == 0) {
+  float all = 0.0f;
+#pragma unroll
+  for (int i = 0; i < SIMDGROUPS; i++) {
+    all += gathered[i][lane];
+  }
+  y[head * DIM + own] = T(all / total / (1.0f + exponential(-gate)));
+}

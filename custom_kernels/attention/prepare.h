@@ -1,12 +1,9 @@
 // Norm and rotary embedding of one head of one token, a simdgroup each; keys and values go into the cache, in place.
 // Grid: x = query heads, then heads of keys, then of values; y = tokens.
-//
-// An angle is position * frequency with the frequency in turns and in two parts, and whole turns are taken off before
-// it is rounded: exact at any position, where one float would lose a digit for every power of ten.
 
 const int index = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;
 const int lane = thread_index_in_simdgroup;
-const int start = place[4], capacity = place[1], tokens = place[5];
+const int tokens = q_and_gate_shape[0], start = seen_shape[0] - tokens, capacity = keys_shape[2];
 const bool is_query = index < HEADS;
 const bool is_key = !is_query && index < HEADS + KV_HEADS;
 const int head = is_query ? index : (index - HEADS) % KV_HEADS;
@@ -29,7 +26,7 @@ for (int c = lane; c < DIM; c += 32) {
   const float value = float(from[c]);
   square += value * value;
 }
-const float scale = reciprocal_root(simd_sum(square) / float(DIM) + eps[0]);
+const float scale = reciprocal_root(simd_sum(square) / float(DIM) + as_type<float>(EPS));
 for (int c = lane; c < DIM; c += 32) {
   row[c] = float(from[c]) * scale * float(is_query ? q_norm[c] : k_norm[c]);
 }
@@ -41,10 +38,8 @@ for (int c = lane; c < DIM; c += 32) {
   float value = row[c];
   if (c < ROTARY) {
     const int pair = c % pairs;
-    const float position = float(start + token);
-    const float turns = position * frequencies[pair];
-    const float rest = multiply_add(position, frequencies[pair], -turns) + position * frequencies[pairs + pair];
-    const float angle = 6.283185307179586f * ((turns - nearest(turns)) + rest);
+    const float turns = rotary_turns(float(start + token), frequencies[pair], frequencies[pairs + pair]);
+    const float angle = 6.283185307179586f * turns;
     const float partner = c < pairs ? -row[c + pairs] : row[c - pairs];
     value = value * cosine(angle) + partner * sine(angle);
   }

@@ -13,6 +13,7 @@ typedef __half half;
 #define SHARED __shared__
 
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define thread_index_in_threadgroup threadIdx.x
 #define thread_index_in_simdgroup (threadIdx.x & 31u)
 #define simdgroup_index_in_threadgroup (threadIdx.x >> 5)

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights, GatedDelta
-from flashmoe_mlx.custom_kernels.kernel import Kernel, constant, dialect
+from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect
 
 __all__ = [
     "MOST_TOKENS",
@@ -30,7 +30,7 @@ nobody has compared the two.
 STEP = Kernel(
     "gated_delta_net",
     "step",
-    ["qkv", "z", "b", "a", "convolution", "a_log", "dt_bias", "norm", "past", "state", "eps", "count"],
+    ["qkv", "z", "b", "a", "convolution", "a_log", "dt_bias", "norm", "past", "state"],
     ["y", "new_past", "new_state"],
     ["functions"],
 )
@@ -113,8 +113,6 @@ def step(
             weights.norm,
             past,
             state,
-            constant(mx.float32, weights.eps),
-            constant(mx.int32, qkv.shape[0]),
         ],
         [(z.shape, qkv.dtype), (past.shape, past.dtype), (state.shape, mx.float32)],
         (weights.value_heads, 1, 1),
@@ -129,6 +127,7 @@ def step(
             "ROWS": weights.value_dim // simdgroups,
             "COLUMNS": weights.key_dim // 32,
             "THREADS": 32 * simdgroups,
+            "EPS": bits_of(weights.eps),
         },
     )
     return y, past, state

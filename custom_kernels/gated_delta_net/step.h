@@ -8,7 +8,7 @@ const int key_head = head / (VALUE_HEADS / KEY_HEADS);
 const int mine = thread_index_in_threadgroup;
 const int lane = thread_index_in_simdgroup;
 const int first_row = int(simdgroup_index_in_threadgroup) * ROWS;
-const int tokens = count[0];
+const int tokens = qkv_shape[0];
 const int key_width = KEY_HEADS * KEY_DIM, value_width = VALUE_HEADS * VALUE_DIM;
 const int channels = 2 * key_width + value_width;
 const int mixed_size = 2 * KEY_DIM + VALUE_DIM;  // q, k, v of this head
@@ -91,7 +91,7 @@ for (int token = 0; token < tokens; token++) {
   for (int c = lane; c < VALUE_DIM; c += 32) {
     square += out[c] * out[c];
   }
-  const float scale = reciprocal_root(simd_sum(square) / float(VALUE_DIM) + eps[0]);
+  const float scale = reciprocal_root(simd_sum(square) / float(VALUE_DIM) + as_type<float>(EPS));
   for (int c = mine; c < VALUE_DIM; c += THREADS) {
     const long at = (long)token * value_width + head * VALUE_DIM + c;
     y[at] = T(out[c] * scale * float(norm[c]) * silu(float(z[at])));

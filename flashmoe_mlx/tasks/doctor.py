@@ -84,11 +84,6 @@ def _cases(custom: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
             partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
         ):
             yield name, make
-        if (
-            custom and name == "35B"
-        ):  # what prompts use, or could; smaller, because twenty results are in memory at once
-            yield name, partial(kernel_cases.dense_experts, geometry)
-            yield name, partial(kernel_cases.gated_delta_net_in_chunks, geometry, tokens=128)
 
 
 def _examined(case: Case, geometry: str, custom: bool) -> Finding:

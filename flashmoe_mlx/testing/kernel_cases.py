@@ -331,10 +331,11 @@ def gated_delta_net(
 ) -> Case:
     """A few tokens through the recurrence, after others; ``on_cpu``: by the extension for CPUs."""
     made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
-    arrays = (*made.arrays, made.weights)
     if on_cpu:
-        return _delta_case(made, f"T={tokens}", lambda: native.gated_delta_net(*arrays, made.past * 1, made.state * 1))
-    return _delta_case(made, f"T={tokens}", lambda: delta_kernels.step(*arrays, made.past, made.state))
+        return _delta_case(
+            made, lambda: native.gated_delta_net(*made.arrays, made.weights, made.past * 1, made.state * 1)
+        )
+    return _delta_case(made, lambda: delta_kernels.step(*made.arrays, made.weights, made.past, made.state))
 
 
 def gated_delta_net_in_chunks(
@@ -343,10 +344,10 @@ def gated_delta_net_in_chunks(
     """A prompt through ``rule``, after other tokens."""
     made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
     arrays = (*made.arrays, made.weights, made.past, made.state)
-    return _delta_case(made, f"T={tokens} in chunks", lambda: delta_kernels.reference.gated_delta_net(*arrays, rule))
+    return _delta_case(made, lambda: delta_kernels.reference.gated_delta_net(*arrays, rule))
 
 
-def _delta_case(made: DeltaInputs, title: str, custom: Callable[[], Results]) -> Case:
+def _delta_case(made: DeltaInputs, custom: Callable[[], Results]) -> Case:
     arrays, weights, past, state = made.arrays, made.weights, made.past, made.state
 
     def exact() -> Results:
@@ -359,7 +360,7 @@ def _delta_case(made: DeltaInputs, title: str, custom: Callable[[], Results]) ->
 
     return Case(
         "gated_delta_net",
-        title,
+        f"T={len(arrays[0])}",
         arrays[0].dtype,
         2 * (state.nbytes + past.nbytes) + sum(array.nbytes for array in arrays) + weights.convolution.nbytes,
         custom,

@@ -89,11 +89,25 @@ def metal_kernel(
         text = generated_text(trace, inputs)
         outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         mx.eval(outputs)
-        names = [*input_names, *output_names]
-        _run(name, _compiled(text), names, [*inputs, *outputs], len(inputs), grid, threadgroup)
+        names, arrays = _with_shapes(source, input_names, inputs)
+        places = [*names, *output_names]
+        _run(name, _compiled(text), places, [*arrays, *outputs], len(arrays), grid, threadgroup)
         return outputs
 
     return call
+
+
+def _with_shapes(source: str, names: Sequence[str], arrays: Sequence[mx.array]) -> tuple[list[str], list[mx.array]]:
+    """The buffers that MLX passes for inputs: after one whose shape ``source`` asks for comes that shape."""
+    all_names, buffers = [], []
+    for name, array in zip(names, arrays, strict=True):
+        all_names.append(name)
+        buffers.append(array)
+        if f"{name}_shape" in source:
+            all_names.append(f"{name}_shape")
+            buffers.append(mx.array(array.shape, mx.int32))
+    mx.eval(buffers)
+    return all_names, buffers
 
 
 def generated_text(function: Callable[..., Any], inputs: Sequence[mx.array]) -> str:
