@@ -69,6 +69,24 @@ def test_simdgroup_operations() -> None:
     np.testing.assert_allclose(run(source, x, 64), expected.reshape(-1), rtol=1e-6)
 
 
+def test_shapes_come_along_with_their_inputs() -> None:
+    kernel = metal_on_cpu.metal_kernel(
+        "shapes",
+        ["x", "plain", "small"],
+        ["y"],
+        "if (thread_position_in_grid.x == 0) y[0] = x_shape[0] + 10 * x_shape[1] + 100 * small_shape[0] + plain[0];",
+    )
+    x, plain, small = mx.zeros((3, 2)), mx.array([5000] * 9, mx.int32), mx.zeros((7,), mx.uint8)
+    (y,) = kernel(
+        inputs=[x, plain, small],
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int32],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    assert y.tolist() == [5723]
+
+
 def test_vectors_and_small_inputs() -> None:
     source = """
         const device float4* four = (const device float4*)x;
