@@ -59,8 +59,10 @@ def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes
             label=NAMES.get(curve.policy, curve.policy) + (", one pool" if curve.scope == "global" else ""),
         )
     axes.set_xscale("log", base=2)
-    ticks = sorted({slots for curve in curves for slots in curve.slots})
-    ticks = [slots for slots in ticks if not any(slots < other < 1.4 * slots for other in ticks)]
+    ticks: list[int] = []
+    for slots in sorted({slots for curve in curves for slots in curve.slots}, reverse=True):
+        if not ticks or ticks[-1] >= 1.4 * slots:
+            ticks.append(slots)
     gib = [f"\n{slots * layer_record_bytes / 2**30:.2g}" if layer_record_bytes else "" for slots in ticks]
     axes.set_xticks(ticks, [f"{slots}{size}" for slots, size in zip(ticks, gib, strict=True)])
     axes.set_xticks([], minor=True)
