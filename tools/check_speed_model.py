@@ -1,0 +1,189 @@
+"""Check the speed model: probe this machine, predict settings that were not probed, run them, and compare.
+
+    python tools/check_speed_model.py <folder for packs, 7 GB> --out <folder for figures and JSON>
+    python tools/check_speed_model.py <folder> --prepare      # only make packs and traces, which take a while
+
+Held out are: every K, the budgets, one geometry (the 122B's), the packs, which are larger than the probe's, and the
+prompt: hits are predicted from a trace of another one. Rounds run all settings in turns, every other one backwards.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from flashmoe_mlx.engine.engine import Engine, load
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.research.probe import SIZES, MachineProfile, probe
+from flashmoe_mlx.research.recorder import recorded
+from flashmoe_mlx.research.simulator import CacheDesign, replay
+from flashmoe_mlx.research.speed import Distribution, SpeedModel, certainly
+from flashmoe_mlx.research.trace import RoutingTrace
+
+_LARGE = SIZES["large"]
+PACKS = {
+    "397B": replace(_LARGE, num_experts=128, seed=1),
+    "122B": replace(_LARGE, hidden_size=3072, num_experts=96, experts_per_token=8, seed=1),
+    "397B 2 bits": replace(_LARGE, num_experts=96, bits=2, seed=1),
+}
+GIB = 2**30
+PROMPT_TOKENS = 16
+SEED, OTHER_SEED = 1, 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What runs, and which way of reading of the probe it is; ``slots`` a layer of ram_hybrid."""
+
+    pack: str
+    backend: str
+    experts_k: int
+    way: str | None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    slots: int | None = None
+
+    @property
+    def label(self) -> str:
+        options = "".join(f" {key}={str(value).lower()}" for key, value in self.options.items())
+        return f"{self.pack}, K={self.experts_k}, {self.backend}{options}" + (
+            f", {self.slots} slots a layer" if self.slots else ""
+        )
+
+
+_URING = {"reader": "io_uring", "depth": 64, "direct": True}
+SETTINGS = (
+    Setting("397B", "resident", 6, None),
+    Setting("397B", "pread", 8, "pread warm"),
+    Setting("397B", "mmap", 6, "mmap warm"),
+    Setting("397B", "pread", 6, "pread direct", {"direct": True}),
+    Setting("397B", "io_uring", 8, "io_uring direct"),
+    Setting("397B", "ram_hybrid", 6, "io_uring direct", _URING, 36),
+    Setting("397B", "ram_hybrid", 8, "pread direct", {"direct": True}, 72),
+    Setting("122B", "io_uring", 7, "io_uring direct"),
+    Setting("122B", "ram_hybrid", 5, "pread direct", {"direct": True}, 32),
+    Setting("397B 2 bits", "pread", 6, "pread direct", {"direct": True}),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--prepare", action="store_true")
+    parser.add_argument("--probe-seconds", type=float, default=60)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=16)
+    asked = parser.parse_args()
+    console = Console()
+    folders = {
+        name: synthetic_pack(name.replace(" ", "-"), sizes, asked.folder).folder for name, sizes in PACKS.items()
+    }
+    reads = {one: dict(_reads(one, folders[one.pack], asked.folder, asked.tokens)) for one in SETTINGS}
+    if asked.prepare:
+        return
+    with console.status("") as status:
+        profile = probe(asked.folder, asked.probe_seconds, status.update)
+        measured: dict[Setting, list[float]] = {one: [] for one in SETTINGS}
+        for number in range(asked.rounds):
+            for one in SETTINGS[:: 1 if number % 2 == 0 else -1]:
+                status.update(f"round {number + 1}, {one.label}")
+                measured[one].append(_run(one, folders[one.pack], asked.tokens))
+    asked.out.mkdir(parents=True, exist_ok=True)
+    rows = [_row(one, folders[one.pack], profile, reads[one], measured[one]) for one in SETTINGS]
+    record = {"environment": environment(), "probe": profile.to_json(), "settings": rows}
+    write_json(asked.out / "check_speed_model.json", record)
+    console.print(_table(rows))
+
+
+def _options(one: Setting, folder: Path) -> dict[str, Any]:
+    if one.slots is None:
+        return dict(one.options)
+    source = open_model(folder).variant(None)
+    return {"budget_gib": one.slots * source.num_layers * source.layout.record_bytes / GIB, **one.options}
+
+
+def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
+    """How many experts of a layer are read, for a hybrid by simulating it on the other prompt's trace."""
+    if one.way is None:
+        return
+    if one.slots is None:
+        yield one.way, certainly(one.experts_k)
+        return
+    path = cache / f"{one.pack.replace(' ', '-')}-{one.experts_k}-{tokens}.moetrace"
+    if not path.exists():
+        with load(folder, "pread", experts_k=one.experts_k) as engine, recorded(engine) as recorder:
+            given, _ = _decoded(engine, tokens, OTHER_SEED)
+            recorder.trace(engine.model.config.num_experts, given).save(path)
+    misses = replay(RoutingTrace.load(path), CacheDesign("lru", one.slots)).misses
+    yield one.way, misses / misses.sum()
+
+
+def _run(one: Setting, folder: Path, tokens: int) -> float:
+    """Seconds of a decoded token, mean; the store begins empty, as in the simulation."""
+    if one.way is not None and one.way.endswith("warm"):
+        for path in folder.rglob("*.bin"):
+            with path.open("rb") as file:
+                while file.read(2**24):
+                    pass
+    with load(folder, one.backend, experts_k=one.experts_k, **_options(one, folder)) as engine:
+        _, seconds = _decoded(engine, tokens, SEED)
+        return seconds / tokens
+
+
+def _decoded(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
+    """Decode tokens drawn at random, since a random model may end its answer at once: the prompt, and the seconds."""
+    drawn = np.random.default_rng(seed).integers(256, size=PROMPT_TOKENS + tokens).tolist()
+    cache = engine.new_cache()
+    engine.forward(drawn[:PROMPT_TOKENS], cache)
+    start = time.perf_counter()
+    for token in drawn[PROMPT_TOKENS:]:
+        engine.forward([token], cache)
+    return drawn[:PROMPT_TOKENS], time.perf_counter() - start
+
+
+def _row(
+    one: Setting, folder: Path, profile: MachineProfile, reads: Mapping[str, Distribution], seconds: list[float]
+) -> dict[str, Any]:
+    published = json.loads((folder / "config.json").read_text())
+    found = SpeedModel(profile).predict(ModelConfig.from_json(published), PACKS[one.pack].bits, one.experts_k, reads)
+    return {
+        "setting": one.label,
+        "predicted": 1 / found.seconds,
+        "reading": found.reading / found.seconds,
+        "measured": 1 / median(seconds),
+        "rounds": [1 / value for value in seconds],
+        "error": median(seconds) / found.seconds - 1,
+        "details": asdict(one),
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("setting", no_wrap=True)
+    for heading in ("predicted tok/s", "reading", "measured", "rounds", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row["setting"],
+            f"{row['predicted']:.2f}",
+            f"{row['reading']:.0%}",
+            f"{row['measured']:.2f}",
+            " ".join(f"{rate:.2f}" for rate in row["rounds"]),
+            f"{row['error']:+.0%}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
