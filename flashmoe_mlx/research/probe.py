@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels import dialect, native
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.opening import ModelFiles, open_model
@@ -151,7 +151,8 @@ class MachineProfile:
 def machine_identity() -> dict[str, Any]:
     """What must be the same for a profile to hold."""
     found = environment()
-    own = {"kernels": choose("auto").names, "mlx": found["packages"]["mlx"]}
+    kernels = dialect() or (native.description() if native.extension() else "mlx")
+    own = {"kernels": kernels, "mlx": found["packages"]["mlx"]}
     return {name: own.get(name, found.get(name)) for name in _IDENTITY}
 
 

@@ -25,7 +25,7 @@ from flashmoe_mlx.research.sizes import resident_bytes
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB, available_memory, slots_on_gpu, total_memory
 from flashmoe_mlx.tasks.console import console, print_table
-from flashmoe_mlx.tasks.model import cache_folder
+from flashmoe_mlx.tasks.model import cache_folder, model_folder
 from flashmoe_mlx.untrusted import read_object
 
 ESTIMATE_VERSION = 1
@@ -65,7 +65,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any]]:
     """The model's name and its config.json, without downloading anything else."""
     if choice.path is None:
         if choice.synthetic is None:
-            raise InputError("task=estimate needs model=<hub id>, a config.json, a pack or a checkpoint folder")
+            return f"model={choice.name}", read_config(model_folder(choice))
         return f"model={choice.name}", synthetic_config(choice.synthetic)
     path = folder_of(choice.path)
     if path.is_dir():
