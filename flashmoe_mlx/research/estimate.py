@@ -45,12 +45,14 @@ class Model:
     experts_k: int
     context: int
     activation_bytes: int
+    scale_bytes: int
     trace: RoutingTrace | None = None
 
     @property
     def need(self) -> MemoryNeed:
         """Memory without any expert kept."""
-        return memory_need(self.config, self.resident_bits, self.bits, self.context, self.activation_bytes)
+        sizes = self.activation_bytes, self.scale_bytes
+        return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes)
 
     @property
     def expert_bytes(self) -> int:

@@ -60,15 +60,15 @@ class MemoryNeed:
 
 
 def memory_need(
-    config: ModelConfig, resident_bits: int, expert_bits: int, context: int, activation_bytes: int
+    config: ModelConfig, resident_bits: int, expert_bits: int, context: int, activation_bytes: int, scale_bytes: int
 ) -> MemoryNeed:
-    """What a sequence of ``context`` tokens needs, with activations, and so scales, of ``activation_bytes``."""
+    """What a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
     full = sum(config.full_attention)
     delta = config.num_layers - full
     head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim
     conv = (config.linear_conv_kernel - 1) * config.conv_width
     return MemoryNeed(
-        resident=resident_bytes(config, resident_bits, activation_bytes),
+        resident=resident_bytes(config, resident_bits, scale_bytes),
         keys_and_values=full * 2 * config.num_kv_heads * config.head_dim * context * activation_bytes,
         state=delta * (4 * head_state + activation_bytes * conv),
         slots=LEAST_SLOTS * record_bytes(config, expert_bits),

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.config import Config, EstimateConfig, ModelChoice, folder_of
+from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine.telemetry import write_json
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.config import ModelConfig
@@ -109,7 +110,8 @@ def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
         raise InputError(f"context={config.context}: must be from 1 to {geometry.max_context} tokens")
     resident_bits = min(config.resident_bits or 4, 8)
     activation_bytes = 4 if mx.default_device() == mx.cpu else 2
-    return Model(geometry, config.bits[0], resident_bits, k, config.context, activation_bytes, trace)
+    scale_bytes = 2 if choose("auto").any_scales else activation_bytes
+    return Model(geometry, config.bits[0], resident_bits, k, config.context, activation_bytes, scale_bytes, trace)
 
 
 def _memory(config: EstimateConfig) -> int:
