@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 
-_C_TYPES = {
+C_TYPES = {
     mx.float32: "float",
     mx.bfloat16: "__nv_bfloat16",
     mx.float16: "__half",
@@ -42,12 +42,12 @@ def compile_for_cuda(
     header, body = kernel.source("cuda")
     pairs = []
     for name, dtype in zip(kernel.inputs, inputs, strict=True):
-        pairs.append(f"const {_C_TYPES[dtype]}* {name}")
+        pairs.append(f"const {C_TYPES[dtype]}* {name}")
         if f"{name}_shape" in body:
             pairs.append(f"const __grid_constant__ Shape {name}_shape")
-    pairs += [f"{_C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, outputs, strict=True)]
+    pairs += [f"{C_TYPES[dtype]}* {name}" for name, dtype in zip(kernel.outputs, outputs, strict=True)]
     constants = [
-        f"constexpr int {name} = {value};" if isinstance(value, int) else f"using {name} = {_C_TYPES[value]};"
+        f"constexpr int {name} = {value};" if isinstance(value, int) else f"using {name} = {C_TYPES[value]};"
         for name, value in template.items()
     ]
     text = "\n".join(

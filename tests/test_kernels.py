@@ -28,6 +28,9 @@ from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
+from flashmoe_mlx.custom_kernels.nvidia import Gpu
+from flashmoe_mlx.model.experts import expert_format
+from flashmoe_mlx.pack.record import RecordLayout
 from flashmoe_mlx.testing import kernel_cases
 from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, relative_error
 
@@ -235,6 +238,41 @@ def test_shapes_of_published_models(make: Callable[..., Case], name: str, dtype:
     check(make(GEOMETRIES[name], dtype))
 
 
+WHOLE_CHUNKS = kernel_cases.Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
+"""The smallest sizes for which routed experts take one dispatch on NVIDIA GPUs."""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("tokens", "k", "shared"), [(1, 1, False), (1, 20, True), (2, 4, True), (8, 5, False)])
+@pytest.mark.parametrize("group_size", [64, 128])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_routed_experts_in_one_dispatch(
+    bits: int, group_size: int, tokens: int, k: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routed_experts, "MOST_TOKENS_FUSED", 8)
+    sizes = {"bits": bits, "group_size": group_size, "tokens": tokens, "k": k, "shared": shared, "seed": tokens}
+    check(kernel_cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes))
+
+
+@pytest.mark.cuda
+def test_routed_experts_called_again_and_again() -> None:
+    """Every call leaves the counters as the next finds them, and calls may run beside each other."""
+    made = kernel_cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
+    first = np.array(made.custom()[0].astype(mx.float32))
+    for together in (1, 7, 300):
+        results = [made.custom() for _ in range(together)]
+        mx.eval(results)
+        for (y,) in results:
+            assert np.array_equal(np.array(y.astype(mx.float32)), first)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("rows", "columns"), [(16, 1024), (208, 3072), (4096, 4096), (1024, 8192)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
+    check(kernel_cases.quantised_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
+
+
 @pytest.mark.usefixtures("target")
 def test_a_far_position_is_rotated_exactly() -> None:
     """One float for the angle would be off by a thousandth here."""
@@ -313,6 +351,58 @@ def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_siz
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
     template |= {"SIMDGROUPS": 4, "DEPTH": 4}
     assert compile_for_cuda(quantised_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
+
+
+H200 = Gpu(multiprocessors=132, capability=9, shared_memory=232448)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(("bits", "group_size", "shared"), [(4, 64, True), (2, 128, False), (8, 64, False)])
+def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool) -> None:
+    form = expert_format(RecordLayout(4096, 1024, bits, group_size, "BF16"))
+    assert form is not None
+    plan = routed_experts.fused_plan(form, BF16, 1, 5, H200)
+    assert plan is not None
+    own = [U32, BF16, BF16] * shared
+    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
+    inputs = [BF16, U8, I32, F32, U32, *own, *own, *own]
+    fused = routed_experts.fused_kernel(shared, plan.shared_memory)
+    assert compile_for_cuda(fused, inputs, [BF16, BF16], template)
+    matvec = quantised_matvec.stream_plan(1024, 4096, bits, group_size, H200)
+    assert matvec is not None
+    template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size} | dict(matvec.template)
+    stream = quantised_matvec.stream_kernel(matvec.shared_memory)
+    assert compile_for_cuda(stream, [BF16, U32, BF16, BF16], [BF16], template)
+
+
+@pytest.mark.parametrize("device", [H200, Gpu(170, 12, 101376)], ids=["Hopper", "small shared memory"])
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_plans_fit_into_shared_memory(
+    name: str, bits: int, tokens: int, device: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routed_experts, "MOST_TOKENS_FUSED", 8)
+    geometry = GEOMETRIES[name]
+    form = expert_format(RecordLayout(geometry.hidden, geometry.intermediate, bits, 64, "BF16"))
+    assert form is not None
+    plan = routed_experts.fused_plan(form, BF16, tokens, 11, device)
+    if plan is None:
+        assert device is not H200
+    else:
+        assert plan.template["SLOTS"] >= 2
+        assert plan.shared_memory <= device.shared_memory
+    matvec = quantised_matvec.stream_plan(geometry.hidden, geometry.intermediate, bits, 64, device)
+    assert matvec is not None
+    assert matvec.shared_memory <= device.shared_memory
+
+
+def test_older_gpus_keep_two_dispatches() -> None:
+    form = expert_format(RecordLayout(4096, 1024, 4, 64, "BF16"))
+    assert form is not None
+    older = Gpu(multiprocessors=108, capability=8, shared_memory=166912)
+    assert routed_experts.fused_plan(form, BF16, 1, 4, older) is None
+    assert quantised_matvec.stream_plan(4096, 4096, 4, 64, older) is None
 
 
 @needs_nvrtc

@@ -4,13 +4,15 @@
     python tools/measure_layers.py --small    # a check of this script on any machine
 
 Both models share the pack and its experts; steps are taken in turn. A time is wall time of one layer from its input to
-its evaluated output: router, store and launches included.
+its evaluated output: router, store and launches included. The context is short and comes from single steps: products of
+many rows would first be compiled, for a minute and more.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -43,7 +45,7 @@ _SMALL = {
     "linear_key_dim": 32,
     "linear_value_dim": 32,
 }
-_CONTEXT = 512
+_CONTEXT = 16
 _STEPS = 60
 
 
@@ -65,33 +67,48 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         pack = synthetic_pack("layers", sizes, Path(folder)).folder
         for k in (4, 10):
-            _measure(pack, k)
+            with Models(pack, k) as models:
+                for line in models.measured():
+                    print(line, flush=True)
 
 
-def _measure(pack: Path, k: int) -> None:
-    engines = {
-        kernels: flashmoe_mlx.load(pack, "resident", experts_k=k, kernels=kernels) for kernels in ("auto", "mlx")
-    }
-    caches = {kernels: engine.new_cache() for kernels, engine in engines.items()}
-    for kernels, engine in engines.items():
-        engine.forward([7] * _CONTEXT, caches[kernels])
-        engine.forward([8], caches[kernels])
-    x = mx.random.normal((1, engines["auto"].model.norm.size)).astype(engines["auto"].model.norm.dtype)
-    mx.eval(x)
-    for number, title in ((0, "GatedDeltaNet"), (3, "full attention")):
-        times: dict[str, list[float]] = {kernels: [] for kernels in engines}
-        for step in range(_STEPS):
-            order = list(engines) if step % 2 else list(engines)[::-1]
-            for kernels in order:
-                layer, cache = engines[kernels].model.layers[number], caches[kernels].layers[number]
-                start = time.perf_counter()
-                mx.eval(layer(x, cache, PhaseClock()))
-                times[kernels].append(1e3 * (time.perf_counter() - start))
-        ours, mlx = (statistics.median(times[kernels][10:]) for kernels in ("auto", "mlx"))
-        print(f"| {title} | {k} | {ours:.2f} | {mlx:.2f} | {mlx / ours:.2f} |", flush=True)
-    print(f"\n{engines['auto'].setup['kernels']}\n", flush=True)
-    for engine in engines.values():
-        engine.close()
+class Models:
+    """The same model with custom kernels and with MLX's, ready to take a step."""
+
+    def __init__(self, pack: Path, k: int) -> None:
+        self.k = k
+        self.engines = {
+            kernels: flashmoe_mlx.load(pack, "resident", experts_k=k, kernels=kernels) for kernels in ("auto", "mlx")
+        }
+        self.caches = {kernels: engine.new_cache() for kernels, engine in self.engines.items()}
+        for kernels, engine in self.engines.items():
+            for token in range(_CONTEXT):
+                engine.forward([token], self.caches[kernels])
+
+    def __enter__(self) -> "Models":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self.engines.values():
+            engine.close()
+
+    def measured(self) -> Iterator[str]:
+        """Rows of the table, then what ran."""
+        engines, caches = self.engines, self.caches
+        x = mx.random.normal((1, engines["auto"].model.norm.size)).astype(engines["auto"].model.norm.dtype)
+        mx.eval(x)
+        for number, title in ((0, "GatedDeltaNet"), (3, "full attention")):
+            times: dict[str, list[float]] = {kernels: [] for kernels in engines}
+            for step in range(_STEPS):
+                order = list(engines) if step % 2 else list(engines)[::-1]
+                for kernels in order:
+                    layer, cache = engines[kernels].model.layers[number], caches[kernels].layers[number]
+                    start = time.perf_counter()
+                    mx.eval(layer(x, cache, PhaseClock()))
+                    times[kernels].append(1e3 * (time.perf_counter() - start))
+            ours, mlx = (statistics.median(times[kernels][10:]) for kernels in ("auto", "mlx"))
+            yield f"| {title} | {self.k} | {ours:.2f} | {mlx:.2f} | {mlx / ours:.2f} |"
+        yield f"\n{engines['auto'].setup['kernels']}\n"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,13 @@
 """A quantised matrix times a few vectors: decoding with resident weights."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
+from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.quantised_matvec import reference
 
 __all__ = ["MOST_TOKENS", "by_mlx", "quantised_matvec", "reference", "takes"]
@@ -13,6 +18,8 @@ _ROWS = 4
 _INPUTS = ["x", "weight", "scales", "biases"]
 BODY = Kernel("quantised_matvec", "body", _INPUTS, ["y"], ["loads", "codes"])
 TENSOR = Kernel("quantised_matvec", "tensor", _INPUTS, ["y"], ["tensor_codes"])
+_STREAM_CHUNK = 512
+_STREAM_SIMDGROUPS = 8
 _SIMDGROUPS = 4
 _DEPTH = 4
 """Steps whose weights are under way at once."""
@@ -49,6 +56,12 @@ def quantised_matvec(
         "GROUP": group_size,
     }
     inputs, result = [x, weight, scales, biases], [((tokens, outputs), x.dtype)]
+    if dialect() == "cuda" and tokens == 1 and x.dtype == scales.dtype == mx.bfloat16:
+        plan = stream_plan(outputs, columns, bits, group_size, gpu())
+        if plan is not None:
+            kernel, groups = stream_kernel(plan.shared_memory), (plan.threadgroups, 1, 1)
+            (y,) = kernel(inputs, result, groups, 32 * _STREAM_SIMDGROUPS, {**template, **plan.template})
+            return y
     if _on_tensor_cores(x, weight, scales, bits, group_size):
         groups = (outputs // 16, tokens, 1)
         (y,) = TENSOR(inputs, result, groups, 32 * _SIMDGROUPS, template | {"SIMDGROUPS": _SIMDGROUPS, "DEPTH": _DEPTH})
@@ -57,6 +70,50 @@ def quantised_matvec(
     own: dict[str, int | mx.Dtype] = {"S": scales.dtype, "TOKENS": tokens, "ROWS": _ROWS, "THREADS": threads}
     (y,) = BODY(inputs, result, (outputs // _ROWS, 1, 1), threads, template | own)
     return y
+
+
+@cache
+def stream_kernel(shared_memory: int) -> Kernel:
+    """For one vector on tensor cores, ``shared_memory`` in bytes."""
+    return Kernel(
+        "quantised_matvec", "stream", _INPUTS, ["y"], ["copy_engine", "tensor_stream"], shared_memory=shared_memory
+    )
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """How ``stream_kernel`` divides its work; ``shared_memory`` in bytes."""
+
+    template: Mapping[str, int]
+    threadgroups: int
+    shared_memory: int
+
+
+def stream_plan(outputs: int, columns: int, bits: int, group_size: int, device: Gpu) -> StreamPlan | None:
+    """The plan for one vector in bf16 on tensor cores: a threadgroup a multiprocessor, weights under way as fit.
+
+    None for 3 bits, small groups, rows that are not whole sixteens, columns that are no whole chunks, or a GPU without
+    the copy engine or the memory.
+    """
+    if (
+        device.capability < COPY_ENGINE
+        or bits not in (2, 4, 8)
+        or group_size not in (64, 128)
+        or outputs % 16
+        or columns % max(_STREAM_CHUNK, 8 * group_size)  # scales are copied 16 bytes at a time
+    ):
+        return None
+    chunks = columns // _STREAM_CHUNK
+    batch = max(1, _STREAM_SIMDGROUPS // chunks)
+    steps = -(-outputs // (16 * batch))
+    threadgroups = min(device.multiprocessors, steps)
+    slot = int(16 * batch * columns * (bits + 2 * 16 / group_size) / 8)
+    others = columns * (2 * group_size + 8) // group_size + 2 * 4 * 16 * batch * chunks
+    slots = min(-(-steps // threadgroups), (device.shared_memory - others) // (slot + 8))
+    if slots < 1:
+        return None
+    template = {"SIMDGROUPS": _STREAM_SIMDGROUPS, "BATCH": batch, "SLOTS": slots}
+    return StreamPlan(template, threadgroups, slots * (slot + 8) + others)
 
 
 def _on_tensor_cores(x: mx.array, weight: mx.array, scales: mx.array, bits: int, group_size: int) -> bool:

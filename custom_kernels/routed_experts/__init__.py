@@ -1,11 +1,17 @@
-"""The routed experts of a few tokens, and the shared one, from their records in place, in two dispatches."""
+"""The routed experts of a few tokens, and the shared one, from their records in place: in one dispatch on NVIDIA GPUs
+from Hopper on, in two elsewhere.
+"""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight, expert_mlp
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
+from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.routed_experts import reference
 from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
 
@@ -22,6 +28,12 @@ _SIMDGROUPS = 4
 _MOST_SIMDGROUPS = 12
 _DEPTH = 4
 """Steps whose weights are under way at once."""
+MOST_TOKENS_FUSED = 1
+"""The one dispatch is right for up to 8 tokens, but each number would be compiled by itself, and was not measured."""
+_FUSED_CHUNK = 512
+_FUSED_SIMDGROUPS = 8
+_MOST_SLOTS = 12
+_HIDDEN_COPIES = 4
 _SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
 _SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
 
@@ -37,6 +49,21 @@ def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
     return (
         Kernel("routed_experts", f"gate_up{suffix}", gate_up, ["hidden"], headers, switches),
         Kernel("routed_experts", f"down{suffix}", down, ["y"], headers, switches),
+    )
+
+
+@cache
+def fused_kernel(with_shared: bool, shared_memory: int) -> Kernel:
+    """The one dispatch; ``shared_memory`` in bytes."""
+    return Kernel(
+        "routed_experts",
+        "fused",
+        ["x", "slab", "rows", "shares", "turns", *(_SHARED_UP + _SHARED_DOWN if with_shared else ())],
+        ["hidden", "y"],
+        ["functions", "copy_engine", "tensor_stream"],
+        {"WITH_SHARED_EXPERT": with_shared},
+        in_place=["turns"],
+        shared_memory=shared_memory,
     )
 
 
@@ -121,6 +148,19 @@ def routed_experts(
         "RECORD_BYTES": form.record_bytes,
     }
     offsets = {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
+    plan = fused_plan(form, x.dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
+    if plan is not None:
+        own = _parts(shared.gate, shared.up, shared.down) if shared else []
+        hidden_shape = (_HIDDEN_COPIES, tokens * choices, form.intermediate_size)
+        _, y = fused_kernel(shared is not None, plan.shared_memory)(
+            [x, slab, rows, shares, _turns(), *own],
+            [(hidden_shape, x.dtype), (x.shape, x.dtype)],
+            (plan.template["SHARES"], 1, 1),
+            32 * _FUSED_SIMDGROUPS,
+            {**template, **offsets, **plan.template},
+        )
+        return y
+
     up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
     down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
 
@@ -164,6 +204,70 @@ def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
         and form.hidden_size % 256 == 0
         and form.intermediate_size % 256 == 0
     )
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """How the one dispatch divides its work; ``shared_memory`` in bytes."""
+
+    template: Mapping[str, int]
+    shared_memory: int
+
+
+def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, device: Gpu) -> FusedPlan | None:
+    """The plan for one dispatch on tensor cores: a threadgroup a multiprocessor, as many weights under way as fit.
+
+    None where two dispatches must do: many tokens, 3 bits, small groups, another type than bf16, columns that are no
+    whole chunks, a GPU without the copy engine or without the memory.
+    """
+    hidden, intermediate = form.hidden_size, form.intermediate_size
+    if (
+        tokens > MOST_TOKENS_FUSED
+        or device.capability < COPY_ENGINE
+        or form.bits not in (2, 4, 8)
+        or form.group_size not in (64, 128)
+        or not dtype == form.dtype == mx.bfloat16
+        or hidden % _FUSED_CHUNK
+        or intermediate % _FUSED_CHUNK
+        or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
+    ):
+        return None
+    shares = device.multiprocessors
+    part = min(choices, 10, max(1, hidden // intermediate))  # three copies each; a simdgroup asks for 32
+    row_bits = form.bits + 2 * 16 / form.group_size  # of a code, with its part of a scale and a bias
+    slot = int(16 * row_bits / 8 * max(hidden, part * intermediate))
+    vectors = int(min(tokens, 2) * max(hidden, choices * intermediate) * (2 + 8 / form.group_size))
+    up = -(-tokens * choices * intermediate // 8 // shares) * (hidden // _FUSED_CHUNK)
+    down = -(-tokens * hidden // 16 // shares) * choices * (intermediate // _FUSED_CHUNK)
+    partials = 16 * max(up, down)
+    others = vectors + 4 * partials + 8 * tokens * choices + 2 * (shares + 2)
+    slots = min(_MOST_SLOTS, (device.shared_memory - others) // (slot + 16))
+    if slots < 2:
+        return None
+    sizes = {"SLOT_BYTES": slot, "VECTOR_BYTES": vectors, "PARTIALS": partials, "SLOTS": slots}
+    counts = {"TOKENS": tokens, "SHARES": shares, "SIMDGROUPS": _FUSED_SIMDGROUPS, "EXPERTS_A_PART": part}
+    return FusedPlan(counts | sizes, slots * (slot + 16) + others)
+
+
+_calls = count()
+
+
+@cache
+def _all_turns() -> list[mx.array]:
+    turns = mx.zeros((256, 96), mx.uint32)
+    rows = [turns[i : i + 1] for i in range(len(turns))]
+    mx.eval(rows)
+    return rows
+
+
+def _turns() -> mx.array:
+    """Counters that are zero, for one call, which leaves them so.
+
+    Calls that run at once must not have the same; of 256 in a row, none have. A function that ``mx.compile`` made keeps
+    those it was made with: let it not run beside itself.
+    """
+    rows = _all_turns()
+    return rows[next(_calls) % len(rows)]
 
 
 def _parts(*weights: Weight) -> list[mx.array]:

@@ -1,0 +1,47 @@
+"""What kernels must know of an NVIDIA GPU and MLX does not tell, from NVIDIA's driver."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+COPY_ENGINE = 9
+"""The first compute capability whose multiprocessors copy rows to shared memory by themselves (cp.async.bulk)."""
+_MULTIPROCESSORS, _CAPABILITY, _SHARED_MEMORY = 16, 75, 97
+"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN of cuda.h."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """``capability`` is the major compute capability, ``shared_memory`` what a threadgroup can have, in bytes."""
+
+    multiprocessors: int
+    capability: int
+    shared_memory: int
+
+
+@cache
+def gpu() -> Gpu:
+    """The first GPU, which is the one that MLX uses.
+
+    Raises:
+        RuntimeError: the driver cannot be asked.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise RuntimeError(f"NVIDIA's driver does not load: {error}") from error
+    device = ctypes.c_int()
+    _check(driver.cuInit(0))
+    _check(driver.cuDeviceGet(ctypes.byref(device), 0))
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(value), number, device))
+        return value.value
+
+    return Gpu(attribute(_MULTIPROCESSORS), attribute(_CAPABILITY), attribute(_SHARED_MEMORY))
+
+
+def _check(status: int) -> None:
+    if status:
+        raise RuntimeError(f"NVIDIA's driver reports error {status}")

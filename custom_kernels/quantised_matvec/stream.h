@@ -1,0 +1,75 @@
+// body.h on tensor cores, with weights brought by the copy engine (tensor_stream.h): one vector. Weights pass through
+// SLOTS of shared memory, BATCH times 16 rows at a time. Grid: x = any number of threadgroups, which divide the rows;
+// SIMDGROUPS simdgroups share the columns.
+
+constexpr int CHUNKS = COLUMNS / CHUNK, ROWS = 16 * BATCH, STEPS = (OUTPUTS + ROWS - 1) / ROWS;
+constexpr int ROW_BYTES = COLUMNS * BITS / 8, SCALE_BYTES = COLUMNS / GROUP * 2;
+constexpr int SLOT_BYTES = ROWS * (ROW_BYTES + 2 * SCALE_BYTES);
+
+DYNAMIC_SHARED(memory);
+uchar* slots = (uchar*)memory;
+uchar* vector = slots + SLOTS * SLOT_BYTES;
+float* partial = (float*)(vector + staged_bytes(COLUMNS, GROUP));  // of two steps
+unsigned long long* full = (unsigned long long*)(partial + 2 * ROWS * CHUNKS);
+const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
+const int mine = thread_index_in_threadgroup;
+const int first = (long)threadgroup_position_in_grid.x * STEPS / gridDim.x;
+const int steps = int((long)(threadgroup_position_in_grid.x + 1) * STEPS / gridDim.x) - first;
+
+auto ask = [&](int step) {
+  const long row = (long)(first + step) * ROWS;
+  const int rows = min(ROWS, int(OUTPUTS - row));
+  uchar* to = slots + step % SLOTS * SLOT_BYTES;
+  unsigned long long* barrier = full + step % SLOTS;
+  barrier_expect(barrier, rows * (ROW_BYTES + 2 * SCALE_BYTES));
+  bring(to, (const uchar*)weight + row * ROW_BYTES, rows * ROW_BYTES, barrier);
+  bring(to + ROWS * ROW_BYTES, (const uchar*)scales + row * SCALE_BYTES, rows * SCALE_BYTES, barrier);
+  bring(to + ROWS * (ROW_BYTES + SCALE_BYTES), (const uchar*)biases + row * SCALE_BYTES, rows * SCALE_BYTES, barrier);
+};
+
+// Before weights are asked for: these few bytes would wait behind all of theirs.
+for (int i = mine; i < COLUMNS / 8; i += 32 * SIMDGROUPS) {
+  stage<BITS, GROUP>(__ldcg((const uint4*)x + i), i, COLUMNS, vector);
+}
+if (mine == 0) {
+  for (int i = 0; i < SLOTS; i++) {
+    barrier_init(full + i, 1);
+  }
+  barriers_are_ready();
+  for (int step = 0; step < min(SLOTS, steps); step++) {
+    ask(step);
+  }
+}
+Stream<BITS, GROUP> weights;
+weights.begin(lane);
+__syncthreads();
+int taken = -1;  // the chunk of x that registers hold
+for (int step = 0; step < steps; step++) {
+  const uchar* codes = slots + step % SLOTS * SLOT_BYTES;
+  const int tiles = min(BATCH, OUTPUTS / 16 - (first + step) * BATCH);
+  float* products = partial + step % 2 * ROWS * CHUNKS;
+  for (int i = simdgroup; i < tiles * CHUNKS; i += SIMDGROUPS) {
+    const int chunk = i % CHUNKS, row = i / CHUNKS * 16;
+    if (chunk != taken) {
+      taken = chunk;
+      weights.take(vector, COLUMNS, chunk);
+    }
+    barrier_wait(full + step % SLOTS, step / SLOTS & 1);
+    const uchar* own = codes + ROWS * ROW_BYTES + row * SCALE_BYTES + chunk * weights.SCALES;
+    weights.multiply_chunk(codes + row * ROW_BYTES + chunk * weights.CODES, ROW_BYTES, own, own + ROWS * SCALE_BYTES,
+                           SCALE_BYTES, 1.0f, products + 16 * i);
+  }
+  __syncthreads();
+  if (mine == 0 && step + SLOTS < steps) {
+    ask(step + SLOTS);
+  }
+  const int row = mine - 32 * (SIMDGROUPS - (ROWS + 31) / 32);  // not the simdgroup that asks
+  if (row >= 0 && row < 16 * tiles) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+      sum += products[16 * (row / 16 * CHUNKS + chunk) + row % 16];
+    }
+    y[(long)(first + step) * ROWS + row] = T(sum);
+  }
+}
