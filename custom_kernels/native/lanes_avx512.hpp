@@ -71,7 +71,7 @@ INLINE F spread(F block, int chunk) {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), block.v)};
 }
 
-INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_NTA); }
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
 constexpr int kTokens = 4;  // vectors that share a pass over the codes
 constexpr int kVectors = 4; // registers of 16 vectors in `multiply`
