@@ -1,7 +1,7 @@
 """Read experts before they are asked for, which may turn out to be for nothing."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -21,27 +21,55 @@ _CHUNK = 2**20
 
 
 class ReadAhead:
-    """A reader that also takes hints: what they name is read into slots of its own, and copied when it is asked for.
+    """A reader that also takes hints: what they name is read into slots of its own until it is asked for.
 
-    The latest hint counts: it and every ``read`` cancel what others had begun and nobody has asked for. A read that
+    The latest hint counts: it and every request cancel what others had begun and nobody has asked for. A read that
     fails ahead is repeated, and reported, when the expert is asked for. The first hint takes the memory, as much as
     ``slots`` records, and starts the ``threads``.
+
+    With a ``slab`` of ``slots`` slots batches are served in place (``fetch``), and the first hint replaces it by one of
+    twice as many; without one everything is brought into rows of the caller's (``read``).
     """
 
     def __init__(
-        self, source: ExpertSource, reader: ExpertReader, slots: int, threads: int, direct: bool = False
+        self,
+        source: ExpertSource,
+        reader: ExpertReader,
+        slots: int,
+        threads: int,
+        direct: bool = False,
+        slab: Slab | None = None,
     ) -> None:
         self._source = source
         self._reader = reader
         self._slots = slots
         self._count = min(threads, MOST_THREADS)
         self._files = OpenFiles(partial(open_for_reading, direct=direct))
-        self._slab: Slab | None = None
+        self._in_place = slab is not None
+        self._slab = slab
+        self._in_use: Collection[int] = ()
+        """Slots of the latest batch."""
         self._threads: list[Thread] = []
         self._queue: SimpleQueue[_Ahead | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._hinted: dict[tuple[int, int], _Ahead] = {}
         self._ended: list[_Ahead] = []  # perhaps still being read: their slots are not free yet
+
+    def fetch(self, layer: int, experts: Sequence[int]) -> tuple[Slab, dict[int, int], StoreStats]:
+        """Bring distinct ``experts`` into slots of the slab, valid until the next call; what it took, as ``read`` says.
+
+        Raises:
+            ExpertReadError: an expert could not be read.
+        """
+        assert self._slab is not None
+        slab = self._slab
+        ahead = self._claim(layer, experts)
+        taken = {job.slot for job in self._ended if job.writing} | {job.slot for job in ahead.values()}
+        free = (slot for slot in range(slab.count) if slot not in taken)
+        slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
+        self._in_use = frozenset(slots.values())
+        done = self._bring(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
+        return slab, slots, done
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
         """Fill the row of each (expert, row); counts ``reads``, ``bytes_read``, ``prefetched`` and ``bytes_wasted``.
@@ -51,36 +79,44 @@ class ReadAhead:
         Raises:
             ExpertReadError: an expert could not be read.
         """
+        return self._bring(layer, wanted, self._claim(layer, [expert for expert, _ in wanted]))
+
+    def _claim(self, layer: int, experts: Sequence[int]) -> "dict[int, _Ahead]":
+        """Those of ``experts`` that are being read ahead or were; all other reads ahead are cancelled."""
         hinted = self._hinted
-        ahead = {expert: hinted[layer, expert] for expert, _ in wanted if (layer, expert) in hinted}
+        ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
         self._cancel(set(hinted.values()).difference(ahead.values()))
-        self._ended += ahead.values()  # their slots are free once they have been copied
+        self._ended += ahead.values()
         self._hinted = {}
-        rest = [(expert, row) for expert, row in wanted if expert not in ahead]
-        done = StoreStats()
-        if rest:
-            reads, nbytes = self._reader.read(layer, rest)
-            done = StoreStats(reads=reads, bytes_read=nbytes)
+        return ahead
+
+    def _bring(self, layer: int, wanted: Sequence[tuple[int, memoryview]], ahead: "Mapping[int, _Ahead]") -> StoreStats:
+        done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
         for expert, row in wanted:
-            if expert not in ahead:
+            job = ahead.get(expert)
+            if job is None:
                 continue
-            job = ahead[expert]
             job.finished.wait()
-            if job.complete:
-                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
-                job.used = True
-                done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
-            else:
+            if not job.complete:
                 failed.append((expert, row))
-        if failed:
-            reads, nbytes = self._reader.read(layer, failed)
-            done += StoreStats(reads=reads, bytes_read=nbytes)
+                continue
+            if row is not job.row:
+                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+            job.used = True
+            done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+        done += self._read(layer, failed)
         return done + StoreStats(bytes_wasted=self._wasted())
 
+    def _read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
+        if not wanted:
+            return StoreStats()
+        reads, nbytes = self._reader.read(layer, wanted)
+        return StoreStats(reads=reads, bytes_read=nbytes)
+
     def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Begin to read ``experts``, as many as there are slots, without waiting.
+        """Begin to read ``experts``, as many as a batch may have, without waiting.
 
         Raises:
             InputError: there is no memory for them.
@@ -92,13 +128,9 @@ class ReadAhead:
         self._cancel(set(self._hinted.values()).difference(kept.values()))
         self._hinted = kept
         taken = {job.slot for job in kept.values()} | {job.slot for job in self._ended if job.writing}
-        free = (slot for slot in range(slab.count) if slot not in taken)
-        for place in wanted:
-            if place in kept:
-                continue
-            slot = next(free, None)
-            if slot is None:
-                return
+        free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
+        new = [place for place in wanted if place not in kept][: max(0, self._slots - len(taken))]
+        for place, slot in zip(new, free, strict=False):
             row = slab.rows([slot])[0]
             job = _Ahead(slot, row, list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK)))
             self._hinted[place] = job
@@ -116,8 +148,9 @@ class ReadAhead:
         return StoreStats(bytes_wasted=self._wasted())
 
     def _started(self) -> Slab:
-        if self._slab is None:
-            self._slab = Slab(self._slots, self._source.layout.record_bytes)
+        slots = 2 * self._slots if self._in_place else self._slots
+        if self._slab is None or self._slab.count < slots:
+            self._slab = Slab(slots, self._source.layout.record_bytes)
         try:
             while len(self._threads) < self._count:
                 name = f"expert-read-ahead-{len(self._threads)}"

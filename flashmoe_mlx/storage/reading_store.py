@@ -10,7 +10,7 @@ from flashmoe_mlx.storage.slab import Slab
 
 
 class ReadingStore(ExpertStore):
-    """Reads every expert that is asked for into the first slots of a slab, with the reader that ``make_reader`` makes.
+    """Reads every expert that is asked for into slots of a slab, with the reader that ``make_reader`` makes.
 
     What is read again soon comes from the page cache, if the reader uses it. Hints are read ahead by ``threads``
     threads, ``direct`` past the page cache.
@@ -25,15 +25,12 @@ class ReadingStore(ExpertStore):
         direct: bool = False,
     ) -> None:
         super().__init__(source, slots)
-        self._slab = Slab(slots, source.layout.record_bytes)
-        self._reader = ReadAhead(source, make_reader(self._slab), slots, threads, direct)
+        slab = Slab(slots, source.layout.record_bytes)
+        self._reader = ReadAhead(source, make_reader(slab), slots, threads, direct, slab)
 
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
-        slots = {expert: slot for slot, expert in enumerate(dict.fromkeys(experts))}
-        rows = self._slab.rows(range(len(slots)))
-        done = self._reader.read(layer, list(zip(slots, rows, strict=True)))
-        batch = self._slab.batch([slots[expert] for expert in experts])
-        return batch, replace(done, misses=len(slots))
+        slab, slots, done = self._reader.fetch(layer, list(dict.fromkeys(experts)))
+        return slab.batch([slots[expert] for expert in experts]), replace(done, misses=len(slots))
 
     def _hint(self, layer: int, experts: Sequence[int]) -> None:
         self._reader.advise(layer, experts)

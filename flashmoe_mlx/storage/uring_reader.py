@@ -48,6 +48,7 @@ class UringReader:
         self._files = OpenFiles(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._buffers: dict[int, int] = {}
+        self._registered: Sequence[memoryview] = ()
         if registered is not None:
             try:
                 self._register(registered)
@@ -67,6 +68,7 @@ class UringReader:
                 f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {mend}set "
                 "backend.registered=false"
             ) from error
+        self._registered = rows  # while they live nothing else has their ids
         self._buffers = {id(row): index for index, row in enumerate(rows)}
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
