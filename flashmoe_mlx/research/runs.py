@@ -97,16 +97,16 @@ def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
         "backend": backend.pop("_target_").rpartition(".")[0].rpartition(".")[2],
         "experts_k": record["experts_k"],
         "bits": record["experts"]["bits"],
-        "prefetch": record["prefetch"],
+        "prefetch": record.get("prefetch", "none"),  # older records have none
         "kernels": kernels if isinstance(kernels, str) else json.dumps(kernels),
         "time_to_first_token": record["time_to_first_token"],
-        "accuracy": (record["guesses"] or {}).get("accuracy"),
+        "accuracy": (record.get("guesses") or {}).get("accuracy"),
         "peak_bytes": record["process_peak_bytes"],
     }
     row |= {f"backend.{option}": value for option, value in backend.items()}
     for stage in ("prefill", "decode"):
         measured = record[stage]
-        row |= {f"{stage}_{name}": measured[name] for name in _STAGE}
+        row |= {f"{stage}_{name}": measured.get(name) for name in _STAGE}
         row |= {f"{stage}_{name}_seconds": value for name, value in (measured["step_seconds"] or {}).items()}
         for phase, seconds in measured["phase_seconds"].items():
             row[f"{stage}_{phase}_share"] = seconds / measured["seconds"] if measured["seconds"] else None
