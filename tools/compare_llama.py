@@ -1,0 +1,221 @@
+"""Decode speed beside llama.cpp, in turns: a model of the 397B's geometry with random weights, written twice.
+
+    python -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy      # builds llama.cpp: minutes
+    python tools/compare_llama.py --peer peer/bin/python --layers 4 --experts 64 --folder /tmp/compare
+
+Both run K=4 with the same sizes and a vocabulary of some 260, on the cores of this process, from memory: ours 4 bit in
+groups of 64 (4.5 bits a weight), llama.cpp's Q4_K (4.5 bits). Each process decodes ``--tokens`` random tokens a round;
+rounds are taken A B B A. Fewer experts than 512 take less room; a token still reads K of them a layer. The weights are
+not the same, so only times are compared.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+SIZES = {
+    "hidden_size": 4096,
+    "experts_per_token": 4,
+    "expert_size": 1024,
+    "shared_expert_size": 1024,
+    "num_heads": 32,
+    "num_kv_heads": 2,
+    "head_dim": 256,
+    "linear_key_heads": 16,
+    "linear_value_heads": 64,
+    "linear_key_dim": 128,
+    "linear_value_dim": 128,
+    "max_context": 4096,
+    "bits": 4,
+    "seed": 0,
+}
+_WARM_UP = 8
+
+
+def main() -> None:
+    """Write both models where they are missing, run the rounds, print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", help="a Python with llama-cpp-python and gguf")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--experts", type=int, default=64)
+    parser.add_argument("--backend", default="mmap")
+    parser.add_argument("--tokens", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=2, help="of A B B A")
+    parser.add_argument("--folder", type=Path, default=Path("compare-llama"))
+    parser.add_argument("--side", choices=("ours", "peer", "write"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        print(json.dumps({"ours": _ours, "peer": _peer, "write": _write_gguf}[arguments.side](arguments)))
+        return
+    if not arguments.peer:
+        parser.error("--peer is needed")
+    _run(arguments, "ours", only_make=True)
+    if not _gguf(arguments).exists():
+        _run(arguments, "write")
+    results: dict[str, list[list[float]]] = {"ours": [], "peer": []}
+    for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
+        found = _run(arguments, side)
+        results[side].append(found["ms"])
+        print(f"{side}: median {median(found['ms']):.1f} ms a token {found.get('what', '')}", file=sys.stderr)
+    print("| | ms a token: p5 / p50 / p95 | mean | medians of the rounds |\n|---|---|---|---|")
+    for side, title in (("ours", f"flashmoe_mlx, {arguments.backend}"), ("peer", "llama.cpp, mmap")):
+        every = sorted(ms for one in results[side] for ms in one)
+        low, middle, high = (every[int(share * (len(every) - 1))] for share in (0.05, 0.5, 0.95))
+        rounds = ", ".join(f"{median(one):.1f}" for one in results[side])
+        print(f"| {title} | {low:.1f} / {middle:.1f} / {high:.1f} | {sum(every) / len(every):.1f} | {rounds} |")
+
+
+def _run(arguments: argparse.Namespace, side: str, only_make: bool = False) -> Any:
+    python = sys.executable if side == "ours" else arguments.peer
+    own = ["--layers", arguments.layers, "--experts", arguments.experts, "--backend", arguments.backend]
+    own += ["--tokens", 0 if only_make else arguments.tokens, "--folder", arguments.folder, "--side", side]
+    done = subprocess.run([python, __file__, *map(str, own)], check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _tokens(count: int, vocabulary: int) -> list[int]:
+    return [random.Random(number).randrange(vocabulary) for number in range(count + _WARM_UP)]  # noqa: S311
+
+
+def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    import time
+
+    import mlx.core as mx
+
+    import flashmoe_mlx
+    from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+
+    mx.set_default_device(mx.cpu)
+    sizes = SyntheticSizes(num_layers=arguments.layers, num_experts=arguments.experts, **SIZES)
+    pack = synthetic_pack("compare", sizes, arguments.folder).folder
+    if not arguments.tokens:
+        return {}
+    with flashmoe_mlx.load(pack, arguments.backend) as engine:
+        cache, times = engine.new_cache(), []
+        for token in _tokens(arguments.tokens, 256):
+            start = time.perf_counter()
+            engine.forward([token], cache)
+            times.append(1e3 * (time.perf_counter() - start))
+        return {"ms": times[_WARM_UP:], "what": engine.setup["kernels"]["routed_experts"]}
+
+
+def _gguf(arguments: argparse.Namespace) -> Path:
+    folder: Path = arguments.folder
+    return folder / f"compare-{arguments.layers}-{arguments.experts}.gguf"
+
+
+def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
+    import time
+
+    import llama_cpp
+
+    llama = llama_cpp.Llama(
+        str(_gguf(arguments)), n_ctx=512, n_threads=len(os.sched_getaffinity(0)), verbose=False, logits_all=False
+    )
+    times = []
+    for token in _tokens(arguments.tokens, 256):
+        start = time.perf_counter()
+        llama.eval([token])
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"ms": times[_WARM_UP:], "what": llama_cpp.llama_print_system_info().decode().split("|")[0]}
+
+
+def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Random Q4_K weights; norms and whatever llama.cpp keeps in f32 are f32."""
+    import gguf
+    import numpy as np
+
+    path = _gguf(arguments)
+    partial = path.with_suffix(".partial")
+    writer = gguf.GGUFWriter(partial, "qwen35moe")
+    layers, hidden, vocabulary = arguments.layers, SIZES["hidden_size"], 256 + 4
+    heads, kv_heads, dim = SIZES["num_heads"], SIZES["num_kv_heads"], SIZES["head_dim"]
+    key = SIZES["linear_key_heads"] * SIZES["linear_key_dim"]
+    value_heads, value = SIZES["linear_value_heads"], SIZES["linear_value_heads"] * SIZES["linear_value_dim"]
+    writer.add_block_count(layers)
+    writer.add_context_length(SIZES["max_context"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(SIZES["expert_size"])
+    writer.add_expert_feed_forward_length(SIZES["expert_size"])
+    writer.add_expert_shared_feed_forward_length(SIZES["shared_expert_size"])
+    writer.add_expert_count(arguments.experts)
+    writer.add_expert_used_count(SIZES["experts_per_token"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(dim)
+    writer.add_value_length(dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(1e7)
+    writer.add_rope_dimension_count(64)
+    writer.add_rope_dimension_sections([11, 11, 10, 0])
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_state_size(SIZES["linear_key_dim"])
+    writer.add_ssm_group_count(SIZES["linear_key_heads"])
+    writer.add_ssm_time_step_rank(value_heads)
+    writer.add_ssm_inner_size(value)
+    writer.add_uint32("qwen35moe.full_attention_interval", 4)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list([f"<{number}>" for number in range(vocabulary)])
+    writer.add_token_types([1] * vocabulary)
+    writer.add_token_merges(["< >"])
+    writer.add_eos_token_id(vocabulary - 1)
+    generator = np.random.default_rng(0)
+
+    def quantised(name: str, *shape: int) -> None:
+        blocks = int(np.prod(shape)) // 256
+        raw = generator.integers(0, 256, (blocks, 144), np.uint8)
+        scales = np.array([0.001, 0.01], np.float16)  # d and dmin of a block; its 6-bit scales and codes are random
+        raw[:, :4] = scales.view(np.uint8)
+        data = raw.reshape(*shape[:-1], shape[-1] // 256 * 144)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+
+    def plain(name: str, *shape: int, mean: float = 0.0, scale: float = 0.02) -> None:
+        writer.add_tensor(name, (mean + scale * generator.standard_normal(shape)).astype(np.float32))
+
+    quantised("token_embd.weight", vocabulary, hidden)
+    plain("output_norm.weight", hidden, mean=1.0)
+    quantised("output.weight", vocabulary, hidden)
+    for layer in range(layers):
+        own = f"blk.{layer}."
+        plain(own + "attn_norm.weight", hidden, mean=1.0)
+        plain(own + "post_attention_norm.weight", hidden, mean=1.0)
+        if layer % 4 == 3:
+            quantised(own + "attn_q.weight", 2 * heads * dim, hidden)
+            quantised(own + "attn_k.weight", kv_heads * dim, hidden)
+            quantised(own + "attn_v.weight", kv_heads * dim, hidden)
+            quantised(own + "attn_output.weight", hidden, heads * dim)
+            plain(own + "attn_q_norm.weight", dim, mean=1.0)
+            plain(own + "attn_k_norm.weight", dim, mean=1.0)
+        else:
+            quantised(own + "attn_qkv.weight", 2 * key + value, hidden)
+            quantised(own + "attn_gate.weight", value, hidden)
+            quantised(own + "ssm_alpha.weight", value_heads, hidden)
+            quantised(own + "ssm_beta.weight", value_heads, hidden)
+            quantised(own + "ssm_out.weight", hidden, value)
+            plain(own + "ssm_conv1d.weight", 2 * key + value, 4, scale=0.5)
+            plain(own + "ssm_a", value_heads, mean=-1.0)
+            plain(own + "ssm_dt.bias", value_heads)
+            plain(own + "ssm_norm.weight", SIZES["linear_value_dim"], mean=1.0)
+        plain(own + "ffn_gate_inp.weight", arguments.experts, hidden)
+        plain(own + "ffn_gate_inp_shexp.weight", hidden)
+        inner = SIZES["expert_size"]
+        for part, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            quantised(f"{own}ffn_{part}_shexp.weight", *shape)
+            quantised(f"{own}ffn_{part}_exps.weight", arguments.experts, *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    partial.rename(path)
+    return {"bytes": path.stat().st_size}
+
+
+if __name__ == "__main__":
+    main()
