@@ -127,7 +127,7 @@ def _report(custom: str | None, findings: list[Finding]) -> Iterator[str]:
     described = ", ".join(f"{key} {value}" for key, value in environment().items() if isinstance(value, str))
     yield f"{described}, {mx.device_info(mx.default_device()).get('device_name', mx.default_device())}"
     if custom is None:
-        yield "No GPU that MLX can use: MLX's own operations run, and are checked; custom kernels need Metal or CUDA."
+        yield ("No GPU that MLX can use: MLX's operations are checked here; kernels for CPUs are when first used.")
     else:
         yield f"Custom kernels as {custom}. Times: microseconds a call, launch included, weights in the GPU's cache."
     yield ""
