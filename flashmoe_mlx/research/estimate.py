@@ -17,8 +17,13 @@ from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
 ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
 """Exponents of Zipf's law that stand for a model of which no trace is known: between the outer two lie the hit rates
 that engines of this kind have published, and about the middle one most of them."""
-TOLERANCE = 0.15
-"""What a prediction may be wrong by besides what is not known of the routing: docs/measurements/."""
+
+
+def tolerance(backend: str) -> float:
+    """What a prediction may be wrong by besides what is not known of the routing: 2026-11-24-speed-model.md."""
+    return 0.3 if backend == "resident" else 0.15
+
+
 _LAYERS = 4  # of drawn traces, which stand for all
 _DIRECT = ("io_uring direct", "pread direct")
 
@@ -128,8 +133,8 @@ def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, flo
     return Estimate(
         backend,
         1 / middle.seconds,
-        (1 - TOLERANCE) / worst.high,
-        (1 + TOLERANCE) / best.low,
+        (1 - tolerance(backend)) / worst.high,
+        (1 + tolerance(backend)) / best.low,
         middle.reading / middle.seconds,
         hit_rates,
         budget,

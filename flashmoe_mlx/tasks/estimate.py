@@ -19,7 +19,7 @@ from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.record import QUANTISED_BITS
 from flashmoe_mlx.pack.synthetic import synthetic_config
-from flashmoe_mlx.research.estimate import TOLERANCE, Estimate, Machine, Model, check_trace, estimates, wishes
+from flashmoe_mlx.research.estimate import Estimate, Machine, Model, check_trace, estimates, tolerance, wishes
 from flashmoe_mlx.research.probe import MachineProfile, machine_identity, probe
 from flashmoe_mlx.research.published import PUBLISHED, known_config
 from flashmoe_mlx.research.sizes import resident_bytes
@@ -199,7 +199,7 @@ def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, fl
     best = found[0]
     routing = "its routing being even or skewed, since no trace is known (task=trace records one, trace= uses it)"
     unknown = f" and {routing}" if model.trace is None and best.backend != "resident" else ""
-    yield f"range: {TOLERANCE:.0%} for the model's own error, the spread of the measurement{unknown}"
+    yield f"range: {tolerance(best.backend):.0%} for the model's own error, the spread of the measurement{unknown}"
     gains = {wish: rate / best.tokens_per_second for wish, rate in helps.items()}
     worth = sorted((wish for wish in gains if gains[wish] >= _WORTH), key=lambda wish: -gains[wish])
     shown = [f"{wish} {helps[wish]:.3g} tok/s (x{gains[wish]:.2f})" for wish in worth]
