@@ -1,0 +1,126 @@
+"""The demo model's corpus: documents without end from a seed, and a held-out set that shares no sentence with them.
+
+python tools/demo_model/corpus.py            # one example of each kind
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from random import Random
+
+from documents import Document, segments
+from questions import (
+    all_facts,
+    careless,
+    context_question,
+    person_facts,
+    recall,
+    small_talk,
+    sum_question,
+    village_facts,
+    world_question,
+)
+from stories import notice, portrait, story, tell_about
+from structured import json_request, tool_use
+from world import World
+
+HELD_OUT = {"text": 40, "world": 60, "context": 60, "arithmetic": 40, "recall": 40, "json": 80, "tool_call": 80,
+            "tool_result": 40}  # fmt: skip
+"""Documents of each kind in the held-out set."""
+
+
+SHARES = {
+    "portrait": 0.07,
+    "story": 0.06,
+    "notice": 0.03,
+    "world": 0.16,
+    "context": 0.17,
+    "sum": 0.11,
+    "recall": 0.06,
+    "json": 0.14,
+    "tool": 0.14,
+    "small talk": 0.03,
+    "tell": 0.03,
+}
+"""Of the training documents, by what writes them."""
+QUESTIONS = {
+    "portrait": 0.02,
+    "story": 0.01,
+    "notice": 0.02,
+    "world": 0.14,
+    "context": 0.44,
+    "sum": 0.06,
+    "recall": 0.14,
+    "json": 0.07,
+    "tool": 0.06,
+    "small talk": 0.02,
+    "tell": 0.02,
+}
+"""A mixture for the end of the training: what is hardest weighs most."""
+
+
+class Corpus:
+    """Documents about one world. ``held_out`` is drawn first; training texts then avoid every sentence in it."""
+
+    def __init__(self, seed: int = 0, shares: Mapping[str, float] = SHARES) -> None:
+        self.world = world = World(seed)
+        self._seed = seed
+        facts = all_facts(world)
+        subjects = [person_facts(p) for p in world.people] + [village_facts(v) for v in world.villages]
+        makers: dict[str, Callable[[Random], Document]] = {
+            "portrait": lambda draw: portrait(draw, subjects),
+            "story": story,
+            "notice": notice,
+            "world": lambda draw: world_question(draw, facts),
+            "context": context_question,
+            "sum": sum_question,
+            "recall": lambda draw: recall(draw, facts),
+            "json": json_request,
+            "tool": tool_use,
+            "small talk": small_talk,
+            "tell": lambda draw: tell_about(draw, world),
+        }
+        # The held-out set does not depend on how the training texts are mixed.
+        self._makers = [(SHARES[name], make) for name, make in makers.items()]
+        self.held_out = self._draw_held_out()
+        self._makers = [(shares[name], make) for name, make in makers.items()]
+        self._reserved = {sentence for document in self.held_out for sentence in document.sentences}
+
+    def _draw_held_out(self) -> list[Document]:
+        draw = Random(f"held out {self._seed}")
+        wanted, documents = dict(HELD_OUT), []
+        seen: set[str] = set()
+        while any(wanted.values()):
+            document = self._document(draw)
+            if wanted.get(document.kind, 0) and not document.sentences <= seen:
+                wanted[document.kind] -= 1
+                seen |= document.sentences
+                documents.append(document)
+        return sorted(documents, key=lambda document: list(HELD_OUT).index(document.kind))
+
+    def _document(self, draw: Random) -> Document:
+        shares, makers = zip(*self._makers, strict=True)
+        (maker,) = draw.choices(makers, shares)
+        return maker(draw)
+
+    def training(self, shard: int, count: int) -> Iterator[Document]:
+        """``count`` documents of ``shard``, always the same."""
+        draw = Random(f"training {self._seed} {shard}")
+        while count:
+            document = self._document(draw)
+            if document.sentences & self._reserved:
+                continue
+            careless(draw, document)
+            yield document
+            count -= 1
+
+
+def _show() -> None:
+    corpus = Corpus()
+    shown: set[str] = set()
+    for document in corpus.training(0, 400):
+        if document.kind not in shown:
+            shown.add(document.kind)
+            print(f"--- {document.kind}\n" + "".join(text for text, _ in segments(document)))
+
+
+if __name__ == "__main__":
+    _show()

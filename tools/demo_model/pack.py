@@ -1,0 +1,52 @@
+"""Make what ships of a trained checkpoint: the pack, and the held-out set beside it.
+
+    python tools/demo_model/pack.py CHECKPOINT flashmoe_mlx/demo_model
+
+needs flashmoe_mlx alone. README.md and LICENSE in the target stay.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from corpus import Corpus
+from documents import item
+
+from flashmoe_mlx.pack.writer import pack_checkpoint
+from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE
+
+_KEPT = ("README.md", "LICENSE")
+_PUBLISHED = ("*.safetensors", "*.json")
+
+
+def main() -> None:
+    """Pack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="of the corpus")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.target.parent) as scratch:
+        checkpoint, pack = Path(scratch) / "flashmoe-demo", Path(scratch) / "pack"
+        checkpoint.mkdir()
+        for pattern in _PUBLISHED:
+            for path in arguments.checkpoint.glob(pattern):
+                shutil.copy(path, checkpoint)
+        (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        # Groups of 32: MLX 0.32.4 on CUDA goes wrong on matrices of 64 columns in groups of 64 (down projections here).
+        pack_checkpoint(checkpoint, pack, (4,), group_size=32, resident_bits=8)
+        with (pack / "held_out.jsonl").open("w") as file:
+            for document in Corpus(arguments.seed).held_out:
+                file.write(json.dumps(item(document)) + "\n")
+        for name in _KEPT:
+            if (arguments.target / name).exists():
+                shutil.copy(arguments.target / name, pack)
+        if arguments.target.exists():
+            shutil.rmtree(arguments.target)
+        pack.rename(arguments.target)
+
+
+if __name__ == "__main__":
+    main()
