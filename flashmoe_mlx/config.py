@@ -18,11 +18,15 @@ from flashmoe_mlx.pack.synthetic import SyntheticSizes
 
 @dataclass
 class ModelChoice:
-    """Which model: ``path`` to a pack or checkpoint, or else a synthetic one, kept under ``cache_dir``."""
+    """Which model: ``path`` to a pack or checkpoint, or else the one that comes with the package, or a synthetic one.
+
+    What is made here is kept under ``cache_dir``.
+    """
 
     name: str = MISSING
     path: str | None = None
     cache_dir: str | None = None
+    shipped: bool = False
     synthetic: SyntheticSizes | None = None
 
 
@@ -136,11 +140,26 @@ class EstimateConfig(Config):
     probe_seconds: float = 90
 
 
+@dataclass
+class EvaluateConfig(Config):
+    """Keys of ``task=evaluate``."""
+
+    variants: list[str] | None = None
+    experts_ks: list[int] | None = None
+    items: str | None = None
+    kinds: list[str] | None = None
+    limit: int | None = None
+    answers: bool = True
+    reference: str | None = None
+    reference_kernels: str = "auto"
+
+
 TASK_CONFIGS: Mapping[str, type[Config]] = {
     "bench": BenchConfig,
     "bench_io": BenchIoConfig,
     "doctor": Config,
     "estimate": EstimateConfig,
+    "evaluate": EvaluateConfig,
     "generate": Config,
     "pack": PackConfig,
     "simulate": SimulateConfig,
@@ -154,6 +173,8 @@ TEXT_KEYS = (
     "packed_experts",
     "trace",
     "hot",
+    "items",
+    "reference",
     "resume",
     "model.path",
     "model.cache_dir",

@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from flashmoe_mlx.pack.demo import demo_folder
 from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
 
 
@@ -45,6 +46,12 @@ TINY = SyntheticSizes(
 
 
 @pytest.fixture(scope="session")
+def demo_pack() -> Path:
+    """The trained model that ships: 8 layers of 64 experts, the standard model of a test; read only."""
+    return demo_folder()
+
+
+@pytest.fixture(scope="session")
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pack with random weights; read only."""
+    """A pack with random weights, for tests that want a smaller one or other sizes; read only."""
     return synthetic_pack("tiny", TINY, tmp_path_factory.mktemp("cache")).folder

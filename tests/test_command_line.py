@@ -95,7 +95,7 @@ def test_awkward_texts(text: str) -> None:
     ("argument", "message"),
     [
         ("modle=x", "modle: no such key; did you mean model?"),
-        ("zzzz=1", "zzzz: no such key; there are backend, "),
+        ("zzzz=1", "zzzz: no such key; there are answers, backend, "),
         ("prompt", "prompt: expected key=value; --help lists the keys"),
         ("=4", "=4: expected key=value"),
     ],

@@ -333,11 +333,11 @@ def test_a_malformed_special_token_is_refused(tmp_path: Path) -> None:
 def test_turns_are_rendered_as_chatml(qwen: ChatTemplate, turns: list[tuple[str, str]], prompted: bool) -> None:
     messages = [{"role": role, "content": content} for role, content in turns]
     expected = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
-    prompt = "<|im_start|>assistant\n<think>\n" if prompted else ""
+    prompt = "<|im_start|>assistant\n<think>\n\n</think>\n\n" if prompted else ""
     assert qwen.render(messages, add_generation_prompt=prompted) == expected + prompt
 
 
-def test_thinking_can_be_switched_off(qwen: ChatTemplate) -> None:
+def test_thinking_can_be_switched_on(qwen: ChatTemplate) -> None:
     assert qwen.render(USER, enable_thinking=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert qwen.render(USER, enable_thinking=True).endswith("<|im_start|>assistant\n<think>\n")
 
@@ -364,7 +364,7 @@ def test_a_conversation_with_tools(qwen: ChatTemplate) -> None:
         "<|im_start|>user\nWeather?<|im_end|>\n"
         f"<|im_start|>assistant\n<think>\nlook it up\n</think>\n\n{rendered_call}\n{rendered_call}<|im_end|>\n"
         "<|im_start|>user\n<tool_response>\nrain\n</tool_response>\n<tool_response>\nsun\n</tool_response><|im_end|>\n"
-        "<|im_start|>assistant\n<think>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
     )
 
 

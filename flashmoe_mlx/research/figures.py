@@ -1,8 +1,8 @@
 """Figures that tasks save and notebooks show. They need matplotlib, which comes with the extra ``research``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.curves import Curve
@@ -121,3 +121,53 @@ def _patch(colour: str, label: str) -> "Patch":
 def save(figure: "Figure", path: Path) -> None:
     """Write a PNG."""
     figure.savefig(path, dpi=150)
+
+
+QUALITY_PANELS = (
+    ("kl", "KL from the reference, nats a token"),
+    ("questions", "questions right, %"),
+    ("json_valid", "JSON that satisfies its schema, %"),
+    ("tool_calls", "tool calls right, %"),
+)
+
+
+def quality_figure(cells: Sequence[Mapping[str, Any]]) -> "Figure":
+    """Quality over experts a token, a line for each variant; ``cells`` as in ``evaluate.json``."""
+    figure, axes = new_figure(width=13, height=3.6, columns=len(QUALITY_PANELS))
+    variants = dict.fromkeys(_variant(cell) for cell in cells)
+    for panel, (name, label) in zip(axes, QUALITY_PANELS, strict=True):
+        for place, variant in enumerate(variants):
+            own = [cell for cell in cells if _variant(cell) == variant]
+            points = [(cell["setup"]["experts_k"], *_value(cell, name)) for cell in own if _value(cell, name)]
+            if not points:
+                continue
+            ks, values, lows, highs = zip(*sorted(points), strict=True)
+            # Side by side, so that intervals can be told apart.
+            beside = [k + 0.12 * (place - (len(variants) - 1) / 2) for k in ks]
+            (line,) = panel.plot(beside, values, marker="o", markersize=3, linewidth=1.2, label=variant)
+            panel.vlines(beside, lows, highs, color=line.get_color(), alpha=0.35, linewidth=1)
+        if name == "kl":
+            panel.set_yscale("log")
+        panel.set_xlabel("experts a token")
+        panel.set_title(label, fontsize=9)
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def _variant(cell: Mapping[str, Any]) -> str:
+    setup = cell["setup"]
+    return str(setup["backend"].get("variant") or f"{setup['experts']['bits'] or 'dense'}")
+
+
+def _value(cell: Mapping[str, Any], name: str) -> tuple[float, float, float] | tuple[()]:
+    """A figure with its interval; nothing if the cell has none."""
+    if name == "kl":
+        scored = cell.get("text") or cell.get("answers")
+        if not scored or scored["kl"] <= 0:
+            return ()
+        low, high = scored["kl_interval"] or (scored["kl"], scored["kl"])
+        return scored["kl"], low, high
+    if name not in cell:
+        return ()
+    low, high = cell[name]["interval"]
+    return 100 * cell[name]["share"], 100 * low, 100 * high

@@ -104,7 +104,7 @@ def _plan(config: BenchConfig) -> Plan:
         prompts += _OTHER_PROMPTS
     if not prompts or ("rotating" in config.conditions and len(prompts) < 2):
         raise InputError("prompts= needs at least one text, two for conditions=[rotating]")
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, *(one.backend for one in settings))
     return Plan(folder, settings, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels)
 
 

@@ -28,7 +28,7 @@ def run(config: Config, run_dir: Path) -> None:
     """Generate, and leave ``environment.json`` and ``metrics.json`` in ``run_dir``."""
     if (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, config.backend)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,

@@ -1,17 +1,24 @@
 """The model that a configuration means."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flashmoe_mlx.config import ModelChoice, folder_of
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.demo import demo_with_variants
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 from flashmoe_mlx.pack.synthetic import synthetic_pack
 from flashmoe_mlx.tasks.console import byte_progress
 
 
-def model_folder(choice: ModelChoice) -> Path:
-    """Its folder; a synthetic model is made first if it is not there yet.
+def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
+    """Its folder; a synthetic model is made first if it is not there yet, and so are variants of the demo model.
+
+    Args:
+        choice: the model.
+        *backends: settings of those that will read it: the variants they name.
 
     Raises:
         InputError: there is no such model.
@@ -26,11 +33,14 @@ def model_folder(choice: ModelChoice) -> Path:
                 f"task=pack source=<org>/<name> out={choice.path}"
             )
         return folder
-    if choice.synthetic is None:
+    if choice.synthetic is None and not choice.shipped:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
     cache_dir = cache_folder(choice)
     try:
         with byte_progress() as progress:
+            if choice.synthetic is None:
+                variants = {str(backend["variant"]) for backend in backends if backend.get("variant") is not None}
+                return demo_with_variants(variants, cache_dir, progress)
             return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
     except OSError as error:
         raise InputError(
@@ -47,7 +57,7 @@ def model_identity(folder: Path) -> str:
 
 
 def cache_folder(choice: ModelChoice) -> Path:
-    """Where synthetic models, and what is known of this machine, are kept.
+    """Where models that are made here, and what is known of this machine, are kept.
 
     An empty variable counts as unset, as the XDG specification says.
     """

@@ -25,7 +25,7 @@ def run(config: Config, run_dir: Path) -> None:
         raise InputError(f"{path}: is there already; choose another out=")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, config.backend)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
         prompt = engine.encode(config.prompt, raw=config.raw)

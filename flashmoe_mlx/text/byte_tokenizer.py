@@ -13,7 +13,7 @@ _MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response
 BYTE_TOKENS = 256 + len(_SPECIAL + _MARKUP)
 """Size of its vocabulary."""
 
-_CHAT_TEMPLATE = """\
+CHAT_TEMPLATE = """\
 {%- set system = messages[0].content if messages[0].role == 'system' else '' %}
 {%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n\\nYou may call these functions:\\n\\n<tools>' }}
@@ -62,7 +62,7 @@ _CHAT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n<think>\\n' }}
-    {{- '\\n</think>\\n\\n' if enable_thinking is false }}
+    {{- '\\n</think>\\n\\n' if enable_thinking is not true }}
 {%- endif %}
 """
 
@@ -125,7 +125,7 @@ def write_byte_tokenizer(folder: Path) -> int:
     _write_json(folder / "tokenizer.json", tokenizer)
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_json(folder / "generation_config.json", generation_config)
-    (folder / "chat_template.jinja").write_bytes(_CHAT_TEMPLATE.encode())
+    (folder / "chat_template.jinja").write_bytes(CHAT_TEMPLATE.encode())
     return len(vocabulary) + len(added)
 
 

@@ -1,0 +1,61 @@
+"""The demo model that comes with the package, and its other variants, which are made in the user's cache."""
+
+import hashlib
+import re
+import shutil
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.files import exclusive, explained_write_errors
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.progress import Progress
+from flashmoe_mlx.pack.quantise import QUANTISERS
+from flashmoe_mlx.pack.writer import add_variants
+
+_VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
+
+
+def demo_folder() -> Path:
+    """The pack inside the installed package: only 4 bits, and never written to."""
+    return Path(str(package_files("flashmoe_mlx").joinpath("demo_model")))
+
+
+def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress | None = None) -> Path:
+    """A pack of the demo model that has ``variants``: the one in the package, or a copy under ``cache_dir``.
+
+    What is missing is made of the 4-bit experts, as ``task=pack bits=`` makes it.
+
+    Raises:
+        InputError: a variant has a name that cannot be made.
+        PackError: no room for it, or another process is making it.
+    """
+    shipped = open_pack(demo_folder())
+    if variants <= set(shipped.experts):
+        return shipped.folder
+    wanted = {name: _recipe(name) for name in sorted(variants)}
+    digest = hashlib.sha256((shipped.folder / MANIFEST).read_bytes()).hexdigest()[:8]
+    folder = cache_dir / f"demo-{digest}"
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MANIFEST).is_file():
+            with exclusive(folder):
+                for path in sorted(shipped.folder.rglob("*"), key=lambda path: path.name == MANIFEST):
+                    if path.is_file():  # the manifest comes last: without it there is no pack yet
+                        target = folder / path.relative_to(shipped.folder)
+                        target.parent.mkdir(exist_ok=True)
+                        shutil.copyfile(path, target)
+    (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
+    assert group_size is not None
+    for name, (bits, quantiser) in wanted.items():
+        pack = open_pack(folder)
+        if name not in pack.experts:
+            add_variants(pack, [bits], group_size=group_size, quantiser=quantiser, progress=progress)
+    return folder
+
+
+def _recipe(variant: str) -> tuple[int, str | None]:
+    match = _VARIANT.fullmatch(variant)
+    if not match or (match[2] is not None and match[2] not in QUANTISERS):
+        raise InputError(f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example")
+    return int(match[1]), match[2]

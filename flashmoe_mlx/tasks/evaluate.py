@@ -1,0 +1,116 @@
+"""``task=evaluate``: how good a model's answers are, with one setting or with every combination of variants and K."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from flashmoe_mlx.config import Config, EvaluateConfig, folder_of
+from flashmoe_mlx.engine.engine import load
+from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research.figures import quality_figure, save
+from flashmoe_mlx.research.quality import Item, Progress, Quality, Reference, evaluate, load_items, shipped_items
+from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.model import model_folder, model_identity
+
+log = logging.getLogger(__name__)
+EVALUATE_VERSION = 1
+RECORD = "evaluate.json"
+FIGURES = ("questions", "json_valid", "json_exact", "tool_calls")
+_HEADINGS = (
+    "experts", "K", "text ppl", "answer ppl", "KL nats", "top-1", "questions", "JSON valid", "JSON exact", "tool calls",
+)  # fmt: skip
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Evaluate each combination in turn, show a table, and leave ``evaluate.json`` and, of several K, a figure."""
+    assert isinstance(config, EvaluateConfig)
+    if (run_dir / RECORD).exists():
+        raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"limit={config.limit}: must be at least 1")
+    items = load_items(shipped_items() if config.items is None else folder_of(config.items), config.kinds, config.limit)
+    settings = _settings(config)
+    folder = model_folder(config.model, *(backend for backend, _ in settings))
+    record: dict[str, Any] = {
+        "evaluate_version": EVALUATE_VERSION,
+        "model": model_identity(folder),
+        "items": {"file": config.items or "the demo model's held-out set", "count": len(items)},
+        "environment": environment(),
+        "cells": [],
+    }
+    with console.status("") as status, _reference(config, folder, items, _reporter(status.update)) as reference:
+        record["reference"] = reference.setup
+        for backend, k in settings:
+            with load(folder, backend, k, kernels=config.kernels) as engine:
+                name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
+                report = _reporter(status.update, f"{name}: ")
+                quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
+                record["cells"].append(_cell(engine.setup, quality))
+            log.info("%s: %s", name, quality.summary)
+            write_json(run_dir / RECORD, record)  # what is done is kept, whatever happens to the rest
+    console.print()
+    print_table(_table(record["cells"]))
+    if len({cell["setup"]["experts_k"] for cell in record["cells"]}) > 1:
+        try:
+            save(quality_figure(record["cells"]), run_dir / "evaluate.png")
+        except InputError as error:
+            console.print(f"no figure: {error}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+
+
+def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]:
+    variants = [config.backend.get("variant")] if config.variants is None else config.variants
+    ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
+    if not variants or not ks:
+        raise InputError("variants= and experts_ks= need at least one value each")
+    return [({**config.backend, "variant": variant}, k) for variant in variants for k in ks]
+
+
+@contextmanager
+def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
+    if config.reference is not None:
+        folder = folder_of(config.reference)
+    backend = {key: value for key, value in config.backend.items() if key != "variant"}
+    if not (folder / "pack.json").exists():
+        backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
+    with load(folder, backend, kernels=config.reference_kernels) as engine:
+        reference = Reference.record(engine, items, progress)
+    with reference:
+        yield reference
+
+
+def _reporter(show: Any, prefix: str = "") -> Progress:
+    def report(what: str, done: int, total: int) -> None:
+        show(f"{prefix}{what}, {done} of {total} items")
+
+    return report
+
+
+def _cell(setup: Mapping[str, Any], quality: Quality) -> dict[str, Any]:
+    answers = [{"kind": one.item.kind, "right": one.right, "text": one.text} for one in quality.answers]
+    return {"setup": dict(setup), **quality.summary, "said": answers}
+
+
+def _table(cells: list[dict[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in _HEADINGS:
+        table.add_column(heading, justify="right")
+    for cell in cells:
+        setup, text, answers = cell["setup"], cell.get("text"), cell.get("answers")
+        distance = text or answers
+        bits = setup["experts"]["bits"]
+        table.add_row(
+            setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"),
+            str(setup["experts_k"]),
+            f"{text['perplexity']:.3f}" if text else "-",
+            f"{answers['perplexity']:.3f}" if answers else "-",
+            f"{distance['kl']:.4f}" if distance else "-",
+            f"{distance['top1_agreement']:.1%}" if distance else "-",
+            *(f"{cell[name]['share']:.1%}" if name in cell else "-" for name in FIGURES),
+        )
+    return table

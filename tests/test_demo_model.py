@@ -1,0 +1,110 @@
+"""The model that ships: what it says, what it costs to load, and that nobody writes into the package."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import golden
+import pytest
+
+from flashmoe_mlx import load
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.demo import demo_with_variants
+from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.pack.verify import verify_pack
+
+TOOLS = Path(__file__).parent.parent / "tools" / "demo_model"
+
+
+@pytest.mark.parametrize("kernels", ["auto", "mlx"])
+def test_it_says_what_was_recorded(kernels: str) -> None:
+    recorded = json.loads(golden.PATH.read_text())
+    for now, before in zip(golden.said(kernels), recorded["said"], strict=True):
+        assert now["text"] == before["text"], (
+            f"recorded with {recorded['made_by']}; python tests/golden.py records anew"
+        )
+        assert now["token_ids"] == before["token_ids"]
+        # Far from a tie, or the record would not hold elsewhere.
+        assert before["lead"] > 1
+
+
+def test_it_is_whole_and_small(demo_pack: Path) -> None:
+    pack = open_pack(demo_pack)
+    assert verify_pack(pack) == []
+    assert set(pack.experts) == {"q4"}
+    assert sum(path.stat().st_size for path in demo_pack.rglob("*") if path.is_file()) < 12_000_000
+    assert {"README.md", "LICENSE", "held_out.jsonl"} <= {path.name for path in demo_pack.iterdir()}
+
+
+def test_it_loads_in_under_a_second(demo_pack: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        load(demo_pack).close()
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1
+
+
+def test_it_is_built_like_the_large_ones(demo_pack: Path) -> None:
+    config = open_model(demo_pack).config
+    assert config.full_attention == (False, False, False, True) * 2
+    assert (config.num_experts, config.experts_per_token) == (64, 10)
+
+
+def test_other_variants_are_made_in_the_cache(demo_pack: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo_pack.rglob("*")}
+    assert demo_with_variants({"q4"}, tmp_path) == open_pack(demo_pack).folder
+    assert not list(tmp_path.iterdir())
+    folder = demo_with_variants({"q2", "q2-minmax"}, tmp_path)
+    assert folder.parent == tmp_path
+    assert set(open_pack(folder).experts) == {"q4", "q2", "q2-minmax"}
+    assert demo_with_variants({"q2"}, tmp_path) == folder
+    assert {path: path.stat().st_mtime_ns for path in demo_pack.rglob("*")} == before
+    with load(folder, "pack2") as engine:
+        assert "".join(piece.text for piece in engine.generate("Where does Mira live?")) == "Mira lives in Gorsey."
+
+
+def test_an_interrupted_copy_is_made_anew(tmp_path: Path) -> None:
+    folder = demo_with_variants({"q2"}, tmp_path)
+    (folder / "pack.json").unlink()
+    (folder / "resident.safetensors").write_bytes(b"cut short")
+    shutil.rmtree(folder / "experts-q2")
+    assert verify_pack(open_pack(demo_with_variants({"q2"}, tmp_path))) == []
+
+
+@pytest.mark.parametrize("name", ["nosuch", "q", "q2-nosuch", "../q2"])
+def test_a_variant_that_cannot_be_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="not one that can be made"):
+        demo_with_variants({name}, tmp_path)
+
+
+def test_the_command_line_makes_a_variant(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flashmoe_mlx", "backend=pack2", "prompt=Where does Mira live?"]
+    command += [f"model.cache_dir={tmp_path / 'cache'}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, "Mira lives in Gorsey.\n"), result.stderr
+
+
+def test_its_corpus_repeats_and_keeps_the_held_out_set_apart(demo_pack: Path) -> None:
+    """In its own process: the modules of the corpus have plain names."""
+    program = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from corpus import Corpus
+from documents import item
+corpus = Corpus()
+print(*(json.dumps(item(document)) for document in corpus.held_out), sep="\\n")
+reserved = {sentence for document in corpus.held_out for sentence in document.sentences}
+documents = list(corpus.training(7, 4000))
+assert not any(document.sentences & reserved for document in documents)
+assert [d.messages for d in documents[:50]] == [d.messages for d in Corpus().training(7, 50)]
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(TOOLS)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (demo_pack / "held_out.jsonl").read_text()

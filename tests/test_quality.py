@@ -1,0 +1,201 @@
+"""Judging answers, and scoring tokens through the decode path."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from flashmoe_mlx import load
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.research.intervals import ratio_interval, share_interval
+from flashmoe_mlx.research.quality import Item, Reference, evaluate, judge, load_items, passage, shipped_items
+from flashmoe_mlx.text.tool_calls import ToolCall, parse_tool_calls
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "lamp",
+            "parameters": {
+                "type": "object",
+                "properties": {"room": {"type": "string"}, "on": {"type": "boolean"}, "days": {"type": "integer"}},
+            },
+        },
+    }
+]
+CALL = (
+    "<tool_call>\n<function=lamp>\n<parameter=room>\n7\n</parameter>\n<parameter=on>\ntrue\n</parameter>\n</function>\n"
+    "</tool_call>"
+)
+
+
+def test_a_tool_call_is_read_by_its_schema() -> None:
+    assert parse_tool_calls(CALL, TOOLS) == ("", [ToolCall("lamp", {"room": "7", "on": True})])
+    assert parse_tool_calls(CALL) == ("", [ToolCall("lamp", {"room": "7", "on": "true"})])
+    two = parse_tool_calls(f"I will.\n{CALL}\n{CALL}", TOOLS)
+    assert two[0] == "I will."
+    assert len(two[1]) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "none",
+        CALL[:-5],
+        CALL.replace("</parameter>", "", 1),
+        CALL.replace("<parameter=on>", "stray <parameter=on>"),
+    ],
+)
+def test_what_is_no_whole_call_stays_text(text: str) -> None:
+    rest, calls = parse_tool_calls(text, TOOLS)
+    assert not calls
+    assert rest == text.strip()
+
+
+def test_a_value_may_have_lines_and_marks_of_its_own() -> None:
+    value = "one\n<b>two</b>\n\nthree"
+    text = f"<tool_call>\n<function=write>\n<parameter=text>\n{value}\n</parameter>\n</function>\n</tool_call>"
+    assert parse_tool_calls(text)[1] == [ToolCall("write", {"text": value})]
+    assert parse_tool_calls(CALL.replace("true", "yes"), TOOLS)[1][0].arguments["on"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed", "valid", "right"),
+    [
+        ('{"age": 3}', True, True, True),
+        ('{"age":3}', True, True, True),
+        ('{"age": 4}', True, True, False),
+        ('{"age": true}', True, False, False),
+        ('{"age": "3"}', True, False, False),
+        ("{}", True, False, False),
+        ('{"age": 3', False, False, False),
+        ('{"age": 3} Done.', False, False, False),
+        ("[" * 100_000, False, False, False),
+    ],
+)
+def test_json_is_judged(text: str, parsed: bool, valid: bool, right: bool) -> None:
+    found = judge(Item("json", messages=({},), answer="", schema=SCHEMA, json={"age": 3}), text)
+    assert (found.parsed, found.valid, found.right) == (parsed, valid, right)
+
+
+def test_calls_and_words_are_judged() -> None:
+    wanted = {"name": "lamp", "arguments": {"room": "7", "on": True}}
+    item = Item("tool_call", messages=({},), tools=tuple(TOOLS), call=wanted)
+    assert judge(item, CALL).right
+    assert not judge(item, f"{CALL}\n{CALL}").right
+    assert not judge(item, f"Here: {CALL}").right
+    assert not judge(item, CALL.replace("true", "false")).right
+    assert judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey.").right
+    assert not judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey").right
+
+
+def test_the_shipped_items() -> None:
+    items = load_items(shipped_items())
+    kinds = {item.kind for item in items}
+    assert {"text", "world", "context", "arithmetic", "recall", "json", "tool_call", "tool_result"} == kinds
+    for item in items:
+        if item.judged:  # what is held up as right is judged right
+            assert judge(item, item.answer).right, item
+    assert len(load_items(shipped_items(), ["json"], 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "not JSON"),
+        ("[]", "not an object with a kind"),
+        ('{"kind": 3}', "not an object with a kind"),
+        ('{"kind": "a"}', "give text, or messages"),
+        ('{"kind": "a", "text": "b", "messages": [], "answer": ""}', "give text, or messages"),
+        ('{"kind": "a", "messages": []}', "give text, or messages"),
+        ('{"kind": "a", "text": 3}', "text is not known, or not of the right type"),
+        ('{"kind": "a", "text": "b", "extra": 3}', "extra is not known"),
+        ('{"kind": "a", "messages": [], "answer": "", "schema": {"type": "nosuch"}}', "schema: "),
+        ("", "no items"),
+    ],
+)
+def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(InputError, match=message):
+        load_items(path)
+
+
+def test_files_and_kinds_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_items(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="no items of kind nosuch; it has arithmetic, context"):
+        load_items(shipped_items(), ["nosuch"])
+
+
+def test_scores_are_those_of_the_whole_sequence(demo_pack: Path) -> None:
+    """Token by token through the decode path gives what one pass over the text gives."""
+    items = load_items(shipped_items(), ["text", "json"], 2)
+    with load(demo_pack) as engine, Reference.record(engine, items) as reference:
+        found = evaluate(engine, items, reference, generate=False).summary
+        loss = tokens = 0.0
+        for item in items[:2]:
+            one = passage(engine, item)
+            logits = engine.logits([*one.given, *one.scored])[:-1].astype(np.float64)
+            logs = (
+                logits
+                - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
+                - logits.max(1, keepdims=True)
+            )
+            loss -= float(logs[np.arange(len(one.scored)), one.scored].sum())
+            tokens += len(one.scored)
+        assert found["text"]["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
+        for part in ("text", "answers"):
+            assert found[part]["kl"] == pytest.approx(0, abs=1e-9)
+            assert found[part]["top1_agreement"] == 1
+        with load(demo_pack, experts_k=1) as fewer:
+            worse = evaluate(fewer, items, reference, generate=False).summary
+        assert worse["text"]["kl"] > 0.05
+        assert worse["text"]["top1_agreement"] < 1
+        with pytest.raises(InputError, match="other items"):
+            evaluate(engine, items[:1], reference, generate=False)
+
+
+def test_it_answers_what_it_learned(demo_pack: Path) -> None:
+    items = load_items(shipped_items(), ["arithmetic", "json", "tool_call"], 3)
+    with load(demo_pack) as engine:
+        found = evaluate(engine, items).summary
+    for name in ("questions", "json_parsed", "json_valid", "json_exact", "tool_calls"):
+        assert found[name]["share"] == 1, found
+    assert "kl" not in found["answers"]
+
+
+def test_intervals() -> None:
+    low, high = share_interval(8, 10)
+    assert (low, high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+    assert share_interval(10, 10)[1] == pytest.approx(1)
+    assert ratio_interval([1, 2], [1, 1]) is None
+    bounds = ratio_interval([1, 2, 3, 4], [1, 1, 1, 1])
+    assert bounds is not None
+    assert 1 <= bounds[0] < 2.5 < bounds[1] <= 4
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        share_interval(3, 2)
+
+
+def test_the_task(tmp_path: Path) -> None:
+    from test_cli import flashmoe, mistake, records
+
+    arguments = ["task=evaluate", "kinds=[text,json]", "limit=3", "variants=[q4,q2]", "experts_ks=[2,10]"]
+    result = flashmoe(*arguments, "answers=false", cwd=tmp_path, cache=tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    (folder,) = records(tmp_path)
+    record: dict[str, Any] = json.loads((folder / "evaluate.json").read_text())
+    cells = record["cells"]
+    settings = [(cell["setup"]["backend"]["variant"], cell["setup"]["experts_k"]) for cell in cells]
+    assert settings == [("q4", 2), ("q4", 10), ("q2", 2), ("q2", 10)]
+    assert cells[1]["text"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert cells[0]["text"]["kl"] > 0.001
+    assert cells[3]["text"]["kl"] > 0.001
+    assert "q4" in result.stderr
+    assert "limit=0: must be" in mistake(flashmoe("task=evaluate", "limit=0", cwd=tmp_path))
+    assert "variants= and experts_ks= need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))
