@@ -1,0 +1,125 @@
+"""Quantised products of one vector on this machine's CPU, beside MLX's own and beside a plain read of the same bytes.
+
+    python tools/measure_matvec.py
+
+Weights are rotated through sets that exceed the cache several times, so every call reads them from memory. The three
+sides take turns, A B C C B A, each for all sets; a round's figure is the time of a call. The plain read sums the bytes
+of all sets as 64-bit words, on as many threads as the kernel uses, which meet once at the end: what memory gives to
+somebody who does nothing else.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.custom_kernels import native
+from flashmoe_mlx.research.intervals import median_interval
+
+_SETS_BYTES = 300e6
+_SHAPES = ((4096, 4096, 4), (4096, 1024, 4), (1024, 4096, 4), (12288, 4096, 4), (4096, 4096, 2), (4096, 4096, 3),
+           (4096, 4096, 8))  # fmt: skip
+_GROUP = 64
+
+
+def main() -> None:
+    """Print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="of A B C C B A")
+    arguments = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    if native.extension() is None:
+        sys.exit(native.MISSING)
+    threads = native.usable_cores()
+    print(f"{native.description()}; medians of {2 * arguments.rounds} rounds, 95 % bootstrap intervals; bf16 scales\n")
+    print("| rows x columns, bits | ours, us | GB/s | of a plain read | mx.quantized_matmul, us | ratio |")
+    print("|---|---|---|---|---|---|")
+    with ThreadPoolExecutor(threads) as pool:
+        for rows, columns, bits in _SHAPES:
+            print(_row(rows, columns, bits, arguments.rounds, pool, threads), flush=True)
+
+
+def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecutor, threads: int) -> str:
+    random = np.random.default_rng(0)
+    nbytes = rows * columns * bits // 8 + rows * columns // _GROUP * 4
+    count = int(_SETS_BYTES // nbytes) + 1
+    sets = [_matrix(random, rows, columns, bits) for _ in range(count)]
+    # MLX wants scales in the type of the vector; it gets them so beforehand, and fewer sets, since it is slow.
+    wide = [(w, s.astype(mx.float32), b.astype(mx.float32)) for w, s, b in sets[:4]]
+    x = mx.array(random.standard_normal((1, columns), np.float32))
+    mx.eval(x, wide)
+    shares = [[part for one in sets for part in _share(one, number, threads)] for number in range(threads)]
+
+    def ours() -> int:
+        for weight, scales, biases in sets:
+            native.quantised_product(x, weight, scales, biases, bits, _GROUP)
+        return count
+
+    def plain() -> int:
+        list(pool.map(_summed, shares))
+        return count
+
+    def by_mlx() -> int:
+        for weight, scales, biases in wide:
+            mx.eval(mx.quantized_matmul(x, weight, scales, biases, True, _GROUP, bits))
+        return len(wide)
+
+    sides: dict[str, Callable[[], int]] = {"ours": ours, "plain": plain, "mlx": by_mlx}
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for name in sides:
+        sides[name]()
+    for _ in range(rounds):
+        for name in ("ours", "plain", "mlx", "mlx", "plain", "ours"):
+            start = time.perf_counter()
+            calls = sides[name]()
+            found[name].append((time.perf_counter() - start) / calls)
+    share = [other / own for own, other in zip(found["ours"], found["plain"], strict=True)]
+    ratio = [other / own for own, other in zip(found["ours"], found["mlx"], strict=True)]
+    own = [1e6 * one for one in found["ours"]]
+    cells = (
+        f"{rows}x{columns}, {bits}",
+        _shown(own, ".0f"),
+        f"{nbytes / median(own) / 1e3:.1f}",
+        _shown(share, ".2f"),
+        f"{1e6 * median(found['mlx']):.0f}",
+        _shown(ratio, ".0f"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _matrix(random: np.random.Generator, rows: int, columns: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    codes = random.integers(0, 2**32, (rows, columns * bits // 32), np.uint32)
+    scales, biases = (random.standard_normal((rows, columns // _GROUP), np.float32) for _ in range(2))
+    matrix = mx.array(codes), mx.array(scales).astype(mx.bfloat16), mx.array(biases).astype(mx.bfloat16)
+    mx.eval(matrix)
+    return matrix
+
+
+def _share(matrix: Sequence[mx.array], number: int, of: int) -> list[npt.NDArray[np.uint64]]:
+    """A thread's part of the matrix's bytes, as words; the last few bytes are left out."""
+    words = []
+    for array in matrix:
+        whole = memoryview(array).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
+        every = np.frombuffer(whole[: len(whole) // 8 * 8], np.uint64)
+        words.append(every[len(every) * number // of : len(every) * (number + 1) // of])
+    return words
+
+
+def _summed(parts: list[npt.NDArray[np.uint64]]) -> int:
+    return sum(int(part.sum()) for part in parts)
+
+
+def _shown(values: Sequence[float], form: str) -> str:
+    interval = median_interval(values)
+    text = format(median(values), form)
+    return text if interval is None else f"{text} [{interval[0]:{form}}, {interval[1]:{form}}]"
+
+
+if __name__ == "__main__":
+    main()
