@@ -9,6 +9,7 @@ from systems import needs_linux
 
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.storage import page_cache
+from flashmoe_mlx.storage.memory import total_memory
 from flashmoe_mlx.storage.page_cache import cached_bytes, evict
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -29,6 +30,16 @@ def test_what_was_just_written_is_in_it(file: Path) -> None:
 def test_an_empty_file_has_no_pages(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert cached_bytes(tmp_path / "empty") == 0
+
+
+def test_a_file_larger_than_memory_is_looked_at_in_parts(tmp_path: Path) -> None:
+    """A whole one could not be mapped: the system refuses private mappings beyond its memory."""
+    size = 2 * total_memory() // PAGE * PAGE
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(size)
+        file.seek(size - PAGE)
+        file.write(bytes(PAGE))
+    assert cached_bytes(tmp_path / "large") == PAGE
 
 
 def in_memory(folder: Path) -> bool:

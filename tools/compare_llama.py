@@ -6,15 +6,18 @@
 Both run K=4 with the same sizes and a vocabulary of some 260, on the cores of this process, from memory: ours 4 bit in
 groups of 64 (4.5 bits a weight), llama.cpp's Q4_K (4.5 bits). Each process decodes ``--tokens`` random tokens a round;
 rounds are taken A B B A. Fewer experts than 512 take less room; a token still reads K of them a layer. The weights are
-not the same, so only times are compared.
+not the same, so only times are compared. With ``--cold`` both models' files leave the page cache before each process;
+8 tokens bring the resident weights in before any is timed, and random tokens choose experts anew at every step.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--backend", default="mmap")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2, help="of A B B A")
+    parser.add_argument("--cold", action="store_true", help="evict the page cache before each process")
     parser.add_argument("--folder", type=Path, default=Path("compare-llama"))
     parser.add_argument("--side", choices=("ours", "peer", "write"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -55,12 +59,18 @@ def main() -> None:
         return
     if not arguments.peer:
         parser.error("--peer is needed")
+    from flashmoe_mlx.storage.page_cache import cached_bytes, evict
+
     _run(arguments, "ours", only_make=True)
     if not _gguf(arguments).exists():
         _run(arguments, "write")
     results: dict[str, list[list[float]]] = {"ours": [], "peer": []}
     for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
+        if arguments.cold:
+            evict(path for path in arguments.folder.rglob("*") if path.is_file())
         found = _run(arguments, side)
+        if arguments.cold and side == "peer":
+            found["what"] = f"{cached_bytes(_gguf(arguments)) / 1e9:.1f} GB of its file are in the page cache then"
         results[side].append(found["ms"])
         print(f"{side}: median {median(found['ms']):.1f} ms a token {found.get('what', '')}", file=sys.stderr)
     print("| | ms a token: p5 / p50 / p95 | mean | medians of the rounds |\n|---|---|---|---|")
@@ -75,6 +85,7 @@ def _run(arguments: argparse.Namespace, side: str, only_make: bool = False) -> A
     python = sys.executable if side == "ours" else arguments.peer
     own = ["--layers", arguments.layers, "--experts", arguments.experts, "--backend", arguments.backend]
     own += ["--tokens", 0 if only_make else arguments.tokens, "--folder", arguments.folder, "--side", side]
+    own += ["--cold"] * arguments.cold
     done = subprocess.run([python, __file__, *map(str, own)], check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -115,6 +126,16 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
 
     import llama_cpp
 
+    if arguments.cold:
+        # It would rearrange the weights into a copy in memory of its own, which is larger than there is.
+        defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+        def without_copy() -> Any:
+            parameters = defaults()
+            parameters.use_extra_bufts = False
+            return parameters
+
+        llama_cpp.llama_cpp.llama_model_default_params = without_copy
     llama = llama_cpp.Llama(
         str(_gguf(arguments)), n_ctx=512, n_threads=len(os.sched_getaffinity(0)), verbose=False, logits_all=False
     )
@@ -168,16 +189,26 @@ def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
     writer.add_eos_token_id(vocabulary - 1)
     generator = np.random.default_rng(0)
 
+    made: list[Callable[[], Any]] = []  # one tensor at a time is in memory
+
     def quantised(name: str, *shape: int) -> None:
-        blocks = int(np.prod(shape)) // 256
-        raw = generator.integers(0, 256, (blocks, 144), np.uint8)
-        scales = np.array([0.001, 0.01], np.float16)  # d and dmin of a block; its 6-bit scales and codes are random
-        raw[:, :4] = scales.view(np.uint8)
-        data = raw.reshape(*shape[:-1], shape[-1] // 256 * 144)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+        packed = (*shape[:-1], shape[-1] // 256 * 144)
+
+        def make() -> Any:
+            raw = generator.integers(0, 256, (math.prod(packed) // 144, 144), np.uint8)
+            # d and dmin of a block, so that weights are 0 in the mean: others drown the token in what all have in
+            # common, and every token takes the same experts. The block's 6-bit scales and codes are random.
+            scales = np.array([0.001, 0.0075], np.float16)
+            raw[:, :4] = scales.view(np.uint8)
+            return raw.reshape(packed)
+
+        kind = gguf.GGMLQuantizationType.Q4_K
+        writer.add_tensor_info(name, packed, np.dtype(np.uint8), math.prod(packed), raw_dtype=kind)
+        made.append(make)
 
     def plain(name: str, *shape: int, mean: float = 0.0, scale: float = 0.02) -> None:
-        writer.add_tensor(name, (mean + scale * generator.standard_normal(shape)).astype(np.float32))
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * math.prod(shape))
+        made.append(lambda: (mean + scale * generator.standard_normal(shape)).astype(np.float32))
 
     quantised("token_embd.weight", vocabulary, hidden)
     plain("output_norm.weight", hidden, mean=1.0)
@@ -211,7 +242,9 @@ def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
             quantised(f"{own}ffn_{part}_exps.weight", arguments.experts, *shape)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for make in made:
+        writer.write_tensor_data(make())
     writer.close()
     partial.rename(path)
     return {"bytes": path.stat().st_size}

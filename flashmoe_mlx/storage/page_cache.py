@@ -17,9 +17,12 @@ def cached_bytes(path: Path) -> int:
         FlashMoeError: this system cannot tell.
     """
     size = path.stat().st_size
-    if not size:
-        return 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY) as mapped:
+    with path.open("rb") as file:
+        return sum(_cached(path, file.fileno(), at, min(_WINDOW, size - at)) for at in range(0, size, _WINDOW))
+
+
+def _cached(path: Path, fd: int, offset: int, size: int) -> int:
+    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY, offset=offset) as mapped:
         resident = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
         libc = ctypes.CDLL(None, use_errno=True)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
@@ -28,6 +31,8 @@ def cached_bytes(path: Path) -> int:
     return mmap.PAGESIZE * sum(bytes(resident).translate(_LOWEST_BIT))
 
 
+_WINDOW = 2**30
+"""Bytes of a file that are looked at together: a private mapping larger than memory is refused."""
 _LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
