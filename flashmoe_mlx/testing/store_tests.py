@@ -97,6 +97,15 @@ class ExpertStoreTests:
         """Experts on disk that a test may spoil."""
         return write_experts(tmp_path, self.bits, self.in_one_piece)
 
+    @pytest.fixture(scope="class", autouse=True)
+    @classmethod
+    def set_aside(cls) -> Iterator[None]:
+        """What is there already: each of the many collections below would look through all of it."""
+        gc.collect()
+        gc.freeze()
+        yield
+        gc.unfreeze()
+
     @pytest.fixture(autouse=True)
     def nothing_leaks(self) -> Iterator[None]:
         """Descriptors and threads are as many after each test as before."""
