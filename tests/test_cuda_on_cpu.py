@@ -7,7 +7,8 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 import pytest
-from cuda_on_cpu import CudaFault, Machine
+from cuda_on_cpu import Machine
+from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import kernel, nvidia, quantised_matvec, routed_experts
@@ -92,5 +93,5 @@ BARRIER = """
     ids=["half a threadgroup", "a lane short", "a later threadgroup", "arrivals", "alignment", "no barrier", "no C++"],
 )
 def test_the_machine_notices(source: str, fault: str) -> None:
-    with pytest.raises(CudaFault, match=fault):
+    with pytest.raises(KernelFault, match=fault):
         planted(source, threadgroups=2)

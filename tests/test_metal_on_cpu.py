@@ -4,7 +4,7 @@ import metal_on_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_on_cpu import MetalFault
+from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 pytestmark = needs_linux
@@ -99,7 +99,7 @@ def test_vectors_and_small_inputs() -> None:
 def test_inputs_may_be_written_only_if_that_is_said() -> None:
     source = "((device T*)x)[thread_position_in_grid.x] = T(7); y[thread_position_in_grid.x] = T(1);"
     x = mx.zeros((32,))
-    with pytest.raises(MetalFault, match="write to the input x at byte 0"):
+    with pytest.raises(KernelFault, match="write to the input x at byte 0"):
         run(source, x, 32, threads=32)
     assert x.tolist() == [0] * 32
     with metal_on_cpu.writable("x"):
@@ -170,10 +170,10 @@ FAULTS = {
 @pytest.mark.parametrize(("source", "message"), FAULTS.values(), ids=FAULTS)
 def test_planted_fault(source: str, message: str) -> None:
     outputs = 64 if "two threadgroups" in message or "race: write" in message else 128
-    with pytest.raises(MetalFault, match=message):
+    with pytest.raises(KernelFault, match=message):
         run(source, mx.arange(128).astype(mx.float32), outputs, groups=2)
 
 
 def test_too_many_threads() -> None:
-    with pytest.raises(MetalFault, match="2048 threads"):
+    with pytest.raises(KernelFault, match="2048 threads"):
         run("y[thread_position_in_grid.x] = x[0];", mx.ones((8,)), 2048, threads=2048)

@@ -1,47 +1,32 @@
 """Run Metal kernels on a CPU: the text that MLX generates, compiled by clang and executed under a strict checker.
 
-``metal_kernel`` stands in for ``mx.fast.metal_kernel``. What it catches, as a ``MetalFault``: address spaces that are
+``metal_kernel`` stands in for ``mx.fast.metal_kernel``. What it catches, as a ``KernelFault``: address spaces that are
 mixed, accesses out of bounds or misaligned, writes to inputs, races, reads of what nobody wrote, barriers and simdgroup
 operations that not all threads reach, outputs that are not written. What it cannot know: how a real GPU orders sums
 inside ``simd_sum``, how exact its functions are, and whether Apple's compiler takes the text.
 
-``metal.h`` is the part of Metal's library that the kernels use, ``machine.h`` the machine that runs them.
+``metal.h`` is the part of Metal's library that the kernels use, ``machine.cpp`` the machine that runs them.
 """
 
 import ctypes
-import hashlib
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from kernels_on_cpu import Buffer, Clang, KernelFault, Launch, launched
 
 _HERE = Path(__file__).parent
-_MARGIN = 4096
 _MOST_THREADS = 1024
-_FLAGS = ["-std=c++17", "-fno-exceptions", "-fno-rtti", "-fno-sanitize=all", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-_FLAGS += [
-    "-mcpu=baseline",
-    "-fno-vectorize",
-    "-fno-slp-vectorize",
-    "-nostdinc++",
-    "-fPIC",
-    "-Wno-everything",
-    f"-I{_HERE}",
-]
-
-
-class MetalFault(AssertionError):  # noqa: N818  # the kernel's, not the caller's
-    """What a kernel did that Metal does not define, or would not compile."""
-
+_CLANG = Clang(
+    _HERE, ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-mcpu=baseline", "-fno-vectorize", "-fno-slp-vectorize"]
+)
 
 _mlx_kernel = mx.fast.metal_kernel  # tests put ours in its place
 _in_place: set[str] = set()
@@ -63,38 +48,23 @@ def metal_kernel(
     """As ``mx.fast.metal_kernel``; the kernel runs when it is called, on the CPU."""
     real = _mlx_kernel(name, list(input_names), list(output_names), source, header)
 
-    def call(
-        *,
-        inputs: Sequence[mx.array],
-        output_shapes: Sequence[tuple[int, ...]],
-        output_dtypes: Sequence[mx.Dtype],
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        template: Sequence[tuple[str, Any]] = (),
-    ) -> list[mx.array]:
-        inputs = [mx.contiguous(array) for array in inputs]
-        mx.eval(inputs)
-
+    def run(launch: Launch) -> None:
         def trace(*arrays: mx.array) -> list[mx.array]:
             return real(
                 inputs=list(arrays),
-                output_shapes=list(output_shapes),
-                output_dtypes=list(output_dtypes),
-                grid=grid,
-                threadgroup=threadgroup,
-                template=list(template),
+                output_shapes=[array.shape for array in launch.outputs],
+                output_dtypes=[array.dtype for array in launch.outputs],
+                grid=launch.grid,
+                threadgroup=launch.threadgroup,
+                template=launch.template,
                 verbose=True,
             )
 
-        text = generated_text(trace, inputs)
-        outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-        mx.eval(outputs)
-        names, arrays = _with_shapes(source, input_names, inputs)
-        places = [*names, *output_names]
-        _run(name, _compiled(text), places, [*arrays, *outputs], len(arrays), grid, threadgroup)
-        return outputs
+        library = _compiled(generated_text(trace, launch.inputs))
+        names, inputs = _with_shapes(source, input_names, launch.inputs)
+        _run(name, library, [*names, *output_names], [*inputs, *launch.outputs], len(inputs), launch)
 
-    return call
+    return launched(run)
 
 
 def _with_shapes(source: str, names: Sequence[str], arrays: Sequence[mx.array]) -> tuple[list[str], list[mx.array]]:
@@ -148,9 +118,6 @@ def _unit(text: str) -> str:
     return "\n".join(
         [
             '#include "metal.h"',
-            "#ifndef STRICT",
-            '#include "machine.h"',
-            "#endif",
             "using namespace metal;",
             text,
             'extern "C" void metal_call(void** buffers, const Position* position) {',
@@ -162,36 +129,9 @@ def _unit(text: str) -> str:
 
 def _compiled(text: str) -> ctypes.CDLL:
     unit = _unit(text)
-    parts = [unit, *(path.read_text() for path in sorted(_HERE.glob("*.h"))), " ".join([*_compiler(), *_FLAGS])]
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = Path(tempfile.gettempdir(), f"metal_on_cpu-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{name}.so"
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            source = Path(scratch, "kernel.cpp")
-            source.write_text(unit)
-            _compile(["-DSTRICT", "-O0", "-c", str(source), "-o", str(Path(scratch, "strict.o"))])
-            made = Path(scratch, "kernel.so")
-            _compile(["-O1", "-Xclang", "-fsanitize=thread", "-shared", str(source), "-o", str(made), "-lm"])
-            made.replace(library)
-    return _loaded(str(library))
-
-
-@cache
-def _loaded(path: str) -> ctypes.CDLL:
-    return ctypes.CDLL(path)
-
-
-@cache
-def _compiler() -> list[str]:
-    return [sys.executable, "-m", "ziglang", "cc", "-x", "c++"]
-
-
-def _compile(arguments: list[str]) -> None:
-    done = subprocess.run([*_compiler(), *_FLAGS, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise MetalFault(f"clang refuses the kernel: {done.stderr}")
+    machine = _CLANG.make(".o", (_HERE / "machine.cpp").read_text(), "-O2", "-c")
+    _CLANG.make(".o", unit, "-DSTRICT", "-O0", "-c")
+    return _CLANG.load(unit, "-O1", "-Xclang", "-fsanitize=thread", str(machine))
 
 
 def _run(
@@ -200,15 +140,13 @@ def _run(
     names: Sequence[str],
     arrays: Sequence[mx.array],
     inputs: int,
-    grid: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
+    launch: Launch,
 ) -> None:
-    threads = int(np.prod(threadgroup))
+    threads = int(np.prod(launch.threadgroup))
     if threads > _MOST_THREADS:
-        raise MetalFault(f"{kernel}: {threads} threads a threadgroup; Metal has {_MOST_THREADS}")
-    assert all(size % group == 0 for size, group in zip(grid, threadgroup, strict=True)), "grids in whole threadgroups"
+        raise KernelFault(f"{kernel}: {threads} threads a threadgroup; Metal has {_MOST_THREADS}")
     count = len(arrays)
-    places, buffers = zip(*(_surrounded(array, poisoned=i >= inputs) for i, array in enumerate(arrays)), strict=True)
+    buffers = [Buffer(array, output=i >= inputs) for i, array in enumerate(arrays)]
     may_write = [i >= inputs or names[i] in _in_place for i in range(count)]
     unwritten, first = (ctypes.c_size_t * count)(), (ctypes.c_size_t * count)()
     library.metal_run.restype = ctypes.c_char_p
@@ -216,34 +154,23 @@ def _run(
         library.metal_call,
         count,
         (ctypes.c_char_p * count)(*(name.encode() for name in names)),
-        (ctypes.c_void_p * count)(*(place.ctypes.data for place in places)),
-        (ctypes.c_size_t * count)(*(place.nbytes for place in places)),
+        (ctypes.c_void_p * count)(*(buffer.address for buffer in buffers)),
+        (ctypes.c_size_t * count)(*(buffer.nbytes for buffer in buffers)),
         (ctypes.c_uint8 * count)(*may_write),
         (ctypes.c_uint8 * count)(*(i < inputs for i in range(count))),
-        (ctypes.c_uint32 * 3)(*grid),
-        (ctypes.c_uint32 * 3)(*threadgroup),
+        (ctypes.c_uint32 * 3)(*launch.grid),
+        (ctypes.c_uint32 * 3)(*launch.threadgroup),
         unwritten,
         first,
     )
-    del buffers
     if fault:
-        raise MetalFault(f"{kernel}: {fault.decode()}")
+        raise KernelFault(f"{kernel}: {fault.decode()}")
     for i, array in enumerate(arrays):
         if may_write[i]:
-            np.asarray(memoryview(array).cast("B"))[:] = places[i]
+            buffers[i].give_back()
         if unwritten[i]:
             size = array.dtype.size
-            raise MetalFault(
+            raise KernelFault(
                 f"{kernel}: {unwritten[i] // size} elements of {names[i]} are not written, "
                 f"first number {first[i] // size}"
             )
-
-
-def _surrounded(array: mx.array, *, poisoned: bool) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """The bytes of ``array``, or as many of 0xff (NaN), with a margin on both sides that belongs to no buffer."""
-    buffer = np.full(array.nbytes + 2 * _MARGIN + 64, 0xFF, np.uint8)
-    start = _MARGIN + -(buffer.ctypes.data + _MARGIN) % 64
-    place = buffer[start : start + array.nbytes]
-    if not poisoned:
-        place[:] = np.asarray(memoryview(array).cast("B"))
-    return place, buffer

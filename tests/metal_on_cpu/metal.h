@@ -35,7 +35,7 @@ VECTORS(uint)
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_device_and_threadgroup = 3 };
 
-// Implemented in machine.h. Every one waits for the other threads that it concerns, at the same `site`.
+// Implemented in machine.cpp. Every one waits for the other threads that it concerns, at the same `site`.
 void metal_barrier(int flags, bool whole_threadgroup, int site);
 const uint* metal_exchange(uint value, int site);
 uint metal_lane();

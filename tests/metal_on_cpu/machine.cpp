@@ -4,6 +4,9 @@
 // come. The kernel is compiled with the instrumentation of -fsanitize=thread, whose calls end here: `touch` knows all
 // buffers and who wrote and read each of their cells last. Two accesses to a cell by different threads, one of them a
 // write, are a race unless a barrier with the right flags lies between them; between threadgroups nothing helps.
+// This file is compiled once, without that instrumentation, and linked to every kernel.
+
+#include "metal.h"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -13,9 +16,6 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <ucontext.h>
-
-// The instrumentation is for the kernel alone.
-#pragma clang attribute push(__attribute__((disable_sanitizer_instrumentation)), apply_to = function)
 
 extern "C" char __start_metal_threadgroup[] __attribute__((weak));
 extern "C" char __stop_metal_threadgroup[] __attribute__((weak));
@@ -43,7 +43,7 @@ struct Buffer {
 };
 enum class Waiting { kNo, kThreadgroup, kSimdgroup, kExchange };
 struct Fiber {
-  ucontext_t context;
+  jmp_buf place;  // where it goes on
   char* stack;
   Position position;
   Waiting waiting;
@@ -66,8 +66,7 @@ static uint32_t first_number;            // of the running threadgroup's threads
 static uint32_t barriers[2];             // passed by the running threadgroup: device, threadgroup memory
 static void (*entry)(void**, const Position*);
 static void** arguments;
-static ucontext_t scheduler;
-static jmp_buf failed;
+static jmp_buf scheduler, failed;
 static char message[512];
 
 [[noreturn]] static void fail(const char* format, ...) {
@@ -169,10 +168,37 @@ static void touch(const void* address, size_t size, bool write, bool aligned) {
   }
 }
 
+// Switches cost no system call, as those of swapcontext do.
+static void pause(Fiber& fiber) {
+  if (!_setjmp(fiber.place)) _longjmp(scheduler, 1);
+}
+
+static void resume(Fiber& fiber) {
+  if (!_setjmp(scheduler)) _longjmp(fiber.place, 1);
+}
+
+// Runs the kernel once for each threadgroup.
 static void run_fiber() {
-  entry(arguments, &fibers[current].position);
-  fibers[current].finished = true;
-  swapcontext(&fibers[current].context, &scheduler);
+  Fiber& fiber = fibers[current];
+  while (true) {
+    pause(fiber);
+    entry(arguments, &fiber.position);
+    fiber.finished = true;
+  }
+}
+
+static void make_fibers(char* stacks) {
+  for (current = 0; current < thread_count; current++) {
+    ucontext_t begin, here;
+    fibers[current].stack = stacks + kStack * current;
+    getcontext(&begin);
+    begin.uc_stack.ss_sp = fibers[current].stack;
+    begin.uc_stack.ss_size = kStack;
+    begin.uc_link = nullptr;
+    makecontext(&begin, run_fiber, 0);
+    if (!_setjmp(scheduler)) swapcontext(&here, &begin);
+  }
+  current = 0;
 }
 
 static void wait(Waiting kind, int site, int flags) {
@@ -180,7 +206,7 @@ static void wait(Waiting kind, int site, int flags) {
   fiber.waiting = kind;
   fiber.site = site;
   fiber.flags = flags;
-  swapcontext(&fiber.context, &scheduler);
+  pause(fiber);
 }
 
 // Lets the threads from `first` on go if all of them wait for the same thing.
@@ -200,11 +226,6 @@ static bool release(int first, int last, Waiting kind, int* count) {
 static void run_threadgroup() {
   for (int i = 0; i < thread_count; i++) {
     Fiber& fiber = fibers[i];
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack;
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
     fiber.waiting = Waiting::kNo;
     fiber.finished = false;
     fiber.simdgroup_barriers[0] = fiber.simdgroup_barriers[1] = 0;
@@ -223,7 +244,7 @@ static void run_threadgroup() {
         continue;
       }
       running = true;
-      swapcontext(&scheduler, &fiber.context);
+      resume(fiber);
     }
     if (waiting && !running) {
       for (current = 0; fibers[current].finished || fibers[current].waiting == Waiting::kNo;) current++;
@@ -312,7 +333,7 @@ const char* metal_run(void (*call)(void**, const Position*), int count, const ch
   fibers = (Fiber*)calloc(thread_count, sizeof(Fiber));
   char* stacks = (char*)mmap(nullptr, kStack * thread_count, PROT_READ | PROT_WRITE,
                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  for (int i = 0; i < thread_count; i++) fibers[i].stack = stacks + kStack * i;
+  make_fibers(stacks);
   buffers = (Buffer*)calloc(count, sizeof(Buffer));
   buffer_count = count;
   for (int i = 0; i < count; i++) {
@@ -323,7 +344,6 @@ const char* metal_run(void (*call)(void**, const Position*), int count, const ch
             size_t(__stop_metal_threadgroup - __start_metal_threadgroup), true, false, nullptr};
   shared.cells = (Cell*)calloc(shared.size / kCell + 1, sizeof(Cell));
   const char* result = nullptr;
-  current = 0;
   first_number = 0;
   if (setjmp(failed)) {
     result = message;
@@ -371,5 +391,3 @@ const char* metal_run(void (*call)(void**, const Position*), int count, const ch
   return result;
 }
 }
-
-#pragma clang attribute pop

@@ -1,0 +1,131 @@
+"""What the machines that run kernels of GPUs on a CPU share: the call that MLX defines, buffers, and clang."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+_MARGIN = 4096
+_ALIGNMENT = 256
+
+
+_OPTIONS = [
+    "-std=c++17",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fno-sanitize=all",
+    "-nostdinc++",
+    "-fPIC",
+    "-Wno-everything",
+]
+
+
+class KernelFault(AssertionError):  # noqa: N818  # the kernel's, not the caller's
+    """What a kernel did that its language does not define, or would not compile."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of a kernel: arrays that are evaluated and contiguous, and the threads that are to run on them."""
+
+    inputs: list[mx.array]
+    outputs: list[mx.array]
+    """Zeros, to be filled."""
+    grid: tuple[int, int, int]
+    """Threads, in whole threadgroups."""
+    threadgroup: tuple[int, int, int]
+    template: list[tuple[str, Any]]
+
+
+def launched(run: Callable[[Launch], None]) -> Callable[..., list[mx.array]]:
+    """What ``mx.fast.metal_kernel`` and ``mx.fast.cuda_kernel`` return, but ``run`` fills the outputs at once."""
+
+    def call(
+        *,
+        inputs: Sequence[mx.array],
+        output_shapes: Sequence[tuple[int, ...]],
+        output_dtypes: Sequence[mx.Dtype],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        template: Sequence[tuple[str, Any]] = (),
+    ) -> list[mx.array]:
+        assert all(size % group == 0 for size, group in zip(grid, threadgroup, strict=True)), "whole threadgroups"
+        inputs = [mx.contiguous(array) for array in inputs]
+        outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        mx.eval(inputs, outputs)
+        run(Launch(inputs, outputs, grid, threadgroup, list(template)))
+        return outputs
+
+    return call
+
+
+class Buffer:
+    """An array's bytes for a kernel, aligned to 256. Around them, and in outputs, every byte is 0xff, which is NaN."""
+
+    def __init__(self, array: mx.array, *, output: bool) -> None:
+        room = np.full(array.nbytes + 2 * _MARGIN + _ALIGNMENT, 0xFF, np.uint8)
+        start = _MARGIN + -(room.ctypes.data + _MARGIN) % _ALIGNMENT
+        self._array = np.asarray(memoryview(array).cast("B"))
+        self._bytes = room[start : start + array.nbytes]
+        self.address: int = self._bytes.ctypes.data
+        self.nbytes = array.nbytes
+        if not output:
+            self._bytes[:] = self._array
+
+    def give_back(self) -> None:
+        """Put what the kernel left into the array."""
+        self._array[:] = self._bytes
+
+
+class Clang:
+    """Clang on texts that may include the headers of ``folder``, always with ``options``."""
+
+    def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
+        self._headers = [path.read_text() for path in sorted(folder.glob("*.h"))]
+        self._options = [*_OPTIONS, f"-I{folder}", *options]
+
+    def make(self, suffix: str, text: str, *options: str) -> Path:
+        """The file made of ``text`` in C++: once for all processes of a user, until something that counts changes."""
+        folder = Path(tempfile.gettempdir(), f"kernels_on_cpu-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        command = [_zig(), "cc", *self._options, *options]
+        counts = "\0".join([*command, *self._headers, text])
+        file = folder / f"{hashlib.sha256(counts.encode()).hexdigest()[:32]}{suffix}"
+        if not file.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                source, new = Path(scratch, "kernel.cpp"), Path(scratch, f"kernel{suffix}")
+                source.write_text(text)
+                whole = [*command, str(source), "-o", str(new)]
+                done = subprocess.run(whole, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise KernelFault(f"clang refuses the kernel: {done.stderr}")
+                new.replace(file)
+        return file
+
+    def load(self, text: str, *options: str) -> ctypes.CDLL:
+        """``text`` compiled, linked and loaded."""
+        return _loaded(self.make(".so", text, "-shared", *options, "-lm"))
+
+
+@cache
+def _loaded(path: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(path))
+
+
+@cache
+def _zig() -> str:
+    """The compiler from its wheel; ``python -m ziglang`` would start Python to start it."""
+    found = find_spec("ziglang")
+    assert found is not None, "pip install ziglang"
+    assert found.origin is not None
+    return str(Path(found.origin).with_name("zig"))
