@@ -132,8 +132,8 @@ class EstimateConfig(Config):
     """Keys of ``task=estimate``."""
 
     bits: list[int] = field(default_factory=lambda: [4])
-    resident_bits: int | None = 4
-    context: int = 8192
+    resident_bits: int = 4
+    context: int | None = None
     trace: str | None = None
     memory_gib: float | None = None
     probe: bool | None = None
@@ -235,5 +235,5 @@ def folder_of(text: str) -> Path:
         InputError: there is nothing but blanks.
     """
     if not text.strip():
-        raise InputError("the name of a folder is empty")
+        raise InputError("a path is empty; give one, or leave its key out")
     return Path(text).expanduser()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import write_checkpoint
 
+from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.pack.pack import file_hash, open_pack
 from flashmoe_mlx.pack.writer import pack_checkpoint
@@ -121,6 +122,13 @@ def test_a_variant_elsewhere(folder: Path, tmp_path: Path) -> None:
     (folder / "experts-q4").rename(tmp_path / "elsewhere")
     (folder / "experts-q4").symlink_to(tmp_path / "elsewhere")
     refused(folder, "experts-q4 is a symbolic link")
+
+
+def test_a_pack_without_its_manifest_is_no_checkpoint(folder: Path) -> None:
+    (folder / "pack.json").unlink()
+    with pytest.raises(InputError, match=r"a pack without its pack\.json") as caught:
+        open_model(folder)
+    assert_one_line(caught.value)
 
 
 def test_folders_that_are_none(tmp_path: Path) -> None:

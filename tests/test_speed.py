@@ -247,7 +247,7 @@ def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_
     config = tmp_path / "some.json"
     config.write_text(json.dumps(PUBLISHED["Qwen3.5-35B-A3B"]))
     assert estimate(tmp_path, f"model={config}")["expert_bytes"] == 40 * 256 * 1_769_472
-    assert estimate(tmp_path, f"model={tiny_pack}", "context=100")["estimates"][0]["backend"] == "resident"
+    assert estimate(tmp_path, f"model={tiny_pack}")["estimates"][0]["backend"] == "resident"
     assert estimate(tmp_path, "model=synthetic")["expert_bytes"] == 4 * 512 * 7_077_888
 
 
@@ -259,6 +259,8 @@ def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_
         (("model=a/b/c",), 2, "not a hub id"),
         (("model=Qwen/Qwen3.5-35B-A3B", "bits=[7]"), 2, "choose from"),
         (("model=Qwen/Qwen3.5-35B-A3B", "experts_k=300"), 2, "from 1 to 256"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "experts_k=0"), 2, "from 1 to 256"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "resident_bits=0"), 2, "resident_bits=0: choose from"),
         (("model=Qwen/Qwen3.5-35B-A3B", "context=0"), 2, "from 1 to 262144"),
         (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
         (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),

@@ -12,7 +12,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
 from flashmoe_mlx.model.build import ResidentTensors
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.pack import MANIFEST, RESIDENT, open_pack
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.resident import read_resident
 
@@ -55,6 +55,8 @@ def open_model(folder: Path) -> ModelFiles:
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():
         raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
+    if (folder / RESIDENT).exists():
+        raise InputError(f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)")
     checkpoint = Checkpoint.open(folder)
     tensors = sort_tensors(checkpoint)
     bits = tensors.experts.layout.bits

@@ -41,7 +41,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, seed: int | None = None) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
-            raise InputError(f"seed={seed!r}: must be a whole number, or null for a different draw each time")
+            raise InputError(f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time")
         self._options = options
         self._random = np.random.default_rng(seed)
 

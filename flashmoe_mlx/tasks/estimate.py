@@ -30,6 +30,7 @@ from flashmoe_mlx.tasks.model import cache_folder, model_folder
 from flashmoe_mlx.untrusted import read_object
 
 ESTIMATE_VERSION = 1
+_CONTEXT = 8192
 _OLD = 30
 """Days."""
 _WORTH = 1.03
@@ -94,24 +95,29 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any]]:
 
 def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
     geometry = ModelConfig.from_json(published)
+    widths = ", ".join(map(str, QUANTISED_BITS))
     if not config.bits or any(bits not in QUANTISED_BITS for bits in config.bits):
-        raise InputError(f"bits={config.bits}: choose from {', '.join(map(str, QUANTISED_BITS))}")
+        raise InputError(f"bits={config.bits}: choose from {widths}")
+    if config.resident_bits not in QUANTISED_BITS:
+        raise InputError(f"resident_bits={config.resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
         path = folder_of(config.trace)
         trace = RoutingTrace.load(path)
         check_trace(trace, geometry, str(path))
-    k = config.experts_k or (trace.experts.shape[2] if trace is not None else geometry.experts_per_token)
+    k = config.experts_k
+    if k is None:
+        k = trace.experts.shape[2] if trace is not None else geometry.experts_per_token
     if not 1 <= k <= geometry.num_experts:
         raise InputError(f"experts_k={k}: must be from 1 to {geometry.num_experts}, the experts of this model")
     if trace is not None and k != trace.experts.shape[2]:
         raise InputError(f"experts_k={k}: the trace was recorded with {trace.experts.shape[2]}")
-    if not 1 <= config.context <= geometry.max_context:
-        raise InputError(f"context={config.context}: must be from 1 to {geometry.max_context} tokens")
-    resident_bits = min(config.resident_bits or 4, 8)
+    context = min(_CONTEXT, geometry.max_context) if config.context is None else config.context
+    if not 1 <= context <= geometry.max_context:
+        raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = 4 if mx.default_device() == mx.cpu else 2
     scale_bytes = 2 if choose("auto").any_scales else activation_bytes
-    return Model(geometry, config.bits[0], resident_bits, k, config.context, activation_bytes, scale_bytes, trace)
+    return Model(geometry, config.bits[0], config.resident_bits, k, context, activation_bytes, scale_bytes, trace)
 
 
 def _memory(config: EstimateConfig) -> int:
