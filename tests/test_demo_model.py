@@ -69,11 +69,11 @@ def test_other_variants_are_made_in_the_cache(demo_pack: Path, tmp_path: Path) -
 
 
 def test_an_interrupted_copy_is_made_anew(tmp_path: Path) -> None:
-    folder = demo_with_variants({"q2"}, tmp_path)
+    folder = demo_with_variants({"q2-minmax"}, tmp_path)
     (folder / "pack.json").unlink()
     (folder / "resident.safetensors").write_bytes(b"cut short")
-    shutil.rmtree(folder / "experts-q2")
-    assert verify_pack(open_pack(demo_with_variants({"q2"}, tmp_path))) == []
+    shutil.rmtree(folder / "experts-q2-minmax")
+    assert verify_pack(open_pack(demo_with_variants({"q2-minmax"}, tmp_path))) == []
 
 
 @pytest.mark.parametrize("name", ["nosuch", "q", "q2-nosuch", "../q2"])

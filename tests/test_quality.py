@@ -185,14 +185,14 @@ def test_intervals() -> None:
 def test_the_task(tmp_path: Path) -> None:
     from test_cli import flashmoe, mistake, records
 
-    arguments = ["task=evaluate", "kinds=[text,json]", "limit=3", "variants=[q4,q2]", "experts_ks=[2,10]"]
+    arguments = ["task=evaluate", "kinds=[text,json]", "limit=3", "variants=[q4,q2-minmax]", "experts_ks=[2,10]"]
     result = flashmoe(*arguments, "answers=false", cwd=tmp_path, cache=tmp_path / "cache")
     assert result.returncode == 0, result.stderr
     (folder,) = records(tmp_path)
     record: dict[str, Any] = json.loads((folder / "evaluate.json").read_text())
     cells = record["cells"]
     settings = [(cell["setup"]["backend"]["variant"], cell["setup"]["experts_k"]) for cell in cells]
-    assert settings == [("q4", 2), ("q4", 10), ("q2", 2), ("q2", 10)]
+    assert settings == [("q4", 2), ("q4", 10), ("q2-minmax", 2), ("q2-minmax", 10)]
     assert cells[1]["text"]["kl"] == pytest.approx(0, abs=1e-9)
     assert cells[0]["text"]["kl"] > 0.001
     assert cells[3]["text"]["kl"] > 0.001
