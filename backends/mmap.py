@@ -7,7 +7,6 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, Extent, StoreStats
 from flashmoe_mlx.storage.extents import OpenFiles, Read
-from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.storage.slab import HostBatch, Slab
 
 _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV_SEQUENTIAL"}
 _MADV_POPULATE_READ = 22  # <asm-generic/mman-common.h>, Linux 5.14; Python 3.11 has no name for it
@@ -75,7 +74,7 @@ class MmapStore(ExpertStore):
         views = {expert: mappings[expert].view(extents[expert]) for expert in distinct}
         slots = {expert: slot for slot, expert in enumerate(distinct)}
         batch = _MappedBatch(
-            tuple(slots[expert] for expert in experts), self._slab, [views[expert] for expert in experts]
+            tuple(slots[expert] for expert in experts), [views[expert].data for expert in experts], lambda _: self._slab
         )
         nbytes = sum(extent.nbytes for extent in extents.values())
         return batch, StoreStats(misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
@@ -153,29 +152,12 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass(frozen=True)
-class _MappedBatch:
+class _MappedBatch(HostBatch):
     """An ``ExpertBatch`` of a mapping; what MLX cannot use in place is copied once."""
-
-    slots: tuple[int, ...]
-    _slab: Slab
-    _views: Sequence[npt.NDArray[np.uint8]]
-
-    @cached_property
-    def slab(self) -> mx.array:
-        views = dict(zip(self.slots, self._views, strict=True))
-        for row, view in zip(self._slab.rows(list(views)), views.values(), strict=True):
-            row[:] = view.data
-        return self._slab.array
 
     @cached_property
     def records(self) -> list[mx.array]:
         if mx.metal.is_available():
             with contextlib.suppress(ValueError):  # memory that Metal does not take
-                return [mx.asarray(view, copy=False) for view in self._views]
-        slab = self.slab
-        return [slab[slot : slot + 1].reshape(-1) for slot in self.slots]
-
-    @property
-    def host(self) -> list[memoryview]:
-        return [view.data.toreadonly() for view in self._views]
+                return [mx.asarray(np.frombuffer(view, np.uint8), copy=False) for view in self._views]
+        return super().records

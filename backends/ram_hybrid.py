@@ -26,6 +26,9 @@ class RamHybridStore(ExpertStore):
     a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once, ``direct`` past the page
     cache, which then does not keep a second copy. On CUDA the slots are in the GPU's memory.
 
+    ``preload`` fills all slots when it is opened, in the time that the disk takes for the budget: with the hot experts
+    of ``trace``, and otherwise with those of the lowest numbers. It pays where the budget holds a good part of all.
+
     Each layer has slots of its own: with one pool for all, layers of a token would push each other out.
 
     Raises:
@@ -43,6 +46,7 @@ class RamHybridStore(ExpertStore):
         reader: str = "pread",
         depth: int = 4,
         direct: bool = False,
+        preload: bool = False,
     ) -> None:
         if slots < 1:
             raise InputError(f"slots={slots}: a fetch needs at least 1 slot")
@@ -63,6 +67,21 @@ class RamHybridStore(ExpertStore):
         refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._layers = [make_slots(capacity, record, self.slots) for _ in range(source.num_layers)]
         self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
+        if preload:
+            try:
+                self._preload()
+            except BaseException:
+                self._release()
+                raise
+
+    def _preload(self) -> None:
+        for layer, hot in enumerate(self._hot):
+            wanted = list(dict.fromkeys([*hot, *range(self.source.num_experts)]))[: self._capacity]
+            # The hottest come last, since policies let go of the oldest first.
+            for start in range(0, self._capacity, self.slots):
+                group = wanted[::-1][start : start + self.slots]
+                placement = self._caches[layer].place(group)
+                self._fill(layer, group, [placement.slots[expert] for expert in group])
 
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))

@@ -9,7 +9,14 @@ import pytest
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.storage import memory
-from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large, total_memory, use_huge_pages
+from flashmoe_mlx.storage.memory import (
+    GIB,
+    available_memory,
+    own_memory,
+    refuse_if_too_large,
+    total_memory,
+    use_huge_pages,
+)
 
 
 def control_group(folder: Path, limit: str, used: int, cached: int) -> None:
@@ -67,6 +74,22 @@ def test_large_pages_hold_the_same(size: int) -> None:
     if size:
         use_huge_pages(held.data)
     assert held.tobytes() == before
+
+
+@pytest.mark.parametrize("size", [1, 4096, 5 * 2**20 + 17])
+def test_own_memory_is_zeroed_aligned_and_taken(size: int) -> None:
+    own = own_memory(size)
+    assert len(own) == size
+    array = np.frombuffer(own, np.uint8)
+    assert array.ctypes.data % 2**21 == 0
+    assert not array.any()
+    array[-1] = 7
+    assert own[size - 1] == 7
+
+
+def test_own_memory_that_is_refused() -> None:
+    with pytest.raises(OSError, match=r"memory|large"):
+        own_memory(2**60)
 
 
 def test_slots_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

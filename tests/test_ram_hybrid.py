@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,41 @@ def test_misses_by_io_uring(stored: StoredExperts) -> None:
             for experts in ([1, 2, 3, 4], [3, 4, 5], [11, 1]):
                 check(store.fetch(layer, experts), layer, experts, stored)
         assert store.stats().hits == 2 * LAYERS
+
+
+def test_preloaded_experts_are_hits(stored: StoredExperts) -> None:
+    with RamHybridStore(stored.source, budget_gib=gib(5), slots=3, preload=True) as store:
+        assert store.stats() == StoreStats()
+        for layer in range(LAYERS):
+            for experts in ([0, 1, 4], [2, 3]):
+                check(store.fetch(layer, experts), layer, experts, stored)
+        stats = store.stats()
+        assert (stats.hits, stats.misses, stats.bytes_read) == (5 * LAYERS, 0, 0)
+        check(store.fetch(0, [7, 11]), 0, [7, 11], stored)
+        assert store.stats().evictions == 2
+
+
+def test_hot_experts_are_preloaded_and_the_hottest_stay_longest(stored: StoredExperts, tmp_path: Path) -> None:
+    choices = np.zeros((3, LAYERS, 2), np.uint16)
+    choices[:, :, 0], choices[:, :, 1] = 7, [[9], [9], [5]]
+    RoutingTrace(choices, EXPERTS, 0, "test", "").save(tmp_path / "trace")
+    named = {"policy": "pinned", "trace": str(tmp_path / "trace")}
+    with RamHybridStore(stored.source, budget_gib=gib(4), preload=True, **named) as store:  # type: ignore[arg-type]
+        store.fetch(1, [10, 11])
+        assert store.stats().misses == 2
+        check(store.fetch(1, [7, 9]), 1, [7, 9], stored)
+        assert store.stats().misses == 2
+
+
+def test_preloading_from_a_failing_disk_leaves_nothing_behind(
+    stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads, files = threading.active_count(), len(list(Path("/dev/fd").iterdir()))
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(ExpertReadError, match="Input/output error"):
+        RamHybridStore(stored.source, budget_gib=gib(4), preload=True)
+    assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) == (threads, files)

@@ -6,8 +6,13 @@
 Both run K=4 with the same sizes and a vocabulary of some 260, on the cores of this process, from memory: ours 4 bit in
 groups of 64 (4.5 bits a weight), llama.cpp's Q4_K (4.5 bits). Each process decodes ``--tokens`` random tokens a round;
 rounds are taken A B B A. Fewer experts than 512 take less room; a token still reads K of them a layer. The weights are
-not the same, so only times are compared. With ``--cold`` both models' files leave the page cache before each process;
-8 tokens bring the resident weights in before any is timed, and random tokens choose experts anew at every step.
+not the same, so only times are compared. Random tokens choose experts anew at every step. Without ``--cold`` 8 tokens
+are decoded before any is timed. With it both models' files leave the page cache before each process, every token
+counts, and so does the time until the model is open; the first tokens and the last are also shown by themselves.
+``--options`` are the backend's, ``--prefetch`` the engine's:
+
+    python tools/compare_llama.py --peer peer/bin/python --layers 8 --experts 512 --cold --tokens 300 --rounds 1 \
+        --backend ram_hybrid --options budget_gib=20,reader=io_uring,direct=true
 """
 
 import argparse
@@ -15,8 +20,10 @@ import json
 import math
 import os
 import random
+import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -39,6 +46,7 @@ SIZES = {
     "seed": 0,
 }
 _WARM_UP = 8
+_FIRST, _LAST = 60, 100
 
 
 def main() -> None:
@@ -48,6 +56,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--backend", default="mmap")
+    parser.add_argument("--options", default="", help="of the backend: name=value,name=value")
+    parser.add_argument("--prefetch", default="none")
     parser.add_argument("--tokens", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=2, help="of A B B A")
     parser.add_argument("--cold", action="store_true", help="evict the page cache before each process")
@@ -64,40 +74,70 @@ def main() -> None:
     _run(arguments, "ours", only_make=True)
     if not _gguf(arguments).exists():
         _run(arguments, "write")
-    results: dict[str, list[list[float]]] = {"ours": [], "peer": []}
+    results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
         if arguments.cold:
             evict(path for path in arguments.folder.rglob("*") if path.is_file())
+            # Hosts of virtual machines take free memory back and are slow to give it (2026-11-25-cold.md): in a
+            # process of its own, so that the memory is free again.
+            touch = "from flashmoe_mlx.storage.memory import *; own_memory(available_memory() - GIB)"
+            subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         found = _run(arguments, side)
         if arguments.cold and side == "peer":
-            found["what"] = f"{cached_bytes(_gguf(arguments)) / 1e9:.1f} GB of its file are in the page cache then"
-        results[side].append(found["ms"])
-        print(f"{side}: median {median(found['ms']):.1f} ms a token {found.get('what', '')}", file=sys.stderr)
-    print("| | ms a token: p5 / p50 / p95 | mean | medians of the rounds |\n|---|---|---|---|")
-    for side, title in (("ours", f"flashmoe_mlx, {arguments.backend}"), ("peer", "llama.cpp, mmap")):
-        every = sorted(ms for one in results[side] for ms in one)
-        low, middle, high = (every[int(share * (len(every) - 1))] for share in (0.05, 0.5, 0.95))
-        rounds = ", ".join(f"{median(one):.1f}" for one in results[side])
-        print(f"| {title} | {low:.1f} / {middle:.1f} / {high:.1f} | {sum(every) / len(every):.1f} | {rounds} |")
+            found["what"] += f", {cached_bytes(_gguf(arguments)) / 1e9:.1f} GB of its file in the page cache at the end"
+        results[side].append(found)
+        print(
+            f"{side}: open after {found['open']:.1f} s, median {median(found['ms']):.1f} ms a token, "
+            f"peak of memory {found['peak'] / 1e9:.1f} GB; {found['what']}",
+            file=sys.stderr,
+        )
+    spans = {"all": slice(None)}
+    if arguments.cold and arguments.tokens >= _FIRST + _LAST:
+        spans |= {f"first {_FIRST}": slice(_FIRST), f"last {_LAST}": slice(-_LAST, None)}
+    print("| | tokens | ms a token: p5 / p50 / p95 | mean | medians of the rounds |\n|---|---|---|---|---|")
+    for span, part in spans.items():
+        for side, title in (("ours", f"flashmoe_mlx, {arguments.backend}"), ("peer", "llama.cpp, mmap")):
+            taken = [one["ms"][part] for one in results[side]]
+            every = sorted(ms for one in taken for ms in one)
+            low, middle, high = (every[int(share * (len(every) - 1))] for share in (0.05, 0.5, 0.95))
+            rounds = ", ".join(f"{median(one):.1f}" for one in taken)
+            mean = sum(every) / len(every)
+            print(f"| {title} | {span} | {low:.1f} / {middle:.1f} / {high:.1f} | {mean:.1f} | {rounds} |")
+    if arguments.cold:
+        for side, title in (("ours", "flashmoe_mlx"), ("peer", "llama.cpp")):
+            opened = ", ".join(f"{one['open']:.1f}" for one in results[side])
+            ended = ", ".join(f"{one['open'] + sum(one['ms']) / 1e3:.1f}" for one in results[side])
+            print(f"{title}: open after {opened} s, all {arguments.tokens} tokens after {ended} s")
 
 
 def _run(arguments: argparse.Namespace, side: str, only_make: bool = False) -> Any:
     python = sys.executable if side == "ours" else arguments.peer
     own = ["--layers", arguments.layers, "--experts", arguments.experts, "--backend", arguments.backend]
     own += ["--tokens", 0 if only_make else arguments.tokens, "--folder", arguments.folder, "--side", side]
-    own += ["--cold"] * arguments.cold
+    own += ["--options", arguments.options, "--prefetch", arguments.prefetch, *["--cold"] * arguments.cold]
     done = subprocess.run([python, __file__, *map(str, own)], check=True, stdout=subprocess.PIPE, text=True)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _tokens(count: int, vocabulary: int) -> list[int]:
-    return [random.Random(number).randrange(vocabulary) for number in range(count + _WARM_UP)]  # noqa: S311
+def _timed(arguments: argparse.Namespace, step: Callable[[int], object]) -> list[float]:
+    """Milliseconds of each token, without those that come before."""
+    times, before = [], 0 if arguments.cold else _WARM_UP
+    for number in range(arguments.tokens + before):
+        token = random.Random(number).randrange(256)  # noqa: S311
+        start = time.perf_counter()
+        step(token)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times[before:]
+
+
+def _peak() -> int:
+    """Bytes; the largest that this process was in memory, what it mapped of files included."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
-    import time
-
     import mlx.core as mx
+    import yaml
 
     import flashmoe_mlx
     from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
@@ -107,13 +147,15 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     pack = synthetic_pack("compare", sizes, arguments.folder).folder
     if not arguments.tokens:
         return {}
-    with flashmoe_mlx.load(pack, arguments.backend) as engine:
-        cache, times = engine.new_cache(), []
-        for token in _tokens(arguments.tokens, 256):
-            start = time.perf_counter()
-            engine.forward([token], cache)
-            times.append(1e3 * (time.perf_counter() - start))
-        return {"ms": times[_WARM_UP:], "what": engine.setup["kernels"]["routed_experts"]}
+    options = dict(option.split("=", 1) for option in filter(None, arguments.options.split(",")))
+    parsed = {name: yaml.safe_load(value) for name, value in options.items()}
+    start = time.perf_counter()
+    with flashmoe_mlx.load(pack, arguments.backend, prefetch=arguments.prefetch, **parsed) as engine:
+        opened, cache = time.perf_counter() - start, engine.new_cache()
+        times = _timed(arguments, lambda token: engine.forward([token], cache))
+        stats = engine.store.stats()
+        what = f"{engine.setup['kernels']['routed_experts']}, hits {stats.hits / max(1, stats.requests):.0%}"
+        return {"ms": times, "open": opened, "peak": _peak(), "what": what}
 
 
 def _gguf(arguments: argparse.Namespace) -> Path:
@@ -122,8 +164,6 @@ def _gguf(arguments: argparse.Namespace) -> Path:
 
 
 def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
-    import time
-
     import llama_cpp
 
     if arguments.cold:
@@ -136,15 +176,14 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
             return parameters
 
         llama_cpp.llama_cpp.llama_model_default_params = without_copy
+    start = time.perf_counter()
     llama = llama_cpp.Llama(
         str(_gguf(arguments)), n_ctx=512, n_threads=len(os.sched_getaffinity(0)), verbose=False, logits_all=False
     )
-    times = []
-    for token in _tokens(arguments.tokens, 256):
-        start = time.perf_counter()
-        llama.eval([token])
-        times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": times[_WARM_UP:], "what": llama_cpp.llama_print_system_info().decode().split("|")[0]}
+    opened = time.perf_counter() - start
+    times = _timed(arguments, lambda token: llama.eval([token]))
+    what = llama_cpp.llama_print_system_info().decode().split("|")[0]
+    return {"ms": times, "open": opened, "peak": _peak(), "what": what}
 
 
 def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def load(
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
         experts_k: routed experts a token uses; None for the model's own number.
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
-        prefetch: "none", "previous_token" or "next_router": which experts of the next layer are read ahead while
+        prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``model.prefetch``.
         profile: evaluate every phase by itself, so that the split of the time is exact; slower.
         **backend_options: options of the backend, as in its YAML.

@@ -33,6 +33,8 @@ class DecoderLayer:
         prefetcher: Prefetcher | None = None,
     ) -> mx.array:
         """[T, hidden] -> [T, hidden]."""
+        if prefetcher is not None and len(x) == 1:
+            prefetcher.begins(self.experts.layer, x)
         normed = mx.fast.rms_norm(x, self.input_norm, self.eps)
         with clock.computing("attention"):
             x = x + self._mix(normed, cache)

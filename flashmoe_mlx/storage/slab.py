@@ -1,7 +1,7 @@
 """Slots: room for records in one MLX array, which reads go straight into."""
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -9,11 +9,12 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch
 from flashmoe_mlx.pack.record import RECORD_ALIGNMENT
-from flashmoe_mlx.storage.memory import GIB, slots_on_gpu, total_memory, use_huge_pages
+from flashmoe_mlx.storage.memory import GIB, own_memory, slots_on_gpu, total_memory, use_huge_pages
 
 _COLLAPSED = 2**29
 """Bytes up to which slots are made of large pages at once; it takes a tenth of a second or two for each 100 MB."""
@@ -93,6 +94,75 @@ class SlabBatch:
         return [self._rows[slot].toreadonly() for slot in self.slots]
 
 
+class HostSlots:
+    """``count`` slots of ``record_bytes`` in memory that is not MLX's, for the CPU to read.
+
+    In large pages, which MLX's own memory is not made of. MLX can use no other memory in place on CPUs, so what is
+    asked for as an array is copied; the CPU kernels ask for none.
+    """
+
+    def __init__(self, count: int, record_bytes: int) -> None:
+        size = count * record_bytes
+        _refuse_what_cannot_be_allocated(count, size)
+        self.count = count
+        self._record_bytes = record_bytes
+        try:
+            host = own_memory(size)
+        except OSError as error:
+            raise InputError(f"{count} slots: {size / GIB:.1f} GiB are refused here ({error}); choose fewer") from error
+        self._rows = [host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
+        self._copies: Slab | None = None
+
+    def rows(self, slots: Sequence[int]) -> list[memoryview]:
+        """The bytes of ``slots``, writable."""
+        return [self._rows[slot] for slot in slots]
+
+    def commit(self, slots: Sequence[int]) -> None:
+        """Nothing to do: what is written is where kernels read."""
+
+    def batch(self, slots: Sequence[int]) -> "HostBatch":
+        """The records in ``slots``."""
+        places = {slot: place for place, slot in enumerate(dict.fromkeys(slots))}
+        return HostBatch(tuple(places[slot] for slot in slots), self.rows(slots), self._room)
+
+    def _room(self, count: int) -> Slab:
+        if self._copies is None or self._copies.count < count:
+            self._copies = Slab(count, self._record_bytes)
+        return self._copies
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """An ``ExpertBatch`` in memory that MLX cannot use in place: it is copied, once, into what ``_room`` gives.
+
+    ``slots`` are the rows that the copies have there.
+    """
+
+    slots: tuple[int, ...]
+    _views: Sequence[memoryview]
+    _room: Callable[[int], Slab]
+
+    @cached_property
+    def slab(self) -> mx.array:
+        """Copies."""
+        views = dict(zip(self.slots, self._views, strict=True))
+        slab = self._room(len(views))
+        for row, view in zip(slab.rows(list(views)), views.values(), strict=True):
+            row[:] = view
+        return slab.array
+
+    @cached_property
+    def records(self) -> list[mx.array]:
+        """Views of the copies."""
+        slab = self.slab
+        return [slab[slot : slot + 1].reshape(-1) for slot in self.slots]
+
+    @property
+    def host(self) -> list[memoryview]:
+        """The bytes where they are."""
+        return [view.toreadonly() for view in self._views]
+
+
 class GpuSlots:
     """``count`` slots of ``record_bytes`` in the memory of an NVIDIA GPU; at most ``at_once`` are written at a time.
 
@@ -141,7 +211,10 @@ def make_slots(count: int, record_bytes: int, at_once: int) -> Slots:
     """``count`` slots where kernels of the default device read them best; at most ``at_once`` are written at a time."""
     if slots_on_gpu():
         return GpuSlots(count, record_bytes, at_once)
-    return Slab(count, record_bytes)
+    # Metal reads MLX's memory in place; so do MLX's own operations, where there are no kernels for this CPU.
+    if mx.metal.is_available() or native.extension() is None:
+        return Slab(count, record_bytes)
+    return HostSlots(count, record_bytes)
 
 
 def _refuse_what_cannot_be_allocated(count: int, size: int) -> None:
