@@ -109,7 +109,7 @@ class RamHybridStore(ExpertStore):
     def _fill(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> StoreStats:
         where = self._layers[layer]
         try:
-            done = self._reader.read(layer, list(zip(experts, where.rows(slots), strict=True)))
+            done = self._reader.read(layer, experts, where, slots)
         except ExpertReadError:
             self._caches[layer].drop(experts)
             raise

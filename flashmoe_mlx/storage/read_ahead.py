@@ -1,7 +1,7 @@
 """Read experts before they are asked for, which may turn out to be for nothing."""
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -13,7 +13,7 @@ from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource, Sto
 from flashmoe_mlx.pack.files import read_exactly
 from flashmoe_mlx.storage.extents import OpenFiles, Read, open_for_reading, plan_reads
 from flashmoe_mlx.storage.readers import ExpertReader
-from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.storage.slab import HostSlots, Slab, Slots, host_slots
 
 MOST_THREADS = 8
 _CHUNK = 2**20
@@ -28,7 +28,7 @@ class ReadAhead:
     ``slots`` records, and starts the ``threads``.
 
     With a ``slab`` of ``slots`` slots batches are served in place (``fetch``), and the first hint replaces it by one of
-    twice as many; without one everything is brought into rows of the caller's (``read``).
+    twice as many; without one everything is brought into slots of the caller's (``read``).
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ReadAhead:
         self._count = min(threads, MOST_THREADS)
         self._files = OpenFiles(partial(open_for_reading, direct=direct))
         self._in_place = slab is not None
-        self._slab = slab
+        self._slab: Slab | HostSlots | None = slab
         self._in_use: Collection[int] = ()
         """Slots of the latest batch."""
         self._threads: list[Thread] = []
@@ -61,8 +61,8 @@ class ReadAhead:
         Raises:
             ExpertReadError: an expert could not be read.
         """
-        assert self._slab is not None
         slab = self._slab
+        assert isinstance(slab, Slab)
         ahead = self._claim(layer, experts)
         taken = {job.slot for job in self._ended if job.writing} | {job.slot for job in ahead.values()}
         free = (slot for slot in range(slab.count) if slot not in taken)
@@ -71,15 +71,25 @@ class ReadAhead:
         done = self._bring(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
         return slab, slots, done
 
-    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
-        """Fill the row of each (expert, row); counts ``reads``, ``bytes_read``, ``prefetched`` and ``bytes_wasted``.
+    def read(self, layer: int, experts: Sequence[int], into: Slots, slots: Sequence[int]) -> StoreStats:
+        """Bring each of distinct ``experts`` into its slot; counts reads, bytes, ``prefetched`` and ``bytes_wasted``.
 
-        Whatever happens, no row is written to any more when this returns.
+        Whatever happens, none of these slots is written to any more when this returns.
 
         Raises:
             ExpertReadError: an expert could not be read.
         """
-        return self._bring(layer, wanted, self._claim(layer, [expert for expert, _ in wanted]))
+        places = dict(zip(experts, slots, strict=True))
+
+        def move(expert: int, job: _Ahead) -> None:
+            if isinstance(into, HostSlots) and isinstance(self._slab, HostSlots):
+                into.exchange(places[expert], self._slab, job.slot)
+            else:
+                row = into.rows([places[expert]])[0]
+                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+
+        wanted = list(zip(experts, into.rows(slots), strict=True))
+        return self._bring(layer, wanted, self._claim(layer, experts), move)
 
     def _claim(self, layer: int, experts: Sequence[int]) -> "dict[int, _Ahead]":
         """Those of ``experts`` that are being read ahead or were; all other reads ahead are cancelled."""
@@ -91,7 +101,14 @@ class ReadAhead:
         self._hinted = {}
         return ahead
 
-    def _bring(self, layer: int, wanted: Sequence[tuple[int, memoryview]], ahead: "Mapping[int, _Ahead]") -> StoreStats:
+    def _bring(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        ahead: "Mapping[int, _Ahead]",
+        move: "Callable[[int, _Ahead], None] | None" = None,
+    ) -> StoreStats:
+        """Read what is not ``ahead`` into its row; ``move`` brings the others there, unless they are."""
         done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
         for expert, row in wanted:
@@ -102,8 +119,8 @@ class ReadAhead:
             if not job.complete:
                 failed.append((expert, row))
                 continue
-            if row is not job.row:
-                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+            if move is not None:
+                move(expert, job)
             job.used = True
             done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
         done += self._read(layer, failed)
@@ -147,10 +164,12 @@ class ReadAhead:
         self._files.close()
         return StoreStats(bytes_wasted=self._wasted())
 
-    def _started(self) -> Slab:
-        slots = 2 * self._slots if self._in_place else self._slots
-        if self._slab is None or self._slab.count < slots:
-            self._slab = Slab(slots, self._source.layout.record_bytes)
+    def _started(self) -> Slab | HostSlots:
+        record = self._source.layout.record_bytes
+        if self._slab is None:
+            self._slab = host_slots(self._slots, record)
+        elif self._in_place and self._slab.count < 2 * self._slots:
+            self._slab = Slab(2 * self._slots, record)
         try:
             while len(self._threads) < self._count:
                 name = f"expert-read-ahead-{len(self._threads)}"

@@ -125,6 +125,12 @@ class HostSlots:
         places = {slot: place for place, slot in enumerate(dict.fromkeys(slots))}
         return HostBatch(tuple(places[slot] for slot in slots), self.rows(slots), self._room)
 
+    def exchange(self, slot: int, other: "HostSlots", place: int) -> None:
+        """Change the memory of ``slot`` for that of the ``place`` of another: records move without a copy."""
+        mine, theirs = self._rows, other._rows  # noqa: SLF001  # of the same class
+        # One statement without a call in it, so that an interrupt cannot leave the same memory in both.
+        mine[slot], theirs[place] = theirs[place], mine[slot]
+
     def _room(self, count: int) -> Slab:
         if self._copies is None or self._copies.count < count:
             self._copies = Slab(count, self._record_bytes)
@@ -211,6 +217,11 @@ def make_slots(count: int, record_bytes: int, at_once: int) -> Slots:
     """``count`` slots where kernels of the default device read them best; at most ``at_once`` are written at a time."""
     if slots_on_gpu():
         return GpuSlots(count, record_bytes, at_once)
+    return host_slots(count, record_bytes)
+
+
+def host_slots(count: int, record_bytes: int) -> Slab | HostSlots:
+    """``count`` slots in memory that the CPU can reach."""
     # Metal reads MLX's memory in place; so do MLX's own operations, where there are no kernels for this CPU.
     if mx.metal.is_available() or native.extension() is None:
         return Slab(count, record_bytes)
