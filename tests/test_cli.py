@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe_mlx.application import run
 from flashmoe_mlx.pack.pack import open_pack, write_manifest
 
 RUN = [sys.executable, "-m", "flashmoe_mlx"]
@@ -30,13 +31,18 @@ def flashmoe(
     )
 
 
-def mistake(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """The one line of an error."""
-    assert result.returncode == code, result.stderr
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, result.stderr
+def error_line(code: int, shown: str, expected: int = 2) -> str:
+    """What the one line of an error says."""
+    assert code == expected, shown
+    lines = shown.strip().splitlines()
+    assert len(lines) == 1, shown
     assert lines[0].startswith("flashmoe_mlx: ")
     return lines[0].removeprefix("flashmoe_mlx: ")
+
+
+def mistake(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """What the one line of an error says."""
+    return error_line(result.returncode, result.stderr, code)
 
 
 def records(folder: Path) -> list[Path]:
@@ -91,10 +97,23 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
         (["task=pack", "verify=true"], "verify=true needs out="),
     ],
 )
-def test_mistakes_are_one_line(tiny_pack: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
-    line = mistake(flashmoe(f"model.path={tiny_pack}", *arguments, cwd=tmp_path))
-    assert message in line
-    assert "Traceback" not in line
+def test_mistakes_are_one_line(
+    tiny_pack: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = run([f"model.path={tiny_pack}", *arguments])
+    assert message in error_line(code, capsys.readouterr().err)
+
+
+def test_a_mistake_ends_the_program(tmp_path: Path) -> None:
+    result = flashmoe("backend=nosuch", cwd=tmp_path)
+    assert "backend=nosuch: no such backend" in mistake(result)
+    assert result.stdout == ""
 
 
 def test_debug_shows_where(tmp_path: Path) -> None:

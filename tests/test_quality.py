@@ -185,7 +185,7 @@ def test_intervals() -> None:
 def test_the_task(tmp_path: Path) -> None:
     from test_cli import flashmoe, mistake, records
 
-    arguments = ["task=evaluate", "kinds=[text,json]", "limit=3", "variants=[q4,q2-minmax]", "experts_ks=[2,10]"]
+    arguments = ["task=evaluate", "kinds=[text,json]", "limit=1", "variants=[q4,q2-minmax]", "experts_ks=[2,10]"]
     result = flashmoe(*arguments, "answers=false", cwd=tmp_path, cache=tmp_path / "cache")
     assert result.returncode == 0, result.stderr
     (folder,) = records(tmp_path)
