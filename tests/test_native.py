@@ -141,7 +141,7 @@ def test_shapes_of_published_models(make: Callable[..., Case], name: str) -> Non
 
 
 def test_instruction_sets_agree_to_the_last_bits(extension: ModuleType) -> None:
-    """Sums are taken in one order by all; only the portable code rounds products before it adds."""
+    """Sums are taken in one order by all; but portable code rounds products before it adds, and VNNI sums integers."""
     inputs = kernel_cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=12, k=2)
     results = {}
     for name in extension.instruction_sets():
@@ -150,10 +150,42 @@ def test_instruction_sets_agree_to_the_last_bits(extension: ModuleType) -> None:
             native.routed_experts(inputs.x, inputs.records, inputs.rows, inputs.shares, inputs.form, inputs.shared)
         )
     extension.use_instruction_set("auto")
-    fused = [result for name, result in results.items() if name != "portable"]
+    others = [results.pop(name) for name in ("portable", "avx512_vnni") if name in results]
+    fused = list(results.values())
     for result in fused[1:]:
         np.testing.assert_allclose(result, fused[0], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(results["portable"], fused[0] if fused else results["portable"], rtol=1e-5, atol=1e-5)
+    for result in others:
+        np.testing.assert_allclose(result, (fused or others)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("bits", native.BITS)
+def test_vectors_of_any_magnitude(bits: int) -> None:
+    """One value far above the others of its group, groups of very different sizes, of zeros, of next to nothing."""
+    random = np.random.default_rng(bits)
+    x = random.standard_normal((1, 640), np.float32)
+    x[0, 70] = 1e5
+    x[0, 128:256] *= 1e-20
+    x[0, 256:320] = 0
+    x[0, 320:448] *= 1e-36
+    x[0, 448:512] = np.float32(1e34) * np.sign(x[0, 448:512])
+    weight = mx.array(random.integers(0, 2**32, (7, 640 * bits // 32), np.uint32))
+    scales, biases = (mx.array(random.standard_normal((7, 10), np.float32) * 1e-3) for _ in range(2))
+    dense = np.array(mx.dequantize(weight, scales, biases, group_size=64, bits=bits), np.float64)
+    for end in (640, 448, 128, 64):
+        x[0, end:] = 0
+        got = np.array(native.quantised_product(mx.array(x), weight, scales, biases, bits, 64))
+        np.testing.assert_allclose(got[0], dense @ x[0].astype(np.float64), atol=1e-6 * np.abs(dense * x).sum(-1).max())
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_does_not_become_one(value: float) -> None:
+    x = np.ones((1, 192), np.float32)
+    x[0, 100] = value
+    weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (5, 24), np.uint32))
+    got = native.quantised_product(mx.array(x), weight, mx.ones((5, 3)), mx.zeros((5, 3)), 4, 64)
+    assert not np.isfinite(np.array(got)).any()
 
 
 def test_many_threads_at_once(extension: ModuleType) -> None:

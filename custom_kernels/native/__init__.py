@@ -2,7 +2,8 @@
 
 Buffers go in and out: an ``mx.array`` is one, and is evaluated when it is looked into. What is returned is evaluated.
 Two environment variables, read once, at the first use: ``FLASHMOE_THREADS`` (default: the cores that this process may
-use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512``, ``avx2``, ``neon`` or ``portable``; default: the best of this machine).
+use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``, ``neon`` or ``portable``; default: the best of this
+machine).
 """
 
 import os

@@ -18,6 +18,9 @@ namespace flashmoe {
 namespace {
 const char* const kName = "avx2";
 #include "lanes_avx2.hpp"
+#include "formats.hpp"
+#include "dot_floats.hpp"
+#include "dot.hpp"
 #include "body.hpp"
 } // namespace
 } // namespace flashmoe

@@ -18,6 +18,9 @@ namespace flashmoe {
 namespace {
 const char* const kName = "avx512";
 #include "lanes_avx512.hpp"
+#include "formats.hpp"
+#include "dot_floats.hpp"
+#include "dot.hpp"
 #include "body.hpp"
 } // namespace
 } // namespace flashmoe

@@ -1,8 +1,5 @@
 // The operations, in the words of a `lanes_*.hpp`. Included once by each instruction set's source, inside a namespace
 // of its own, so that no code made for one machine can be linked into what another runs.
-//
-// The product of a group factors: sum((s q + b) x) = s sum(q x) + b sum(x). Codes become floats lane by lane, a chunk
-// of 16 lanes at a time, and meet a vector that was put into the same order once (`pack`).
 
 INLINE F exponential(F x) {
     // exp(x) = 2^n exp(r), |r| <= ln(2) / 2; the polynomial is that of Cephes' expf.
@@ -42,116 +39,7 @@ INLINE F load_part(const float* x, int64_t i, int64_t count) {
     return load(last);
 }
 
-// --- quantised products -------------------------------------------------------------------------------------------
-
-INLINE F any_scales(const uint8_t* p, Scale type) {
-    if (type == Scale::bf16) return load_scales<Scale::bf16>(p);
-    return type == Scale::f32 ? load_scales<Scale::f32>(p) : load_scales<Scale::f16>(p);
-}
-
-template <int BITS>
-constexpr int kChunkBytes = BITS == 3 ? 48 : 64;
-template <int BITS>
-constexpr int kChunk = 16 * codes_per_lane(BITS); // codes
-
-void pack(const float* x, int64_t columns, int bits, int group, float* packed, float* sums) {
-    const int per_lane = codes_per_lane(bits), chunk = 16 * per_lane;
-    const int64_t length = packed_length(columns, group);
-    int64_t c = 0;
-    for (; (c + 1) * chunk <= columns; ++c)
-        for (int j = 0; j < per_lane; ++j)
-            store(packed + c * chunk + 16 * j, gather(x + c * chunk + j, per_lane));
-    for (; c * chunk < length; ++c)
-        for (int j = 0; j < per_lane; ++j)
-            for (int i = 0; i < 16; ++i) {
-                int64_t at = c * chunk + int64_t{i} * per_lane + j;
-                packed[c * chunk + 16 * j + i] = at < columns ? x[at] : 0.0f;
-            }
-    const int64_t groups = columns / group, padded = length / group;
-    for (int64_t g = 0; g < groups; ++g) {
-        F total = load(x + g * group);
-        for (int i = kLanes; i < group; i += kLanes) total = total + load(x + g * group + i);
-        sums[g] = sum(total);
-    }
-    for (int64_t g = groups; g < padded; ++g) sums[g] = 0.0f;
-}
-
-template <int BITS, int J, int TOKENS>
-struct Codes {
-    static INLINE void add(W w, const float* const* x, int64_t at, F* part) {
-        F q = decode<BITS, J>(w);
-        for (int t = 0; t < TOKENS; ++t)
-            part[t] = J ? fma(q, load(x[t] + at + 16 * J), part[t]) : q * load(x[t] + at);
-        if constexpr (J + 1 < codes_per_lane(BITS)) Codes<BITS, J + 1, TOKENS>::add(w, x, at, part);
-    }
-};
-
-template <int BITS, int GROUP>
-constexpr int kPerGroup = GROUP / codes_per_lane(BITS); // lanes of a group, and chunks of a block
-
-// The first `chunks` chunks of a block of 16 groups.
-template <int BITS, int GROUP, int TOKENS>
-INLINE void add_chunks(const uint8_t* codes, F scales, const float* const* x, int64_t at, int chunks, F* total) {
-    for (int c = 0; c < chunks; ++c) {
-        W w = load_codes<BITS>(codes + c * kChunkBytes<BITS>);
-        prefetch(codes + c * kChunkBytes<BITS> + 2048);
-        F part[TOKENS];
-        Codes<BITS, 0, TOKENS>::add(w, x, at + c * kChunk<BITS>, part);
-        F s = spread<kPerGroup<BITS, GROUP>>(scales, c);
-        for (int t = 0; t < TOKENS; ++t) total[t] = fma(part[t], s, total[t]);
-    }
-}
-
-// The end of a row that fills no block: codes up to a whole chunk and scales up to 16, zero beyond.
-struct Tail {
-    uint8_t codes[32 * 64];
-    uint8_t scales[64], biases[64];
-    int chunks;
-};
-
-template <int BITS, int GROUP>
-void read_tail(const uint8_t* codes, const uint8_t* scales, const uint8_t* biases, int groups, int size, Tail& tail) {
-    const int bytes = groups * GROUP * BITS / 8;
-    tail.chunks = (bytes + kChunkBytes<BITS> - 1) / kChunkBytes<BITS>;
-    std::memcpy(tail.codes, codes, bytes);
-    std::memset(tail.codes + bytes, 0, tail.chunks * kChunkBytes<BITS> + 16 - bytes);
-    std::memset(tail.scales, 0, sizeof tail.scales);
-    std::memset(tail.biases, 0, sizeof tail.biases);
-    std::memcpy(tail.scales, scales, groups * size);
-    std::memcpy(tail.biases, biases, groups * size);
-}
-
-template <int BITS, int GROUP, int TOKENS>
-void dot_rows(const Matrix& m, int64_t begin, int64_t end, const float* const* x, const float* const* sums,
-              float* const* out) {
-    constexpr int64_t block = 16 * GROUP, block_bytes = block * BITS / 8;
-    const int size = static_cast<int>(m.scale_bytes());
-    const int64_t groups = m.groups(), blocks = groups / 16;
-    const int rest = static_cast<int>(groups % 16);
-    Tail tail;
-    for (int64_t row = begin; row < end; ++row) {
-        const uint8_t* codes = m.codes + row * m.row_bytes();
-        const uint8_t* scales = m.scales + row * m.scale_row_bytes();
-        const uint8_t* biases = m.biases + row * m.scale_row_bytes();
-        F total[TOKENS];
-        for (int t = 0; t < TOKENS; ++t) total[t] = zero();
-        for (int64_t b = 0; b < blocks; ++b) {
-            add_chunks<BITS, GROUP, TOKENS>(codes + b * block_bytes, any_scales(scales + b * 16 * size, m.type), x,
-                                            b * block, kPerGroup<BITS, GROUP>, total);
-            F bias = any_scales(biases + b * 16 * size, m.type);
-            for (int t = 0; t < TOKENS; ++t) total[t] = fma(bias, load(sums[t] + 16 * b), total[t]);
-        }
-        if (rest) {
-            read_tail<BITS, GROUP>(codes + blocks * block_bytes, scales + blocks * 16 * size,
-                                   biases + blocks * 16 * size, rest, size, tail);
-            add_chunks<BITS, GROUP, TOKENS>(tail.codes, any_scales(tail.scales, m.type), x, blocks * block,
-                                            tail.chunks, total);
-            F bias = any_scales(tail.biases, m.type);
-            for (int t = 0; t < TOKENS; ++t) total[t] = fma(bias, load(sums[t] + 16 * blocks), total[t]);
-        }
-        for (int t = 0; t < TOKENS; ++t) out[t][row - begin] = sum(total[t]);
-    }
-}
+// --- products of many vectors -----------------------------------------------------------------------------------------
 
 // Codes of a chunk as numbers, in the order of packed vectors.
 template <int BITS, int J>
@@ -225,35 +113,6 @@ void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* acr
                             tile + (row - begin) * width);
         }
     }
-}
-
-template <int BITS, int GROUP>
-void dot_typed(const Matrix& m, int64_t begin, int64_t end, int tokens, const float* const* x,
-               const float* const* sums, float* const* out) {
-    int t = 0;
-    if constexpr (kTokens >= 4)
-        for (; t + 4 <= tokens; t += 4) dot_rows<BITS, GROUP, 4>(m, begin, end, x + t, sums + t, out + t);
-    if constexpr (kTokens >= 2)
-        for (; t + 2 <= tokens; t += 2) dot_rows<BITS, GROUP, 2>(m, begin, end, x + t, sums + t, out + t);
-    for (; t < tokens; ++t) dot_rows<BITS, GROUP, 1>(m, begin, end, x + t, sums + t, out + t);
-}
-
-// Calls function<BITS, GROUP>(m, arguments...).
-#define FOR_GROUPS(function, bits_, ...)                                     \
-    if (m.group == 32) return function<bits_, 32>(m, __VA_ARGS__);           \
-    if (m.group == 64) return function<bits_, 64>(m, __VA_ARGS__);           \
-    return function<bits_, 128>(m, __VA_ARGS__);
-#define FOR_FORMAT(function, ...)                                            \
-    switch (m.bits) {                                                        \
-        case 2: FOR_GROUPS(function, 2, __VA_ARGS__)                         \
-        case 3: FOR_GROUPS(function, 3, __VA_ARGS__)                         \
-        case 4: FOR_GROUPS(function, 4, __VA_ARGS__)                         \
-        default: FOR_GROUPS(function, 8, __VA_ARGS__)                        \
-    }
-
-void dot(const Matrix& m, int64_t begin, int64_t end, int tokens, const float* const* packed,
-         const float* const* sums, float* const* out) {
-    FOR_FORMAT(dot_typed, begin, end, tokens, packed, sums, out)
 }
 
 void multiply(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
@@ -431,5 +290,5 @@ void attend(const float* queries, int64_t heads, int64_t dim, const float* keys,
     }
 }
 
-const Operations operations = {kName, pack,     dot,    multiply, swiglu, convolve,
-                               delta, rms_norm, attend, multiply_by_sigmoid};
+const Operations operations = {kName,  pack,     vector_bytes, prepare, dot, multiply, swiglu, convolve,
+                               delta,  rms_norm, attend,       multiply_by_sigmoid};

@@ -289,7 +289,8 @@ PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(op
 PyObject* instruction_sets(PyObject*, PyObject*) {
     PyObject* names = PyList_New(0);
     if (!names) return nullptr;
-    for (const Operations* found : {avx512_operations(), avx2_operations(), neon_operations(), portable_operations()}) {
+    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
+                                    portable_operations()}) {
         if (!found) continue;
         PyObject* name = PyUnicode_FromString(found->name);
         if (!name || PyList_Append(names, name) != 0) {

@@ -10,6 +10,9 @@ namespace flashmoe {
 namespace {
 const char* const kName = "neon";
 #include "lanes_neon.hpp"
+#include "formats.hpp"
+#include "dot_floats.hpp"
+#include "dot.hpp"
 #include "body.hpp"
 } // namespace
 

@@ -14,6 +14,7 @@ constexpr int kMostTokens = 4; // vectors that share one pass over the codes
 constexpr int kTile = 64;      // vectors that share one dequantised block
 constexpr int kSlack = 8;
 constexpr int kScratch = 8 * 16 * 128;
+constexpr int kAhead = 8192;   // bytes: how far ahead codes are prefetched
 
 enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -54,7 +55,7 @@ inline int64_t packed_place(int64_t column, int bits) {
     return column - within + kLanes * (within % per_lane) + within / per_lane;
 }
 
-// A vector as `dot` wants it: blocks of 16 groups, zero at the end; in a chunk of 16 lanes, element [j][i] is that of
+// A packed vector: blocks of 16 groups, zero at the end; in a chunk of 16 lanes, element [j][i] is that of
 // code j of lane i.
 inline int64_t packed_length(int64_t columns, int group) {
     int64_t block = int64_t{kLanes} * group;
@@ -77,12 +78,16 @@ struct AttentionShape {
 struct Operations {
     const char* name;
 
-    // `x` [columns] in the order of `bits`, and the sum of every group.
-    void (*pack)(const float* x, int64_t columns, int bits, int group, float* packed, float* sums);
+    // `x` [columns] as `multiply` wants it: in the order of `bits`.
+    void (*pack)(const float* x, int64_t columns, int bits, int group, float* packed);
 
-    // out[t][row - begin] = row of `m` times vector t, for up to kMostTokens packed vectors.
-    void (*dot)(const Matrix& m, int64_t begin, int64_t end, int tokens, const float* const* packed,
-                const float* const* sums, float* const* out);
+    // `x` [columns] as `dot` wants it, and the bytes that it takes, whole cache lines.
+    int64_t (*vector_bytes)(int64_t columns, int group);
+    void (*prepare)(const float* x, int64_t columns, int bits, int group, uint8_t* to);
+
+    // out[t][row - begin] = row of `m` times vector t, for up to kMostTokens prepared vectors.
+    void (*dot)(const Matrix& m, int64_t begin, int64_t end, int tokens, const uint8_t* const* vectors,
+                float* const* out);
 
     // tile[row - begin][t] for up to kTile vectors; `across` [packed_length][width] holds the packed vectors side by
     // side, `width` a multiple of 16. `tile` has room for kSlack more rows; `scratch`: kScratch floats.
@@ -117,6 +122,7 @@ struct Operations {
 const Operations* portable_operations();
 const Operations* avx2_operations();
 const Operations* avx512_operations();
+const Operations* avx512_vnni_operations();
 const Operations* neon_operations();
 
 } // namespace flashmoe

@@ -14,7 +14,8 @@ namespace {
 std::atomic<const Operations*> chosen{nullptr};
 
 const Operations* best() {
-    for (const Operations* found : {avx512_operations(), avx2_operations(), neon_operations()})
+    for (const Operations* found :
+         {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations()})
         if (found) return found;
     return portable_operations();
 }
@@ -65,51 +66,55 @@ bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
 }
 
-// Vectors in the order of a matrix's codes.
-struct Packed {
-    int64_t length, sums_length;
-    float* memory;
+// Vectors as `dot` wants them for a matrix's format.
+struct Prepared {
+    int64_t bytes;
+    uint8_t* memory;
 
     static int64_t size(const Matrix& m, int64_t count) {
-        return count * (packed_length(m.columns, m.group) + packed_sums(m.columns, m.group));
+        return count * operations().vector_bytes(m.columns, m.group) / 4; // floats
     }
-    Packed(const Matrix& m, float* memory_)
-        : length(packed_length(m.columns, m.group)), sums_length(packed_sums(m.columns, m.group)), memory(memory_) {}
-    float* vector(int64_t i) const { return memory + i * (length + sums_length); }
-    float* sums(int64_t i) const { return vector(i) + length; }
+    Prepared(const Matrix& m, float* memory_)
+        : bytes(operations().vector_bytes(m.columns, m.group)), memory(reinterpret_cast<uint8_t*>(memory_)) {}
+    uint8_t* vector(int64_t i) const { return memory + i * bytes; }
 
     // `row(i)`: the i-th vector.
     template <typename Row>
     void fill(const Matrix& m, int64_t count, const Row& row) const {
         const Operations& own = operations();
         parallel(count, 4, [&](int64_t begin, int64_t end, int) {
-            for (int64_t i = begin; i < end; ++i) own.pack(row(i), m.columns, m.bits, m.group, vector(i), sums(i));
-        });
-    }
-
-    // [length][width], the vectors side by side.
-    void across(int64_t count, int64_t width, float* to) const {
-        parallel(length, 256, [&](int64_t begin, int64_t end, int) {
-            for (int64_t k = begin; k < end; ++k) {
-                for (int64_t t = 0; t < count; ++t) to[k * width + t] = vector(t)[k];
-                for (int64_t t = count; t < width; ++t) to[k * width + t] = 0.0f;
-            }
+            for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
         });
     }
 };
 
 // Rows [begin, end) times vectors [0, count), count <= kFewTokens, into to[t * stride + row - begin].
-void few(const Matrix& m, int64_t begin, int64_t end, const Packed& packed, int64_t count, float* to, int64_t stride) {
-    const float *vectors[kMostTokens], *sums[kMostTokens];
+void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t count, float* to, int64_t stride) {
+    const uint8_t* vectors[kMostTokens];
     float* out[kMostTokens];
     for (int64_t first = 0; first < count; first += kMostTokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
-        for (int t = 0; t < tokens; ++t) {
-            vectors[t] = packed.vector(first + t), sums[t] = packed.sums(first + t);
-            out[t] = to + (first + t) * stride;
-        }
-        operations().dot(m, begin, end, tokens, vectors, sums, out);
+        for (int t = 0; t < tokens; ++t) vectors[t] = x.vector(first + t), out[t] = to + (first + t) * stride;
+        operations().dot(m, begin, end, tokens, vectors, out);
     }
+}
+
+// `count` vectors, packed and side by side: [packed length][width]. `row(i)`: the i-th vector.
+template <typename Row>
+float* across(const Matrix& m, int64_t count, int64_t width, const Row& row) {
+    const int64_t length = packed_length(m.columns, m.group);
+    float *packed = scratch<kPacked>(count * length), *to = scratch<kAcross>(length * width);
+    const Operations& own = operations();
+    parallel(count, 4, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) own.pack(row(i), m.columns, m.bits, m.group, packed + i * length);
+    });
+    parallel(length, 256, [&](int64_t begin, int64_t end, int) {
+        for (int64_t k = begin; k < end; ++k) {
+            for (int64_t t = 0; t < count; ++t) to[k * width + t] = packed[t * length + k];
+            for (int64_t t = count; t < width; ++t) to[k * width + t] = 0.0f;
+        }
+    });
+    return to;
 }
 
 void many(const Matrix& m, int64_t begin, int64_t end, const float* across, int64_t width, float* tile) {
@@ -131,42 +136,42 @@ void token_blocks(int64_t tokens, const Function& f) {
 // One expert and one block of the tokens that use it.
 void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y) {
     const int64_t inner = e.gate.rows;
-    const Packed packed(e.gate, scratch<kPacked>(Packed::size(e.gate, count)));
-    packed.fill(e.gate, count, [&](int64_t i) { return x + uses[i].token * hidden; });
+    const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
     const int64_t width = up_to_lanes(count);
     const int64_t step = rows_at_once(e.gate, count), down_step = rows_at_once(e.down, count);
     if (count <= kFewTokens) {
+        const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
+        prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
         parallel(inner, step, [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* up = scratch<kOwnUp>(count * rows);
-            few(e.gate, begin, end, packed, count, middle + begin, inner);
-            few(e.up, begin, end, packed, count, up, rows);
+            few(e.gate, begin, end, prepared, count, middle + begin, inner);
+            few(e.up, begin, end, prepared, count, up, rows);
             for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
         });
-        const Packed packed_middle(e.down, scratch<kHiddenPacked>(Packed::size(e.down, count)));
-        packed_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
+        const Prepared prepared_middle(e.down, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
+        prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
         parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* out = scratch<kOwnTile>(count * rows);
-            few(e.down, begin, end, packed_middle, count, out, rows);
+            few(e.down, begin, end, prepared_middle, count, out, rows);
             for (int64_t t = 0; t < count; ++t)
                 for (int64_t r = 0; r < rows; ++r)
                     y[uses[t].token * hidden + begin + r] += uses[t].share * out[t * rows + r];
         });
         return;
     }
-    float* across = scratch<kAcross>(packed.length * width);
-    packed.across(count, width, across);
+    const float* inputs = across(e.gate, count, width, input);
     const int64_t middle_length = packed_length(inner, e.down.group);
     float* middle = scratch<kHidden>(middle_length * width);
     std::fill(middle, middle + middle_length * width, 0.0f);
     parallel(inner, step, [&](int64_t begin, int64_t end, int) {
         const int64_t rows = end - begin;
         float *gate = scratch<kOwnTile>((rows + kSlack) * width), *up = scratch<kOwnUp>((rows + kSlack) * width);
-        many(e.gate, begin, end, across, width, gate);
-        many(e.up, begin, end, across, width, up);
+        many(e.gate, begin, end, inputs, width, gate);
+        many(e.up, begin, end, inputs, width, up);
         own.swiglu(gate, up, rows * width);
         for (int64_t r = 0; r < rows; ++r)
             std::memcpy(middle + packed_place(begin + r, e.down.bits) * width, gate + r * width,
@@ -187,13 +192,13 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     const Operations& own = operations();
     const int64_t count = static_cast<int64_t>(experts.size());
     std::vector<int64_t> starts(count + 1, 0);
-    std::vector<Packed> inputs;
+    std::vector<Prepared> inputs;
     int64_t memory = 0, widest = 0;
     for (int64_t i = 0; i < count; ++i) {
         const Expert& e = experts[i].expert;
         starts[i + 1] = starts[i] + e.gate.rows;
-        memory += Packed::size(e.gate, 1);
-        widest = std::max(widest, Packed::size(e.down, 1));
+        memory += Prepared::size(e.gate, 1);
+        widest = std::max(widest, Prepared::size(e.down, 1));
     }
     float* free = scratch<kPacked>(memory);
     for (int64_t i = 0; i < count; ++i) {
@@ -203,7 +208,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
             continue;
         }
         inputs.emplace_back(gate, free);
-        free += Packed::size(gate, 1);
+        free += Prepared::size(gate, 1);
         inputs.back().fill(gate, 1, [&](int64_t) { return x; });
     }
     float* middle = scratch<kHidden>(starts[count]);
@@ -221,7 +226,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
         }
     });
     float* packed_memory = scratch<kHiddenPacked>(widest * count);
-    std::vector<Packed> middles;
+    std::vector<Prepared> middles;
     for (int64_t i = 0; i < count; ++i) {
         middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
         middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
@@ -248,30 +253,30 @@ const Operations& operations() {
 
 bool choose_operations(const char* name) {
     if (std::strcmp(name, "auto") == 0) return chosen.store(best()), true;
-    for (const Operations* found :
-         {avx512_operations(), avx2_operations(), neon_operations(), portable_operations()})
+    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
+                                    portable_operations()})
         if (found && std::strcmp(found->name, name) == 0) return chosen.store(found), true;
     return false;
 }
 
 void quantised_product(const Matrix& m, const float* x, int64_t tokens, float* y) {
     token_blocks(tokens, [&](int64_t first, int64_t count) {
-        const Packed packed(m, scratch<kPacked>(Packed::size(m, count)));
-        packed.fill(m, count, [&](int64_t i) { return x + (first + i) * m.columns; });
+        const auto input = [&](int64_t i) { return x + (first + i) * m.columns; };
         float* out = y + first * m.rows;
         const int64_t step = rows_at_once(m, count);
         if (count <= kFewTokens) {
+            const Prepared prepared(m, scratch<kPacked>(Prepared::size(m, count)));
+            prepared.fill(m, count, input);
             parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
-                few(m, begin, end, packed, count, out + begin, m.rows);
+                few(m, begin, end, prepared, count, out + begin, m.rows);
             });
             return;
         }
         const int64_t width = up_to_lanes(count);
-        float* across = scratch<kAcross>(packed.length * width);
-        packed.across(count, width, across);
+        const float* inputs = across(m, count, width, input);
         parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
             float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
-            many(m, begin, end, across, width, tile);
+            many(m, begin, end, inputs, width, tile);
             for (int64_t t = 0; t < count; ++t)
                 for (int64_t r = begin; r < end; ++r) out[t * m.rows + r] = tile[(r - begin) * width + t];
         });

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -28,7 +29,7 @@ inline void relax() {
 
 class Pool {
 public:
-    explicit Pool(int count) : count_(count) {}
+    explicit Pool(int count) : count_(count), ranges_(count) {}
 
     // May run with fewer threads than asked for, if the system gives no more.
     void start() {
@@ -48,8 +49,12 @@ public:
     }
 
     void run(int64_t count, int64_t step, Body body, void* context) {
-        body_ = body, context_ = context, end_ = count, step_ = step;
-        next_.store(0, std::memory_order_relaxed);
+        body_ = body, context_ = context, step_ = step;
+        const int64_t steps = (count + step - 1) / step;
+        for (int thread = 0; thread < count_; ++thread) {
+            ranges_[thread].end = std::min(count, steps * (thread + 1) / count_ * step);
+            ranges_[thread].next.store(steps * thread / count_ * step, std::memory_order_relaxed);
+        }
         const uint64_t opened = ((gate_.load(std::memory_order_relaxed) >> kEpoch) + 1) << kEpoch | kOpen;
         {
             // Sequentially consistent with `asleep_`: either a thread sees the loop before it sleeps, or we see it
@@ -76,11 +81,19 @@ private:
     static constexpr uint64_t kInside = 0xffff, kOpen = 1 << 16;
     static constexpr int kEpoch = 17;
 
+    // What a thread has to do, and on a cache line of its own.
+    struct alignas(64) Range {
+        std::atomic<int64_t> next{0};
+        int64_t end = 0;
+    };
+
     void work(int thread) {
-        for (;;) {
-            const int64_t begin = next_.fetch_add(step_, std::memory_order_relaxed);
-            if (begin >= end_) return;
-            body_(context_, begin, begin + step_ < end_ ? begin + step_ : end_, thread);
+        for (int i = 0; i < count_; ++i) { // its own range, then those of the others
+            Range& range = ranges_[(thread + i) % count_];
+            while (range.next.load(std::memory_order_relaxed) < range.end) {
+                const int64_t begin = range.next.fetch_add(step_, std::memory_order_relaxed);
+                if (begin < range.end) body_(context_, begin, std::min(begin + step_, range.end), thread);
+            }
         }
     }
 
@@ -120,8 +133,8 @@ private:
     const int count_;
     Body body_ = nullptr;
     void* context_ = nullptr;
-    int64_t end_ = 0, step_ = 1;
-    alignas(64) std::atomic<int64_t> next_{0};
+    int64_t step_ = 1;
+    std::vector<Range> ranges_;
     alignas(64) std::atomic<uint64_t> gate_{0};
     alignas(64) std::atomic<int> asleep_{0};
     std::atomic<bool> stopping_{false};

@@ -7,6 +7,9 @@ namespace flashmoe {
 namespace {
 const char* const kName = "portable";
 #include "lanes_portable.hpp"
+#include "formats.hpp"
+#include "dot_floats.hpp"
+#include "dot.hpp"
 #include "body.hpp"
 } // namespace
 

@@ -87,7 +87,7 @@ std::vector<float> results(int seed) {
 } // namespace
 
 int main() {
-    for (const char* name : {"avx512", "avx2", "neon", "portable"}) {
+    for (const char* name : {"avx512_vnni", "avx512", "avx2", "neon", "portable"}) {
         if (!choose_operations(name)) continue;
         set_threads(1);
         std::vector<std::vector<float>> expected;

@@ -1,0 +1,43 @@
+// A few vectors in floats: codes become floats lane by lane, a chunk at a time, and meet a vector that was put into the
+// same order once (`pack`). Included after `formats.hpp` and before `dot.hpp`.
+
+struct Vector {
+    const float *packed, *sums;
+
+    Vector() = default;
+    Vector(const uint8_t* from, int64_t columns, int group)
+        : packed(reinterpret_cast<const float*>(from)), sums(packed + packed_length(columns, group)) {}
+};
+
+int64_t vector_bytes(int64_t columns, int group) {
+    return 4 * (packed_length(columns, group) + packed_sums(columns, group));
+}
+
+void prepare(const float* x, int64_t columns, int bits, int group, uint8_t* to) {
+    float* packed = reinterpret_cast<float*>(to);
+    pack(x, columns, bits, group, packed);
+    add_up_groups(x, columns, group, packed + packed_length(columns, group));
+}
+
+template <int BITS, int J, int TOKENS>
+struct Codes {
+    static INLINE void add(W w, const Vector* x, int64_t at, F* part) {
+        F q = decode<BITS, J>(w);
+        for (int t = 0; t < TOKENS; ++t)
+            part[t] = J ? fma(q, load(x[t].packed + at + 16 * J), part[t]) : q * load(x[t].packed + at);
+        if constexpr (J + 1 < codes_per_lane(BITS)) Codes<BITS, J + 1, TOKENS>::add(w, x, at, part);
+    }
+};
+
+// The first `chunks` chunks of block `b`.
+template <int BITS, int GROUP, int TOKENS>
+INLINE void add_block(const uint8_t* codes, F scales, const Vector* x, int64_t b, int chunks, F* total) {
+    for (int c = 0; c < chunks; ++c) {
+        W w = load_codes<BITS>(codes + c * kChunkBytes<BITS>);
+        prefetch(codes + c * kChunkBytes<BITS> + kAhead);
+        F part[TOKENS];
+        Codes<BITS, 0, TOKENS>::add(w, x, b * 16 * GROUP + c * kChunk<BITS>, part);
+        F s = spread<kPerGroup<BITS, GROUP>>(scales, c);
+        for (int t = 0; t < TOKENS; ++t) total[t] = fma(part[t], s, total[t]);
+    }
+}
