@@ -263,6 +263,7 @@ def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_
         (("model=Qwen/Qwen3.5-35B-A3B", "resident_bits=0"), 2, "resident_bits=0: choose from"),
         (("model=Qwen/Qwen3.5-35B-A3B", "context=0"), 2, "from 1 to 262144"),
         (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=-1"), 2, "probe_seconds=-1.0: must be"),
         (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),
         (("model=Qwen/Qwen3.5-35B-A3B", "model.cache_dir={empty}", "probe=false"), 2, "leave out probe=false"),
     ],

@@ -131,7 +131,7 @@ def _report(custom: str | None, findings: list[Finding]) -> Iterator[str]:
     else:
         yield f"Custom kernels as {custom}. Times: microseconds a call, launch included, weights in the GPU's cache."
     yield ""
-    yield "| kernel | case | shape | type | error | ours | MLX | |"
+    yield "| kernel | case | shape | type | error | ours, us | MLX, us | |"
     yield "|---|---|---|---|---|---|---|---|"
     for one in findings:
         error = "-" if one.error is None else f"{one.error:.1e}"

@@ -133,6 +133,8 @@ def _memory(config: EstimateConfig) -> int:
 
 def _profile(config: EstimateConfig) -> MachineProfile:
     """What is known of this machine, measured now if need be."""
+    if not 0 < config.probe_seconds < 86_400:
+        raise InputError(f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0")
     folder = cache_folder(config.model)
     path = folder / "probe.json"
     stored = MachineProfile.load(path)
