@@ -28,6 +28,7 @@ from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import DeltaWeights
 from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.native import arguments
+from flashmoe_mlx.custom_kernels.quantised_matvec import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts import ExpertFormat
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
 
@@ -53,8 +54,8 @@ class Kernels:
     ``takes_routed`` says whether ``routed_experts`` takes these experts. Where it does not, the model makes experts
     dense and applies several at a time (``dense_experts``), or, where that is None, applies ``expert_mlp`` to each.
     ``on_host`` stands in for both, for any number of tokens, where experts are best read where the CPU sees them: see
-    ``native.routed_experts``. ``any_scales``: quantised products take scales and biases in any type. ``note`` is what a
-    person should know of the choice.
+    ``native.routed_experts``. ``products`` are those with resident matrices; ``any_scales``: they take scales and
+    biases in any type. ``note`` is what a person should know of the choice.
     """
 
     attention: Callable[..., tuple[mx.array, mx.array, mx.array]]
@@ -62,11 +63,12 @@ class Kernels:
     expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
     routed_experts: Callable[..., mx.array]
     takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
-    quantised_matvec: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]
+    products: Products
     names: Mapping[str, str]
     dense_experts: DenseExperts | None = None
     on_host: Callable[..., mx.array] | None = None
     any_scales: bool = False
+    rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
     note: str | None = None
 
 
@@ -89,7 +91,7 @@ def choose(preference: str) -> Kernels:
             expert_mlp.reference.expert_mlp,
             routed_experts.reference.routed_experts,
             _never,
-            quantised_matvec.reference.quantised_matvec,
+            one_by_one(quantised_matvec.reference.quantised_matvec),
             dict.fromkeys(_MLX, "reference"),
         )
     device = dialect()
@@ -108,7 +110,7 @@ def choose(preference: str) -> Kernels:
         expert_mlp.expert_mlp,
         routed_experts.reference.routed_experts,
         _never,
-        quantised_matvec.by_mlx,
+        one_by_one(quantised_matvec.by_mlx),
         _MLX | ({"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()} if in_chunks else {}),
         note=note,
     )
@@ -169,14 +171,16 @@ def _custom(device: str) -> Kernels:
         lambda tokens, form, dtype: (
             form is not None and tokens <= routed_experts.MOST_TOKENS[device] and routed_experts.fits(form, dtype)
         ),
-        CheckedKernel(
-            name="quantised_matvec",
-            custom=quantised_matvec.quantised_matvec,
-            standard=quantised_matvec.by_mlx,
-            reference=quantised_matvec.reference.quantised_matvec,
-            takes=quantised_matvec.takes,
-            kind=lambda x, weight, scales, biases, bits, group_size: (bits, group_size, len(x) > 1),  # noqa: ARG005
-            report=reports("quantised_matvec"),
+        one_by_one(
+            CheckedKernel(
+                name="quantised_matvec",
+                custom=quantised_matvec.quantised_matvec,
+                standard=quantised_matvec.by_mlx,
+                reference=quantised_matvec.reference.quantised_matvec,
+                takes=quantised_matvec.takes,
+                kind=lambda x, weight, scales, biases, bits, group_size: (bits, group_size, len(x) > 1),  # noqa: ARG005
+                report=reports("quantised_matvec"),
+            )
         ),
         names,
         dense_experts=dense if device == "cuda" else None,  # not measured on a Mac
@@ -184,7 +188,7 @@ def _custom(device: str) -> Kernels:
 
 
 def _for_cpu() -> Kernels:
-    names = dict(_MLX)
+    names = _MLX | {"rms_norm": "mx.fast.rms_norm"}
     maker, built_for = "native kernel", native.description()
 
     def reports(*operations: str) -> Callable[[str], None]:
@@ -218,13 +222,13 @@ def _for_cpu() -> Kernels:
         _never,
         CheckedKernel(
             name="quantised_matvec",
-            custom=native.quantised_product,
-            standard=quantised_matvec.by_mlx,
-            reference=quantised_matvec.reference.quantised_matvec,
-            takes=arguments.Product.takes,
-            kind=arguments.Product.kind,
+            custom=native.quantised_products,
+            standard=one_by_one(quantised_matvec.by_mlx),
+            reference=one_by_one(quantised_matvec.reference.quantised_matvec),
+            takes=arguments.Products.takes,
+            kind=arguments.Products.kind,
             report=reports("quantised_matvec"),
-            sample=arguments.Product.sample,
+            sample=arguments.Products.sample,
             maker=maker,
         ),
         names,
@@ -240,6 +244,17 @@ def _for_cpu() -> Kernels:
             maker=maker,
         ),
         any_scales=True,
+        rms_norm=CheckedKernel(
+            name="rms_norm",
+            custom=native.rms_norm,
+            standard=mx.fast.rms_norm,
+            reference=mx.fast.rms_norm,
+            takes=arguments.Norm.takes,
+            kind=arguments.Norm.kind,
+            report=reports("rms_norm"),
+            sample=arguments.Norm.sample,
+            maker=maker,
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
-R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array])
+R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...])
 
 TOLERANCE = {mx.float32: 2e-3, mx.bfloat16: 5e-2}
 """Largest difference, relative to the largest value, between a kernel and its reference in the same types.

@@ -211,7 +211,7 @@ scales = random.standard_normal((512, 16)).astype(np.float32)
 x, y = random.standard_normal((1, 1024)).astype(np.float32), np.empty((1, 512), np.float32)
 def run():
     for _ in range(50):
-        n.product(x, 1, (codes, scales, scales, 512, 1024, 4, 64, 0), y)
+        n.products(x, 1, ((codes, scales, scales, 512, 1024, 4, 64, 0),), (y,), False)
     return y.copy()
 expected = run()
 child = os.fork()
@@ -242,15 +242,15 @@ MATRIX = (np.zeros((8, 8), np.uint32), np.zeros((8, 1), np.float32), np.zeros((8
 def test_arguments_that_do_not_fit_are_refused(extension: ModuleType, place: int, value: object, message: str) -> None:
     matrix = (*MATRIX[:place], value, *MATRIX[place + 1 :])
     with pytest.raises(ValueError, match=message):
-        extension.product(np.zeros(64 * 9, np.float32), 1, matrix, np.zeros(64, np.float32))
+        extension.products(np.zeros(64 * 9, np.float32), 1, (matrix,), (np.zeros(64, np.float32),), False)
 
 
 def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
     x = np.zeros(64, np.float32)
     with pytest.raises((BufferError, ValueError)):
-        extension.product(x, 1, MATRIX, bytes(32))
+        extension.products(x, 1, (MATRIX,), (bytes(32),), False)
     with pytest.raises((BufferError, ValueError)):
-        extension.product(x, 1, MATRIX, np.zeros((8, 2), np.float32)[:, 0])
+        extension.products(x, 1, (MATRIX,), (np.zeros((8, 2), np.float32)[:, 0],), False)
 
 
 def test_an_input_with_gaps_is_read_as_it_means() -> None:

@@ -2,8 +2,8 @@
 
 Buffers go in and out: an ``mx.array`` is one, and is evaluated when it is looked into. What is returned is evaluated.
 Two environment variables, read once, at the first use: ``FLASHMOE_THREADS`` (default: the cores that this process may
-use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``, ``neon`` or ``portable``; default: the best of this
-machine).
+use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``, ``neon`` or ``portable``; default: the best
+of this machine).
 """
 
 import os
@@ -35,7 +35,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python, while the compiled part lies where pip put it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 1
+_INTERFACE = 2
 """Counts changes of what the compiled part takes, so that one of another version is not called."""
 _SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 _COPIED = 2**18
@@ -117,15 +117,31 @@ def takes_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | No
     return bits in BITS and group_size in GROUP_SIZES and scales in _SCALES
 
 
+def takes_weight(weight: Weight) -> bool:
+    """Whether there are kernels for this matrix."""
+    return takes_matrix(weight.bits, weight.group_size, None if weight.scales is None else weight.scales.dtype)
+
+
 def quantised_product(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> mx.array:
     """As ``quantised_matvec.reference.quantised_matvec`` for ``x`` in f32, any number of vectors."""
-    rows = weight.shape[0]
-    shape = (x.shape[0], rows)
-    y = _Output(shape)
-    matrix = (weight, scales, biases, rows, x.shape[1], bits, group_size, _SCALES[scales.dtype])
-    _loaded().product(x, x.shape[0], matrix, y.buffer)
+    return quantised_products(x, [Weight(weight, scales, biases, bits, group_size)])[0]
+
+
+def quantised_products(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> tuple[mx.array, ...]:
+    """As ``quantised_matvec.Products`` for ``x`` in f32, any number of vectors."""
+    tokens = len(x)
+    matrices = tuple(_matrix(one) for one in weights)
+    results = [_Output((tokens, matrix[3]), before) for matrix in matrices]
+    _loaded().products(x, tokens, matrices, tuple(y.buffer for y in results), before is not None)
+    return tuple(y.array() for y in results)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """X / rms(x) * weight for ``x`` [T, width] in f32."""
+    y = _Output(x.shape)
+    _loaded().rms_norm(x, *x.shape, weight, eps, y.buffer)
     return y.array()
 
 
@@ -153,10 +169,10 @@ def routed_experts(
 
 def joins(shared: ExpertWeights) -> bool:
     """Whether ``routed_experts`` can take this shared expert along."""
-    return all(
-        takes_matrix(one.bits, one.group_size, None if one.scales is None else one.scales.dtype)
-        for one in (shared.gate, shared.up, shared.down)
-    ) and (shared.gate.bits, shared.gate.group_size) == (shared.up.bits, shared.up.group_size)
+    return all(takes_weight(one) for one in (shared.gate, shared.up, shared.down)) and (
+        shared.gate.bits,
+        shared.gate.group_size,
+    ) == (shared.up.bits, shared.up.group_size)
 
 
 def _matrix(weight: Weight) -> tuple[mx.array, mx.array, mx.array, int, int, int, int, int]:

@@ -3,15 +3,16 @@ they lead to, and which of them are enough to compare it with its reference.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
-from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights
+from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
-from flashmoe_mlx.custom_kernels.native import LANES, joins, takes_matrix
+from flashmoe_mlx.custom_kernels.native import LANES, joins, takes_matrix, takes_weight
 from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
 
 _TOKENS = 9
@@ -19,29 +20,41 @@ _TOKENS = 9
 _ROWS = 512
 
 
-class Product:
-    """Arguments of ``quantised_product``."""
+class Norm:
+    """Arguments of ``rms_norm``."""
 
     @staticmethod
-    def takes(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> bool:  # noqa: ARG004
-        return x.dtype == mx.float32 and takes_matrix(bits, group_size, scales.dtype)
+    def takes(x: mx.array, weight: mx.array, eps: float) -> bool:  # noqa: ARG004
+        return x.ndim == 2 and x.dtype == weight.dtype == mx.float32
 
     @staticmethod
-    def kind(
-        x: mx.array,
-        weight: mx.array,  # noqa: ARG004
-        scales: mx.array,
-        biases: mx.array,  # noqa: ARG004
-        bits: int,
-        group_size: int,
-    ) -> Hashable:
-        return bits, group_size, scales.dtype, len(x) > 1, len(x) >= _TOKENS
+    def kind(*_: Any) -> Hashable:
+        return None
 
     @staticmethod
-    def sample(
-        x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
-    ) -> tuple[Any, ...]:
-        return (x[:_TOKENS], *(part[:_ROWS] for part in (weight, scales, biases)), bits, group_size)
+    def sample(x: mx.array, weight: mx.array, eps: float) -> tuple[Any, ...]:
+        return x[:_TOKENS], weight, eps
+
+
+class Products:
+    """Arguments of ``quantised_products``."""
+
+    @staticmethod
+    def takes(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> bool:  # noqa: ARG004
+        return x.dtype == mx.float32 and all(takes_weight(one) for one in weights)
+
+    @staticmethod
+    def kind(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> Hashable:
+        forms = tuple((one.bits, one.group_size, None if one.scales is None else one.scales.dtype) for one in weights)
+        return forms, before is None, len(x) > 1, len(x) >= _TOKENS
+
+    @staticmethod
+    def sample(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> tuple[Any, ...]:
+        first = [
+            replace(one, **{part: getattr(one, part)[:_ROWS] for part in ("weight", "scales", "biases")})
+            for one in weights
+        ]
+        return x[:_TOKENS], first, None if before is None else before[:_TOKENS, :_ROWS]
 
 
 class Experts:

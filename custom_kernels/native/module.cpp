@@ -111,6 +111,7 @@ Matrix matrix(Held& held, PyObject* tuple) {
     PyObject *weight, *scales, *biases;
     long long rows, columns;
     int bits, group, type;
+    require(PyTuple_Check(tuple), "a matrix must be a tuple");
     if (!PyArg_ParseTuple(tuple, "OOOLLiii", &weight, &scales, &biases, &rows, &columns, &bits, &group, &type))
         throw PythonError{};
     check_format(rows, columns, bits, group, type);
@@ -124,18 +125,42 @@ Matrix matrix(Held& held, PyObject* tuple) {
     return m;
 }
 
-PyObject* product(PyObject*, PyObject* args) {
-    PyObject *x, *m, *y;
+PyObject* products(PyObject*, PyObject* args) {
+    PyObject *x, *matrices, *results;
     long long tokens;
-    if (!PyArg_ParseTuple(args, "OLO!O", &x, &tokens, &PyTuple_Type, &m, &y)) return nullptr;
+    int add;
+    if (!PyArg_ParseTuple(args, "OLO!O!p", &x, &tokens, &PyTuple_Type, &matrices, &PyTuple_Type, &results, &add))
+        return nullptr;
     return guarded([&] {
         Held held;
         require(tokens >= 0, "tokens out of range");
-        const Matrix own = matrix(held, m);
-        const float* in = floats(held, x, "x", tokens * own.columns);
-        float* out = floats(held, y, "y", tokens * own.rows, true);
+        const Py_ssize_t count = PyTuple_Size(matrices);
+        require(count > 0 && PyTuple_Size(results) == count, "as many results as matrices are needed");
+        std::vector<Product> all;
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            const Matrix own = matrix(held, PyTuple_GetItem(matrices, i));
+            require(i == 0 || own.columns == all[0].matrix.columns, "matrices must have as many columns");
+            all.push_back({own, floats(held, PyTuple_GetItem(results, i), "y", tokens * own.rows, true)});
+        }
+        const float* in = floats(held, x, "x", tokens * all[0].matrix.columns);
         WithoutGil released;
-        quantised_product(own, in, tokens, out);
+        quantised_products(all, in, tokens, add);
+    });
+}
+
+PyObject* norm(PyObject*, PyObject* args) {
+    PyObject *x, *weight, *y;
+    long long tokens, width;
+    float eps;
+    if (!PyArg_ParseTuple(args, "OLLOfO", &x, &tokens, &width, &weight, &eps, &y)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0 && width > 0, "sizes out of range");
+        const float* in = floats(held, x, "x", tokens * width);
+        const float* factors = floats(held, weight, "weight", width);
+        float* out = floats(held, y, "y", tokens * width, true);
+        WithoutGil released;
+        rms_norm(in, factors, tokens, width, eps, out);
     });
 }
 
@@ -321,7 +346,9 @@ PyObject* use_threads(PyObject*, PyObject* args) {
 PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
 
 PyMethodDef methods[] = {
-    {"product", product, METH_VARARGS, "product(x, tokens, matrix, y): y = x times the transpose of the matrix"},
+    {"products", products, METH_VARARGS,
+     "products(x, tokens, matrices, results, add): each result = (or +=) x times the transpose of its matrix"},
+    {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
      "experts(x, tokens, records, format, rows, shares, choices, shared, y): y += what the experts say"},
     {"delta_net", delta_net, METH_VARARGS,
@@ -336,7 +363,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 1; // see __init__.py
+constexpr int kInterface = 2; // see __init__.py
 
 int add_constants(PyObject* module) { return PyModule_AddIntConstant(module, "INTERFACE", kInterface); }
 

@@ -259,27 +259,75 @@ bool choose_operations(const char* name) {
     return false;
 }
 
-void quantised_product(const Matrix& m, const float* x, int64_t tokens, float* y) {
-    token_blocks(tokens, [&](int64_t first, int64_t count) {
-        const auto input = [&](int64_t i) { return x + (first + i) * m.columns; };
-        float* out = y + first * m.rows;
-        const int64_t step = rows_at_once(m, count);
-        if (count <= kFewTokens) {
-            const Prepared prepared(m, scratch<kPacked>(Prepared::size(m, count)));
-            prepared.fill(m, count, input);
-            parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
-                few(m, begin, end, prepared, count, out + begin, m.rows);
-            });
-            return;
-        }
-        const int64_t width = up_to_lanes(count);
-        const float* inputs = across(m, count, width, input);
-        parallel(m.rows, step, [&](int64_t begin, int64_t end, int) {
-            float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
-            many(m, begin, end, inputs, width, tile);
+namespace {
+
+// All products of up to kFewTokens vectors in one loop.
+void multiply_few(const std::vector<Product>& products, const float* x, int64_t count, int64_t first, bool add) {
+    const int64_t matrices = static_cast<int64_t>(products.size());
+    std::vector<int64_t> starts(matrices + 1, 0);
+    std::vector<Prepared> inputs;
+    int64_t memory = 0;
+    for (const Product& one : products) memory += Prepared::size(one.matrix, count);
+    float* free = scratch<kPacked>(memory);
+    for (int64_t i = 0; i < matrices; ++i) {
+        const Matrix& m = products[i].matrix;
+        starts[i + 1] = starts[i] + m.rows;
+        int64_t same = 0;
+        while (same < i && !same_format(m, products[same].matrix)) ++same;
+        inputs.push_back(same < i ? inputs[same] : Prepared(m, free));
+        if (same < i) continue;
+        free += Prepared::size(m, count);
+        inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });
+    }
+    parallel(starts[matrices], rows_at_once(products[0].matrix, count), [&](int64_t begin, int64_t end, int) {
+        int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
+        for (; begin < end; begin = starts[++i]) {
+            const Matrix& m = products[i].matrix;
+            const int64_t row = begin - starts[i], rows = std::min(end, starts[i + 1]) - begin;
+            float* out = products[i].y + first * m.rows + row;
+            if (!add) {
+                few(m, row, row + rows, inputs[i], count, out, m.rows);
+                continue;
+            }
+            float* own = scratch<kOwnTile>(count * rows);
+            few(m, row, row + rows, inputs[i], count, own, rows);
             for (int64_t t = 0; t < count; ++t)
-                for (int64_t r = begin; r < end; ++r) out[t * m.rows + r] = tile[(r - begin) * width + t];
-        });
+                for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] += own[t * rows + r];
+        }
+    });
+}
+
+void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add) {
+    const Matrix& m = product.matrix;
+    const int64_t width = up_to_lanes(count);
+    const float* inputs = across(m, count, width, [&](int64_t t) { return x + t * m.columns; });
+    float* out = product.y + first * m.rows;
+    parallel(m.rows, rows_at_once(m, count), [&](int64_t begin, int64_t end, int) {
+        float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
+        many(m, begin, end, inputs, width, tile);
+        for (int64_t t = 0; t < count; ++t)
+            for (int64_t r = begin; r < end; ++r) {
+                const float before = add ? out[t * m.rows + r] : 0.0f;
+                out[t * m.rows + r] = before + tile[(r - begin) * width + t];
+            }
+    });
+}
+
+} // namespace
+
+void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
+    if (products.empty()) return;
+    const int64_t columns = products[0].matrix.columns;
+    token_blocks(tokens, [&](int64_t first, int64_t count) {
+        if (count <= kFewTokens) return multiply_few(products, x + first * columns, count, first, add);
+        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add);
+    });
+}
+
+void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y) {
+    const Operations& own = operations();
+    parallel(tokens, 4, [&](int64_t begin, int64_t end, int) {
+        for (int64_t t = begin; t < end; ++t) own.rms_norm(x + t * width, weight, width, eps, y + t * width);
     });
 }
 

@@ -13,8 +13,17 @@ const Operations& operations();
 // False if there is no such instruction set here; "auto" is the best.
 bool choose_operations(const char* name);
 
-// y [tokens, rows] = x [tokens, columns] times the transpose of `m`.
-void quantised_product(const Matrix& m, const float* x, int64_t tokens, float* y);
+// y [tokens, rows] = x [tokens, columns] times the transpose of `matrix`.
+struct Product {
+    Matrix matrix;
+    float* y;
+};
+
+// Products of one `x` with matrices of as many columns. With `add` to what is in every y, else in its place.
+void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
+
+// y [tokens, width] = x / rms(x) * weight.
+void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);
 
 struct Expert {
     Matrix gate, up, down;

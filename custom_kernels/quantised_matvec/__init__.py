@@ -1,16 +1,22 @@
 """A quantised matrix times a few vectors: decoding with resident weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.expert_mlp.reference import Weight
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
 from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.quantised_matvec import reference
 
-__all__ = ["MOST_TOKENS", "by_mlx", "quantised_matvec", "reference", "takes"]
+__all__ = ["MOST_TOKENS", "Products", "by_mlx", "one_by_one", "quantised_matvec", "reference", "takes"]
+
+Products = Callable[[mx.array, Sequence[Weight], mx.array | None], tuple[mx.array, ...]]
+"""Products of one ``x`` with several quantised matrices: of [T, columns], [T, rows] each. The last argument, [T, rows]
+or None, is added to the product with the only matrix.
+"""
 
 MOST_TOKENS = 8
 _CHUNK = 32
@@ -40,6 +46,22 @@ def takes(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bit
 def by_mlx(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
     """As ``reference.quantised_matvec``, by MLX, for any number of vectors."""
     return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+
+
+def one_by_one(product: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]) -> Products:
+    """``Products`` by a ``product`` with one matrix."""
+
+    def products(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> tuple[mx.array, ...]:
+        results = []
+        for one in weights:
+            assert one.scales is not None
+            assert one.biases is not None
+            assert one.bits is not None
+            assert one.group_size is not None
+            results.append(product(x, one.weight, one.scales, one.biases, one.bits, one.group_size))
+        return tuple(results) if before is None else (before + results[0],)
+
+    return products
 
 
 def quantised_matvec(

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, Kernels
 from flashmoe_mlx.model.cache import AttentionCache
-from flashmoe_mlx.model.linear import Linear
+from flashmoe_mlx.model.linear import Linear, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,12 @@ class Attention:
     v_proj: Linear
     o_proj: Linear
 
-    def __call__(self, x: mx.array, cache: AttentionCache) -> mx.array:
-        """[T, hidden] -> [T, hidden] after the tokens already in ``cache``."""
+    def __call__(self, x: mx.array, cache: AttentionCache, before: mx.array) -> mx.array:
+        """[T, hidden] -> [T, hidden] after the tokens already in ``cache``, added to ``before``."""
         length, weights = x.shape[0], self.weights
         keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, x.dtype)
         y, cache.keys, cache.values = self.kernels.attention(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), weights, keys, values, cache.length
+            *together((self.q_proj, self.k_proj, self.v_proj), x), weights, keys, values, cache.length
         )
         cache.length += length
-        return self.o_proj(y)
+        return self.o_proj(y, before)

@@ -7,7 +7,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
 from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.attention import Attention
@@ -111,13 +111,12 @@ def build_model(
             kernels,
             store,
             linear(f"{prefix}.mlp.gate"),
-            ExpertWeights(
-                *(_weight(linear(f"{prefix}.mlp.shared_expert.{part}_proj")) for part in ("gate", "up", "down"))
-            ),
+            ExpertWeights(*(linear(f"{prefix}.mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))),
             linear(f"{prefix}.mlp.shared_expert_gate"),
         )
         layers.append(
             DecoderLayer(
+                kernels,
                 config.rms_norm_eps,
                 vectors[f"{prefix}.input_layernorm.weight"],
                 mixer,
@@ -128,7 +127,7 @@ def build_model(
     embedding = linear("model.embed_tokens")
     head = embedding if config.tie_word_embeddings else linear("lm_head")
     touched = resident.nbytes - (0 if config.tie_word_embeddings else embedding.nbytes)
-    return Model(config, embedding, layers, vectors["model.norm.weight"], head, touched)
+    return Model(kernels, config, embedding, layers, vectors["model.norm.weight"], head, touched)
 
 
 class _Resident:
@@ -166,11 +165,7 @@ class _Resident:
         scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
-        return Linear(weight, scales, biases, bits, group_size, product=self._kernels.quantised_matvec)
-
-
-def _weight(linear: Linear) -> Weight:
-    return Weight(linear.weight, linear.scales, linear.biases, linear.bits, linear.group_size)
+        return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 
 
 def _check(name: str, array: mx.array, shape: tuple[int, ...]) -> None:

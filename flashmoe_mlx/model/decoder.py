@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.model.attention import Attention
 from flashmoe_mlx.model.cache import AttentionCache, DeltaCache, SequenceCache
 from flashmoe_mlx.model.config import ModelConfig
@@ -19,6 +20,7 @@ from flashmoe_mlx.model.prefetch import Prefetcher
 class DecoderLayer:
     """x + mixer(norm(x)), then x + experts(norm(x))."""
 
+    kernels: Kernels
     eps: float
     input_norm: mx.array
     mixer: Attention | GatedDeltaNet
@@ -35,27 +37,29 @@ class DecoderLayer:
         """[T, hidden] -> [T, hidden]."""
         if prefetcher is not None and len(x) == 1:
             prefetcher.begins(self.experts.layer, x)
-        normed = mx.fast.rms_norm(x, self.input_norm, self.eps)
         with clock.computing("attention"):
-            x = x + self._mix(normed, cache)
+            x = self._mixed(x, cache)
         clock.settle("attention", x)
-        y = self.experts(mx.fast.rms_norm(x, self.post_norm, self.eps), clock, prefetcher, x)
-        x = x + y
+        with clock.computing("experts"):
+            normed = self.kernels.rms_norm(x, self.post_norm, self.eps)
+        x = self.experts(normed, x, clock, prefetcher)
         clock.settle("experts", x)
         return x
 
-    def _mix(self, x: mx.array, cache: AttentionCache | DeltaCache) -> mx.array:
+    def _mixed(self, x: mx.array, cache: AttentionCache | DeltaCache) -> mx.array:
+        normed = self.kernels.rms_norm(x, self.input_norm, self.eps)
         if isinstance(self.mixer, Attention):
             assert isinstance(cache, AttentionCache)
-            return self.mixer(x, cache)
+            return self.mixer(normed, cache, x)
         assert isinstance(cache, DeltaCache)
-        return self.mixer(x, cache)
+        return self.mixer(normed, cache, x)
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
     """A model whose routed experts are in a store."""
 
+    kernels: Kernels
     config: ModelConfig
     embedding: Linear
     layers: Sequence[DecoderLayer]
@@ -82,5 +86,5 @@ class Model:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """f32 [T, vocabulary] of hidden states [T, hidden]."""
-        normed = mx.fast.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
+        normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
         return self.head(normed).astype(mx.float32)

@@ -16,7 +16,7 @@ from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.routed_experts import joins
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
-from flashmoe_mlx.model.linear import Linear
+from flashmoe_mlx.model.linear import Linear, together
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Prefetcher
 from flashmoe_mlx.pack.arrays import MLX_DTYPES
@@ -41,19 +41,26 @@ class MixtureOfExperts:
     observer: RoutingObserver | None = None
 
     def __call__(
-        self, x: mx.array, clock: PhaseClock, prefetcher: Prefetcher | None = None, residual: mx.array | None = None
+        self, x: mx.array, residual: mx.array, clock: PhaseClock, prefetcher: Prefetcher | None = None
     ) -> mx.array:
-        """[T, hidden] -> [T, hidden]; evaluates the router's choice, reads those experts, and leaves the rest lazy.
+        """[T, hidden], added to ``residual``, which is ``x`` before its norm.
 
-        With a ``prefetcher`` the store is told which experts the next layer may want; ``residual`` is ``x`` before its
-        norm.
+        Evaluates the router's choice, reads those experts, and leaves the rest lazy.
+
+        With a ``prefetcher`` the store is told which experts the next layer may want.
         """
-        chosen, weights = self.route(x)
-        guess = None
-        if prefetcher is not None and residual is not None and len(x) == 1:
-            guess = prefetcher.guess(self.layer, residual)
-        clock.evaluate("router_wait", chosen, weights, *(() if guess is None else (guess,)))
-        indices = np.array(chosen)
+        form = expert_format(self.store.layout)
+        on_host = form is not None and self.kernels.on_host is not None
+        guess = prefetcher.guess(self.layer, residual) if prefetcher is not None and len(x) == 1 else None
+        wanted = () if guess is None else (guess,)
+        if on_host:
+            with clock.computing("router_wait"):
+                indices, shares = self._routed_on_host(x)
+                mx.eval(*wanted)
+        else:
+            chosen, weights = self.route(x)
+            clock.evaluate("router_wait", chosen, weights, *wanted)
+            indices = np.array(chosen)
         if self.observer is not None:
             self.observer(self.layer, indices)
 
@@ -62,12 +69,12 @@ class MixtureOfExperts:
                 with clock.phase("io"):
                     prefetcher.chosen(self.layer, indices, guess)
 
-        form = expert_format(self.store.layout)
-        if form is not None and self.kernels.on_host is not None:
-            return self._on_host(x, indices, weights, form, clock, fetched)
+        if on_host:
+            assert form is not None
+            return self._on_host(x, residual, indices, shares, form, clock, fetched)
         y = self._combined(x, indices, weights, form, clock)
         fetched()
-        return y
+        return residual + y
 
     def _combined(
         self,
@@ -94,33 +101,44 @@ class MixtureOfExperts:
         weights = mx.take_along_axis(scores, chosen, axis=-1)
         return chosen, weights / weights.sum(-1, keepdims=True)
 
+    def _routed_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """As ``route``, with the shared expert's share as the last weight: [T, K + 1]. MLX starts a thread's work for
+        each of these operations, which takes longer than they do.
+        """
+        scores, shared = (np.array(one, np.float32) for one in together((self.gate, self.shared_expert_gate), x))
+        chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
+        weights = np.take_along_axis(scores, chosen, axis=-1)
+        weights = np.exp(weights - weights.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        share = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
+        return chosen.astype(np.uint32), np.concatenate([weights, share], axis=-1)
+
     def _on_host(
         self,
         x: mx.array,
+        residual: mx.array,
         chosen: npt.NDArray[np.uint32],
-        weights: mx.array,
+        shares: npt.NDArray[np.float32],
         form: ExpertFormat,
         clock: PhaseClock,
         fetched: Callable[[], None],
     ) -> mx.array:
         """All experts of any number of tokens, from where the CPU sees them; computes at once."""
         assert self.kernels.on_host is not None
-        shared_share = mx.sigmoid(self.shared_expert_gate(x))
         joined = native.joins(self.shared)
-        y = None if joined else shared_share * self.kernels.expert_mlp(x, self.shared)
-        shared, shares = None, weights
+        y = residual if joined else residual + mx.array(shares[:, -1:]) * self.kernels.expert_mlp(x, self.shared)
+        shared, weights = None, mx.array(shares[:, :-1])
         groups = list(self._groups(chosen))
         for group in groups:
             batch = self._fetch(group, clock)
             if group is groups[-1]:
                 fetched()
                 if joined:  # last, so that sums do not depend on the number of slots
-                    shared, shares = self.shared, mx.concatenate([weights, shared_share], axis=-1)
+                    shared, weights = self.shared, mx.array(shares)
             rows = np.full(int(chosen.max()) + 1, -1, np.int32)
             rows[group] = np.arange(len(group))
             with clock.computing("experts"):
-                y = self.kernels.on_host(x, batch.host, mx.array(rows[chosen]), shares, form, shared, y)
-        assert y is not None
+                y = self.kernels.on_host(x, batch.host, mx.array(rows[chosen]), weights, form, shared, y)
         return y
 
     def _in_place(
@@ -182,7 +200,7 @@ class MixtureOfExperts:
 
     def _groups(self, chosen: npt.NDArray[np.uint32]) -> Iterator[list[int]]:
         """The distinct experts in ascending order, as many at a time as the store has slots."""
-        distinct = np.unique(chosen).tolist()
+        distinct = sorted(set(chosen.ravel().tolist()))
         for start in range(0, len(distinct), self.store.slots):
             yield distinct[start : start + self.store.slots]
 

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import DeltaWeights, Kernels
 from flashmoe_mlx.model.cache import DeltaCache
-from flashmoe_mlx.model.linear import Linear
+from flashmoe_mlx.model.linear import Linear, together
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,14 @@ class GatedDeltaNet:
     in_proj_a: Linear
     out_proj: Linear
 
-    def __call__(self, x: mx.array, cache: DeltaCache) -> mx.array:
-        """[T, hidden] -> [T, hidden] after the tokens already in ``cache``."""
+    def __call__(self, x: mx.array, cache: DeltaCache, before: mx.array) -> mx.array:
+        """[T, hidden] -> [T, hidden] after the tokens already in ``cache``, added to ``before``."""
         if cache.conv is None or cache.state is None:
             cache.conv, cache.state = self.weights.empty(x.dtype)
         y, cache.conv, cache.state = self.kernels.gated_delta_net(
-            self.in_proj_qkv(x),
-            self.in_proj_z(x),
-            self.in_proj_b(x),
-            self.in_proj_a(x),
+            *together((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x),
             self.weights,
             cache.conv,
             cache.state,
         )
-        return self.out_proj(y)
+        return self.out_proj(y, before)

@@ -1,34 +1,30 @@
 """Resident matrices, dense or quantised."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.quantised_matvec import by_mlx
+from flashmoe_mlx.custom_kernels.expert_mlp import Weight
+from flashmoe_mlx.custom_kernels.quantised_matvec import Products, by_mlx, one_by_one
+
+_BY_MLX = one_by_one(by_mlx)
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """y = x W^T + bias, for W [out, in]; MLX affine codes, multiplied by ``product``, if ``bits`` is given."""
+class Linear(Weight):
+    """y = x W^T + bias; ``products`` multiplies if W is quantised."""
 
-    weight: mx.array
-    scales: mx.array | None = None
-    biases: mx.array | None = None
-    bits: int | None = None
-    group_size: int | None = None
     bias: mx.array | None = None
-    product: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array] = by_mlx
+    products: Products = _BY_MLX
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """[T, in] -> [T, out]."""
+    def __call__(self, x: mx.array, before: mx.array | None = None) -> mx.array:
+        """[T, in] -> [T, out], added to ``before``."""
         if self.bits is None:
             y = x @ self.weight.T
+            y = y if before is None else before + y
         else:
-            assert self.scales is not None
-            assert self.biases is not None
-            assert self.group_size is not None
-            y = self.product(x, self.weight, self.scales, self.biases, self.bits, self.group_size)
+            (y,) = self.products(x, (self,), before)
         return y if self.bias is None else y + self.bias
 
     @property
@@ -44,3 +40,11 @@ class Linear:
         assert self.biases is not None
         scales, biases = (part[indices].astype(dtype) for part in (self.scales, self.biases))
         return mx.dequantize(self.weight[indices], scales, biases, group_size=self.group_size, bits=self.bits)
+
+
+def together(linears: Sequence[Linear], x: mx.array) -> tuple[mx.array, ...]:
+    """What each of ``linears`` makes of ``x`` [T, in]; quantised ones share a call."""
+    if any(one.bits is None for one in linears):
+        return tuple(one(x) for one in linears)
+    results = zip(linears[0].products(x, linears, None), linears, strict=True)
+    return tuple(y if one.bias is None else y + one.bias for y, one in results)

@@ -49,9 +49,13 @@ std::vector<float> results(int seed) {
         const auto x = noise(random, tokens * hidden);
         Weights gate(random, inner, hidden, bits, group), up(random, inner, hidden, bits, group);
         Weights down(random, hidden, inner, bits, group);
-        std::vector<float> y(tokens * inner);
-        quantised_product(gate.matrix, x.data(), tokens, y.data());
+        std::vector<float> y(tokens * inner), other(tokens * inner), normed(tokens * inner);
+        for (bool add : {false, true})
+            quantised_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
+        rms_norm(y.data(), other.data(), tokens, inner, 1e-6f, normed.data());
         all.insert(all.end(), y.begin(), y.end());
+        all.insert(all.end(), other.begin(), other.end());
+        all.insert(all.end(), normed.begin(), normed.end());
 
         std::vector<ExpertUses> experts(3, {{gate.matrix, up.matrix, down.matrix}, {}});
         for (auto& expert : experts)
