@@ -99,7 +99,9 @@ class NextRouter(Prefetcher):
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
         if layer + 1 == self._num_layers:
             return None
-        return _router_guess(self._layers[layer + 1], x)
+        following = self._layers[layer + 1]
+        scores = following.experts.gate(mx.fast.rms_norm(x, following.post_norm, following.eps))[0]
+        return mx.argsort(-scores)[: following.experts.experts_k]
 
     def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
         return [] if guess is None else np.array(guess).tolist()
@@ -115,20 +117,20 @@ class EarlyRouter(Prefetcher):
     def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
         super().__init__(store, len(layers))
         self._layers = layers
+        self._norms = [np.array(layer.post_norm.astype(mx.float32)) for layer in layers]
 
     def begins(self, layer: int, x: mx.array) -> None:
-        likely = np.array(_router_guess(self._layers[layer], x)).tolist()
+        own = self._layers[layer]
+        # Not in MLX, where evaluating these few operations takes longer than the product.
+        residual = np.array(x.astype(mx.float32))
+        normed = residual / np.sqrt(np.mean(residual * residual) + own.eps) * self._norms[layer]
+        scores = np.array(own.experts.gate(mx.array(normed).astype(x.dtype)).astype(mx.float32))[0]
+        likely = np.argsort(-scores)[: own.experts.experts_k].tolist()
         self._hinted[layer] = frozenset(likely)
         self._store.prefetch(layer, likely)
 
     def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
         return ()
-
-
-def _router_guess(layer: "DecoderLayer", x: mx.array) -> mx.array:
-    """Experts [K] that the layer's router chooses for the residual ``x`` [1, hidden], the likeliest first, lazily."""
-    scores = layer.experts.gate(mx.fast.rms_norm(x, layer.post_norm, layer.eps))[0]
-    return mx.argsort(-scores)[: layer.experts.experts_k]
 
 
 def check_policy(policy: str) -> None:

@@ -16,7 +16,7 @@ from flashmoe_mlx.storage.readers import ExpertReader
 from flashmoe_mlx.storage.slab import HostSlots, Slab, Slots, host_slots
 
 MOST_THREADS = 8
-_CHUNK = 2**20
+_CHUNK = 2**22
 """Bytes of one read, so that a stale one ends soon: storage is needed for what was really asked for."""
 
 
