@@ -5,6 +5,7 @@ inputs and outputs, template arguments as constants inside the function.
 """
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,6 +63,23 @@ def compile_for_cuda(
         ]
     )
     return _compile(text, kernel.name, architecture)
+
+
+def registers(cubin: bytes) -> int:
+    """Of a thread of the one kernel in ``cubin``: EIATTR_REGCOUNT in its ELF section ``.nv.info``."""
+    (sections,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, names = struct.unpack_from("<HH", cubin, 0x3C)
+    headers = [struct.unpack_from("<IIQQQQ", cubin, sections + 64 * i) for i in range(count)]
+    for name, _, _, _, start, size in headers:
+        if not cubin.startswith(b".nv.info\0", headers[names][4] + name):
+            continue
+        at = start
+        while at < start + size:
+            form, attribute, length = struct.unpack_from("<BBH", cubin, at)
+            if (form, attribute) == (4, 0x2F):
+                return int(struct.unpack_from("<II", cubin, at + 4)[1])
+            at += 4 + length * (form == 4)
+    raise AssertionError("no number of registers in this machine code")
 
 
 def _compile(text: str, name: str, architecture: str) -> bytes:

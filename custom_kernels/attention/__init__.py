@@ -43,7 +43,7 @@ def decode_on_tensor_cores(width: int, stages: int) -> Kernel:
         "decode_tensor",
         ["q_and_gate", "k", "v", "q_norm", "k_norm", *_CACHE],
         ["partial", "peaks"],
-        ["functions", "tiles"],
+        ["functions", "mma", "tiles"],
         in_place=["keys", "values"],
         shared_memory=stages * _TILE * width * 2 * 2,
     )

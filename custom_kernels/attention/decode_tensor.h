@@ -174,8 +174,8 @@ for (int number = 0; number < tiles; number++) {
   for (int step = 0; step < STEPS; step += 2) {
     uint b[4];
     load_tiles(b, key_tile + chunk_of<DIM>(score_keys + lane % 8, (score_part * STEPS + step) * 2 + lane / 8));
-    multiply_tiles(even, q[step], b);
-    multiply_tiles(odd, q[step + 1], b + 2);
+    multiply(even, q[step], b);
+    multiply(odd, q[step + 1], b + 2);
   }
   float* own_scores = scores + (score_part * 16 + g) * PITCH + score_keys + 2 * c;
   *(float2*)own_scores = make_float2(even[0] + odd[0], even[1] + odd[1]);
@@ -242,8 +242,8 @@ for (int number = 0; number < tiles; number++) {
     for (int i = 0; i < OWN / 16; i++) {
       uint b[4];
       load_transposed(b, value_tile + chunk_of<DIM>(step * 16 + lane % 16, simdgroup * (OWN / 8) + 2 * i + lane / 16));
-      multiply_tiles(sums[2 * i], a, b);
-      multiply_tiles(sums[2 * i + 1], a, b + 2);
+      multiply(sums[2 * i], a, b);
+      multiply(sums[2 * i + 1], a, b + 2);
     }
   }
   wait_for_batches<STAGES - 2>();

@@ -1,11 +1,8 @@
 // What kernels with weights brought by the copy engine use of NVIDIA's machine beyond CUDA's words: barriers in shared
-// memory, copies that report to them, products of integers on tensor cores.
+// memory, copies that report to them, words that threadgroups hand to each other.
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint4 name[]
 
-inline uint shared_address(const void* pointer) {
-  return uint(__cvta_generic_to_shared(pointer));
-}
 inline void barrier_init(unsigned long long* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
@@ -27,6 +24,7 @@ inline void barrier_wait(unsigned long long* barrier, int phase) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+
       "@done bra.uni through;\n"
       "bra.uni again;\n"
       "through:\n"
@@ -34,25 +32,40 @@ inline void barrier_wait(unsigned long long* barrier, int phase) {
       "r"(phase)
       : "memory");
 }
+// What is brought is read once: it shall be the first to leave the L2 cache.
 inline void bring(void* to, const void* from, uint bytes, unsigned long long* barrier) {
+  unsigned long long policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-
-// Wait until a counter that other threadgroups raise has reached `value`; what they wrote before is visible then.
-inline void wait_for_counter(const uint* counter, uint value) {
-  uint found;
-  do {
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(found) : "l"(counter) : "memory");
-  } while (found != value);
+// Words that one threadgroup hands to others, each beside a tag in 8 bytes that are written at once: whoever finds the
+// tag has the word, without a fence.
+inline void publish(uint2* place, uint word, uint tag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(__cvta_generic_to_global(place)),
+               "l"((unsigned long long)(tag) << 32 | word)
+               : "memory");
 }
-
-// Volatile, or the compiler moves it to where its result is used, which is not all lanes; those then wait for ever.
-inline void multiply(int* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+// Four of them, once all have the tag.
+inline uint4 wait_for_words(const uint4* from, uint tag) {
+  unsigned long long found[4];
+  bool there;
+  do {
+    there = true;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+      asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];"
+                   : "=l"(found[i]), "=l"(found[i + 1])
+                   : "l"(__cvta_generic_to_global(from + i / 2))
+                   : "memory");
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      there = there && uint(found[i] >> 32) == tag;
+    }
+  } while (!there);
+  return make_uint4(uint(found[0]), uint(found[1]), uint(found[2]), uint(found[3]));
 }

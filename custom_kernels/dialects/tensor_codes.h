@@ -40,20 +40,6 @@ inline uint pair_of_codes(uint word, int j) {
   return ((word >> (BITS * j)) & (mask | mask << 16)) | 0x43004300u;
 }
 
-// Volatile, or the compiler moves it to where its result is used, which is not all lanes; those then wait for ever.
-inline void multiply(float* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-inline float low_half(uint word) {
-  return __uint_as_float(word << 16);
-}
-inline float high_half(uint word) {
-  return __uint_as_float(word & 0xffff0000u);
-}
-
 // x, bf16 [columns], into `pairs` [columns / 2] in the order of the codes, and the sum of every group into `sums`. For
 // `threads` threads, of which this is number `mine`; whole simdgroups, which then must wait for each other.
 template <int BITS, int GROUP>

@@ -19,13 +19,6 @@
 constexpr int CHUNK = 512;          // codes of a row
 constexpr int QUARTER = CHUNK / 4;  // of which a lane takes these
 
-inline float low_half(uint word) {
-  return __uint_as_float(word << 16);
-}
-inline float high_half(uint word) {
-  return __uint_as_float(word & 0xffff0000u);
-}
-
 // A vector in shared memory: two planes, then for each group its largest magnitude and its sum. In the planes, values
 // lie in the order in which a word of codes gives them up: 4 at a time, 32 / BITS / 4 places apart.
 inline constexpr int staged_bytes(int width, int group) {
@@ -35,46 +28,56 @@ inline constexpr int staged_bytes(int width, int group) {
 // Stage values 8 i to 8 i + 7 of a vector of `width`. Whole simdgroups with consecutive `i`.
 template <int BITS, int GROUP>
 inline void stage(uint4 eight, int i, int width, uchar* vector) {
+  constexpr uint magnitudes = 0x7fff7fffu;
   const float values[8] = {low_half(eight.x), high_half(eight.x), low_half(eight.y), high_half(eight.y),
                            low_half(eight.z), high_half(eight.z), low_half(eight.w), high_half(eight.w)};
-  float most = 0.0f, sum = 0.0f;
-#pragma unroll
-  for (int j = 0; j < 8; j++) {
-    most = fmaxf(most, fabsf(values[j]));
-    sum += values[j];
-  }
+  uint most = __vmaxu2(__vmaxu2(eight.x & magnitudes, eight.y & magnitudes),
+                       __vmaxu2(eight.z & magnitudes, eight.w & magnitudes));
+  float sum = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
 #pragma unroll
   for (int mask = 1; mask < GROUP / 8; mask *= 2) {
-    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, mask));
+    most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, mask));
     sum += __shfl_xor_sync(0xffffffffu, sum, mask);
   }
+  // The exponent of the largest magnitude, as it stands in a float; with room for what is made of it.
+  const uint exponent = max(max(most & 0xffffu, most >> 16) >> 7, 16u);
   if (i % (GROUP / 8) == 0) {
-    ((float2*)(vector + 2 * width))[i / (GROUP / 8)] = make_float2(most, sum);
+    ((float2*)(vector + 2 * width))[i / (GROUP / 8)] = make_float2(__uint_as_float((exponent - 13) << 23), sum);
   }
-  const float steps = most > 0.0f ? 16256.0f / most : 0.0f;
-  uint high[8], low[8];
+  const float steps = __uint_as_float((267 - exponent) << 23);
+  uint fixed[8], raised[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    const int fixed = __float2int_rn(values[j] * steps), upper = (fixed + 64) >> 7;
-    high[j] = uint(upper) & 255u, low[j] = uint(fixed - (upper << 7)) & 255u;
+    fixed[j] = __float_as_uint(fmaf(values[j], steps, 12582912.0f));  // 1.5 * 2^23: the lower bits are the integer
+    raised[j] = fixed[j] + 128;
   }
-  constexpr int apart = BITS == 8 ? 1 : 8 / BITS;  // places between the codes of a word that one shift and mask gives
 #pragma unroll
   for (int plane = 0; plane < 2; plane++) {
-    const uint* bytes = plane ? low : high;
+    const uint* from = plane ? fixed : raised;
+    const uint pick = plane ? 0x0040 : 0x0051;  // the lowest byte of two words, or the one above it
     uchar* to = vector + plane * width + 8 * i;
     if (BITS == 2) {
       // A word of 16 codes spans two of these eights.
       unsigned short* halves = (unsigned short*)(to - i % 2 * 8) + i % 2;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        halves[2 * j] = (unsigned short)(bytes[j] | bytes[j + 4] << 8);
+        halves[2 * j] = (unsigned short)__byte_perm(from[j], from[j + 4], pick);
       }
     } else {
-      constexpr int second = BITS == 8 ? 4 : 1;
-      *(uint2*)to = make_uint2(
-          bytes[0] | bytes[apart] << 8 | bytes[2 * apart] << 16 | bytes[3 * apart] << 24,
-          bytes[second] | bytes[second + apart] << 8 | bytes[second + 2 * apart] << 16 | bytes[second + 3 * apart] << 24);
+      constexpr int apart = BITS == 8 ? 1 : 2, second = BITS == 8 ? 4 : 1;
+      uint words[2];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
+        const uint* first = from + j * second;
+        words[j] = __byte_perm(__byte_perm(first[0], first[apart], pick),
+                               __byte_perm(first[2 * apart], first[3 * apart], pick), 0x5410);
+      }
+      if (BITS == 8) {
+        *(uint2*)to = make_uint2(words[0], words[1]);
+      } else {
+        uint* pairs = (uint*)(to - i % 2 * 4);  // of two words of codes, their lower halves, then their upper ones
+        pairs[0] = words[0], pairs[2] = words[1];
+      }
     }
   }
 }
@@ -85,8 +88,10 @@ struct Stream {
   static constexpr int TURNS = QUARTER * BITS / 8 / 16;  // 16 bytes of codes each
   static constexpr int GROUPS = QUARTER / GROUP;         // of a quarter
   static constexpr int LOADS = 8 / TURNS;                // 16 bytes of a plane each, in a turn
+  static constexpr float UNIT = BITS == 8 ? 1.0f : 1.0f / 16.0f;  // sums of products count sixteenths
 
   int g, c, order;
+  int codes_at, codes_on, scales_at, scales_on;  // of the lane's first row, and from there to its second
   bool feeds;
   uint4 x[8];                  // a plane of a quarter; zero where the lane does not feed
   float steps[GROUPS][2];      // of the groups of two columns: what 1 in the plane stands for
@@ -117,28 +122,42 @@ struct Stream {
     const float2* groups = (const float2*)(vector + 2 * width) + (chunk * 4 + c % 2 * 2) * GROUPS;
 #pragma unroll
     for (int i = 0; i < 2 * GROUPS; i++) {
-      const float2 most_and_sum = groups[i];
-      steps[i % GROUPS][i / GROUPS] = most_and_sum.x * (c < 2 ? 1.0f / 127.0f : 1.0f / 16256.0f);
-      sums[i % GROUPS][i / GROUPS] = c < 2 ? most_and_sum.y : 0.0f;
+      const float2 step_and_sum = groups[i];
+      steps[i % GROUPS][i / GROUPS] = step_and_sum.x * (c < 2 ? 256.0f * UNIT : UNIT);
+      sums[i % GROUPS][i / GROUPS] = c < 2 ? step_and_sum.y : 0.0f;
     }
   }
 
-  // Bytes of four codes, number `part` of the 8 / BITS of a word.
-  inline uint some_codes(uint word, int part) const {
-    constexpr uint mask = BITS == 8 ? 0xffffffffu : ((1u << BITS) - 1u) * 0x01010101u;
-    return (word >> (BITS * part)) & mask;
+  // Four codes in the lower or the upper halves of the bytes of `word`; upper ones stay there, 16 times as large.
+  inline uint some_codes(uint word, bool upper) const {
+    constexpr uint mask = BITS == 8 ? 0xffffffffu : BITS == 4 ? 0x0f0f0f0fu : 0x03030303u;
+    return word & (upper ? mask << 4 : mask);
   }
 
-  // The products of a chunk of 16 rows with what was taken, times `factor`, into `products` [16]. Rows of codes are
-  // `row_bytes` apart, those of scales and of biases `scale_bytes`.
-  inline void multiply_chunk(const uchar* codes, int row_bytes, const uchar* scales, const uchar* biases,
-                             int scale_bytes, float factor, float* products) const {
-    const uchar* own = codes + g * row_bytes + c * (QUARTER * BITS / 8);
-    const int eight_rows = 8 * row_bytes;
-    uint scale[2][GROUPS], bias[2][GROUPS];  // of rows g, g + 8: the groups of two quarters, two in a word
+  // Where the 16 rows of a chunk lie, in two blocks, from the first code, scale or bias on: rows of codes are `row_bytes`
+  // apart, blocks `block_bytes`; those of scales and of biases `scale_bytes` and `scale_block_bytes`.
+  inline void lay_out(int row_bytes, int block_bytes, int scale_bytes, int scale_block_bytes) {
+    codes_at = g % 2 * block_bytes + g / 2 * row_bytes + c * (QUARTER * BITS / 8);
+    codes_on = 4 * row_bytes;
+    scales_at = g % 2 * scale_block_bytes + g / 2 * scale_bytes + c % 2 * (SCALES / 2);
+    scales_on = 4 * scale_bytes;
+  }
+
+  // The products of a chunk of 16 rows with what was taken, times `factor`, into `products` [16]; product 2 r + b is of
+  // row r of block b.
+  inline void multiply_chunk(const uchar* codes, const uchar* scales, const uchar* biases, float factor,
+                             float* products) const {
+    uint4 low[TURNS], high[TURNS];  // of both rows of the lane
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int place = codes_at + (turn ^ order) * 16;
+      low[turn] = *(const uint4*)(codes + place);
+      high[turn] = *(const uint4*)(codes + codes_on + place);
+    }
+    uint scale[2][GROUPS], bias[2][GROUPS];  // the groups of two quarters, two in a word
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      const int place = (g + 8 * row) * scale_bytes + c % 2 * (SCALES / 2);
+      const int place = scales_at + row * scales_on;
       if (GROUPS == 2) {
         const uint2 s = *(const uint2*)(scales + place), b = *(const uint2*)(biases + place);
         scale[row][0] = s.x, scale[row][GROUPS - 1] = s.y;
@@ -148,17 +167,10 @@ struct Stream {
         bias[row][0] = *(const uint*)(biases + place);
       }
     }
-    int dots[GROUPS][4];
+    int dots[2][GROUPS][4];  // of lower and of upper halves
 #pragma unroll
-    for (int i = 0; i < 4 * GROUPS; i++) {
-      dots[i / 4][i % 4] = 0;
-    }
-    uint4 low[TURNS], high[TURNS];
-#pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
-      const int place = (turn ^ order) * 16;
-      low[turn] = *(const uint4*)(own + place);
-      high[turn] = *(const uint4*)(own + eight_rows + place);
+    for (int i = 0; i < 8 * GROUPS; i++) {
+      dots[i / (4 * GROUPS)][i / 4 % GROUPS][i % 4] = 0;
     }
 #pragma unroll
     for (int step = 0; step < TURNS; step++) {
@@ -166,31 +178,39 @@ struct Stream {
       const int turn = GROUPS == 2 ? step % 2 * (TURNS / 2) + step / 2 : step;
       const uint a[4] = {low[turn].x, low[turn].y, low[turn].z, low[turn].w};
       const uint b[4] = {high[turn].x, high[turn].y, high[turn].z, high[turn].w};
-      int* sum = dots[turn / (TURNS / GROUPS)];
+      const int group = turn / (TURNS / GROUPS);
 #pragma unroll
-      for (int i = 0; i < 2 * LOADS; i++) {
-        const uint4 four = x[turn * LOADS + i / 2];
-        const uint first = i % 2 ? four.z : four.x, second = i % 2 ? four.w : four.y;
+      for (int i = 0; i < LOADS; i++) {
+        const uint4 four = x[turn * LOADS + i];
         if (BITS == 8) {
-          multiply(sum, a[2 * i], b[2 * i], a[2 * i + 1], b[2 * i + 1], first, second);
+          multiply(dots[0][group], a[0], b[0], a[1], b[1], four.x, four.y);
+          multiply(dots[0][group], a[2], b[2], a[3], b[3], four.z, four.w);
         } else {
-          constexpr int halves = 4 / BITS;  // products of a word
-          const uint l = a[i / halves], h = b[i / halves];
-          const int part = i % halves * 2;
-          multiply(sum, some_codes(l, part), some_codes(h, part), some_codes(l, part + 1), some_codes(h, part + 1),
-                   first, second);
+          const uint l = a[BITS == 4 ? 2 * i % 4 : i], next_l = BITS == 4 ? a[2 * i % 4 + 1] : l >> 2;
+          const uint h = b[BITS == 4 ? 2 * i % 4 : i], next_h = BITS == 4 ? b[2 * i % 4 + 1] : h >> 2;
+          multiply(dots[0][group], some_codes(l, false), some_codes(h, false), some_codes(next_l, false),
+                   some_codes(next_h, false), four.x, four.y);
+          multiply(dots[1][group], some_codes(l, true), some_codes(h, true), some_codes(next_l, true),
+                   some_codes(next_h, true), four.z, four.w);
         }
       }
     }
 #pragma unroll
     for (int row = 0; row < 2; row++) {
+      // Groups of the first quarter, then of the second; biases first, which wait for no product.
       float result = 0.0f;
 #pragma unroll
-      for (int i = 0; i < 2 * GROUPS; i++) {  // groups of the first quarter, then of the second
-        const uint s = scale[row][i / 2], b = bias[row][i / 2];
+      for (int i = 0; i < 2 * GROUPS; i++) {
+        const uint b = bias[row][i / 2];
+        result += (i % 2 ? high_half(b) : low_half(b)) * sums[i % GROUPS][i / GROUPS];
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * GROUPS; i++) {
+        const uint s = scale[row][i / 2];
         const int group = i % GROUPS, quarter = i / GROUPS;
-        result += (i % 2 ? high_half(s) : low_half(s)) * (steps[group][quarter] * float(dots[group][2 * row + quarter]));
-        result += (i % 2 ? high_half(b) : low_half(b)) * sums[group][quarter];
+        const int dot = BITS == 8 ? dots[0][group][2 * row + quarter]
+                                  : 16 * dots[0][group][2 * row + quarter] + dots[1][group][2 * row + quarter];
+        result += (i % 2 ? high_half(s) : low_half(s)) * (steps[group][quarter] * float(dot));
       }
       result += __shfl_xor_sync(0xffffffffu, result, 1);
       result += __shfl_xor_sync(0xffffffffu, result, 2);

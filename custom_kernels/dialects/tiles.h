@@ -8,10 +8,6 @@ inline int chunk_of(int row, int chunk) {
   return row * (DIM / 8) + (chunk ^ (row & 7));
 }
 
-inline uint shared_address(const void* of) {
-  return (uint)__cvta_generic_to_shared(of);
-}
-
 // Begins to copy 16 bytes from global into shared memory; with `there` false, zeros, and nothing is read.
 inline void begin_copy(uint4* to, const void* from, bool there = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 16 : 0)
@@ -63,22 +59,6 @@ inline void load_transposed(uint* tiles, const uint4* row) {
                : "memory");
 }
 
-// sums [16, 8] += a [16, 16] b [16, 8]. Volatile: see tensor_codes.h.
-inline void multiply_tiles(float* sums, const uint* a, const uint* b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Two values as bf16, the first in the lower half.
-inline uint pair_of(float low, float high) {
-  uint pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-  return pair;
-}
-inline float2 halves_of(uint pair) {
-  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
-}
 inline float power_of_two(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));

@@ -23,7 +23,7 @@ _CHUNK = 32
 _ROWS = 4
 _INPUTS = ["x", "weight", "scales", "biases"]
 BODY = Kernel("quantised_matvec", "body", _INPUTS, ["y"], ["loads", "codes"])
-TENSOR = Kernel("quantised_matvec", "tensor", _INPUTS, ["y"], ["tensor_codes"])
+TENSOR = Kernel("quantised_matvec", "tensor", _INPUTS, ["y"], ["mma", "tensor_codes"])
 _STREAM_CHUNK = 512
 _STREAM_SIMDGROUPS = 8
 _SIMDGROUPS = 4
@@ -98,7 +98,12 @@ def quantised_matvec(
 def stream_kernel(shared_memory: int) -> Kernel:
     """For one vector on tensor cores, ``shared_memory`` in bytes."""
     return Kernel(
-        "quantised_matvec", "stream", _INPUTS, ["y"], ["copy_engine", "tensor_stream"], shared_memory=shared_memory
+        "quantised_matvec",
+        "stream",
+        _INPUTS,
+        ["y"],
+        ["mma", "copy_engine", "tensor_stream"],
+        shared_memory=shared_memory,
     )
 
 

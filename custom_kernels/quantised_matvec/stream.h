@@ -42,6 +42,7 @@ if (mine == 0) {
 }
 Stream<BITS, GROUP> weights;
 weights.begin(lane);
+weights.lay_out(2 * ROW_BYTES, ROW_BYTES, 2 * SCALE_BYTES, SCALE_BYTES);
 __syncthreads();
 int taken = -1;  // the chunk of x that registers hold
 for (int step = 0; step < steps; step++) {
@@ -56,8 +57,8 @@ for (int step = 0; step < steps; step++) {
     }
     barrier_wait(full + step % SLOTS, step / SLOTS & 1);
     const uchar* own = codes + ROWS * ROW_BYTES + row * SCALE_BYTES + chunk * weights.SCALES;
-    weights.multiply_chunk(codes + row * ROW_BYTES + chunk * weights.CODES, ROW_BYTES, own, own + ROWS * SCALE_BYTES,
-                           SCALE_BYTES, 1.0f, products + 16 * i);
+    weights.multiply_chunk(codes + row * ROW_BYTES + chunk * weights.CODES, own, own + ROWS * SCALE_BYTES, 1.0f,
+                           products + 16 * i);
   }
   __syncthreads();
   if (mine == 0 && step + SLOTS < steps) {

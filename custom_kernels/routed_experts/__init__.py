@@ -28,12 +28,17 @@ _SIMDGROUPS = 4
 _MOST_SIMDGROUPS = 12
 _DEPTH = 4
 """Steps whose weights are under way at once."""
-MOST_TOKENS_FUSED = 1
-"""The one dispatch is right for up to 8 tokens, but each number would be compiled by itself, and was not measured."""
 _FUSED_CHUNK = 512
-_FUSED_SIMDGROUPS = 8
+_WORKERS = 8
+"""Simdgroups that multiply, in the one dispatch."""
+_STAGERS = 6
+_UNDER_WAY = 50_000
+"""Bytes of weights that a multiprocessor asks for at least before any have come. Less leaves memory idle; with more,
+threadgroups learn of each other's hidden values late."""
 _MOST_SLOTS = 12
-_HIDDEN_COPIES = 4
+_MOST_EXPERTS_A_PART = 8
+"""Four copies each; a simdgroup asks for 32."""
+_COPIES = 2
 _SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
 _SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
 
@@ -44,7 +49,7 @@ def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
     switches = {"WITH_SHARED_EXPERT": with_shared}
     gate_up = ["x", "slab", "rows", *(_SHARED_UP if with_shared else ())]
     down = ["hidden", "slab", "rows", "shares", *(_SHARED_DOWN if with_shared else ())]
-    headers = ["functions", "tensor_codes"] if tensor else ["functions", "loads", "codes"]
+    headers = ["functions", "mma", "tensor_codes"] if tensor else ["functions", "loads", "codes"]
     suffix = "_tensor" if tensor else ""
     return (
         Kernel("routed_experts", f"gate_up{suffix}", gate_up, ["hidden"], headers, switches),
@@ -59,8 +64,8 @@ def fused_kernel(with_shared: bool, shared_memory: int) -> Kernel:
         "routed_experts",
         "fused",
         ["x", "slab", "rows", "shares", "turns", *(_SHARED_UP + _SHARED_DOWN if with_shared else ())],
-        ["hidden", "y"],
-        ["functions", "copy_engine", "tensor_stream"],
+        ["y"],
+        ["functions", "mma", "copy_engine", "tensor_stream"],
         {"WITH_SHARED_EXPERT": with_shared},
         in_place=["turns"],
         shared_memory=shared_memory,
@@ -151,12 +156,11 @@ def routed_experts(
     plan = fused_plan(form, x.dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
     if plan is not None:
         own = _parts(shared.gate, shared.up, shared.down) if shared else []
-        hidden_shape = (_HIDDEN_COPIES, tokens * choices, form.intermediate_size)
-        _, y = fused_kernel(shared is not None, plan.shared_memory)(
-            [x, slab, rows, shares, _turns(), *own],
-            [(hidden_shape, x.dtype), (x.shape, x.dtype)],
-            (plan.template["SHARES"], 1, 1),
-            32 * _FUSED_SIMDGROUPS,
+        (y,) = fused_kernel(shared is not None, plan.shared_memory)(
+            [x, slab, rows, shares, _turns(_COPIES * choices * form.intermediate_size), *own],
+            [(x.shape, x.dtype)],
+            (plan.threadgroups, 1, 1),
+            plan.threads,
             {**template, **offsets, **plan.template},
         )
         return y
@@ -211,18 +215,20 @@ class FusedPlan:
     """How the one dispatch divides its work; ``shared_memory`` in bytes."""
 
     template: Mapping[str, int]
+    threadgroups: int
+    threads: int
     shared_memory: int
 
 
 def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, device: Gpu) -> FusedPlan | None:
-    """The plan for one dispatch on tensor cores: a threadgroup a multiprocessor, as many weights under way as fit.
+    """The plan for one dispatch on tensor cores: a threadgroup a multiprocessor.
 
-    None where two dispatches must do: many tokens, 3 bits, small groups, another type than bf16, columns that are no
+    None where two dispatches must do: several tokens, 3 bits, small groups, another type than bf16, columns that are no
     whole chunks, a GPU without the copy engine or without the memory.
     """
     hidden, intermediate = form.hidden_size, form.intermediate_size
     if (
-        tokens > MOST_TOKENS_FUSED
+        tokens > 1
         or device.capability < COPY_ENGINE
         or form.bits not in (2, 4, 8)
         or form.group_size not in (64, 128)
@@ -232,41 +238,50 @@ def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, d
         or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
     ):
         return None
-    shares = device.multiprocessors
-    part = min(choices, 10, max(1, hidden // intermediate))  # three copies each; a simdgroup asks for 32
-    row_bits = form.bits + 2 * 16 / form.group_size  # of a code, with its part of a scale and a bias
-    slot = int(16 * row_bits / 8 * max(hidden, part * intermediate))
-    vectors = int(min(tokens, 2) * max(hidden, choices * intermediate) * (2 + 8 / form.group_size))
-    up = -(-tokens * choices * intermediate // 8 // shares) * (hidden // _FUSED_CHUNK)
-    down = -(-tokens * hidden // 16 // shares) * choices * (intermediate // _FUSED_CHUNK)
-    partials = 16 * max(up, down)
-    others = vectors + 4 * partials + 8 * tokens * choices + 2 * (shares + 2)
-    slots = min(_MOST_SLOTS, (device.shared_memory - others) // (slot + 16))
+    team = min(hidden // _FUSED_CHUNK, _WORKERS)
+    teams = _WORKERS // team
+    # Two parts or more: most products can be done before the last hidden values come.
+    part = min(-(-choices // 2), _MOST_EXPERTS_A_PART, max(1, hidden // intermediate))
+    gap = 8 * form.bits  # between blocks of rows, or these would lie in the same banks
+
+    def rows_bytes(columns: int) -> int:
+        """16 rows with their scales and biases."""
+        return 16 * (columns * form.bits // 8 + 4 * columns // form.group_size) + 2 * gap
+
+    up, down = rows_bytes(hidden), part * rows_bytes(intermediate)
+    slot = -(-max(up, down) // 128) * 128
+    products = 4 * 16 * max(hidden, part * intermediate) // _FUSED_CHUNK
+    vectors = (hidden + choices * intermediate) * (2 * form.group_size + 8) // form.group_size
+    others = vectors + 8 * (2 + choices) + 8 * choices + 8
+    slot_and_all = slot + products + 4 * 8 + 4
+    slots = min(_MOST_SLOTS, (device.shared_memory - others) // slot_and_all) // teams * teams
     if slots < 2:
         return None
-    sizes = {"SLOT_BYTES": slot, "VECTOR_BYTES": vectors, "PARTIALS": partials, "SLOTS": slots}
-    counts = {"TOKENS": tokens, "SHARES": shares, "SIMDGROUPS": _FUSED_SIMDGROUPS, "EXPERTS_A_PART": part}
-    return FusedPlan(counts | sizes, slots * (slot + 16) + others)
+    sizes = {"SLOT_BYTES": slot, "SLOTS": slots, "BLOCK_GAP": gap, "EXPERTS_A_PART": part, "COPIES": _COPIES}
+    ahead = {"AHEAD": min(slots, -(-_UNDER_WAY // (up // 2))), "AHEAD_DOWN": min(slots, -(-_UNDER_WAY // down))}
+    simdgroups = {"TEAM": team, "TEAMS": teams, "STAGERS": _STAGERS}
+    threads = 32 * (team * teams + 2 + _STAGERS)
+    return FusedPlan(sizes | ahead | simdgroups, device.multiprocessors, threads, slots * slot_and_all + others)
 
 
 _calls = count()
 
 
 @cache
-def _all_turns() -> list[mx.array]:
-    turns = mx.zeros((256, 96), mx.uint32)
+def _all_turns(words: int) -> list[mx.array]:
+    turns = mx.zeros((256, 64 + words), mx.uint32)
     rows = [turns[i : i + 1] for i in range(len(turns))]
     mx.eval(rows)
     return rows
 
 
-def _turns() -> mx.array:
-    """Counters that are zero, for one call, which leaves them so.
+def _turns(words: int) -> mx.array:
+    """Counters and room for tagged hidden values of one call, which leaves the counters as the next one needs them.
 
     Calls that run at once must not have the same; of 256 in a row, none have. A function that ``mx.compile`` made keeps
     those it was made with: let it not run beside itself.
     """
-    rows = _all_turns()
+    rows = _all_turns(words)
     return rows[next(_calls) % len(rows)]
 
 

@@ -1,286 +1,359 @@
-// Routed experts in one dispatch, on tensor cores (tensor_stream.h).
+// Routed experts in one dispatch for one token, on tensor cores (tensor_stream.h).
 //
-// The work is divided into SHARES: each has some of the units of gate and up, whose 16 rows (8 of each) give 8 values of
-// `hidden`, and some of the units of down, whose 16 rows, over all choices of a token, give 16 of y. Threadgroups draw
-// shares from a counter. Once none is left, a threadgroup waits for the hidden values of all, while the weights of down
-// that it needs are on their way. What it waits for was drawn by threadgroups that are running and wait for nothing
-// before it is done; so none waits for ever, however few of them run at once.
+// UNITS of gate and up, whose 16 rows (8 of each) give 8 hidden values, are drawn from a counter in the order of experts.
+// Units of down, whose 16 rows give 16 of y over all choices, are dealt out: two at a time to a threadgroup, and of these
+// all products with the first EXPERTS_A_PART experts first, because their hidden values are the first to be there. A
+// threadgroup waits for hidden values of others only when no unit of gate and up is left to draw. Each was drawn by a
+// threadgroup that runs and waits for nothing before it is done; so none waits for ever, however few run at once.
 //
-// Weights pass through SLOTS of shared memory: a unit of gate and up fills one, a unit of down one for every
-// EXPERTS_A_PART choices. Simdgroups take turns at asking for them.
+// Simdgroups have roles. One asks the copy engine for weights, which pass through SLOTS of shared memory; no more is
+// under way at once than keeps memory busy, or everything else that crosses the chip would wait behind it. WORKERS
+// multiply, in teams of as many as a row of gate has chunks; a slot belongs to one team. One adds up what the workers of
+// a slot found, and hands hidden values to all threadgroups. STAGERS take them as they come.
 //
-// `turns`: three counters 128 bytes apart: shares drawn, shares whose hidden values are there, threadgroups that left.
-// The last one to leave sets them to zero again.
-// Grid: x = SHARES; SIMDGROUPS simdgroups share the columns.
+// `turns`: two words 128 bytes apart, units drawn and the tag of the call before; then COPIES times all hidden values, in
+// words that carry the tag of the call, so that those of earlier calls do not count. Several copies, or all threadgroups
+// would read the same lines of cache at once.
+// Grid: x = any number of threadgroups of WORKERS + 2 + STAGERS simdgroups.
 
 constexpr int UP_ROW = HIDDEN * BITS / 8, UP_SCALES_ROW = HIDDEN / GROUP * 2;
 constexpr int DOWN_ROW = INTERMEDIATE * BITS / 8, DOWN_SCALES_ROW = INTERMEDIATE / GROUP * 2;
+constexpr int UP_BLOCK = 8 * UP_ROW + BLOCK_GAP, DOWN_BLOCK = 8 * DOWN_ROW + BLOCK_GAP;
 constexpr int UP_CHUNKS = HIDDEN / CHUNK, EXPERT_CHUNKS = INTERMEDIATE / CHUNK, DOWN_CHUNKS = CHOICES * EXPERT_CHUNKS;
-constexpr int UP_UNITS = TOKENS * CHOICES * (INTERMEDIATE / 8), DOWN_UNITS = TOKENS * (HIDDEN / 16);
-constexpr int PARTS = (CHOICES + EXPERTS_A_PART - 1) / EXPERTS_A_PART;
+constexpr int UP_UNITS = CHOICES * (INTERMEDIATE / 8), DOWN_UNITS = HIDDEN / 16;
+constexpr int PARTS = (CHOICES + EXPERTS_A_PART - 1) / EXPERTS_A_PART, PART_CHUNKS = EXPERTS_A_PART * EXPERT_CHUNKS;
+constexpr int SLOT_CHUNKS = UP_CHUNKS > PART_CHUNKS ? UP_CHUNKS : PART_CHUNKS;
 constexpr int ROUTED = CHOICES - WITH_SHARED_EXPERT;
-constexpr int COPIES = 4;  // of hidden values, or all threadgroups would read the same few lines of cache at once
+constexpr int WORDS = CHOICES * INTERMEDIATE / 2;  // of hidden values
+constexpr int WORKERS = TEAM * TEAMS, ASKS = WORKERS, ADDS = WORKERS + 1, STAGES = WORKERS + 2;
+constexpr int JOBS = INTERMEDIATE / 256;  // an expert's hidden values for stagers
+constexpr int END = UP_UNITS + PARTS;     // steps: units of gate and up, parts of units of down, this
 
 DYNAMIC_SHARED(memory);
 uchar* slots = (uchar*)memory;
-uchar* vectors = slots + SLOTS * SLOT_BYTES;  // of the tokens of a share: x, later hidden values; staged
-float* partial = (float*)(vectors + VECTOR_BYTES);
-unsigned long long* full = (unsigned long long*)(partial + PARTIALS);
-unsigned long long* empty = full + SLOTS;
-int* row_of = (int*)(empty + SLOTS);
-float* share_of = (float*)(row_of + TOKENS * CHOICES);
-unsigned short* held = (unsigned short*)(share_of + TOKENS * CHOICES);  // shares drawn, the last number drawn
+uchar* staged_x = slots + SLOTS * SLOT_BYTES;
+uchar* staged_hidden = staged_x + staged_bytes(HIDDEN, GROUP);
+float* partial = (float*)(staged_hidden + staged_bytes(CHOICES * INTERMEDIATE, GROUP));
+unsigned long long* full = (unsigned long long*)(partial + 16 * SLOTS * SLOT_CHUNKS);  // two for each slot
+unsigned long long* done = full + 2 * SLOTS;
+unsigned long long* empty = done + SLOTS;
+unsigned long long* x_there = empty + SLOTS;
+unsigned long long* all_drawn = x_there + 1;
+unsigned long long* hidden_there = all_drawn + 1;  // of each choice
+int* row_of = (int*)(hidden_there + CHOICES);
+float* share_of = (float*)(row_of + CHOICES);
+int* step_of = (int*)(share_of + CHOICES);  // what a slot is for
+uint* tag = (uint*)(step_of + SLOTS);
 
 const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
-const int mine = thread_index_in_threadgroup, threads = 32 * SIMDGROUPS;
+const int mine = thread_index_in_threadgroup, group = threadgroup_position_in_grid.x, groups = gridDim.x;
 uint* counters = const_cast<uint*>(turns);
-if (mine == 0) {
-  held[0] = (unsigned short)atomicAdd(counters, 1u);
-}
-for (int i = mine - 32; i >= 0 && i < TOKENS * CHOICES; i += threads - 32) {
-  row_of[i] = i % CHOICES < ROUTED ? rows[i / CHOICES * ROUTED + i % CHOICES] : 0;
-  share_of[i] = shares[i];
-}
-if (mine == threads - 1) {
-  for (int i = 0; i < SLOTS; i++) {
-    barrier_init(full + i, 1);
-    barrier_init(empty + i, SIMDGROUPS);
+uint2* hidden = (uint2*)(counters + 64);
+
+// Every simdgroup begins with what takes long to come. x first of all: behind weights it would wait for all of theirs.
+constexpr int EIGHTS = HIDDEN / 8, OWN = (EIGHTS + 32 * WORKERS - 1) / (32 * WORKERS);
+uint4 own[OWN];
+uint drawn = 0;
+if (simdgroup == ASKS) {
+  if (lane == 0) {
+    drawn = atomicAdd(counters, 2u);
+    *tag = __ldcg(counters + 32) + 1;
   }
-  barriers_are_ready();
+} else if (simdgroup == ADDS) {
+  for (int i = lane; i < CHOICES; i += 32) {
+    row_of[i] = i < ROUTED ? rows[i] : 0;
+    share_of[i] = shares[i];
+  }
+} else {
+  // A few barriers by each: all of them by one would take half a microsecond.
+  if (lane == 0) {
+    for (int i = simdgroup < ASKS ? simdgroup : simdgroup - 2; i < 4 * SLOTS + 2 + CHOICES; i += WORKERS + STAGERS) {
+      barrier_init(full + i, i < 2 * SLOTS        ? 1
+                             : i < 3 * SLOTS      ? TEAM
+                             : i < 4 * SLOTS      ? 1
+                             : i == 4 * SLOTS     ? WORKERS
+                             : i == 4 * SLOTS + 1 ? 1
+                                                  : JOBS);
+    }
+    barriers_are_ready();
+  }
+  if (simdgroup < WORKERS) {
+#pragma unroll
+    for (int i = 0; i < OWN; i++) {
+      if (mine + i * 32 * WORKERS < EIGHTS) {
+        own[i] = __ldcg((const uint4*)x + mine + i * 32 * WORKERS);
+      }
+    }
+  }
 }
-Stream<BITS, GROUP> weights;
-weights.begin(lane);
 __syncthreads();
 
-int share = held[0], count = 0, index = 0;  // of shares held
-bool down = false;
-bool fresh = true;  // nothing of this share was asked for
-int first_up, first_down, up_units, down_units;
-int slot_number = 0;  // filled slots are numbered throughout
-int begun = 0, end = 0;  // numbers of this share: of its first slot, and behind its last
-int ups = 0;             // slots of gate and up among them, before those of down
+if (simdgroup == ASKS) {
+  int number = 0;      // of slots filled
+  int copies = 0;      // asked for
+  int under_way = 0;   // of the last 32, one a lane: the barrier that the copy reports to, and its phase
+  auto wait_for_slot = [&] {
+    if (number >= SLOTS) {
+      barrier_wait(empty + number % SLOTS, (number / SLOTS - 1) & 1);
+    }
+  };
+  // Wait until fewer than `most` copies are under way; the next goes to piece `piece` of the slot.
+  auto wait_for_copies = [&](int piece, int most) {
+    if (copies >= most) {
+      const int before = __shfl_sync(0xffffffffu, under_way, (copies - most) % 32);
+      barrier_wait(full + before / 2, before & 1);
+    }
+    if (lane == copies % 32) {
+      under_way = (number % SLOTS * 2 + piece) * 2 + (number / SLOTS & 1);
+    }
+    copies++;
+  };
 
-// Have slot number `number` filled.
-auto ask = [&](int number) {
-  const int slot = number % SLOTS;
-  if (number >= SLOTS) {
-    barrier_wait(empty + slot, (number / SLOTS - 1) & 1);
-  }
-  // Each lane asks for one piece: codes, scales or biases of a matrix.
-  const int matrix = lane / 3, what = lane % 3;
-  uchar* to = slots + slot * SLOT_BYTES;
-  const uchar* from = slab;
-  uint bytes = 0;
-  int step = number - begun;
-  if (step < ups) {
-    const int unit = first_up + step, choice = unit / (INTERMEDIATE / 8), row = unit % (INTERMEDIATE / 8) * 8;
-    if (matrix < 2 && row_of[choice] >= 0) {
-      from += (long)row_of[choice] * RECORD_BYTES;
-      from += matrix == 0 ? (what == 0 ? GATE_WEIGHT : what == 1 ? GATE_SCALES : GATE_BIASES)
-                          : (what == 0 ? UP_WEIGHT : what == 1 ? UP_SCALES : UP_BIASES);
+  uint next = drawn + 1;
+  for (uint unit = __shfl_sync(0xffffffffu, drawn, 0); unit < UP_UNITS;) {
+    const int slot = number % SLOTS, choice = unit / (INTERMEDIATE / 8), row = unit % (INTERMEDIATE / 8) * 8;
+    const int what = lane % 4;  // codes, scales, biases
+    const bool there = row_of[choice] >= 0;
+    wait_for_slot();
+#pragma unroll
+    for (int piece = 0; piece < 2; piece++) {  // gate, up
+      wait_for_copies(piece, AHEAD);
+      const uchar* from = slab + (long)row_of[choice] * RECORD_BYTES;
+      from += piece == 0 ? (what == 0 ? GATE_WEIGHT : what == 1 ? GATE_SCALES : GATE_BIASES)
+                         : (what == 0 ? UP_WEIGHT : what == 1 ? UP_SCALES : UP_BIASES);
 #if WITH_SHARED_EXPERT
-      if (choice % CHOICES == ROUTED) {
+      if (choice == ROUTED) {
         const uchar* gate = what == 0   ? (const uchar*)shared_gate_weight
                             : what == 1 ? (const uchar*)shared_gate_scales
                                         : (const uchar*)shared_gate_biases;
         const uchar* up = what == 0   ? (const uchar*)shared_up_weight
                           : what == 1 ? (const uchar*)shared_up_scales
                                       : (const uchar*)shared_up_biases;
-        from = matrix == 0 ? gate : up;
+        from = piece == 0 ? gate : up;
       }
 #endif
       const int row_bytes = what == 0 ? UP_ROW : UP_SCALES_ROW;
       from += (long)row * row_bytes;
-      bytes = 8 * row_bytes;
-      to += matrix * bytes + (what == 0 ? 0 : 16 * UP_ROW + (what - 1) * 16 * UP_SCALES_ROW);
-    }
-  } else {
-    step -= ups;
-    const int unit = first_down + step % down_units, token = unit / (HIDDEN / 16), row = unit % (HIDDEN / 16) * 16;
-    const int choice = step / down_units * EXPERTS_A_PART + matrix;
-    const int record = matrix < EXPERTS_A_PART && choice < CHOICES ? row_of[token * CHOICES + choice] : -1;
-    if (record >= 0) {
-      from += (long)record * RECORD_BYTES + (what == 0 ? DOWN_WEIGHT : what == 1 ? DOWN_SCALES : DOWN_BIASES);
-#if WITH_SHARED_EXPERT
-      if (choice == ROUTED) {
-        from = what == 0   ? (const uchar*)shared_down_weight
-               : what == 1 ? (const uchar*)shared_down_scales
-                           : (const uchar*)shared_down_biases;
+      uchar* to = slots + slot * SLOT_BYTES;
+      to += what == 0 ? piece * UP_BLOCK : 2 * UP_BLOCK + (2 * (what - 1) + piece) * 8 * UP_SCALES_ROW;
+      if (lane == 0) {
+        step_of[slot] = unit;
+        barrier_expect(full + 2 * slot + piece, there ? 8 * (UP_ROW + 2 * UP_SCALES_ROW) : 0);
       }
-#endif
-      const int row_bytes = what == 0 ? DOWN_ROW : DOWN_SCALES_ROW;
-      from += (long)row * row_bytes;
-      bytes = 16 * row_bytes;
-      to += matrix * bytes + EXPERTS_A_PART * (what == 0 ? 0 : 16 * DOWN_ROW + (what - 1) * 16 * DOWN_SCALES_ROW);
+      __syncwarp();
+      if (there && lane < 3) {
+        bring(to, from, 8 * row_bytes, full + 2 * slot + piece);
+      }
+    }
+    number++;
+    unit = __shfl_sync(0xffffffffu, next, 0);
+    if (lane == 0) {
+      next = atomicAdd(counters, 1u);
     }
   }
-  const uint all = __reduce_add_sync(0xffffffffu, bytes);
   if (lane == 0) {
-    barrier_expect(full + slot, all);
+    barrier_arrive(all_drawn);
+    // Each threadgroup has drawn two numbers too many; the last one of all leaves the counters to the next call.
+    if (next == UP_UNITS + 2 * groups - 1) {
+      counters[0] = 0;
+      counters[32] = *tag;
+    }
+  }
+  for (int pair = group; pair < DOWN_UNITS; pair += 2 * groups) {
+    for (int part = 0; part < PARTS; part++) {
+      for (int unit = pair; unit < DOWN_UNITS && unit <= pair + groups; unit += groups) {
+        const int slot = number % SLOTS;
+        wait_for_slot();
+        wait_for_copies(0, AHEAD_DOWN);
+        const int matrix = lane / 4, what = lane % 4;  // codes, scales, biases, further codes
+        const int choice = part * EXPERTS_A_PART + matrix;
+        const int record = matrix < EXPERTS_A_PART && choice < CHOICES ? row_of[choice] : -1;
+        uchar* to = slots + slot * SLOT_BYTES;
+        const uchar* from = slab;
+        uint bytes = 0;
+        if (record >= 0) {
+          from += (long)record * RECORD_BYTES + (what == 1 ? DOWN_SCALES : what == 2 ? DOWN_BIASES : DOWN_WEIGHT);
+#if WITH_SHARED_EXPERT
+          if (choice == ROUTED) {
+            from = what == 1   ? (const uchar*)shared_down_scales
+                   : what == 2 ? (const uchar*)shared_down_biases
+                               : (const uchar*)shared_down_weight;
+          }
+#endif
+          const bool codes = what == 0 || what == 3;
+          const int row_bytes = codes ? DOWN_ROW : DOWN_SCALES_ROW;
+          from += (long)(unit * 16 + what / 3 * 8) * row_bytes;
+          bytes = (codes ? 8 : 16) * row_bytes;
+          to += codes ? (2 * matrix + what / 3) * DOWN_BLOCK
+                      : EXPERTS_A_PART * 2 * DOWN_BLOCK + ((what - 1) * EXPERTS_A_PART + matrix) * 16 * DOWN_SCALES_ROW;
+        }
+        const uint all = __reduce_add_sync(0xffffffffu, bytes);
+        if (lane == 0) {
+          step_of[slot] = UP_UNITS + part;
+          barrier_expect(full + 2 * slot, all);
+          barrier_arrive(full + 2 * slot + 1);
+        }
+        __syncwarp();
+        if (bytes) {
+          bring(to, from, bytes, full + 2 * slot);
+        }
+        number++;
+      }
+    }
+  }
+  for (int i = 0; i < TEAMS; i++) {
+    wait_for_slot();
+    if (lane == 0) {
+      step_of[number % SLOTS] = END;
+      barrier_arrive(full + 2 * (number % SLOTS));
+      barrier_arrive(full + 2 * (number % SLOTS) + 1);
+    }
+    number++;
+  }
+} else if (simdgroup == ADDS) {
+  const int half = lane / 16;
+  int number = 0;
+  // The sums of the products in the next slot, `chunks` times 16; each half of the lanes adds every second chunk.
+  auto sum_of_slot = [&](int chunks) {
+    const float* products = partial + 16 * SLOT_CHUNKS * (number % SLOTS) + lane;
+    float sum = 0.0f;
+#pragma unroll
+    for (int chunk = 0; chunk < SLOT_CHUNKS; chunk += 2) {
+      sum += chunk + half < chunks ? products[16 * chunk] : 0.0f;
+    }
+    sum += __shfl_xor_sync(0xffffffffu, sum, 16);
+    if (lane == 0) {
+      barrier_arrive(empty + number % SLOTS);
+    }
+    number++;
+    return sum;
+  };
+  while (true) {
+    barrier_wait(done + number % SLOTS, number / SLOTS & 1);
+    const int unit = step_of[number % SLOTS];
+    if (unit >= UP_UNITS) {
+      break;
+    }
+    // Lanes 2 r and 2 r + 1 hold gate and up of row r; two rows are a word.
+    const float sum = sum_of_slot(UP_CHUNKS), other = __shfl_xor_sync(0xffffffffu, sum, 1);
+    const float value = silu(lane % 2 ? other : sum) * (lane % 2 ? sum : other);
+    const float beside = __shfl_xor_sync(0xffffffffu, value, 2);
+    const uint pair = lane % 4 < 2 ? pair_of(value, beside) : pair_of(beside, value);
+    const uint word = __shfl_sync(0xffffffffu, pair, 4 * (lane % 4));
+    if (lane / 4 < COPIES) {
+      publish(hidden + lane / 4 * WORDS + unit * 4 + lane % 4, word, *tag);
+    }
+  }
+  for (int pair = group; pair < DOWN_UNITS; pair += 2 * groups) {
+    const int unit = pair + half * groups;  // of this half of the lanes
+    float sum = 0.0f;
+    for (int part = 0; part < PARTS; part++) {
+      for (int i = 0; i < 2 && pair + i * groups < DOWN_UNITS; i++) {
+        barrier_wait(done + number % SLOTS, number / SLOTS & 1);
+        const float more = sum_of_slot(min(DOWN_CHUNKS - part * PART_CHUNKS, PART_CHUNKS));
+        sum += i == half ? more : 0.0f;
+      }
+    }
+    if (unit < DOWN_UNITS) {
+      y[unit * 16 + lane % 2 * 8 + lane % 16 / 2] = T(sum);
+    }
+  }
+} else if (simdgroup >= STAGES) {
+  barrier_wait(all_drawn, 0);  // before, few are there, and asking for them would hold up weights
+  for (int job = group < DOWN_UNITS ? simdgroup - STAGES : CHOICES * JOBS; job < CHOICES * JOBS; job += STAGERS) {
+    const int choice = job / JOBS;
+    if (row_of[choice] >= 0) {
+      const uint4* from = (const uint4*)(hidden + group % COPIES * WORDS) + job * 64 + 2 * lane;
+      const uint4 eight = wait_for_words(from, *tag);
+      __syncwarp();
+      stage<BITS, GROUP>(eight, job * 32 + lane, CHOICES * INTERMEDIATE, staged_hidden);
+    }
+    __syncwarp();
+    if (lane == 0) {
+      barrier_arrive(hidden_there + choice);
+    }
+  }
+} else {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    if (mine + i * 32 * WORKERS < EIGHTS) {
+      stage<BITS, GROUP>(own[i], mine + i * 32 * WORKERS, HIDDEN, staged_x);
+    }
   }
   __syncwarp();
-  if (bytes) {
-    bring(to, from, bytes, full + slot);
+  if (lane == 0) {
+    barrier_arrive(x_there);
   }
-};
-
-// The vectors of tokens `first` to `last`.
-auto stage_vectors = [&](const uint4* from, int width, int first, int last) {
-  for (int token = first; token <= last; token++) {
-    for (int i = mine; i < width / 8; i += threads) {
-      stage<BITS, GROUP>(__ldcg(from + token * (width / 8) + i), i, width,
-                         vectors + (token - first) * staged_bytes(width, GROUP));
+  Stream<BITS, GROUP> weights;
+  weights.begin(lane);
+  weights.lay_out(UP_ROW, UP_BLOCK, UP_SCALES_ROW, 8 * UP_SCALES_ROW);
+  barrier_wait(x_there, 0);
+  int number = simdgroup / TEAM, step;
+  int taken = -1;  // the chunk of the vector that registers hold
+  while (true) {
+    const int slot = number % SLOTS;
+    barrier_wait(full + 2 * slot, number / SLOTS & 1);
+    barrier_wait(full + 2 * slot + 1, number / SLOTS & 1);
+    step = step_of[slot];
+    if (step >= UP_UNITS) {
+      break;
     }
-  }
-};
-
-while (share < SHARES || count > 0) {
-  uint drawn = 0;
-  if (fresh) {
-    first_up = (long)share * UP_UNITS / SHARES, up_units = int((long)(share + 1) * UP_UNITS / SHARES) - first_up;
-    first_down = (long)share * DOWN_UNITS / SHARES;
-    down_units = int((long)(share + 1) * DOWN_UNITS / SHARES) - first_down;
-  }
-  constexpr int up_of_token = CHOICES * (INTERMEDIATE / 8), down_of_token = HIDDEN / 16;
-  const int first_token = down ? first_down / down_of_token : first_up / up_of_token;
-  const int last_token = down ? (first_down + down_units - 1) / down_of_token : (first_up + up_units - 1) / up_of_token;
-  if (!down) {
-    // Before weights are asked for: these few bytes would wait behind all of theirs.
-    stage_vectors((const uint4*)x, HIDDEN, first_token, last_token);
-    if (mine == 0) {
-      drawn = atomicAdd(counters, 1u);
-    }
-    __syncthreads();
-  }
-  if (fresh) {
-    fresh = false;
-    begun = slot_number;
-    ups = down ? 0 : up_units;
-    end = begun + ups + down_units * PARTS;
-    for (int number = begun; number < min(begun + SLOTS, end); number++) {
-      if (number % SIMDGROUPS == simdgroup) {
-        ask(number);
-      }
-    }
-  }
-  if (down) {
-    stage_vectors((const uint4*)hidden + (long)(share % COPIES) * TOKENS * (CHOICES * INTERMEDIATE / 8),
-                  CHOICES * INTERMEDIATE, first_token, last_token);
-    __syncthreads();
-  }
-
-  const int chunks_of_all = down ? DOWN_CHUNKS : UP_CHUNKS;
-  const int width = down ? CHOICES * INTERMEDIATE : HIDDEN;
-  int taken = -1;  // the chunk of the vectors that registers hold
-  int dealt = 0;   // chunks, to simdgroups in turn
-  const int steps = down ? down_units * PARTS : up_units;
-  for (int step = 0; step < steps; step++, slot_number++) {
-    const int slot = slot_number % SLOTS;
-    const int tile = down ? step % down_units : step, part = down ? step / down_units : 0;
-    const int unit = (down ? first_down : first_up) + tile;
-    const int token = down ? unit / (HIDDEN / 16) : unit / (CHOICES * (INTERMEDIATE / 8));
-    const int from = part * EXPERTS_A_PART * EXPERT_CHUNKS;
-    const int chunks = down ? min(DOWN_CHUNKS - from, EXPERTS_A_PART * EXPERT_CHUNKS) : UP_CHUNKS;
     const uchar* codes = slots + slot * SLOT_BYTES;
-    bool waited = false;
-    for (int i = (simdgroup - dealt) & (SIMDGROUPS - 1); i < chunks; i += SIMDGROUPS) {
-      const int chunk = from + i, wanted = (token - first_token) * chunks_of_all + chunk;
-      if (wanted != taken) {
-        taken = wanted;
-        weights.take(vectors + (token - first_token) * staged_bytes(width, GROUP), width, chunk);
-      }
-      if (!waited) {
-        waited = true;
-        barrier_wait(full + slot, slot_number / SLOTS & 1);
-      }
-      const int choice = down ? token * CHOICES + chunk / EXPERT_CHUNKS : unit / (INTERMEDIATE / 8);
-      float* products = partial + 16 * (tile * chunks_of_all + chunk);
-      if (row_of[choice] >= 0) {
-        const int matrix = down ? i / EXPERT_CHUNKS : 0, within = down ? i % EXPERT_CHUNKS : i;
-        const int row_bytes = down ? DOWN_ROW : UP_ROW, scale_bytes = down ? DOWN_SCALES_ROW : UP_SCALES_ROW;
-        const uchar* scales = codes + (down ? EXPERTS_A_PART * 16 * DOWN_ROW : 16 * UP_ROW) +
-                              matrix * 16 * scale_bytes + within * weights.SCALES;
-        weights.multiply_chunk(codes + matrix * 16 * row_bytes + within * weights.CODES, row_bytes, scales,
-                               scales + (down ? EXPERTS_A_PART * 16 * DOWN_SCALES_ROW : 16 * UP_SCALES_ROW),
-                               scale_bytes, down ? share_of[choice] : 1.0f, products);
+    const uchar* scales = codes + 2 * UP_BLOCK;
+    for (int chunk = simdgroup % TEAM; chunk < UP_CHUNKS; chunk += TEAM) {
+      float* products = partial + 16 * (SLOT_CHUNKS * slot + chunk);
+      if (row_of[step / (INTERMEDIATE / 8)] >= 0) {
+        if (chunk != taken) {
+          taken = chunk;
+          weights.take(staged_x, HIDDEN, chunk);
+        }
+        const uchar* own_scales = scales + chunk * weights.SCALES;
+        weights.multiply_chunk(codes + chunk * weights.CODES, own_scales, own_scales + 16 * UP_SCALES_ROW, 1.0f, products);
       } else if (lane < 16) {
         products[lane] = 0.0f;
       }
     }
-    dealt = (dealt + chunks) & (SIMDGROUPS - 1);
-    if (!waited) {  // or this simdgroup could let go of the slot twice before others have once
-      barrier_wait(full + slot, slot_number / SLOTS & 1);
-    }
     __syncwarp();
     if (lane == 0) {
-      barrier_arrive(empty + slot);
+      barrier_arrive(done + slot);
     }
-    const int next = slot_number + SLOTS;
-    if (next < end && next % SIMDGROUPS == simdgroup) {
-      ask(next);
-    }
+    number += TEAMS;
   }
-  if (!down) {
-    if (mine == 0) {
-      held[count] = (unsigned short)share;
-      held[count + 1] = (unsigned short)drawn;
-    }
-    __syncthreads();
-    for (int i = mine; i < COPIES * 8 * up_units; i += threads) {
-      const int value = i / COPIES;
-      float gate = 0.0f, up = 0.0f;
-#pragma unroll
-      for (int chunk = 0; chunk < UP_CHUNKS; chunk++) {
-        gate += partial[16 * (value / 8 * UP_CHUNKS + chunk) + value % 8];
-        up += partial[16 * (value / 8 * UP_CHUNKS + chunk) + value % 8 + 8];
-      }
-      hidden[(long)(i % COPIES) * TOKENS * CHOICES * INTERMEDIATE + first_up * 8 + value] = T(silu(gate) * up);
-    }
-    count++;
-    share = held[count];
-    __syncthreads();
-    if (mine == 0) {
-      __threadfence();
-      atomicAdd(counters + 32, 1u);
-    }
-    const bool more = share < SHARES;  // a share that no other threadgroup has begun
-    if (more || count > 1) {           // what was asked for is not what comes next
-      for (end = min(end, slot_number + SLOTS); slot_number < end; slot_number++) {
-        barrier_wait(full + slot_number % SLOTS, slot_number / SLOTS & 1);
-        __syncwarp();
-        if (lane == 0) {
-          barrier_arrive(empty + slot_number % SLOTS);
+  weights.lay_out(DOWN_ROW, DOWN_BLOCK, DOWN_SCALES_ROW, 8 * DOWN_SCALES_ROW);
+  taken = -1;
+  int dealt = simdgroup % TEAM;  // chunks, to the members of the team in turn
+  while (step < END) {
+    const int slot = number % SLOTS, before = (step - UP_UNITS) * PART_CHUNKS;
+    const int chunks = min(DOWN_CHUNKS - before, PART_CHUNKS);
+    const uchar* codes = slots + slot * SLOT_BYTES;
+    const uchar* scales = codes + EXPERTS_A_PART * 2 * DOWN_BLOCK;
+    for (; dealt < chunks; dealt += TEAM) {
+      const int chunk = before + dealt, choice = chunk / EXPERT_CHUNKS;
+      const int matrix = dealt / EXPERT_CHUNKS, within = dealt % EXPERT_CHUNKS;
+      float* products = partial + 16 * (SLOT_CHUNKS * slot + dealt);
+      if (row_of[choice] >= 0) {
+        if (chunk != taken) {
+          taken = chunk;
+          barrier_wait(hidden_there + choice, 0);
+          weights.take(staged_hidden, CHOICES * INTERMEDIATE, chunk);
         }
+        const uchar* own_scales = scales + matrix * 16 * DOWN_SCALES_ROW + within * weights.SCALES;
+        weights.multiply_chunk(codes + matrix * 2 * DOWN_BLOCK + within * weights.CODES, own_scales,
+                               own_scales + EXPERTS_A_PART * 16 * DOWN_SCALES_ROW, share_of[choice], products);
+      } else if (lane < 16) {
+        products[lane] = 0.0f;
       }
-      fresh = true;
     }
-    if (more) {
-      continue;
-    }
-    down = true;
-    share = held[0];
-    if (lane == 0) {
-      wait_for_counter(counters + 32, SHARES);
-    }
+    dealt -= chunks;
     __syncwarp();
-  } else {
-    __syncthreads();
-    for (int i = mine; i < 16 * down_units; i += threads) {
-      float sum = 0.0f;
-#pragma unroll
-      for (int chunk = 0; chunk < DOWN_CHUNKS; chunk++) {
-        sum += partial[16 * (i / 16 * DOWN_CHUNKS + chunk) + i % 16];
-      }
-      y[(long)first_down * 16 + i] = T(sum);
+    if (lane == 0) {
+      barrier_arrive(done + slot);
     }
-    if (++index == count) {
-      break;
-    }
-    share = held[index];
-    fresh = true;
-    __syncthreads();
+    number += TEAMS;
+    barrier_wait(full + 2 * (number % SLOTS), number / SLOTS & 1);
+    step = step_of[number % SLOTS];
   }
-}
-if (mine == 0 && atomicAdd(counters + 64, 1u) == gridDim.x - 1) {
-  counters[0] = counters[32] = counters[64] = 0;
+  if (lane == 0) {
+    barrier_arrive(done + number % SLOTS);
+  }
 }

@@ -18,7 +18,7 @@ from nvrtc import C_TYPES
 from flashmoe_mlx import custom_kernels
 
 _CLANG = Clang(Path(__file__).parent, ["-O1"])
-_REPLACED = ("cuda.h", "copy_engine.h")
+_REPLACED = ("cuda.h", "mma.h", "copy_engine.h")
 """The dialect's words that ``machine.h`` has its own of."""
 
 

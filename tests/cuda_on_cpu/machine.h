@@ -43,7 +43,17 @@ struct __nv_bfloat16 {
   operator float() const { return __uint_as_float(uint(bits) << 16); }
 };
 static inline int min(int a, int b) { return a < b ? a : b; }
-static inline int __float2int_rn(float value) { return int(lrintf(value)); }
+static inline uint max(uint a, uint b) { return a > b ? a : b; }
+static inline uint __float_as_uint(float value) { return same_bits<uint>(value); }
+static inline uint __vmaxu2(uint a, uint b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
+static inline uint __byte_perm(uint low, uint high, uint pick) {
+  uint result = 0;
+  for (int i = 0; i < 4; i++) {
+    const uint which = pick >> (4 * i) & 7;
+    result |= ((which < 4 ? low : high) >> (8 * (which & 3)) & 255) << (8 * i);
+  }
+  return result;
+}
 static inline float exponential(float x) { return expf(x); }
 static inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 static inline float nearest(float x) { return rintf(x); }
@@ -54,7 +64,7 @@ static inline V __ldcg(const V* from) {
 
 // The machine.
 
-constexpr int LANES = 32, MOST_THREADS = 256, MOST_COPIES = 4096, MOST_BARRIERS = 64, STACK = 1 << 16;
+constexpr int LANES = 32, MOST_THREADS = 512, MOST_COPIES = 4096, MOST_BARRIERS = 128, STACK = 1 << 16;
 
 struct Simdgroup {
   int arrived;
@@ -149,13 +159,23 @@ static inline void __syncwarp() {
   const uint nothing = 0;
   meet(&nothing, 1, [](Simdgroup&) {});
 }
-static inline float __shfl_xor_sync(uint, float value, int mask) {
-  const uint word = same_bits<uint>(value);
-  return __uint_as_float(*meet(&word, 1, [mask](Simdgroup& all) {
+static inline uint __shfl_xor_sync(uint, uint value, int mask) {
+  return *meet(&value, 1, [mask](Simdgroup& all) {
     for (int lane = 0; lane < LANES; lane++) {
       all.taken[lane][0] = all.given[lane ^ mask][0];
     }
-  }));
+  });
+}
+static inline float __shfl_xor_sync(uint all, float value, int mask) {
+  return __uint_as_float(__shfl_xor_sync(all, same_bits<uint>(value), mask));
+}
+static inline uint __shfl_sync(uint, uint value, int lane) {
+  const uint given[2] = {value, uint(lane)};
+  return *meet(given, 2, [](Simdgroup& all) {
+    for (int to = 0; to < LANES; to++) {
+      all.taken[to][0] = all.given[all.given[to][1]][0];
+    }
+  });
 }
 static inline uint __reduce_add_sync(uint, uint value) {
   return *meet(&value, 1, [](Simdgroup& all) {
@@ -263,11 +283,20 @@ static inline uint atomicAdd(uint* place, uint value) {
   events++;
   return before;
 }
-static inline void __threadfence() {}
-static inline void wait_for_counter(const volatile uint* counter, uint value) {
-  while (*counter != value) {
+static inline void publish(uint2* place, uint word, uint tag) {
+  *place = uint2{word, tag};
+  events++;
+}
+static inline uint4 wait_for_words(const volatile uint4* from, uint tag) {
+  while (from[0].y != tag || from[0].w != tag || from[1].y != tag || from[1].w != tag) {
     pause();
   }
+  return uint4{from[0].x, from[0].z, from[1].x, from[1].z};
+}
+static inline float low_half(uint pair) { return __uint_as_float(pair << 16); }
+static inline float high_half(uint pair) { return __uint_as_float(pair & 0xffff0000u); }
+static inline uint pair_of(float low, float high) {
+  return uint(__nv_bfloat16(low).bits) | uint(__nv_bfloat16(high).bits) << 16;
 }
 
 static void body();
