@@ -1,26 +1,29 @@
 // Products of one vector with weights in MLX's affine format on NVIDIA's tensor cores, the weights brought into shared
-// memory by the copy engine of Hopper GPUs and later ones; for bf16 activations and codes of 2 or 4 bits.
+// memory by the copy engine of Hopper GPUs and later ones; for bf16 activations and codes of 2, 4 or 8 bits.
 //
 // Copies of whole rows are asked for long before they are used and report to a barrier in shared memory; they pass
-// through no registers and hold up no other loads. So enough is under way to keep memory busy.
+// through no registers. So enough is under way to keep memory busy.
 //
-// The tensor cores multiply integers: codes as they are with a vector in fixed point, of 15 bits for each group, whose
-// largest value is 127 * 128 steps; so a step is 1/16256 of it, finer than the rounding of bf16 inputs by far. A value is
-// 128 * high + low, two planes of 8 bits. This needs a third of the instructions that turning codes into bf16 does, and
-// a Hopper GPU has no time for more while a code comes from memory.
+// The tensor cores multiply integers: codes with a vector in fixed point, of 15 bits and a power of two for each group;
+// a step is at most 1/8192 of the largest value, finer than the rounding of bf16 inputs by far. A value is 256 * high +
+// low, two planes of 8 bits with signs. Codes in the upper halves of bytes stay there and count 16 times as much: a mask
+// is all that four codes need. Making codes bf16 takes several times the instructions, and a Hopper GPU has no time for
+// more while a code comes from memory.
 //
 // A simdgroup takes CHUNK consecutive codes of 16 rows at a time. mma.m16n8k32 multiplies 16 rows with 8 columns, of
 // which a vector would need one. Here they keep planes and groups apart: lane 4 g + c takes a quarter of the chunk,
-// number c, of rows g and g + 8, and column n holds plane n / 4 of quarter n % 4, zeros elsewhere. So sums of several
+// number c, of its two rows, and column n holds plane n / 4 of quarter n % 4, zeros elsewhere. So sums of several
 // groups grow side by side, and all lanes apply scales at once. Only lanes with c = g % 4 hold values of the columns that
 // are not zero, those of a quarter, and keep them while rows change. Lanes walk through their quarters in different
-// orders, so that fewer read the same bank of shared memory.
+// orders, and two blocks of rows may lie some bytes more apart than their rows do, so that fewer lanes read the same bank
+// of shared memory.
 
 constexpr int CHUNK = 512;          // codes of a row
 constexpr int QUARTER = CHUNK / 4;  // of which a lane takes these
 
-// A vector in shared memory: two planes, then for each group its largest magnitude and its sum. In the planes, values
-// lie in the order in which a word of codes gives them up: 4 at a time, 32 / BITS / 4 places apart.
+// A vector in shared memory: two planes, then for each group what 1 in the lower plane stands for, and its sum. In the
+// planes values lie as masks give up their codes, 4 at a time: of a word (2 bits) or two (4 bits) those of the lower
+// halves of bytes, then those of the upper.
 inline constexpr int staged_bytes(int width, int group) {
   return 2 * width + width / group * 8;
 }
@@ -88,7 +91,7 @@ struct Stream {
   static constexpr int TURNS = QUARTER * BITS / 8 / 16;  // 16 bytes of codes each
   static constexpr int GROUPS = QUARTER / GROUP;         // of a quarter
   static constexpr int LOADS = 8 / TURNS;                // 16 bytes of a plane each, in a turn
-  static constexpr float UNIT = BITS == 8 ? 1.0f : 1.0f / 16.0f;  // sums of products count sixteenths
+  static constexpr float UNIT = BITS == 8 ? 1.0f : 1.0f / 16.0f;  // what sums of products count
 
   int g, c, order;
   int codes_at, codes_on, scales_at, scales_on;  // of the lane's first row, and from there to its second
