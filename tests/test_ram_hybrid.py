@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,22 @@ def test_preloading_from_a_failing_disk_leaves_nothing_behind(
     with pytest.raises(ExpertReadError, match="Input/output error"):
         RamHybridStore(stored.source, budget_gib=gib(4), preload=True)
     assert (threading.active_count(), len(list(Path("/dev/fd").iterdir()))) == (threads, files)
+
+
+def test_what_was_read_ahead_changes_places_with_its_slot(stored: StoredExperts) -> None:
+    """Memory goes back and forth between slots and reads ahead: nothing that is kept may be read over."""
+    with RamHybridStore(stored.source, budget_gib=gib(5), slots=3) as store:
+        for number in range(40):
+            layer, experts = number % LAYERS, [number % EXPERTS, (5 * number + 1) % EXPERTS]
+            store.prefetch(layer, experts)
+            if number % 3:
+                time.sleep(0.001)
+            store.prefetch(layer, [experts[1], (number + 7) % EXPERTS])
+            wanted = list(dict.fromkeys([experts[1], (number + 3) % EXPERTS]))
+            check(store.fetch(layer, wanted), layer, wanted, stored)
+        assert store.stats().prefetched > 0
+        before = store.stats()
+        for layer in range(LAYERS):
+            for expert in [one for one in range(EXPERTS) if one in store._caches[layer]]:
+                check(store.fetch(layer, [expert]), layer, [expert], stored)
+        assert store.stats().misses == before.misses
