@@ -13,25 +13,25 @@ from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
 from flashmoe_mlx.testing import kernel_cases
 
-MATVEC = partial(kernel_cases.quantised_matvec, 32, 128)
+MATVEC = partial(kernel_cases.quantised_matvec, 32, 128, on_cpu=True)
 
 
 def wrong(dtype: mx.Dtype) -> kernel_cases.Case:
     case = MATVEC(dtype)
-    return replace(case, standard=lambda: (case.standard()[0] * 1.1,))
+    return replace(case, custom=lambda: (case.custom()[0] * 1.1,))
 
 
 def broken(dtype: mx.Dtype) -> kernel_cases.Case:
     def fail() -> kernel_cases.Results:
         raise RuntimeError("no such device\nlong log")
 
-    return replace(MATVEC(dtype), standard=fail)
+    return replace(MATVEC(dtype), custom=fail)
 
 
 def test_a_table_and_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(doctor, "_cases", lambda custom: iter([("tiny", MATVEC)]))
+    monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC)]))
     doctor.run(Config(), tmp_path)
     shown = capsys.readouterr()
     assert "| quantised_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in shown.out + shown.err
@@ -39,7 +39,9 @@ def test_a_table_and_a_record(
     (finding,) = record["findings"]
     assert finding["passed"]
     assert finding["error"] <= finding["accepted"]
+    assert finding["microseconds"] > 0
     assert finding["mlx_microseconds"] > 0
+    assert record["kernels"].startswith("kernels for CPUs (")
 
 
 @pytest.mark.parametrize(("make", "reason"), [(wrong, "FAILED: over 1e-05"), (broken, "no such device")])
@@ -50,7 +52,7 @@ def test_what_fails_is_named_and_recorded(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(doctor, "_cases", lambda custom: iter([("tiny", MATVEC), ("tiny", make)]))
+    monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC), ("tiny", make)]))
     with pytest.raises(FlashMoeError, match=r"1 of 2 checks failed: quantised_matvec \(32x128"):
         doctor.run(Config(), tmp_path)
     shown = capsys.readouterr()
@@ -59,5 +61,5 @@ def test_what_fails_is_named_and_recorded(
 
 
 def test_the_cases_cover_every_kernel() -> None:
-    operations = {make(mx.float32).operation for name, make in doctor._cases(custom=False)}
+    operations = {make(mx.float32).operation for name, make in doctor._cases(on_gpu=False, on_cpu=True)}
     assert operations == {"routed_experts", "gated_delta_net", "attention", "quantised_matvec"}

@@ -1,6 +1,7 @@
 """Quantised products of one vector on this machine's CPU, beside MLX's own and beside a plain read of the same bytes.
 
     python tools/measure_matvec.py
+    python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it
 
 Weights are rotated through sets that exceed the cache several times, so every call reads them from memory. The three
 sides take turns, A B C C B A, each for all sets; a round's figure is the time of a call. The plain read sums the bytes
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -32,10 +34,15 @@ def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="of A B C C B A")
+    parser.add_argument("--one-thread", action="store_true", help="ours alone, by instruction set")
     arguments = parser.parse_args()
     mx.set_default_device(mx.cpu)
-    if native.extension() is None:
+    extension = native.extension()
+    if extension is None:
         sys.exit(native.MISSING)
+    if arguments.one_thread:
+        _by_instructions(extension, arguments.rounds)
+        return
     threads = native.usable_cores()
     print(f"{native.description()}; medians of {2 * arguments.rounds} rounds, 95 % bootstrap intervals; bf16 scales\n")
     print("| rows x columns, bits | ours, us | GB/s | of a plain read | mx.quantized_matmul, us | ratio |")
@@ -43,6 +50,35 @@ def main() -> None:
     with ThreadPoolExecutor(threads) as pool:
         for rows, columns, bits in _SHAPES:
             print(_row(rows, columns, bits, arguments.rounds, pool, threads), flush=True)
+
+
+def _by_instructions(extension: ModuleType, rounds: int) -> None:
+    """200 rows, which stay in the second-level cache, and sets of 4096 that do not."""
+    extension.use_threads(1)
+    random = np.random.default_rng(0)
+    print(f"GB/s of codes and scales by one thread, medians of {rounds} rounds\n")
+    print("| | " + " | ".join(f"{bits} bit, {where}" for where in ("cache", "memory") for bits in native.BITS) + " |")
+    print("|---|" + "---|" * (2 * len(native.BITS)))
+    sets = {}
+    for bits in native.BITS:
+        nbytes = 4096 * 4096 * bits // 8
+        sets[bits, "cache"] = [_matrix(random, 200, 4096, bits)] * 20
+        sets[bits, "memory"] = [_matrix(random, 4096, 4096, bits) for _ in range(int(_SETS_BYTES // nbytes))]
+    x = mx.array(random.standard_normal((1, 4096), np.float32))
+    for name in extension.instruction_sets():
+        extension.use_instruction_set(name)
+        cells = []
+        for where in ("cache", "memory"):
+            for bits in native.BITS:
+                matrices, speeds = sets[bits, where], []
+                nbytes = sum(part.nbytes for matrix in matrices for part in matrix)
+                for _ in range(rounds):
+                    start = time.perf_counter()
+                    for matrix in matrices:
+                        native.quantised_product(x, *matrix, bits, _GROUP)
+                    speeds.append(nbytes / (time.perf_counter() - start) / 1e9)
+                cells.append(f"{median(speeds):.0f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecutor, threads: int) -> str:

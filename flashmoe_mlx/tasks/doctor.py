@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.custom_kernels import dialect
+from flashmoe_mlx.custom_kernels import dialect, native
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks.console import console
@@ -49,16 +49,18 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
     Raises:
         FlashMoeError: a kernel cannot run or differs from its reference.
     """
-    custom = dialect()
+    gpu = dialect()
+    on_cpu = gpu is None and native.extension() is not None
+    kernels = f"kernels for CPUs ({native.description()})" if on_cpu else gpu
     findings: list[Finding] = []
     with console.status("") as status:
-        for geometry, make in _cases(custom is not None):
-            for dtype in (mx.float32, mx.bfloat16) if custom else (mx.float32,):
+        for geometry, make in _cases(gpu is not None, on_cpu):
+            for dtype in (mx.float32, mx.bfloat16) if gpu else (mx.float32,):
                 case = make(dtype)
                 status.update(f"{case.operation} {case.title}, {geometry} shape")
-                findings.append(_examined(case, geometry, custom is not None))
-    write_json(run_dir / "doctor.json", _record(custom, findings))
-    for line in _report(custom, findings):
+                findings.append(_examined(case, geometry, kernels is not None))
+    write_json(run_dir / "doctor.json", _record(gpu, kernels, findings))
+    for line in _report(kernels, findings):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     failed = [f"{one.kernel} ({one.case}, {one.geometry}, {one.dtype})" for one in findings if not one.passed]
     if failed:
@@ -68,11 +70,11 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
         )
 
 
-def _cases(custom: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
-    for name in ("397B", "35B") if custom else ("35B",):
+def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
+    for name in ("397B", "35B") if on_gpu else ("35B",):
         geometry = GEOMETRIES[name]
         experts = partial(kernel_cases.routed_experts, geometry)
-        for make in (
+        makers: list[Callable[..., Case]] = [
             partial(experts, k=4),
             partial(experts, k=8, tokens=2),
             *(partial(experts, k=4, bits=bits) for bits in (2, 3, 8)),
@@ -82,8 +84,9 @@ def _cases(custom: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
             partial(kernel_cases.attention, geometry, context=100, tokens=7),
             partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden),
             partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
-        ):
-            yield name, make
+        ]
+        for make in makers:
+            yield name, partial(make, on_cpu=on_cpu)
 
 
 def _examined(case: Case, geometry: str, custom: bool) -> Finding:
@@ -112,24 +115,25 @@ def _microseconds(function: Callable[[], Results]) -> float:
     return median(times)
 
 
-def _record(custom: str | None, findings: list[Finding]) -> dict[str, Any]:
+def _record(gpu: str | None, kernels: str | None, findings: list[Finding]) -> dict[str, Any]:
     return {
         "version": DOCTOR_VERSION,
         "environment": environment(),
         "device": {str(key): str(value) for key, value in mx.device_info(mx.default_device()).items()},
-        "dialect": custom,
+        "dialect": gpu,
+        "kernels": kernels,
         "findings": [asdict(one) | {"passed": one.passed} for one in findings],
     }
 
 
-def _report(custom: str | None, findings: list[Finding]) -> Iterator[str]:
+def _report(kernels: str | None, findings: list[Finding]) -> Iterator[str]:
     """Markdown."""
     described = ", ".join(f"{key} {value}" for key, value in environment().items() if isinstance(value, str))
     yield f"{described}, {mx.device_info(mx.default_device()).get('device_name', mx.default_device())}"
-    if custom is None:
-        yield ("No GPU that MLX can use: MLX's operations are checked here; kernels for CPUs are when first used.")
+    if kernels is None:
+        yield "No GPU that MLX can use, and no kernels for CPUs: MLX's operations are checked here."
     else:
-        yield f"Custom kernels as {custom}. Times: microseconds a call, launch included, weights in the GPU's cache."
+        yield f"Custom kernels: {kernels}. Times: microseconds a call, launch included; weights mostly in cache."
     yield ""
     yield "| kernel | case | shape | type | error | ours, us | MLX, us | |"
     yield "|---|---|---|---|---|---|---|---|"
