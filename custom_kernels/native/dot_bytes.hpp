@@ -58,6 +58,7 @@ INLINE void split(const uint8_t* p, __m512i* part) {
     } else {
         const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8((1 << BITS) - 1);
         part[0] = BITS == 8 ? bytes : _mm512_and_si512(bytes, mask);
+#pragma GCC unroll 4 // or parts lie in memory
         for (int i = 1; i < kParts<BITS>; ++i) part[i] = _mm512_and_si512(_mm512_srli_epi16(bytes, BITS * i), mask);
     }
 }
@@ -122,6 +123,7 @@ template <int BITS>
 INLINE F multiply_parts(const __m512i* part, const uint8_t* planes) {
     constexpr int parts = kParts<BITS>;
     const auto add = [&](__m512i sum, int plane) {
+#pragma GCC unroll 4
         for (int i = 0; i < parts; ++i)
             sum = _mm512_dpbusd_epi32(sum, part[i], _mm512_load_si512(planes + (plane * parts + i) * 64));
         return sum;
