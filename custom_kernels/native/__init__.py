@@ -6,6 +6,7 @@ use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``, ``neo
 of this machine).
 """
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -225,7 +226,7 @@ class _Output:
 
     def __init__(self, shape: tuple[int, ...], before: mx.array | None = None) -> None:
         self._array: mx.array | None = None
-        if int(np.prod(shape)) > _COPIED:
+        if math.prod(shape) > _COPIED:
             self._array = mx.zeros(shape) if before is None else mx.array(np.asarray(before))
             mx.eval(self._array)
             self.buffer: mx.array | npt.NDArray[np.float32] = self._array

@@ -52,12 +52,13 @@ float* scratch(int64_t count) {
 
 enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
 
-constexpr int64_t kBytesAtOnce = 48 * 1024; // weights that a thread takes at a time
+constexpr int64_t kBytesAtOnce = 24 * 1024; // weights that a thread takes at a time, so that all end together
 constexpr int64_t kFewTokens = 8;           // up to here, passes over the codes; above, dequantised blocks
 
 int64_t rows_at_once(const Matrix& m, int64_t tokens) {
-    const int64_t work = (m.row_bytes() + 2 * m.scale_row_bytes()) * (tokens > kFewTokens ? 4 : 1);
-    return std::max<int64_t>(24, kBytesAtOnce / std::max<int64_t>(work, 1) / 24 * 24);
+    const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();
+    const int64_t least = tokens > kFewTokens ? 24 : 8; // whole blocks of rows
+    return std::max<int64_t>(least, kBytesAtOnce / row / least * least);
 }
 
 int64_t up_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
