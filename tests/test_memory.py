@@ -11,6 +11,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.storage import memory
 from flashmoe_mlx.storage.memory import (
     GIB,
+    at_cache_lines,
     available_memory,
     own_memory,
     refuse_if_too_large,
@@ -74,6 +75,18 @@ def test_large_pages_hold_the_same(size: int) -> None:
     if size:
         use_huge_pages(held.data)
     assert held.tobytes() == before
+
+
+@pytest.mark.parametrize("dtype", [mx.uint32, mx.bfloat16, mx.float32, mx.uint8])
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (1100, 1024)])
+def test_arrays_at_cache_lines_are_the_same(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+    array = (mx.random.uniform(0, 200, shape)).astype(dtype)
+    moved = at_cache_lines(array)
+    assert moved.dtype == dtype
+    assert moved.shape == shape
+    assert mx.array_equal(moved, array)
+    held = memoryview(moved.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # arrays have the buffer protocol
+    assert np.frombuffer(held, np.uint8).ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5 * 2**20 + 17])

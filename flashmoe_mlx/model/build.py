@@ -17,6 +17,7 @@ from flashmoe_mlx.model.experts import MixtureOfExperts
 from flashmoe_mlx.model.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.parameters import Kind, quantisation_of, resident_parameters
+from flashmoe_mlx.storage.memory import at_cache_lines
 
 _EXACT = ("A_log", "dt_bias")
 """Parameters of the decay, which is an exponential of an exponential."""
@@ -165,6 +166,8 @@ class _Resident:
         scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
+        if self._kernels.any_scales:  # those for CPUs, which read in place
+            weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 
 
