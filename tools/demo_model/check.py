@@ -90,8 +90,8 @@ def small_operations() -> None:
 
 def triton_kernels() -> None:
     """Triton's kernels give the values and gradients of the plain operations."""
-    import kernels
     import model as plain
+    import triton_kernels as kernels
 
     torch.manual_seed(0)
     # The state that is kept for the way back is bf16, hence the wider tolerance of the delta rule.

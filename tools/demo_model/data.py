@@ -63,14 +63,12 @@ def _work(corpus: Corpus, tokenizer_json: str, shard: int, workers: int, out: An
 class Stream:
     """Steps without end; each is a list of batches, one a length, whose rows are as frequent as in the corpus."""
 
-    def __init__(
-        self, corpus: Corpus, tokenizer: Tokenizer, documents_per_step: int, workers: int, first_shard: int = 0
-    ) -> None:
+    def __init__(self, corpus: Corpus, tokenizer: Tokenizer, documents_per_step: int, workers: int) -> None:
         self.rows = self._rows(corpus, tokenizer, documents_per_step)
         context = multiprocessing.get_context("fork")
         self._queues = [context.Queue(2) for _ in range(workers)]
         self._processes = [
-            context.Process(target=_work, args=(corpus, tokenizer.to_str(), first_shard + w, workers, q), daemon=True)
+            context.Process(target=_work, args=(corpus, tokenizer.to_str(), w, workers, q), daemon=True)
             for w, q in enumerate(self._queues)
         ]
         for process in self._processes:

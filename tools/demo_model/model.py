@@ -48,9 +48,9 @@ def make_model(config: Qwen3_5MoeTextConfig, triton: bool = False) -> Qwen3_5Moe
     """A fresh model of transformers' class with the fast operations, by Triton's kernels if asked for."""
     global _kernels
     if triton:
-        import kernels
+        import triton_kernels
 
-        _kernels = kernels
+        _kernels = triton_kernels
     ALL_EXPERTS_FUNCTIONS.register("sorted", sorted_experts)
     config._experts_implementation = "sorted"
     config._attn_implementation = "sdpa"

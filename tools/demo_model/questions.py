@@ -1,6 +1,7 @@
 """Questions: about the valley, about what a text says, about small sums; and talk about the model itself."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from random import Random
 
 from documents import Document
@@ -299,12 +300,12 @@ _STATEMENTS: list[Callable[[Random, str, str, Pools], tuple[str, list[Fact]]]] =
 ]
 
 
-def context_question(draw: Random) -> Document:
-    """A question about what the user has just said, sometimes in a second turn or with the text as system message."""
+def context_question(draw: Random, counts: Sequence[int] = (1, 1, 2, 3)) -> Document:
+    """Questions, as many as one of ``counts``, about what the user has just said or the system message says."""
     document = Document("context")
     passage = Passage(draw, document, draw.randint(2, 6))
     text = passage.text()
-    turns = draw.sample(passage.facts, min(len(passage.facts), draw.choice((1, 1, 2, 3))))
+    turns = draw.sample(passage.facts, min(len(passage.facts), draw.choice(counts)))
     style = draw.random()
     if style < 0.2:
         document.messages.append({"role": "system", "content": text})
@@ -685,3 +686,63 @@ def careless(draw: Random, document: Document) -> None:
             else:
                 text += draw.choice((" Please.", " Thanks!", " Do you know?", " "))
             message["content"] = text
+
+
+_OTHER_WAYS = [
+    (re.compile(rf"{pattern}\?"), ways)
+    for pattern, ways in {
+        "Who has the ([^.?]+)": (
+            "Which of them has the {}?",
+            "Do you know who has the {}?",
+            "With whom can I find the {}?",
+        ),
+        "Who likes ([^.?]+)": (
+            "Which of them likes {}?",
+            "Do you know who likes {}?",
+            "Whose favourite food is {}?",
+        ),
+        "Who lives in ([^.?]+)": (
+            "Which of them lives in {}?",
+            "Do you know who lives in {}?",
+            "Whose home is in {}?",
+        ),
+        r"Who is the (\w+)": (
+            "Which of them is the {}?",
+            "Do you know who the {} is?",
+            "What is the {} called?",
+        ),
+        r"Who gave the (\w+) away": (
+            "Which of them gave the {} away?",
+            "Do you know who gave the {} away?",
+            "Whose gift was the {}?",
+        ),
+        r"What is in the (\w+)": (
+            "What can I find in the {}?",
+            "Do you know what is in the {}?",
+            "What was put in the {}?",
+        ),
+        r"Where is the (\w+)": (
+            "Where can I find the {}?",
+            "Do you know where the {} is?",
+            "In which place is the {}?",
+        ),
+        "Which village makes ([^.?]+)": ("In which village do people make {}?", "Where do they make {}?"),
+        "Which village holds ([^.?]+)": ("In which village do people hold {}?", "Where do they hold {}?"),
+        rf"Who is the (\w+) of {VALLEY}": (f"Do you know who the {{}} of {VALLEY} is?",),
+    }.items()
+]
+"""Other words for questions without a name in them. There are so few of these that the held-out set takes most of them:
+without other words for the rest, nothing would ever ask for the person who likes pear tart."""
+
+
+def reworded(draw: Random, document: Document) -> None:
+    """Ask two thirds of the questions of a document that have other words in those."""
+    for message in document.messages:
+        if message["role"] == "user":
+            for pattern, ways in _OTHER_WAYS:
+                found = pattern.search(message["content"])
+                if found and draw.random() < 2 / 3:
+                    asked = draw.choice(ways).format(found[1])
+                    message["content"] = message["content"].replace(found[0], asked)
+                    document.sentences.discard(found[0].lower())
+                    document.say(asked)

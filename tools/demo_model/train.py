@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from corpus import QUESTIONS, SHARES, Corpus
+from corpus import Corpus
 from data import GIVEN, LENGTHS, OWN, Batch, Stream, encoded, padded
 from model import geometry, make_model
 from optimiser import Optimiser
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizer import train_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -41,10 +41,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = True
         self.config = geometry(vocab_size)
         self.model = make_model(self.config, triton=self.device.type == "cuda").to(self.device).train()
-        if arguments.start:
-            self._load(arguments.start)
         self.optimiser = Optimiser(self.model, 4, 32, arguments.muon, arguments.adam, arguments.decay)
-        self._balance = arguments.balance
         self._prompt_weight = arguments.prompt_weight
         self._routers: list[tuple[Tensor, Tensor]] = []
         for module in self.model.modules():
@@ -59,6 +56,7 @@ class Trainer:
         """Share of the tokens' choices that each expert of each layer got lately."""
         self._counts = torch.zeros_like(self.usage)
         self._scale = zeros(2)  # one over the step's weight of losses, one over its tokens
+        self._balance = zeros()
         self.sums = zeros(2, 2)
         """Sum of losses and number of tokens, of prompts and of the model's own."""
         self._inputs = [
@@ -71,13 +69,6 @@ class Trainer:
         self._passes = [lambda pair=pair: self._pass(*pair) for pair in self._inputs]
         self._move: Any = self._finish
         self.pass_milliseconds: list[float] = []
-
-    def _load(self, folder: Path) -> None:
-        """Take the weights of a checkpoint."""
-        tensors: dict[str, Tensor] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            tensors |= load_file(path)
-        self.model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
     def capture(self) -> None:
         """Record every pass and the optimiser's step as CUDA graphs."""
@@ -153,7 +144,7 @@ class Trainer:
         self.usage.lerp_(self._counts / self._counts.sum(-1, keepdim=True), 0.1)
         self._counts.zero_()
 
-    def step(self, batches: list[Batch], rate: float, rounding: float) -> None:
+    def step(self, batches: list[Batch], rate: float, rounding: float, balance: float) -> None:
         """One step over the batches, one a length."""
         tokens = sum(int((batch.roles > 0).sum()) for batch in batches)
         own = sum(int((batch.roles[:, 1:] == OWN).sum()) for batch in batches)
@@ -162,6 +153,7 @@ class Trainer:
         self._scale.copy_(scale, non_blocking=True)
         self.optimiser.rate.fill_(rate)
         self.optimiser.rounding.fill_(rounding)
+        self._balance.fill_(balance)
         for batch, (ids, roles), one in zip(batches, self._inputs, self._passes, strict=True):
             for tensor, values in ((ids, batch.ids), (roles, batch.roles)):
                 host = torch.from_numpy(values)
@@ -235,33 +227,30 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="of training, after everything is ready")
     parser.add_argument("--steps", type=int, help="in place of --minutes")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of an earlier run, in place of training it")
-    parser.add_argument("--start", type=Path, help="folder of a checkpoint to go on from, experts rounded at once")
-    parser.add_argument("--questions", action="store_true", help="texts that are mostly questions; others than before")
-    parser.add_argument("--end-at", type=float, help="seconds of the Unix clock, in place of --minutes")
     parser.add_argument("--documents", type=int, default=544, help="of a step")
     parser.add_argument("--workers", type=int, default=14, help="processes that write texts")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=0.004)
     parser.add_argument("--decay", type=float, default=0.03)
-    parser.add_argument("--balance", type=float, default=0.001)
-    parser.add_argument("--prompt-weight", type=float, default=0.2)
+    parser.add_argument("--balance", type=float, default=0.0003)
+    parser.add_argument("--late-balance", type=float, default=0.00003, help="from half of the training on")
+    parser.add_argument("--prompt-weight", type=float, default=0.05)
     parser.add_argument("--log-every", type=float, default=5.0, help="seconds")
     parser.add_argument("--examinations", type=int, default=8)
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel anew")
     arguments = parser.parse_args()
-    if sum(one is not None for one in (arguments.minutes, arguments.steps, arguments.end_at)) != 1:
-        parser.error("give --minutes, --steps or --end-at")
+    if (arguments.minutes is None) == (arguments.steps is None):
+        parser.error("give --minutes or --steps")
     began = time.monotonic()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    corpus = Corpus(arguments.seed, QUESTIONS if arguments.questions else SHARES)
+    corpus = Corpus(arguments.seed)
     earlier = arguments.tokenizer
     tokenizer = Tokenizer.from_file(str(earlier)) if earlier else train_tokenizer(corpus)
     write_tokenizer(tokenizer, arguments.out)
     held_out: dict[str, list[Any]] = {}
     for document in corpus.held_out:
         held_out.setdefault(document.kind, []).append(encoded(document, tokenizer))
-    first = 1_000_000 if arguments.questions else 0
-    stream = Stream(corpus, tokenizer, arguments.documents, arguments.workers, first)
+    stream = Stream(corpus, tokenizer, arguments.documents, arguments.workers)
     trainer = Trainer(arguments, tokenizer.get_vocab_size(), stream.rows)
     cuda = trainer.device.type == "cuda"
     if cuda and not arguments.no_graphs:
@@ -280,13 +269,13 @@ def main() -> None:
         kind="start",
         parameters=parameters,
         torch=torch.__version__,
-        arguments={**vars(arguments), "out": "", "tokenizer": "", "start": bool(arguments.start)},
+        arguments={**vars(arguments), "out": "", "tokenizer": ""},
         rows=stream.rows,
         pass_milliseconds=trainer.pass_milliseconds,
         device=torch.cuda.get_device_name() if cuda else "cpu",
     )
     start = logged = time.monotonic()
-    seconds = 60 * (arguments.minutes or 0) if arguments.end_at is None else arguments.end_at - time.time()
+    seconds = 60 * (arguments.minutes or 0)
     step = tokens = examined = 0
     waited = 0.0
     progress = 0.0
@@ -294,7 +283,8 @@ def main() -> None:
         before = time.monotonic()
         batches = stream.next()
         waited += time.monotonic() - before
-        trainer.step(batches, _rate(progress), 1.0 if arguments.start else _rounding(progress))
+        balance = arguments.balance if progress < 0.5 else arguments.late_balance
+        trainer.step(batches, _rate(progress), _rounding(progress), balance)
         step += 1
         tokens += sum(int((batch.roles > 0).sum()) for batch in batches)
         if cuda and step % 4 == 0:
