@@ -13,38 +13,30 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 
 import flashmoe_mlx
 from flashmoe_mlx.model.phases import PhaseClock
-from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.research.probe import SIZES
 
-_BIG = {
-    "hidden_size": 4096,
-    "expert_size": 1024,
-    "shared_expert_size": 1024,
-    "num_heads": 32,
-    "num_kv_heads": 2,
-    "head_dim": 256,
-    "linear_key_heads": 16,
-    "linear_value_heads": 64,
-    "linear_key_dim": 128,
-    "linear_value_dim": 128,
-}
-_SMALL = {
-    "hidden_size": 128,
-    "expert_size": 128,
-    "shared_expert_size": 128,
-    "num_heads": 4,
-    "num_kv_heads": 1,
-    "head_dim": 32,
-    "linear_key_heads": 1,
-    "linear_value_heads": 4,
-    "linear_key_dim": 32,
-    "linear_value_dim": 32,
-}
+_BIG = replace(SIZES["large"], num_experts=16, experts_per_token=4, max_context=2048)
+_SMALL = replace(
+    _BIG,
+    hidden_size=128,
+    expert_size=128,
+    shared_expert_size=128,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=32,
+    linear_key_heads=1,
+    linear_value_heads=4,
+    linear_key_dim=32,
+    linear_value_dim=32,
+)
 _CONTEXT = 16
 _STEPS = 60
 
@@ -54,15 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
     arguments = parser.parse_args()
-    sizes = SyntheticSizes(
-        num_layers=4,
-        num_experts=16,
-        experts_per_token=4,
-        max_context=2048,
-        bits=4,
-        seed=0,
-        **(_SMALL if arguments.small else _BIG),
-    )
+    sizes = _SMALL if arguments.small else _BIG
     print("| layer | K | custom kernels, ms | MLX's, ms | ratio |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         pack = synthetic_pack("layers", sizes, Path(folder)).folder

@@ -117,15 +117,12 @@ class EarlyRouter(Prefetcher):
     def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
         super().__init__(store, len(layers))
         self._layers = layers
-        self._norms = [np.array(layer.post_norm.astype(mx.float32)) for layer in layers]
 
     def begins(self, layer: int, x: mx.array) -> None:
         own = self._layers[layer]
-        # Not in MLX, where evaluating these few operations takes longer than the product.
-        residual = np.array(x.astype(mx.float32))
-        normed = residual / np.sqrt(np.mean(residual * residual) + own.eps) * self._norms[layer]
-        scores = np.array(own.experts.gate(mx.array(normed).astype(x.dtype)).astype(mx.float32))[0]
-        likely = np.argsort(-scores)[: own.experts.experts_k].tolist()
+        scores = own.experts.gate(own.kernels.rms_norm(x, own.post_norm, own.eps))[0]
+        # Not by MLX, where evaluating a sort takes longer than the product.
+        likely = np.argsort(-np.array(scores.astype(mx.float32)))[: own.experts.experts_k].tolist()
         self._hinted[layer] = frozenset(likely)
         self._store.prefetch(layer, likely)
 

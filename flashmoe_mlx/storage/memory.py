@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import psutil
 
 from flashmoe_mlx.errors import InputError
@@ -93,7 +92,7 @@ def own_memory(nbytes: int) -> memoryview:
     """
     mapped = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     everything = memoryview(mapped)
-    address = _address(everything)
+    address = address_of(everything)
     start = -address % _HUGE_PAGE
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a kernel without large pages
@@ -119,7 +118,7 @@ def at_cache_lines(array: mx.array) -> mx.array:
     room = mx.zeros(array.size + _CACHE_LINE // size, array.dtype)
     mx.eval(array, room)
     memory = _bytes_of(room)
-    start = -_address(memory) % _CACHE_LINE
+    start = -address_of(memory) % _CACHE_LINE
     memory[start : start + array.nbytes] = _bytes_of(array)
     use_huge_pages(memory)
     moved = room[start // size : start // size + array.size].reshape(array.shape)
@@ -131,8 +130,9 @@ def _bytes_of(array: mx.array) -> memoryview:
     return memoryview(array.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # arrays have the buffer protocol
 
 
-def _address(memory: memoryview) -> int:
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)
+def address_of(memory: bytearray | memoryview) -> int:
+    """Where bytes begin that may be written to, one at least."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def use_huge_pages(memory: memoryview) -> None:
@@ -141,9 +141,9 @@ def use_huge_pages(memory: memoryview) -> None:
     A disk reads past the page cache into scattered small pages at little more than half its speed
     (docs/measurements/2026-11-24-stores.md). Elsewhere, and where the kernel has no such pages, nothing changes.
     """
-    if sys.platform != "linux":
+    if sys.platform != "linux" or memory.nbytes < _HUGE_PAGE:
         return
-    address = _address(memory)
+    address = address_of(memory)
     start, end = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + memory.nbytes) // _HUGE_PAGE * _HUGE_PAGE
     if end <= start:
         return

@@ -7,14 +7,13 @@ from functools import cached_property
 from typing import Protocol
 
 import mlx.core as mx
-import numpy as np
 
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch
 from flashmoe_mlx.pack.record import RECORD_ALIGNMENT
-from flashmoe_mlx.storage.memory import GIB, own_memory, slots_on_gpu, total_memory, use_huge_pages
+from flashmoe_mlx.storage.memory import GIB, address_of, own_memory, slots_on_gpu, total_memory, use_huge_pages
 
 _COLLAPSED = 2**29
 """Bytes up to which slots are made of large pages at once; it takes a tenth of a second or two for each 100 MB."""
@@ -55,7 +54,7 @@ class Slab:
         everything = mx.zeros(((size + RECORD_ALIGNMENT) // _WORD, _WORD), mx.uint8)
         mx.eval(everything)
         host = memoryview(everything).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
-        start = -int(np.frombuffer(host, np.uint8).ctypes.data) % RECORD_ALIGNMENT
+        start = -address_of(host) % RECORD_ALIGNMENT
         self.host = host[start : start + size]
         if size <= _COLLAPSED:
             use_huge_pages(self.host)

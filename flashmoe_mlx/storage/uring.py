@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from flashmoe_mlx.expert_store import BackendUnavailableError
+from flashmoe_mlx.storage.memory import address_of
 
 # System calls have these numbers on every architecture that got them after they were unified (all but Alpha).
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
@@ -109,7 +110,7 @@ class Ring:
         return view
 
     def _call(self, number: int, *arguments: int | bytearray) -> int:
-        words = [a if isinstance(a, int) else _address(a) for a in (*arguments, 0, 0)]
+        words = [a if isinstance(a, int) else address_of(a) for a in (*arguments, 0, 0)]
         result = int(self._libc.syscall(ctypes.c_long(number), *map(ctypes.c_ulong, words)))
         if result < 0:
             code = ctypes.get_errno()
@@ -122,14 +123,16 @@ class Ring:
         if slot == _FILES:
             raise OSError(errno.EMFILE, f"more than {_FILES} files")
         value = bytearray(struct.pack("<i", fd))
-        update = bytearray(struct.pack("<IIQ", slot, 0, _address(value)))  # struct io_uring_files_update
+        update = bytearray(struct.pack("<IIQ", slot, 0, address_of(value)))  # struct io_uring_files_update
         self._call(_REGISTER, self._fd, _REGISTER_FILES_UPDATE, update, 1)
         self._files += 1
         return slot
 
     def register_buffers(self, buffers: Sequence[memoryview]) -> None:
         """Pin ``buffers``, each up to 1 GiB; reads name them by their index. OSError if the memory is not granted."""
-        vectors = bytearray(struct.pack(f"<{2 * len(buffers)}Q", *(n for b in buffers for n in (_address(b), len(b)))))
+        vectors = bytearray(
+            struct.pack(f"<{2 * len(buffers)}Q", *(n for b in buffers for n in (address_of(b), len(b))))
+        )
         self._call(_REGISTER, self._fd, _REGISTER_BUFFERS, vectors, len(buffers))
 
     def run(self, reads: Sequence[RingRead]) -> list[int]:
@@ -161,7 +164,7 @@ class Ring:
         _SQE.pack_into(
             self._sqes,
             place * _SQE.size,
-            *(opcode, self._flags, 0, read.file, read.offset, _address(read.view), len(read.view), 0, number),
+            *(opcode, self._flags, 0, read.file, read.offset, address_of(read.view), len(read.view), 0, number),
             *(buffer, 0, 0, 0, 0),
         )
 
@@ -209,10 +212,6 @@ class Ring:
         self._maps.clear()
         os.close(self._fd)
         self._fd = -1
-
-
-def _address(buffer: bytearray | memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def _unavailable(error: OSError) -> NoReturn:

@@ -12,6 +12,7 @@ from flashmoe_mlx.config import Config, EvaluateConfig, folder_of
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.pack.pack import MANIFEST
 from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.quality import Item, Progress, Quality, Reference, evaluate, load_items, shipped_items
 from flashmoe_mlx.tasks.console import console, print_table
@@ -76,7 +77,7 @@ def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress
     if config.reference is not None:
         folder = folder_of(config.reference)
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
-    if not (folder / "pack.json").exists():
+    if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
     with load(folder, backend, kernels=config.reference_kernels) as engine:
         reference = Reference.record(engine, items, progress)
