@@ -8,7 +8,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle.recorded import CASES, DENSE_CASES, PROMPT_LENGTH, TOLERANCE, Case, Encoding
+from oracle.recorded import (
+    CASES,
+    DENSE_CASES,
+    LONG_CASES,
+    LONG_PROMPT_LENGTH,
+    LONG_ROWS,
+    PROMPT_LENGTH,
+    TOLERANCE,
+    Case,
+    Encoding,
+    LongCase,
+)
 from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
@@ -45,6 +56,14 @@ def test_recordings_are_what_transformers_says(case: Case) -> None:
     recording = case.load()
     reference = Reference(case.geometry, case.weights(), case.experts_k)
     assert_agree(reference.prefill_then_decode(recording.tokens, PROMPT_LENGTH), recording.logits, DRIFT)
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_long_recordings_are_what_transformers_says(case: LongCase) -> None:
+    recording = case.load()
+    reference = Reference(case.geometry, case.weights(), case.experts_k)
+    logits = reference.prefill_then_decode(recording.tokens, LONG_PROMPT_LENGTH)
+    assert_agree(logits[LONG_ROWS], recording.logits, DRIFT)
 
 
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)

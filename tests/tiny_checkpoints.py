@@ -59,6 +59,9 @@ class Geometry:
     flat_rope: bool = False
     """Rotary settings beside the sizes, as before transformers 5, instead of in ``rope_parameters``."""
 
+    context: int = 4096
+    """Tokens that the model's context holds. Weights do not depend on it."""
+
     @property
     def num_layers(self) -> int:
         return len(self.layer_types)
@@ -86,7 +89,7 @@ class Geometry:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": self.context,
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tied,
             "attention_bias": self.attention_bias,
