@@ -12,16 +12,17 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Protocol, Self, SupportsIndex
+from typing import ClassVar, Protocol, Self, SupportsIndex
 
 import mlx.core as mx
 
-from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.limits import SLOTS, Limit
 from flashmoe_mlx.pack.record import RecordLayout
 
 
@@ -142,9 +143,11 @@ class ExpertStore(ABC):
     be called from any thread.
     """
 
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS}
+    """Numbers that options of the constructor accept, by name; checked before the store is opened by its name."""
+
     def __init__(self, source: ExpertSource, slots: int) -> None:
-        if slots < 1:
-            raise InputError(f"slots={slots}: a store needs at least 1 slot")
+        SLOTS.check("slots", slots)
         self.source = source
         self.slots = slots
         self._stats = StoreStats()
@@ -208,10 +211,10 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
-        """``experts``, valid indices of ``layer``, perhaps some of them twice, and what it took.
+        """Load ``experts`` (validated; may repeat) of ``layer``; returns the batch and this call's counters.
 
-        Of the counters, all but ``fetches``, ``requests`` and ``fetch_seconds`` are this method's to state.
-        When it raises, nothing may be written to any slot any more.
+        The caller sets ``fetches``, ``requests`` and ``fetch_seconds``. When this raises, nothing may be written to any
+        slot any more.
         """
 
     def _hint(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # ignoring it is the default
