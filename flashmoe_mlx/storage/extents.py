@@ -33,7 +33,7 @@ class Read:
         """The error that says so; an EOFError holds the byte at which the file ended."""
         if isinstance(error, EOFError):
             reason = "the file ends here, in mid-record"
-            return ExpertReadError(self.path, layer, self.expert, error.args[0], reason)
+            return ExpertReadError(self.path, layer, self.expert, error.args[0], reason, code="file_ends_early")
         reason = error.strerror or str(error)
         return ExpertReadError(self.path, layer, self.expert, self.offset, reason)
 
@@ -125,7 +125,8 @@ def refuse_unaligned(source: ExpertSource) -> None:
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
             f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads need it; "
-            "make a pack (task=pack), or set direct=false"
+            "make a pack (task=pack), or set direct=false",
+            code="not_aligned",
         )
 
 

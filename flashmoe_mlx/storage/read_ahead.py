@@ -245,6 +245,7 @@ class _Ahead:
 def _serve(queue: "SimpleQueue[_Ahead | None]", files: OpenFiles) -> None:
     while (job := queue.get()) is not None:
         job.run(files)
+        del job  # while this waits, it must not keep alive what will end it
 
 
 def _end(queue: "SimpleQueue[_Ahead | None]", threads: Sequence[Thread]) -> None:

@@ -144,6 +144,7 @@ class _Batch:
 def _serve(queue: _Jobs) -> None:
     while (job := queue.get()) is not None:
         job()
+        del job  # while this waits, it must not keep alive what will end it
 
 
 def _end(queues: Sequence[_Jobs]) -> None:
