@@ -65,7 +65,8 @@ class RamHybridStore(ExpertStore):
         if capacity < 1:
             raise InputError(
                 f"backend=ram_hybrid: {budget / GIB:.3g} GiB are less than one expert for each of {source.num_layers} "
-                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}"
+                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}",
+                code="budget_too_small",
             )
         super().__init__(source, min(slots, capacity))
         self._policy = policy
@@ -153,7 +154,8 @@ def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[S
         raise InputError(
             "backend.policy=pinned needs backend.trace=<recorded trace>"
             if trace is None
-            else f"backend.trace={trace}: only backend.policy=pinned uses a trace"
+            else f"backend.trace={trace}: only backend.policy=pinned uses a trace",
+            code="policy_without_trace" if trace is None else "trace_without_policy",
         )
     if trace is None:
         return [()] * source.num_layers
@@ -162,6 +164,7 @@ def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[S
     if (layers, recorded.num_experts) != (source.num_layers, source.num_experts):
         raise InputError(
             f"{trace}: recorded with {layers} layers of {recorded.num_experts} experts; this model has "
-            f"{source.num_layers} of {source.num_experts}"
+            f"{source.num_layers} of {source.num_experts}",
+            code="trace_of_another_model",
         )
     return [recorded.hot_experts(layer) for layer in range(layers)]

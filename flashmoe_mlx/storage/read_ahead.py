@@ -185,7 +185,7 @@ class ReadAhead:
         except RuntimeError as error:
             if not self._threads:
                 raise BackendUnavailableError(
-                    f"cannot start a thread to read ahead: {error}; set prefetch=none"
+                    f"cannot start a thread to read ahead: {error}; set prefetch=none", code="no_threads"
                 ) from error
         return self._slab
 

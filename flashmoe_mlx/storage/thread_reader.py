@@ -58,7 +58,9 @@ class ThreadReader:
                 self._threads.append(thread)
         except RuntimeError as error:
             self.close()
-            raise BackendUnavailableError(f"cannot start {threads} threads: {error}; choose fewer threads") from error
+            raise BackendUnavailableError(
+                f"cannot start {threads} threads: {error}; choose fewer threads", code="no_threads"
+            ) from error
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
         """Fill the row of each (expert, row) of ``wanted``; returns the number of reads and of bytes.

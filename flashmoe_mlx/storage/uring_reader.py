@@ -69,7 +69,8 @@ class UringReader:
             mend = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
                 f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {mend}set "
-                "backend.registered=false"
+                "backend.registered=false",
+                code="cannot_pin",
             ) from error
         self._registered = rows  # while they live no other memory has their addresses
         self._buffers = {address_of(row): index for index, row in enumerate(rows)}
