@@ -45,9 +45,9 @@ def _descriptors(folder: Path, driver: bool) -> Counter[str]:
 def _target(fd: int) -> str:
     """The path of what a descriptor refers to; empty if it is not open, like that of the listing itself."""
     try:
-        if sys.platform == "linux":
-            return str(Path(f"/proc/self/fd/{fd}").readlink())
-        return fcntl.fcntl(fd, _F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+        if sys.platform != "linux":
+            return fcntl.fcntl(fd, _F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
     except OSError:
         return f"descriptor {fd}" if _is_open(fd) else ""
 
