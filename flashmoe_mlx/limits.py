@@ -1,8 +1,7 @@
 """Numbers that the options of stores accept; anything else is refused before it reaches a file or an allocation."""
 
-import math
-import operator
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from flashmoe_mlx.errors import InputError
@@ -32,14 +31,11 @@ class Limit:
             raise InputError(f"backend.{option}={_shortened(value)}: must be {self}", code="option_out_of_range")
 
     def _allows(self, value: Any) -> bool:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        try:
-            number = operator.index(value) if self.whole else float(value) if not isinstance(value, str) else math.nan
-        except (TypeError, ValueError, OverflowError):
-            return False
+        number: Any = value
         # Comparisons with NaN are false.
-        return number <= self.most and (self.least < number if self.above else self.least <= number)
+        return bool(number <= self.most and (number > self.least if self.above else number >= self.least))
 
 
 def _shortened(value: Any) -> str:

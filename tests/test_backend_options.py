@@ -24,6 +24,7 @@ from flashmoe_mlx.limits import Limit
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
+# Outside the range of every option.
 NONSENSE = [
     math.nan, math.inf, -math.inf, 0, -1, -(10**30), -0.5, 10**30, 1e300, 10**400, 10**5000,
     True, False, np.bool_(True), "4", "many", "", "x" * 100, [1], {}, 1j, b"1",
@@ -59,21 +60,14 @@ def scattered(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
     return write_experts(tmp_path_factory.mktemp("scattered"), bits=4, in_one_piece=False)
 
 
-def refused(backend: str, option: str) -> list[Any]:
-    limit = get_class(backend_settings(backend)["_target_"]).limits[option]
-    return [value for value in NONSENSE if not limit._allows(value)]
-
-
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)
 def test_nonsense_by_name(
     backend: str, option: str, packed: StoredExperts, scattered: StoredExperts, tmp_path: Path
 ) -> None:
     stored = scattered if backend == "checkpoint" else packed
     settings = {key: value for key, value in backend_settings(backend).items() if key != "variant"}
-    values = refused(backend, option)
-    assert len(values) > 15
     with nothing_left_behind(tmp_path):
-        for value in values:
+        for value in NONSENSE:
             with pytest.raises(InputError) as caught:
                 create_store(stored.source, settings | {option: value})
             check_refusal(caught.value, option)
@@ -90,7 +84,7 @@ def test_nonsense_from_python(
     store: type[ExpertStore] = get_class(backend_settings(backend)["_target_"])
     small: dict[str, Any] = {"budget_gib": 0.001} if backend == "ram_hybrid" else {}
     with nothing_left_behind(tmp_path):
-        for value in refused(backend, option):
+        for value in NONSENSE:
             with pytest.raises(InputError) as caught:
                 store(stored.source, **small | {option: value})
             check_refusal(caught.value, option)
