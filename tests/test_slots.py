@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import gpu_slots_on_cpu
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flashmoe_mlx
 from flashmoe_mlx.backends import ram_hybrid, resident
 from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
@@ -214,6 +216,13 @@ def test_the_kernels_in_use_decide(
     with slots_for(host_kernels):
         assert home_of_slots() is expected
     assert home_of_slots() is (Home.GPU if gpu else Home.SHARED if metal else Home.HOST if extension else Home.SHARED)
+
+
+@pytest.mark.skipif(native.extension() is None or mx.metal.is_available(), reason="there is one kind for all kernels")
+@pytest.mark.parametrize(("kernels", "kind"), [("auto", HostSlots), ("mlx", Slab), ("reference", Slab)])
+def test_an_engine_says_which_kernels_it_uses(kernels: str, kind: type[Any], tiny_pack: Path) -> None:
+    with flashmoe_mlx.load(tiny_pack, "resident", kernels=kernels) as engine:
+        assert {type(slots) for slots in engine.store._layers} == {kind}
 
 
 # Memory
