@@ -137,13 +137,9 @@ def test_text_is_given_out_at_once(by_text: Tokenizer) -> None:
 
 def test_a_missing_end_costs_linear_time(by_text: Tokenizer) -> None:
     splitter = ReasoningSplitter(by_text, by_text.encode(THINKING))
-    for _ in range(100_000):
-        splitter.add(0, "\n")
-        splitter.add(0, "<")
-    splitter.add(0, "<tool_call>")
-    for _ in range(100_000):
-        splitter.add(0, "\n")
-    reasoning, content = splitter.finish()
+    pieces = [splitter.add(0, text) for text in [*("\n", "<") * 100_000, "<tool_call>", *("\n",) * 100_000]]
+    pieces.append(splitter.finish())
+    reasoning, content = ("".join(column) for column in zip(*pieces, strict=True))
     assert (reasoning.replace("\n", ""), content) == ("<" * 100_000 + "<tool_call>", "")
 
 
