@@ -481,24 +481,23 @@ def test_json_deltas_can_be_sent() -> None:
         "'",
         '\\"',
         "{",
+        "<function=f>\n<parameter=s>\n" + "</parameter>\n" * 9,
     ],
 )
-@pytest.mark.parametrize(
-    "start", ["", f"<tool_call>\n<function=f>\n{X}<parameter=o>\n[", "<function=f>\n<parameter=s>\n"]
-)
+@pytest.mark.parametrize("start", ["", f"<tool_call>\n<function=f>\n{X}<parameter=o>\n["])
 def test_time_is_linear(unit: str, start: str) -> None:
     def seconds(size: int) -> float:
         text = start + unit * (size // len(unit))
         begun = time.process_time()
         parse_tool_calls(text, F)
         reader = ToolCallReader(F)
-        for position in range(0, len(text), 7):
-            reader.add(None, text[position : position + 7])
+        for position in range(0, len(text), 19):
+            reader.add(None, text[position : position + 19])
         reader.finish()
         return time.process_time() - begun
 
-    small, large = min(seconds(12_500) for _ in range(3)), min(seconds(100_000) for _ in range(2))
-    assert large < 24 * small + 0.02  # 8 is linear, 64 quadratic
+    small, large = min(seconds(3_000) for _ in range(3)), seconds(48_000)
+    assert large < 64 * small + 0.02  # 16 is linear, 256 quadratic
     assert large < 3
 
 

@@ -4,6 +4,7 @@ Only the token is the tag then: the same characters in other tokens were quoted 
 without the token, the characters are the tag, wherever the pieces are cut.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class TagScanner:
         tags = tuple(tags)
         self._ids = {added_tokens[tag]: tag for tag in tags if tag in added_tokens}
         self._texts = tuple(tag for tag in tags if tag not in added_tokens)
+        self._pattern = re.compile("|".join(map(re.escape, self._texts)))
         self._held = ""
         """The beginning of a tag, perhaps."""
 
@@ -53,17 +55,14 @@ class TagScanner:
 
     def _scan(self, text: str) -> Iterator[Segment]:
         text, self._held = self._held + text, ""
-        done, start = 0, text.find("<")
-        while self._texts and start >= 0:
-            tag = next((tag for tag in self._texts if text.startswith(tag, start)), None)
-            if tag is not None:
-                if done < start:
-                    yield Segment(text[done:start])
-                yield Segment(tag, tag)
-                done = start + len(tag)
-            elif any(tag.startswith(text[start:]) for tag in self._texts if len(text) - start < len(tag)):
-                text, self._held = text[:start], text[start:]
-                break
-            start = text.find("<", max(done, start + 1))
+        done = 0
+        for match in self._pattern.finditer(text) if self._texts else ():
+            if done < match.start():
+                yield Segment(text[done : match.start()])
+            yield Segment(match[0], match[0])
+            done = match.end()
+        last = text.rfind("<", done)
+        if last >= 0 and any(tag.startswith(text[last : last + len(tag)]) for tag in self._texts):
+            text, self._held = text[:last], text[last:]
         if done < len(text):
             yield Segment(text[done:])
