@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
@@ -153,6 +153,7 @@ texts = st.lists(
 ).map("".join)
 
 
+@settings(deadline=None)
 @given(texts, st.lists(st.integers(0, 100)), st.sampled_from(["", THINKING, CLOSED, "<think>a"]))
 def test_any_split_gives_the_whole(by_text: Tokenizer, text: str, cuts: list[int], prompt: str) -> None:
     whole = ReasoningSplitter(by_text, by_text.encode(prompt))
@@ -166,6 +167,7 @@ def test_any_split_gives_the_whole(by_text: Tokenizer, text: str, cuts: list[int
     ]
 
 
+@settings(deadline=None)
 @given(texts, st.sampled_from(["", THINKING, CLOSED, "<think>a"]))
 def test_tokens_and_text_agree(by_id: Tokenizer, by_text: Tokenizer, text: str, prompt: str) -> None:
     assert split(by_id, prompt, by_id.encode(text)) == split(by_text, prompt, by_text.encode(text))

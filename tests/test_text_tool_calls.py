@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from published import ARCHIVE, published_templates
 
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
+from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+from flashmoe_mlx.text.chat_template import ChatTemplate
 from flashmoe_mlx.text.tokenizer import Tokenizer
 from flashmoe_mlx.text.tool_calls import Output, ToolCall, ToolCallReader, parse_tool_calls
 
@@ -298,6 +300,7 @@ odd = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(odd, odd)
 @example([{"function": {"name": "f", "parameters": {"properties": {"x": {"type": [["string"]]}}}}}], None)
 @example([{"function": {"name": ["f"]}}, {"name": "f", "parameters": [1]}], None)
@@ -384,6 +387,7 @@ markup = st.sampled_from(
 outputs = st.lists(markup | st.text(max_size=3), max_size=20).map("".join)
 
 
+@settings(deadline=None)
 @given(outputs, st.lists(st.integers(0, 200), max_size=10), st.booleans())
 def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: bool) -> None:
     ends = range(1, len(text) + 1) if by_character else sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
@@ -391,6 +395,7 @@ def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: boo
     assert repr(read(ToolCallReader(F), pieces)) == repr(parse_tool_calls(text, F))
 
 
+@settings(deadline=None)
 @given(outputs)
 def test_nothing_but_markup_is_lost(text: str) -> None:
     content, calls = parse_tool_calls(text, F)
@@ -405,12 +410,18 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
+@pytest.fixture(scope="module")
+def demo() -> ChatTemplate:
+    return ChatTemplate(CHAT_TEMPLATE, {})
+
+
 def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[ToolCall]]:
     detokenizer = tokenizer.detokenizer()
     pieces: list[tuple[int | None, str]] = [(token_id, detokenizer.add(token_id)) for token_id in ids]
     return read(ToolCallReader(F, tokenizer.added_tokens), [*pieces, (None, detokenizer.flush())])
 
 
+@settings(deadline=None)
 @given(outputs)
 def test_tokens_give_what_their_text_gives(tokenizer: Tokenizer, text: str) -> None:
     assert repr(streamed(tokenizer, tokenizer.encode(text))) == repr(parse_tool_calls(text, F))
@@ -537,3 +548,46 @@ def check_round_trip(render: Callable[..., str], given_arguments: dict[str, Any]
     assert [call.name for call in calls] == ["get", "get"]
     for found in calls:
         assert same(found.arguments, given_arguments)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
+@example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+@example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
+def test_the_demo_template_round_trips(demo: ChatTemplate, found: dict[str, Any], variant: int) -> None:
+    check_round_trip(demo.render, found, variant)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen3-Coder-480B-A35B/chat_template.jinja",
+        "Qwen3.5-25B-REAP-A3B-Coding/chat_template.jinja",
+        "Qwen3.5-397B-A17B/chat_template.jinja",
+        "Qwen3.8-2.4T-A95B/chat_template.jinja",
+        "Qwen3.8-27B/chat_template.jinja",
+        "Nemotron-3-Nano-30B-A3B/chat_template.jinja",
+    ],
+)
+def test_published_templates_round_trip(name: str) -> None:
+    if name not in published_templates():
+        pytest.skip(f"{ARCHIVE} does not hold {name}")
+    template = ChatTemplate(published_templates()[name], {})
+
+    @settings(deadline=None)
+    @given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
+    @example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+    @example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
+    def holds(found: dict[str, Any], variant: int) -> None:
+        check_round_trip(template.render, found, variant)
+
+    holds()
+
+
+def test_every_published_template_with_this_format_is_tried() -> None:
+    if not published_templates():
+        pytest.skip(f"{ARCHIVE} does not exist")
+    with_format = {name for name, source in published_templates().items() if "<parameter=" in source}
+    twins = {"Qwen3.5-35B-A3B-mlx-8bit-g32/chat_template.jinja", "Qwen3.8-27B/chat_template.ollama.jinja"}
+    tried = test_published_templates_round_trip.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert with_format == twins | set(tried)
