@@ -8,7 +8,7 @@ Variables, filters and functions are those of ``transformers`` ``apply_chat_temp
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -123,9 +123,13 @@ class _Compiled:
             raise _failure(error, code="invalid_template") from error
 
     def variables(self) -> frozenset[str]:
-        """Return the names that the template reads and does not set."""
-        found = meta.find_undeclared_variables(self._environment.parse(self._source))
-        return frozenset(found) - self._environment.globals.keys()
+        """Return the names that the template reads before it sets them, if it ever does."""
+        tree = self._environment.parse(self._source)
+        first: dict[str, str] = {}
+        for name in _names(tree):
+            first.setdefault(name.name, name.ctx)
+        found = meta.find_undeclared_variables(tree) - self._environment.globals.keys()
+        return frozenset(name for name in found if first.get(name) == "load")
 
     def write(self, variables: Mapping[str, Any]) -> str:
         """Return the text; raises whatever the template raises."""
@@ -230,6 +234,17 @@ def _raise_exception(message: str) -> NoReturn:
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
+
+
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yield the names below ``node`` in the order of their evaluation."""
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign | nodes.For):  # the target comes first in the tree, but is set last
+        children[:2] = reversed(children[:2])
+    for child in children:
+        yield from _names(child)
 
 
 def _failure(error: Exception, unusual: str = "", code: str = "template_failed") -> InputError:
