@@ -12,6 +12,7 @@ from published import ARCHIVE, published_templates
 
 from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 from flashmoe_mlx.text.chat_template import ChatTemplate
+from flashmoe_mlx.text.reasoning import ReasoningSplitter
 from flashmoe_mlx.text.tokenizer import Tokenizer
 from flashmoe_mlx.text.tool_calls import Output, ToolCall, ToolCallReader, parse_tool_calls
 
@@ -591,3 +592,35 @@ def test_every_published_template_with_this_format_is_tried() -> None:
     twins = {"Qwen3.5-35B-A3B-mlx-8bit-g32/chat_template.jinja", "Qwen3.8-27B/chat_template.ollama.jinja"}
     tried = test_published_templates_round_trip.pytestmark[0].args[1]  # type: ignore[attr-defined]
     assert with_format == twins | set(tried)
+
+
+# After the reasoning
+
+
+@pytest.mark.parametrize(
+    ("output", "reasoning", "content", "found"),
+    [
+        (f"why\n</think>\n\n{CALL}", "why", "", 1),
+        (f"draft:\n{CALL}\nyes\n</think>\n\n{CALL}", f"draft:\n{CALL}\nyes", "", 1),
+        (f"why\n\n{CALL}", "why", "", 1),
+        (f"why\n\n{CALL}\n{CALL}\n", "why", "", 2),
+        (f"`<tool_call>`\n</think>\n\nok\n{CALL}", "`<tool_call>`", "ok", 1),
+        (f"why\n</think>\n\n<function=f>\n{X}</function>", "why", "", 1),
+        ("why\n</think>\n\n<think> and </think>", "why and ", "", 0),
+    ],
+)
+def test_calls_in_and_after_reasoning(
+    tokenizer: Tokenizer, output: str, reasoning: str, content: str, found: int
+) -> None:
+    splitter = ReasoningSplitter(tokenizer, tokenizer.encode("<|im_start|>assistant\n<think>\n"))
+    reader, detokenizer = ToolCallReader(F, tokenizer.added_tokens), tokenizer.detokenizer()
+    thoughts, texts = [], []
+    for token_id in tokenizer.encode(output):
+        thought, segments = splitter.split(token_id, detokenizer.add(token_id))
+        thoughts.append(thought)
+        texts.append(reader.add_segments(segments).content)
+    thought, segments = splitter.split_rest()
+    texts += [reader.add_segments(segments).content, reader.finish().content]
+    assert "".join([*thoughts, thought]) == reasoning
+    assert "".join(texts) == content
+    assert [call.arguments for call in reader.calls] == [{"x": 1}] * found

@@ -70,7 +70,9 @@ class QwenXmlReader:
         """What would be text if this were no call."""
         self._deltas: list[CallDelta] = []
         """Pieces of a call that may yet turn out to be text."""
-        self._call: ToolCall | None = None
+        self._call = ToolCall("", {})
+        self._begun = False
+        """A parameter or an end tag followed the function's name: ``_call`` is among the calls."""
         self._certain = False
         """The call cannot become text any more."""
         self._name = ""
@@ -156,9 +158,9 @@ class QwenXmlReader:
     def _give_up(self, unread: str = "") -> None:
         """Make text of what seemed to be a call, except for ``unread``, which is looked at again."""
         raw = "".join(self._raw)
-        if self._call is not None:
+        if self._begun:
             self.calls.pop()
-        self._call, self._deltas, self._raw = None, [], []
+        self._begun, self._deltas, self._raw = False, [], []
         self._mode = _Mode.TEXT
         self._after_function = False
         self._text.add(raw[: len(raw) - len(unread)])
@@ -194,7 +196,7 @@ class QwenXmlReader:
 
     def _take_in_body(self, segment: Segment) -> None:
         tag = segment.tag
-        if self._call is None and tag not in (PARAMETER, END_FUNCTION, END_TOOL_CALL):
+        if not self._begun and tag not in (PARAMETER, END_FUNCTION, END_TOOL_CALL):
             if tag or segment.text.strip():
                 self._give_up(segment.text)
                 self._take(segment)
@@ -211,7 +213,8 @@ class QwenXmlReader:
 
     def _start(self) -> None:
         """Begin a call, unless it has begun."""
-        if self._call is None:
+        if not self._begun:
+            self._begun = True
             self._call = ToolCall(self._name, {}, complete=False)
             self.calls.append(self._call)
             self._emit(name=self._name)
@@ -228,11 +231,10 @@ class QwenXmlReader:
 
     def _end(self) -> None:
         """End the call; what follows is text or another call."""
-        assert self._call is not None  # it has begun, whatever the model wrote
         self._call.complete = True
         self._emit("}")
         self._be_certain()
-        self._call = None
+        self._begun = False
         self._mode = _Mode.TEXT
         self._in_block = self._after_function = True
 
@@ -256,7 +258,6 @@ class QwenXmlReader:
             self._take_in_value(Segment(segment.text[len(name) + 1 :]))
 
     def _begin_value(self, name: str | None) -> None:
-        assert self._call is not None  # a parameter begins a call
         kinds = STRING if name is None else self._tools.kinds(self._call.name, name)
         self._value = Value(name, kinds)
         self._mode = _Mode.VALUE
@@ -264,7 +265,7 @@ class QwenXmlReader:
             self._emit(f"{self._separator()}{json_text(name)}: " + '"')
 
     def _separator(self) -> str:
-        return ", " if self._call is not None and self._call.arguments else ""
+        return ", " if self._call.arguments else ""
 
     def _take_in_value(self, segment: Segment) -> None:
         value = self._value
@@ -295,7 +296,6 @@ class QwenXmlReader:
 
     def _take_boundary(self, segment: Segment) -> None:
         """Read on after a ``<parameter=`` on a new line: the next parameter, if it has a new and declared name."""
-        assert self._call is not None  # a parameter began the call
         value = self._value
         name, closed, rest = segment.text.partition(">")
         if not segment.tag and not closed and "\n" not in name:
@@ -319,7 +319,6 @@ class QwenXmlReader:
             self._emit(json_text(piece)[1:-1])
 
     def _end_value(self) -> None:
-        assert self._call is not None  # a parameter began the call
         value = self._value
         self._mode = _Mode.BODY
         if value.name is None:
@@ -334,7 +333,6 @@ class QwenXmlReader:
 
     def _end_value_at_end(self) -> None:
         """End the output inside a value: whole if its closing tag came, otherwise as much of a string as came."""
-        assert self._call is not None  # a parameter began the call
         value = self._value
         if value.candidate in MAY_FOLLOW:
             self._end_value()
