@@ -46,15 +46,16 @@ def test_a_tool_call_is_read_by_its_schema() -> None:
     [
         "",
         "none",
-        CALL[:-5],
-        CALL.replace("</parameter>", "", 1),
-        CALL.replace("<parameter=on>", "stray <parameter=on>"),
+        CALL[: CALL.index("<parameter")],
+        CALL.replace("<parameter=room>", "stray <parameter=room>"),
+        CALL.replace("<tool_call>", "<tool_call> so:").replace("lamp", "other"),
+        CALL.replace("<function=lamp>", "<function=>"),
     ],
 )
 def test_what_is_no_whole_call_stays_text(text: str) -> None:
     rest, calls = parse_tool_calls(text, TOOLS)
     assert not calls
-    assert rest == text.strip()
+    assert rest == text
 
 
 def test_a_value_may_have_lines_and_marks_of_its_own() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import InputError
@@ -60,6 +60,7 @@ def test_options_cannot_stand_in_for_the_messages() -> None:
     assert render("{{ eos_token }}", eos_token="other") == "other"
 
 
+@settings(deadline=None)
 @given(json_values)
 def test_tojson_is_plain_json(value: Any) -> None:
     assert render("{{ value | tojson }}", value=value) == json.dumps(value, ensure_ascii=False)
@@ -254,6 +255,7 @@ FRAGMENTS = (
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(FRAGMENTS.split(" ")), max_size=30).map(" ".join))
 def test_any_template_renders_or_is_refused(source: str) -> None:
     for template in (source, "{{ " + source + " }}", "{% set x = " + source + " %}{{ x }}"):
@@ -329,6 +331,7 @@ def test_a_malformed_special_token_is_refused(tmp_path: Path) -> None:
 # The template of synthetic models
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1), st.booleans())
 def test_turns_are_rendered_as_chatml(qwen: ChatTemplate, turns: list[tuple[str, str]], prompted: bool) -> None:
     messages = [{"role": role, "content": content} for role, content in turns]

@@ -47,6 +47,7 @@ TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 """Files that are copied from the checkpoint where it has them."""

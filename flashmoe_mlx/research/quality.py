@@ -337,7 +337,7 @@ def judge(item: Item, text: str) -> Answer:
         return Answer(item, text, text == item.exact)
     if item.call is not None:
         rest, calls = parse_tool_calls(text, item.tools)
-        made = [{"name": call.name, "arguments": call.arguments} for call in calls]
+        made = [{"name": call.name, "arguments": call.arguments} for call in calls if call.complete]
         return Answer(item, text, not rest and made == [item.call])
     assert item.schema is not None
     try:

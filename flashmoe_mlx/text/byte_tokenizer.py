@@ -14,7 +14,16 @@ BYTE_TOKENS = 256 + len(_SPECIAL + _MARKUP)
 """Size of its vocabulary."""
 
 CHAT_TEMPLATE = """\
-{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- macro text(content) %}
+    {%- if content is string %}
+        {{- content }}
+    {%- else %}
+        {%- for part in content or [] %}
+            {{- part.text if part.text is string else raise_exception('this model takes text only') }}
+        {%- endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- set system = text(messages[0].content) if messages[0].role == 'system' else '' %}
 {%- if tools %}
     {{- '<|im_start|>system\\n# Tools\\n\\nYou may call these functions:\\n\\n<tools>' }}
     {%- for tool in tools %}
@@ -33,16 +42,16 @@ CHAT_TEMPLATE = """\
             {{- raise_exception('the system message must be the first') }}
         {%- endif %}
     {%- elif message.role == 'user' %}
-        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}
+        {{- '<|im_start|>user\\n' + text(message.content) + '<|im_end|>\\n' }}
     {%- elif message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if message.reasoning_content %}
             {{- '<think>\\n' + message.reasoning_content | trim + '\\n</think>\\n\\n' }}
         {%- endif %}
-        {{- message.content }}
+        {{- text(message.content) }}
         {%- for call in message.tool_calls or [] %}
             {%- set call = call.function or call %}
-            {{- '\\n' if not loop.first or message.content }}
+            {{- '\\n' if not loop.first or text(message.content) }}
             {{- '<tool_call>\\n<function=' + call.name + '>\\n' }}
             {%- for name, value in call.arguments | items %}
                 {{- '<parameter=' + name + '>\\n' }}
@@ -54,7 +63,7 @@ CHAT_TEMPLATE = """\
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
         {{- '<|im_start|>user' if loop.first or loop.previtem.role != 'tool' }}
-        {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
+        {{- '\\n<tool_response>\\n' + text(message.content) + '\\n</tool_response>' }}
         {{- '<|im_end|>\\n' if loop.last or loop.nextitem.role != 'tool' }}
     {%- else %}
         {{- raise_exception('unknown role: ' ~ message.role) }}

@@ -7,12 +7,14 @@ Variables, filters and functions are those of ``transformers`` ``apply_chat_temp
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2 import TemplateError, TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -21,47 +23,43 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.untrusted import read_object, read_text
+from flashmoe_mlx.text.messages import joined_parts, plain, plain_messages, unusual_content
+from flashmoe_mlx.text.template_files import LARGEST_TEMPLATE, SPECIAL_TOKENS, find_template
 
-_LARGEST_TEMPLATE = 2**20
 _LARGEST_OUTPUT = 2**25
 """Characters of a prompt, items of a repeated sequence, bits of a product or power."""
 _LONGEST_REASON = 300
-
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_TAKES_JSON_TEXT = re.compile(r"\barguments\s+is\s+(?:not\s+)?string\b")
+_GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class ChatTemplate:
     """A model's chat template, compiled.
 
-    ``special_tokens`` are variables of the template, such as ``{"eos_token": "<|im_end|>"}``.
+    ``special_tokens`` are variables of the template, such as ``{"eos_token": "<|im_end|>"}``. ``tool_source`` is the
+    template for conversations with tools, where it is another one.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
-        if len(source.encode(errors="replace")) > _LARGEST_TEMPLATE:
-            raise InputError(f"chat template: larger than {_LARGEST_TEMPLATE} bytes")
+    def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         self._special_tokens = dict(special_tokens)
-        try:
-            self._template = _Environment().from_string(source)
-        except Exception as error:
-            raise _failure(error) from error
+        self._template = _Compiled(source)
+        self._tool_template = self._template if tool_source is None else _Compiled(tool_source)
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
-        """The template published in ``folder``, or None if there is none.
-
-        ``chat_template.jinja`` goes before the "chat_template" of ``tokenizer_config.json``.
+        """Return the template published in ``folder``, or None if there is none; see ``find_template``.
 
         Raises:
             InputError: a file is malformed or too large, or the template is not valid.
         """
-        config_path = folder / "tokenizer_config.json"
-        config = read_object(config_path)
-        source = read_text(folder / "chat_template.jinja", _LARGEST_TEMPLATE)
-        if source is None:
-            source = _configured_template(config.get("chat_template"), config_path)
-        return None if source is None else cls(source, _special_tokens(config, config_path))
+        found = find_template(folder)
+        return None if found is None else cls(found.source, found.special_tokens, found.tool_source)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of the options that the template reads, such as ``enable_thinking`` and ``reasoning_effort``."""
+        names = self._template.variables() | self._tool_template.variables()
+        return names - _GIVEN - self._special_tokens.keys() - set(SPECIAL_TOKENS)
 
     def render(
         self,
@@ -70,32 +68,84 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **options: Any,
     ) -> str:
-        """The prompt for ``messages``; ``options`` are further variables of the template, such as ``enable_thinking``.
+        """Return the prompt for ``messages``.
+
+        Messages may be as the OpenAI API has them: arguments of tool calls as JSON text, contents as lists of parts,
+        which are joined if they are text and the template does not take lists. ``options`` are further variables of the
+        template; those that it does not read change nothing.
 
         Raises:
-            InputError: ``messages`` is empty or holds other than JSON values, or the template fails, refuses the
-                messages, or writes too much.
+            InputError: ``messages`` is empty, malformed, or holds other than JSON values (code ``invalid_messages``);
+                the template refuses them with its own reason (``template_refused``), fails, or writes too much
+                (``template_failed``).
         """
+        template = self._template if tools is None else self._tool_template
         try:
+            conversation = plain_messages(messages, template.takes_json_text)
             variables = {
                 "documents": None,
                 **self._special_tokens,
-                **_plain(options),
-                "messages": _plain_messages(messages),
-                "tools": None if tools is None else _plain(tools),
+                **{name: plain(value, name) for name, value in options.items()},
+                "tools": None if tools is None else plain(tools, "tools"),
                 "add_generation_prompt": bool(add_generation_prompt),
             }
-            pieces, length = [], 0
-            for piece in self._template.generate(variables):
-                length += len(piece)
-                if length > _LARGEST_OUTPUT:
-                    raise InputError(f"chat template: it writes more than {_LARGEST_OUTPUT} characters")
-                pieces.append(piece)
-        except InputError:
-            raise
+        except RecursionError as error:
+            raise _failure(error) from error
+        try:
+            return template.write({**variables, "messages": conversation})
+        except Exception as error:
+            joined, unusual = joined_parts(conversation), unusual_content(conversation)
+            if joined is not None and not unusual:
+                return self._write_again(template, {**variables, "messages": joined})
+            raise _failure(error, unusual) from error
+
+    @staticmethod
+    def _write_again(template: "_Compiled", variables: Mapping[str, Any]) -> str:
+        try:
+            return template.write(variables)
         except Exception as error:
             raise _failure(error) from error
+
+
+class _Compiled:
+    """One Jinja source, compiled."""
+
+    def __init__(self, source: str) -> None:
+        if len(source.encode(errors="replace")) > LARGEST_TEMPLATE:
+            raise InputError(f"chat template: larger than {LARGEST_TEMPLATE} bytes", code="invalid_template")
+        self._source = source
+        self._environment = _Environment()
+        self.takes_json_text = _TAKES_JSON_TEXT.search(source) is not None
+        """Whether the template itself tells arguments that are JSON text from objects."""
+        try:
+            self._template = self._environment.from_string(source)
+        except Exception as error:
+            raise _failure(error, code="invalid_template") from error
+
+    def variables(self) -> frozenset[str]:
+        """Return the names that the template reads before it sets them, if it ever does."""
+        tree = self._environment.parse(self._source)
+        first: dict[str, str] = {}
+        for name in _names(tree):
+            first.setdefault(name.name, name.ctx)
+        found = meta.find_undeclared_variables(tree) - self._environment.globals.keys()
+        return frozenset(name for name in found if first.get(name) == "load")
+
+    def write(self, variables: Mapping[str, Any]) -> str:
+        """Return the text; raises whatever the template raises."""
+        pieces, length = [], 0
+        for piece in self._template.generate(variables):
+            length += len(piece)
+            if length > _LARGEST_OUTPUT:
+                raise InputError(
+                    f"chat template: it writes more than {_LARGEST_OUTPUT} characters", code="template_failed"
+                )
+            pieces.append(piece)
         return "".join(pieces)
+
+
+class _RefusalError(TemplateError):
+    """The template called ``raise_exception``."""
 
 
 class _Generation(Extension):
@@ -179,14 +229,28 @@ def _to_json(
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
+    raise _RefusalError(message)
 
 
 def _strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
 
-def _failure(error: Exception) -> InputError:
+def _names(node: nodes.Node) -> Iterator[nodes.Name]:
+    """Yield the names below ``node`` in the order of their evaluation."""
+    if isinstance(node, nodes.Name):
+        yield node
+    children = list(node.iter_child_nodes())
+    if isinstance(node, nodes.Assign | nodes.For):  # the target comes first in the tree, but is set last
+        children[:2] = reversed(children[:2])
+    for child in children:
+        yield from _names(child)
+
+
+def _failure(error: Exception, unusual: str = "", code: str = "template_failed") -> InputError:
+    """Return one line for what the template raised; ``unusual`` is a place in the messages that may be why."""
+    if isinstance(error, InputError):
+        return error
     reason = " ".join(str(error).split())
     if isinstance(error, TemplateSyntaxError):
         reason = f"line {error.lineno}: {' '.join((error.message or '').split())}"
@@ -194,66 +258,6 @@ def _failure(error: Exception) -> InputError:
         reason = f"{type(error).__name__}: {reason}"
     if len(reason) > _LONGEST_REASON:
         reason = reason[:_LONGEST_REASON] + "..."
-    return InputError(f"chat template: {reason}")
-
-
-def _plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Copies without the fields that are None, and with the model's reasoning under the names that templates read."""
-    if not messages:
-        raise InputError("there are no messages to render")
-    plain = []
-    for message in messages:
-        if not isinstance(message, Mapping):
-            raise InputError(f"a message must be an object with a role and a content, not {type(message).__name__}")
-        fields = {name: _plain(value) for name, value in message.items() if value is not None}
-        reasoning = next((fields[name] for name in _REASONING_FIELDS if name in fields), None)
-        if reasoning is not None:
-            fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
-        plain.append(fields)
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    """A copy made of JSON types alone: the methods of anything richer would be open to the template."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        return {_plain(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [_plain(item) for item in value]
-    raise InputError(f"a chat template can be given JSON values only, not {type(value).__name__}")
-
-
-def _configured_template(value: object, path: Path) -> str | None:
-    """The "chat_template" of a ``tokenizer_config.json``: a string, or a list of named ones with a default."""
-    if value is None or isinstance(value, str):
-        return value
-    named: dict[str, str] = {}
-    for entry in value if isinstance(value, list) else [value]:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
-            raise InputError(f'{path}: chat_template must be a string, or a list of {{"name": ..., "template": ...}}')
-        named[entry["name"]] = entry["template"]
-    if "default" not in named:
-        raise InputError(f"{path}: none of its chat templates is named 'default'")
-    return named["default"]
-
-
-def _special_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """The named tokens of a ``tokenizer_config.json``: bos_token and its like, and those that a model has added."""
-    added = (config.get(name) for name in ("extra_special_tokens", "model_specific_special_tokens"))
-    named = {name: token for tokens in added if isinstance(tokens, dict) for name, token in tokens.items()}
-    named |= {name: token for name, token in config.items() if name.endswith("_token")}
-    tokens = {}
-    for name, token in named.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            tokens[name] = text
-        elif name in _SPECIAL_TOKENS and token is not None:
-            raise InputError(f"{path}: {name} is not a token")
-    return tokens
+    if isinstance(error, _RefusalError):
+        code = "template_refused"
+    return InputError(f"{unusual}; chat template: {reason}" if unusual else f"chat template: {reason}", code=code)

@@ -24,6 +24,11 @@ class Tokenizer:
         self._tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.chat_template = chat_template
+        added = tokenizer.get_added_tokens_decoder()
+        self.added_tokens = {token.content: token_id for token_id, token in added.items()}
+        """Ids of the tokens outside the trained vocabulary, such as ``<think>``, by their text."""
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        """Ids that ``decode`` can skip: they separate turns and texts."""
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

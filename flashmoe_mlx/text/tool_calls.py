@@ -1,63 +1,56 @@
-"""Tool calls in the markup of Qwen3.5: ``<tool_call>``, ``<function=NAME>``, a ``<parameter=NAME>`` for each argument.
+"""Tool calls in what a model writes, whole or token by token."""
 
-The markup says no types: a value is text, or JSON where the tool's schema wants another type.
-"""
-
-import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-_CALL = re.compile(r"<tool_call>\s*<function=([^>\n]+)>\s*(.*?)</function>\s*</tool_call>", re.DOTALL)
-_PARAMETER = re.compile(r"<parameter=([^>\n]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>\s*", re.DOTALL)
+from flashmoe_mlx.text.tags import END_TOOL_CALL, TOOL_CALL, Segment, TagScanner
+from flashmoe_mlx.text.tool_formats.calls import CallDelta, Output, ToolCall
+from flashmoe_mlx.text.tool_formats.qwen_xml import QwenXmlReader
+from flashmoe_mlx.text.tool_formats.schemas import ToolSchemas
+
+__all__ = ["CallDelta", "Output", "ToolCall", "ToolCallReader", "parse_tool_calls"]
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function's name and its arguments as JSON values."""
+class ToolCallReader:
+    """Separates calls from the rest of an answer as its tokens come.
 
-    name: str
-    arguments: dict[str, Any]
+    ``tools`` are declarations as the chat template gets them; they decide the types of arguments. ``added_tokens`` are
+    a tokenizer's: where ``<tool_call>`` is a token, only the token opens a call. Without them its text does.
 
-
-def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, list[ToolCall]]:
-    """What a model said beside its calls, and the calls, in order.
-
-    ``tools`` are declarations as the chat template gets them; a value whose schema is not a string's is read as JSON,
-    and stays text if it is none. What is not whole stays in the text that is returned.
+    The outputs of ``add`` and ``finish``, joined, do not depend on where the text is cut into pieces.
     """
-    schemas = {function["name"]: _properties(function) for function in map(_function, tools)}
-    calls: list[ToolCall] = []
 
-    def take(match: re.Match[str]) -> str:
-        name, body = match[1].strip(), match[2]
-        arguments = {key.strip(): value for key, value in _PARAMETER.findall(body)}
-        if _PARAMETER.sub("", body).strip():
-            return match[0]
-        known = schemas.get(name, {})
-        calls.append(ToolCall(name, {key: _typed(value, known.get(key)) for key, value in arguments.items()}))
-        return ""
+    def __init__(
+        self, tools: Sequence[Mapping[str, Any]] | None = None, added_tokens: Mapping[str, int] | None = None
+    ) -> None:
+        self._scanner = TagScanner(added_tokens or {}, (TOOL_CALL, END_TOOL_CALL))
+        self._reader = QwenXmlReader(ToolSchemas(tools))
 
-    return _CALL.sub(take, text).strip(), calls
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls found so far; the last may be incomplete."""
+        return self._reader.calls
 
+    def add(self, token_id: int | None, text: str) -> Output:
+        """Take a token and the text that the detokenizer gave for it; None stands for text without tokens."""
+        return self._reader.feed(self._scanner.add(token_id, text))
 
-def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
-    function = tool.get("function", tool)
-    assert isinstance(function, Mapping)
-    return function
+    def add_segments(self, segments: Sequence[Segment]) -> Output:
+        """Take segments of ``ReasoningSplitter.split`` instead."""
+        return self._reader.feed(segments)
 
-
-def _properties(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    properties = (function.get("parameters") or {}).get("properties") or {}
-    assert isinstance(properties, Mapping)
-    return properties
+    def finish(self) -> Output:
+        """End the answer; returns what was held back."""
+        return self._reader.finish("".join(segment.text for segment in self._scanner.finish()))
 
 
-def _typed(value: str, schema: Any) -> Any:
-    if not isinstance(schema, Mapping) or schema.get("type", "string") == "string":
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        return value
+def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
+    """Return what a model said besides its calls, and the calls, in order.
+
+    ``text`` is an answer without its reasoning, ``tools`` are declarations as the chat template gets them. A value is
+    read by its schema: as text for a string, otherwise as JSON or a Python literal; it stays text if it is neither.
+    A call that the text ends in is among the calls, with ``complete`` false.
+    """
+    reader = ToolCallReader(tools)
+    first, rest = reader.add(None, text), reader.finish()
+    return first.content + rest.content, reader.calls

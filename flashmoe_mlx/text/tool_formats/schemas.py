@@ -1,0 +1,285 @@
+"""Types of arguments that models write as text, by the JSON schemas of the tools that a client declared.
+
+Clients' declarations are not trusted: what makes no sense in them is taken for absent, and nothing here raises.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+from flashmoe_mlx.text.tool_formats.calls import json_text
+
+_DEEPEST_SCHEMA = 32
+_DEEPEST_VALUE = 100
+
+Kinds = frozenset[str] | None
+"""JSON types that a schema allows; None if it says nothing."""
+
+STRING: Kinds = frozenset({"string"})
+_TYPES: dict[str, Kinds] = {
+    "string": STRING,
+    "integer": frozenset({"integer"}),
+    "number": frozenset({"number", "integer"}),
+    "boolean": frozenset({"boolean"}),
+    "null": frozenset({"null"}),
+    "array": frozenset({"array"}),
+    "object": frozenset({"object"}),
+}
+_ALIASES = {
+    "str": "string",
+    "text": "string",
+    "int": "integer",
+    "long": "integer",
+    "float": "number",
+    "double": "number",
+    "bool": "boolean",
+    "none": "null",
+    "list": "array",
+    "tuple": "array",
+    "dict": "object",
+    "map": "object",
+}
+"""Names that are not JSON Schema's, but that tools written by hand use."""
+_IMPLIED = {
+    "object": ("properties", "additionalProperties", "required", "patternProperties"),
+    "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
+    "string": ("pattern", "minLength", "maxLength", "format", "contentEncoding"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}
+"""Keywords that tell the type where "type" is missing."""
+
+_QUOTED = r'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)'
+"""A string in double quotes; an unclosed one goes to the end, so that no character is looked at twice."""
+_PYTHON = re.compile(rf"""(?s){_QUOTED}|'([^'\\]*(?:\\.[^'\\]*)*)\\?(?:'|\Z)|\b(True|False|None)\b|,(?=\s*[\]}}])""")
+_IN_QUOTES = re.compile(r"""(?s)\\(.)|["]""")
+_BRACKET = re.compile(rf"(?s){_QUOTED}|[\[\]{{}}]")
+_PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+class ToolSchemas:
+    """The tools that a client declared: their names, and the types of their parameters."""
+
+    def __init__(self, tools: object = ()) -> None:
+        self._schemas: dict[str, Any] = {}
+        for tool in _items(tools):
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if isinstance(function, Mapping) and isinstance(name, str):
+                self._schemas[name] = function.get("parameters", function.get("input_schema"))
+        self._properties: dict[str, dict[str, Any]] = {}
+        self._kinds: dict[tuple[str, str], Kinds] = {}
+
+    def __contains__(self, function: str) -> bool:
+        return function in self._schemas
+
+    def declares(self, function: str, parameter: str) -> bool:
+        """Tell whether ``function`` has ``parameter``; True where its parameters are not known."""
+        properties = self._declared(function)
+        return not properties or parameter in properties
+
+    def kinds(self, function: str, parameter: str) -> Kinds:
+        """Return the types that a parameter may have; those of a string if it is not declared."""
+        key = (function, parameter)
+        if key not in self._kinds:
+            root = self._schemas.get(function)
+            properties = self._declared(function)
+            if parameter in properties:
+                self._kinds[key] = _Reader(root).kinds(properties[parameter])
+            else:
+                others = root.get("additionalProperties") if isinstance(root, Mapping) else None
+                self._kinds[key] = _Reader(root).kinds(others) or STRING
+        return self._kinds[key]
+
+    def _declared(self, function: str) -> dict[str, Any]:
+        if function not in self._properties:
+            root = self._schemas.get(function)
+            self._properties[function] = _Reader(root).properties(root)
+        return self._properties[function]
+
+
+class _Reader:
+    """Reads schemas below ``root``, to which their references are relative; each schema is read once."""
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._known: dict[int, Kinds] = {}
+        self._seen: set[int] = set()
+
+    def properties(self, schema: Any, depth: int = 0) -> dict[str, Any]:
+        """Return the schemas of the properties, also those behind references and in combined schemas."""
+        if not isinstance(schema, Mapping) or depth > _DEEPEST_SCHEMA or id(schema) in self._seen:
+            return {}
+        self._seen.add(id(schema))
+        found: dict[str, Any] = {}
+        parts = [self._target(schema.get("$ref"))]
+        parts += [part for key in ("allOf", "anyOf", "oneOf") for part in _items(schema.get(key))]
+        for part in parts:
+            found |= self.properties(part, depth + 1)
+        own = schema.get("properties")
+        if isinstance(own, Mapping):
+            found |= {name: value for name, value in own.items() if isinstance(name, str)}
+        return found
+
+    def kinds(self, schema: Any, depth: int = 0) -> Kinds:
+        """Return the types that ``schema`` allows."""
+        if not isinstance(schema, Mapping) or depth > _DEEPEST_SCHEMA:
+            return None
+        if id(schema) not in self._known:
+            self._known[id(schema)] = None  # a cycle adds nothing
+            found: Kinds = None
+            for part in self._parts(schema, depth + 1):
+                both = part if found is None or part is None else found & part
+                found = both or found
+            if found is None:
+                implied = (name for name, keywords in _IMPLIED.items() if any(word in schema for word in keywords))
+                found = _TYPES.get(next(implied, ""))
+            if found is not None and schema.get("nullable") is True:
+                found |= {"null"}
+            self._known[id(schema)] = found
+        return self._known[id(schema)]
+
+    def _parts(self, schema: Mapping[str, Any], depth: int) -> Iterator[Kinds]:
+        """Yield what each keyword of a schema allows."""
+        named = schema.get("type")
+        yield _union(_TYPES.get(_type_name(name)) for name in (named if isinstance(named, list | tuple) else [named]))
+        yield _union(map(_kinds_of, _items(schema.get("enum"))))
+        yield _kinds_of(schema["const"]) if "const" in schema else None
+        yield self.kinds(self._target(schema.get("$ref")), depth)
+        for part in _items(schema.get("allOf")):
+            yield self.kinds(part, depth)
+        for key in ("anyOf", "oneOf"):
+            yield _union(self.kinds(part, depth) for part in _items(schema.get(key)))
+
+    def _target(self, reference: Any) -> Any:
+        """Return the schema that a local reference such as ``#/$defs/Unit`` names."""
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            return None
+        found = self._root
+        for step in filter(None, reference[1:].split("/")):
+            key = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, Mapping):
+                found = found.get(key)
+            elif isinstance(found, Sequence) and not isinstance(found, str) and key.isdecimal() and len(key) < 9:
+                found = found[int(key)] if int(key) < len(found) else None
+            else:
+                return None
+        return found
+
+
+def convert(text: str, kinds: Kinds) -> tuple[Any, str] | None:
+    """Read a value that a model wrote as text; returns it and its JSON, or None for an empty value of another type.
+
+    A string stays as it is. For other types JSON counts, and Python's literals; text that is neither, or not of a type
+    in ``kinds``, stays text, as a wrong value shows its caller more than none.
+    """
+    if kinds == STRING:
+        return text, json_text(text)
+    stripped = text.strip()
+    if not stripped and kinds is not None and "string" not in kinds:
+        return None
+    try:
+        value = _literal(stripped, kinds)
+        if _fits(value, kinds):
+            if kinds is not None and isinstance(value, float) and "number" not in kinds and value.is_integer():
+                value = int(value)
+            return value, json_text(value)
+    except (ValueError, RecursionError):
+        pass
+    return text, json_text(text)
+
+
+def _fits(value: Any, kinds: Kinds) -> bool:
+    found = _kinds_of(value)
+    if kinds is None or found is None:
+        return isinstance(value, dict | list)
+    if "string" not in kinds and (value is None or (isinstance(value, float) and "integer" in kinds)):
+        return True
+    return bool(found & kinds) and not isinstance(value, str)
+
+
+def _literal(text: str, kinds: Kinds) -> Any:
+    """Read JSON, or the same in Python's spelling.
+
+    Raises:
+        ValueError: ``text`` is neither, or is nested too deeply.
+    """
+    word = text.lower()
+    if kinds is not None and "boolean" in kinds and word in ("true", "false"):
+        return word == "true"
+    if text in _PYTHON_WORDS:
+        text = _PYTHON_WORDS[text]
+    _check_depth(text)
+    try:
+        return _json(text)
+    except ValueError:
+        if not text.startswith(("[", "{")):
+            raise
+        return _json(_PYTHON.sub(_as_json, text))
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+
+
+def _as_json(match: re.Match[str]) -> str:
+    """Return the JSON of a Python token: a word, a quoted string, or the comma before a closing bracket."""
+    if match[2]:
+        return _PYTHON_WORDS[match[2]]
+    if match[1] is not None:
+        return '"' + _IN_QUOTES.sub(lambda part: "'" if part[1] == "'" else part[0].rjust(2, "\\"), match[1]) + '"'
+    return "" if match[0] == "," else match[0]
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        _refuse(text)
+    return value
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _check_depth(text: str) -> None:
+    if text.count("[") + text.count("{") <= _DEEPEST_VALUE:
+        return
+    depth = 0
+    for bracket in _BRACKET.findall(text):
+        depth += 1 if bracket in "[{" else -1 if bracket in "]}" else 0
+        if depth > _DEEPEST_VALUE:
+            raise ValueError("nested too deeply")
+
+
+def _kinds_of(value: Any) -> Kinds:
+    """Return the type of a JSON value."""
+    if value is None:
+        return _TYPES["null"]
+    if isinstance(value, float):
+        return frozenset({"number"})
+    for types, name in (
+        (bool, "boolean"),
+        (int, "integer"),
+        (str, "string"),
+        (Mapping, "object"),
+        (list | tuple, "array"),
+    ):
+        if isinstance(value, types):
+            return _TYPES[name]
+    return None
+
+
+def _union(found: Iterator[Kinds]) -> Kinds:
+    return frozenset().union(*(kinds for kinds in found if kinds)) or None
+
+
+def _type_name(name: Any) -> str:
+    word = name.lower() if isinstance(name, str) else ""
+    return _ALIASES.get(word, word)
+
+
+def _items(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()

@@ -1,0 +1,20 @@
+"""Published chat templates, if the archive with published files lies beside the checkout."""
+
+import tarfile
+from functools import cache
+from pathlib import Path
+
+ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "published.tar.xz"
+
+
+@cache
+def published_templates() -> dict[str, str]:
+    """Sources of published templates by their path in the archive; empty without the archive."""
+    if not ARCHIVE.exists():
+        return {}
+    found = {}
+    with tarfile.open(ARCHIVE) as archive:
+        for member in archive:
+            if member.name.endswith(".jinja") and (file := archive.extractfile(member)) is not None:
+                found[member.name.removeprefix("./")] = file.read().decode()
+    return found

@@ -1,0 +1,306 @@
+"""Messages as clients send them, and what templates are given."""
+
+import copy
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from published import ARCHIVE, published_templates
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE
+from flashmoe_mlx.text.chat_template import ChatTemplate
+
+USER = {"role": "user", "content": "?"}
+PARTS = [{"type": "text", "text": "Who "}, {"type": "input_text", "text": "are"}, {"text": " you?"}, "!"]
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+JSON_ONLY = "{{ messages | tojson }}"
+TEXT_ONLY = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
+
+
+@cache
+def compiled(source: str) -> ChatTemplate:
+    return ChatTemplate(source, {})
+
+
+def render(source: str, messages: Any, **options: Any) -> str:
+    return compiled(source).render(messages, **options)
+
+
+def conversation(arguments: Any, nested: bool = True) -> list[dict[str, Any]]:
+    call = {"name": "f", "arguments": arguments}
+    tool_call = {"id": "1", "type": "function", "function": call} if nested else call
+    assistant = {"role": "assistant", "content": None, "tool_calls": [tool_call]}
+    return [USER, assistant, {"role": "tool", "tool_call_id": "1", "content": "20"}]
+
+
+# Arguments of tool calls
+
+
+def family() -> list[str]:
+    """The demo model's template, and the published ones that lie beside the checkout."""
+    return [CHAT_TEMPLATE, *(source for source in published_templates().values() if "<parameter=" in source)]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("arguments", [{}, {"city": "Zürich", "x": [1.0, None, True, {"a": "\n"}]}])
+def test_json_text_renders_as_the_object_does(arguments: dict[str, Any], nested: bool) -> None:
+    for source in family():
+        objects = render(source, conversation(arguments, nested))
+        for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False, indent=1)):
+            assert render(source, conversation(text, nested)) == objects
+
+
+@pytest.mark.parametrize("nothing", ["", " \n", None])
+def test_no_arguments_are_an_empty_object(nothing: object) -> None:
+    for source in family():
+        assert render(source, conversation(nothing)) == render(source, conversation({}))
+
+
+def test_the_order_of_keys_is_kept() -> None:
+    assert '{"b": 1, "a": 2}' in render(JSON_ONLY, conversation('{"b": 1, "a": 2}'))
+
+
+def test_a_template_that_tells_text_from_objects_gets_text() -> None:
+    source = "{% set c = messages[1].tool_calls[0].function.arguments %}{{ c if c is string else c | tojson }}"
+    assert render(source, conversation('{"a":1}')) == '{"a": 1}'
+    told = "{% set arguments = messages[1].tool_calls[0].function.arguments %}{{ 'text' if arguments is string }}"
+    assert render(told, conversation('{"a":1}')) == "text"
+    assert render(told, conversation("")) == ""
+
+
+def test_messages_are_not_changed() -> None:
+    messages = [*conversation('{"a": 1}'), {"role": "user", "content": PARTS}]
+    before = copy.deepcopy(messages)
+    render(CHAT_TEMPLATE, messages)
+    assert messages == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("{", "not valid JSON"),
+        ("{'a': 1}", "not valid JSON"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": 1e999}', "1e999 is not a number"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+        ('{"a":' * 100_000, "not valid JSON"),
+        ("[1]", "not of an array"),
+        ("5", "not of a number"),
+        ("true", "not of a boolean"),
+        ("null", "not of null"),
+        ('"{}"', "not of a string"),
+        ([1], "must be a JSON object"),
+        (5, "must be a JSON object"),
+    ],
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_arguments_that_are_no_object(arguments: Any, reason: str, nested: bool) -> None:
+    with pytest.raises(InputError, match=reason) as failure:
+        render(CHAT_TEMPLATE, conversation(arguments, nested))
+    place = "messages[1].tool_calls[0].function.arguments" if nested else "messages[1].tool_calls[0].arguments"
+    assert str(failure.value).startswith(place + " ")
+    assert "\n" not in str(failure.value)
+    assert failure.value.code == "invalid_messages"
+
+
+# Contents in parts
+
+
+@pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
+def test_parts_of_text_are_joined(role: str) -> None:
+    plain, parts = ([{"role": role, "content": content}, USER] for content in ("Who are you?!", PARTS))
+    typed = [{"role": role, "content": [{"type": "text", "text": "Who are you?!"}]}, USER]
+    assert render(TEXT_ONLY, parts) == render(TEXT_ONLY, plain)
+    assert render(CHAT_TEMPLATE, typed) == render(CHAT_TEMPLATE, plain)
+    assert render(CHAT_TEMPLATE, parts) == render(CHAT_TEMPLATE, plain)
+
+
+def test_an_empty_list_is_no_text() -> None:
+    for source in (TEXT_ONLY, CHAT_TEMPLATE):
+        empty, text = ([{"role": "user", "content": content}] for content in ([], ""))
+        assert render(source, empty) == render(source, text)
+
+
+def test_a_template_that_takes_parts_gets_them() -> None:
+    source = "{% for part in messages[0].content %}[{{ part.type }}]{% endfor %}"
+    assert render(source, [{"role": "user", "content": [PARTS[0], IMAGE]}]) == "[text][image_url]"
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ([PARTS[0], IMAGE], "messages[1].content[1] is a part of type 'image_url'"),
+        ([{"type": "text"}], "messages[1].content[0] is a part of type 'text'"),
+        ([{"type": "text", "text": None}], "messages[1].content[0] is "),
+        ([5], "messages[1].content[0] is no part"),
+        ([["x"]], "messages[1].content[0] is no part"),
+        (5, "messages[1].content is neither text nor a list of parts"),
+        ({"text": "x"}, "messages[1].content is neither text nor a list of parts"),
+    ],
+)
+def test_contents_that_a_template_does_not_take_are_named(content: Any, place: str) -> None:
+    for source in (TEXT_ONLY, CHAT_TEMPLATE):
+        with pytest.raises(InputError) as failure:
+            render(source, [USER, {"role": "user", "content": content}])
+        assert place in str(failure.value)
+        assert "\n" not in str(failure.value)
+
+
+# Malformed messages
+
+
+@pytest.mark.parametrize(
+    ("messages", "place"),
+    [
+        ([], "no messages"),
+        (5, "messages must be a list, not int"),
+        (None, "messages must be a list"),
+        ([USER, "hi"], "messages[1] must be an object"),
+        ([{"role": "user", "content": object()}], "messages[0].content "),
+        ([{"role": "user", "content": {("a",): 1}}], "messages[0].content "),
+        ([USER, {"role": "user", "content": [b"x"]}], "messages[1].content "),
+    ],
+)
+def test_malformed_messages_are_named(messages: Any, place: str) -> None:
+    with pytest.raises(InputError) as failure:
+        render(JSON_ONLY, messages)
+    assert place in str(failure.value)
+    assert failure.value.code == "invalid_messages"
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=1),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "type", "text"]),
+            inner | st.sampled_from(["user", "assistant", "tool", "text", "{}"]),
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(st.lists(anything, max_size=3) | anything)
+@example([{"role": "assistant", "tool_calls": {"function": 1}}])
+@example([{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}])
+def test_any_messages_render_or_are_refused_in_one_line(messages: Any) -> None:
+    for source in (CHAT_TEMPLATE, JSON_ONLY, TEXT_ONLY):
+        try:
+            assert isinstance(render(source, messages), str)
+        except InputError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+
+
+# Options
+
+
+def test_a_refusal_has_the_template_s_words() -> None:
+    with pytest.raises(InputError) as failure:
+        render("{{ raise_exception('Disabling thinking is not supported.') }}", [USER], enable_thinking=False)
+    assert str(failure.value) == "chat template: Disabling thinking is not supported."
+    assert failure.value.code == "template_refused"
+
+
+def test_codes_of_other_failures() -> None:
+    with pytest.raises(InputError) as failure:
+        render("{{ 1 / 0 }}", [USER])
+    assert failure.value.code == "template_failed"
+    with pytest.raises(InputError) as failure:
+        render("{% if %}", [USER])
+    assert failure.value.code == "invalid_template"
+
+
+def test_unknown_options_pass() -> None:
+    assert render("{{ self }}{{ mood }}", [USER], mood="good", nothing=[1]).endswith("good")
+
+
+def test_the_options_that_a_template_reads() -> None:
+    source = (
+        "{% set x = 1 %}{% macro f(a) %}{{ a }}{{ depth }}{% endmacro %}{{ f(x) }}{% for m in messages %}{{ m }}"
+        "{% endfor %}{% if enable_thinking is defined %}{{ bos_token }}{% endif %}{{ namespace() and range(1) }}"
+        "{{ reasoning_effort | default('high') }}{{ tools }}{{ documents }}{{ strftime_now('%Y') }}{{ image_token }}"
+    )
+    template = ChatTemplate(source, {"image_token": "<i>"}, "{{ tool_choice }}")
+    assert template.variables == {"depth", "enable_thinking", "reasoning_effort", "tool_choice"}
+    assert ChatTemplate(CHAT_TEMPLATE, {}).variables == {"enable_thinking"}
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [
+        ("Qwen3.5-397B-A17B", {"enable_thinking", "add_vision_id"}),
+        ("Qwen3.8-2.4T-A95B", {"enable_thinking", "reasoning_effort", "preserve_thinking"}),
+    ],
+)
+def test_the_options_of_published_templates(name: str, variables: set[str]) -> None:
+    source = published_templates().get(f"{name}/chat_template.jinja")
+    if source is None:
+        pytest.skip(f"{ARCHIVE} does not exist")
+    template = ChatTemplate(source, {})
+    assert template.variables == variables
+    if name == "Qwen3.8-2.4T-A95B":
+        for options in ({"enable_thinking": False}, {"reasoning_effort": "high"}):
+            with pytest.raises(InputError) as failure:
+                template.render([USER], **options)  # type: ignore[arg-type]
+            assert failure.value.code == "template_refused"
+
+
+# Where templates are published
+
+
+def loaded(folder: Path, **options: Any) -> str:
+    template = ChatTemplate.load(folder)
+    assert template is not None
+    return template.render([USER], **options)
+
+
+def test_files_go_before_each_other(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one", "eos_token": "<e>"}')
+    assert loaded(tmp_path) == "one"
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "two{{ eos_token }}"}')
+    assert loaded(tmp_path) == "two<e>"
+    (tmp_path / "chat_template.jinja").write_text("three")
+    assert loaded(tmp_path) == "three"
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "tokenizer_config.json"])
+def test_a_list_of_named_templates(tmp_path: Path, file: str) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "tools"}]
+    (tmp_path / file).write_text(json.dumps({"chat_template": named}))
+    assert loaded(tmp_path) == "plain"
+    assert loaded(tmp_path, tools=[]) == "tools"
+    (tmp_path / file).write_text(json.dumps({"chat_template": named[1:]}))
+    with pytest.raises(InputError, match=f"{file}: none of its chat templates is named 'default'"):
+        loaded(tmp_path)
+
+
+def test_additional_templates(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("plain")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{% not read")
+    assert loaded(tmp_path, tools=[]) == "plain"
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert loaded(tmp_path) == "plain"
+    assert loaded(tmp_path, tools=[]) == "tools"
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"chat_template": 5}', '{"chat_template": ["x"]}'])
+def test_a_malformed_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "chat_template.json").write_text(text)
+    with pytest.raises(InputError, match=r"chat_template\.json"):
+        ChatTemplate.load(tmp_path)
+
+
+def test_a_file_without_a_template_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.json").write_text("{}")
+    assert ChatTemplate.load(tmp_path) is None
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one"}')
+    assert loaded(tmp_path) == "one"

@@ -1,0 +1,626 @@
+"""Tool calls as models write them: the published templates' own, and forms that servers have reported."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from published import ARCHIVE, published_templates
+
+from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+from flashmoe_mlx.text.chat_template import ChatTemplate
+from flashmoe_mlx.text.reasoning import ReasoningSplitter
+from flashmoe_mlx.text.tokenizer import Tokenizer
+from flashmoe_mlx.text.tool_calls import Output, ToolCall, ToolCallReader, parse_tool_calls
+
+X = "<parameter=x>\n1\n</parameter>\n"
+CALL = f"<tool_call>\n<function=f>\n{X}</function>\n</tool_call>"
+INTEGER = {"type": "integer"}
+
+
+def tools(_name: str = "f", **properties: Any) -> list[dict[str, Any]]:
+    return [
+        {"type": "function", "function": {"name": _name, "parameters": {"type": "object", "properties": properties}}}
+    ]
+
+
+F = tools(x=INTEGER, y=INTEGER, s={"type": "string"}, o={"type": "object"})
+
+
+def arguments(text: str) -> list[dict[str, Any]]:
+    return [call.arguments for call in parse_tool_calls(text, F)[1]]
+
+
+def value(schema: Any, text: str, **definitions: Any) -> Any:
+    """Read one value by its schema."""
+    declared = tools(x=schema)
+    declared[0]["function"]["parameters"] |= definitions
+    call = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    return parse_tool_calls(call, declared)[1][0].arguments.get("x", "left out")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Compare JSON values: 1, 1.0 and True are three."""
+    return json.dumps(one) == json.dumps(other)
+
+
+# Text and calls
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "found"),
+    [
+        ("", "", []),
+        ("  no call \n", "  no call \n", []),
+        (CALL, "", [{"x": 1}]),
+        (f"I will.\n\n{CALL}\n{CALL}\n", "I will.", [{"x": 1}, {"x": 1}]),
+        (f"a \n{CALL}\n b", "a\n b", [{"x": 1}]),
+        (f"\n{CALL}\n\nDone.", "Done.", [{"x": 1}]),
+        ("<tool_call>\n<function=f>\n</function>\n</tool_call>", "", [{}]),
+        # Forms that models write.
+        (f"I'll look.\n\n<function=f>\n{X}</function>\n</tool_call>", "I'll look.", [{"x": 1}]),
+        (f"<function=f>\n{X}</function>\nDone.", "Done.", [{"x": 1}]),
+        (f"<function=f>\n{X}</tool_call>", "", [{"x": 1}]),
+        (f"<tool_call>\n<function=f>\n{X}</function>", "", [{"x": 1}]),
+        (f"<tool_call>\n<function=f>\n{X}</function>\n</tool_", "", [{"x": 1}]),
+        (f"<tool_call>\n<function=f>\n{X}</tool_call>", "", [{"x": 1}]),
+        (f"<tool_call>\n<function=f>\n{X}</function>\n<function=f>\n{X}</function>\n</tool_call>", "", [{"x": 1}] * 2),
+        (f"<tool_call>\n<function=f>\n{X}</function>\n{CALL}", "", [{"x": 1}] * 2),
+        (f"<tool_call>\n<function=f>\n{X}{CALL}", "", [{"x": 1}] * 2),
+        (f"<tool_call><function=f>{X.replace(chr(10), '')}</function></tool_call>", "", [{"x": 1}]),
+        (f"<tool_call>\n\n<function=f>\n\n{X}\n\n</function>\n\n</tool_call>", "", [{"x": 1}]),
+        ("<tool_call>\n<function= f >\n<parameter= x >\n1\n</parameter>\n</function>\n</tool_call>", "", [{"x": 1}]),
+        (CALL.replace("</parameter>\n", ""), "", [{"x": 1}]),
+        (CALL.replace("</parameter>\n", "<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace("\n1\n", "\n"), "", [{}]),
+        (CALL.replace("\n1\n", "\n\n"), "", [{}]),
+        (CALL.replace(X, X + X.replace("1", "2")), "", [{"x": 2}]),
+        (CALL.replace(X, "<parameter=\nx>\n5\n</parameter>\n" + X), "", [{"x": 1}]),
+        (CALL.replace(X, "<parameter=>\n5\n</parameter>\n" + X), "", [{"x": 1}]),
+        (CALL.replace(X, f"<parameter={'x' * 300}>\n5\n</parameter>\n{X}"), "", [{"x": 1}]),
+        (CALL.replace(X, "<parameter=\n" + X), "", [{"x": 1}]),
+        (CALL.replace(X, "<parameter=new>\n5\n</parameter>\n"), "", [{"new": "5"}]),
+        (f"{CALL} and more", " and more".strip(), [{"x": 1}]),
+        # No calls.
+        (f"<function=g>\n{X}</function>", f"<function=g>\n{X}</function>", []),
+        (f"<function=f>\n{X}", f"<function=f>\n{X}", []),
+        ("Write <function=f> so.", "Write <function=f> so.", []),
+        ("Write `<tool_call>` so.", "Write `<tool_call>` so.", []),
+        ("<tool_call>\n<function=f>\nhow?", "<tool_call>\n<function=f>\nhow?", []),
+        ("<tool_call>\n<function=f>\n", "<tool_call>\n<function=f>\n", []),
+        ("<tool_call>\n<function=>\n</function>", "<tool_call>\n<function=>\n</function>", []),
+        ("<tool_call>\n{}\n</tool_call>", "<tool_call>\n{}\n</tool_call>", []),
+        ("</tool_call></function></parameter>", "</tool_call></function></parameter>", []),
+        (f"<function=f>\n<parameter=x>\n{CALL}", "<function=f>\n<parameter=x>", [{"x": 1}]),
+        ("a <b", "a <b", []),
+        (f"<function={'f' * 300}>", f"<function={'f' * 300}>", []),
+    ],
+)
+def test_forms(text: str, content: str, found: list[dict[str, Any]]) -> None:
+    rest, calls = parse_tool_calls(text, F)
+    assert [call.arguments for call in calls] == found
+    assert rest == content
+    assert all(call.complete for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (CALL[: CALL.index("1")], {}),
+        (CALL[: CALL.index("</param")], {}),
+        (CALL[: CALL.index("</function")], {"x": 1}),
+        (CALL[: CALL.index("</function") + 5], {"x": 1}),
+        ("<tool_call>\n<function=f>\n<parameter=s>\nhal", {"s": "hal"}),
+        ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</para", {"s": "half"}),
+        ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</parameter>", {"s": "half"}),
+        ("<tool_call>\n<function=f>\n<parameter=s", {}),
+    ],
+)
+def test_an_output_that_ends_in_a_call(text: str, found: dict[str, Any]) -> None:
+    rest, calls = parse_tool_calls(text, F)
+    assert (rest, calls) == ("", [ToolCall("f", found, complete=False)])
+
+
+def test_a_call_without_tools() -> None:
+    assert parse_tool_calls(CALL) == ("", [ToolCall("f", {"x": "1"})])
+    assert parse_tool_calls(CALL, None) == ("", [ToolCall("f", {"x": "1"})])
+    assert parse_tool_calls(CALL, F)[1] == parse_tool_calls(CALL, [F[0]["function"]])[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a </parameter> b",
+        "</parameter>",
+        "</function>",
+        "</tool_call>",
+        "<tool_call>",
+        "<parameter=x>",
+        "a\n</parameter>\nb",
+        "a\n</function>\nb",
+        "a\n</tool_call>\nb",
+        "a\n<parameter=s>\nb",
+        "a\n<parameter=unknown>\nb",
+        "a\n<parameter=\nb",
+        "<tool_call>\n<function=f>",
+        "\n a\n",
+        "    indented\n\n\n",
+        "\n",
+        "\n\n",
+        "\t",
+        "",
+        "null",
+        "03106",
+        '"quoted"',
+        "\u2028\u0085\r\n",
+        "😀\ud800",
+    ],
+)
+def test_strings_stay_as_they_are(text: str) -> None:
+    assert value({"type": "string"}, text) == text
+    if "<parameter=" not in text:
+        assert parse_tool_calls(CALL.replace("1", text))[1][0].arguments == {"x": text}
+
+
+@pytest.mark.parametrize(
+    "inner", ["</parameter>", "</parameter></function>", "</function></tool_call>", "<parameter=y>"]
+)
+def test_objects_may_hold_the_tags(inner: str) -> None:
+    assert value({"type": "object"}, json.dumps({"a": inner})) == {"a": inner}
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "right"),
+    [
+        ({"type": "boolean"}, "True", True),
+        ({"type": "boolean"}, "false", False),
+        ({"type": "boolean"}, "FALSE", False),
+        ({"type": "boolean"}, "1", "1"),
+        ({"type": "boolean"}, "yes", "yes"),
+        (INTEGER, "None", None),
+        (INTEGER, "null", None),
+        (INTEGER, " 5 ", 5),
+        (INTEGER, "5.0", 5),
+        (INTEGER, "5.5", 5.5),
+        (INTEGER, "12345678901234567890123", 12345678901234567890123),
+        (INTEGER, "2026-01-15", "2026-01-15"),
+        (INTEGER, "True", "True"),
+        (INTEGER, "9" * 5000, "9" * 5000),
+        (INTEGER, "", "left out"),
+        ({"type": "number"}, "1e-07", 1e-07),
+        ({"type": "number"}, "3", 3),
+        ({"type": "number"}, "nan", "nan"),
+        ({"type": "number"}, "NaN", "NaN"),
+        ({"type": "number"}, "-Infinity", "-Infinity"),
+        ({"type": "number"}, "1e999", "1e999"),
+        ({"type": "array"}, '["a", true, None]', ["a", True, None]),
+        ({"type": "array"}, "['it\\'s', 'a \"b\"', True,]", ["it's", 'a "b"', True]),
+        ({"type": "array"}, "[\"True, 'x'\"]", ["True, 'x'"]),
+        ({"type": "array"}, "[nan]", "[nan]"),
+        ({"type": "array"}, "[" * 10_000, "[" * 10_000),
+        ({"type": "array"}, "[" * 500 + "]" * 500, "[" * 500 + "]" * 500),
+        ({"type": "object"}, "{'a': {'b': None}}", {"a": {"b": None}}),
+        ({"type": "object"}, "[1]", "[1]"),
+        ({"type": "object"}, "{'a'}", "{'a'}"),
+        # Several types.
+        ({"anyOf": [INTEGER, {"type": "null"}]}, "5", 5),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
+        ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
+        ({"anyOf": [{"type": "boolean"}, {"type": "null"}]}, "false", False),
+        ({"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]}, '["a"]', ["a"]),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, '["a"]', ["a"]),
+        ({"anyOf": [{"type": "array"}, {"type": "string"}]}, "a", "a"),
+        ({"type": ["string", "null"]}, "[1, 2]", "[1, 2]"),
+        ({"type": ["string", "integer"]}, "03106", "03106"),
+        ({"type": ["string", "integer"]}, "3.0", "3.0"),
+        ({"type": ["string", "integer"]}, "", ""),
+        ({"type": ["integer", "null"]}, "", "left out"),
+        ({"oneOf": [{"type": "number"}]}, "2.5", 2.5),
+        ({"allOf": [{"type": ["integer", "string"]}, {"type": "string"}]}, "5", "5"),
+        ({"allOf": [INTEGER, {"minimum": 1}]}, "5", 5),
+        ({"type": "integer", "nullable": True}, "None", None),
+        ({"type": "string", "nullable": True}, "None", None),
+        # No type.
+        ({"enum": [1, 2, 3]}, "3", 3),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"enum": ["a", None]}, "None", None),
+        ({"enum": [True, "auto"]}, "True", True),
+        ({"enum": [1.5, 2]}, "1.5", 1.5),
+        ({"const": 5}, "5", 5),
+        ({"const": "5"}, "5", "5"),
+        ({"minimum": 0}, "5", 5),
+        ({"maxLength": 9}, "5", "5"),
+        ({"items": INTEGER}, "[5]", [5]),
+        ({"properties": {}}, "{}", {}),
+        ({}, "5", "5"),
+        ({}, '{"a": 5}', {"a": 5}),
+        (True, "5", "5"),
+        ({"description": "a name"}, "True", "True"),
+        # Spellings of tools written by hand.
+        ({"type": "int"}, "5", 5),
+        ({"type": "STRING"}, "5", "5"),
+        ({"type": "dict"}, "{}", {}),
+    ],
+)
+def test_types(schema: Any, text: str, right: Any) -> None:
+    assert same(value(schema, text), right)
+
+
+def test_references() -> None:
+    definitions: dict[str, Any] = {
+        "Size": {"enum": [1, 2]},
+        "Maybe": {"anyOf": [{"$ref": "#/$defs/Size"}, {"type": "null"}]},
+        "Loop": {"anyOf": [{"$ref": "#/$defs/Loop"}, INTEGER]},
+        "a/b~c": INTEGER,
+    }
+    for name in ("Size", "Maybe", "Loop", "a~1b~0c", "a~1b%7E0c"):
+        assert value({"$ref": f"#/$defs/{name}"}, "2", **{"$defs": definitions}) == 2, name
+    assert value({"$ref": "#/definitions/Size"}, "2", definitions=definitions) == 2
+    for name in ("#/$defs/none", "#/$defs/Size/enum/7", "#/$defs/Size/enum/0/x", "https://other", "", "#/type", 5):
+        assert value({"$ref": name}, "2", **{"$defs": definitions}) == "2", name
+
+
+def test_parameters_behind_references_and_additional_ones() -> None:
+    parameters = {
+        "$ref": "#/$defs/P",
+        "$defs": {"P": {"properties": {"x": INTEGER}}},
+        "additionalProperties": {"type": "boolean"},
+    }
+    text = CALL.replace(X, X + "<parameter=y>\nTrue\n</parameter>\n")
+    declared = [{"function": {"name": "f", "parameters": parameters}}]
+    assert parse_tool_calls(text, declared)[1] == [ToolCall("f", {"x": 1, "y": True})]
+
+
+def test_references_that_multiply_are_read_once() -> None:
+    definitions = {f"D{n}": {"anyOf": [{"$ref": f"#/$defs/D{n + 1}"}] * 2} for n in range(60)}
+    value({"$ref": "#/$defs/D0"}, "2", **{"$defs": definitions})
+    wide = {"enum": ["a"] * 100_000, "anyOf": [INTEGER] * 100_000}
+    assert value(wide, "a") == "a"
+
+
+odd = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.binary(max_size=1),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["function", "name", "parameters", "properties", "type", "anyOf", "allOf", "enum", "$ref", "const", "x"]
+            )
+            | st.none(),
+            inner | st.sampled_from(["f", "string", "#", "#/properties/x", "integer"]),
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(deadline=None)
+@given(odd, odd)
+@example([{"function": {"name": "f", "parameters": {"properties": {"x": {"type": [["string"]]}}}}}], None)
+@example([{"function": {"name": ["f"]}}, {"name": "f", "parameters": [1]}], None)
+def test_odd_declarations_raise_nothing(declared: Any, schema: Any) -> None:
+    for given_tools in (declared, tools(x=schema), [{"name": "f", "parameters": schema}]):
+        rest, calls = parse_tool_calls(CALL, given_tools)
+        assert (rest, len(calls)) == ("", 1)
+
+
+def test_a_schema_nested_deeply() -> None:
+    schema: Any = INTEGER
+    for _ in range(100_000):
+        schema = {"anyOf": [schema]}
+    assert value(schema, "5") == "5"
+    while isinstance(schema, dict) and "anyOf" in schema:  # Python frees it recursively otherwise
+        schema = schema.pop("anyOf").pop()
+
+
+# Streams
+
+
+def read(reader: ToolCallReader, pieces: Sequence[tuple[int | None, str]]) -> tuple[str, list[ToolCall]]:
+    """Feed pieces; the deltas must add up to the calls."""
+    outputs = [reader.add(token_id, text) for token_id, text in pieces] + [reader.finish()]
+    names: dict[int, list[str]] = {}
+    texts: dict[int, str] = {}
+    for delta in (delta for output in outputs for delta in output.calls):
+        assert delta.index == len(texts) or (delta.index == len(texts) - 1 and delta.name is None)
+        names.setdefault(delta.index, []).extend([delta.name] if delta.name is not None else [])
+        texts[delta.index] = texts.get(delta.index, "") + delta.arguments
+    assert list(names.values()) == [[call.name] for call in reader.calls]
+    for call, text in zip(reader.calls, texts.values(), strict=True):
+        if call.complete:
+            assert same(json.loads(text), call.arguments)
+        else:
+            assert any(same(_parsed(text + end), call.arguments) for end in ("}", '"}'))
+    return "".join(output.content for output in outputs), reader.calls
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+markup = st.sampled_from(
+    [
+        *(
+            "<tool_call>",
+            "</tool_call>",
+            "<function=f>",
+            "<function=",
+            "</function>",
+            "</parameter>",
+            ">",
+            "=",
+            "<",
+            "\n",
+        ),
+        *(
+            "<parameter=x>",
+            "<parameter=s>",
+            "<parameter=y>",
+            "<parameter=",
+            "<parameter=>",
+            " ",
+            "a",
+            "1",
+            "True",
+            CALL,
+            X,
+        ),
+        *(
+            "<parameter=s>\n",
+            "\n</parameter>\n",
+            "</function>\n</tool_call>",
+            "<tool_call>\n<function=f>\n",
+            "😀",
+            "[1]",
+        ),
+    ]
+)
+outputs = st.lists(markup | st.text(max_size=3), max_size=20).map("".join)
+
+
+@settings(deadline=None)
+@given(outputs, st.lists(st.integers(0, 200), max_size=10), st.booleans())
+def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: bool) -> None:
+    ends = range(1, len(text) + 1) if by_character else sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
+    pieces = [(None, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+    assert repr(read(ToolCallReader(F), pieces)) == repr(parse_tool_calls(text, F))
+
+
+@settings(deadline=None)
+@given(outputs)
+def test_nothing_but_markup_is_lost(text: str) -> None:
+    content, calls = parse_tool_calls(text, F)
+    if not calls:
+        assert content == text
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("model")
+    write_byte_tokenizer(folder)
+    return Tokenizer.load(folder)
+
+
+@pytest.fixture(scope="module")
+def demo() -> ChatTemplate:
+    return ChatTemplate(CHAT_TEMPLATE, {})
+
+
+def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[ToolCall]]:
+    detokenizer = tokenizer.detokenizer()
+    pieces: list[tuple[int | None, str]] = [(token_id, detokenizer.add(token_id)) for token_id in ids]
+    return read(ToolCallReader(F, tokenizer.added_tokens), [*pieces, (None, detokenizer.flush())])
+
+
+@settings(deadline=None)
+@given(outputs)
+def test_tokens_give_what_their_text_gives(tokenizer: Tokenizer, text: str) -> None:
+    assert repr(streamed(tokenizer, tokenizer.encode(text))) == repr(parse_tool_calls(text, F))
+
+
+@pytest.mark.parametrize("quoted", [CALL, f"See:\n{CALL}\n", f"<tool_call> {CALL[12:]}"])
+def test_a_quoted_call_is_text_where_its_tags_are_tokens(tokenizer: Tokenizer, quoted: str) -> None:
+    assert streamed(tokenizer, list(quoted.encode())) == (quoted, [])
+    assert len(streamed(tokenizer, [*quoted.encode(), *tokenizer.encode(CALL)])[1]) == 1
+
+
+def test_content_is_held_no_longer_than_it_may_be_markup() -> None:
+    reader = ToolCallReader(F)
+    steps = [
+        ("Hello", "Hello"),
+        (" ", ""),
+        ("world<", " world"),
+        ("b>", "<b>"),
+        ("<tool_call>", ""),
+        ("\n", ""),
+        ("x", "<tool_call>\nx"),
+        ("<function=g>", "<function=g>"),
+        ("<function=f>\nx", "<function=f>\nx"),
+    ]
+    assert [reader.add(None, text).content for text, _ in steps] == [content for _, content in steps]
+
+
+def test_a_long_string_is_streamed() -> None:
+    reader = ToolCallReader(F)
+    reader.add(None, "<tool_call>\n<function=f>\n<parameter=s>\n")
+    pieces = [
+        "".join(delta.arguments for delta in reader.add(None, text).calls)
+        for text in ('say "', "é\n", "\n", "</para", "meter>", "\n", "</function>")
+    ]
+    assert pieces == ['say \\"', "é", "\\n", "", "", "", '"}']
+    assert reader.calls == [ToolCall("f", {"s": 'say "é\n'})]
+    assert reader.finish() == Output()
+
+
+def test_indexes_and_names() -> None:
+    reader = ToolCallReader(F)
+    deltas = [*reader.add(None, f"{CALL}\n{CALL}").calls, *reader.finish().calls]
+    assert [(delta.index, delta.name) for delta in deltas if delta.name] == [(0, "f"), (1, "f")]
+
+
+def test_json_deltas_can_be_sent() -> None:
+    reader = ToolCallReader(F)
+    deltas = reader.add(None, CALL.replace("x>\n1", 'o>\n["\\ud800"]').replace("[", '{"a": ').replace("]", "}")).calls
+    "".join(delta.arguments for delta in deltas).encode()
+    assert reader.calls[0].arguments == {"o": {"a": "\ud800"}}
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<tool_call><function=a>",
+        "<tool_call>\n<function=f>\n",
+        f"<tool_call>\n<function=f>\n{X}",
+        "<function=f>\n<parameter=x>\n",
+        "<function=f>\n<parameter=x>\n</parameter>\n",
+        "<tool_call>\n<function=f>\n<parameter=s>\n</parameter>\n",
+        "</parameter>\n",
+        "</function>",
+        "<parameter=",
+        "<",
+        "\n",
+        "<function=",
+        "'",
+        '\\"',
+        "{",
+        "<function=f>\n<parameter=s>\n" + "</parameter>\n" * 9,
+    ],
+)
+@pytest.mark.parametrize("start", ["", f"<tool_call>\n<function=f>\n{X}<parameter=o>\n["])
+def test_time_is_linear(unit: str, start: str) -> None:
+    def seconds(size: int) -> float:
+        text = start + unit * (size // len(unit))
+        begun = time.process_time()
+        parse_tool_calls(text, F)
+        reader = ToolCallReader(F)
+        for position in range(0, len(text), 19):
+            reader.add(None, text[position : position + 19])
+        reader.finish()
+        return time.process_time() - begun
+
+    small, large = min(seconds(3_000) for _ in range(3)), seconds(48_000)
+    assert large < 64 * small + 0.02  # 16 is linear, 256 quadratic
+    assert large < 3
+
+
+# Round trips through templates
+
+
+def _schema_of(found: Any) -> dict[str, Any]:
+    for kind, name in ((bool, "boolean"), (int, "integer"), (float, "number"), (str, "string"), (list, "array")):
+        if isinstance(found, kind):
+            return {"type": name}
+    return {"type": "null" if found is None else "object"}
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.text(st.characters(codec="utf-8", categories=["L", "N"], include_characters="_-."), min_size=1, max_size=8)
+
+
+def check_round_trip(render: Callable[..., str], given_arguments: dict[str, Any], variant: int) -> None:
+    schemas = {name: _schema_of(found) for name, found in given_arguments.items()}
+    if variant == 1:  # as pydantic writes Optional
+        schemas = {
+            name: {"anyOf": [schema, {"type": "null"}]} if schema["type"] != "string" else schema
+            for name, schema in schemas.items()
+        }
+    if variant == 2:  # a string may go without
+        schemas = {name: schema for name, schema in schemas.items() if schema["type"] != "string"}
+    declared = tools("get", **schemas)
+    call = {"type": "function", "function": {"name": "get", "arguments": given_arguments}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ok", "tool_calls": [call, call]}]
+    text = render(messages, declared, False).rpartition("assistant\n")[2].rpartition("</think>")[2]
+    rest, calls = parse_tool_calls(text.rpartition("<|im_end|>")[0], declared)
+    assert rest.strip() == "ok"
+    assert [call.name for call in calls] == ["get", "get"]
+    for found in calls:
+        assert same(found.arguments, given_arguments)
+
+
+@settings(deadline=None)
+@given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
+@example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+@example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
+def test_the_demo_template_round_trips(demo: ChatTemplate, found: dict[str, Any], variant: int) -> None:
+    check_round_trip(demo.render, found, variant)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen3-Coder-480B-A35B/chat_template.jinja",
+        "Qwen3.5-25B-REAP-A3B-Coding/chat_template.jinja",
+        "Qwen3.5-397B-A17B/chat_template.jinja",
+        "Qwen3.8-2.4T-A95B/chat_template.jinja",
+        "Qwen3.8-27B/chat_template.jinja",
+        "Nemotron-3-Nano-30B-A3B/chat_template.jinja",
+    ],
+)
+def test_published_templates_round_trip(name: str) -> None:
+    if name not in published_templates():
+        pytest.skip(f"{ARCHIVE} does not hold {name}")
+    template = ChatTemplate(published_templates()[name], {})
+
+    @settings(deadline=None)
+    @given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
+    @example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+    @example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
+    def holds(found: dict[str, Any], variant: int) -> None:
+        check_round_trip(template.render, found, variant)
+
+    holds()
+
+
+def test_every_published_template_with_this_format_is_tried() -> None:
+    if not published_templates():
+        pytest.skip(f"{ARCHIVE} does not exist")
+    with_format = {name for name, source in published_templates().items() if "<parameter=" in source}
+    twins = {"Qwen3.5-35B-A3B-mlx-8bit-g32/chat_template.jinja", "Qwen3.8-27B/chat_template.ollama.jinja"}
+    tried = test_published_templates_round_trip.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert with_format == twins | set(tried)
+
+
+# After the reasoning
+
+
+@pytest.mark.parametrize(
+    ("output", "reasoning", "content", "found"),
+    [
+        (f"why\n</think>\n\n{CALL}", "why", "", 1),
+        (f"draft:\n{CALL}\nyes\n</think>\n\n{CALL}", f"draft:\n{CALL}\nyes", "", 1),
+        (f"why\n\n{CALL}", "why", "", 1),
+        (f"why\n\n{CALL}\n{CALL}\n", "why", "", 2),
+        (f"`<tool_call>`\n</think>\n\nok\n{CALL}", "`<tool_call>`", "ok", 1),
+        (f"why\n</think>\n\n<function=f>\n{X}</function>", "why", "", 1),
+        ("why\n</think>\n\n<think> and </think>", "why and ", "", 0),
+    ],
+)
+def test_calls_in_and_after_reasoning(
+    tokenizer: Tokenizer, output: str, reasoning: str, content: str, found: int
+) -> None:
+    splitter = ReasoningSplitter(tokenizer, tokenizer.encode("<|im_start|>assistant\n<think>\n"))
+    reader, detokenizer = ToolCallReader(F, tokenizer.added_tokens), tokenizer.detokenizer()
+    thoughts, texts = [], []
+    for token_id in tokenizer.encode(output):
+        thought, segments = splitter.split(token_id, detokenizer.add(token_id))
+        thoughts.append(thought)
+        texts.append(reader.add_segments(segments).content)
+    thought, segments = splitter.split_rest()
+    texts += [reader.add_segments(segments).content, reader.finish().content]
+    assert "".join([*thoughts, thought]) == reasoning
+    assert "".join(texts) == content
+    assert [call.arguments for call in reader.calls] == [{"x": 1}] * found
