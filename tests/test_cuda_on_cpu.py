@@ -58,8 +58,11 @@ def test_quantised_matvec(bits: int, on_machine: Run) -> None:
     assert case.error() <= TOLERANCE[mx.bfloat16]
 
 
+WORDS = "".join(kernel._text("dialects", f"{name}.h") for name in ("cuda", "copy_engine"))
+
+
 def planted(source: str, threadgroups: int = 1) -> None:
-    run = Machine(1, 0).cuda_kernel("planted", ["x"], ["y"], source, "", 4096)
+    run = Machine(1, 0).cuda_kernel("planted", ["x"], ["y"], source, WORDS, 4096)
     run(
         inputs=[mx.zeros((64,), mx.uint32)],
         output_shapes=[(64,)],
