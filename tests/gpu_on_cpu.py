@@ -22,6 +22,8 @@ Launches = Counter[str]
 """How many times each kernel ran, by name."""
 
 HOPPER = nvidia.Gpu(multiprocessors=3, capability=9, shared_memory=120_000)
+AMPERE = nvidia.Gpu(multiprocessors=3, capability=8, shared_memory=160_000)
+"""Has tensor cores and no copy engine."""
 FREE_MEMORY = 2**32
 
 
@@ -56,6 +58,8 @@ def _gpu(dtype: mx.Dtype, information: dict[str, Any]) -> Iterator[pytest.Monkey
         patch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         patch.setattr(mx, "device_info", lambda *device: information)
         _everywhere(patch, precision.activation_type, lambda: dtype)
+        patch.setattr(mx, "quantized_matmul", _in_f32(mx.quantized_matmul))
+        patch.setattr(mx.fast, "scaled_dot_product_attention", _in_f32(mx.fast.scaled_dot_product_attention))
         _forget_kernels()
         yield patch
     _forget_kernels()
@@ -77,6 +81,19 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], o
             for attribute, value in list(vars(module).items()):
                 if value is function:
                     monkeypatch.setattr(module, attribute, other)
+
+
+def _in_f32(product: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """``product`` with sums in f32, as on a GPU: on a CPU MLX adds up in the type of what it is given."""
+
+    def wide(value: Any) -> Any:
+        return value.astype(mx.float32) if isinstance(value, mx.array) and value.dtype == mx.bfloat16 else value
+
+    def exact(x: mx.array, *rest: Any, **options: Any) -> mx.array:
+        wider = {name: wide(value) for name, value in options.items()}
+        return product(wide(x), *map(wide, rest), **wider).astype(x.dtype)
+
+    return exact
 
 
 def _counting(make: Callable[..., Any], launches: Launches) -> Callable[..., Any]:

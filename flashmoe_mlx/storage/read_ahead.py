@@ -80,15 +80,15 @@ class ReadAhead:
             ExpertReadError: an expert could not be read.
         """
         places = dict(zip(experts, slots, strict=True))
+        wanted = list(zip(experts, into.rows(slots), strict=True))
+        rows = dict(wanted)  # where rows lie depends on what else was asked for, so they are asked for once
 
         def move(expert: int, job: _Ahead) -> None:
             if isinstance(into, HostSlots) and isinstance(self._slab, HostSlots):
                 into.exchange(places[expert], self._slab, job.slot)
             else:
-                row = into.rows([places[expert]])[0]
-                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+                np.copyto(np.frombuffer(rows[expert], np.uint8), np.frombuffer(job.row, np.uint8))
 
-        wanted = list(zip(experts, into.rows(slots), strict=True))
         return self._bring(layer, wanted, self._claim(layer, experts), move)
 
     def _claim(self, layer: int, experts: Sequence[int]) -> "dict[int, _Ahead]":
