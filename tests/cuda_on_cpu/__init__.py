@@ -1,4 +1,4 @@
-"""Run CUDA kernels on a CPU: their text, compiled by clang, on a machine of coroutines; ``machine.h`` is in place of PTX.
+"""Run CUDA kernels on a CPU: their text, compiled by clang, on a machine of coroutines (``machine.h``).
 
 ``Machine.cuda_kernel`` stands in for ``mx.fast.cuda_kernel``. What it catches, as a ``KernelFault``: threads that wait
 for each other for ever, also when few threadgroups run at once; barriers at which too many arrive; misaligned copies.
