@@ -1,9 +1,11 @@
 """An engine that takes the branches of a GPU, on a CPU: MLX says that a GPU is there, and kernels run on a machine.
 
 All seams are here. What the product asks MLX is answered as on a GPU, so no branch of the product needs a name here;
-arrays stay on the CPU, where MLX's own operations run. ``docs/faults.md`` lists what this cannot show.
+arrays stay on the CPU, where MLX's own operations run. A kernel that is replaced by MLX's operations, which would give
+right numbers, fails the test. ``docs/faults.md`` lists what this cannot show.
 """
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -61,8 +63,24 @@ def _gpu(dtype: mx.Dtype, information: dict[str, Any]) -> Iterator[pytest.Monkey
         patch.setattr(mx, "quantized_matmul", _in_f32(mx.quantized_matmul))
         patch.setattr(mx.fast, "scaled_dot_product_attention", _in_f32(mx.fast.scaled_dot_product_attention))
         _forget_kernels()
-        yield patch
+        with _no_warnings():
+            yield patch
     _forget_kernels()
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Fail if the package warns, as it does of a kernel that differs from its reference and was replaced."""
+    warned: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("flashmoe_mlx")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    assert warned == []
 
 
 def _forget_kernels() -> None:

