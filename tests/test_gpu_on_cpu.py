@@ -2,6 +2,7 @@
 in a GPU's memory, with the kernels' own Metal and CUDA texts run on a CPU (``gpu_on_cpu``).
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -18,7 +19,7 @@ from gpu_on_cpu import Launches
 from systems import needs_linux
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import choose, routed_experts
+from flashmoe_mlx.custom_kernels import attention, choose, nvidia, routed_experts
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.engine import Engine
@@ -195,7 +196,7 @@ def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
 def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
     def answer(**how: Any) -> list[int]:
         with flashmoe_mlx.load(tiny_pack, **how) as engine:
-            pieces = engine.generate("Question: what is 17 plus 25?", max_tokens=8, raw=True)
+            pieces = engine.generate("Question: what is 17 plus 25?", max_tokens=5, raw=True)
             return [token for piece in pieces for token in piece.token_ids]
 
     expected = answer(kernels="reference")
@@ -224,3 +225,46 @@ def test_what_a_gpu_is_asked() -> None:
         assert not memory.slots_on_gpu()
         assert choose("auto").dense_experts is None
     assert activation_type() == mx.float32
+
+
+@pytest.mark.parametrize(("major", "minor", "stages"), [(9, 0, 4), (8, 0, 4), (8, 9, 2), (12, 0, 2), (7, 5, 0)])
+def test_tiles_under_way_by_compute_capability(
+    major: int, minor: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"compute_capability_major": major, "compute_capability_minor": minor}
+    monkeypatch.setattr(mx, "device_info", lambda *device: answer)
+    assert attention._stages_of_this_gpu.__wrapped__() == stages
+
+
+class Driver:
+    """NVIDIA's driver as far as it is asked; ``status`` is what every call returns."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self._status
+
+    def cuDeviceGet(self, device: object, ordinal: int) -> int:  # noqa: N802
+        return self._status
+
+    def cuDeviceGetAttribute(self, value: Any, number: int, device: object) -> int:  # noqa: N802
+        value._obj.value = {16: 132, 75: 9, 97: 232448}[number]  # cuda.h
+        return self._status
+
+
+def test_what_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(0))
+    assert nvidia.gpu.__wrapped__() == Gpu(multiprocessors=132, capability=9, shared_memory=232448)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(3))
+    with pytest.raises(RuntimeError, match="reports error 3"):
+        nvidia.gpu.__wrapped__()
+
+
+def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.raises(RuntimeError, match="does not load"):
+        nvidia.gpu.__wrapped__()
