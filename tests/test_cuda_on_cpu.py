@@ -1,9 +1,12 @@
-"""Kernels that use the copy engine of NVIDIA GPUs equal their references on a machine that runs them on a CPU, whatever
-order their threads run in and however few threadgroups run at once; and the machine notices what would hang or differ.
+"""CUDA kernels equal their references on a machine that runs their text on a CPU, in any order of their threads and
+however few threadgroups run at once; and the machine notices what would hang or differ. The everyday twins of
+``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
+import gpu_on_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -11,55 +14,132 @@ from cuda_on_cpu import Machine
 from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
-from flashmoe_mlx.custom_kernels import kernel, nvidia, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels import attention, dense_experts, kernel, routed_experts
+from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
 from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import TOLERANCE, Geometry
+from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Geometry
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
-GPU = nvidia.Gpu(multiprocessors=3, capability=9, shared_memory=120_000)
-Run = Callable[..., None]
+WHOLE_STEPS = Geometry(256, 256, 6, 2, 32, 8, 2, 6, 32, 48)
+"""The smallest sizes that go through tensor cores."""
+SMALL = GEOMETRIES["small"]
+BF16, F32 = mx.bfloat16, mx.float32
 
 
 @pytest.fixture
-def on_machine(monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Has kernels run on a machine with so many threadgroups at once and a seed."""
-    for module in (kernel, routed_experts, quantised_matvec):
-        monkeypatch.setattr(module, "dialect", lambda: "cuda")
-    for module in (routed_experts, quantised_matvec):
-        monkeypatch.setattr(module, "gpu", lambda: GPU)
+def on_hopper() -> Iterator[gpu_on_cpu.Launches]:
+    with gpu_on_cpu.cuda() as launches:
+        yield launches
 
-    def use(at_once: int, seed: int) -> None:
-        monkeypatch.setattr(mx.fast, "cuda_kernel", Machine(at_once, seed).cuda_kernel)
-        kernel.compiled.cache_clear()
 
-    return use
+@pytest.fixture
+def on_ampere() -> Iterator[gpu_on_cpu.Launches]:
+    with gpu_on_cpu.cuda(gpu=gpu_on_cpu.AMPERE) as launches:
+        yield launches
+
+
+def check(case: Case, launches: gpu_on_cpu.Launches, kernel: str) -> None:
+    assert case.error() <= TOLERANCE[case.dtype]
+    assert kernel in launches
 
 
 @pytest.mark.parametrize(
     ("bits", "group_size", "k", "shared", "at_once"),
     [(4, 64, 5, True, (3, 1)), (2, 128, 2, False, (2,)), (8, 64, 4, False, (3,))],
 )
-def test_routed_experts(
-    bits: int, group_size: int, k: int, shared: bool, at_once: tuple[int, ...], on_machine: Run
-) -> None:
+def test_routed_experts(bits: int, group_size: int, k: int, shared: bool, at_once: tuple[int, ...]) -> None:
     sizes = {"bits": bits, "group_size": group_size, "k": k, "shared": shared}
-    case = kernel_cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes)
+    case = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, **sizes)
+    name = "routed_experts_fused" + "_with_shared_expert" * shared
     for number in at_once:
-        on_machine(number, seed=number)
-        assert case.error() <= TOLERANCE[mx.bfloat16]
-        assert not any(np.array(turns)[0, 0] for turns in routed_experts._all_turns(k * 512)), "counters are zero again"
+        with gpu_on_cpu.cuda(at_once=number) as launches:
+            check(case, launches, name)
+            assert not any(np.array(turns)[0, 0] for turns in routed_experts._all_turns(k * 512)), "zero again"
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-def test_quantised_matvec(bits: int, on_machine: Run) -> None:
-    on_machine(3, bits)
-    case = kernel_cases.quantised_matvec(16 * 13, 1024, mx.bfloat16, bits=bits, group_size=64)
-    assert case.error() <= TOLERANCE[mx.bfloat16]
+def test_routed_experts_called_again_and_again(on_hopper: gpu_on_cpu.Launches) -> None:
+    """Every call leaves the counters as the next finds them."""
+    made = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, k=2, shared=False)
+    first = np.array(made.custom()[0].astype(F32))
+    for _ in range(3):
+        assert np.array_equal(np.array(made.custom()[0].astype(F32)), first)
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(2, 208), (4, 208), (8, 16)])
+def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.quantised_matvec(rows, 1024, BF16, bits=bits, group_size=64)
+    check(case, on_hopper, "quantised_matvec_stream")
+
+
+@pytest.mark.parametrize(("bits", "group_size", "shared"), [(2, 64, False), (4, 128, True)])
+def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_on_cpu.Launches) -> None:
+    sizes = {"bits": bits, "group_size": group_size}
+    routed = kernel_cases.routed_experts(WHOLE_STEPS, BF16, tokens=2, k=3, shared=shared, **sizes)
+    check(routed, on_ampere, "routed_experts_gate_up_tensor" + "_with_shared_expert" * shared)
+    check(kernel_cases.quantised_matvec(48, 256, BF16, tokens=2, **sizes), on_ampere, "quantised_matvec_tensor")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "width", "rotary", "contexts"),
+    [(16, 1, 128, 64, (1, 32, 33, 65, 300)), (9, 9, 256, 256, (40,))],
+)
+def test_attention_on_tensor_cores(
+    heads: int, kv_heads: int, width: int, rotary: int, contexts: tuple[int, ...], on_hopper: gpu_on_cpu.Launches
+) -> None:
+    """Tiles that are full, begun or alone."""
+    geometry = Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
+    for context in contexts:
+        case = kernel_cases.attention(geometry, BF16, context=context, seed=context)
+        check(case, on_hopper, "attention_decode_tensor")
+
+
+def test_more_tiles_of_a_span_than_are_under_way(
+    on_ampere: gpu_on_cpu.Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_BLOCKS", 1)
+    geometry = Geometry(64, 32, 4, 1, 128, 64, 1, 1, 32, 16)
+    check(kernel_cases.attention(geometry, BF16, context=32 * 32 * 6 + 5), on_ampere, "attention_decode_tensor")
+
+
+BODIES = {
+    "routed_experts_gate_up_with_shared_expert": partial(kernel_cases.routed_experts, SMALL, group_size=32, tokens=3),
+    "routed_experts_down": partial(kernel_cases.routed_experts, SMALL, group_size=32, bits=3, shared=False),
+    "dense_experts_body": partial(kernel_cases.dense_experts, SMALL, group_size=32),
+    "gated_delta_net_step": partial(kernel_cases.gated_delta_net, SMALL, tokens=20),
+    "attention_decode": partial(kernel_cases.attention, SMALL, context=300),
+    "attention_prepare": partial(kernel_cases.attention, SMALL, context=20, tokens=9),
+    "quantised_matvec_body": partial(kernel_cases.quantised_matvec, 20, 384, bits=3, group_size=32, tokens=8),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_bodies_that_metal_runs_as_well(name: str, on_hopper: gpu_on_cpu.Launches) -> None:
+    check(BODIES[name](F32), on_hopper, name)
+
+
+def test_grouped_experts_out_of_the_kernel(on_hopper: gpu_on_cpu.Launches) -> None:
+    dense = dense_experts.dense_experts
+    case = kernel_cases.grouped_experts(SMALL, F32, dense, tokens=40, experts=18)
+    check(case, on_hopper, "dense_experts_body")
+
+
+@pytest.mark.parametrize("slots", [(0,), (6, 2), (3, 1, 0, 5)])
+@pytest.mark.parametrize("size", [16, 4096, 32768])
+def test_fill_slots(slots: tuple[int, ...], size: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    random = np.random.default_rng(0)
+    slab, records = (mx.array(random.integers(0, 256, (count, size), np.uint8)) for count in (7, 4))
+    rows = mx.array(slots, mx.int32)
+    expected = np.array(reference.fill_slots(slab, records, rows))
+    fill_slots(slab, records, rows)
+    np.testing.assert_array_equal(np.array(slab), expected)
+
+
+WORDS = "".join(kernel._text("dialects", f"{name}.h") for name in ("cuda", "copy_engine"))
 
 
 def planted(source: str, threadgroups: int = 1) -> None:
-    run = Machine(1, 0).cuda_kernel("planted", ["x"], ["y"], source, "", 4096)
+    run = Machine(1, 0).cuda_kernel("planted", ["x"], ["y"], source, WORDS, 4096)
     run(
         inputs=[mx.zeros((64,), mx.uint32)],
         output_shapes=[(64,)],

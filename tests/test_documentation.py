@@ -34,6 +34,10 @@ class TestTheExampleOfAStore(ExpertStoreTests):
 def test_faults_name_tests_that_exist() -> None:
     sources = [*(ROOT / "tests").glob("*.py"), *(ROOT / "flashmoe_mlx" / "testing").glob("*.py")]
     code = "".join(path.read_text() for path in sources)
-    named = set(re.findall(r"(test_\w+)`", (ROOT / "docs" / "faults.md").read_text()))
+    document = (ROOT / "docs" / "faults.md").read_text()
+    named = set(re.findall(r"(test_\w+)`", document))
     assert len(named) > 40
     assert {name for name in named if f"def {name}(" not in code} == set()
+    classes = set(re.findall(r"`(Test\w+)`", document))
+    assert len(classes) >= 4
+    assert {name for name in classes if f"class {name}(" not in code} == set()

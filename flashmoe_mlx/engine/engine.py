@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
@@ -76,8 +77,7 @@ def load(
     files = open_model(Path(model).expanduser())
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
-    # MLX's CPU kernels add up in the type of the activations: bf16 would lose whole digits there.
-    dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
+    dtype = activation_type()
     mx.reset_peak_memory()
     store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
     try:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.table import Table
@@ -14,6 +13,7 @@ from rich.table import Table
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.config import Config, EstimateConfig, ModelChoice, folder_of
 from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.telemetry import write_json
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.config import ModelConfig
@@ -115,7 +115,7 @@ def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
     context = min(_CONTEXT, geometry.max_context) if config.context is None else config.context
     if not 1 <= context <= geometry.max_context:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
-    activation_bytes = 4 if mx.default_device() == mx.cpu else 2
+    activation_bytes = activation_type().size
     scale_bytes = 2 if choose("auto").any_scales else activation_bytes
     return Model(geometry, config.bits[0], config.resident_bits, k, context, activation_bytes, scale_bytes, trace)
 

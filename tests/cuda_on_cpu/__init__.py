@@ -1,4 +1,4 @@
-"""Run CUDA kernels that use the copy engine on a CPU: their exact text, compiled by clang, on a machine of coroutines.
+"""Run CUDA kernels on a CPU: their text, compiled by clang, on a machine of coroutines (``machine.h``).
 
 ``Machine.cuda_kernel`` stands in for ``mx.fast.cuda_kernel``. What it catches, as a ``KernelFault``: threads that wait
 for each other for ever, also when few threadgroups run at once; barriers at which too many arrive; misaligned copies.
@@ -7,19 +7,19 @@ which a GPU makes writes visible, and its speed.
 """
 
 import ctypes
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from kernels_on_cpu import Buffer, Clang, KernelFault, Launch, launched
 from nvrtc import C_TYPES
 
-from flashmoe_mlx import custom_kernels
-
-_CLANG = Clang(Path(__file__).parent, ["-O1"])
-_REPLACED = ("cuda.h", "mma.h", "copy_engine.h")
-"""The dialect's words that ``machine.h`` has its own of."""
+_CLANG = Clang(Path(__file__).parent, ["-O1", "-U_FORTIFY_SOURCE"])
+_FUNCTION = re.compile(r"^(?:template <[^\n]*>\n)?inline .*?^\}\n", re.MULTILINE | re.DOTALL)
+_SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?uint4 (\w+)\[\]")
 
 
 class Machine:
@@ -45,10 +45,13 @@ class Machine:
             names = [*input_names, *output_names]
             library = _CLANG.load(_unit(names, [array.dtype for array in arrays], source, header, launch.template))
             buffers = [Buffer(array, output=i >= len(launch.inputs)) for i, array in enumerate(arrays)]
+            shapes = [np.array(array.shape, np.int32) for array in arrays]
+            addresses = [*(buffer.address for buffer in buffers), *(shape.ctypes.data for shape in shapes)]
+            groups = [size // group for size, group in zip(launch.grid, launch.threadgroup, strict=True)]
             library.run.restype = ctypes.c_char_p
             fault = library.run(
-                (ctypes.c_void_p * len(buffers))(*(buffer.address for buffer in buffers)),
-                launch.grid[0] // launch.threadgroup[0],
+                (ctypes.c_void_p * len(addresses))(*addresses),
+                (ctypes.c_uint * 3)(*groups),
                 launch.threadgroup[0],
                 self._at_once,
                 ctypes.c_size_t(shared_memory),
@@ -66,9 +69,6 @@ def _unit(
     names: Sequence[str], dtypes: Sequence[mx.Dtype], source: str, header: str, template: Sequence[tuple[str, Any]]
 ) -> str:
     """A C++ file with the kernel's body as a function of the machine."""
-    dialects = Path(str(custom_kernels.__path__[0]), "dialects")
-    for file in _REPLACED:
-        header = header.replace((dialects / file).read_text(), "")
     constants = [
         f"using {name} = {C_TYPES[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};"
         for name, value in template
@@ -77,4 +77,16 @@ def _unit(
         f"{C_TYPES[dtype]}* {name} = ({C_TYPES[dtype]}*)buffers[{i}];"
         for i, (name, dtype) in enumerate(zip(names, dtypes, strict=True))
     ]
-    return "\n".join(['#include "machine.h"', header, "static void body() {", *constants, *arguments, source, "}"])
+    shapes = [
+        f"const int* {name}_shape = (const int*)buffers[{len(names) + i}];"
+        for i, name in enumerate(names)
+        if f"{name}_shape" in source
+    ]
+    words = _FUNCTION.sub(lambda function: "" if _in_ptx(function.group()) else function.group(), header)
+    text = "\n".join([words, "static void body() {", *constants, *arguments, *shapes, source, "}"])
+    return '#include "machine.h"\n' + _SHARED.sub(r"uint4* \1 = (uint4*)now->group->shared", text)
+
+
+def _in_ptx(function: str) -> bool:
+    """Whether ``machine.h`` has this function of the dialect: clang for a CPU takes no assembly for a GPU."""
+    return "asm" in function or "__cvta" in function

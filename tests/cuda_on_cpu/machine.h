@@ -1,8 +1,10 @@
-// Runs CUDA kernels written with custom_kernels/dialects/copy_engine.h on a CPU: every thread is a coroutine, and threads
-// meet at barriers, shuffles and tensor cores as a simdgroup does. Copies land later and in any order; until then their
-// target holds rubbish. Which simdgroup goes on next is drawn at random, and so few threadgroups run at once as asked.
+// Runs CUDA kernels on a CPU: every thread is a coroutine, and threads meet at barriers, shuffles and tensor cores as a
+// simdgroup does. Copies by the copy engine land later and in any order, those of a thread when it waits for them; until
+// then their target holds rubbish. Which simdgroup goes on next is drawn at random, and as few threadgroups run at once
+// as asked. Here are CUDA's own words and, under the names of custom_kernels/dialects, what is written there in PTX.
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -17,12 +19,16 @@ struct alignas(16) uint4 {
 struct alignas(8) uint2 {
   uint x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
 struct Dimension {
-  int x;
+  uint x, y, z;
 };
+typedef _Float16 __half;
 static inline uint4 make_uint4(uint x, uint y, uint z, uint w) { return uint4{x, y, z, w}; }
 static inline uint2 make_uint2(uint x, uint y) { return uint2{x, y}; }
 static inline float2 make_float2(float x, float y) { return float2{x, y}; }
@@ -54,9 +60,14 @@ static inline uint __byte_perm(uint low, uint high, uint pick) {
   }
   return result;
 }
-static inline float exponential(float x) { return expf(x); }
-static inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-static inline float nearest(float x) { return rintf(x); }
+static inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+static inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = float(sin(M_PI * double(x))), *cosine = float(cos(M_PI * double(x)));
+}
+template <typename V>
+static inline V __ldcs(const V* from) {
+  return *from;
+}
 template <typename V>
 static inline V __ldcg(const V* from) {
   return *from;
@@ -64,7 +75,8 @@ static inline V __ldcg(const V* from) {
 
 // The machine.
 
-constexpr int LANES = 32, MOST_THREADS = 512, MOST_COPIES = 4096, MOST_BARRIERS = 128, STACK = 1 << 16;
+constexpr int LANES = 32, MOST_THREADS = 512, MOST_COPIES = 4096, MOST_BARRIERS = 128, STACK = 1 << 17;
+constexpr int MOST_OWN_COPIES = 128;
 
 struct Simdgroup {
   int arrived;
@@ -76,18 +88,26 @@ struct Barrier {
   int phase, pending, arrivals;
   long bytes;
 };
+struct OwnCopy {
+  uint4* to;
+  const uint4* from;
+  int batch;
+};
 struct Threadgroup;
 struct Thread {
   ucontext_t context;
+  jmp_buf place;  // where it goes on
   Threadgroup* group;
-  int number;
-  bool done;
+  int number, batches, own_copies;
+  bool begun, done;
+  OwnCopy own_copy[MOST_OWN_COPIES];
   char stack[STACK];
 };
 struct Threadgroup {
+  bool live;
   int number, arrived, barriers;
   uint meeting;
-  uchar* shared;
+  uchar *shared, *statics;
   Simdgroup simdgroups[MOST_THREADS / LANES];
   Barrier barrier[MOST_BARRIERS];
   Thread threads[MOST_THREADS];
@@ -99,9 +119,10 @@ struct Copy {
   Barrier* barrier;
 };
 static Thread* now;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
+static Dimension grid;
 static Copy copies[MOST_COPIES];
-static int copies_under_way, threads_a_group, groups_in_all;
+static int copies_under_way, threads_a_group;
 static uint64_t random_state;
 static const char* fault;
 static long events;  // of those that others may wait for
@@ -110,7 +131,21 @@ static inline uint drawn(uint below) {
   random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
   return uint(random_state >> 33) % below;
 }
-static inline void pause() { swapcontext(&now->context, &scheduler); }
+static __attribute__((noinline)) void pause() {
+  if (!_setjmp(now->place)) {
+    _longjmp(scheduler, 1);
+  }
+}
+static __attribute__((noinline)) void go_on(Thread* one) {
+  now = one;
+  if (!_setjmp(scheduler)) {
+    if (one->begun) {
+      _longjmp(one->place, 1);
+    }
+    one->begun = true;
+    setcontext(&one->context);
+  }
+}
 static inline void fail(const char* what) {
   fault = what;
   while (true) {
@@ -118,14 +153,29 @@ static inline void fail(const char* what) {
   }
 }
 
-#define threadgroup_position_in_grid (Dimension{now->group->number})
-#define thread_index_in_threadgroup (now->number)
-#define thread_index_in_simdgroup (now->number % LANES)
-#define simdgroup_index_in_threadgroup (now->number / LANES)
-#define gridDim (Dimension{groups_in_all})
-#define constant
-#define thread
-#define DYNAMIC_SHARED(name) uint4* name = (uint4*)now->group->shared
+#define __device__
+#define __shared__ static __attribute__((section("shared_memory")))
+#define blockIdx (place_of(now->group->number))
+#define blockDim (Dimension{uint(threads_a_group), 1, 1})
+#define threadIdx (Dimension{uint(now->number), 0, 0})
+#define gridDim grid
+static inline Dimension place_of(int group) {
+  return Dimension{group % grid.x, group / grid.x % grid.y, group / grid.x / grid.y};
+}
+// Arrays that a kernel declares as shared are static; each threadgroup has its own bytes of them while it runs.
+extern "C" char __start_shared_memory[] __attribute__((weak));
+extern "C" char __stop_shared_memory[] __attribute__((weak));
+static Threadgroup* running;
+static inline size_t statics() { return size_t(__stop_shared_memory - __start_shared_memory); }
+static inline void run_in(Threadgroup* group) {
+  if (running != group && statics()) {
+    if (running) {
+      memcpy(running->statics, __start_shared_memory, statics());
+    }
+    memcpy(__start_shared_memory, group->statics, statics());
+  }
+  running = group;
+}
 
 static inline void __syncthreads() {
   Threadgroup* group = now->group;
@@ -187,6 +237,39 @@ static inline uint __reduce_add_sync(uint, uint value) {
       all.taken[lane][0] = sum;
     }
   });
+}
+// mma.m16n8k16: 4 g + c holds rows g and g + 8 of A, column g of B, columns 2 c and 2 c + 1 of the sums.
+static inline void multiply(float* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
+  const uint given[10] = {a0, a1, a2, a3, b0, b1, same_bits<uint>(sums[0]), same_bits<uint>(sums[1]),
+                          same_bits<uint>(sums[2]), same_bits<uint>(sums[3])};
+  const uint* taken = meet(given, 10, [](Simdgroup& all) {
+    float a[16][16], b[16][8];
+    for (int lane = 0; lane < LANES; lane++) {
+      const int g = lane / 4, c = lane % 4;
+      for (int word = 0; word < 6; word++) {
+        for (int i = 0; i < 2; i++) {
+          const float value = __uint_as_float(all.given[lane][word] >> (16 * i) << 16);
+          if (word < 4) {
+            a[g + word % 2 * 8][2 * c + i + word / 2 * 8] = value;
+          } else {
+            b[2 * c + i + (word - 4) * 8][g] = value;
+          }
+        }
+      }
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+      for (int r = 0; r < 4; r++) {
+        float sum = __uint_as_float(all.given[lane][6 + r]);
+        for (int k = 0; k < 16; k++) {
+          sum += a[lane / 4 + r / 2 * 8][k] * b[k][lane % 4 * 2 + r % 2];
+        }
+        all.taken[lane][r] = same_bits<uint>(sum);
+      }
+    }
+  });
+  for (int r = 0; r < 4; r++) {
+    sums[r] = __uint_as_float(taken[r]);
+  }
 }
 // mma.m16n8k32: 4 g + c holds rows g and g + 8 of A, column g of B, columns 2 c and 2 c + 1 of the sums.
 static inline void multiply(int* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
@@ -293,68 +376,133 @@ static inline uint4 wait_for_words(const volatile uint4* from, uint tag) {
   }
   return uint4{from[0].x, from[0].z, from[1].x, from[1].z};
 }
-static inline float low_half(uint pair) { return __uint_as_float(pair << 16); }
-static inline float high_half(uint pair) { return __uint_as_float(pair & 0xffff0000u); }
 static inline uint pair_of(float low, float high) {
   return uint(__nv_bfloat16(low).bits) | uint(__nv_bfloat16(high).bits) << 16;
 }
 
+static inline float power_of_two(float x) { return exp2f(x); }
+
+// A thread's own copies (cp.async): their target is rubbish from the beginning on, and they land when they are waited for.
+static inline void begin_copy(uint4* to, const void* from, bool there = true) {
+  if (uintptr_t(to) % 16 || uintptr_t(from) % 16) {
+    fail("a copy is not aligned to 16 bytes");
+  }
+  if (now->own_copies == MOST_OWN_COPIES) {
+    fail("too many copies");
+  }
+  memset((void*)to, 0xff, 16);
+  now->own_copy[now->own_copies++] = OwnCopy{to, there ? (const uint4*)from : nullptr, now->batches};
+}
+static inline void end_batch() { now->batches++; }
+template <int LATER>
+static inline void wait_for_batches() {
+  int left = 0;
+  for (int i = 0; i < now->own_copies; i++) {
+    const OwnCopy copy = now->own_copy[i];
+    if (copy.batch >= now->batches - LATER) {
+      now->own_copy[left++] = copy;
+    } else {
+      *copy.to = copy.from ? *copy.from : uint4{0, 0, 0, 0};
+    }
+  }
+  now->own_copies = left;
+}
+// ldmatrix: lane l gives row l % 8 of tile l / 8, and gets of each tile columns 2 c and 2 c + 1 of row g, l being 4 g + c;
+// transposed, rows 2 c and 2 c + 1 of column g.
+template <bool TRANSPOSED>
+static inline void load_matrices(uint* tiles, const uint4* row) {
+  uint given[2];
+  memcpy(given, &row, sizeof row);
+  const uint* taken = meet(given, 2, [](Simdgroup& all) {
+    const unsigned short* rows[LANES];
+    for (int lane = 0; lane < LANES; lane++) {
+      memcpy(&rows[lane], all.given[lane], sizeof rows[lane]);
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+      const int g = lane / 4, c = lane % 4;
+      for (int tile = 0; tile < 4; tile++) {
+        const unsigned short** own = rows + 8 * tile;
+        all.taken[lane][tile] = TRANSPOSED ? own[2 * c][g] | uint(own[2 * c + 1][g]) << 16
+                                           : own[g][2 * c] | uint(own[g][2 * c + 1]) << 16;
+      }
+    }
+  });
+  memcpy(tiles, taken, 16);
+}
+static inline void load_tiles(uint* tiles, const uint4* row) { load_matrices<false>(tiles, row); }
+static inline void load_transposed(uint* tiles, const uint4* row) { load_matrices<true>(tiles, row); }
+
 static void body();
 static void enter() {
-  body();
-  now->done = true;
   while (true) {
+    body();
+    now->done = true;
     pause();
   }
 }
 
 static void** buffers;
 
-// Run `groups` threadgroups of `threads`, `at_once` at a time; null, or what went wrong.
-extern "C" const char* run(void** arrays, int groups, int threads, int at_once, size_t shared, uint64_t seed) {
+static void begin(Threadgroup* group, int number, size_t shared) {
+  group->live = true, group->number = number, group->arrived = 0, group->barriers = 0, group->meeting = 0;
+  memset(group->simdgroups, 0, sizeof group->simdgroups);
+  memset(group->shared, 0xff, shared);
+  memset(group->statics, 0xff, statics());
+  for (int i = 0; i < threads_a_group; i++) {
+    Thread* one = &group->threads[i];
+    one->done = false, one->batches = 0, one->own_copies = 0;
+    if (!one->begun) {
+      one->group = group, one->number = i;
+      getcontext(&one->context);
+      one->context.uc_stack.ss_sp = one->stack, one->context.uc_stack.ss_size = STACK;
+      makecontext(&one->context, enter, 0);
+    }
+  }
+}
+
+// Run `size` threadgroups of `threads`, `at_once` at a time; null, or what went wrong.
+extern "C" const char* run(void** arrays, const uint* size, int threads, int at_once, size_t shared, uint64_t seed) {
   if (threads > MOST_THREADS || threads % LANES) {
     return "the machine has no so large threadgroups";
   }
-  buffers = arrays, threads_a_group = threads, groups_in_all = groups;
-  copies_under_way = 0, random_state = seed, fault = nullptr;
-  Threadgroup** live = (Threadgroup**)calloc(size_t(at_once), sizeof(Threadgroup*));
+  buffers = arrays, threads_a_group = threads, grid = Dimension{size[0], size[1], size[2]};
+  copies_under_way = 0, random_state = seed, fault = nullptr, running = nullptr;
+  const int groups = int(size[0] * size[1] * size[2]);
+  at_once = min(at_once, groups);
+  Threadgroup** place = (Threadgroup**)calloc(size_t(at_once), sizeof(Threadgroup*));
+  for (int i = 0; i < at_once; i++) {
+    place[i] = (Threadgroup*)calloc(1, sizeof(Threadgroup));
+    place[i]->shared = (uchar*)aligned_alloc(128, (shared + 128) / 128 * 128);
+    place[i]->statics = (uchar*)malloc(statics() + 1);
+  }
   int begun = 0, left = groups;
   long idle = 0, seen = events;
   while (left && !fault) {
-    for (int place = 0; place < at_once && !fault; place++) {
-      if (!live[place] && begun < groups) {
-        Threadgroup* group = live[place] = (Threadgroup*)calloc(1, sizeof(Threadgroup));
-        group->number = begun++;
-        group->shared = (uchar*)aligned_alloc(128, (shared + 127) / 128 * 128);
-        memset(group->shared, 0xff, shared);
-        for (int number = 0; number < threads; number++) {
-          Thread* one = &group->threads[number];
-          one->group = group, one->number = number;
-          getcontext(&one->context);
-          one->context.uc_stack.ss_sp = one->stack, one->context.uc_stack.ss_size = STACK;
-          one->context.uc_link = &scheduler;
-          makecontext(&one->context, enter, 0);
+    for (int i = 0; i < at_once && !fault; i++) {
+      Threadgroup* group = place[i];
+      if (!group->live) {
+        if (begun == groups) {
+          continue;
         }
+        if (running == group) {
+          running = nullptr;
+        }
+        begin(group, begun++, shared);
       }
-      Threadgroup* group = live[place];
-      if (!group) {
-        continue;
-      }
+      run_in(group);
       const int simdgroups = threads / LANES, only = drawn(4) == 0 ? -1 : int(drawn(uint(simdgroups)));
       bool done = true;
       for (int number = 0; number < threads; number++) {
         Thread* one = &group->threads[number];
         if (!one->done && (only < 0 || only == number / LANES)) {
-          now = one;
-          swapcontext(&scheduler, &one->context);
+          go_on(one);
         }
         done = done && one->done;
       }
       land_a_copy();
       idle = events == seen ? idle + 1 : 0, seen = events;
       if (done) {
-        free(group->shared), free(group);
-        live[place] = nullptr;
+        group->live = false;
         left--, events++;
       }
     }
@@ -362,11 +510,9 @@ extern "C" const char* run(void** arrays, int groups, int threads, int at_once, 
       fault = "threads wait for each other for ever";
     }
   }
-  for (int place = 0; place < at_once; place++) {
-    if (live[place]) {
-      free(live[place]->shared), free(live[place]);
-    }
+  for (int i = 0; i < at_once; i++) {
+    free(place[i]->shared), free(place[i]->statics), free(place[i]);
   }
-  free(live);
+  free(place);
   return fault;
 }

@@ -47,6 +47,7 @@ def metal_kernel(
 ) -> Callable[..., list[mx.array]]:
     """As ``mx.fast.metal_kernel``; the kernel runs when it is called, on the CPU."""
     real = _mlx_kernel(name, list(input_names), list(output_names), source, header)
+    libraries: dict[object, ctypes.CDLL] = {}
 
     def run(launch: Launch) -> None:
         def trace(*arrays: mx.array) -> list[mx.array]:
@@ -60,9 +61,13 @@ def metal_kernel(
                 verbose=True,
             )
 
-        library = _compiled(generated_text(trace, launch.inputs))
+        # All that MLX's text depends on.
+        arrays = tuple((array.shape, array.dtype) for array in [*launch.inputs, *launch.outputs])
+        which = (arrays, tuple(launch.template))
+        if which not in libraries:
+            libraries[which] = _compiled(generated_text(trace, launch.inputs))
         names, inputs = _with_shapes(source, input_names, launch.inputs)
-        _run(name, library, [*names, *output_names], [*inputs, *launch.outputs], len(inputs), launch)
+        _run(name, libraries[which], [*names, *output_names], [*inputs, *launch.outputs], len(inputs), launch)
 
     return launched(run)
 

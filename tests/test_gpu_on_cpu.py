@@ -1,0 +1,269 @@
+"""An engine on a GPU says what one on a CPU says: every branch that only a GPU takes, from the kernels' choice to slots
+in a GPU's memory, with the kernels' own Metal and CUDA texts run on a CPU (``gpu_on_cpu``).
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu_on_cpu
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+import pytest
+from conftest import TINY
+from gpu_on_cpu import Launches
+from systems import needs_linux
+
+import flashmoe_mlx
+from flashmoe_mlx.custom_kernels import attention, choose, nvidia, routed_experts
+from flashmoe_mlx.custom_kernels.nvidia import Gpu
+from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.engine.engine import Engine
+from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.storage import memory
+
+pytestmark = needs_linux
+
+Logits = npt.NDArray[np.float32]
+Device = Callable[..., AbstractContextManager[Launches]]
+
+PROMPT = [int(token) for token in np.random.default_rng(7).integers(5, 250, 20)]
+"""Longer than the most tokens that any kernel of a step takes; ``most_tokens`` lowers CUDA's 256."""
+STEPS = (65, 66, 67)
+EXACT = 1e-4
+"""Largest difference of logits in f32, relative to the largest one; it is 3e-6 where everything is right."""
+ROUNDED = 0.05
+"""The same in bf16, between kernels and references that both round to it; 0.01 where everything is right."""
+
+WHOLE_CHUNKS = SyntheticSizes(
+    num_layers=4,
+    hidden_size=512,
+    num_experts=4,
+    experts_per_token=4,
+    expert_size=512,
+    shared_expert_size=512,
+    num_heads=4,
+    num_kv_heads=1,
+    head_dim=256,
+    linear_key_heads=1,
+    linear_value_heads=4,
+    linear_key_dim=32,
+    linear_value_dim=32,
+    max_context=256,
+    bits=4,
+    seed=0,
+)
+"""The smallest model whose every product goes through tensor cores and the copy engine."""
+
+
+@pytest.fixture(autouse=True)
+def most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of a few tokens pass the switch that CUDA has at 256."""
+    monkeypatch.setitem(routed_experts.MOST_TOKENS, "cuda", 12)
+
+
+@pytest.fixture(scope="module")
+def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic_pack("whole-chunks", WHOLE_CHUNKS, tmp_path_factory.mktemp("cache")).folder
+
+
+def said(pack: Path, prompt: Sequence[int] = PROMPT, steps: Sequence[int] = STEPS, **options: Any) -> Logits:
+    """The logits of a prompt and of each step after it."""
+    with flashmoe_mlx.load(pack, **options) as engine:
+        return steps_of(engine, prompt, steps)
+
+
+def steps_of(engine: Engine, prompt: Sequence[int] = PROMPT, steps: Sequence[int] = STEPS) -> Logits:
+    cache = engine.new_cache()
+    return np.concatenate([engine.forward(prompt, cache), *(engine.forward([token], cache) for token in steps)])
+
+
+def difference(got: Logits, expected: Logits) -> float:
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_pack: Path) -> Logits:
+    """What the references say on a CPU."""
+    return said(tiny_pack, kernels="reference")
+
+
+def ran(launches: Launches, *kernels: str) -> bool:
+    return set(kernels) <= set(launches)
+
+
+SPLIT = ("routed_experts_gate_up", "routed_experts_down")
+SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
+MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
+PRODUCTS = ("quantised_matvec_body",)
+RECORD_BYTES = 32768
+
+
+def hybrid(slots_a_layer: int, **options: Any) -> dict[str, Any]:
+    budget = TINY.num_layers * slots_a_layer * RECORD_BYTES / 2**30
+    return {"backend": "ram_hybrid", "budget_gib": budget, **options}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "pread", "slots": 3, "prefetch": "previous_token"},
+        {"backend": "mmap", "slots": 16},
+        hybrid(9, slots=4, prefetch="next_router"),
+    ],
+    ids=lambda options: options["backend"],
+)
+def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
+    with gpu_on_cpu.metal(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
+        assert difference(steps_of(engine), expected) < EXACT
+        assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS)
+        assert engine.setup["kernels"]["gated_delta_net of prompts"] == "mx.fast.gated_delta_update"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "pread", "slots": 3, "prefetch": "next_router"},
+        {"backend": "resident"},
+        hybrid(5, slots=3, preload=True),
+        hybrid(9, slots=4, prefetch="previous_token"),
+        hybrid(9, slots=4, prefetch="early_router"),
+    ],
+    ids=lambda options: options["backend"] + "-" + options.get("prefetch", "none"),
+)
+def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
+    with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
+        assert difference(steps_of(engine), expected) < EXACT
+        assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
+        assert engine.setup["kernels"]["routed_experts of prompts"] == "custom kernel dense_experts"
+        on_gpu = type(engine.store.fetch(0, [1])).__name__ == "GpuBatch"
+        assert on_gpu == ("fill_slots" in launches) == (options["backend"] != "pread")
+        if options.get("prefetch", "none") != "none":
+            assert engine.store.stats().prefetched > 0
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+@pytest.mark.parametrize("slots", [5, 16])
+def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tiny_pack: Path) -> None:
+    """In bf16, as scales are. Every token uses all experts, because a rounded score may turn a choice."""
+    options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}
+    with device() as launches:
+        got = said(tiny_pack, **options)
+        assert ran(launches, *SHARED)
+        assert ran(launches, *SPLIT) == (slots < TINY.num_experts), "the first group takes it along"
+        rounded = said(tiny_pack, kernels="reference", **options)
+    assert difference(got, rounded) < ROUNDED
+
+
+@pytest.mark.parametrize(
+    ("gpu", "kernels"),
+    [
+        (
+            gpu_on_cpu.HOPPER,
+            ("routed_experts_fused_with_shared_expert", "quantised_matvec_stream", "attention_decode_tensor"),
+        ),
+        (
+            gpu_on_cpu.AMPERE,
+            ("routed_experts_gate_up_tensor_with_shared_expert", "quantised_matvec_tensor", "attention_decode_tensor"),
+        ),
+    ],
+    ids=["hopper", "ampere"],
+)
+def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) -> None:
+    options = {"backend": "resident", "prompt": PROMPT[:2], "steps": STEPS[:2]}
+    with gpu_on_cpu.cuda(gpu=gpu) as launches:
+        with flashmoe_mlx.load(whole_chunks, "resident") as engine:
+            got = steps_of(engine, PROMPT[:2], STEPS[:2])
+            assert ran(launches, *kernels)
+        rounded = said(whole_chunks, kernels="reference", **options)
+    assert difference(got, rounded) < ROUNDED
+
+
+def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
+    pack = synthetic_pack("long", replace(TINY, max_context=512), tmp_path).folder
+    prompt = (PROMPT * 13)[:254]
+    expected = said(pack, prompt=prompt, kernels="mlx")
+    with gpu_on_cpu.metal(mx.float32):
+        assert difference(said(pack, prompt=prompt), expected) < EXACT
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
+    def answer(**how: Any) -> list[int]:
+        with flashmoe_mlx.load(tiny_pack, **how) as engine:
+            pieces = engine.generate("Question: what is 17 plus 25?", max_tokens=5, raw=True)
+            return [token for piece in pieces for token in piece.token_ids]
+
+    expected = answer(kernels="reference")
+    assert len(set(expected)) > 1
+    with device(mx.float32):
+        assert answer(slots=7, prefetch="early_router") == expected
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_scales_have_the_type_of_activations(device: Device, tiny_pack: Path) -> None:
+    """Kernels of GPUs read both in one type; those for CPUs take any scales as they lie in the file."""
+    with device(mx.float32):
+        assert not choose("auto").any_scales
+        with flashmoe_mlx.load(tiny_pack) as engine:
+            assert engine.model.head.scales is not None
+            assert engine.model.head.scales.dtype == mx.float32
+
+
+def test_what_a_gpu_is_asked() -> None:
+    with gpu_on_cpu.cuda():
+        assert memory.slots_on_gpu()
+        assert memory.available_memory() == gpu_on_cpu.FREE_MEMORY
+        assert activation_type() == mx.bfloat16
+        assert choose("auto").dense_experts is not None
+    with gpu_on_cpu.metal():
+        assert not memory.slots_on_gpu()
+        assert choose("auto").dense_experts is None
+    assert activation_type() == mx.float32
+
+
+@pytest.mark.parametrize(("major", "minor", "stages"), [(9, 0, 4), (8, 0, 4), (8, 9, 2), (12, 0, 2), (7, 5, 0)])
+def test_tiles_under_way_by_compute_capability(
+    major: int, minor: int, stages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"compute_capability_major": major, "compute_capability_minor": minor}
+    monkeypatch.setattr(mx, "device_info", lambda *device: answer)
+    assert attention._stages_of_this_gpu.__wrapped__() == stages
+
+
+class Driver:
+    """NVIDIA's driver as far as it is asked; ``status`` is what every call returns."""
+
+    def __init__(self, status: int) -> None:
+        self._status = status
+
+    def cuInit(self, flags: int) -> int:  # noqa: N802
+        return self._status
+
+    def cuDeviceGet(self, device: object, ordinal: int) -> int:  # noqa: N802
+        return self._status
+
+    def cuDeviceGetAttribute(self, value: Any, number: int, device: object) -> int:  # noqa: N802
+        value._obj.value = {16: 132, 75: 9, 97: 232448}[number]  # cuda.h
+        return self._status
+
+
+def test_what_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(0))
+    assert nvidia.gpu.__wrapped__() == Gpu(multiprocessors=132, capability=9, shared_memory=232448)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(3))
+    with pytest.raises(RuntimeError, match="reports error 3"):
+        nvidia.gpu.__wrapped__()
+
+
+def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str) -> None:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    with pytest.raises(RuntimeError, match="does not load"):
+        nvidia.gpu.__wrapped__()
