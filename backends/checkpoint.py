@@ -1,7 +1,11 @@
 """Experts straight from a published safetensors checkpoint, without a pack."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.limits import DEPTH, SLOTS, Limit
 from flashmoe_mlx.pack.pack import PackedExperts
 from flashmoe_mlx.storage.readers import make_reader
 from flashmoe_mlx.storage.reading_store import ReadingStore
@@ -13,6 +17,8 @@ class CheckpointStore(ReadingStore):
 
     Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.
     """
+
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH}
 
     def __init__(self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 8) -> None:
         if isinstance(source, PackedExperts):

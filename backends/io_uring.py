@@ -1,6 +1,10 @@
 """Linux's io_uring: the reads of a layer in one system call."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.limits import CHUNK_MIB, DEPTH, SLOTS, Limit
 from flashmoe_mlx.storage.reading_store import ReadingStore
 from flashmoe_mlx.storage.uring_reader import UringReader
 
@@ -10,11 +14,14 @@ class UringStore(ReadingStore):
 
     Options: ``slots`` of one fetch; ``depth`` reads under way at once; ``chunk_mib`` MiB at most in one read (None:
     whole experts); ``direct`` reads past the page cache (O_DIRECT); ``workers`` has the kernel's own threads make the
-    reads, which matters where pages are in the cache and must be copied; ``registered`` pins the slots once.
+    reads, which matters where pages are in the cache and must be copied; ``registered`` pins the slots once, twice as
+    many from the start, so that hints need no others.
 
     Raises:
         BackendUnavailableError: not Linux, an old kernel, or io_uring is forbidden here.
     """
+
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH, "chunk_mib": CHUNK_MIB}
 
     def __init__(
         self,
@@ -32,4 +39,5 @@ class UringStore(ReadingStore):
             lambda slab: UringReader(source, depth, chunk_mib, direct, workers, slab if registered else None),
             depth,
             direct,
+            keep_slab=registered,
         )

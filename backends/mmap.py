@@ -17,7 +17,8 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, Extent, StoreStats
 from flashmoe_mlx.storage.extents import OpenFiles, Read
-from flashmoe_mlx.storage.slab import HostBatch, Slab
+from flashmoe_mlx.storage.host_slots import HostBatch
+from flashmoe_mlx.storage.slab import Slab
 
 _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV_SEQUENTIAL"}
 _MADV_POPULATE_READ = 22  # <asm-generic/mman-common.h>, Linux 5.14; Python 3.11 has no name for it
@@ -46,12 +47,13 @@ class MmapStore(ExpertStore):
     def __init__(self, source: ExpertSource, slots: int = 16, advice: str = "normal", populate: bool = True) -> None:
         super().__init__(source, slots)
         if advice not in _ADVICE:
-            raise InputError(f"backend.advice={advice}: choose from {', '.join(_ADVICE)}")
+            raise InputError(f"backend.advice={advice}: choose from {', '.join(_ADVICE)}", code="unknown_advice")
         extents = source.extents(0, 0)
         if len(extents) != 1:
             raise InputError(
                 f"backend=mmap needs a pack, where an expert lies in one piece; in {extents[0].path.parent} it has "
-                f"{len(extents)}. Make one (task=pack), or use backend=checkpoint"
+                f"{len(extents)}. Make one (task=pack), or use backend=checkpoint",
+                code="not_a_pack",
             )
         self._advice = getattr(mmap, _ADVICE[advice])
         self._populate = populate

@@ -1,7 +1,11 @@
 """The 2-bit variant of a pack: little more than half the bytes of the 4-bit one."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.limits import DEPTH, SLOTS, Limit
 from flashmoe_mlx.storage.readers import make_reader
 from flashmoe_mlx.storage.reading_store import ReadingStore
 
@@ -12,6 +16,8 @@ class Pack2Store(ReadingStore):
     Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once;
     ``direct`` reads past the page cache.
     """
+
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH}
 
     def __init__(
         self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4, direct: bool = False

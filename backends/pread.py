@@ -1,6 +1,10 @@
 """Parallel positioned reads into one buffer, trusting the page cache of the operating system."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.limits import CHUNK_MIB, SLOTS, THREADS, Limit
 from flashmoe_mlx.storage.reading_store import ReadingStore
 from flashmoe_mlx.storage.thread_reader import ThreadReader
 
@@ -12,6 +16,8 @@ class PreadStore(ReadingStore):
     several threads share an expert (None: whole experts); ``direct`` reads past the page cache (O_DIRECT on Linux,
     F_NOCACHE on macOS); ``readahead`` false tells the system not to read beyond what is asked for.
     """
+
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "threads": THREADS, "chunk_mib": CHUNK_MIB}
 
     def __init__(
         self,

@@ -1,20 +1,22 @@
 """A budget of memory for the experts that are used most, reads for the others."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource, ExpertStore, StoreStats
+from flashmoe_mlx.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.research.trace import RoutingTrace
-from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large
+from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large, slot_memory
 from flashmoe_mlx.storage.policies import make_policy
 from flashmoe_mlx.storage.read_ahead import ReadAhead
 from flashmoe_mlx.storage.readers import make_reader
-from flashmoe_mlx.storage.slab import make_slots
 from flashmoe_mlx.storage.slot_cache import SlotCache
+from flashmoe_mlx.storage.slots import SlotMaker, Slots
 
 
 class RamHybridStore(ExpertStore):
@@ -24,7 +26,8 @@ class RamHybridStore(ExpertStore):
     ``policy`` says which expert makes room for another: lru, lfu, s3fifo, or pinned, which keeps those that were
     chosen most in the recorded ``trace`` and the others by lru; ``slots`` that one fetch may need, if the budget gives
     a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once, ``direct`` past the page
-    cache, which then does not keep a second copy. On CUDA the slots are in the GPU's memory.
+    cache, which then does not keep a second copy. On CUDA the slots are in the GPU's memory. Outside the budget are
+    the experts of one request where they are copied for the kernels, and as many where hints are read ahead.
 
     ``preload`` fills all slots when it is opened, in the time that the disk takes for the budget: with the hot experts
     of ``trace``, and otherwise with those of the lowest numbers. It pays where the budget holds a good part of all.
@@ -34,6 +37,13 @@ class RamHybridStore(ExpertStore):
     Raises:
         InputError: the budget does not fit into memory, or holds less than one expert a layer.
     """
+
+    limits: ClassVar[Mapping[str, Limit]] = {
+        "budget_gib": BUDGET_GIB,
+        "memory_share": MEMORY_SHARE,
+        "slots": SLOTS,
+        "depth": DEPTH,
+    }
 
     def __init__(
         self,
@@ -48,31 +58,33 @@ class RamHybridStore(ExpertStore):
         direct: bool = False,
         preload: bool = False,
     ) -> None:
-        if slots < 1:
-            raise InputError(f"slots={slots}: a fetch needs at least 1 slot")
+        SLOTS.check("slots", slots)
         record = source.layout.record_bytes
         budget = _budget(budget_gib, memory_share)
         capacity = min(budget // (record * source.num_layers), source.num_experts)
         if capacity < 1:
             raise InputError(
                 f"backend=ram_hybrid: {budget / GIB:.3g} GiB are less than one expert for each of {source.num_layers} "
-                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}"
+                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}",
+                code="budget_too_small",
             )
         super().__init__(source, min(slots, capacity))
         self._policy = policy
         self._hot = _hot_experts(source, policy, trace)
         self._capacity = capacity
         self._caches = [self._empty(layer) for layer in range(source.num_layers)]
-        size = record * source.num_layers * capacity
+        maker = SlotMaker(record, self.slots)
+        size = record * (source.num_layers * capacity + self.slots) + maker.beside  # and the slots of reads ahead
         refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
-        self._layers = [make_slots(capacity, record, self.slots) for _ in range(source.num_layers)]
         self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
-        if preload:
-            try:
+        self._layers: list[Slots] = []
+        try:
+            self._layers += (maker.make(capacity) for _ in range(source.num_layers))
+            if preload:
                 self._preload()
-            except BaseException:
-                self._release()
-                raise
+        except BaseException:
+            self._release()
+            raise
 
     def _preload(self) -> None:
         for layer, hot in enumerate(self._hot):
@@ -81,7 +93,7 @@ class RamHybridStore(ExpertStore):
             for start in range(0, self._capacity, self.slots):
                 group = wanted[::-1][start : start + self.slots]
                 placement = self._caches[layer].place(group)
-                self._fill(layer, group, [placement.slots[expert] for expert in group])
+                self._fill(layer, {expert: placement.slots[expert] for expert in group})
 
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))
@@ -90,8 +102,7 @@ class RamHybridStore(ExpertStore):
         distinct = list(dict.fromkeys(experts))
         try:
             placement = self._caches[layer].place(distinct)
-            slots = [placement.slots[expert] for expert in placement.misses]
-            done = self._fill(layer, placement.misses, slots)
+            done = self._fill(layer, {expert: placement.slots[expert] for expert in placement.misses})
         except BaseException as error:
             # A failed read is known to have spoilt the slots of the misses; after anything else, an interrupt
             # perhaps, nothing is known of this layer.
@@ -106,15 +117,15 @@ class RamHybridStore(ExpertStore):
         # Beside the slots: what is only guessed pushes nobody out, and hits do not depend on hints.
         self._reader.advise(layer, [expert for expert in experts if expert not in self._caches[layer]])
 
-    def _fill(self, layer: int, experts: Sequence[int], slots: Sequence[int]) -> StoreStats:
-        where = self._layers[layer]
+    def _fill(self, layer: int, places: Mapping[int, int]) -> StoreStats:
+        """Read the experts of ``places`` into their slots there."""
+        filling = self._layers[layer].fill(list(places.values()))
         try:
-            done = self._reader.read(layer, experts, where, slots)
+            done = self._reader.read(layer, places, filling)
         except ExpertReadError:
-            self._caches[layer].drop(experts)
+            self._caches[layer].drop(places)
             raise
-        if slots:
-            where.commit(slots)
+        filling.commit()
         return done
 
     def _release(self) -> None:
@@ -124,12 +135,16 @@ class RamHybridStore(ExpertStore):
 
 
 def _budget(budget_gib: float | None, memory_share: float) -> int:
+    MEMORY_SHARE.check("memory_share", memory_share)
     if budget_gib is not None:
-        if not 0 < budget_gib < 2**20:
-            raise InputError(f"backend.budget_gib={budget_gib}: must be a size in GiB, more than 0")
+        BUDGET_GIB.check("budget_gib", budget_gib)
+        most, where = slot_memory()
+        if budget_gib * GIB > most:
+            raise InputError(
+                f"backend.budget_gib={budget_gib:g}: too large for this machine, {where} {most / GIB:.3g} GiB",
+                code="budget_too_large",
+            )
         return int(budget_gib * GIB)
-    if not 0 < memory_share <= 1:
-        raise InputError(f"backend.memory_share={memory_share}: must be more than 0 and at most 1")
     return int(memory_share * available_memory())
 
 
@@ -139,7 +154,8 @@ def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[S
         raise InputError(
             "backend.policy=pinned needs backend.trace=<recorded trace>"
             if trace is None
-            else f"backend.trace={trace}: only backend.policy=pinned uses a trace"
+            else f"backend.trace={trace}: only backend.policy=pinned uses a trace",
+            code="policy_without_trace" if trace is None else "trace_without_policy",
         )
     if trace is None:
         return [()] * source.num_layers
@@ -148,6 +164,7 @@ def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[S
     if (layers, recorded.num_experts) != (source.num_layers, source.num_experts):
         raise InputError(
             f"{trace}: recorded with {layers} layers of {recorded.num_experts} experts; this model has "
-            f"{source.num_layers} of {source.num_experts}"
+            f"{source.num_layers} of {source.num_experts}",
+            code="trace_of_another_model",
         )
     return [recorded.hot_experts(layer) for layer in range(layers)]

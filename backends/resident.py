@@ -1,13 +1,15 @@
 """All experts in memory: the upper bound that other stores are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import mlx.core as mx
 
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, StoreStats
+from flashmoe_mlx.limits import DEPTH, Limit
 from flashmoe_mlx.storage.memory import refuse_if_too_large
 from flashmoe_mlx.storage.readers import make_reader
-from flashmoe_mlx.storage.slab import Slots, make_slots
+from flashmoe_mlx.storage.slots import SlotMaker, Slots
 
 _AT_ONCE = 16
 """Experts read together while opening."""
@@ -22,23 +24,25 @@ class ResidentStore(ExpertStore):
         InputError: they do not fit into the memory that is free; says how much is needed.
     """
 
+    limits: ClassVar[Mapping[str, Limit]] = {"depth": DEPTH}
+
     def __init__(self, source: ExpertSource, reader: str = "pread", depth: int = 4) -> None:
         super().__init__(source, source.num_experts)
-        record = source.layout.record_bytes
+        maker = SlotMaker(source.layout.record_bytes, _AT_ONCE)
         refuse_if_too_large(
             "backend=resident",
-            source.num_layers * source.num_experts * record,
+            source.num_layers * source.num_experts * source.layout.record_bytes + maker.beside,
             "use backend=ram_hybrid, which keeps as many as fit, or a variant of fewer bits",
         )
         self._layers: list[Slots] = []
         opened = make_reader(reader, source, depth)
         try:
             for layer in range(source.num_layers):
-                slots = make_slots(source.num_experts, record, _AT_ONCE)
+                slots = maker.make(source.num_experts)
                 for start in range(0, source.num_experts, _AT_ONCE):
-                    group = range(start, min(start + _AT_ONCE, source.num_experts))
-                    reads, nbytes = opened.read(layer, list(zip(group, slots.rows(group), strict=True)))
-                    slots.commit(group)
+                    filling = slots.fill(range(start, min(start + _AT_ONCE, source.num_experts)))
+                    reads, nbytes = opened.read(layer, list(filling.rows.items()))  # expert n is in slot n
+                    filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
                 self._layers.append(slots)
         finally:

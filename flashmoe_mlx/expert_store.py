@@ -12,40 +12,53 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Protocol, Self, SupportsIndex
+from typing import ClassVar, Protocol, Self, SupportsIndex
 
 import mlx.core as mx
 
-from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.limits import SLOTS, Limit
 from flashmoe_mlx.pack.record import RecordLayout
 
 
 class ExpertStoreError(FlashMoeError):
     """Base of everything that a store raises."""
 
+    default_code = "store_failed"
+
 
 class ExpertRequestError(ExpertStoreError):
     """A layer or expert that does not exist, or more experts than the store has slots."""
 
+    default_code = "invalid_request"
+
 
 class StoreClosedError(ExpertStoreError):
-    """A store used after ``close``."""
+    """A store used after ``close``, or in another process."""
+
+    default_code = "store_closed"
 
 
 class BackendUnavailableError(ExpertStoreError):
     """A store that this machine cannot run, and why."""
 
+    default_code = "backend_unavailable"
+
 
 class ExpertReadError(ExpertStoreError):
-    """Reading an expert failed; says of which layer and expert, and at which byte of which file."""
+    """A failed read of an expert; names the layer and expert, the file and the byte."""
 
-    def __init__(self, path: Path, layer: int, expert: int, offset: int, reason: str) -> None:
-        super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}")
+    default_code = "read_failed"
+
+    def __init__(
+        self, path: Path, layer: int, expert: int, offset: int, reason: str, *, code: str | None = None
+    ) -> None:
+        super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}", code=code)
         self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
 
 
@@ -142,9 +155,11 @@ class ExpertStore(ABC):
     be called from any thread.
     """
 
+    limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS}
+    """Numbers that options of the constructor accept, by name; checked before the store is opened by its name."""
+
     def __init__(self, source: ExpertSource, slots: int) -> None:
-        if slots < 1:
-            raise InputError(f"slots={slots}: a store needs at least 1 slot")
+        SLOTS.check("slots", slots)
         self.source = source
         self.slots = slots
         self._stats = StoreStats()
@@ -169,7 +184,10 @@ class ExpertStore(ABC):
         layer, indices = self._checked(layer, experts)
         distinct = len(set(indices))
         if distinct > self.slots:
-            raise ExpertRequestError(f"{distinct} experts were asked for at once, but the store has {self.slots} slots")
+            raise ExpertRequestError(
+                f"{distinct} experts were asked for at once, but the store has {self.slots} slots",
+                code="too_many_experts",
+            )
         self._refuse_other_process()
         with self._one_at_a_time:
             self._refuse_closed()
@@ -208,10 +226,10 @@ class ExpertStore(ABC):
 
     @abstractmethod
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
-        """``experts``, valid indices of ``layer``, perhaps some of them twice, and what it took.
+        """Load ``experts`` (validated; may repeat) of ``layer``; returns the batch and this call's counters.
 
-        Of the counters, all but ``fetches``, ``requests`` and ``fetch_seconds`` are this method's to state.
-        When it raises, nothing may be written to any slot any more.
+        The caller sets ``fetches``, ``requests`` and ``fetch_seconds``. When this raises, nothing may be written to any
+        slot any more.
         """
 
     def _hint(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # ignoring it is the default
@@ -228,7 +246,9 @@ class ExpertStore(ABC):
     def _refuse_other_process(self) -> None:
         # Before the lock: another thread of the parent may have held it when this process was forked.
         if os.getpid() != self._process:
-            raise StoreClosedError("this store was opened by another process; open one in this process")
+            raise StoreClosedError(
+                "this store was opened by another process; open one in this process", code="store_of_another_process"
+            )
 
     def _refuse_closed(self) -> None:
         if self._closed:
@@ -245,11 +265,13 @@ class ExpertStore(ABC):
 
 def _index(value: SupportsIndex, count: int, what: str) -> int:
     if isinstance(value, bool):
-        raise ExpertRequestError(f"{what} {value!r} is not an integer")
+        raise ExpertRequestError(f"{what} {value!r} is not an integer", code="index_no_integer")
     try:
         index = operator.index(value)
     except TypeError:
-        raise ExpertRequestError(f"{what} {value!r} is not an integer") from None
+        raise ExpertRequestError(f"{what} {value!r} is not an integer", code="index_no_integer") from None
     if not 0 <= index < count:
-        raise ExpertRequestError(f"{what} {index} is out of range: there are {count}, counted from 0")
+        raise ExpertRequestError(
+            f"{what} {index} is out of range: there are {count}, counted from 0", code="index_out_of_range"
+        )
     return index

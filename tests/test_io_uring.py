@@ -2,11 +2,12 @@
 
 import ctypes
 import errno
+import gc
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,12 @@ from systems import needs_io_uring, needs_linux
 
 from flashmoe_mlx.backends.io_uring import UringStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import BackendUnavailableError
+from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError, ExpertStoreError
+from flashmoe_mlx.storage import uring_reader
+from flashmoe_mlx.storage.slab import Slab
 from flashmoe_mlx.storage.uring import Ring, RingRead
+from flashmoe_mlx.storage.uring_reader import UringReader
+from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
@@ -63,27 +68,125 @@ def test_another_system_is_told_so(stored: StoredExperts, monkeypatch: pytest.Mo
 
 
 @needs_io_uring
-def test_memory_that_may_not_be_pinned(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = len(list(Path("/dev/fd").iterdir()))
-    monkeypatch.setattr(Ring, "register_buffers", failing(errno.ENOMEM))
-    with pytest.raises(BackendUnavailableError, match=r"cannot pin 1 MB .*ulimit -l.*registered=false") as caught:
+@pytest.mark.parametrize(("code", "limit"), [(errno.ENOMEM, True), (errno.EFAULT, False)])
+def test_memory_that_may_not_be_pinned(
+    code: int, limit: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the limit, or at all: on CUDA the memory is the driver's, and no limit helps."""
+    monkeypatch.setattr(Ring, "register_buffers", failing(code))
+    with nothing_left_behind(tmp_path), pytest.raises(BackendUnavailableError) as caught:
         UringStore(stored.source, registered=True)
+    assert caught.value.code == "cannot_pin"
+    assert ("ulimit -l" in str(caught.value)) == limit
+    assert "registered=false" in str(caught.value)
     assert_one_line(caught.value)
-    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 @needs_linux
 def test_direct_reads_need_a_pack(tmp_path: Path) -> None:
     scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
-    with pytest.raises(InputError, match=r"direct=true: .* is not aligned to 4096 bytes.*task=pack") as caught:
+    with pytest.raises(InputError) as caught:
         UringStore(scattered.source)
+    assert caught.value.code == "not_aligned"
     assert_one_line(caught.value)
 
 
 @pytest.mark.parametrize("depth", [0, -1, 5000])
 def test_depths_that_make_no_ring(depth: int, stored: StoredExperts) -> None:
-    with pytest.raises(InputError, match=f"depth={depth}: must be from 1 to 4096"):
+    with pytest.raises(InputError) as caught:
         UringStore(stored.source, depth=depth)
+    assert caught.value.code == "option_out_of_range"
+    assert_one_line(caught.value)
+
+
+@needs_io_uring
+def test_registered_slots_stay_registered_when_hints_come(
+    stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read through the ring goes to pinned memory, before and after hints, whichever slots are free."""
+    buffers: list[int | None] = []
+    original = Ring.run
+
+    def run(ring: Ring, reads: Sequence[RingRead]) -> list[int]:
+        buffers.extend(read.buffer for read in reads)
+        return original(ring, reads)
+
+    monkeypatch.setattr(Ring, "run", run)
+    with UringStore(stored.source, slots=3, registered=True, chunk_mib=1 / 128) as store:
+        slab = store._reader._slab
+        for step in range(40):
+            layer, experts = step % 4, [step % 12, (step + 5) % 12, (step + 7) % 12]
+            if step >= 10:
+                store.prefetch(layer, [experts[1], (step + 1) % 12, (step + 3) % 12])
+                if step % 2:
+                    time.sleep(0.002)
+            check(store.fetch(layer, experts), layer, experts, stored)
+        assert store._reader._slab is slab  # the pinned one
+        assert store.stats().prefetched > 0
+        assert len(store._reader._reader._buffers) == slab.count == 6  # enough for a batch and what hints bring
+    assert buffers
+    assert None not in buffers
+
+
+@needs_io_uring
+def test_rows_that_are_not_registered_are_refused(stored: StoredExperts) -> None:
+    size = stored.source.layout.record_bytes
+    reader = UringReader(stored.source, 4, registered=Slab(2, size))
+    with pytest.raises(ValueError, match="not registered"):
+        reader.read(0, [(1, memoryview(bytearray(size)))])
+    reader.close()
+
+
+@needs_io_uring
+@pytest.mark.parametrize("lost", [0, 1, 2])
+def test_a_read_that_the_ring_never_answers(lost: int, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its slot holds what was there before: an error, never data."""
+    original = Ring._prepare
+
+    def prepare(ring: Ring, place: int, number: int, read: RingRead) -> None:
+        original(ring, place, 0 if number == lost else number, read)
+
+    with UringStore(stored.source, slots=3) as store:
+        check(store.fetch(0, [1, 2, 3]), 0, [1, 2, 3], stored)
+        monkeypatch.setattr(Ring, "_prepare", prepare)
+        if lost:
+            with pytest.raises(ExpertReadError):
+                store.fetch(1, [4, 5, 6])
+        monkeypatch.undo()
+        check(store.fetch(1, [4, 5, 6]), 1, [4, 5, 6], stored)
+
+
+@needs_io_uring
+@pytest.mark.parametrize("wrong", [1, -4096])
+def test_a_ring_whose_counts_do_not_add_up(wrong: int, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Ring.run
+
+    def run(ring: Ring, reads: Sequence[RingRead]) -> list[int]:
+        return [result + max(wrong, 0) for result in original(ring, reads)]
+
+    monkeypatch.setattr(Ring, "run", run)
+    if wrong < 0:  # a read that the plan has and the ring was never given
+        monkeypatch.setattr(uring_reader, "total_bytes", lambda reads: sum(len(r.view) for r in reads) - wrong)
+    with UringStore(stored.source, slots=3) as store, pytest.raises(ExpertStoreError) as caught:
+        store.fetch(1, [4, 5, 6])
+    assert caught.value.code == "lost_read"
+    assert_one_line(caught.value)
+
+
+@needs_io_uring
+def test_a_ring_that_nobody_closes(tmp_path: Path) -> None:
+    with nothing_left_behind(tmp_path):
+        ring = Ring(4, workers=False)
+        del ring
+        gc.collect()
+
+
+@needs_io_uring
+def test_a_ring_is_closed_once(tmp_path: Path) -> None:
+    with nothing_left_behind(tmp_path):
+        ring = Ring(4, workers=False)
+        ring.close()
+        ring.close()
 
 
 @needs_io_uring

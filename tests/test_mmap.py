@@ -95,14 +95,17 @@ for populate in (True, False):
 
 def test_experts_in_pieces_are_refused(tmp_path: Path) -> None:
     scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
-    with pytest.raises(InputError, match=r"backend=mmap needs a pack.* 9\. Make one .*backend=checkpoint") as caught:
+    with pytest.raises(InputError) as caught:
         MmapStore(scattered.source)
+    assert caught.value.code == "not_a_pack"
     assert_one_line(caught.value)
 
 
 def test_advice_that_does_not_exist(stored: StoredExperts) -> None:
-    with pytest.raises(InputError, match=r"advice=good: choose from normal, random, sequential"):
+    with pytest.raises(InputError) as caught:
         MmapStore(stored.source, advice="good")
+    assert caught.value.code == "unknown_advice"
+    assert_one_line(caught.value)
 
 
 def test_an_old_kernel_still_serves(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle.recorded import CASES, DENSE_CASES, PROMPT_LENGTH, TOLERANCE, Case, Encoding
+from oracle.recorded import (
+    CASES,
+    DENSE_CASES,
+    LONG_CASES,
+    LONG_PROMPT_LENGTH,
+    LONG_ROWS,
+    PROMPT_LENGTH,
+    TOLERANCE,
+    Case,
+    Encoding,
+    LongCase,
+)
 from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
@@ -82,6 +93,14 @@ def test_yarn_is_that_of_transformers(
     assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-6)
     # Theirs are in f32, the ramp between the bounds as well.
     np.testing.assert_allclose(rope.frequencies(), frequencies.numpy(), rtol=2e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_long_recordings_are_what_transformers_says(case: LongCase) -> None:
+    recording = case.load()
+    reference = Reference(case.geometry, case.weights(), case.experts_k)
+    logits = reference.prefill_then_decode(recording.tokens, LONG_PROMPT_LENGTH)
+    assert_agree(logits[LONG_ROWS], recording.logits, DRIFT)
 
 
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)

@@ -8,7 +8,19 @@ from typing import get_args
 import mlx.core as mx
 import numpy as np
 import pytest
-from oracle.recorded import CASES, DECODE_STEPS, FIXTURES, PROMPT_LENGTH, TOLERANCE, Case, Recording
+from oracle.recorded import (
+    CASES,
+    DECODE_STEPS,
+    FIXTURES,
+    LONG_CASES,
+    LONG_PROMPT_LENGTH,
+    LONG_ROWS,
+    PROMPT_LENGTH,
+    TOLERANCE,
+    Case,
+    LongCase,
+    Recording,
+)
 from tiny_checkpoints import GEOMETRIES, Geometry, Layout, write_checkpoint
 
 import flashmoe_mlx
@@ -78,8 +90,21 @@ def test_cached_decode(opened: Opened) -> None:
     opened.check(decoded, PROMPT_LENGTH)
 
 
+@pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
+def test_past_4096_tokens(case: LongCase, tmp_path: Path) -> None:
+    """A prompt in the chunks that the engine chooses by itself, then single steps, across every border of a cache."""
+    recording = case.load()
+    with open_case(case, tmp_path) as engine:
+        cache = engine.new_cache()
+        prompt = recording.tokens[:LONG_PROMPT_LENGTH]
+        rows = [engine.forward(chunk, cache) for chunk in np.split(prompt, range(1024, LONG_PROMPT_LENGTH, 1024))]
+        steps = range(LONG_PROMPT_LENGTH, LONG_PROMPT_LENGTH + DECODE_STEPS)
+        rows += [engine.forward(recording.tokens[step : step + 1], cache) for step in steps]
+    Opened(case, engine, recording).check(np.concatenate(rows)[LONG_ROWS])
+
+
 def test_every_recording_is_used() -> None:
-    assert {path.stem for path in FIXTURES.iterdir()} == {case.name for case in CASES}
+    assert {path.stem for path in FIXTURES.iterdir()} == {case.name for case in (*CASES, *LONG_CASES)}
 
 
 def some_tokens(geometry: Geometry, count: int = 24) -> np.ndarray:

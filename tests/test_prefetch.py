@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_slots_on_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -35,12 +36,26 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     return calls
 
 
-@pytest.mark.parametrize("backend", ["pread", "mmap", "ram_hybrid", "resident", "pread direct"])
-def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str) -> None:
-    name, _, direct = backend.partition(" ")
-    options: dict[str, Any] = {"direct": True} if direct else {}
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "pread",
+        "mmap",
+        "ram_hybrid",
+        "resident",
+        "pread direct",
+        "ram_hybrid GPU",
+        "ram_hybrid GPU direct",
+        "resident GPU",
+    ],
+)
+def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *how = backend.split()
+    options: dict[str, Any] = {"direct": True} if "direct" in how else {}
     if name == "ram_hybrid":
-        options = {"budget_gib": 5 * LAYERS * 2**15 / 2**30}
+        options["budget_gib"] = 5 * LAYERS * 2**15 / 2**30
+    if "GPU" in how:
+        gpu_slots_on_cpu.emulate(monkeypatch)
     tokens = {}
     for policy in POLICIES:
         with flashmoe_mlx.load(tiny_pack, name, prefetch=policy, **options) as engine:

@@ -1,22 +1,31 @@
 """Every backend passes the tests that any store must pass; most need nothing but their name."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import gpu_slots_on_cpu
+import mlx.core as mx
 import pytest
 from systems import needs_io_uring
 
 from flashmoe_mlx.backends import mmap as mmap_backend
+from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.storage import uring
-from flashmoe_mlx.testing import ExpertStoreTests, Fault
+from flashmoe_mlx.storage.gpu_slots import GpuBatch
+from flashmoe_mlx.storage.host_slots import HostBatch
+from flashmoe_mlx.storage.slab import SlabBatch
+from flashmoe_mlx.storage.slots import slots_for
+from flashmoe_mlx.testing import ExpertStoreTests, Fault, StoredExperts
+
+FIVE_A_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}
 
 
 class _ThroughTheRing(ExpertStoreTests):
     """Reads that go through io_uring are disturbed where the kernel's answers come in."""
 
     least = 1
-    """Bytes that a short read brings at least."""
+    """Bytes of which a short read brings a multiple."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         original, count = uring.Ring.run, 0
@@ -26,7 +35,12 @@ class _ThroughTheRing(ExpertStoreTests):
             outcomes = [fault(count + index + 1) for index in range(len(reads))]
             count += len(reads)
             shortened = [
-                uring.RingRead(read.file, read.offset, read.view[: max(outcome, self.least)], read.buffer)
+                uring.RingRead(
+                    read.file,
+                    read.offset,
+                    read.view[: max(outcome // self.least * self.least, self.least)],
+                    read.buffer,
+                )
                 if outcome is not None and outcome > 0
                 else read
                 for read, outcome in zip(reads, outcomes, strict=True)
@@ -50,9 +64,8 @@ class TestPreadInChunks(ExpertStoreTests):
     options = {"slots": 6, "threads": 2, "chunk_mib": 1 / 128, "readahead": False}
 
 
-class TestPreadDirect(ExpertStoreTests):
-    backend = "pread"
-    options = {"slots": 6, "direct": True}
+class _Direct(ExpertStoreTests):
+    """Reads past the page cache: short ones bring whole pages."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         def aligned(number: int) -> int | None:
@@ -60,6 +73,11 @@ class TestPreadDirect(ExpertStoreTests):
             return outcome if outcome is None or outcome < 0 else max(outcome // 4096 * 4096, 4096)
 
         super().inject(monkeypatch, aligned)
+
+
+class TestPreadDirect(_Direct):
+    backend = "pread"
+    options = {"slots": 6, "direct": True}
 
 
 class TestPreadOnACheckpoint(ExpertStoreTests):
@@ -86,7 +104,7 @@ class TestResident(ExpertStoreTests):
 
 class TestRamHybrid(ExpertStoreTests):
     backend = "ram_hybrid"
-    options = {"budget_gib": 4 * 5 * 32768 / 2**30}
+    options = FIVE_A_LAYER
 
 
 class TestMmap(ExpertStoreTests):
@@ -135,10 +153,180 @@ class TestUringOnACheckpoint(_ThroughTheRing):
     in_one_piece = False
 
 
+# Slots in other memory
+
+
+class _ForMlx(ExpertStoreTests):
+    """As with ``kernels=mlx``: experts are read as arrays, in place."""
+
+    def open_store(self, stored: StoredExperts) -> ExpertStore:
+        with slots_for(host_kernels=False):
+            return super().open_store(stored)
+
+    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
+        assert isinstance(store.fetch(0, [1]), SlabBatch)
+
+
+class TestRamHybridForMlx(_ForMlx):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER
+
+
+class TestResidentForMlx(_ForMlx):
+    backend = "resident"
+
+
+class _ForTheCpu(ExpertStoreTests):
+    """As with kernels that read experts where the CPU sees them, whether this machine has got them or not."""
+
+    def open_store(self, stored: StoredExperts) -> ExpertStore:
+        with slots_for(host_kernels=True):
+            return super().open_store(stored)
+
+    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
+        if not mx.metal.is_available():
+            assert isinstance(store.fetch(0, [1]), HostBatch)
+
+
+class TestRamHybridForTheCpu(_ForTheCpu):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER
+
+
+class TestResidentForTheCpu(_ForTheCpu):
+    backend = "resident"
+
+
+class _AsOnCuda(ExpertStoreTests):
+    """All that a store does where its slots are in an NVIDIA GPU, but for the kernel that fills them."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:  # one of its own, which no test undoes
+            gpu_slots_on_cpu.emulate(monkeypatch)
+            yield
+
+    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
+        assert isinstance(store.fetch(0, [1]), GpuBatch)
+
+
+class TestRamHybridAsOnCuda(_AsOnCuda):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER
+
+
+class TestRamHybridAsOnCudaPreloaded(_AsOnCuda):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER | {"preload": True, "slots": 3, "policy": "s3fifo"}
+
+
+class TestRamHybridAsOnCudaDirect(_AsOnCuda, _Direct):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER | {"direct": True, "policy": "lfu"}
+
+
+@needs_io_uring
+class TestRamHybridAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER | {"reader": "io_uring"}
+
+
+@needs_io_uring
+class TestRamHybridAsOnCudaDirectByUring(_AsOnCuda, _ThroughTheRing):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER | {"reader": "io_uring", "direct": True, "depth": 2}
+    least = 4096
+
+
+class TestRamHybridAsOnCudaOnACheckpoint(_AsOnCuda):
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER
+    in_one_piece = False
+
+
+class TestResidentAsOnCuda(_AsOnCuda):
+    backend = "resident"
+
+
+@needs_io_uring
+class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
+    backend = "resident"
+    options = {"reader": "io_uring", "depth": 3}
+
+
+class TestPreadAsOnCuda(ExpertStoreTests):
+    """Its slots are in memory that the CPU and the GPU share, so it takes no branch of its own."""
+
+    backend = "pread"
+    options = {"slots": 6}
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gpu_slots_on_cpu.emulate(monkeypatch)
+            yield
+
+
+class TestMmapAsOnCuda(TestMmap):
+    """Copies for the GPU are in such memory, too."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            gpu_slots_on_cpu.emulate(monkeypatch)
+            yield
+
+
+class TestMmapAsOnMetal(TestMmap):
+    """Metal takes the mapping itself for a buffer, if it may be written to."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        def in_place(array: Any, copy: bool) -> mx.array:
+            assert array.flags.writeable or not copy
+            assert copy is False
+            return mx.array(array)
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+            monkeypatch.setattr(mx, "asarray", in_place)
+            yield
+
+
+class TestMmapAsOnMetalThatTakesNoMapping(TestMmap):
+    """Then it is copied."""
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        def refuse(*_: object, **__: object) -> mx.array:
+            raise ValueError("not such memory")
+
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+            monkeypatch.setattr(mx, "asarray", refuse)
+            yield
+
+
+class TestRamHybridAsOnMetal(ExpertStoreTests):
+    """Metal and the CPU share MLX's memory, whatever the kernels."""
+
+    backend = "ram_hybrid"
+    options = FIVE_A_LAYER
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+            yield
+
+    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
+        assert isinstance(store.fetch(0, [1]), SlabBatch)
+
+
 @pytest.mark.cuda
 class TestRamHybridOnCuda(ExpertStoreTests):
     backend = "ram_hybrid"
-    options = {"budget_gib": 4 * 5 * 32768 / 2**30}
+    options = FIVE_A_LAYER
 
 
 @pytest.mark.cuda

@@ -61,6 +61,9 @@ class Geometry:
     scaling: tuple[tuple[str, Any], ...] = ()
     """Further entries of ``rope_parameters``."""
 
+    context: int = 4096
+    """Tokens that the model's context holds. Weights do not depend on it."""
+
     @property
     def num_layers(self) -> int:
         return len(self.layer_types)
@@ -88,7 +91,7 @@ class Geometry:
             "num_key_value_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "hidden_act": "silu",
-            "max_position_embeddings": 4096,
+            "max_position_embeddings": self.context,
             "rms_norm_eps": self.rms_norm_eps,
             "tie_word_embeddings": self.tied,
             "attention_bias": self.attention_bias,

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from flashmoe_mlx.engine.opening import ModelFiles
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource, ExpertStore
+from flashmoe_mlx.storage.slots import slots_for
 
 
 def backend_names() -> list[str]:
@@ -28,7 +29,9 @@ def backend_settings(name: str) -> dict[str, Any]:
         InputError: there is no such backend.
     """
     if name not in backend_names():
-        raise InputError(f"backend={name}: no such backend; there are {', '.join(backend_names())}")
+        raise InputError(
+            f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
+        )
     text = package_files("flashmoe_mlx.configs").joinpath("backend", f"{name}.yaml").read_text()
     settings = OmegaConf.to_container(OmegaConf.create(text))
     assert isinstance(settings, dict)
@@ -36,19 +39,30 @@ def backend_settings(name: str) -> dict[str, Any]:
 
 
 def open_store(
-    files: ModelFiles, backend: str | Mapping[str, Any], options: Mapping[str, Any]
+    files: ModelFiles, backend: str | Mapping[str, Any], options: Mapping[str, Any], host_kernels: bool | None = None
 ) -> tuple[ExpertStore, dict[str, Any]]:
-    """The store that serves the routed experts of ``files``, and all settings that it was opened with.
+    """Open the store that serves the routed experts of ``files``; returns it with all settings it was opened with.
 
-    ``variant`` among the options names the variant of the pack; the others go to the store's constructor.
+    Args:
+        files: the model.
+        backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
+        options: override those of ``backend``; ``variant`` names the variant of the pack, the others go to the store's
+            constructor.
+        host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
 
     Raises:
         InputError: there is no such backend, option or variant.
     """
+    if not isinstance(backend, str | Mapping):
+        raise InputError(
+            f"backend={backend}: must be one name, or a mapping with _target_ and options", code="unknown_backend"
+        )
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     settings |= options
     stated = dict(settings)
-    return create_store(files.variant(settings.pop("variant", None)), settings), stated
+    source = files.variant(settings.pop("variant", None))
+    with slots_for(host_kernels):
+        return create_store(source, settings), stated
 
 
 def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
@@ -78,10 +92,16 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     for name, value in options.items():
         if name not in known:
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}"
+                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}",
+                code="unknown_option",
             )
+        limit = store_class.limits.get(name)
+        if limit is not None and not (value is None and _fits(None, hints.get(name))):
+            limit.check(name, value)
         if not _fits(value, hints.get(name)):
-            raise InputError(f"backend.{name}={value}: must be {_type_name(hints[name])}")
+            raise InputError(
+                f"backend.{name}={value}: must be {_type_name(hints[name])}", code="option_of_another_type"
+            )
 
 
 def _fits(value: Any, hint: Any) -> bool:

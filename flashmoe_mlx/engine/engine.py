@@ -79,7 +79,7 @@ def load(
     # MLX's CPU kernels add up in the type of the activations: bf16 would lose whole digits there.
     dtype = mx.float32 if mx.default_device() == mx.cpu else mx.bfloat16
     mx.reset_peak_memory()
-    store, settings = open_store(files, backend, backend_options)
+    store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, built.layers)

@@ -4,12 +4,14 @@ import errno
 import fcntl
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertReadError, ExpertSource, Extent
+from flashmoe_mlx.expert_store import ExpertReadError, ExpertSource, ExpertStoreError, Extent
+from flashmoe_mlx.limits import CHUNK_MIB
 
 _MIB = 2**20
 _PAGE = 4096
@@ -31,7 +33,7 @@ class Read:
         """The error that says so; an EOFError holds the byte at which the file ended."""
         if isinstance(error, EOFError):
             reason = "the file ends here, in mid-record"
-            return ExpertReadError(self.path, layer, self.expert, error.args[0], reason)
+            return ExpertReadError(self.path, layer, self.expert, error.args[0], reason, code="file_ends_early")
         reason = error.strerror or str(error)
         return ExpertReadError(self.path, layer, self.expert, self.offset, reason)
 
@@ -52,12 +54,30 @@ def plan_reads(
             done += extent.nbytes
 
 
+def total_bytes(reads: Iterable[Read]) -> int:
+    """Bytes that ``reads`` bring if all of them are made."""
+    return sum(len(read.view) for read in reads)
+
+
+def refuse_lost_reads(layer: int, planned: int, done: int) -> None:
+    """Raise ExpertStoreError unless all ``planned`` bytes of ``layer`` were read: ``done`` of them were."""
+    if done != planned:
+        raise ExpertStoreError(
+            f"layer {layer}: {done} of {planned} bytes were read, and no read failed; this is a fault of the program, "
+            "please report it",
+            code="lost_read",
+        )
+
+
 def chunk_bytes(chunk_mib: float | None) -> int | None:
-    """A chunk size in bytes, a multiple of 4 KiB as direct I/O wants it."""
+    """A chunk size in bytes, a multiple of 4 KiB as direct I/O wants it.
+
+    Raises:
+        InputError: it is not a number in the range of ``CHUNK_MIB``.
+    """
     if chunk_mib is None:
         return None
-    if chunk_mib * _MIB < _PAGE:
-        raise InputError(f"chunk_mib={chunk_mib}: must be at least 4 KiB (0.00390625), or null for whole records")
+    CHUNK_MIB.check("chunk_mib", chunk_mib)
     return int(chunk_mib * _MIB) // _PAGE * _PAGE
 
 
@@ -105,16 +125,21 @@ def refuse_unaligned(source: ExpertSource) -> None:
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
             f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads need it; "
-            "make a pack (task=pack), or set direct=false"
+            "make a pack (task=pack), or set direct=false",
+            code="not_aligned",
         )
 
 
 class OpenFiles:
-    """Descriptors by path, opened by ``opener`` when first asked for; several threads may ask."""
+    """Descriptors by path, opened by ``opener`` when first asked for; several threads may ask.
+
+    ``close`` closes them, and so does the end of the last reference to this object.
+    """
 
     def __init__(self, opener: Callable[[Path], int]) -> None:
         self._opener = opener
         self._files: dict[Path, int] = {}
+        weakref.finalize(self, _close_all, self._files)
 
     def __getitem__(self, path: Path) -> int:
         """The descriptor of ``path``; OSError if it cannot be opened."""
@@ -128,6 +153,10 @@ class OpenFiles:
         return fd
 
     def close(self) -> None:
-        """Close all of them."""
-        while self._files:
-            os.close(self._files.popitem()[1])
+        """Close all of them. May be called again."""
+        _close_all(self._files)
+
+
+def _close_all(files: dict[Path, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])

@@ -30,20 +30,32 @@ def total_memory() -> int:
 
 
 def slots_on_gpu() -> bool:
-    """Whether stores that keep experts keep them in a memory of the GPU's own."""
+    """Whether slots are in the memory of an NVIDIA GPU, which the CPU cannot use in place."""
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
+
+
+def free_gpu_memory() -> int:
+    """Bytes of the GPU's memory that are free."""
+    return int(mx.device_info(mx.gpu)["free_memory"])
 
 
 def available_memory() -> int:
     """Bytes that slots can take now.
 
-    Of the GPU if that is where they are; else what can be allocated without swapping: page cache that can be dropped
-    counts as available.
+    Of the GPU's memory if they are there; else of memory that can be allocated without swapping: page cache that can be
+    dropped counts as available.
     """
     if slots_on_gpu():
-        return int(mx.device_info(mx.gpu)["free_memory"])
+        return free_gpu_memory()
     free = (limit - used for limit, used in _cgroup_limits())
     return max(0, min(psutil.virtual_memory().available, *free, 2**63))
+
+
+def slot_memory() -> tuple[int, str]:
+    """Most bytes that slots could ever take here, and the beginning of a clause that says so to a person."""
+    if slots_on_gpu():
+        return free_gpu_memory(), "whose GPU has free"
+    return total_memory(), "which has"
 
 
 def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
@@ -51,7 +63,10 @@ def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
-        raise InputError(f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}")
+        raise InputError(
+            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}",
+            code="not_enough_memory",
+        )
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:

@@ -256,7 +256,7 @@ def make_policy(name: str, capacity: int, hot: Sequence[int] = ()) -> EvictionPo
         InputError: there is no such policy, or "pinned" has no hot experts.
     """
     if name not in POLICIES:
-        raise InputError(f"policy={name}: no such policy; there are {', '.join(POLICIES)}")
+        raise InputError(f"policy={name}: no such policy; there are {', '.join(POLICIES)}", code="unknown_policy")
     if name == "pinned" and not hot:
         raise InputError("policy=pinned: no hot experts are known; record a routing trace first")
     return POLICIES[name](capacity, hot)

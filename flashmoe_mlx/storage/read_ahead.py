@@ -1,5 +1,6 @@
-"""Read experts before they are asked for, which may turn out to be for nothing."""
+"""Read experts ahead, before a request asks for them."""
 
+import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,13 +8,15 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread
 
-import numpy as np
-
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource, StoreStats
 from flashmoe_mlx.pack.files import read_exactly
-from flashmoe_mlx.storage.extents import OpenFiles, Read, open_for_reading, plan_reads
+from flashmoe_mlx.storage.extents import OpenFiles, Read, open_for_reading, plan_reads, total_bytes
+from flashmoe_mlx.storage.filling import Filling
+from flashmoe_mlx.storage.host_slots import Copies, HostSlots
 from flashmoe_mlx.storage.readers import ExpertReader
-from flashmoe_mlx.storage.slab import HostSlots, Slab, Slots, host_slots
+from flashmoe_mlx.storage.slab import Slab
+
+_log = logging.getLogger(__name__)
 
 MOST_THREADS = 8
 _CHUNK = 2**22
@@ -21,14 +24,20 @@ _CHUNK = 2**22
 
 
 class ReadAhead:
-    """A reader that also takes hints: what they name is read into slots of its own until it is asked for.
+    """A reader that also takes hints: it reads the experts that they name into slots of its own until a request.
 
-    The latest hint counts: it and every request cancel what others had begun and nobody has asked for. A read that
-    fails ahead is repeated, and reported, when the expert is asked for. The first hint takes the memory, as much as
-    ``slots`` records, and starts the ``threads``.
+    The latest hint counts: a hint and a request each cancel the reads of earlier hints that no request wanted. A read
+    ahead that fails is repeated, and its error reported, when the expert is requested. The first hint allocates
+    ``slots`` records and starts the threads.
 
-    With a ``slab`` of ``slots`` slots batches are served in place (``fetch``), and the first hint replaces it by one of
-    twice as many; without one everything is brought into slots of the caller's (``read``).
+    Args:
+        source: where the experts are.
+        reader: reads the experts that were not read ahead; closed by ``close``.
+        slots: most experts of a request, and of all reads ahead together.
+        threads: threads that read ahead, of which there are at most ``MOST_THREADS``.
+        direct: read ahead past the page cache.
+        slab: serves batches in place (``fetch``), from at least ``slots`` slots; the first hint replaces it by one of
+            twice ``slots`` unless it has that many. Without it ``read`` brings experts to slots of the caller.
     """
 
     def __init__(
@@ -56,7 +65,7 @@ class ReadAhead:
         self._ended: list[_Ahead] = []  # perhaps still being read: their slots are not free yet
 
     def fetch(self, layer: int, experts: Sequence[int]) -> tuple[Slab, dict[int, int], StoreStats]:
-        """Bring distinct ``experts`` into slots of the slab, valid until the next call; what it took, as ``read`` says.
+        """Bring distinct ``experts`` into slots of the slab, valid until the next call; counts as ``read`` does.
 
         Raises:
             ExpertReadError: an expert could not be read.
@@ -71,28 +80,25 @@ class ReadAhead:
         done = self._bring(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
         return slab, slots, done
 
-    def read(self, layer: int, experts: Sequence[int], into: Slots, slots: Sequence[int]) -> StoreStats:
-        """Bring each of distinct ``experts`` into its slot; counts reads, bytes, ``prefetched`` and ``bytes_wasted``.
+    def read(self, layer: int, places: Mapping[int, int], filling: Filling) -> StoreStats:
+        """Bring each expert of ``places`` to its slot there, a slot of ``filling``.
 
-        Whatever happens, none of these slots is written to any more when this returns.
+        Returns the reads and bytes, ``prefetched`` and ``bytes_wasted``. Whatever happens, nothing is written to
+        ``filling`` any more when this returns; it is left to the caller to commit.
 
         Raises:
             ExpertReadError: an expert could not be read.
         """
-        places = dict(zip(experts, slots, strict=True))
 
         def move(expert: int, job: _Ahead) -> None:
-            if isinstance(into, HostSlots) and isinstance(self._slab, HostSlots):
-                into.exchange(places[expert], self._slab, job.slot)
-            else:
-                row = into.rows([places[expert]])[0]
-                np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(job.row, np.uint8))
+            assert self._slab is not None  # the job has a slot of it
+            filling.move(places[expert], self._slab, job.slot)
 
-        wanted = list(zip(experts, into.rows(slots), strict=True))
-        return self._bring(layer, wanted, self._claim(layer, experts), move)
+        wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
+        return self._bring(layer, wanted, self._claim(layer, places), move)
 
-    def _claim(self, layer: int, experts: Sequence[int]) -> "dict[int, _Ahead]":
-        """Those of ``experts`` that are being read ahead or were; all other reads ahead are cancelled."""
+    def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Ahead]":
+        """The reads ahead of ``experts`` that have begun, by expert; cancels all others."""
         hinted = self._hinted
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
@@ -108,7 +114,7 @@ class ReadAhead:
         ahead: "Mapping[int, _Ahead]",
         move: "Callable[[int, _Ahead], None] | None" = None,
     ) -> StoreStats:
-        """Read what is not ``ahead`` into its row; ``move`` brings the others there, unless they are."""
+        """Read experts that are not ``ahead`` into their rows; ``move`` places the others unless served in place."""
         done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
         for expert, row in wanted:
@@ -133,7 +139,7 @@ class ReadAhead:
         return StoreStats(reads=reads, bytes_read=nbytes)
 
     def advise(self, layer: int, experts: Iterable[int]) -> None:
-        """Begin to read ``experts``, as many as a batch may have, without waiting.
+        """Begin to read ``experts`` ahead, as many as a batch may have, without waiting.
 
         Raises:
             InputError: there is no memory for them.
@@ -154,7 +160,7 @@ class ReadAhead:
             self._queue.put(job)
 
     def close(self) -> StoreStats:
-        """End threads and reads, close the files and the reader; what was read for nothing. May be called again."""
+        """End threads and reads, close files and reader; counts the bytes wasted. May be called again."""
         self._cancel(self._hinted.values())
         self._hinted = {}
         self._end()
@@ -167,7 +173,7 @@ class ReadAhead:
     def _started(self) -> Slab | HostSlots:
         record = self._source.layout.record_bytes
         if self._slab is None:
-            self._slab = host_slots(self._slots, record)
+            self._slab = HostSlots(self._slots, record, Copies(record))
         elif self._in_place and self._slab.count < 2 * self._slots:
             self._slab = Slab(2 * self._slots, record)
         try:
@@ -179,7 +185,7 @@ class ReadAhead:
         except RuntimeError as error:
             if not self._threads:
                 raise BackendUnavailableError(
-                    f"cannot start a thread to read ahead: {error}; set prefetch=none"
+                    f"cannot start a thread to read ahead: {error}; set prefetch=none", code="no_threads"
                 ) from error
         return self._slab
 
@@ -189,9 +195,12 @@ class ReadAhead:
             self._ended.append(job)
 
     def _wasted(self) -> int:
-        """Bytes of ended reads that nobody wanted, each counted once."""
-        over = [job for job in self._ended if not job.writing]
-        self._ended = [job for job in self._ended if job.writing]
+        """Bytes of ended reads that no request wanted, each counted once."""
+        writing: list[_Ahead] = []
+        over: list[_Ahead] = []
+        for job in self._ended:  # asked once each: a read may end at any moment
+            (writing if job.writing else over).append(job)
+        self._ended = writing
         return sum(job.nbytes for job in over if not job.used)
 
 
@@ -218,7 +227,7 @@ class _Ahead:
         return not self.finished.is_set() and (self.begun or not self.cancelled)
 
     def run(self, files: OpenFiles) -> None:
-        """Read, unless cancelled; an error is left to the fetch that will meet it."""
+        """Read, unless cancelled; an error leaves it incomplete, and the fetch that wants the expert reads again."""
         self.begun = True
         try:
             for read in self.plan:
@@ -226,9 +235,9 @@ class _Ahead:
                     return
                 self.reads += read_exactly(files[read.path], read.view, read.offset)
                 self.nbytes += len(read.view)
-            self.complete = True
-        except (EOFError, OSError):
-            pass
+            self.complete = self.nbytes == total_bytes(self.plan)
+        except Exception:  # whatever it is, the next read ahead needs this thread
+            _log.debug("read ahead of expert %s failed", self.plan[0].expert, exc_info=True)
         finally:
             self.finished.set()
 
@@ -236,6 +245,7 @@ class _Ahead:
 def _serve(queue: "SimpleQueue[_Ahead | None]", files: OpenFiles) -> None:
     while (job := queue.get()) is not None:
         job.run(files)
+        del job  # while this waits, it must not keep alive what will end it
 
 
 def _end(queue: "SimpleQueue[_Ahead | None]", threads: Sequence[Thread]) -> None:

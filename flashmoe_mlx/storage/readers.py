@@ -1,10 +1,11 @@
-"""What reads experts into memory, and the ways of reading that stores can be told to use by name."""
+"""Readers of experts, and how stores choose one by name."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource
+from flashmoe_mlx.limits import THREADS
 from flashmoe_mlx.storage.thread_reader import ThreadReader
 from flashmoe_mlx.storage.uring_reader import UringReader
 
@@ -13,12 +14,13 @@ class ExpertReader(Protocol):
     """Reads experts of one source into memory that the caller owns."""
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row); the number of reads and of bytes.
+        """Fill the row of each (expert, row); returns the number of reads and of bytes, all that were planned.
 
         Whatever happens, no row is written to any more when this returns.
 
         Raises:
             ExpertReadError: an expert could not be read.
+            ExpertStoreError: fewer bytes were read than planned, though nothing failed.
         """
         ...
 
@@ -31,16 +33,18 @@ READERS = ("io_uring", "pread")
 
 
 def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = False) -> ExpertReader:
-    """The reader called ``name``, with ``depth`` reads under way at once; ``direct`` ones go past the page cache.
+    """Open the reader called ``name``, with ``depth`` reads under way at once, ``direct`` ones past the page cache.
 
     Raises:
-        InputError: there is no such reader, ``depth`` is less than 1, or the source is not aligned for direct reads.
-        BackendUnavailableError: this machine has no such thing.
+        InputError: there is no such reader, it cannot have ``depth`` reads under way, or the source is not aligned for
+            direct reads.
+        BackendUnavailableError: this machine has no such reader.
     """
     if name not in READERS:
-        raise InputError(f"reader={name}: no such reader; there are {', '.join(READERS)}")
-    if depth < 1:
-        raise InputError(f"depth={depth}: at least 1 read must be under way")
+        raise InputError(
+            f"backend.reader={name}: no such reader; there are {', '.join(READERS)}", code="unknown_reader"
+        )
     if name == "io_uring":
         return UringReader(source, depth, direct=direct)
+    THREADS.check("depth", depth)  # a thread each
     return ThreadReader(source, depth, direct=direct)

@@ -1,4 +1,4 @@
-"""What stores have in common that read all that is asked for and keep nothing."""
+"""The part that is common to stores which read every expert they are asked for and keep none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,10 +10,17 @@ from flashmoe_mlx.storage.slab import Slab
 
 
 class ReadingStore(ExpertStore):
-    """Reads every expert that is asked for into slots of a slab, with the reader that ``make_reader`` makes.
+    """Reads every expert of a request into slots of a slab.
 
-    What is read again soon comes from the page cache, if the reader uses it. Hints are read ahead by ``threads``
-    threads, ``direct`` past the page cache.
+    A record that is read again soon comes from the page cache, if the reader uses it.
+
+    Args:
+        source: where the experts are.
+        slots: most experts of a request.
+        make_reader: makes the reader, for a slab that may be registered with it.
+        threads: threads that read hinted experts ahead.
+        direct: read ahead past the page cache.
+        keep_slab: use one slab from opening to closing, with room for reads ahead; without, the first hint replaces it.
     """
 
     def __init__(
@@ -23,9 +30,10 @@ class ReadingStore(ExpertStore):
         make_reader: Callable[[Slab], ExpertReader],
         threads: int,
         direct: bool = False,
+        keep_slab: bool = False,
     ) -> None:
         super().__init__(source, slots)
-        slab = Slab(slots, source.layout.record_bytes)
+        slab = Slab(2 * slots if keep_slab else slots, source.layout.record_bytes)
         self._reader = ReadAhead(source, make_reader(slab), slots, threads, direct, slab)
 
     def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:

@@ -7,8 +7,8 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
-from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
+from flashmoe_mlx.limits import THREADS
 from flashmoe_mlx.pack.files import read_exactly
 from flashmoe_mlx.storage.extents import (
     OpenFiles,
@@ -16,7 +16,9 @@ from flashmoe_mlx.storage.extents import (
     chunk_bytes,
     open_for_reading,
     plan_reads,
+    refuse_lost_reads,
     refuse_unaligned,
+    total_bytes,
 )
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
@@ -38,8 +40,7 @@ class ThreadReader:
         direct: bool = False,
         readahead: bool = True,
     ) -> None:
-        if threads < 1:
-            raise InputError(f"threads={threads}: at least 1 thread must read")
+        THREADS.check("threads", threads)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
             refuse_unaligned(source)
@@ -57,15 +58,18 @@ class ThreadReader:
                 self._threads.append(thread)
         except RuntimeError as error:
             self.close()
-            raise BackendUnavailableError(f"cannot start {threads} threads: {error}; choose fewer threads") from error
+            raise BackendUnavailableError(
+                f"cannot start {threads} threads: {error}; choose fewer threads", code="no_threads"
+            ) from error
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; the number of reads and of bytes.
+        """Fill the row of each (expert, row) of ``wanted``; returns the number of reads and of bytes.
 
         Whatever happens, no row is written to any more when this returns.
 
         Raises:
             ExpertReadError: an expert could not be read; the first one that failed.
+            ExpertStoreError: fewer bytes were read than planned, though nothing failed.
         """
         reads = list(plan_reads(self._source, layer, wanted, self._chunk))
         batch = _Batch(partial(self._read, layer), reads)
@@ -73,14 +77,16 @@ class ThreadReader:
         try:
             for queue in self._queues[:workers]:
                 queue.put(batch.work)
-            count = sum(batch.finished.get() for _ in range(workers))
+            done = [batch.finished.get() for _ in range(workers)]
         except BaseException:
             batch.todo.clear()
             self._settle()
             raise
         if batch.errors:
             raise batch.errors[0]
-        return count, sum(len(read.view) for read in reads)
+        count, nbytes = sum(count for count, _ in done), sum(nbytes for _, nbytes in done)
+        refuse_lost_reads(layer, total_bytes(reads), nbytes)
+        return count, nbytes
 
     def _settle(self) -> None:
         """Wait until every thread is done with what it was given before, however often that is interrupted."""
@@ -110,30 +116,37 @@ class ThreadReader:
 
 
 class _Batch:
-    """Reads that several threads share; each puts how many it made into ``finished`` when nothing is left."""
+    """Reads that several threads share; each puts how many reads and bytes it made into ``finished`` at the end."""
 
     def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
         self._read = read
         self.todo = deque(reads)
         self.errors: list[BaseException] = []
-        self.finished: SimpleQueue[int] = SimpleQueue()
+        self.finished: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
     def work(self) -> None:
-        count = 0
+        """Make reads until none is left or one fails."""
+        count = nbytes = 0
         try:
-            while self.todo:
-                count += self._read(self.todo.popleft())
-        except IndexError:
-            pass  # another thread took the last one
+            while (read := self._next()) is not None:
+                count += self._read(read)
+                nbytes += len(read.view)
         except BaseException as error:  # given to the thread that waits
             self.errors.append(error)
             self.todo.clear()
-        self.finished.put(count)
+        self.finished.put((count, nbytes))
+
+    def _next(self) -> Read | None:
+        try:
+            return self.todo.popleft()
+        except IndexError:  # of the queue alone: one inside a read is a failure
+            return None
 
 
 def _serve(queue: _Jobs) -> None:
     while (job := queue.get()) is not None:
         job()
+        del job  # while this waits, it must not keep alive what will end it
 
 
 def _end(queues: Sequence[_Jobs]) -> None:

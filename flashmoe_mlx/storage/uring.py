@@ -13,6 +13,7 @@ import os
 import platform
 import struct
 import sys
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -71,6 +72,7 @@ class Ring:
             _unavailable(error)
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
+        self._end = weakref.finalize(self, _free, self._fd, self._views, self._maps)
         self._files = 0
         try:
             self._map(_PARAMS.unpack(params))
@@ -78,7 +80,7 @@ class Ring:
             holes = bytearray(struct.pack(f"<{_FILES}i", *[-1] * _FILES))
             self._call(_REGISTER, self._fd, _REGISTER_FILES, holes, _FILES)
         except OSError as error:
-            self._free()
+            self._end()
             _unavailable(error)
         self._flags = _SQE_FIXED_FILE | (_SQE_ASYNC if workers else 0)
 
@@ -136,12 +138,12 @@ class Ring:
         self._call(_REGISTER, self._fd, _REGISTER_BUFFERS, vectors, len(buffers))
 
     def run(self, reads: Sequence[RingRead]) -> list[int]:
-        """Make ``reads``, at most ``entries`` of them; of each the number of bytes read, or an error number, negative.
+        """Make ``reads``, at most ``entries``; returns the bytes read of each, or its error number as a negative.
 
         When this returns or raises, nothing is written to any of the views any more.
         """
         self._settle()  # after an interrupt that hit the settling itself
-        results = [0] * len(reads)
+        results = [-errno.EIO] * len(reads)  # of a read that the kernel does not answer for
         try:
             tail = self._words[self._sq_tail]
             for index, read in enumerate(reads):
@@ -198,20 +200,21 @@ class Ring:
                 continue
 
     def close(self) -> None:
-        """Wait for what is under way and give everything back; may be called again."""
-        if self._fd >= 0:
-            self._settle()
-            self._free()
+        """Wait for reads under way and give everything back; may be called again.
 
-    def _free(self) -> None:
-        for view in reversed(self._views):
-            view.release()
-        for mapped in self._maps:
-            mapped.close()
-        self._views.clear()
-        self._maps.clear()
-        os.close(self._fd)
-        self._fd = -1
+        The end of the last reference gives everything back, too: ``run`` leaves no read under way.
+        """
+        if self._end.alive:
+            self._settle()
+            self._end()
+
+
+def _free(fd: int, views: list[memoryview], maps: list[mmap.mmap]) -> None:
+    for view in reversed(views):
+        view.release()
+    for mapped in maps:
+        mapped.close()
+    os.close(fd)
 
 
 def _unavailable(error: OSError) -> NoReturn:

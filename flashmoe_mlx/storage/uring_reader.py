@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertSource
+from flashmoe_mlx.limits import DEPTH
 from flashmoe_mlx.storage.extents import (
     OpenFiles,
     Read,
     chunk_bytes,
     open_for_reading,
     plan_reads,
+    refuse_lost_reads,
     refuse_unaligned,
+    total_bytes,
 )
+from flashmoe_mlx.storage.memory import address_of
 from flashmoe_mlx.storage.slab import Slab
 from flashmoe_mlx.storage.uring import Ring, RingRead
 
@@ -25,7 +28,7 @@ class UringReader:
 
     ``direct`` reads past the page cache, for which everything must be aligned, as packs are. ``workers`` has threads
     of the kernel make the reads. ``registered`` is a slab whose slots the kernel pins once, which saves it that work
-    in every read and needs as much locked memory (``ulimit -l``).
+    in every read and needs as much locked memory (``ulimit -l``); experts are then read into these slots alone.
     """
 
     def __init__(
@@ -37,8 +40,7 @@ class UringReader:
         workers: bool = False,
         registered: Slab | None = None,
     ) -> None:
-        if not 1 <= depth <= 4096:
-            raise InputError(f"depth={depth}: must be from 1 to 4096 reads under way at once")
+        DEPTH.check("depth", depth)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
             refuse_unaligned(source)
@@ -48,6 +50,7 @@ class UringReader:
         self._files = OpenFiles(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._buffers: dict[int, int] = {}
+        """Registered buffers by the address at which each begins; empty if none is registered."""
         self._registered: Sequence[memoryview] = ()
         if registered is not None:
             try:
@@ -66,31 +69,44 @@ class UringReader:
             mend = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
                 f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {mend}set "
-                "backend.registered=false"
+                "backend.registered=false",
+                code="cannot_pin",
             ) from error
-        self._registered = rows  # while they live nothing else has their ids
-        self._buffers = {id(row): index for index, row in enumerate(rows)}
+        self._registered = rows  # while they live no other memory has their addresses
+        self._buffers = {address_of(row): index for index, row in enumerate(rows)}
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; the number of reads and of bytes.
+        """Fill the row of each (expert, row) of ``wanted``; returns the number of reads and of bytes.
 
         Whatever happens, no row is written to any more when this returns.
 
         Raises:
             ExpertReadError: an expert could not be read; the first one that failed.
+            ExpertStoreError: the ring answered for fewer or other reads than it was given.
+            ValueError: a row is not registered, though others are: it would be read without the kernel's pins.
         """
-        buffers = {expert: self._buffers.get(id(row)) for expert, row in wanted}
+        buffers = {expert: self._buffer(row) for expert, row in wanted}
         todo = list(plan_reads(self._source, layer, wanted, self._chunk))
-        nbytes = sum(len(read.view) for read in todo)
+        planned, nbytes = total_bytes(todo), 0
         count = 0
         while todo:
             batch, todo = todo[: self._depth], todo[self._depth :]
             handed = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
             results = self._ring.run(handed)
             count += len(batch)
+            nbytes += sum(max(0, done) for done in results)
             rests = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
             todo = [rest for rest in rests if rest] + todo
+        refuse_lost_reads(layer, planned, nbytes)
         return count, nbytes
+
+    def _buffer(self, row: memoryview) -> int | None:
+        if not self._buffers:
+            return None
+        buffer = self._buffers.get(address_of(row))
+        if buffer is None:
+            raise ValueError("registered=true, and a row that is not registered")
+        return buffer
 
     def _ring_read(self, layer: int, read: Read, buffer: int | None) -> RingRead:
         number = self._numbers.get(read.path)
@@ -109,11 +125,11 @@ class UringReader:
 
 
 def _rest(layer: int, read: Read, done: int) -> Read | None:
-    """What is still to be read after ``done`` bytes, or an error number, came of ``read``."""
+    """The rest of ``read`` after ``done`` bytes of it came; a negative ``done`` is an error number."""
     if done < 0:
         raise read.failed(layer, OSError(-done, os.strerror(-done)))
     if done == 0:
         raise read.failed(layer, EOFError(read.offset))
-    if done == len(read.view):
+    if done >= len(read.view):
         return None
     return Read(read.expert, read.path, read.offset + done, read.view[done:])

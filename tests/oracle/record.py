@@ -14,14 +14,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tiny_checkpoints import weights_hash
 
-from oracle.recorded import CASES, FIXTURES, PROMPT_LENGTH, Case
+from oracle.recorded import CASES, FIXTURES, LONG_CASES, LONG_PROMPT_LENGTH, LONG_ROWS, PROMPT_LENGTH, Case, LongCase
 from oracle.reference import Reference, argmax_margin
+
+LONG_ROUTING_MARGIN = 4e-6
+"""Smallest lead of a chosen expert in a long run: several times the rounding of router logits in float32."""
 
 
 def main() -> None:
     FIXTURES.mkdir(exist_ok=True)
     wanted = sys.argv[1:] or [""]
-    for case in CASES:
+    for case in (*CASES, *LONG_CASES):
         if any(part in case.name for part in wanted):
             record(case)
     recorded = [path.stat().st_size for path in FIXTURES.iterdir()]
@@ -31,7 +34,11 @@ def main() -> None:
 def record(case: Case) -> None:
     weights = case.weights()
     reference = Reference(case.geometry, weights, case.experts_k)
-    tokens, logits = reference.unambiguous_run(case.name)
+    if isinstance(case, LongCase):
+        tokens, logits = reference.long_run(case.name, LONG_PROMPT_LENGTH, LONG_ROUTING_MARGIN)
+        logits = logits[LONG_ROWS]
+    else:
+        tokens, logits = reference.unambiguous_run(case.name)
     np.savez_compressed(
         case.path,
         tokens=tokens.astype(np.int16),

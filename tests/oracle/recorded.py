@@ -1,6 +1,6 @@
 """Logits of transformers, recorded by ``record.py``; reading them needs neither torch nor transformers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -95,3 +95,37 @@ OTHER_CASES = (
     Case(YARN.name, 0, "dense", "F32"),
 )
 CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES)
+
+LONG_PROMPT_LENGTH = 4200
+LONG_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class LongCase(Case):
+    """A run past 4,096 tokens: a prompt of ``LONG_PROMPT_LENGTH`` tokens and ``DECODE_STEPS`` greedy steps.
+
+    Only the logits of ``LONG_ROWS`` are recorded: around the borders of KV cache growth and of prefill chunks, and
+    every decode step. So many tokens always include some whose experts are chosen by a narrow margin; the recording
+    holds that margin, and float32 implementations agree on the choice as long as it stays far above their rounding.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}-long"
+
+    @property
+    def geometry(self) -> Geometry:
+        return replace(super().geometry, context=LONG_CONTEXT)
+
+
+_BORDERS = (256, 512, 1024, 2048, 3072, 4096)
+LONG_ROWS = np.array(
+    [
+        0,
+        *(border + offset for border in _BORDERS for offset in (-1, 0, 1)),
+        *range(LONG_PROMPT_LENGTH - 1, LONG_PROMPT_LENGTH + DECODE_STEPS),
+    ]
+)
+"""Positions whose logits a long recording holds."""
+
+LONG_CASES = (LongCase("plain", 0, "dense", "F32"), LongCase("pattern", 1, "dense", "F32"))

@@ -61,6 +61,18 @@ class Reference:
         rows += [self.forward(tokens[i : i + 1], cache) for i in range(prompt_length, len(tokens))]
         return np.concatenate(rows)
 
+    def long_run(self, key: str, prompt_length: int, least_margin: float) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and logits of a random prompt of ``prompt_length`` tokens and its greedy continuation.
+
+        Prompts are tried until no choice of an expert is closer than ``least_margin``.
+        """
+        for attempt in count():
+            words = random_words(prompt_length, key, "prompt", attempt)
+            run = self._greedy((words % np.uint64(self.model.vocab_size)).astype(np.int32), least_margin, 0.0)
+            if run is not None:
+                return run
+        raise AssertionError("unreachable")
+
     def unambiguous_run(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and logits of a prompt and its greedy continuation, one where a sound engine has no choice.
 
@@ -74,14 +86,16 @@ class Reference:
                 return run
         raise AssertionError("unreachable")
 
-    def _greedy(self, prompt: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-        """None as soon as a choice is too close."""
+    def _greedy(
+        self, prompt: np.ndarray, least_routing: float = ROUTING_MARGIN, least_argmax: float = ARGMAX_MARGIN
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Tokens and logits; None as soon as a choice of an expert or of a token is closer than these margins."""
         cache = self.new_cache()
         self.routing_margin = float("inf")
         tokens, rows, step = [prompt], [], prompt
         for _ in range(DECODE_STEPS + 1):
             rows.append(self.forward(step, cache))
-            if argmax_margin(rows[-1]) < ARGMAX_MARGIN or self.routing_margin < ROUTING_MARGIN:
+            if argmax_margin(rows[-1]) < least_argmax or self.routing_margin < least_routing:
                 return None
             step = rows[-1][-1:].argmax(-1).astype(np.int32)
             tokens.append(step)

@@ -1,0 +1,60 @@
+"""What a test leaves behind: descriptors and threads."""
+
+import contextlib
+import fcntl
+import gc
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+
+_F_GETPATH = 50  # <sys/fcntl.h> of macOS
+
+
+@contextlib.contextmanager
+def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[None]:
+    """Assert that descriptors and threads are the same at the end as at the beginning.
+
+    Args:
+        folder: experts of the tests are below it.
+        driver: whether a driver in this process may open descriptors of its own at any time, as that of a GPU does at
+            its first use; then only files below ``folder`` and rings of io_uring count. None: if a GPU is in use.
+    """
+    driver = mx.default_device() == mx.gpu if driver is None else driver
+    gc.collect()
+    before = _descriptors(folder, driver), threading.active_count()
+    yield
+    gc.collect()
+    assert (_descriptors(folder, driver), threading.active_count()) == before
+
+
+def _descriptors(folder: Path, driver: bool) -> Counter[str]:
+    """How many descriptors refer to each file."""
+    root = f"{folder.resolve()}/"
+    targets = Counter(_target(fd) for fd in [int(entry.name) for entry in Path("/dev/fd").iterdir()])
+    if driver:
+        targets = Counter({name: n for name, n in targets.items() if name.startswith(root) or "[io_uring]" in name})
+    targets.pop("", None)
+    return targets
+
+
+def _target(fd: int) -> str:
+    """The path of what a descriptor refers to; empty if it is not open, like that of the listing itself."""
+    try:
+        if sys.platform != "linux":
+            return fcntl.fcntl(fd, _F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+        return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return f"descriptor {fd}" if _is_open(fd) else ""
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
