@@ -131,8 +131,8 @@ class SimulateConfig(Config):
 class EstimateConfig(Config):
     """Keys of ``task=estimate``."""
 
-    bits: list[int] = field(default_factory=lambda: [4])
-    resident_bits: int = 4
+    bits: list[int] | None = None
+    resident_bits: int | None = None
     context: int | None = None
     trace: str | None = None
     memory_gib: float | None = None

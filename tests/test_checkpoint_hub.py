@@ -42,8 +42,9 @@ class FakeHub:
         self.downloads: list[str] = []
         self.most_shards = 0
 
-    def model_info(self, name: str, revision: str | None = None) -> Any:
+    def model_info(self, name: str, revision: str | None = None, timeout: float | None = None) -> Any:
         assert name == NAME
+        assert timeout is not None, "a network that answers nothing must not hold a person up"
         if self.error and self.broken is None:
             raise self.error
         files = [SimpleNamespace(rfilename=path.name) for path in self.folder.iterdir()]
@@ -259,10 +260,73 @@ def test_a_hub_without_a_config(fake: FakeHub, tmp_path: Path) -> None:
 
 def test_a_model_of_another_kind_is_refused_before_any_shard(fake: FakeHub, tmp_path: Path) -> None:
     (fake.folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(CheckpointError, match="model_type 'llama' is not supported") as caught:
+    with pytest.raises(CheckpointError) as caught:
         pack(tmp_path / "pack")
+    assert caught.value.code == "dense_model"
     assert_one_line(caught.value)
-    assert fake.shards == []
+    assert fake.downloads == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("FP8", {"quant_method": "fp8", "fmt": "e4m3"}),
+        ("NVFP4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}),
+        ("GPTQ", {"quant_method": "gptq", "bits": 4}),
+    ],
+)
+def test_a_format_that_cannot_be_read_is_refused_before_anything_else_is_fetched(
+    name: str, settings: dict[str, Any], fake: FakeHub, tmp_path: Path
+) -> None:
+    config = json.loads((fake.folder / "config.json").read_text())
+    del config["quantization"]
+    (fake.folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(CheckpointError, match=name) as caught:
+        pack(tmp_path / "pack")
+    assert caught.value.code == "unsupported_format"
+    assert_one_line(caught.value)
+    assert fake.downloads == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "name", ["Qwen/Qwen3.5-35B-A3B-FP8", "unsloth/Qwen3.5-397B-A17B-GGUF", "x/y-AWQ-4bit", "a/b.nvfp4"]
+)
+def test_a_name_that_tells_the_format_is_refused_without_a_network(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("nothing may be asked"))
+    with pytest.raises(CheckpointError) as caught:
+        HubCheckpoint.open_remote(name, None, tmp_path)
+    assert caught.value.code == "unsupported_format"
+    assert_one_line(caught.value)
+
+
+def test_a_repository_of_gguf_files(fake: FakeHub, tmp_path: Path) -> None:
+    (fake.folder / "config.json").unlink()
+    (fake.folder / "model-Q4_K_M.gguf").touch()
+    with pytest.raises(CheckpointError, match="GGUF") as caught:
+        pack(tmp_path / "pack")
+    assert caught.value.code == "unsupported_format"
+    assert fake.downloads == []
+
+
+def test_a_config_is_fetched_alone(fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, revision: str(fake.folder / file))
+    assert hub.remote_config(NAME, "model") == json.loads((fake.folder / "config.json").read_text())
+
+
+def test_without_a_network_the_config_in_the_cache_counts(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake.error = ConnectionError("no network")
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: None)
+    with pytest.raises(FlashMoeError) as caught:
+        hub.remote_config(NAME, "model")
+    assert caught.value.code == "hub_unreachable"
+    assert_one_line(caught.value)
+    assert fake.downloads == []
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: str(fake.folder / file))
+    assert hub.remote_config(NAME, "model")["model_type"] == "qwen3_5_moe"
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/x.safetensors", "x\n.safetensors", "/x.safetensors"])

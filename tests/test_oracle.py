@@ -8,6 +8,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle.recorded import (
     CASES,
     DENSE_CASES,
@@ -23,6 +25,7 @@ from oracle.recorded import (
 from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
+from flashmoe_mlx.model.rope import read_rope
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 pytestmark = pytest.mark.oracle
@@ -56,6 +59,40 @@ def test_recordings_are_what_transformers_says(case: Case) -> None:
     recording = case.load()
     reference = Reference(case.geometry, case.weights(), case.experts_k)
     assert_agree(reference.prefill_then_decode(recording.tokens, PROMPT_LENGTH), recording.logits, DRIFT)
+
+
+@given(
+    head_dim=st.sampled_from([32, 64, 128, 256]),
+    share=st.sampled_from([0.25, 0.5, 1.0]),
+    theta=st.floats(10.0, 1e8),
+    context=st.integers(16, 2**20),
+    more=st.fixed_dictionaries(
+        {"factor": st.floats(1.0, 64.0)},
+        optional={
+            "original_max_position_embeddings": st.integers(16, 2**20),
+            "beta_fast": st.floats(8.0, 64.0),
+            "beta_slow": st.floats(0.1, 8.0),
+            "attention_factor": st.floats(0.1, 2.0),
+            "mscale": st.floats(0.0, 2.0),
+            "mscale_all_dim": st.floats(0.0, 2.0),
+            "truncate": st.booleans(),
+        },
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_yarn_is_that_of_transformers(
+    head_dim: int, share: float, theta: float, context: int, more: dict[str, Any]
+) -> None:
+    values = {"rope_type": "yarn", "rope_theta": theta, "partial_rotary_factor": share, **more}
+    config = transformers.Qwen3_5MoeTextConfig(
+        head_dim=head_dim, max_position_embeddings=context, rope_parameters=dict(values)
+    )
+    frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
+    rope = read_rope({"rope_parameters": values}, head_dim, context)
+    assert rope.yarn is not None
+    assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-6)
+    # Theirs are in f32, the ramp between the bounds as well.
+    np.testing.assert_allclose(rope.frequencies(), frequencies.numpy(), rtol=2e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)

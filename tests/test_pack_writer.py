@@ -15,6 +15,7 @@ from typing import get_args
 import mlx.core as mx
 import numpy as np
 import pytest
+import safetensors
 from pack_oracle import (
     SMALL,
     as_array,
@@ -34,12 +35,13 @@ from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, Layout, write_checkpoi
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.safetensors_header import read_header
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
 from flashmoe_mlx.pack import files as pack_files
 from flashmoe_mlx.pack import resident
 from flashmoe_mlx.pack.least_squares import least_squares
-from flashmoe_mlx.pack.pack import Pack, open_pack, variant_name
+from flashmoe_mlx.pack.pack import Pack, file_hash, open_pack, variant_name
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
@@ -590,3 +592,42 @@ def test_another_models_experts_do_not_join_a_pack(tmp_path: Path) -> None:
         pack_checkpoint(second, tmp_path / "pack", bits=(8,))
     assert set(open_pack(pack.folder).experts) == {"q4"}
     assert set(pack_checkpoint(first, tmp_path / "pack", bits=(8,)).experts) == {"q4", "q8"}
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._x", ".Spotlight-V100/x", "lost+found/x", "Thumbs.db"])
+def test_what_systems_leave_in_a_folder_does_not_count(name: str, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).touch()
+    assert verify_pack(pack_checkpoint(checkpoint, tmp_path / "out")) == []
+    assert (tmp_path / "out" / name).exists()
+
+
+@pytest.mark.parametrize("layout", ["fused", "mlx4"])
+def test_the_library_of_the_format_reads_what_we_write(layout: Layout, tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, layout, dtype="BF16")
+    pack = pack_checkpoint(checkpoint, tmp_path / "pack")
+    ours, _ = read_header(pack.resident_path)
+    with safetensors.safe_open(pack.resident_path, framework="numpy") as theirs:
+        assert set(theirs.keys()) == ours.keys()
+        for name, tensor in ours.items():
+            part = theirs.get_slice(name)
+            assert (part.get_dtype(), tuple(part.get_shape())) == (tensor.dtype, tensor.shape)
+
+
+def test_a_config_with_nan_is_packed_resumed_and_extended(tmp_path: Path) -> None:
+    """NaN is not equal to itself: that must not look like another model."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "fused")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"for_others": [float("nan"), float("inf")]}))
+    assert set(pack_checkpoint(checkpoint, tmp_path / "pack").experts) == {"q4"}
+    assert set(pack_checkpoint(checkpoint, tmp_path / "pack", bits=[2]).experts) == {"q4", "q2"}
+    assert set(open_pack(tmp_path / "pack").experts) == {"q4", "q2"}
+
+
+def test_a_pack_of_the_first_release_opens(demo_pack: Path) -> None:
+    """The one in the package was written by earlier code and must open for ever."""
+    pack = open_pack(demo_pack)
+    assert pack.manifest["format_version"] == 1
+    assert verify_pack(pack) == []
+    assert file_hash(pack.resident_path) == pack.manifest["files"]["resident.safetensors"]["xxh3"]

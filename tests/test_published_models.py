@@ -1,6 +1,7 @@
 """The published models' own geometries and layouts, as sparse files of their true sizes.
 
-Geometries: the configs of Qwen3.5-397B-A17B, 122B-A10B and 35B-A3B. Names and shapes are written down here once more,
+Geometries: the configs of Qwen3.5-397B-A17B, 122B-A10B, 35B-A3B and Qwen3.6-35B-A3B, and the model card of
+Qwen3.8-2.4T-A95B. Names and shapes are written down here once more,
 by hand, from what is published, and not taken from the code under test.
 """
 
@@ -12,16 +13,19 @@ from typing import Any
 import pytest
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.published import PUBLISHED
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.model.parameters import resident_parameters
 from flashmoe_mlx.pack.resident import ResidentPlan
+from flashmoe_mlx.research.sizes import expert_weights
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}
 
 
 def text_config(
-    hidden: int, layers: int, heads: int, value_heads: int, experts: int, top_k: int, size: int
+    hidden: int, layers: int, heads: int, value_heads: int, experts: int, top_k: int, size: int, kv_heads: int = 2
 ) -> dict[str, Any]:
     return {
         "model_type": "qwen3_5_moe_text",
@@ -29,7 +33,7 @@ def text_config(
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": kv_heads,
         "head_dim": 256,
         "hidden_act": "silu",
         "max_position_embeddings": 262144,
@@ -61,13 +65,30 @@ CONFIGS = {
     "397B": text_config(4096, 60, 32, 64, 512, 10, 1024),
     "122B": text_config(3072, 48, 32, 64, 256, 8, 1024),
     "35B": text_config(2048, 40, 16, 32, 256, 8, 512),
+    # What transformers 5 adds when it saves a config; "swish" is another name of silu.
+    "3.6-35B": text_config(2048, 40, 16, 32, 256, 8, 512)
+    | {"output_gate_type": "swish", "mamba_ssm_dtype": "float32", "bos_token_id": None, "output_router_logits": False},
+    "3.8-2.4T": text_config(8192, 92, 64, 128, 512, 10, 2048, kv_heads=4) | {"output_gate_type": "swish"},
 }
-RECORDS = {"397B": 7_077_888, "122B": 5_308_416, "35B": 1_769_472}
+RECORDS = {
+    "397B": 7_077_888,
+    "122B": 5_308_416,
+    "35B": 1_769_472,
+    "3.6-35B": 1_769_472,
+    "3.8-2.4T": 28_311_552,
+}
+NAMES = {
+    "397B": "Qwen3.5-397B-A17B",
+    "122B": "Qwen3.5-122B-A10B",
+    "35B": "Qwen3.5-35B-A3B",
+    "3.6-35B": "Qwen3.6-35B-A3B",
+    "3.8-2.4T": "Qwen3.8-2.4T-A95B",
+}
 
 
 def resident_matrices(text: dict[str, Any]) -> dict[str, tuple[int, int]]:
     hidden, size, vocabulary = text["hidden_size"], text["shared_expert_intermediate_size"], text["vocab_size"]
-    query, key = text["num_attention_heads"] * 256, 2 * 256
+    query, key = text["num_attention_heads"] * 256, text["num_key_value_heads"] * 256
     values = text["linear_num_value_heads"] * 128
     shapes = {"model.embed_tokens": (vocabulary, hidden), "lm_head": (vocabulary, hidden)}
     for layer in range(text["num_hidden_layers"]):
@@ -152,9 +173,10 @@ def hugging_face(text: dict[str, Any]) -> Shapes:
     return shapes
 
 
-def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, **more: Any) -> Checkpoint:
+def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, *, nested: bool = True, **more: Any) -> Checkpoint:
     """A checkpoint of true sizes that takes no room: nothing but the headers is written."""
-    published = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False, **more}
+    outer = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False}
+    published = {**(outer if nested else text), **more}
     (folder / "config.json").write_text(json.dumps(published))
     names = sorted(shapes)
     shards = [names[start : start + 100] for start in range(0, len(names), 100)]
@@ -188,7 +210,23 @@ def test_configs(name: str, nested: bool) -> None:
     )
     assert sum(config.full_attention) * 4 == config.num_layers
     assert [layer for layer, full in enumerate(config.full_attention) if full][:2] == [3, 7]
-    assert (config.rope_dim, config.rope_theta, config.max_context) == (64, 1e7, 262144)
+    assert (config.rope.dim, config.rope.theta, config.max_context) == (64, 1e7, 262144)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_geometries_that_are_known_without_a_network(name: str) -> None:
+    known, config = (ModelConfig.from_json(one) for one in (PUBLISHED[NAMES[name]], CONFIGS[name]))
+    assert known == config
+
+
+def test_the_largest_has_as_many_weights_as_its_name_says() -> None:
+    """Qwen/Qwen3.8-2.4T-A95B: 4.89 TB in bf16."""
+    config = ModelConfig.from_json(PUBLISHED["Qwen3.8-2.4T-A95B"])
+    resident = sum(math.prod(one.shape) for one in resident_parameters(config))
+    routed = config.num_layers * config.num_experts * expert_weights(config)
+    used = resident - config.vocab_size * config.hidden_size
+    assert (resident + routed) * 2 == pytest.approx(4.89e12, rel=0.02)
+    assert used + routed // 512 * 10 == pytest.approx(95e9, rel=0.05)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -224,3 +262,17 @@ def test_original_checkpoints(name: str, tmp_path: Path) -> None:
     assert (layout.bits, layout.dtype) == (None, "BF16")
     assert layout.payload_bytes == 3 * 2 * text["hidden_size"] * text["moe_intermediate_size"]
     assert len(tensors.skipped) == 2
+
+
+def test_a_text_only_checkpoint(tmp_path: Path) -> None:
+    """As Qwen/Qwen3.8-2.4T-A95B is published: a flat config, and names without ``language_model``."""
+    text = CONFIGS["3.8-2.4T"] | {"architectures": ["Qwen3_5MoeForCausalLM"]}
+    shapes = {
+        name.replace("model.language_model.", "model."): shape
+        for name, shape in hugging_face(text).items()
+        if ".visual." not in name
+    }
+    tensors = sort_tensors(write_sparse(tmp_path, text, shapes, nested=False))
+    assert tensors.experts.num_layers == 92
+    assert {vector.add_one for vector in tensors.vectors if vector.name.endswith("layernorm.weight")} == {True}
+    assert tensors.experts.layout.payload_bytes == 3 * 2 * 8192 * 2048

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(InputError, match=message):
         load_items(path)
+
+
+def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with an extra; items without a schema do without."""
+    monkeypatch.setitem(sys.modules, "jsonschema", None)
+    with pytest.raises(InputError, match="pip install") as caught:
+        load_items(shipped_items())
+    assert caught.value.code == "missing_package"
+    assert "\n" not in str(caught.value)
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"kind": "text", "text": "Some words."}')
+    assert len(load_items(items)) == 1
 
 
 def test_files_and_kinds_that_are_not_there(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from huggingface_hub.errors import HFValidationError
 from pack_oracle import assert_one_line
 
 from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.checkpoint import hub
+from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.opening import open_model
@@ -23,7 +25,6 @@ from flashmoe_mlx.pack.synthetic import synthetic_config
 from flashmoe_mlx.research import probe as probe_module
 from flashmoe_mlx.research.estimate import Machine, Model, estimates, wishes
 from flashmoe_mlx.research.probe import EXPERTS, MEMORY, SIZES, WAYS, MachineProfile, Point, machine_identity, probe
-from flashmoe_mlx.research.published import PUBLISHED, known_config
 from flashmoe_mlx.research.sizes import expert_weights, memory_need, record_bytes, resident_bytes, touched_weights
 from flashmoe_mlx.research.speed import SpeedModel, certainly
 from flashmoe_mlx.research.trace import uniform_trace
@@ -203,18 +204,19 @@ def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path
 # task=estimate
 
 
-def refuse(name: str, file: str) -> str:
-    """What the hub's library does with a name, and without a network."""
-    assert file == "config.json"
-    if name.count("/") != 1:
-        raise HFValidationError(name)
-    raise ConnectionError("no network")
+class Unreachable:
+    """The hub's library with a name, and without a network."""
+
+    def model_info(self, name: str, **_: Any) -> None:
+        if name.count("/") != 1:
+            raise HFValidationError(name)
+        raise ConnectionError("no network")
 
 
 @pytest.fixture
 def cache(profile: MachineProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(estimate_module, "hf_hub_download", refuse)
+    monkeypatch.setattr(hub, "HfApi", Unreachable)
     profile.save(tmp_path / "cache" / "probe.json")
     return tmp_path / "cache"
 
@@ -265,7 +267,6 @@ def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_
         (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
         (("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=-1"), 2, "probe_seconds=-1.0: must be"),
         (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),
-        (("model=Qwen/Qwen3.5-35B-A3B", "model.cache_dir={empty}", "probe=false"), 2, "leave out probe=false"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -277,6 +278,66 @@ def test_mistakes_are_one_line(
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert reason in line
     assert_one_line(Exception(line))
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("Qwen/Qwen3.5-35B-A3B-FP8", "FP8"),
+        ("unsloth/Qwen3.6-35B-A3B-GGUF", "Qwen/Qwen3.6-35B-A3B"),
+        ("{folder}/nvfp4.json", "NVFP4"),
+        ("{folder}/dense.json", "nothing to stream"),
+        ("{folder}/model.gguf", "GGUF"),
+    ],
+)
+def test_what_cannot_be_packed_is_not_estimated(
+    model: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nvfp4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    (tmp_path / "nvfp4.json").write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], **nvfp4}))
+    (tmp_path / "dense.json").write_text('{"model_type": "qwen3_5"}')
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    argument = f"model={model.format(folder=tmp_path)}"
+    assert run_command_line(["task=estimate", argument, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "a pack takes" not in shown
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", ["Qwen/Qwen3.6-35B-A3B", "mlx-community/Qwen3.8-2.4T-A95B-4bit"])
+def test_later_models_are_known_without_a_network(name: str, tmp_path: Path) -> None:
+    found = estimate(tmp_path, f"model={name}", "memory_gib=1")
+    per_expert = {"Qwen/Qwen3.6-35B-A3B": 40 * 256 * 1_769_472}.get(name, 92 * 512 * 28_311_552)
+    assert found["expert_bytes"] == per_expert
+
+
+@pytest.mark.usefixtures("cache")
+def test_widths_are_those_of_the_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "eight.json"
+    settings = {"bits": 8, "group_size": 32, "mode": "affine"}
+    config.write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], "quantization": settings}))
+    expert = 3 * 2048 * 512 * 9 // 8  # 8 bits, and 16 of scale and of bias for each 32 weights
+    assert estimate(tmp_path, f"model={config}", "memory_gib=1")["expert_bytes"] == 40 * 256 * expert
+    assert "8 bits" in capsys.readouterr().err
+    named = "model=mlx-community/Qwen3.5-35B-A3B-8bit"
+    assert estimate(tmp_path, named, "memory_gib=1")["expert_bytes"] == 40 * 256 * (3 * 2048 * 512 * 17 // 16)
+    assert estimate(tmp_path, f"model={config}", "bits=[4]", "memory_gib=1")["expert_bytes"] == 40 * 256 * 1_769_472
+    settings["bits"] = float("nan")
+    config.write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], "quantization": settings}))
+    assert estimate(tmp_path, f"model={config}", "memory_gib=1")["expert_bytes"] == 40 * 256 * 1_769_472
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_a_measurement_the_sizes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("model=Qwen/Qwen3.5-35B-A3B", f"model.cache_dir={tmp_path / 'empty'}", "memory_gib=64", "probe=false")
+    found = estimate(tmp_path, *arguments)
+    assert "estimates" not in found
+    assert found["need_bytes"]
+    shown = capsys.readouterr().err
+    assert "a pack takes 19.5 GB" in shown
+    assert "leave out probe=false" in shown
 
 
 def test_a_machine_is_measured_once(

@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +58,8 @@ class Geometry:
     layers_told_by: Literal["layer_types", "interval", "default"] = "layer_types"
     flat_rope: bool = False
     """Rotary settings beside the sizes, as before transformers 5, instead of in ``rope_parameters``."""
+    scaling: tuple[tuple[str, Any], ...] = ()
+    """Further entries of ``rope_parameters``."""
 
     context: int = 4096
     """Tokens that the model's context holds. Weights do not depend on it."""
@@ -110,7 +112,7 @@ class Geometry:
             config |= rope
         else:
             section = {"mrope_section": [11, 11, 10], "mrope_interleaved": True}
-            config["rope_parameters"] = {"rope_type": "default", **rope, **section}
+            config["rope_parameters"] = {"rope_type": "default", **rope, **section, **dict(self.scaling)}
         if self.layers_told_by == "layer_types":
             kinds = {"L": "linear_attention", "F": "full_attention"}
             config["layer_types"] = [kinds[letter] for letter in self.layer_types]
@@ -256,6 +258,15 @@ GEOMETRIES: Mapping[str, Geometry] = {
         ),
     )
 }
+
+YARN = replace(
+    GEOMETRIES["text"],
+    name="yarn",
+    rope_theta=10_000.0,
+    # Of the 8 pairs two are kept, two divided by the factor, and those between are blended.
+    scaling=(("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 4096)),
+)
+"""With the rotary embedding by which published models reach further than they were trained for."""
 
 SEEDS = (0, 1, 2)
 

@@ -103,7 +103,7 @@ def fused_gated_attention(
         "KV_HEADS": weights.kv_heads,
         "DIM": width,
     }
-    frequencies = _rotary(weights.rotary_dim, weights.theta)
+    frequencies = _rotary(weights.rotary_dim, weights.theta, weights.frequencies)
     inputs = [q_and_gate, k, v, weights.q_norm, weights.k_norm, keys, values, frequencies, seen]
     norm_and_rotary: dict[str, int | mx.Dtype] = {"ROTARY": weights.rotary_dim, "EPS": bits_of(weights.eps)}
     if tokens == 1 and (stages := stages_on_tensor_cores(weights, dtype)):
@@ -205,15 +205,24 @@ def _attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
-def _rotated(x: mx.array, rotary_dim: int, theta: float, start: int) -> mx.array:
-    return mx.fast.rope(x, rotary_dim, traditional=False, base=theta, scale=1.0, offset=start)
+def _rotated(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
+    periods = None if weights.frequencies is None else _periods(weights.frequencies)
+    base = weights.theta if periods is None else None
+    return mx.fast.rope(x, weights.rotary_dim, traditional=False, base=base, scale=1.0, offset=start, freqs=periods)
 
 
 @cache
-def _rotary(rotary_dim: int, theta: float) -> mx.array:
-    """Turns a token, rounded to f32, and after those what the rounding lost."""
+def _periods(frequencies: tuple[float, ...]) -> mx.array:
+    """Positions in which each pair turns by one radian, which is what MLX calls frequencies."""
+    return mx.array(1.0 / np.array(frequencies), mx.float32)
+
+
+@cache
+def _rotary(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None) -> mx.array:
+    """Return the turns [rotary_dim] that a position takes: rounded to f32, and after those what the rounding lost."""
     pairs = rotary_dim // 2
-    turns = theta ** (-np.arange(pairs) / pairs) / (2 * np.pi)
+    radians = theta ** (-np.arange(pairs) / pairs) if frequencies is None else np.array(frequencies)
+    turns = radians / (2 * np.pi)
     rounded = turns.astype(np.float32)
     host = mx.array(np.concatenate([rounded, (turns - rounded).astype(np.float32)]))
     array = host * 1  # a result is in the GPU's own memory

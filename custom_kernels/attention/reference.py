@@ -9,13 +9,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels.precision import wide
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionWeights:
-    """One layer's own weights; ``q_norm`` and ``k_norm`` [D]. The first ``rotary_dim`` of D dimensions are rotated."""
+    """One layer's own weights; ``q_norm`` and ``k_norm`` [D]. The first ``rotary_dim`` of D dimensions are rotated.
+
+    Pair i of rotary_dim / 2 turns by ``theta ** (-2 i / rotary_dim)`` radians for each position, or by
+    ``frequencies[i]`` where these are given.
+    """
 
     heads: int
     kv_heads: int
@@ -25,6 +30,14 @@ class AttentionWeights:
     q_norm: mx.array
     k_norm: mx.array
     eps: float
+    frequencies: tuple[float, ...] | None = None
+
+    def turns(self) -> npt.NDArray[np.float64]:
+        """Return the radians [rotary_dim / 2] by which each pair is turned for each position."""
+        if self.frequencies is not None:
+            return np.array(self.frequencies)
+        pairs = self.rotary_dim // 2
+        return np.asarray(self.theta ** (-np.arange(pairs) / pairs))
 
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]
@@ -51,11 +64,11 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     return (mx.softmax(scores, axis=-1) @ values).astype(queries.dtype)
 
 
-def rotate(x: mx.array, rotary_dim: int, theta: float, start: int) -> mx.array:
-    """Rotary embedding of the first ``rotary_dim`` dimensions of [1, heads, T, D], for positions from ``start`` on."""
+def rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
+    """Rotate the first ``rotary_dim`` dimensions of ``x`` [1, heads, T, D], whose positions begin at ``start``."""
+    rotary_dim = weights.rotary_dim
     pairs = rotary_dim // 2
-    frequencies = theta ** (-np.arange(pairs) / pairs)
-    angles = np.outer(np.arange(start, start + x.shape[2]), frequencies)
+    angles = np.outer(np.arange(start, start + x.shape[2]), weights.turns())
     cosine, sine = (mx.array(part(angles), wide(x).dtype) for part in (np.cos, np.sin))
     low, high, rest = mx.split(wide(x), [pairs, rotary_dim], axis=-1)
     rotated = mx.concatenate([low * cosine - high * sine, high * cosine + low * sine, rest], axis=-1)
@@ -71,7 +84,7 @@ def gated_attention(
     values: mx.array,
     start: int,
     attend: Attend = attention,
-    rotated: Callable[[mx.array, int, float, int], mx.array] = rotate,
+    rotated: Callable[[mx.array, AttentionWeights, int], mx.array] = rotate,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries and keys normalised and rotated, the cache extended, attention, the output gate.
 
@@ -95,7 +108,7 @@ def gated_attention(
 
     def placed(x: mx.array, norm: mx.array) -> mx.array:
         normed = mx.fast.rms_norm(x, norm, weights.eps).swapaxes(0, 1)[None]
-        return rotated(normed, weights.rotary_dim, weights.theta, start)
+        return rotated(normed, weights, start)
 
     keys[:, :, start:end] = placed(new_keys, weights.k_norm)
     values[:, :, start:end] = new_values.swapaxes(0, 1)[None]

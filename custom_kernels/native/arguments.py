@@ -152,7 +152,9 @@ class Attention:
 
     @staticmethod
     def takes(q_and_gate: mx.array, k: mx.array, v: mx.array, weights: AttentionWeights, *_: Any) -> bool:  # noqa: ARG004
-        return q_and_gate.dtype == mx.float32 and weights.head_dim % LANES == 0
+        # The extension works out powers of theta itself and takes no other frequencies.
+        plain = weights.frequencies is None
+        return q_and_gate.dtype == mx.float32 and weights.head_dim % LANES == 0 and plain
 
     @staticmethod
     def kind(q_and_gate: mx.array, *_: Any) -> Hashable:

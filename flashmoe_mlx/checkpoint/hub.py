@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -13,13 +13,17 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name, read_config
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
+from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
 from flashmoe_mlx.pack.files import WRITE_ERRORS, explained_write_errors
 from flashmoe_mlx.pack.pack import TEXT_FILES
+from flashmoe_mlx.untrusted import read_object
 
 _CONFIG = "config.json"
+_TIMEOUT = 10
+"""Seconds to wait for the hub's first answer."""
 
 
 class HubCheckpoint(Checkpoint):
@@ -36,30 +40,37 @@ class HubCheckpoint(Checkpoint):
     def open_remote(cls, name: str, revision: str | None, folder: Path) -> "HubCheckpoint":
         """Fetch config, tokenizer and the headers of all shards of ``name`` into ``folder``.
 
+        The config comes first, so that nothing else is fetched of a model that cannot be run.
+
         Raises:
             CheckpointError: no such model, or it is not supported.
             FlashMoeError: the hub cannot be reached, or no space is left.
         """
+        refuse_named_format(name)
         api = HfApi()
+        with _explained(name):
+            commit, present = _listing(api, name, revision)
         with explained_write_errors(folder), _explained(name):
-            info = api.model_info(name, revision=revision)
-            present = {sibling.rfilename for sibling in info.siblings or ()}
-            commit = info.sha
-            for file in (_CONFIG, *TEXT_FILES):
+            hf_hub_download(name, _CONFIG, revision=commit, local_dir=folder)
+            published = read_object(folder / _CONFIG)
+            refuse_unsupported(published, f"source={name}")
+            for file in TEXT_FILES:
                 if file in present:
                     hf_hub_download(name, file, revision=commit, local_dir=folder)
-        if commit is None or _CONFIG not in present:
-            raise CheckpointError(f"source={name}: no {_CONFIG} there: not a model that can be packed")
-        published = read_config(folder)
-        with _explained(name):
             metadata = api.get_safetensors_metadata(name, revision=commit)
         tensors: dict[str, TensorInfo] = {}
         for shard, header in metadata.files_metadata.items():
             if not is_shard_name(shard):
-                raise CheckpointError(f"source={name}: {shard!r} is not the name of a safetensors file in its folder")
+                raise CheckpointError(
+                    f"source={name}: {shard!r} is not the name of a safetensors file in its folder",
+                    code="invalid_index",
+                )
             for tensor, entry in header.tensors.items():
                 if tensor in tensors:
-                    raise CheckpointError(f"source={name}: tensor {tensor} is in {tensors[tensor].shard} and {shard}")
+                    raise CheckpointError(
+                        f"source={name}: tensor {tensor} is in {tensors[tensor].shard} and {shard}",
+                        code="duplicate_tensor",
+                    )
                 described = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": list(entry.data_offsets)}
                 tensors[tensor] = tensor_info(folder / shard, tensor, described)
         return cls(folder, published, tensors, name, commit)
@@ -80,24 +91,71 @@ class HubCheckpoint(Checkpoint):
                 hf_hub_download(self._name, shard, revision=self._revision, local_dir=self.folder)
 
 
+def remote_config(name: str, key: str) -> Mapping[str, Any]:
+    """Fetch the ``config.json`` of ``name`` on the hub, and nothing else; without a network, take the hub's cache.
+
+    Args:
+        name: <organisation>/<name>.
+        key: what messages call it by.
+
+    Raises:
+        CheckpointError: no such model, or none that has a config.
+        FlashMoeError: the hub cannot be reached.
+    """
+    try:
+        with _explained(name, key):
+            # Asked first: it fails at once without a network, where a download tries for half a minute.
+            commit, _ = _listing(HfApi(), name, None)
+            return read_object(Path(hf_hub_download(name, _CONFIG, revision=commit)))
+    except FlashMoeError as error:
+        cached = None
+        if error.code == "hub_unreachable":
+            with contextlib.suppress(Exception):
+                cached = try_to_load_from_cache(name, _CONFIG)
+        if not isinstance(cached, str):
+            raise
+        return read_object(Path(cached))
+
+
+def _listing(api: HfApi, name: str, revision: str | None) -> tuple[str, set[str]]:
+    """The commit and the files of a repository that has the config of a model."""
+    info = api.model_info(name, revision=revision, timeout=_TIMEOUT)
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    if info.sha is not None and _CONFIG in present:
+        return info.sha, present
+    if any(file.lower().endswith(".gguf") for file in present):
+        raise CheckpointError(
+            f"{name}: its weights are in GGUF, which cannot be read or packed; use the original safetensors "
+            "checkpoint, or an MLX conversion in affine mode",
+            code="unsupported_format",
+        )
+    raise CheckpointError(f"source={name}: no {_CONFIG} there: not a model that can be packed", code="no_model")
+
+
 @contextlib.contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, key: str = "source") -> Iterator[None]:
     """Turn whatever the hub's library raises into a line, but for failures of writing here."""
     try:
         yield
+    except FlashMoeError:
+        raise
     except HFValidationError as error:
-        raise CheckpointError(f"source={name}: not a hub id: {_line(error)}") from error
+        raise CheckpointError(
+            f"{key}={name}: no such folder, and not a hub id: {_line(error)}", code="no_such_model"
+        ) from error
     except (NotASafetensorsRepoError, SafetensorsParsingError) as error:
-        raise CheckpointError(f"source={name}: {_line(error)}") from error
+        raise CheckpointError(f"{key}={name}: {_line(error)}", code="no_weights") from error
     except HfHubHTTPError as error:
         reason = _line(error.server_message or error)
-        raise CheckpointError(f"source={name}: {reason} (private models need: hf auth login)") from error
+        raise CheckpointError(
+            f"{key}={name}: {reason} (private models need: hf auth login)", code="no_such_model"
+        ) from error
     except Exception as error:
         # Besides its own errors the library lets through those of its HTTP client, which have no class in common.
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             raise
         raise FlashMoeError(
-            f"source={name}: no such folder here, and the hub cannot be reached ({_line(error)})"
+            f"{key}={name}: no such folder here, and the hub cannot be reached ({_line(error)})", code="hub_unreachable"
         ) from error
 
 

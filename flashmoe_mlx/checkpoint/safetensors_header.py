@@ -35,7 +35,7 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors of a safetensors file, and the byte at which its data starts.
+    """Read the tensors of a safetensors file, and the byte at which its data starts.
 
     Raises:
         CheckpointError: the file is missing, truncated or not a safetensors file.
@@ -47,13 +47,13 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(_HEADER_LIMIT, size - 8):
-                raise CheckpointError(f"{path}: not a complete safetensors file")
+                raise CheckpointError(f"{path}: not a complete safetensors file{_pointer(path, size)}")
             header = parse_object(file.read(length).decode())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
         raise CheckpointError(f"{path}: its safetensors header is damaged") from None
-    _check_metadata(path, header.pop("__metadata__", {}))
+    _check_metadata(path, header.pop("__metadata__", None))
     tensors = {name: tensor_info(path, name, entry) for name, entry in header.items()}
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.nbytes)):
@@ -65,7 +65,15 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
     return tensors, 8 + length
 
 
+def _pointer(path: Path, size: int) -> str:
+    """What to add of a file that git-lfs left in place of the real one."""
+    small = size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
+    return ", but a pointer of git-lfs (git lfs pull fetches what it points to)" if small else ""
+
+
 def _check_metadata(path: Path, metadata: Any) -> None:
+    if metadata is None:  # absent, or null as MLX writes it
+        return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path}: its __metadata__ does not map names to texts")
 

@@ -6,24 +6,19 @@ transformers 5 saves them; norms less 1. Sources: mlx_lm ``models/qwen3_5_moe.py
 ``modeling_qwen3_5_moe.py``.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_mode, mlx_settings
+from flashmoe_mlx.checkpoint.names import canonical_name, is_skipped, said_of_missing
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.expert_store import Extent
+from flashmoe_mlx.model.fields import shown
 from flashmoe_mlx.model.parameters import Kind, Parameter, quantisation_of, resident_parameters
 from flashmoe_mlx.pack.record import PROJECTIONS, RecordLayout
 
-_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.")
-_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -127,34 +122,23 @@ class _Sorter:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
-        self._refuse_other_quantisation()
-        self._skipped = tuple(sorted(name for name in checkpoint.tensors if _SKIPPED.search(name)))
+        self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name)))
         self._published: dict[str, str] = {}
         for name in checkpoint.tensors.keys() - set(self._skipped):
-            canonical = _canonical(name)
+            canonical = canonical_name(name)
             if canonical in self._published:
-                raise CheckpointError(f"{self._where}: {name} and {self._published[canonical]} are the same tensor")
+                raise CheckpointError(
+                    f"{self._where}: {name} and {self._published[canonical]} are the same tensor",
+                    code="duplicate_tensor",
+                )
             self._published[canonical] = name
         self._unused = set(self._published)
+        self._settings = mlx_settings(checkpoint.published)
         self._is_mlx = any(".mlp.switch_mlp." in name for name in self._published)
 
     @property
     def _where(self) -> str:
         return str(self._checkpoint.folder)
-
-    def _refuse_other_quantisation(self) -> None:
-        for key in ("quantization", "quantization_config"):
-            settings = self._checkpoint.published.get(key) or {}
-            mode = (
-                settings.get("mode", settings.get("quant_method", "affine"))
-                if isinstance(settings, Mapping)
-                else settings
-            )
-            if mode != "affine":
-                raise CheckpointError(
-                    f"{self._where}: weights quantised as {mode!r} are not supported; use the original bf16 checkpoint "
-                    "or an affine MLX conversion"
-                )
 
     def sort(self) -> CheckpointTensors:
         layers, layouts = [], []
@@ -165,7 +149,9 @@ class _Sorter:
             if layout != layouts[0]:
                 raise CheckpointError(
                     f"{self._where}: experts of layer {layer} are stored as {_described(layout)}, those of layer 0 as "
-                    f"{_described(layouts[0])}; experts of mixed precision are not supported"
+                    f"{_described(layouts[0])}; experts of mixed precision are not supported, {USE_INSTEAD} with one "
+                    "width for all experts",
+                    code="mixed_precision",
                 )
         matrices, vectors = [], []
         for parameter in resident_parameters(self._config):
@@ -180,24 +166,39 @@ class _Sorter:
             unknown = self._published[min(self._unused)]
             raise CheckpointError(
                 f"{self._where}: tensor {unknown} is not part of this kind of model ({len(self._unused)} such)"
+                f"{self._what_it_is()}",
+                code="unknown_tensor",
             )
         routed = CheckpointExperts(self._checkpoint, layouts[0], layers)
         return CheckpointTensors(tuple(matrices), tuple(vectors), routed, self._skipped)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:
-            raise CheckpointError(f"{self._where}: tensor {name} is missing; download the checkpoint again")
+            raise self._missing(name)
         self._unused.discard(name)
         tensor = self._checkpoint.tensors[self._published[name]]
         if shape is not None and tensor.shape != shape:
             raise CheckpointError(
-                f"{self._where}: tensor {name} has shape {list(tensor.shape)}, config.json needs {list(shape)}"
+                f"{self._where}: tensor {name} has shape {list(tensor.shape)}, config.json needs {list(shape)}",
+                code="wrong_shape",
             )
         if tensor.dtype not in dtypes:
             raise CheckpointError(
                 f"{self._where}: tensor {name} has type {tensor.dtype}, expected {' or '.join(dtypes)}"
+                f"{self._what_it_is()}",
+                code="unsupported_tensor_type",
             )
         return tensor
+
+    def _missing(self, name: str) -> CheckpointError:
+        found = self._what_it_is() or said_of_missing(name, self._published)
+        return CheckpointError(f"{self._where}: tensor {name} is missing{found}", code="missing_tensor")
+
+    def _what_it_is(self) -> str:
+        """What to add to a message where tensors give away a format that cannot be read."""
+        tensors = self._checkpoint.tensors
+        found = format_of_tensors((name, tensors[name].dtype) for name in self._published.values())
+        return "" if found is None else f"; the tensors are those of {found}, which is not supported: {USE_INSTEAD}"
 
     def _vector(self, parameter: Parameter) -> ResidentTensor:
         shape = parameter.shape
@@ -223,6 +224,7 @@ class _Sorter:
     def _quantised(
         self, name: str, dense: tuple[int, ...]
     ) -> tuple[tuple[TensorInfo, TensorInfo, TensorInfo], int, int]:
+        self._refuse_other_mode(name, dense[-1])
         weight = self._find(f"{name}.weight", None, ("U32",))
         scales = self._find(f"{name}.scales", None)
         biases = self._find(f"{name}.biases", scales.shape, (scales.dtype,))
@@ -230,15 +232,32 @@ class _Sorter:
         self._check_stated_quantisation(name, bits, group_size)
         return (weight, scales, biases), bits, group_size
 
-    def _check_stated_quantisation(self, name: str, bits: int, group_size: int) -> None:
-        settings: Any = self._checkpoint.published.get("quantization")
-        published = self._published[f"{name}.weight"].removesuffix(".weight")
-        stated = settings.get(published) if isinstance(settings, Mapping) else None
-        if isinstance(stated, Mapping) and (stated.get("bits"), stated.get("group_size")) != (bits, group_size):
+    def _refuse_other_mode(self, name: str, columns: int) -> None:
+        parts = [self._published.get(f"{name}.{part}") for part in ("weight", "scales")]
+        if None in parts:
+            return
+        mode = mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
+        if mode is not None:
             raise CheckpointError(
-                f"{self._where}: config.json says that {published} has {stated.get('bits')!r} bits in groups of "
-                f"{stated.get('group_size')!r}, but its shape says {bits} bits in groups of {group_size}"
+                f"{self._where}: {name} is quantised in MLX's mode {mode!r}, only 'affine' is supported; {USE_INSTEAD}",
+                code="unsupported_format",
             )
+
+    def _check_stated_quantisation(self, name: str, bits: int, group_size: int) -> None:
+        """Compare with the module's entry in the config; what that leaves out, or sets to null, contradicts nothing."""
+        published = self._published[f"{name}.weight"].removesuffix(".weight")
+        stated = self._settings.get(published)
+        if not isinstance(stated, Mapping):
+            return
+        found = {"bits": bits, "group_size": group_size}
+        for key, value in found.items():
+            if stated.get(key) not in (None, value):
+                said = " and ".join(f"{key} {shown(stated[key])}" for key in found if stated.get(key) is not None)
+                raise CheckpointError(
+                    f"{self._where}: config.json says of {published}: {said}; but its shape says {bits} bits in groups "
+                    f"of {group_size}",
+                    code="contradicting_quantisation",
+                )
 
     def _layer_experts(self, prefix: str) -> tuple[_LayerExperts, RecordLayout]:
         if f"{prefix}switch_mlp.gate_proj.weight" in self._published:
@@ -256,7 +275,8 @@ class _Sorter:
         dtypes = {tensor.dtype for tensor in typed}
         if len(dtypes) > 1:
             raise CheckpointError(
-                f"{self._where}: experts of mixed types ({', '.join(sorted(dtypes))}) are not supported"
+                f"{self._where}: experts of mixed types ({', '.join(sorted(dtypes))}) are not supported",
+                code="mixed_precision",
             )
         return RecordLayout(self._config.hidden_size, self._config.expert_size, bits, group_size, dtypes.pop())
 
@@ -274,7 +294,12 @@ class _Sorter:
             typed += parts[1:]
             formats.add((bits, group_size))
         if len(formats) > 1:
-            raise CheckpointError(f"{self._where}: {prefix}: projections of mixed precision are not supported")
+            shown = " and ".join(f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(formats))
+            raise CheckpointError(
+                f"{self._where}: {prefix}: projections of mixed precision ({shown}) are not supported; "
+                f"{USE_INSTEAD} with one width for all experts",
+                code="mixed_precision",
+            )
         return _stacked(tensors), self._layout(*formats.pop(), typed)
 
     def _stacked_dense(self, prefix: str) -> tuple[_LayerExperts, RecordLayout]:
@@ -302,12 +327,7 @@ def _stacked(tensors: Sequence[TensorInfo]) -> _Stacked:
     return _Stacked([(tensor, 0, tensor.nbytes // tensor.shape[0]) for tensor in tensors])
 
 
-def _canonical(name: str) -> str:
-    for published, canonical in _PREFIXES:
-        if name.startswith(published):
-            return canonical + name.removeprefix(published)
-    return name
-
-
 def _described(layout: RecordLayout) -> str:
-    return layout.dtype if layout.bits is None else f"{layout.bits} bits in groups of {layout.group_size}"
+    if layout.bits is None:
+        return layout.dtype
+    return f"{layout.bits} bits in groups of {layout.group_size} with scales in {layout.dtype}"

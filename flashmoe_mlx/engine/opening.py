@@ -50,7 +50,7 @@ def open_model(folder: Path) -> ModelFiles:
     Raises:
         InputError: there is none, or it is incomplete, damaged or not supported.
     """
-    if (folder / MANIFEST).exists():
+    if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
         pack = open_pack(folder)
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():

@@ -23,7 +23,7 @@ from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Guesses
 
 METRICS_VERSION = 1
-_PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "safetensors", "tokenizers")
+_PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "tokenizers")
 
 
 @dataclass

@@ -17,6 +17,7 @@ from flashmoe_mlx.model.experts import MixtureOfExperts
 from flashmoe_mlx.model.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.model.linear import Linear
 from flashmoe_mlx.model.parameters import Kind, quantisation_of, resident_parameters
+from flashmoe_mlx.model.rope import Rope
 from flashmoe_mlx.storage.memory import at_cache_lines
 
 _EXACT = ("A_log", "dt_bias")
@@ -62,6 +63,7 @@ def build_model(
         found = matrices[name]
         return replace(found, bias=vectors[f"{name}.bias"]) if f"{name}.bias" in vectors else found
 
+    frequencies = None if config.rope.yarn is None else config.rope.frequencies()
     layers = []
     for layer, full_attention in enumerate(config.full_attention):
         prefix = f"model.layers.{layer}"
@@ -73,11 +75,12 @@ def build_model(
                     config.num_heads,
                     config.num_kv_heads,
                     config.head_dim,
-                    config.rope_dim,
-                    config.rope_theta,
-                    vectors[f"{own}.q_norm.weight"],
-                    vectors[f"{own}.k_norm.weight"],
+                    config.rope.dim,
+                    config.rope.theta,
+                    _stretched(vectors[f"{own}.q_norm.weight"], config.rope),
+                    _stretched(vectors[f"{own}.k_norm.weight"], config.rope),
                     config.rms_norm_eps,
+                    frequencies,
                 ),
                 kernels,
                 linear(f"{own}.q_proj"),
@@ -129,6 +132,19 @@ def build_model(
     head = embedding if config.tie_word_embeddings else linear("lm_head")
     touched = resident.nbytes - (0 if config.tie_word_embeddings else embedding.nbytes)
     return Model(kernels, config, embedding, layers, vectors["model.norm.weight"], head, touched)
+
+
+def _stretched(norm: mx.array, rope: Rope) -> mx.array:
+    """Return the factors ``norm`` [head dim] with YaRN's attention factor in those of the rotated dimensions.
+
+    A rotation is linear, so it makes no difference whether its input is scaled or its output.
+    """
+    if rope.yarn is None:
+        return norm
+    rotated = mx.arange(len(norm)) < rope.dim
+    stretched = mx.where(rotated, norm.astype(mx.float32) * rope.yarn.attention_factor, norm).astype(norm.dtype)
+    mx.eval(stretched)
+    return stretched
 
 
 class _Resident:

@@ -35,7 +35,7 @@ from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.files import regular_file_size, write_atomically
 from flashmoe_mlx.pack.quantise import QUANTISERS, default_quantiser
 from flashmoe_mlx.pack.record import DTYPE_BYTES, RecordLayout
-from flashmoe_mlx.untrusted import read_object
+from flashmoe_mlx.untrusted import read_object, same_json
 
 MANIFEST = "pack.json"
 RESIDENT = "resident.safetensors"
@@ -53,6 +53,11 @@ TEXT_FILES = (
 """Files that are copied from the checkpoint where it has them."""
 _SMALL = 64 * 2**20
 """Files up to this size are hashed whenever a pack is opened, larger ones only by ``verify``."""
+
+_LINK = (
+    "is a symbolic link, and links are not followed: a pack must hold its own files; copy it with cp -rL, or download "
+    "it with hf download --local-dir"
+)
 
 
 @dataclass(frozen=True)
@@ -176,9 +181,12 @@ def open_pack(folder: Path) -> Pack:
         folder = folder.resolve()
     except (OSError, RuntimeError, ValueError) as error:  # a loop of links (before Python 3.13), a NUL in the name
         raise PackError(f"{str(folder)!r}: {error}") from error
+    if (folder / MANIFEST).is_symlink():
+        raise PackError(f"{folder}: {MANIFEST} {_LINK}", code="symbolic_link")
     if regular_file_size(folder / MANIFEST) is None:
         raise PackError(
-            f"{folder}: no {MANIFEST} here: not a pack, or not finished (run the same task=pack command again)"
+            f"{folder}: no {MANIFEST} here: not a pack, or not finished (run the same task=pack command again)",
+            code="no_pack",
         )
     return _Opener(folder).open()
 
@@ -186,7 +194,7 @@ def open_pack(folder: Path) -> Pack:
 class _Opener:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        manifest = read_object(folder / MANIFEST)
+        manifest = read_object(folder / MANIFEST, strict=True)
         if manifest.get("format") != FORMAT:
             raise self._refuse(f"{MANIFEST} is not the manifest of a pack")
         version = manifest.get("format_version")
@@ -198,8 +206,8 @@ class _Opener:
         self._files = self._object(manifest.get("files"), "files")
         self._known: set[str] = set()
 
-    def _refuse(self, what: str) -> PackError:
-        return PackError(f"{self._folder}: {what}")
+    def _refuse(self, what: str, code: str | None = None) -> PackError:
+        return PackError(f"{self._folder}: {what}", code=code)
 
     def _object(self, value: Any, what: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -213,7 +221,7 @@ class _Opener:
             config = ModelConfig.from_json(read_object(self._folder / "config.json"))
         except CheckpointError as error:
             raise self._refuse(str(error)) from None
-        if not _same(self._manifest.get("geometry"), geometry_of(config)):
+        if not same_json(self._manifest.get("geometry"), geometry_of(config)):
             raise self._refuse(
                 f"the geometry in {MANIFEST} is not that of config.json: files of different models are mixed"
             )
@@ -255,9 +263,13 @@ class _Opener:
         path = self._folder / name
         size = regular_file_size(path)
         if path.parent != self._folder and path.parent.is_symlink():
-            raise self._refuse(f"{path.parent.name} is a symbolic link; a pack must hold its own files")
+            raise self._refuse(f"{path.parent.name} {_LINK}", "symbolic_link")
+        if path.is_symlink():
+            raise self._refuse(f"{name} {_LINK}", "symbolic_link")
         if size is None:
-            raise self._refuse(f"{name} is missing or not a regular file; delete the pack and make it again")
+            raise self._refuse(
+                f"{name} is missing or not a regular file; delete the pack and make it again", "missing_file"
+            )
         if size != listed:
             raise self._refuse(
                 f"{name} has {size} bytes, {MANIFEST} says {listed}: truncated or foreign; "
@@ -298,7 +310,7 @@ class _Opener:
             layout = RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
         except PackError as error:
             raise self._refuse(f"variant {name}: {error}") from None
-        if not _same(layout.to_json(), entry):
+        if not same_json(layout.to_json(), entry):
             raise self._refuse(
                 f"{MANIFEST}: the record layout of variant {name} is not the one that its geometry gives"
             )
@@ -308,11 +320,6 @@ class _Opener:
             self._check_file(f"{directory}/{layer_file(layer)}", experts.layer_bytes, hashed=False)
         self._check_file(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)
         return experts
-
-
-def _same(first: Any, second: Any) -> bool:
-    """Whether two JSON values are equal in their types too; Python takes 1, 1.0 and true for the same."""
-    return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 
 
 def file_hash(path: Path) -> str:

@@ -16,13 +16,14 @@ from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.pack.files import write_atomically
-from flashmoe_mlx.untrusted import read_object
+from flashmoe_mlx.untrusted import read_object, same_json
 
 _DOWNLOADS = ".download"
 """Folder in an unfinished pack for what comes from the hub."""
 _STATE = ".packing"
 _PLAN = "plan.json"
 _VERSION = 2
+_OF_SYSTEMS = ("lost+found", "Thumbs.db", "desktop.ini", "System Volume Information")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,8 @@ def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings
     folder = source.folder if isinstance(source, Checkpoint) else source
     if folder.resolve() == out.resolve():
         raise PackError(f"{out}: out= must not be the checkpoint's own folder")
-    present = [path.name for path in out.iterdir() if path.name not in (".lock", _STATE, _DOWNLOADS)]
+    # Names that begin with a dot, and those below, are what systems leave in a folder that somebody looked into.
+    present = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in _OF_SYSTEMS]
     if not present:
         return _begin(source, out, settings)
     if not (state_folder(out) / _PLAN).is_file():
@@ -148,7 +150,7 @@ def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Ch
     if checkpoint.identity != plan["identity"]:
         began, now = (" at ".join(identity.values()) for identity in (plan["identity"], checkpoint.identity))
         raise PackError(f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it")
-    if checkpoint.published != plan["config"]:
+    if not same_json(checkpoint.published, plan["config"]):
         raise CheckpointError(
             f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again"
         )

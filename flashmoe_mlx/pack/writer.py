@@ -36,7 +36,7 @@ from flashmoe_mlx.pack.quantise import QUANTISERS, convert_record
 from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
-from flashmoe_mlx.untrusted import read_object
+from flashmoe_mlx.untrusted import read_object, same_json
 
 _REMEDY = "make room or choose another out="
 
@@ -143,7 +143,7 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
     revisions = {pack.manifest["source"].get("revision")}
     if isinstance(source, Checkpoint):
         revisions.add(source.identity.get("revision"))
-    if published != read_object(pack.folder / "config.json") or len(revisions - {None}) > 1:
+    if not same_json(published, read_object(pack.folder / "config.json")) or len(revisions - {None}) > 1:
         raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=")
 
 

@@ -10,7 +10,7 @@ from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.research.probe import MachineProfile
 from flashmoe_mlx.research.simulator import CacheDesign, Replay
 from flashmoe_mlx.research.simulator import replay as replayed
-from flashmoe_mlx.research.sizes import MemoryNeed, memory_need, record_bytes
+from flashmoe_mlx.research.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
 from flashmoe_mlx.research.speed import Distribution, Prediction, SpeedModel, certainly
 from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
 
@@ -52,17 +52,23 @@ class Model:
     activation_bytes: int
     scale_bytes: int
     trace: RoutingTrace | None = None
+    group_size: int = GROUP_SIZE
 
     @property
     def need(self) -> MemoryNeed:
         """Memory without any expert kept."""
         sizes = self.activation_bytes, self.scale_bytes
-        return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes)
+        return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
 
     @property
     def expert_bytes(self) -> int:
         """All experts on disk."""
-        return self.config.num_layers * self.config.num_experts * record_bytes(self.config, self.bits)
+        return self.config.num_layers * self.config.num_experts * self.record_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """One expert on disk."""
+        return record_bytes(self.config, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
@@ -92,10 +98,10 @@ def estimates(model: Model, machine: Machine) -> list[Estimate]:
 def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
     speed = SpeedModel(machine.profile, machine.faster_reads)
     if model.expert_bytes <= room:
-        in_memory = speed.predict(model.config, model.bits, model.experts_k, {})
+        in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.group_size)
         yield _estimate("resident", [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
         return
-    record = record_bytes(model.config, model.bits)
+    record = model.record_bytes
     slots = room // (record * model.config.num_layers)
     direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
     if direct is not None:
@@ -106,7 +112,8 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             backend = f"ram_hybrid {reader}direct=true"
             yield _predicted(speed, model, backend, replays, reads, slots * record * model.config.num_layers)
         else:
-            all_read = speed.predict(model.config, model.bits, model.experts_k, {direct: certainly(model.experts_k)})
+            reads_all = {direct: certainly(model.experts_k)}
+            all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.group_size)
             backend = "io_uring" if reader else "pread direct=true"
             yield _estimate(backend, [all_read] * 3, (0.0, 0.0, 0.0), 0)
     if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
@@ -123,7 +130,7 @@ def _predicted(
     reads: list[dict[str, Distribution]],
     budget: int,
 ) -> Estimate:
-    found = [speed.predict(model.config, model.bits, model.experts_k, one) for one in reads]
+    found = [speed.predict(model.config, model.bits, model.experts_k, one, model.group_size) for one in reads]
     rates = [one.hit_rate or 0.0 for one in replays]
     return _estimate(backend, found, (rates[0], rates[1], rates[2]), budget)
 

@@ -135,7 +135,7 @@ class MachineProfile:
         if not path.is_file():
             return None
         try:
-            found = read_object(path)
+            found = read_object(path, strict=True)
             if found["probe_version"] != PROBE_VERSION:
                 return None
             points = tuple(

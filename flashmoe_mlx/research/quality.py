@@ -15,6 +15,7 @@ says how it is judged: ``exact`` (the words themselves), ``schema`` with ``json`
 to that value), ``call`` (one tool call, ``name`` and ``arguments``).
 """
 
+import importlib
 import json
 import math
 import tempfile
@@ -22,10 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, Self
 
-import jsonschema
 import numpy as np
 import numpy.typing as npt
 
@@ -106,6 +106,17 @@ _FIELDS = {
 }
 
 
+def _jsonschema() -> ModuleType:
+    """Import the package that checks answers against schemas; it comes with the extra ``evaluate``."""
+    try:
+        return importlib.import_module("jsonschema")
+    except ImportError:
+        raise InputError(
+            "items with a schema need the package jsonschema: pip install 'jsonschema>=4.23'",
+            code="missing_package",
+        ) from None
+
+
 def _item(line: str, where: str) -> Item:
     try:
         values = json.loads(line)
@@ -119,6 +130,7 @@ def _item(line: str, where: str) -> Item:
     if ("text" in values) == ("messages" in values) or ("messages" in values) != ("answer" in values):
         raise InputError(f"{where}: give text, or messages with an answer")
     if "schema" in values:
+        jsonschema = _jsonschema()
         try:
             jsonschema.Draft202012Validator.check_schema(values["schema"])
         except jsonschema.SchemaError as error:
@@ -344,7 +356,7 @@ def judge(item: Item, text: str) -> Answer:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return Answer(item, text, False, parsed=False, valid=False)
-    valid = jsonschema.Draft202012Validator(item.schema).is_valid(value)
+    valid = _jsonschema().Draft202012Validator(item.schema).is_valid(value)
     # Python takes True for 1: compare the texts.
     same = json.dumps(value, sort_keys=True) == json.dumps(item.json, sort_keys=True)
     return Answer(item, text, valid and same, parsed=True, valid=valid)

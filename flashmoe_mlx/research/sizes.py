@@ -25,21 +25,24 @@ def expert_weights(config: ModelConfig) -> int:
     return 3 * config.hidden_size * config.expert_size
 
 
-def record_bytes(config: ModelConfig, bits: int) -> int:
-    """Bytes of an expert on disk and in a slot."""
-    return RecordLayout(config.hidden_size, config.expert_size, bits, GROUP_SIZE, "BF16").record_bytes
+def record_bytes(config: ModelConfig, bits: int, group_size: int = GROUP_SIZE) -> int:
+    """Compute the bytes of an expert on disk and in a slot."""
+    return RecordLayout(config.hidden_size, config.expert_size, bits, group_size, "BF16").record_bytes
 
 
-def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2) -> int:
-    """Bytes of the resident weights with matrices of ``bits``; scales, biases and vectors have ``scale_bytes`` each."""
+def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_size: int = GROUP_SIZE) -> int:
+    """Compute the bytes of the resident weights with matrices of ``bits``.
+
+    Scales, biases and vectors have ``scale_bytes`` each.
+    """
     total = 0
     for one in resident_parameters(config):
         size = prod(one.shape)
-        if one.kind is not Kind.MATRIX or one.shape[1] % GROUP_SIZE:
+        if one.kind is not Kind.MATRIX or one.shape[1] % group_size:
             total += size * scale_bytes
         else:
             width = 8 if one.name.endswith(_KEPT_AT_8_BITS) else bits
-            total += size * width // 8 + 2 * size // GROUP_SIZE * scale_bytes
+            total += size * width // 8 + 2 * size // group_size * scale_bytes
     return total
 
 
@@ -60,17 +63,23 @@ class MemoryNeed:
 
 
 def memory_need(
-    config: ModelConfig, resident_bits: int, expert_bits: int, context: int, activation_bytes: int, scale_bytes: int
+    config: ModelConfig,
+    resident_bits: int,
+    expert_bits: int,
+    context: int,
+    activation_bytes: int,
+    scale_bytes: int,
+    group_size: int = GROUP_SIZE,
 ) -> MemoryNeed:
-    """What a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
+    """Compute what a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
     full = sum(config.full_attention)
     delta = config.num_layers - full
     head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim
     conv = (config.linear_conv_kernel - 1) * config.conv_width
     return MemoryNeed(
-        resident=resident_bytes(config, resident_bits, scale_bytes),
+        resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
         keys_and_values=full * 2 * config.num_kv_heads * config.head_dim * context * activation_bytes,
         state=delta * (4 * head_state + activation_bytes * conv),
-        slots=LEAST_SLOTS * record_bytes(config, expert_bits),
+        slots=LEAST_SLOTS * record_bytes(config, expert_bits, group_size),
         runtime=_RUNTIME,
     )

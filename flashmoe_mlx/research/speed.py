@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.research.probe import MEMORY, MachineProfile, Point
-from flashmoe_mlx.research.sizes import expert_weights, record_bytes, touched_weights
+from flashmoe_mlx.research.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
 """The probability of each number of experts, from none on."""
@@ -51,15 +51,27 @@ class SpeedModel:
         self.profile = profile
         self._faster_reads = faster_reads
 
-    def predict(self, config: ModelConfig, bits: int, experts_k: int, reads: Mapping[str, Distribution]) -> Prediction:
-        """A token's time; ``reads`` says for each way of reading how many experts of a layer go that way.
+    def predict(
+        self,
+        config: ModelConfig,
+        bits: int,
+        experts_k: int,
+        reads: Mapping[str, Distribution],
+        group_size: int = GROUP_SIZE,
+    ) -> Prediction:
+        """Predict the time of a token.
 
-        ``bits`` of the experts; for widths other than the probe's, the computation of the nearest is taken.
+        Args:
+            config: the model.
+            bits: width of the experts; for one that was not measured, computing takes as long as with the nearest.
+            experts_k: experts that a layer chooses.
+            reads: for each way of reading, how many experts of a layer go that way.
+            group_size: weights that share a scale and a bias.
 
         Raises:
             ValueError: the probe has not measured a way.
         """
-        size = record_bytes(config, bits)
+        size = record_bytes(config, bits, group_size)
         quartiles = []
         for quartile in range(3):
             computing = self._computing(config, bits, experts_k, quartile)

@@ -6,23 +6,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from rich.table import Table
 
-from flashmoe_mlx.checkpoint.checkpoint import read_config
+from flashmoe_mlx.checkpoint.checkpoint import is_gguf, read_config
+from flashmoe_mlx.checkpoint.formats import mlx_settings
+from flashmoe_mlx.checkpoint.hub import remote_config
+from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config
+from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format, refuse_unsupported
 from flashmoe_mlx.config import Config, EstimateConfig, ModelChoice, folder_of
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.telemetry import write_json
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.record import QUANTISED_BITS
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS
 from flashmoe_mlx.pack.synthetic import synthetic_config
 from flashmoe_mlx.research.estimate import Estimate, Machine, Model, check_trace, estimates, tolerance, wishes
 from flashmoe_mlx.research.probe import MachineProfile, machine_identity, probe
-from flashmoe_mlx.research.published import PUBLISHED, known_config
-from flashmoe_mlx.research.sizes import resident_bytes
+from flashmoe_mlx.research.sizes import GROUP_SIZE, resident_bytes
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB, available_memory, slots_on_gpu, total_memory
 from flashmoe_mlx.tasks.console import console, print_table
@@ -30,7 +32,9 @@ from flashmoe_mlx.tasks.model import cache_folder, model_folder
 from flashmoe_mlx.untrusted import read_object
 
 ESTIMATE_VERSION = 1
+_BITS = 4
 _CONTEXT = 8192
+_NOT_MEASURED = "this machine has not been measured, so no speed is told; leave out probe=false, it takes two minutes"
 _OLD = 30
 """Days."""
 _WORTH = 1.03
@@ -40,15 +44,15 @@ _WORTH = 1.03
 def run(config: Config, run_dir: Path) -> None:
     """Show the answer and leave ``estimate.json`` in ``run_dir``."""
     assert isinstance(config, EstimateConfig)
-    name, published = _published(config.model)
-    model = _model(config, published)
+    name, published, folder = _published(config.model)
+    model = _model(config, published, folder)
     record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     memory = _memory(config)
     record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
     for line in _sizes(name, model, memory, cache_folder(config.model)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if model.need.total < memory:
-        profile = _profile(config)
+    profile = _profile(config) if model.need.total < memory else None
+    if profile is not None:
         machine = Machine(profile, memory)
         found = estimates(model, machine)
         changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
@@ -59,47 +63,55 @@ def run(config: Config, run_dir: Path) -> None:
         for line in _conclusions(model, found, helps):
             console.print(line, highlight=False, markup=False, soft_wrap=True)
         record |= {"estimates": [asdict(one) for one in found], "helps": helps, "probe": profile.to_json()}
+    elif model.need.total < memory:
+        console.print(_NOT_MEASURED, highlight=False, markup=False, soft_wrap=True)
     write_json(run_dir / "estimate.json", record)
     console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
 
 
-def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any]]:
-    """The model's name and its config.json, without downloading anything else."""
+def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None]:
+    """Return the model's name, its config.json, and its folder if it is here; nothing else is downloaded.
+
+    Raises:
+        InputError: there is no such model, or none that can be run.
+        FlashMoeError: it is not known here, and the hub cannot be reached.
+    """
     if choice.path is None:
         if choice.synthetic is None:
-            return f"model={choice.name}", read_config(model_folder(choice))
-        return f"model={choice.name}", synthetic_config(choice.synthetic)
+            folder = model_folder(choice)
+            return f"model={choice.name}", read_config(folder), folder
+        return f"model={choice.name}", synthetic_config(choice.synthetic), None
     path = folder_of(choice.path)
     if path.is_dir():
-        return choice.path, read_config(path)
+        return choice.path, read_config(path), path
     if path.is_file():
-        return choice.path, read_object(path)
-    known = known_config(choice.path)
-    if known is not None:
-        return choice.path, known
-    try:
-        return choice.path, read_object(Path(hf_hub_download(choice.path, "config.json")))
-    except HFValidationError as error:
-        raise InputError(f"model={choice.path}: no such folder or file, and not a hub id") from error
-    except HfHubHTTPError as error:
-        reason = " ".join(str(error.server_message or error).split())
-        raise InputError(f"model={choice.path}: {reason} (private models need: hf auth login)") from error
-    except InputError:
-        raise
-    except Exception as error:  # its HTTP client's errors have no class in common
-        raise FlashMoeError(
-            f"model={choice.path}: the hub cannot be reached ({' '.join(str(error).split())}); known without it: "
-            f"{', '.join(PUBLISHED)}"
-        ) from error
+        if is_gguf(path):
+            raise gguf_advice(path)
+        published: Mapping[str, Any] = read_object(path)
+    else:
+        if is_hub_id(choice.path):
+            refuse_named_format(choice.path)
+        known = known_config(choice.path)
+        try:
+            published = remote_config(choice.path, "model") if known is None else known
+        except FlashMoeError as error:
+            if error.code != "hub_unreachable":
+                raise
+            raise FlashMoeError(f"{error}; known without it: {', '.join(PUBLISHED)}", code=error.code) from error
+    refuse_unsupported(published, f"model={choice.path}")
+    return choice.path, published, None
 
 
-def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
+def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = ModelConfig.from_json(published)
     widths = ", ".join(map(str, QUANTISED_BITS))
-    if not config.bits or any(bits not in QUANTISED_BITS for bits in config.bits):
-        raise InputError(f"bits={config.bits}: choose from {widths}")
-    if config.resident_bits not in QUANTISED_BITS:
-        raise InputError(f"resident_bits={config.resident_bits}: choose from {widths}")
+    stated, group_size = _stated_quantisation(published, folder)
+    all_bits = [stated] if config.bits is None else config.bits
+    if not all_bits or any(bits not in QUANTISED_BITS for bits in all_bits):
+        raise InputError(f"bits={all_bits}: choose from {widths}")
+    resident_bits = stated if config.resident_bits is None else config.resident_bits
+    if resident_bits not in QUANTISED_BITS:
+        raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
         path = folder_of(config.trace)
@@ -117,7 +129,21 @@ def _model(config: EstimateConfig, published: Mapping[str, Any]) -> Model:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = activation_type().size
     scale_bytes = 2 if choose("auto").any_scales else activation_bytes
-    return Model(geometry, config.bits[0], config.resident_bits, k, context, activation_bytes, scale_bytes, trace)
+    bits = all_bits[0]
+    group_size = group_size if bits == stated else GROUP_SIZE  # made anew otherwise
+    return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)
+
+
+def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
+    """Return the bits and the group size of a pack's experts, of a conversion's by its config, or those by default."""
+    if folder is not None and (folder / MANIFEST).is_file():
+        layout = max((variant.layout for variant in open_pack(folder).experts.values()), key=lambda one: one.bits or 0)
+        return layout.bits or _BITS, layout.group_size or GROUP_SIZE
+    settings = mlx_settings(published)
+    bits, group_size = settings.get("bits"), settings.get("group_size")
+    if type(bits) is not int or bits not in QUANTISED_BITS:
+        return _BITS, GROUP_SIZE
+    return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
 
 def _memory(config: EstimateConfig) -> int:
@@ -131,8 +157,8 @@ def _memory(config: EstimateConfig) -> int:
     return total_memory() - max(2 * GIB, total_memory() // 10)
 
 
-def _profile(config: EstimateConfig) -> MachineProfile:
-    """What is known of this machine, measured now if need be."""
+def _profile(config: EstimateConfig) -> MachineProfile | None:
+    """Return what is known of this machine, measured now if need be; None if it must not be."""
     if not 0 < config.probe_seconds < 86_400:
         raise InputError(f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0")
     folder = cache_folder(config.model)
@@ -141,7 +167,7 @@ def _profile(config: EstimateConfig) -> MachineProfile:
     if config.probe is not True and stored is not None and stored.identity == machine_identity():
         return stored
     if config.probe is False:
-        raise InputError(f"{path}: no measurement of this machine; leave out probe=false, it takes two minutes")
+        return None
     with console.status("") as status:
         made = probe(folder, config.probe_seconds, status.update)
     made.save(path)
@@ -150,7 +176,7 @@ def _profile(config: EstimateConfig) -> MachineProfile:
 
 def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     geometry, need = model.config, model.need
-    pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits)
+    pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
         f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} a token, "
         f"{model.bits} bits"

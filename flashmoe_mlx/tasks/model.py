@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.checkpoint.checkpoint import is_gguf
+from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format
 from flashmoe_mlx.config import ModelChoice, folder_of
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.demo import demo_with_variants
@@ -25,9 +27,13 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
     """
     if choice.path is not None:
         folder = folder_of(choice.path)
+        if is_gguf(folder):
+            raise gguf_advice(folder)
         if folder.is_file():
             raise InputError(f"model.path={choice.path}: is a file; give the folder of a pack or a checkpoint")
         if not folder.is_dir():
+            if is_hub_id(choice.path) and not folder.parent.is_dir():
+                refuse_named_format(choice.path)
             raise InputError(
                 f"model.path={choice.path}: no such folder; to get a model from the hub: "
                 f"task=pack source=<org>/<name> out={choice.path}"

@@ -8,6 +8,7 @@ import numpy as np
 from tiny_checkpoints import (
     GEOMETRIES,
     SEEDS,
+    YARN,
     Dtype,
     Geometry,
     Layout,
@@ -53,7 +54,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return GEOMETRIES[self.geometry_name]
+        return YARN if self.geometry_name == YARN.name else GEOMETRIES[self.geometry_name]
 
     @property
     def path(self) -> Path:
@@ -91,6 +92,7 @@ OTHER_CASES = (
     Case("plain", 0, "dense", "BF16"),
     Case("plain", 0, "dense", "F32", experts_k=2),
     Case("text", 0, "mlx4", "BF16", experts_k=1),
+    Case(YARN.name, 0, "dense", "F32"),
 )
 CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES)
 

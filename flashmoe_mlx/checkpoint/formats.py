@@ -1,0 +1,155 @@
+"""Formats in which weights are published, and which of them cannot be read, by config, name, and tensors.
+
+Sources of the settings: mlx ``nn.layers.quantized`` and mlx_lm ``utils.load_model`` (``quantization``); transformers
+``quantizers/auto.py`` (``quantization_config``); NVIDIA modelopt's ``hf_quant_config.json``.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
+from flashmoe_mlx.model.fields import shown
+
+USE_INSTEAD = "use the original bf16 checkpoint, or an MLX conversion in affine mode"
+
+_METHODS: Mapping[str, str] = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "autoround": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "fbgemm_fp8": "FP8 (fbgemm)",
+    "fp8": "FP8",
+    "gguf": "GGUF",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "modelopt": "modelopt",
+    "mxfp4": "MXFP4",
+    "quanto": "Quanto",
+    "quark": "Quark",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+"""What people call the methods that ``quant_method`` names."""
+_LEGACY = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": "compressed-tensors"}
+"""Settings that give away a method which is not named."""
+_QUOTES = "'\""
+_KEYS = ("quantization", "quantization_config", "compression_config")
+_NOT_TEXT = re.compile(r"(^|\.)(visual|vision_tower|vision_model|mtp|audio_tower)(\.|$)")
+
+_IN_NAMES = re.compile(
+    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|FP8|GPTQ|AWQ|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes|W4A16|W8A8|W8A16"
+    r"|torchao)(?=$|[-_.\d])",
+    re.IGNORECASE,
+)
+_MLX_IN_NAMES = re.compile(r"(?:^|[-_./])mlx(?:$|[-_./])|^mlx-community/", re.IGNORECASE)
+
+_BY_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.weight_scale_inv$"), "FP8 in blocks (weight_scale_inv)"),
+    (re.compile(r"\.(weight_scale_2|input_scale)$"), "modelopt FP8 or NVFP4 (weight_scale_2, input_scale)"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors (weight_packed)"),
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ (qweight, qzeros)"),
+    (re.compile(r"\.(absmax|quant_map|nested_absmax)$|\.quant_state\."), "bitsandbytes (absmax, quant_map)"),
+    (re.compile(r"\.(W_q|meta)$"), "HQQ (W_q)"),
+    (re.compile(r"_blocks$"), "MXFP4 (blocks and scales)"),
+    (re.compile(r"\.weight_scale$"), "FP8 or compressed-tensors (weight_scale)"),
+    (re.compile(r"\.lora_(A|B|embedding_A)\b|\.base_layer\."), "a LoRA adapter that is not merged into its model"),
+)
+"""Names of tensors that only these formats have."""
+
+
+def mlx_settings(published: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the settings of an MLX conversion, empty where there are none.
+
+    As mlx-lm: ``quantization`` decides; ``quantization_config`` counts where that is absent.
+    """
+    for key in ("quantization", "quantization_config"):
+        settings = published.get(key)
+        if isinstance(settings, Mapping) and settings:
+            return settings if "quant_method" not in settings else {}
+    return {}
+
+
+def unreadable_format(published: Mapping[str, Any]) -> str | None:
+    """Return what to say of quantised weights that cannot be read, going by a ``config.json``; None if all can be."""
+    text = published.get("text_config")
+    for key, settings in _settings(published, text if isinstance(text, Mapping) else {}):
+        if not isinstance(settings, Mapping):
+            return f"{key} is {shown(settings)}, which is no quantisation that is known; {USE_INSTEAD}"
+        if (named := _method(settings)) is not None:
+            return f"weights quantised with {named} are not supported; {USE_INSTEAD}"
+        for module, entry in settings.items():
+            mode = entry.get("mode") if isinstance(entry, Mapping) and not _NOT_TEXT.search(module) else None
+            if mode not in (None, "affine"):
+                return (
+                    f"{shown(module)} is quantised in MLX's mode {shown(mode)}, only 'affine' is supported; "
+                    f"{USE_INSTEAD}"
+                )
+        if key == "quantization":
+            return None  # a conversion keeps what was said of the original in the other keys
+    return None
+
+
+def format_in_name(name: str) -> str | None:
+    """Return the unreadable format that the name of a repository on the hub says it has, or None.
+
+    Of MLX conversions only MLX's own modes count: their names may also tell what they were made of.
+    """
+    for match in _IN_NAMES.finditer(name):
+        if not _MLX_IN_NAMES.search(name) or match[1].upper() in ("MXFP4", "MXFP8", "NVFP4"):
+            return match[1]
+    return None
+
+
+def format_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
+    """Return the unreadable format that the names and types of ``tensors`` give away, or None."""
+    names, float8 = [], False
+    for name, dtype in tensors:
+        names.append(name)
+        float8 |= dtype in ("F8_E4M3", "F8_E5M2") and name.endswith(".weight")
+    for pattern, what in _BY_PARTS:
+        if any(pattern.search(name) for name in names):
+            return what
+    return "FP8" if float8 else None
+
+
+def mlx_mode(dense_columns: int, weight: TensorInfo, scales: TensorInfo) -> str | None:
+    """Return the mode of MLX that a weight with scales of one byte was quantised in, by its shapes; None if by none."""
+    if scales.dtype != "U8" or weight.dtype != "U32" or not scales.shape or not weight.shape or not scales.shape[-1]:
+        return None
+    modes = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
+    bits, rest = divmod(weight.shape[-1] * 32, dense_columns)
+    return None if rest else modes.get((bits, dense_columns // scales.shape[-1]))
+
+
+def _settings(published: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings in the order in which they decide."""
+    for key in _KEYS:
+        for holder in (published, text) if text is not published else (published,):
+            if holder.get(key) not in (None, False, {}):
+                yield key, holder[key]
+
+
+def _method(settings: Mapping[str, Any]) -> str | None:
+    """Name the method of ``settings`` unless it is MLX's affine one."""
+    method = settings.get("quant_method")
+    algorithm = settings.get("quant_algo") or settings.get("format") or settings.get("fmt")
+    detail = f" ({shown(algorithm).strip(_QUOTES)})" if algorithm else ""
+    if method is None:
+        mode = settings.get("mode")
+        if mode not in (None, "affine"):
+            return f"MLX's mode {shown(mode)}"
+        if settings.get("quant_algo") is not None:
+            return f"modelopt{detail}"
+        return next((what for key, what in _LEGACY.items() if settings.get(key)), None)
+    if method in ("affine", "mlx"):
+        return None
+    known = _METHODS.get(method.lower()) if isinstance(method, str) else None
+    return f"{known or shown(method)}{detail}"

@@ -1,0 +1,63 @@
+"""Names of tensors in published checkpoints, and what the names around a missing one tell."""
+
+import re
+from collections.abc import Collection
+
+_WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
+"""What torch.compile, torch's data parallelism and PEFT put in front of every name."""
+_INNER_WRAPPER = "._orig_mod."
+_PREFIXES = (
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+)
+_BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
+"""Names of the text model saved by itself."""
+_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.")
+_SHOWN = 4
+
+_HINTS: tuple[tuple[str, str], ...] = (
+    (".switch_mlp.gate_up_proj", "gate_proj and up_proj of the experts are fused in switch_mlp.gate_up_proj"),
+    (".experts.gate_proj", "the experts are stacked by projection under Hugging Face's name, experts.gate_proj"),
+    (".experts.w1", "the experts are called w1, w2 and w3"),
+    (".self_attn.qkv_proj", "the projections of attention are fused in qkv_proj"),
+    (".linear_attn.in_proj_qkvz", "the projections of linear attention are fused in in_proj_qkvz"),
+    (".block_sparse_moe.", "the experts are under block_sparse_moe"),
+)
+
+
+def canonical_name(name: str) -> str:
+    """Return the name that mlx-community gives the tensor, without ``language_model.``."""
+    name = name.replace(_INNER_WRAPPER, ".")
+    while (wrapper := next((one for one in _WRAPPERS if name.startswith(one)), None)) is not None:
+        name = name.removeprefix(wrapper)
+    for published, canonical in _PREFIXES:
+        if name.startswith(published):
+            return canonical + name.removeprefix(published)
+    found = _BARE.match(name)
+    return name if found is None else f"model.{name[found.start(1) :]}"
+
+
+def is_skipped(name: str) -> bool:
+    """Whether a tensor belongs to the vision tower or to the prediction of further tokens, which text does not need."""
+    return _SKIPPED.search(canonical_name(name)) is not None
+
+
+def said_of_missing(name: str, present: Collection[str]) -> str:
+    """Return what to add to "tensor ``name`` is missing": the layout that was found, and the names beside it.
+
+    All shards are whole where this is asked, so that a download would bring the same again.
+    """
+    if name == "lm_head.weight":
+        return ": a base model without its head; use the checkpoint of the language model"
+    for part, what in _HINTS:
+        if any(part in other for other in present):
+            return f": {what}; this layout is not supported, use the original checkpoint or an MLX conversion"
+    parent = name
+    while "." in parent:
+        parent = parent.rpartition(".")[0]
+        beside = sorted(other for other in present if other.startswith(f"{parent}."))
+        if beside:
+            more = f" and {len(beside) - _SHOWN} more" if len(beside) > _SHOWN else ""
+            return f"; there are {', '.join(beside[:_SHOWN])}{more}; config.json or names are of another layout"
+    return f"; there are {', '.join(sorted(present)[:_SHOWN])}; names are of another layout" if present else ""

@@ -1,0 +1,71 @@
+"""The one answer to whether a model can be run: estimate, pack and generate ask here before anything is fetched."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
+from flashmoe_mlx.checkpoint.published import original_of
+from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.model.config import ModelConfig
+from flashmoe_mlx.model.families import refuse_other_family
+
+
+def why_not(published: Mapping[str, Any]) -> str | None:
+    """Return why the model of this ``config.json`` cannot be run, in a line that says what to use; None if it can."""
+    error = _error(published)
+    return None if error is None else str(error)
+
+
+def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelConfig:
+    """Read the config of a model that can be run.
+
+    Args:
+        published: its ``config.json``.
+        where: what a message begins with: the folder, the file or the name on the hub.
+
+    Raises:
+        CheckpointError: it cannot be run; the message holds what ``why_not`` says.
+    """
+    error = _error(published)
+    if error is not None:
+        raise CheckpointError(f"{where}: {error}", code=error.code)
+    return ModelConfig.from_json(published)
+
+
+def refuse_named_format(name: str) -> None:
+    """Raise CheckpointError if a name on the hub says that its weights are in a format that cannot be read."""
+    found = format_in_name(name)
+    if found is not None:
+        original = original_of(name)
+        named = "" if original is None else f" ({original})"
+        instead = f"use the original bf16 checkpoint{named}, or an MLX conversion in affine mode"
+        raise CheckpointError(
+            f"{name}: weights in {found} cannot be read or packed, by its name; {instead}", code="unsupported_format"
+        )
+
+
+def gguf_advice(path: object) -> CheckpointError:
+    """Make the error for a GGUF file in place of a checkpoint."""
+    return CheckpointError(
+        f"{path}: weights in GGUF cannot be read or packed; use the folder of the original safetensors checkpoint, or "
+        "of an MLX conversion in affine mode",
+        code="unsupported_format",
+    )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` could be that of a repository on the hub: <organisation>/<name>."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
+
+
+def _error(published: Mapping[str, Any]) -> CheckpointError | None:
+    try:
+        refuse_other_family(published)  # first: another format of another family would not help
+        said = unreadable_format(published)
+        if said is not None:
+            return CheckpointError(f"config.json: {said}", code="unsupported_format")
+        ModelConfig.from_json(published)
+    except CheckpointError as error:
+        return error
+    return None

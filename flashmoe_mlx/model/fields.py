@@ -1,0 +1,150 @@
+"""Checked access to the values of a published ``config.json``, and the fields that would change the arithmetic."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from flashmoe_mlx.errors import CheckpointError
+
+LARGEST_SIZE = 2**24
+"""No size in a config may exceed this; products of any three then fit a 128-bit integer, and a typo fails here."""
+
+_FIXED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attn_output_gate": (True,),
+    # Of the gated norm after a GatedDeltaNet layer; the gate of attention is a sigmoid in every model of this kind.
+    "output_gate_type": ("silu", "swish"),
+    "norm_topk_prob": (True,),
+    "decoder_sparse_step": (1,),
+    "routed_scaling_factor": (1,),
+    "scoring_func": ("softmax",),
+    "topk_method": ("greedy",),
+    "n_group": (0, 1),
+    "topk_group": (0, 1),
+    "moe_layer_freq": (1,),
+    "mlp_bias": (False,),
+    "qk_norm": (True,),
+    "use_qk_norm": (True,),
+    "n_shared_experts": (1,),
+    "num_shared_experts": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+}
+"""Fields with the values that this package computes with. Where one is absent or null, these are what is meant."""
+
+_ARITHMETIC = re.compile(
+    r"act(ivation)?|gate|gated|norm|qk_norm|scal\w*|softcap\w*|cap|capping|multiplier|rout\w+|rope|rotary|bias|window"
+    r"|sinks?|topk|scor\w+|index\w*|hc|hyper|residual|alpha|limit|compress\w*|ngram|ple|latent|sparse|mlp|dense|chunk"
+)
+"""Words of a field's name that speak of arithmetic."""
+
+_HARMLESS = re.compile(
+    r"^(mtp|use_cache|output_|router_(aux|z)_loss|router_jitter|initializer|no_repeat_ngram|encoder_no_repeat|chunk_size_feed"
+    r"|mlx|vision|audio|image|video)|(_token_id|_dropout|_loss_coef|_dtype)$"
+)
+"""Fields that matter to training, to other modalities, to the prediction of further tokens (``mtp``), or to how a
+library behaves."""
+
+_READ_ELSEWHERE = frozenset({
+    "attention_bias", "mlp_only_layers", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling",
+    "rope_theta", "use_sliding_window",
+})  # fmt: skip
+_OF_WINDOWS = ("sliding_window", "max_window_layers")
+"""Without effect where ``use_sliding_window`` is false, as in most configs of Qwen that have them."""
+
+
+class Reader:
+    """Checked access to the values of a JSON object from a ``config.json``; every failure is a CheckpointError."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def size(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE) -> int:
+        """Return the integer ``name``, from ``least`` to ``most``."""
+        value = self._get(name, default)
+        if type(value) is not int or not least <= value <= most:
+            raise _refused(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
+        return value
+
+    def number(self, name: str, default: float | None, most: float) -> float:
+        """Return the number ``name``, above 0 and at most ``most``."""
+        value = self._get(name, default)
+        # Written so that NaN fails.
+        if type(value) not in (int, float) or not 0 < value <= most:
+            raise _refused(f"{name} is {shown(value)}; it must be above 0 and at most {most:g}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return the truth value ``name``."""
+        value = self._get(name, default)
+        if type(value) is not bool:
+            raise _refused(f"{name} is {shown(value)}; it must be true or false")
+        return value
+
+    def has(self, name: str) -> bool:
+        """Whether there is a value other than null."""
+        return self._values.get(name) is not None
+
+    def is_on(self, name: str) -> bool:
+        """Whether there is a value, and it is not 0, which transformers takes for none in some fields."""
+        return self.has(name) and self._values[name] != 0
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise _refused(f"{name} is missing")
+        return value
+
+
+def refuse_other_arithmetic(text: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a field of the text model asks for arithmetic that this package does not do.
+
+    A field that is not known is refused if its name speaks of arithmetic and its value is not that of a feature turned
+    off; any other is ignored.
+    """
+    for name, known in _FIXED.items():
+        value = text.get(name)
+        if value is not None and not any(_same(value, one) for one in known):
+            choices = " or ".join(shown(one) for one in known)
+            raise _other(f"{name} is {shown(value)}; this version computes with {choices} alone")
+    if not _off(text.get("mlp_only_layers")):
+        raise _other("mlp_only_layers: layers without experts are not supported")
+    if not _off(text.get("use_sliding_window")):
+        raise _other("use_sliding_window: attention over a window is not supported")
+    no_windows = "use_sliding_window" in text
+    for name, value in text.items():
+        if no_windows and name in _OF_WINDOWS:
+            continue
+        if name in _FIXED or name in _READ_ELSEWHERE or _off(value) or _HARMLESS.search(name):
+            continue
+        if any(_ARITHMETIC.fullmatch(word) for word in (name.lower(), *re.findall("[a-z0-9]+", name.lower()))):
+            called = name if name.isidentifier() else shown(name)
+            raise _other(f"{called} is {shown(value)}; this version does not know that field, which may change results")
+
+
+def _off(value: Any) -> bool:
+    """Whether a value is one that features have when they are not used."""
+    return value is None or value is False or value in (0, "", "none") or value in ([], {})
+
+
+def _same(value: Any, known: Any) -> bool:
+    """Equality for which true is not 1."""
+    return bool(value == known) and isinstance(value, bool) == isinstance(known, bool)
+
+
+def shown(value: Any) -> str:
+    """Return a value from a config as messages show it: on one line, and cut if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def _refused(what: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {what}", code="invalid_config")
+
+
+def _other(what: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {what}", code="unsupported_arithmetic")
