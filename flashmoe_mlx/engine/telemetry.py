@@ -46,7 +46,7 @@ class Stage:
         self.seconds += seconds
         self.steps.append(seconds)
         self.store += store.stats() - before
-        for name, total in clock.seconds.items():
+        for name, total in dict(clock.seconds).items():
             self.phases[name] += total - phases.get(name, 0.0)
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Stage:
 
 @dataclass
 class RunMetrics:
-    """The measurements of a generation."""
+    """Measurements of one generation."""
 
     prefill: Stage = field(default_factory=Stage)
     decode: Stage = field(default_factory=Stage)
@@ -91,7 +91,9 @@ class RunMetrics:
     """Seconds from the call to the first sampled token."""
     finish_reason: str | None = None
     guesses: Guesses | None = None
-    """Of prefetch, if there is any."""
+    """Guesses of the prefetcher, if there is one."""
+    sampling: Mapping[str, Any] | None = None
+    """How tokens were chosen, as from ``ChosenSampling.to_json``."""
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
         """Everything, in the form of ``metrics.json``; seconds, bytes and tokens."""
@@ -99,6 +101,7 @@ class RunMetrics:
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "sampling": self.sampling,
             "guesses": None if self.guesses is None else self.guesses.to_json(),
             "prefill": self.prefill.to_json(resident_bytes, record_bytes),
             "decode": self.decode.to_json(resident_bytes, record_bytes),
@@ -143,7 +146,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What the table has no room for: the first token, where the time went, memory."""
+    """Yield what the table has no room for: the first token, where the time went, sampling, memory."""
     first = metrics["time_to_first_token"]
     ended = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
     if first is None:
@@ -158,11 +161,14 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} time: {', '.join(parts)}"
     guesses, decode = metrics["guesses"], metrics["decode"]
     if guesses is not None and guesses["predicted"]:
-        useful = decode["prefetched"] / decode["misses"] if decode["misses"] else 0
+        useful = _ratio(decode["prefetched"], decode["misses"])
+        wasted = _ratio(decode["bytes_wasted"] / 1e6, decode["tokens"])
         yield (
-            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {useful:.0%} of the reads begun ahead, "
-            f"{decode['bytes_wasted'] / 1e6 / decode['tokens']:.3g} MB/token read for nothing"
+            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {_shown(useful, '.0%')} of the reads begun "
+            f"ahead, {_shown(wasted, '.3g')} MB/token wasted"
         )
+    if metrics["sampling"] is not None:
+        yield f"sampling: {metrics['sampling']['description']}"
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"
 
 
