@@ -132,9 +132,9 @@ def _tool_problem(tool: object) -> str | None:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         return f"{place}.name must be text that is not empty"
-    if not isinstance(function.get("description") or "", str):
+    if not isinstance(function.get("description"), str | None):
         return f"{place}.description must be text"
-    if not isinstance(function.get("parameters") or {}, Mapping):
+    if not isinstance(function.get("parameters"), Mapping | None):
         return f"{place}.parameters must be a JSON schema, which is an object"
     return None
 

@@ -19,6 +19,7 @@ class ReasoningSplitter:
         self._open = prompt.rfind(_OPEN) > prompt.rfind(_CLOSE) and not prompt.rpartition(_OPEN)[2].strip()
         self._held = ""
         """Text that may be the beginning of a tag, or whitespace between thinking and answer."""
+        self._closed = False
         self._answered = False
 
     @property
@@ -39,7 +40,7 @@ class ReasoningSplitter:
                     keep = _possible_tag(before, _CLOSE)
                     reasoning, self._held = reasoning + before[: len(before) - keep], before[len(before) - keep :]
                     break
-                reasoning, self._held, self._open = reasoning + before, after.lstrip("\n"), False
+                reasoning, self._held, self._open, self._closed = reasoning + before, after, False, True
             else:
                 start = self._held.lstrip()
                 if not start or (_OPEN.startswith(start) and start != _OPEN):
@@ -48,7 +49,7 @@ class ReasoningSplitter:
                     self._held, self._open = start.removeprefix(_OPEN).lstrip("\n"), True
                 else:
                     self._answered = True
-                    self._held = self._held if not reasoning else self._held.lstrip("\n")
+                    self._held = self._held.lstrip("\n") if self._closed else self._held
         return reasoning, content
 
     def finish(self) -> tuple[str, str]:
