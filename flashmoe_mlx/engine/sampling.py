@@ -191,9 +191,10 @@ class Sampler:
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``.
         """
-        scores: Scores = checked_logits(logits).astype(np.float64)
+        logits = checked_logits(logits)
         if not self._processors:
-            return self._drawn(scores)
+            return self._drawn(logits)
+        scores: Scores = logits.astype(np.float64)
         if self._history is None:
             self._history = TokenHistory(self._prompt, len(logits))
         for process in self._processors:
@@ -202,9 +203,10 @@ class Sampler:
         self._history.add(token)
         return token
 
-    def _drawn(self, scores: Scores) -> int:
+    def _drawn(self, scores: Logits | Scores) -> int:
         if self._options.temperature == 0:
             return int(scores.argmax())
+        scores = scores.astype(np.float64)
         with np.errstate(over="ignore"):  # under a tiny temperature all but the best may become -inf, which is right
             scaled = (scores - scores.max()) / self._options.temperature
         tokens = self._kept(scaled)

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -148,15 +148,15 @@ class _Printer:
             if self._thought and not self._answered:
                 self._end_thinking()
             self._answered = True
-            print(self._harmless(piece.text), end="", flush=True)
+            text = _CONTROLS.sub("\ufffd", piece.text) if self._terminal else piece.text
+            print(text, end="", flush=True)
 
     def _show_thinking(self, text: str) -> None:
-        if self._dimmed is not None:
-            self._dimmed.print(self._harmless(text), style="dim", end="", markup=False, highlight=False, soft_wrap=True)
-        else:
-            if not self._thought:
-                console.print("thinking:", highlight=False)
-            print(_CONTROLS.sub("\ufffd", text), end="", file=sys.stderr, flush=True)
+        if self._dimmed is None and not self._thought:
+            console.print("thinking:", highlight=False)
+        screen, style = (console, None) if self._dimmed is None else (self._dimmed, "dim")
+        text = _CONTROLS.sub("\ufffd", text)
+        screen.print(text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
         self._thought = True
 
     def _end_thinking(self) -> None:
@@ -164,9 +164,6 @@ class _Printer:
             print("\n")
         else:
             console.print("\n\nanswer:", highlight=False)
-
-    def _harmless(self, text: str) -> str:
-        return _CONTROLS.sub("\ufffd", text) if self._terminal else text
 
 
 @contextmanager
@@ -183,7 +180,8 @@ def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         if count > 1:
             os._exit(_INTERRUPTED)
         cancel()
-        console.print("stopping after this layer; interrupt again to stop at once", highlight=False, soft_wrap=True)
+        with suppress(OSError, RuntimeError):  # stderr is closed, or was being written to
+            console.print("stopping after this layer; interrupt again to stop at once", highlight=False, soft_wrap=True)
 
     before = signal.signal(signal.SIGINT, notice)
     try:
