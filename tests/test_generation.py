@@ -262,12 +262,22 @@ def test_cancelled_text_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert "".join(piece.text for piece in pieces) == "a\ufffd"
 
 
-def test_an_error_in_the_callback_leaves_the_engine_usable(engine: Engine) -> None:
-    generation = engine.generate(PROMPT, on_prefill=lambda done, total: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_an_error_in_a_pass_leaves_the_engine_usable(
+    engine: Engine, error: type[BaseException], chunk: int | None
+) -> None:
+    expected = tokens_of(engine.generate(PROMPT, max_tokens=4))
+
+    def fail(done: int, total: int) -> None:
+        if done > 5:
+            raise error
+
+    generation = engine.generate(PROMPT, prefill_chunk=chunk, on_prefill=fail)
+    with pytest.raises(error):
         next(generation)
     assert next(generation, None) is None
-    assert tokens_of(engine.generate(PROMPT, max_tokens=2))
+    assert tokens_of(engine.generate(PROMPT, max_tokens=4)) == expected
 
 
 def test_closing_leaves_no_piece(engine: Engine) -> None:

@@ -18,7 +18,7 @@ from flashmoe_mlx.model.prefetch import Prefetcher
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """x + mixer(norm(x)), then x + experts(norm(x))."""
+    """A layer: x + mixer(norm(x)), then x + experts(norm(x))."""
 
     kernels: Kernels
     eps: float
@@ -34,7 +34,7 @@ class DecoderLayer:
         clock: PhaseClock,
         prefetcher: Prefetcher | None = None,
     ) -> mx.array:
-        """[T, hidden] -> [T, hidden]."""
+        """Compute [T, hidden] from [T, hidden]; the end stays lazy."""
         if prefetcher is not None:
             prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
@@ -92,6 +92,6 @@ class Model:
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """f32 [T, vocabulary] of hidden states [T, hidden]."""
+        """Compute the logits f32 [T, vocabulary] of hidden states [T, hidden], lazily."""
         normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
         return self.head(normed).astype(mx.float32)
