@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -105,26 +106,26 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 
 def test_a_refused_step_can_be_repeated(engine: Engine) -> None:
-    expected = tokens_of(engine.generate(PROMPT, max_tokens=12))
+    expected = tokens_of(engine.generate(PROMPT, max_tokens=8))
     results: dict[int, list[int]] = {}
 
     def patient(number: int) -> None:
-        generation, found = engine.generate(PROMPT, max_tokens=12), list[int]()
+        generation, found = engine.generate(PROMPT, max_tokens=8), list[int]()
         while True:
             try:
                 found += next(generation).token_ids
             except EngineBusyError:
-                continue
+                time.sleep(0.001)
             except StopIteration:
                 break
         results[number] = found
 
-    threads = [threading.Thread(target=patient, args=(number,)) for number in range(4)]
+    threads = [threading.Thread(target=patient, args=(number,)) for number in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert results == dict.fromkeys(range(4), expected)
+    assert results == dict.fromkeys(range(3), expected)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -512,19 +513,19 @@ def test_a_model_samples_as_it_publishes(tmp_path: Path) -> None:
 # Caches that grow
 
 
-@pytest.mark.parametrize("kernels", ["auto", "mlx", "reference"])
+@pytest.mark.parametrize("kernels", ["auto", "mlx"])
 def test_caches_grow_across_their_borders(tmp_path: Path, kernels: str) -> None:
     """Decoding over 256 and 512 tokens, and chunks that span the borders, equal one pass; both kinds of caches."""
     folder = synthetic_pack("tiny", replace(TINY, max_context=1024), tmp_path).folder
-    tokens = np.random.default_rng(0).integers(0, 256, 520).tolist()
+    tokens = np.random.default_rng(0).integers(0, 256, 516).tolist()
     with flashmoe_mlx.load(folder, kernels=kernels) as engine:
         assert set(engine.model.config.full_attention) == {True, False}
         whole = engine.logits(tokens)
         cache = engine.new_cache()
         rows = [engine.forward(tokens[:250], cache)]
-        rows += [engine.forward([token], cache) for token in tokens[250:262]]
-        rows.append(engine.forward(tokens[262:506], cache))
-        rows += [engine.forward([token], cache) for token in tokens[506:]]
+        rows += [engine.forward([token], cache) for token in tokens[250:259]]
+        rows.append(engine.forward(tokens[259:508], cache))
+        rows += [engine.forward([token], cache) for token in tokens[508:]]
         capacities = {layer.keys.shape[2] for layer in cache.layers if getattr(layer, "keys", None) is not None}
         assert capacities == {768}
         np.testing.assert_allclose(np.concatenate(rows), whole, rtol=0, atol=2e-4)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx.engine.logits import CountPenalty, RepetitionPenalty, TokenHistory, checked_logits
@@ -70,6 +70,7 @@ def test_logits_by_which_no_token_can_be_chosen(logits: Any, reason: str) -> Non
         assert raised.value.code == "bad_logits"
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.one_of(st.just(-math.inf), st.floats(-100, 100, width=32)), min_size=1, max_size=20),
     st.sampled_from([0.0, 1e-310, 0.5, 1.0, 1e308]),
@@ -104,6 +105,7 @@ def history(logits: list[float], prompt: list[int], generated: list[int]) -> Tok
     return made
 
 
+@settings(deadline=None)
 @given(sequences(), st.floats(0.01, 100))
 def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], penalty: float) -> None:
     """As transformers defines it: over the prompt and what was generated, however often."""
@@ -117,6 +119,7 @@ def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], 
     np.testing.assert_array_equal(before, logits)  # the argument is left alone
 
 
+@settings(deadline=None)
 @given(sequences(), st.floats(-2, 2), st.floats(-2, 2))
 def test_count_penalties(sequence: tuple[list[float], list[int], list[int]], presence: float, frequency: float) -> None:
     """As vLLM defines them: logits -= frequency * count, logits -= presence * (count > 0), over what was generated."""
@@ -130,6 +133,7 @@ def test_count_penalties(sequence: tuple[list[float], list[int], list[int]], pre
     np.testing.assert_array_equal(before, logits)
 
 
+@settings(deadline=None)
 @given(sequences(), st.floats(0.5, 3), st.floats(-2, 2), st.floats(-2, 2), st.integers(1, 20))
 def test_greedy_with_penalties(
     sequence: tuple[list[float], list[int], list[int]],

@@ -15,6 +15,8 @@ from test_generation import THINKING_TEMPLATE, checkpoint, scripted
 
 from flashmoe_mlx.__main__ import main
 from flashmoe_mlx.engine.generation import Piece
+from flashmoe_mlx.engine.prompting import load_tools
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.tasks import streaming
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
@@ -206,7 +208,7 @@ def test_system_tools_and_template_options(thinking_model: Path, tmp_path: Path)
     tools.write_text(json.dumps([{"type": "function", "function": {"name": "lamp"}}]))
     options = [f"model.path={thinking_model}", "prompt=Hi", "max_tokens=1"]
     assert run(tmp_path / "plain", *options) == 0
-    asked = ["system=Be brief, it's late.", f"tools={tools}", "thinking=false", "template_options.effort=low"]
+    asked = ["system=Be brief, it's late.", f"tools={tools}", "thinking=false", "template_options={effort:low}"]
     assert run(tmp_path / "all", *options, *asked) == 0
     longer = record(tmp_path / "all")["prefill"]["tokens"] - record(tmp_path / "plain")["prefill"]["tokens"]
     added = "system: Be brief, it's late.\n" + "lamp\n" + "\n</think>\n\n"
@@ -223,16 +225,21 @@ def test_system_tools_and_template_options(thinking_model: Path, tmp_path: Path)
         ('[{"type": "function"}]', "tools[0].name must be text"),
     ],
 )
-def test_tools_that_are_none(
-    tiny_pack: Path, tmp_path: Path, content: str | None, reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tools_that_are_none(tmp_path: Path, content: str | None, reason: str) -> None:
     path = tmp_path / "tools.json"
     if content is not None:
         path.write_text(content)
-    assert run(tmp_path, f"model.path={tiny_pack}", f"tools={path}") == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"flashmoe_mlx: {path}")
-    assert reason in line
+    with pytest.raises(InputError) as raised:
+        load_tools(path)
+    assert str(raised.value).startswith(str(path))
+    assert reason in str(raised.value)
+
+
+def test_a_mistake_in_a_request_is_one_line(
+    tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, f"model.path={tiny_pack}", "tools=no-such-file.json") == 2
+    assert capsys.readouterr().err == "flashmoe_mlx: no-such-file.json: no such file\n"
 
 
 def test_the_table_says_how_tokens_were_chosen(
