@@ -13,6 +13,7 @@ Message = Mapping[str, Any]
 Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]]
 _LARGEST_TOOLS = 16 * 2**20
+_REFUSED = "template_refused"
 _RESERVED = {
     "messages": "give messages as the prompt",
     "tools": "use tools=",
@@ -73,10 +74,10 @@ def render_prompt(
     try:
         return template.render(messages, declared, **options)
     except InputError as error:
-        if not options:
+        if not options or error.code not in (InputError.default_code, _REFUSED):
             raise
         asked = ", ".join(f"{name}={value!r}" for name, value in options.items())
-        raise InputError(f"{error} (it was asked for {asked})", code="template_refused") from error
+        raise InputError(f"{error} (it was asked for {asked})", code=_REFUSED) from error
 
 
 def _options(enable_thinking: bool | None, template_options: Mapping[str, Any] | None) -> dict[str, Any]:
