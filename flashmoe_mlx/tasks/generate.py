@@ -10,7 +10,7 @@ from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_ta
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
-from flashmoe_mlx.tasks.streaming import Streamed, stream
+from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +20,7 @@ def run(config: Config, run_dir: Path) -> None:
     if (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model, config.backend)
+    asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,
@@ -32,7 +33,7 @@ def run(config: Config, run_dir: Path) -> None:
         if engine.setup["note"]:
             console.print(f"note: {engine.setup['note']}", highlight=False, markup=False, soft_wrap=True)
         log.info("model %s, %s", folder, engine.setup)
-        shown = stream(engine, config)
+        shown = stream(engine, config, asked)
         stats = engine.stats()
         record = {
             "model": {"path": str(folder), "config": asdict(engine.model.config)},

@@ -5,7 +5,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -63,8 +63,11 @@ def prompt_options(config: Config) -> dict[str, Any]:
     }
 
 
-def stream(engine: Engine, config: Config) -> Streamed:
-    """Generate, and show pieces as they come: the answer on stdout, thinking beside it."""
+def stream(engine: Engine, config: Config, asked: Mapping[str, Any]) -> Streamed:
+    """Generate, and show pieces as they come: the answer on stdout, thinking beside it.
+
+    ``asked`` comes from ``prompt_options``, which checks files before a model is loaded.
+    """
     bar = _PrefillBar()
     generation = engine.generate(
         config.prompt,
@@ -79,7 +82,7 @@ def stream(engine: Engine, config: Config) -> Streamed:
         seed=config.seed,
         prefill_chunk=config.prefill_chunk,
         on_prefill=bar,
-        **prompt_options(config),
+        **asked,
     )
     shown = Streamed()
     printer = _Printer()

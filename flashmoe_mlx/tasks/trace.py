@@ -27,13 +27,14 @@ def run(config: Config, run_dir: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     folder = model_folder(config.model, config.backend)
+    asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
-        prompt = engine.encode(config.prompt, **prompt_options(config))
+        prompt = engine.encode(config.prompt, **asked)
         if config.temperature is None:
             config = replace(config, temperature=0.0)  # greedy, so that a trace can be repeated
         with recorded(engine) as recorder:
-            stopped = stream(engine, config).stopped
+            stopped = stream(engine, config, asked).stopped
         model = f"{model_identity(folder)}, {engine.setup['experts']['bits'] or 16} bits"
         if stopped is not None and not engine.metrics.prefill.tokens:
             raise stopped  # no pass ended, so there is nothing to keep
