@@ -190,9 +190,10 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     assert run(tmp_path, f"model.path={thinking_model}", "prompt=Hi", "max_tokens=11") == 0
     shown = capsys.readouterr()
     assert shown.out == "\n"
-    assert "max_tokens=11 came inside the model's thinking" in shown.err
-    assert "max_tokens=4096" in shown.err
-    assert "thinking=false" in shown.err
+    assert (
+        "max_tokens=11 ended inside the model's thinking, before an answer; max_tokens=4096 leaves room for both; "
+        "thinking=false asks for an answer at once\n"
+    ) in shown.err
     found = record(tmp_path)
     assert (found["reasoning"], found["text"], found["ended_in_thinking"]) == ("Hm, this is", "", True)
 
@@ -201,6 +202,18 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     shown = capsys.readouterr()
     assert shown.out == "Yes.\n"
     assert "inside the model's thinking" not in shown.err
+
+
+def test_advice_about_thinking_is_only_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that always opens a thought."""
+    folder = checkpoint(tmp_path / "model", "{{ messages[0].content }}<think>\n")
+    scripted(monkeypatch, b"Hm")
+    assert run(tmp_path, f"model.path={folder}", "prompt=Hi", "max_tokens=2") == 0
+    shown = capsys.readouterr().err
+    assert "max_tokens=2 ended inside the model's thinking" in shown
+    assert "thinking=false" not in shown
 
 
 def test_system_tools_and_template_options(thinking_model: Path, tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """``task=generate``: continue a prompt, show the text as it comes, then what it cost."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from flashmoe_mlx.config import Config
-from flashmoe_mlx.engine.engine import load
+from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_table, write_json
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
+from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +55,33 @@ def run(config: Config, run_dir: Path) -> None:
     for line in metrics_lines(stats):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     if shown.thinking and shown.stopped is None:
-        console.print(_unfinished_thought(shown, config.max_tokens), highlight=False, markup=False, soft_wrap=True)
+        line = _unfinished_thought(engine, config, asked, shown)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(f"record: {run_dir}", highlight=False, markup=False, soft_wrap=True)
     if shown.stopped is not None:
         raise shown.stopped
 
 
-def _unfinished_thought(shown: Streamed, max_tokens: int) -> str:
-    """Say that there is no answer yet, and what to do."""
+def _unfinished_thought(engine: Engine, config: Config, asked: Mapping[str, Any], shown: Streamed) -> str:
+    """Say that there is no answer yet, and what to do; only what helps with this model."""
+    context = engine.model.config.max_context
+    advice = []
     if shown.finish_reason == "stop":
-        return "the model ended inside its thinking, without an answer: thinking=false asks for one at once"
-    limit = f"max_tokens={max_tokens}" if len(shown.token_ids) >= max_tokens else "the end of the context"
-    return (
-        f"{limit} came inside the model's thinking, before an answer: a larger max_tokens, such as "
-        f"max_tokens={max(4096, 4 * max_tokens)}, leaves room for both; thinking=false asks for an answer at once"
-    )
+        what = "the model ended its output"
+    elif len(shown.token_ids) < config.max_tokens or config.max_tokens >= context:
+        what = f"the context of {context} tokens ended"
+        advice.append("a shorter prompt leaves more room")
+    else:
+        what = f"max_tokens={config.max_tokens} ended"
+        advice.append(f"max_tokens={min(context, max(4096, 4 * config.max_tokens))} leaves room for both")
+    if _can_be_off(engine, config, asked):
+        advice.append("thinking=false asks for an answer at once")
+    return f"{what} inside the model's thinking, before an answer" + "".join(f"; {line}" for line in advice)
+
+
+def _can_be_off(engine: Engine, config: Config, asked: Mapping[str, Any]) -> bool:
+    try:
+        prompt = engine.encode(config.prompt, **{**asked, "enable_thinking": False})
+    except InputError:
+        return False
+    return not ReasoningSplitter(engine.tokenizer, prompt).open
