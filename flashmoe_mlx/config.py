@@ -51,10 +51,17 @@ class Config:
     prompt: str = MISSING
     raw: bool = False
     max_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    system: str | None = None
+    tools: str | None = None
+    thinking: bool | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
     seed: int | None = None
     prefill_chunk: int | None = None
     profile: bool = False
@@ -167,6 +174,8 @@ TASK_CONFIGS: Mapping[str, type[Config]] = {
 }
 TEXT_KEYS = (
     "prompt",
+    "system",
+    "tools",
     "source",
     "out",
     "revision",

@@ -35,7 +35,7 @@ def said(kernels: str, leads: bool = False) -> list[dict[str, Any]]:
     for k in SETTINGS:
         with load(demo_folder(), experts_k=k, kernels=kernels) as engine:
             for prompt in PROMPTS:
-                pieces = list(engine.generate(prompt, max_tokens=80))
+                pieces = list(engine.generate(prompt, max_tokens=80, temperature=0))
                 ids = [token for piece in pieces for token in piece.token_ids]
                 text = "".join(piece.text for piece in pieces)
                 found.append({"experts_k": k, "prompt": prompt, "text": text, "token_ids": ids})

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TINY
 from pack_oracle import assert_one_line
+from test_generation import checkpoint
 
 from flashmoe_mlx.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
@@ -100,6 +102,23 @@ def test_other_experts_or_another_k_may_choose_others(plan: Plan, monkeypatch: p
 
     monkeypatch.setattr(bench, "_run", run)
     assert len(list(run_passes(plan, [], str, {}))) == 12
+
+
+def test_a_prompt_that_fills_the_context_measures_nothing(plan: Plan) -> None:
+    full = replace(plan, settings=plan.settings[:1], conditions=["cold"], prompts=["x" * TINY.max_context])
+    failures: dict[str, str] = {}
+    assert list(run_passes(full, [], str, failures)) == []
+    assert "the prompt fills the context of 256 tokens" in failures["pread"]
+
+
+def test_passes_are_greedy_whatever_the_model_publishes(plan: Plan, tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "model", settings={"do_sample": True, "repetition_penalty": 1.3})
+    settings = [replace(plan.settings[0], backend={"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"})]
+    (one,) = run_passes(
+        replace(plan, folder=folder, settings=settings, conditions=["cold"], rounds=1), [], str, failures := {}
+    )
+    assert not failures
+    assert one.record["sampling"]["description"] == "greedy"
 
 
 def test_a_setting_that_fails_is_left_out_from_then_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,7 +158,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path: Path, endless_pack: Path
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert b"stopping after this token" in errors
+    assert b"stopping after this layer" in errors
     (record,) = records(tmp_path)
     metrics = json.loads((record / "metrics.json").read_text())
     assert metrics["interrupted"] is True

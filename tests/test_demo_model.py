@@ -65,7 +65,8 @@ def test_other_variants_are_made_in_the_cache(demo_pack: Path, tmp_path: Path) -
     assert demo_with_variants({"q2"}, tmp_path) == folder
     assert {path: path.stat().st_mtime_ns for path in demo_pack.rglob("*")} == before
     with load(folder, "pack2") as engine:
-        assert "".join(piece.text for piece in engine.generate("Where does Mira live?")) == "Mira lives in Gorsey."
+        pieces = engine.generate("Where does Mira live?", temperature=0)
+        assert "".join(piece.text for piece in pieces) == "Mira lives in Gorsey."
 
 
 def test_an_interrupted_copy_is_made_anew(tmp_path: Path) -> None:

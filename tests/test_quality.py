@@ -8,11 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_generation import checkpoint, scripted
 
 from flashmoe_mlx import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.research.quality import Item, Reference, evaluate, judge, load_items, passage, shipped_items
+from flashmoe_mlx.research.quality import (
+    Item,
+    Reference,
+    _figures,
+    _Scores,
+    evaluate,
+    judge,
+    load_items,
+    passage,
+    shipped_items,
+)
 from flashmoe_mlx.text.tool_calls import ToolCall, parse_tool_calls
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -182,6 +193,46 @@ def test_it_answers_what_it_learned(demo_pack: Path) -> None:
     for name in ("questions", "json_parsed", "json_valid", "json_exact", "tool_calls"):
         assert found[name]["share"] == 1, found
     assert "kl" not in found["answers"]
+
+
+REFUSING = """
+{%- if enable_thinking is defined and not enable_thinking %}
+    {{- raise_exception("Disabling thinking is not supported.") }}
+{%- endif %}
+{%- for message in messages %}
+    {{- raise_exception("no tools here") if message.role == "tool" }}
+    {{- message.role + ": " + message.content + "\\n" }}
+{%- endfor %}
+{{- "<think>\\n" }}
+"""
+
+
+def test_a_template_that_refuses_to_switch_thinking_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.8's does; its default is used then, and the record says so."""
+    item = Item("word", messages=({"role": "user", "content": "2 + 2?"},), answer="four", exact="four")
+    with load(checkpoint(tmp_path / "model", REFUSING)) as engine:
+        tokenizer = engine.tokenizer
+        assert tokenizer.decode(passage(engine, item).given) == "user: 2 + 2?\n<think>\n"
+        scripted(monkeypatch, [*tokenizer.encode("Hm.\n</think>\n\nfour"), *tokenizer.eos_token_ids])
+        found = evaluate(engine, [item])
+        assert "Disabling thinking is not supported." in found.summary["thinking"]
+        assert found.answers[0].text == "four"
+        assert found.answers[0].right
+        broken = Item("tool", messages=({"role": "tool", "content": "x"},), answer="y", exact="y")
+        with pytest.raises(InputError, match="no tools here"):  # thinking is not the reason
+            evaluate(engine, [broken])
+
+
+def test_thinking_is_off_where_that_is_possible(demo_pack: Path) -> None:
+    with load(demo_pack) as engine:
+        assert evaluate(engine, load_items(shipped_items(), ["text"], 1), generate=False).summary["thinking"] == "off"
+
+
+def test_figures_of_an_impossible_token() -> None:
+    """A token to which a model gives no chance at all; of the reference alone it adds nothing to the distance."""
+    scores = _Scores(loss=[math.inf], tokens=[3])
+    assert _figures(scores, compared=False)["perplexity"] == math.inf
+    assert _figures(_Scores(loss=[3000.0], tokens=[3]), compared=False)["perplexity"] == math.inf
 
 
 def test_intervals() -> None:

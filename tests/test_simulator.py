@@ -47,7 +47,7 @@ def recording(tiny_pack: Path) -> RoutingTrace:
     with load(tiny_pack) as engine:
         prompt = engine.encode(PROMPT)
         with recorded(engine) as recorder:
-            for _ in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16):
+            for _ in engine.generate(PROMPT, temperature=0, max_tokens=60, prefill_chunk=16):
                 pass
         return recorder.trace(engine.model.config.num_experts, prompt, "tiny", engine.store.layout.record_bytes)
 
@@ -62,7 +62,7 @@ def test_a_generation_costs_what_the_simulator_says(
     options = {"trace": str(tmp_path / "hot.moetrace")} if policy == "pinned" else {}
     budget = slots * layers * recording.record_bytes / 2**30
     with load(tiny_pack, "ram_hybrid", budget_gib=budget, policy=policy, slots=6, **options) as engine:
-        for _ in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16):
+        for _ in engine.generate(PROMPT, temperature=0, max_tokens=60, prefill_chunk=16):
             pass
         metrics = engine.metrics
     found = replay(recording, CacheDesign(policy, slots, fetch_slots=6, prefill_chunk=16))
@@ -96,10 +96,10 @@ def test_a_store_that_replays_a_trace_costs_what_the_simulator_says(
 
 def test_recording_sees_what_the_store_is_asked_for(recording: RoutingTrace, tiny_pack: Path) -> None:
     with load(tiny_pack) as engine:
-        text = "".join(piece.text for piece in engine.generate(PROMPT, max_tokens=60, prefill_chunk=16))
+        text = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60, prefill_chunk=16))
         prompt = engine.encode(PROMPT)
         with recorded(engine) as recorder:
-            again = "".join(piece.text for piece in engine.generate(PROMPT, max_tokens=60))
+            again = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60))
         assert all(layer.experts.observer is None for layer in engine.model.layers)
     assert again == text
     other = recorder.trace(16, prompt)

@@ -1,22 +1,32 @@
-"""Run a model: prefill in chunks, decode token by token, text in and out."""
+"""The Python interface: load a model, run it on tokens, generate text."""
 
 import operator
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
 
 import mlx.core as mx
 import numpy as np
-import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.backends import open_store
+from flashmoe_mlx.engine.generation import (
+    Generation,
+    Piece,
+    PrefillProgress,
+    Request,
+    checked_chunk,
+    checked_max_tokens,
+)
+from flashmoe_mlx.engine.logits import Logits
 from flashmoe_mlx.engine.opening import open_model
-from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
+from flashmoe_mlx.engine.prompting import Messages, Tools, render_prompt
+from flashmoe_mlx.engine.runner import Runner
+from flashmoe_mlx.engine.sampling import PublishedSampling
 from flashmoe_mlx.engine.telemetry import RunMetrics
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertStore
@@ -28,21 +38,11 @@ from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
-Logits = npt.NDArray[np.float32]
-Messages = Sequence[Mapping[str, Any]]
-PREFILL_CHUNK = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that became certain and the tokens behind it; the last piece says why generation ended.
-
-    ``finish_reason``: "stop" (the model ended its answer) or "length" (``max_tokens`` or the context limit).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None = None
+__all__ = ["Engine", "Generation", "Piece", "load"]
+_NO_TEMPLATE = (
+    "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
+    "than answer"
+)
 
 
 def load(
@@ -77,6 +77,7 @@ def load(
     files = open_model(Path(model).expanduser())
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+    sampling = PublishedSampling.load(files.folder)
     dtype = activation_type()
     mx.reset_peak_memory()
     store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
@@ -92,11 +93,15 @@ def load(
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
         "kernels": chosen.names,
-        "note": chosen.note,
+        "note": _joined_notes(chosen.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
         "prefetch": prefetch,
         "backend": settings,
     }
-    return Engine(built, store, tokenizer, setup, profile, prefetcher)
+    return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
+
+
+def _joined_notes(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -110,7 +115,10 @@ def _checked_k(experts_k: int | None, own: int, available: int) -> int:
 
 
 class Engine:
-    """A loaded model; close it, or use it as a context manager. One thread at a time."""
+    """A loaded model; close it, or use it as a context manager.
+
+    Threads may use an engine in turn; a call that meets another one of another thread raises ``EngineBusyError``.
+    """
 
     def __init__(
         self,
@@ -120,16 +128,20 @@ class Engine:
         setup: Mapping[str, Any],
         profile: bool = False,
         prefetcher: Prefetcher | None = None,
+        sampling: PublishedSampling | None = None,
     ) -> None:
-        self.model = model
         self.store = store
         self.setup = setup
-        """What runs: experts a token, their format, kernels, prefetch, backend with its options; fit for JSON."""
+        """Experts a token, their format, kernels, prefetch, the backend with its options; fit for JSON."""
+        self.sampling = sampling or PublishedSampling({}, samples=False)
+        """The model's own sampling options, which apply where ``generate`` is not asked for others."""
         self.metrics = RunMetrics()
-        """Measurements of the latest generation."""
+        """Measurements of the generation that was begun last; each ``Generation`` has its own."""
         self._tokenizer = tokenizer
-        self._clock = PhaseClock(profile)
         self._prefetcher = prefetcher
+        self._runner = Runner(model, store, PhaseClock(profile), prefetcher)
+        self._guesses = Guesses()
+        """Guesses about sequences that ``forward`` runs."""
 
     def __repr__(self) -> str:
         config = self.model.config
@@ -144,8 +156,18 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the store; may be called again."""
-        self.store.close()
+        """Free the store; may be called again.
+
+        Raises:
+            EngineBusyError: a forward pass is running.
+        """
+        with self._runner.exclusive():
+            self.store.close()
+
+    @property
+    def model(self) -> Model:
+        """The model itself, for inspection."""
+        return self._runner.model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -156,17 +178,23 @@ class Engine:
         """
         if self._tokenizer is None:
             raise InputError(
-                "this model has no tokenizer.json: only logits() and forward(), which take token ids, can run it"
+                "this model has no tokenizer.json: only logits() and forward(), which take token ids, can run it",
+                code="no_tokenizer",
             )
         return self._tokenizer
 
     def observe_routing(self, observer: RoutingObserver | None) -> None:
-        """Tell ``observer`` of every routing decision from now on; None ends that."""
-        layers = [replace(one, experts=replace(one.experts, observer=observer)) for one in self.model.layers]
-        self.model = replace(self.model, layers=layers)
+        """Tell ``observer`` of every routing decision from now on; None ends that.
+
+        Raises:
+            EngineBusyError: a forward pass is running.
+        """
+        with self._runner.exclusive():
+            layers = [replace(layer, experts=replace(layer.experts, observer=observer)) for layer in self.model.layers]
+            self._runner.model = replace(self.model, layers=layers)
 
     def stats(self) -> dict[str, Any]:
-        """Measurements of the latest generation, as in ``metrics.json``, and the store's counters since opening."""
+        """Return the measurements of the latest generation and the store's counters since opening, for JSON."""
         store = self.store.stats()
         return {
             **self.metrics.to_json(self.model.touched_bytes, self.store.layout.record_bytes),
@@ -174,129 +202,136 @@ class Engine:
         }
 
     def new_cache(self) -> SequenceCache:
-        """The state of a sequence that has not begun."""
+        """Return the state of a sequence that has not begun."""
         return SequenceCache.empty(self.model.config)
 
     def forward(self, token_ids: Sequence[SupportsIndex], cache: SequenceCache) -> Logits:
-        """Logits f32 [T, vocabulary] of ``token_ids`` after the tokens in ``cache``, which they join.
+        """Compute the logits f32 [T, vocabulary] of ``token_ids`` after the tokens in ``cache``, which they join.
+
+        A single token that continues a sequence counts as a decode step.
 
         Raises:
-            InputError: no token, one that is not in the vocabulary, or more than the context holds.
+            InputError: there is no token, one that is not in the vocabulary, or more than the context holds.
+            FlashMoeError: a logit is NaN or +inf; code "bad_logits".
+            EngineBusyError: another forward pass is running.
         """
-        if cache.broken:
-            raise InputError("a pass over this sequence failed half-way: begin again with new_cache()")
-        tokens = self._checked_tokens(token_ids, cache.length)
-        return self._evaluated(
-            self.model.logits(self.model.forward(tokens, cache, self._clock, self._prefetcher)), cache
-        )
+        return self._forward(self._checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
-        """Logits f32 [T, vocabulary] after each of ``token_ids``; memory grows by one vocabulary a token."""
+        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
+
+        Memory grows by one vocabulary a token. Raises the errors of ``forward``.
+        """
         tokens = self._checked_tokens(token_ids, 0)
+        size = checked_chunk(prefill_chunk)
         cache = self.new_cache()
-        return np.concatenate([self.forward(chunk, cache) for chunk in _chunks(tokens, prefill_chunk)])
+        chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
+        return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
 
     def generate(
         self,
         prompt: str | Messages,
         *,
         max_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        min_p: float = 0.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
         seed: int | None = None,
         prefill_chunk: int | None = None,
         raw: bool = False,
+        system: str | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
         ignore_eos: bool = False,
-    ) -> Iterator[Piece]:
-        """Continue ``prompt`` and yield the text as it comes.
+        on_prefill: PrefillProgress | None = None,
+    ) -> Generation:
+        """Begin an answer to ``prompt``: an iterator of its pieces, which computes them as they are asked for.
 
-        A string becomes a user's message if the model has a chat template and ``raw`` is false; messages are dicts with
-        "role" and "content". With ``ignore_eos`` an end of the answer does not end the generation, as benchmarks want
-        it. Everything is checked before the first piece.
+        Everything is checked before this returns.
+
+        Args:
+            prompt: a user's message, or messages with "role" and "content".
+            max_tokens: most tokens to generate, those of the model's thinking included.
+            temperature: 0 for greedy decoding; None, here and below, for the value in the model's
+                generation_config.json. See ``SamplingOptions`` for this and the next six.
+            top_p: as in ``SamplingOptions``.
+            top_k: as in ``SamplingOptions``.
+            min_p: as in ``SamplingOptions``.
+            repetition_penalty: as in ``SamplingOptions``.
+            presence_penalty: as in ``SamplingOptions``.
+            frequency_penalty: as in ``SamplingOptions``.
+            seed: makes the draws repeatable.
+            prefill_chunk: tokens of the prompt that go through the model together; None for 1024.
+            raw: send a string without the chat template, and return the text without looking for thinking in it.
+            system: as in ``render_prompt``, like the next three.
+            tools: declarations of functions, in the form of the OpenAI API.
+            enable_thinking: whether the model may think first; None leaves it to the template.
+            template_options: further variables of the template.
+            ignore_eos: continue after the end of the answer, for benchmarks.
+            on_prefill: told of the progress through the prompt, at least once a layer.
 
         Raises:
             InputError: an option is out of range, or the prompt does not fit.
         """
         start = time.perf_counter()
-        if type(max_tokens) is not int or max_tokens < 1:
-            raise InputError(f"max_tokens={max_tokens!r}: must be a whole number, at least 1")
-        sampler = Sampler(SamplingOptions(temperature, top_k, top_p, min_p), seed)
-        token_ids = self._checked_tokens(self.encode(prompt, raw=raw), 0)
-        _checked_chunk(prefill_chunk)
+        sampling = self.sampling.choose(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
+        chunk = checked_chunk(prefill_chunk)
+        checked_max_tokens(max_tokens)
+        token_ids = self.encode(
+            prompt,
+            raw=raw,
+            system=system,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+        )
         ends = frozenset[int]() if ignore_eos else self.tokenizer.eos_token_ids
-        return self._generate(token_ids, max_tokens, sampler, prefill_chunk, ends, start)
+        request = Request(self._checked_tokens(token_ids, 0), max_tokens, sampling, seed, chunk, ends, not raw)
+        generation = Generation(self._runner, self.tokenizer, request, on_prefill, start)
+        self.metrics = generation.metrics
+        return generation
 
-    def encode(self, prompt: str | Messages, *, raw: bool = False) -> list[int]:
-        """The tokens of a prompt as ``generate`` would send them."""
-        template = self.tokenizer.chat_template
-        if not isinstance(prompt, str | Sequence):
-            raise InputError(f"the prompt is of type {type(prompt).__name__}; give text or a list of messages")
-        if isinstance(prompt, str):
-            if raw or template is None:
-                return self.tokenizer.encode(prompt)
-            prompt = [{"role": "user", "content": prompt}]
-        elif raw or template is None:
-            raise InputError("messages need a chat template: give the prompt as one string")
-        return self.tokenizer.encode(template.render(prompt))
-
-    def _generate(
+    def encode(
         self,
-        token_ids: Sequence[int],
-        max_tokens: int,
-        sampler: Sampler,
-        prefill_chunk: int | None,
-        ends: Collection[int],
-        start: float,
-    ) -> Iterator[Piece]:
-        self.metrics = metrics = RunMetrics()
-        if self._prefetcher is not None:
-            self._prefetcher.guesses = metrics.guesses = Guesses()
-        cache = self.new_cache()
-        token = self._prefill(token_ids, cache, prefill_chunk, sampler)
-        metrics.time_to_first_token = time.perf_counter() - start
-        detokenizer = self.tokenizer.detokenizer()
-        limit = min(max_tokens, self.model.config.max_context - len(token_ids) + 1)
-        waiting: list[int] = []
-        for count in range(1, limit + 1):
-            waiting.append(token)
-            if token in ends:
-                metrics.finish_reason = "stop"
-                break
-            text = detokenizer.add(token)
-            if count == limit:
-                metrics.finish_reason = "length"
-                yield Piece(text + detokenizer.flush(), tuple(waiting), "length")
-                return
-            if text:
-                yield Piece(text, tuple(waiting))
-                waiting.clear()
-            with metrics.decode.step(1, self.store, self._clock):
-                token = self._next(self.model.forward([token], cache, self._clock, self._prefetcher), cache, sampler)
-        yield Piece(detokenizer.flush(), tuple(waiting), "stop")
+        prompt: str | Messages,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a prompt as ``generate`` sends them; see there, and ``render_prompt`` for errors."""
+        text = render_prompt(
+            prompt,
+            self.tokenizer.chat_template,
+            raw=raw,
+            system=system,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+        )
+        return self.tokenizer.encode(text)
 
-    def _prefill(
-        self, token_ids: Sequence[int], cache: SequenceCache, prefill_chunk: int | None, sampler: Sampler
-    ) -> int:
-        """The token after ``token_ids``."""
-        chunks = list(_chunks(token_ids, prefill_chunk))
-        for chunk in chunks[:-1]:
-            with self.metrics.prefill.step(len(chunk), self.store, self._clock):
-                hidden = self.model.forward(chunk, cache, self._clock, self._prefetcher)
-                self._clock.evaluate("experts", hidden, *cache.arrays())
-        with self.metrics.prefill.step(len(chunks[-1]), self.store, self._clock):
-            return self._next(self.model.forward(chunks[-1], cache, self._clock, self._prefetcher), cache, sampler)
-
-    def _next(self, hidden: mx.array, cache: SequenceCache, sampler: Sampler) -> int:
-        """Sample what follows the last of ``hidden`` [T, hidden]."""
-        logits = self._evaluated(self.model.logits(hidden[-1:]), cache)[0]
-        with self._clock.phase("sample"):
-            return sampler(logits)
-
-    def _evaluated(self, logits: mx.array, cache: SequenceCache) -> Logits:
-        self._clock.evaluate("head", logits, *cache.arrays())
-        return np.array(logits)
+    def _forward(self, tokens: Sequence[int], cache: SequenceCache, decoding: bool) -> Logits:
+        with self._runner.exclusive():
+            if not cache.length:
+                self._guesses = Guesses()
+            hidden = self._runner.hidden(tokens, cache, self._guesses, decoding=decoding and cache.length > 0)
+            return self._runner.logits(hidden, cache)
 
     def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:
         config = self.model.config
@@ -311,15 +346,3 @@ class Engine:
                 f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}"
             )
         return tokens
-
-
-def _checked_chunk(prefill_chunk: int | None) -> int:
-    if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
-        raise InputError(f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token")
-    return prefill_chunk or PREFILL_CHUNK
-
-
-def _chunks(token_ids: Sequence[int], prefill_chunk: int | None) -> Iterator[Sequence[int]]:
-    size = _checked_chunk(prefill_chunk)
-    for start in range(0, len(token_ids), size):
-        yield token_ids[start : start + size]

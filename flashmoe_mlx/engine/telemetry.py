@@ -1,4 +1,4 @@
-"""What a run measured, for people and for notebooks."""
+"""Measurements of a run, for people and for notebooks."""
 
 import json
 import platform
@@ -28,7 +28,7 @@ _PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "t
 
 @dataclass
 class Stage:
-    """Prefill or decode: ``seconds`` of wall time, ``steps`` the wall seconds of each forward pass."""
+    """Measurements of prefill or decode: wall time in ``seconds``, and of each forward pass in ``steps``."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -38,7 +38,7 @@ class Stage:
 
     @contextmanager
     def step(self, tokens: int, store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
-        """Count what happens inside as one forward pass of ``tokens`` tokens."""
+        """Count the enclosed code as one forward pass of ``tokens`` tokens; a pass that fails counts nothing."""
         before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
         yield
         seconds = perf_counter() - start
@@ -46,15 +46,15 @@ class Stage:
         self.seconds += seconds
         self.steps.append(seconds)
         self.store += store.stats() - before
-        for name, total in clock.seconds.items():
+        for name, total in dict(clock.seconds).items():
             self.phases[name] += total - phases.get(name, 0.0)
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
-        """Rates and counters; None where nothing was measured.
+        """Return rates and counters; None where nothing was measured.
 
-        ``read_gb_per_second`` is of what was read when it was asked for, over the time spent fetching;
-        ``weights_gb_per_second`` counts all weights that the passes had to touch, resident and routed, over all of the
-        time. ``prefetched`` of the misses had been hinted, ``bytes_wasted`` were read because of wrong hints.
+        ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
+        divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
+        misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints.
         """
         store, requests = self.store, self.store.requests
         read_on_demand = store.bytes_read - record_bytes * store.prefetched
@@ -83,7 +83,7 @@ class Stage:
 
 @dataclass
 class RunMetrics:
-    """The measurements of a generation."""
+    """Measurements of one generation."""
 
     prefill: Stage = field(default_factory=Stage)
     decode: Stage = field(default_factory=Stage)
@@ -91,14 +91,17 @@ class RunMetrics:
     """Seconds from the call to the first sampled token."""
     finish_reason: str | None = None
     guesses: Guesses | None = None
-    """Of prefetch, if there is any."""
+    """Guesses of the prefetcher, if there is one."""
+    sampling: Mapping[str, Any] | None = None
+    """How tokens were chosen, as from ``ChosenSampling.to_json``."""
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
-        """Everything, in the form of ``metrics.json``; seconds, bytes and tokens."""
+        """Return everything in the form of ``metrics.json``; in seconds, bytes and tokens."""
         return {
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "sampling": self.sampling,
             "guesses": None if self.guesses is None else self.guesses.to_json(),
             "prefill": self.prefill.to_json(resident_bytes, record_bytes),
             "decode": self.decode.to_json(resident_bytes, record_bytes),
@@ -113,7 +116,7 @@ _PHASE_NAMES = {"compute": "attention + router + experts", "router_wait": "route
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """The closing table, from ``RunMetrics.to_json``; "ms" is of a forward pass, "all" is every weight touched."""
+    """Make the closing table from ``RunMetrics.to_json``; "ms" is per pass, "all" counts every weight touched."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in (
         "",
@@ -143,7 +146,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """What the table has no room for: the first token, where the time went, memory."""
+    """Yield what the table has no room for: the first token, where the time went, sampling, memory."""
     first = metrics["time_to_first_token"]
     ended = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
     if first is None:
@@ -158,16 +161,19 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} time: {', '.join(parts)}"
     guesses, decode = metrics["guesses"], metrics["decode"]
     if guesses is not None and guesses["predicted"]:
-        useful = decode["prefetched"] / decode["misses"] if decode["misses"] else 0
+        useful = _ratio(decode["prefetched"], decode["misses"])
+        wasted = _ratio(decode["bytes_wasted"] / 1e6, decode["tokens"])
         yield (
-            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {useful:.0%} of the reads begun ahead, "
-            f"{decode['bytes_wasted'] / 1e6 / decode['tokens']:.3g} MB/token read for nothing"
+            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {_shown(useful, '.0%')} of the reads begun "
+            f"ahead, {_shown(wasted, '.3g')} MB/token wasted"
         )
+    if metrics["sampling"] is not None:
+        yield f"sampling: {metrics['sampling']['description']}"
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the software, so that a number can be understood later."""
+    """Return the machine and the software, so that a number can be understood later."""
     device = mx.default_device()
     return {
         "platform": platform.platform(),
@@ -183,7 +189,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed package; None for one that is not, such as this one in a checkout that runs as it is."""
+    """Return the version of an installed package, or None; this package may run from a checkout, uninstalled."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -196,7 +202,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def process_peak_bytes() -> int:
-    """Most memory that this process has held since it began, earlier runs of a sweep included; without page cache."""
+    """Return the peak memory of this process, without page cache; earlier runs of a sweep count too."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,4 +1,4 @@
-"""What a sequence leaves behind in every layer: keys and values, or the state of the recurrence."""
+"""State of a sequence in every layer: keys and values, or the state of the recurrence."""
 
 from dataclasses import dataclass, field
 
@@ -11,14 +11,17 @@ _GROWTH = 256
 
 @dataclass(slots=True)
 class AttentionCache:
-    """Keys and values of a full-attention layer, [1, kv heads, capacity, head dim], filled up to ``length``."""
+    """Keys and values of a full-attention layer, [1, kv heads, capacity, head dim], filled up to ``length``.
+
+    The capacity grows in steps of 256 tokens.
+    """
 
     keys: mx.array | None = None
     values: mx.array | None = None
     length: int = 0
 
     def reserve(self, tokens: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Both arrays with room for ``tokens`` more, evaluated when they are new: kernels write into them."""
+        """Return both arrays with room for ``tokens`` more, evaluated when they are new: kernels write into them."""
         end = self.length + tokens
         if self.keys is None or self.values is None:
             self.keys, self.values = (_room(kv_heads, end, head_dim, dtype) for _ in range(2))
@@ -34,7 +37,7 @@ class AttentionCache:
 
 @dataclass(slots=True)
 class DeltaCache:
-    """The last inputs of a convolution [kernel - 1, channels] and the state f32 [1, heads, Dv, Dk]."""
+    """Latest inputs of a convolution [kernel - 1, channels] and the recurrent state f32 [1, heads, Dv, Dk]."""
 
     conv: mx.array | None = None
     state: mx.array | None = None
@@ -42,10 +45,10 @@ class DeltaCache:
 
 @dataclass(slots=True)
 class SequenceCache:
-    """The caches of all layers; ``length`` is the number of tokens that went through them.
+    """Caches of all layers; ``length`` is the number of tokens that went through them.
 
-    Arrays inside are updated in place, so a copy needs copies of them. ``broken``: a pass failed half-way, and some
-    layers have seen tokens that others have not.
+    Arrays inside are updated in place, so a copy needs copies of them. ``broken`` means that a pass failed or was
+    cancelled half-way: some layers have seen tokens that others have not.
     """
 
     layers: list[AttentionCache | DeltaCache] = field(default_factory=list)
@@ -54,11 +57,11 @@ class SequenceCache:
 
     @classmethod
     def empty(cls, config: ModelConfig) -> "SequenceCache":
-        """The caches of a sequence that has not begun."""
+        """Return the caches of a sequence that has not begun."""
         return cls([AttentionCache() if full else DeltaCache() for full in config.full_attention])
 
     def arrays(self) -> list[mx.array]:
-        """Every array in the caches, so that they can be evaluated together."""
+        """Return every array in the caches, so that they can be evaluated together."""
         found: list[mx.array | None] = []
         for layer in self.layers:
             found += (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.conv, layer.state)

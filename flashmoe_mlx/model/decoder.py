@@ -1,6 +1,6 @@
 """The whole model: embedding, decoder layers, head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -18,7 +18,7 @@ from flashmoe_mlx.model.prefetch import Prefetcher
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """x + mixer(norm(x)), then x + experts(norm(x))."""
+    """A layer: x + mixer(norm(x)), then x + experts(norm(x))."""
 
     kernels: Kernels
     eps: float
@@ -34,8 +34,8 @@ class DecoderLayer:
         clock: PhaseClock,
         prefetcher: Prefetcher | None = None,
     ) -> mx.array:
-        """[T, hidden] -> [T, hidden]."""
-        if prefetcher is not None and len(x) == 1:
+        """Compute [T, hidden] from [T, hidden]; the end stays lazy."""
+        if prefetcher is not None:
             prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
             x = self._mixed(x, cache)
@@ -74,17 +74,24 @@ class Model:
         cache: SequenceCache,
         clock: PhaseClock,
         prefetcher: Prefetcher | None = None,
+        before_layer: Callable[[int], None] | None = None,
     ) -> mx.array:
-        """Hidden states [T, hidden] of tokens that follow those in ``cache``, before the final norm."""
+        """Compute the hidden states [T, hidden], before the final norm, of tokens that follow those in ``cache``.
+
+        ``before_layer`` is called with the index of each layer before it runs and may raise to end the pass; a pass
+        that ended after its first layer began leaves ``cache.broken`` set.
+        """
         x = self.embedding.rows(mx.array(list(token_ids), mx.uint32), self.norm.dtype)
-        cache.broken = True
-        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            if before_layer is not None:
+                before_layer(index)
+            cache.broken = True
             x = layer(x, layer_cache, clock, prefetcher)
         cache.broken = False
         cache.length += len(token_ids)
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """f32 [T, vocabulary] of hidden states [T, hidden]."""
+        """Compute the logits f32 [T, vocabulary] of hidden states [T, hidden], lazily."""
         normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
         return self.head(normed).astype(mx.float32)

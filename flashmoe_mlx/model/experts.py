@@ -51,7 +51,7 @@ class MixtureOfExperts:
         """
         form = expert_format(self.store.layout)
         on_host = form is not None and self.kernels.on_host is not None
-        guess = prefetcher.guess(self.layer, residual) if prefetcher is not None and len(x) == 1 else None
+        guess = None if prefetcher is None else prefetcher.guess(self.layer, residual)
         wanted = () if guess is None else (guess,)
         if on_host:
             with clock.computing("router_wait"):

@@ -3,9 +3,8 @@
 A guess never changes what is computed. Guesses are made while decoding: a prompt asks for most experts anyway.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -23,111 +22,126 @@ POLICIES = ("none", "previous_token", "next_router", "early_router")
 
 @dataclass
 class Guesses:
-    """How many experts were guessed, and how many of them were then chosen."""
+    """Guesses about one sequence: their counts, and the state from which the next ones are made."""
 
     predicted: int = 0
+    """Experts that were hinted before a layer of a decode step chose."""
     right: int = 0
+    """Experts among them that the layer then chose."""
+    hinted: dict[int, frozenset[int]] = field(default_factory=dict, repr=False)
+    """Experts hinted for each layer that has not chosen since."""
+    last: dict[int, Sequence[int]] = field(default_factory=dict, repr=False)
+    """Experts that each layer chose for the latest token."""
 
     def to_json(self) -> dict[str, float | None]:
-        """Both, and their ratio."""
+        """Return both counts and their ratio, which is None without a guess."""
         accuracy = self.right / self.predicted if self.predicted else None
         return {"predicted": self.predicted, "right": self.right, "accuracy": accuracy}
 
 
-class Prefetcher(ABC):
-    """Hints experts of the following layer to ``store``; one for all sequences, whose guesses may then mix.
+class Prefetcher:
+    """Hints experts of the following layer to ``store``.
 
-    ``MixtureOfExperts`` tells it of every layer: ``guess`` before the router's choice is evaluated, ``chosen`` when the
-    experts of this layer are in their slots.
+    Before every forward pass ``begin_pass`` names the sequence and the phase: only decode steps are guessed and
+    counted, however many tokens a pass has. ``DecoderLayer`` and ``MixtureOfExperts`` report every layer: ``begins``,
+    ``guess`` before the router's choice is evaluated, and ``chosen`` when the experts of this layer are in their slots.
     """
 
     def __init__(self, store: ExpertStore, num_layers: int) -> None:
-        self.guesses = Guesses()
         self._store = store
         self._num_layers = num_layers
-        self._hinted: dict[int, frozenset[int]] = {}
+        self._guesses = Guesses()
+        self._decoding = False
 
-    def begins(self, layer: int, x: mx.array) -> None:  # noqa: B027  # for those who make use of it
-        """``layer`` begins with the residual ``x`` [1, hidden]."""
+    def begin_pass(self, guesses: Guesses, decoding: bool) -> None:
+        """Begin a forward pass of the sequence that ``guesses`` belongs to; ``decoding``: it is a decode step."""
+        self._guesses = guesses
+        self._decoding = decoding
 
-    def guess(self, layer: int, x: mx.array) -> mx.array | None:  # noqa: ARG002  # for those who make use of it
-        """Experts [K] that the layer after ``layer`` may choose, lazily, of the residual ``x`` [1, hidden]."""
-        return None
+    def begins(self, layer: int, x: mx.array) -> None:
+        """Take the residual ``x`` [T, hidden] that ``layer`` begins with."""
+        if self._decoding:
+            self._hint(layer, self._likely_now(layer, x))
+
+    def guess(self, layer: int, x: mx.array) -> mx.array | None:
+        """Guess, lazily, the experts [K] of the layer after ``layer``, from the residual ``x`` [T, hidden]."""
+        return self._guess(layer, x) if self._decoding else None
 
     def chosen(self, layer: int, experts: npt.NDArray[np.uint32], guess: mx.array | None) -> None:
-        """``layer`` chose ``experts`` [T, K]; ``guess`` is what ``guess`` returned, evaluated."""
+        """Take the ``experts`` [T, K] that ``layer`` chose; ``guess`` came from ``guess`` and is evaluated."""
         mine = experts[-1].tolist()
-        following = (layer + 1) % self._num_layers
-        likely = self._likely(layer, following, mine, guess)
-        hinted = self._hinted.pop(layer, frozenset())
-        if len(experts) > 1:
+        self._guesses.last[layer] = mine
+        hinted = self._guesses.hinted.pop(layer, frozenset())
+        if not self._decoding:
             return
-        self.guesses.predicted += len(hinted)
-        self.guesses.right += len(hinted.intersection(mine))
-        if likely:
-            self._hinted[following] = frozenset(likely)
-            self._store.prefetch(following, likely)
+        self._guesses.predicted += len(hinted)
+        self._guesses.right += len(hinted.intersection(mine))
+        following = (layer + 1) % self._num_layers
+        self._hint(following, self._likely(following, guess))
 
-    @abstractmethod
-    def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:
-        """Experts that ``following`` may choose, the likeliest first, given that ``layer`` chose ``mine``."""
+    def _hint(self, layer: int, likely: Sequence[int]) -> None:
+        if likely:
+            self._guesses.hinted[layer] = frozenset(likely)
+            self._store.prefetch(layer, likely)
+
+    def _likely_now(self, layer: int, x: mx.array) -> Sequence[int]:  # noqa: ARG002  # a policy may guess here
+        """Experts that ``layer`` itself may choose, the likeliest first, from the residual ``x`` it begins with."""
+        return ()
+
+    def _guess(self, layer: int, x: mx.array) -> mx.array | None:  # noqa: ARG002  # a policy may guess here
+        return None
+
+    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002  # or here
+        """Experts that the layer ``following`` may choose, the likeliest first; ``guess`` is that of ``_guess``."""
+        return ()
 
 
 class PreviousToken(Prefetcher):
-    """Every layer chooses what it chose for the token before."""
+    """Guesses that every layer chooses the same experts as for the token before."""
 
-    def __init__(self, store: ExpertStore, num_layers: int) -> None:
-        super().__init__(store, num_layers)
-        self._last: dict[int, Sequence[int]] = {}
-
-    def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
-        self._last[layer] = mine
-        return self._last.get(following, ())
+    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
+        return self._guesses.last.get(following, ())
 
 
 class NextRouter(Prefetcher):
-    """The next layer's router chooses for this layer's residual what it will choose for its own.
+    """Guesses by applying layer L+1's router to layer L's residual.
 
-    Between the two lie this layer's experts and the next layer's mixer. After the last layer comes the first one of a
-    token that is not known yet: no guess.
+    Between the two lie layer L's experts and layer L+1's mixer. After the last layer comes the first one of a token
+    that is not known yet: no guess.
     """
 
     def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
         super().__init__(store, len(layers))
         self._layers = layers
 
-    def guess(self, layer: int, x: mx.array) -> mx.array | None:
+    def _guess(self, layer: int, x: mx.array) -> mx.array | None:
         if layer + 1 == self._num_layers:
             return None
         following = self._layers[layer + 1]
         scores = following.experts.gate(mx.fast.rms_norm(x, following.post_norm, following.eps))[0]
         return mx.argsort(-scores)[: following.experts.experts_k]
 
-    def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
+    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
         return [] if guess is None else np.array(guess).tolist()
 
 
 class EarlyRouter(Prefetcher):
-    """Every layer's router chooses for the residual before the mixer what it will choose for the one after it.
+    """Guesses by applying a layer's router to the residual before the layer's mixer.
 
     Nearer to the choice than ``NextRouter``, and so right more often; only the mixer's time is left to read in. The
-    guess is evaluated at once, one more synchronisation a layer: made for CPUs.
+    guess is evaluated at once, one more synchronization a layer: made for CPUs.
     """
 
     def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
         super().__init__(store, len(layers))
         self._layers = layers
 
-    def begins(self, layer: int, x: mx.array) -> None:
+    def _likely_now(self, layer: int, x: mx.array) -> Sequence[int]:
         own = self._layers[layer]
         scores = own.experts.gate(own.kernels.rms_norm(x, own.post_norm, own.eps))[0]
         # Not by MLX, where evaluating a sort takes longer than the product.
-        likely = np.argsort(-np.array(scores.astype(mx.float32)))[: own.experts.experts_k].tolist()
-        self._hinted[layer] = frozenset(likely)
-        self._store.prefetch(layer, likely)
-
-    def _likely(self, layer: int, following: int, mine: Sequence[int], guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
-        return ()
+        likely: list[int] = np.argsort(-np.array(scores.astype(mx.float32)))[: own.experts.experts_k].tolist()
+        return likely
 
 
 def check_policy(policy: str) -> None:
@@ -137,7 +151,7 @@ def check_policy(policy: str) -> None:
 
 
 def make_prefetcher(policy: str, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> Prefetcher | None:
-    """What makes the guesses of ``policy``, or None.
+    """Make the prefetcher of ``policy``; None for "none".
 
     Raises:
         InputError: there is no such policy.

@@ -156,8 +156,14 @@ def _run(plan: Plan, setting: Setting, condition: str, number: int) -> Pass:
 
 def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
     raw = plan.raw or engine.tokenizer.chat_template is None
-    pieces = engine.generate(prompt, max_tokens=plan.tokens, raw=raw, ignore_eos=True)
-    return [token for piece in pieces for token in piece.token_ids]
+    pieces = engine.generate(prompt, max_tokens=plan.tokens, temperature=0, raw=raw, ignore_eos=True)
+    tokens = [token for piece in pieces for token in piece.token_ids]
+    if len(tokens) < 2:
+        raise InputError(
+            f"the prompt fills the context of {engine.model.config.max_context} tokens: nothing is decoded that could "
+            "be measured; give a shorter one"
+        )
+    return tokens
 
 
 def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:

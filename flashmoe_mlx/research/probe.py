@@ -23,6 +23,7 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import dialect, native
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.engine import Engine, load
+from flashmoe_mlx.engine.logits import checked_logits
 from flashmoe_mlx.engine.opening import ModelFiles, open_model
 from flashmoe_mlx.engine.telemetry import environment
 from flashmoe_mlx.errors import FlashMoeError
@@ -271,8 +272,10 @@ class _Run:
         before = self._store.stats().fetch_seconds
         start = time.perf_counter()
         hidden = self._model.forward([token], self._cache, self._clock)
-        mx.eval(self._model.logits(hidden), *self._cache.arrays())
+        logits = self._model.logits(hidden)
+        mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)
+        checked_logits(np.array(logits))
         self.fetching.append(self._store.stats().fetch_seconds - before)
 
 

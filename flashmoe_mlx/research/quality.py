@@ -42,6 +42,8 @@ _LARGEST_ITEMS = 64 * 2**20
 _MOST_ANSWER_TOKENS = 256
 _ANSWER_ROOM = 16
 """Tokens that an answer may be longer than the expected one, beside half of its length."""
+_THINKING_ROOM = 2048
+"""Tokens of thinking before an answer, for a model whose template refuses to switch it off."""
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,36 @@ def passage(engine: Engine, item: Item) -> Passage:
 
 
 def _prompt(engine: Engine, item: Item) -> str:
+    """Render an item's messages with thinking off, or with the template's default where it refuses that."""
     template = engine.tokenizer.chat_template
     if template is None:
         raise InputError("this model has no chat template: only items with a text can be scored (kinds=[text])")
-    return template.render(item.messages, item.tools or None, enable_thinking=False)
+    options = {} if _refusal(engine, item) else {"enable_thinking": False}
+    return template.render(item.messages, item.tools or None, **options)
+
+
+def _refusal(engine: Engine, item: Item) -> str | None:
+    """Return the chat template's reason for not rendering ``item`` with thinking off, if it does so otherwise.
+
+    Qwen3.8's template, for one, says "Disabling thinking is not supported."
+    """
+    template = engine.tokenizer.chat_template
+    if template is None or not item.messages:
+        return None
+    try:
+        template.render(item.messages, item.tools or None, enable_thinking=False)
+    except InputError as error:
+        template.render(item.messages, item.tools or None)  # raises where thinking is not the reason
+        return str(error)
+    return None
 
 
 def log_probabilities(engine: Engine, tokens: Passage) -> Iterator[Floats]:
-    """Log-probabilities [vocabulary] for each scored token, in order; each but the first after a decode step."""
+    """Yield log-probabilities [vocabulary] for each scored token, in order; each but the first after a decode step.
+
+    Raises:
+        FlashMoeError: the model's logits are NaN or +inf; code "bad_logits".
+    """
     cache = engine.new_cache()
     logits = engine.forward(tokens.given, cache)[-1]
     for index, token in enumerate(tokens.scored):
@@ -266,8 +290,9 @@ def evaluate(
 ) -> Quality:
     """Score ``engine`` on ``items``; with ``generate``, also let it answer greedily and judge the answers.
 
-    The summary: ``text`` and ``answers`` (of what would be right) with ``perplexity``, ``bits_per_token`` and, against
-    a ``reference`` that was recorded over the same items, ``kl`` (nats a token, of this run from the reference) and
+    ``thinking`` in the summary says whether thinking was off, as it is wherever the chat template allows that. Then:
+    ``text`` and ``answers`` (of what would be right) with ``perplexity``, ``bits_per_token`` and, against a
+    ``reference`` that was recorded over the same items, ``kl`` (nats a token, of this run from the reference) and
     ``top1_agreement``; ``kinds`` with the share of right answers of each kind; ``questions`` (items judged by their
     words), ``json_parsed``, ``json_valid``, ``json_exact`` and ``tool_calls``. Shares have 95 % intervals (Wilson),
     means have intervals from a bootstrap over items.
@@ -296,7 +321,9 @@ def evaluate(
             progress("answers", index, len(judged))
         answers.append(judge(item, answer(engine, item)))
     summary: dict[str, Any] = {name: _figures(one, reference is not None) for name, one in scores.items() if one.tokens}
-    return Quality({**summary, **_shares(answers)}, answers)
+    refusal = next((reason for item in items if (reason := _refusal(engine, item))), None)
+    thinking = "off" if refusal is None else f"the template's default, as it refuses to switch it off ({refusal})"
+    return Quality({"thinking": thinking, **summary, **_shares(answers)}, answers)
 
 
 def _score(engine: Engine, tokens: Passage, rows: Floats | None, scores: _Scores) -> None:
@@ -306,7 +333,9 @@ def _score(engine: Engine, tokens: Passage, rows: Floats | None, scores: _Scores
         loss -= float(own[token])
         if rows is not None:
             theirs = rows[index]
-            divergence += float(np.sum(np.exp(theirs) * (theirs - own), dtype=np.float64))
+            possible = theirs > -np.inf  # an impossible token adds nothing: p log p is 0 there
+            terms = np.exp(theirs[possible]) * (theirs[possible] - own[possible])
+            divergence += float(np.sum(terms, dtype=np.float64))
             agreed += int(own.argmax() == theirs.argmax())
     scores.loss.append(loss)
     scores.tokens.append(len(tokens.scored))
@@ -321,8 +350,8 @@ def _figures(scores: _Scores, compared: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "items": len(scores.tokens),
         "tokens": tokens,
-        "perplexity": math.exp(mean),
-        "perplexity_interval": None if bounds is None else [math.exp(bound) for bound in bounds],
+        "perplexity": _exp(mean),
+        "perplexity_interval": None if bounds is None else [_exp(bound) for bound in bounds],
         "bits_per_token": mean / math.log(2),
     }
     if compared:
@@ -335,12 +364,26 @@ def _figures(scores: _Scores, compared: bool) -> dict[str, Any]:
     return found
 
 
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 def answer(engine: Engine, item: Item) -> str:
-    """The model's greedy answer, without a thought that it may begin with."""
+    """Let the model answer greedily; returns the answer without the thinking that may precede it."""
     expected = len(engine.tokenizer.encode(item.answer))
     room = min(_MOST_ANSWER_TOKENS, expected + expected // 2 + _ANSWER_ROOM)
-    pieces = engine.generate(_prompt(engine, item), max_tokens=room, raw=True)
-    return "".join(piece.text for piece in pieces).rpartition("</think>")[2].strip()
+    thinks = _refusal(engine, item) is not None
+    pieces = engine.generate(
+        item.messages,
+        tools=item.tools or None,
+        enable_thinking=None if thinks else False,
+        max_tokens=room + _THINKING_ROOM if thinks else room,
+        temperature=0,
+    )
+    return "".join(piece.text for piece in pieces).strip()
 
 
 def judge(item: Item, text: str) -> Answer:

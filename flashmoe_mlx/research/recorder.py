@@ -14,9 +14,10 @@ from flashmoe_mlx.research.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """Collects the choices that an engine tells it of, in memory: two bytes each."""
+    """Collects the choices in all ``num_layers`` layers that an engine reports, in memory: two bytes each."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
         self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
 
     def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
@@ -24,17 +25,17 @@ class RoutingRecorder:
         self._chosen[layer].append(chosen.astype(np.uint16))
 
     def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
-        """All that was recorded, of a sequence that began with the tokens ``prompt``.
+        """Make a trace of everything recorded, of a sequence that began with the tokens ``prompt``.
 
         A pass that was cut short has reached some layers only; its tokens are left out.
 
         Raises:
-            InputError: nothing was recorded.
+            InputError: no pass reached the last layer; code "nothing_recorded".
         """
+        if len(self._chosen) < self._num_layers:
+            raise InputError("no routing was recorded: the model has not run", code="nothing_recorded")
         layers = [np.concatenate(self._chosen[layer]) for layer in sorted(self._chosen)]
-        tokens = min(map(len, layers), default=0)
-        if not tokens:
-            raise InputError("no routing was recorded: the model has not run")
+        tokens = min(map(len, layers))
         experts = np.stack([layer[:tokens] for layer in layers], axis=1)
         prompt_tokens = min(len(prompt), tokens)
         return RoutingTrace(experts, num_experts, prompt_tokens, model, prompt_hash(prompt), record_bytes)
@@ -43,7 +44,7 @@ class RoutingRecorder:
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
     """Record what ``engine`` chooses inside; outside it costs nothing."""
-    recorder = RoutingRecorder()
+    recorder = RoutingRecorder(engine.model.config.num_layers)
     engine.observe_routing(recorder)
     try:
         yield recorder

@@ -1,15 +1,10 @@
 """``task=generate``: continue a prompt, show the text as it comes, then what it cost."""
 
 import logging
-import os
-import re
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.engine.engine import Engine, load
@@ -17,11 +12,10 @@ from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_ta
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
+from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
 log = logging.getLogger(__name__)
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters with which a model could command a person's terminal."""
-_INTERRUPTED = 130
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -29,6 +23,7 @@ def run(config: Config, run_dir: Path) -> None:
     if (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model, config.backend)
+    asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,
@@ -39,75 +34,54 @@ def run(config: Config, run_dir: Path) -> None:
         profile=config.profile,
     ) as engine:
         if engine.setup["note"]:
-            console.print(f"note: {engine.setup['note']}", highlight=False, soft_wrap=True)
+            console.print(f"note: {engine.setup['note']}", highlight=False, markup=False, soft_wrap=True)
         log.info("model %s, %s", folder, engine.setup)
-        text, token_ids, stopped = stream(engine, config)
+        shown = stream(engine, config, asked)
         stats = engine.stats()
         record = {
             "model": {"path": str(folder), "config": asdict(engine.model.config)},
             **engine.setup,
-            "interrupted": stopped is not None,
-            "text": text,
-            "token_ids": token_ids,
+            "interrupted": shown.stopped is not None,
+            "text": shown.text,
+            "reasoning": shown.reasoning,
+            "ended_in_thinking": shown.thinking,
+            "token_ids": shown.token_ids,
             **stats,
         }
         write_json(run_dir / "metrics.json", record)
-        log.info("%d tokens, %s", len(token_ids), stats["finish_reason"] or "interrupted")
+        log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
     console.print()
     print_table(metrics_table(stats))
     for line in metrics_lines(stats):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
-    if stopped is not None:
-        raise stopped
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    if shown.thinking and shown.stopped is None:
+        line = _unfinished_thought(engine, config, asked, shown)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"record: {run_dir}", highlight=False, markup=False, soft_wrap=True)
+    if shown.stopped is not None:
+        raise shown.stopped
 
 
-def stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseException | None]:
-    """Print pieces as they come; the whole text, its tokens, and what stopped it before its end."""
-    text, token_ids = "", list[int]()
-    pieces = engine.generate(
-        config.prompt,
-        max_tokens=config.max_tokens,
-        temperature=config.temperature,
-        top_p=config.top_p,
-        top_k=config.top_k,
-        min_p=config.min_p,
-        seed=config.seed,
-        prefill_chunk=config.prefill_chunk,
-        raw=config.raw,
-    )
-    terminal = sys.stdout is not None and sys.stdout.isatty()
+def _unfinished_thought(engine: Engine, config: Config, asked: Mapping[str, Any], shown: Streamed) -> str:
+    """Say that there is no answer yet, and what to do; only what helps with this model."""
+    context = engine.model.config.max_context
+    advice = []
+    if shown.finish_reason == "stop":
+        what = "the model ended its output"
+    elif len(shown.token_ids) < config.max_tokens or config.max_tokens >= context:
+        what = f"the context of {context} tokens ended"
+        advice.append("a shorter prompt leaves more room")
+    else:
+        what = f"max_tokens={config.max_tokens} ended"
+        advice.append(f"max_tokens={min(context, max(4096, 4 * config.max_tokens))} leaves room for both")
+    if _can_be_off(engine, config, asked):
+        advice.append("thinking=false asks for an answer at once")
+    return f"{what} inside the model's thinking, before an answer" + "".join(f"; {line}" for line in advice)
+
+
+def _can_be_off(engine: Engine, config: Config, asked: Mapping[str, Any]) -> bool:
     try:
-        with _interrupts() as interrupted:
-            for piece in pieces:
-                text += piece.text
-                token_ids += piece.token_ids
-                print(_CONTROLS.sub("\ufffd", piece.text) if terminal else piece.text, end="", flush=True)
-                if interrupted():
-                    raise KeyboardInterrupt
-        print(flush=True)
-    except (KeyboardInterrupt, BrokenPipeError) as stopped:
-        return text, token_ids, stopped
-    return text, token_ids, None
-
-
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Notice an interrupt and let the token at hand be finished; the second one ends the process at once.
-
-    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too.
-    """
-    count = 0
-
-    def notice(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the form of a handler
-        nonlocal count
-        count += 1
-        if count > 1:
-            os._exit(_INTERRUPTED)
-        console.print("stopping after this token; interrupt again to stop at once")
-
-    before = signal.signal(signal.SIGINT, notice)
-    try:
-        yield lambda: count > 0
-    finally:
-        signal.signal(signal.SIGINT, before)
+        prompt = engine.encode(config.prompt, **{**asked, "enable_thinking": False})
+    except InputError:
+        return False
+    return not ReasoningSplitter(engine.tokenizer, prompt).open

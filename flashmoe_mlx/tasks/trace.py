@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from flashmoe_mlx.config import Config, TraceConfig, folder_of
@@ -11,8 +12,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
 from flashmoe_mlx.tasks.console import console
-from flashmoe_mlx.tasks.generate import stream
 from flashmoe_mlx.tasks.model import model_folder, model_identity
+from flashmoe_mlx.tasks.streaming import prompt_options, stream
 
 log = logging.getLogger(__name__)
 
@@ -26,12 +27,17 @@ def run(config: Config, run_dir: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     folder = model_folder(config.model, config.backend)
+    asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
-        prompt = engine.encode(config.prompt, raw=config.raw)
+        prompt = engine.encode(config.prompt, **asked)
+        if config.temperature is None:
+            config = replace(config, temperature=0.0)  # greedy, so that a trace can be repeated
         with recorded(engine) as recorder:
-            _, _, stopped = stream(engine, config)
+            stopped = stream(engine, config, asked).stopped
         model = f"{model_identity(folder)}, {engine.setup['experts']['bits'] or 16} bits"
+        if stopped is not None and not engine.metrics.prefill.tokens:
+            raise stopped  # no pass ended, so there is nothing to keep
         trace = recorder.trace(engine.model.config.num_experts, prompt, model, engine.store.layout.record_bytes)
     trace.save(path)
     log.info("%s: %d tokens", path, len(trace.experts))

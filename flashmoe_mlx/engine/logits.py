@@ -1,0 +1,92 @@
+"""Logits between the model and the choice of a token: a check of their values, and processors that change them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.errors import FlashMoeError
+
+_LARGEST = np.finfo(np.float64).max
+Logits = npt.NDArray[np.float32]
+Scores = npt.NDArray[np.float64]
+
+
+def checked_logits(logits: Logits) -> Logits:
+    """Return ``logits`` [..., vocabulary] if a token can be chosen by them.
+
+    -inf is allowed and means that a token is impossible, as long as another one is possible.
+
+    Raises:
+        FlashMoeError: a value is NaN or +inf, or all values of a row are -inf; code "bad_logits".
+    """
+    # A maximum propagates NaN, so one pass finds all three.
+    highest = logits.max(axis=-1)
+    if np.isfinite(highest).all():
+        return logits
+    if np.isnan(highest).any():
+        found = "hold NaN"
+    else:
+        found = "hold +inf" if np.isposinf(highest).any() else "make every token impossible (all are -inf)"
+    raise FlashMoeError(
+        f"the model's logits {found}: its weights are damaged (task=pack verify=true checks a pack), or a kernel is "
+        "wrong (task=doctor checks them; kernels=reference does without)",
+        code="bad_logits",
+    )
+
+
+class TokenHistory:
+    """Tokens of a sequence, counted by id: all of them, and those that were generated."""
+
+    def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
+        self.seen = np.zeros(vocab_size, bool)
+        """Whether each token is in the prompt or was generated."""
+        self.seen[list(prompt)] = True
+        self.generated = np.zeros(vocab_size, np.int64)
+        """How often each token was generated."""
+
+    def add(self, token_id: int) -> None:
+        """Count a generated token."""
+        self.seen[token_id] = True
+        self.generated[token_id] += 1
+
+
+LogitsProcessor = Callable[[Scores, TokenHistory], Scores]
+"""Returns changed logits f64 [vocabulary]; must not write into its argument."""
+
+
+class RepetitionPenalty:
+    """Makes tokens of the prompt and the answer less likely (more likely, below 1).
+
+    Positive logits are divided by ``penalty``, others multiplied. Source: transformers
+    ``RepetitionPenaltyLogitsProcessor``; CTRL, https://arxiv.org/abs/1909.05858, section 4.1.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self._penalty = penalty
+
+    def __call__(self, logits: Scores, history: TokenHistory) -> Scores:
+        """Return the penalized logits."""
+        changed = logits.copy()
+        seen = logits[history.seen]
+        with np.errstate(over="ignore"):
+            penalized = np.where(seen > 0, seen / self._penalty, seen * self._penalty)
+        # A possible token stays possible, and no score becomes infinite.
+        changed[history.seen] = np.where(np.isfinite(seen), np.clip(penalized, -_LARGEST, _LARGEST), seen)
+        return changed
+
+
+class CountPenalty:
+    """Subtracts ``presence`` once, and ``frequency`` for each occurrence, from tokens of the answer.
+
+    Tokens of the prompt do not count. Source: the OpenAI API, and vLLM ``apply_penalties``.
+    """
+
+    def __init__(self, presence: float, frequency: float) -> None:
+        self._presence = presence
+        self._frequency = frequency
+
+    def __call__(self, logits: Scores, history: TokenHistory) -> Scores:
+        """Return the penalized logits."""
+        changed: Scores = logits - self._frequency * history.generated - self._presence * (history.generated > 0)
+        return changed

@@ -1,0 +1,193 @@
+"""An answer on the terminal as it comes: progress through the prompt, thinking apart from the answer, interrupts."""
+
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from flashmoe_mlx.config import Config, folder_of
+from flashmoe_mlx.engine.engine import Engine
+from flashmoe_mlx.engine.generation import Piece
+from flashmoe_mlx.engine.prompting import load_tools
+from flashmoe_mlx.tasks.console import console
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Characters with which a model could command a person's terminal."""
+_INTERRUPTED = 130
+_BAR_DELAY = 1.0
+"""Seconds that a prompt may take before its progress is shown."""
+
+
+@dataclass
+class Streamed:
+    """Everything that was shown of an answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    thinking: bool = False
+    """Whether the tokens end inside the model's thinking."""
+    stopped: BaseException | None = None
+    """The interrupt or the broken pipe that ended it."""
+
+    def take(self, piece: Piece) -> None:
+        """Append ``piece``."""
+        self.text += piece.text
+        self.reasoning += piece.reasoning
+        self.token_ids += piece.token_ids
+        self.finish_reason = piece.finish_reason
+
+
+def prompt_options(config: Config) -> dict[str, Any]:
+    """Return everything that ``config`` asks of the prompt, as arguments of ``Engine.encode`` and ``generate``.
+
+    Raises:
+        InputError: the file of ``tools=`` does not hold tools.
+    """
+    return {
+        "raw": config.raw,
+        "system": config.system,
+        "tools": None if config.tools is None else load_tools(folder_of(config.tools)),
+        "enable_thinking": config.thinking,
+        "template_options": config.template_options,
+    }
+
+
+def stream(engine: Engine, config: Config, asked: Mapping[str, Any]) -> Streamed:
+    """Generate, and show pieces as they come: the answer on stdout, thinking beside it.
+
+    ``asked`` comes from ``prompt_options``, which checks files before a model is loaded.
+    """
+    bar = _PrefillBar()
+    generation = engine.generate(
+        config.prompt,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        min_p=config.min_p,
+        repetition_penalty=config.repetition_penalty,
+        presence_penalty=config.presence_penalty,
+        frequency_penalty=config.frequency_penalty,
+        seed=config.seed,
+        prefill_chunk=config.prefill_chunk,
+        on_prefill=bar,
+        **asked,
+    )
+    shown = Streamed()
+    printer = _Printer()
+    try:
+        with _interrupts(generation.cancel) as interrupted:
+            try:
+                for piece in generation:
+                    bar.stop()
+                    shown.take(piece)
+                    printer.show(piece)
+            finally:
+                bar.stop()
+            if interrupted():
+                raise KeyboardInterrupt
+        print(flush=True)
+    except (KeyboardInterrupt, BrokenPipeError) as stopped:
+        shown.stopped = stopped
+    shown.thinking = generation.thinking
+    return shown
+
+
+class _PrefillBar:
+    """A bar on stderr that appears once the prompt takes long, and is gone when it is done; nothing without a terminal.
+
+    Implements ``generation.PrefillProgress``.
+    """
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("reading the prompt"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("tokens"),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=console, transient=True)
+        self._task = self._bar.add_task("", total=None)
+        self._shown_from = time.monotonic() + _BAR_DELAY
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` tokens are done."""
+        if console.is_terminal and time.monotonic() >= self._shown_from:
+            self._bar.start()
+            self._bar.update(self._task, completed=done, total=total)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self._bar.live.is_started:
+            self._bar.stop()
+
+
+class _Printer:
+    """Prints the answer to stdout. Thinking goes there too, dimmed, on a terminal; else to stderr."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stdout is not None and sys.stdout.isatty()
+        self._dimmed = Console() if self._terminal and not Console().is_dumb_terminal else None
+        self._thought = False
+        self._answered = False
+
+    def show(self, piece: Piece) -> None:
+        """Print ``piece``."""
+        if piece.reasoning:
+            self._show_thinking(piece.reasoning)
+        if piece.text:
+            if self._thought and not self._answered:
+                self._end_thinking()
+            self._answered = True
+            text = _CONTROLS.sub("\ufffd", piece.text) if self._terminal else piece.text
+            print(text, end="", flush=True)
+
+    def _show_thinking(self, text: str) -> None:
+        if self._dimmed is None and not self._thought:
+            console.print("thinking:", highlight=False)
+        screen, style = (console, None) if self._dimmed is None else (self._dimmed, "dim")
+        text = _CONTROLS.sub("\ufffd", text)
+        screen.print(text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+        self._thought = True
+
+    def _end_thinking(self) -> None:
+        if self._dimmed is not None:
+            print("\n")
+        else:
+            console.print("\n\nanswer:", highlight=False)
+
+
+@contextmanager
+def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
+    """Call ``cancel`` at an interrupt and let the layer at hand be finished; the second one ends the process at once.
+
+    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too.
+    """
+    count = 0
+
+    def notice(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the form of a handler
+        nonlocal count
+        count += 1
+        if count > 1:
+            os._exit(_INTERRUPTED)
+        cancel()
+        with suppress(OSError, RuntimeError):  # stderr is closed, or was being written to
+            console.print("stopping after this layer; interrupt again to stop at once", highlight=False, soft_wrap=True)
+
+    before = signal.signal(signal.SIGINT, notice)
+    try:
+        yield lambda: count > 0
+    finally:
+        signal.signal(signal.SIGINT, before)
