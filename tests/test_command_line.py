@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 
 from flashmoe_mlx.application import run
 from flashmoe_mlx.command_line import tidy
-from flashmoe_mlx.config import TASK_CONFIGS, Config, known_keys, typed
+from flashmoe_mlx.composition import typed
+from flashmoe_mlx.config import TASK_CONFIGS, Config, known_keys
 from flashmoe_mlx.errors import InputError
 
 SPELLINGS = [

@@ -2,12 +2,11 @@
 
 import hashlib
 import re
-import shutil
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.files import exclusive, explained_write_errors
+from flashmoe_mlx.pack.files import exclusive, explained_write_errors, write_atomically
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.pack.quantise import QUANTISERS
@@ -19,6 +18,11 @@ _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
 def demo_folder() -> Path:
     """The pack inside the installed package: only 4 bits, and never written to."""
     return Path(str(package_files("flashmoe_mlx").joinpath("demo_model")))
+
+
+def demo_has(variants: set[str]) -> bool:
+    """Whether the pack inside the package has ``variants``, so that none must be made."""
+    return variants <= set(open_pack(demo_folder()).experts)
 
 
 def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress | None = None) -> Path:
@@ -38,13 +42,10 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
     folder = cache_dir / f"demo-{digest}"
     with explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MANIFEST).is_file():
+        if not _is_whole(folder):
             with exclusive(folder):
-                for path in sorted(shipped.folder.rglob("*"), key=lambda path: path.name == MANIFEST):
-                    if path.is_file():  # the manifest comes last: without it there is no pack yet
-                        target = folder / path.relative_to(shipped.folder)
-                        target.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(path, target)
+                if not _is_whole(folder):  # another process may have made it in the meantime
+                    _copy(shipped.folder, folder)
     (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
     assert group_size is not None
     for name, (bits, quantiser) in wanted.items():
@@ -52,6 +53,25 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
         if name not in pack.experts:
             add_variants(pack, [bits], group_size=group_size, quantiser=quantiser, progress=progress)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds a pack that can be opened; a copy that was interrupted cannot."""
+    try:
+        open_pack(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a pack, the manifest last and every file at once: without a manifest there is no pack yet."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(source.rglob("*"), key=lambda path: path.name == MANIFEST):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            write_atomically(copy, path.read_bytes())
 
 
 def _recipe(variant: str) -> tuple[int, str | None]:

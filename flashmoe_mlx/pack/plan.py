@@ -6,7 +6,7 @@ Everything in the folder of the state belongs to the plan in it: units are marke
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,9 @@ def forget_plan(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
+def begin_or_resume(
+    source: Path | Checkpoint, out: Path, settings: PackSettings, ignored: Callable[[Path], bool] | None = None
+) -> Checkpoint:
     """The checkpoint to pack into ``out``; its index is kept, so that a resumed run needs only the shards still to be
     read.
 
@@ -65,7 +67,8 @@ def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings
     folder = source.folder if isinstance(source, Checkpoint) else source
     if folder.resolve() == out.resolve():
         raise PackError(f"{out}: out= must not be the checkpoint's own folder")
-    present = [path.name for path in out.iterdir() if path.name not in (".lock", _STATE, _DOWNLOADS)]
+    inside = [path for path in out.iterdir() if path.name not in (".lock", _STATE, _DOWNLOADS)]
+    present = [path.name for path in inside if ignored is None or not ignored(path)]
     if not present:
         return _begin(source, out, settings)
     if not (state_folder(out) / _PLAN).is_file():

@@ -11,12 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from flashmoe_mlx.config import Config
+from flashmoe_mlx.config import Config, GenerationConfig
 from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_table, write_json
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.streams import OutputError, print_answer
 from flashmoe_mlx.tasks.console import console, print_table
 from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.prompts import with_prompt
 
 log = logging.getLogger(__name__)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -29,6 +31,7 @@ def run(config: Config, run_dir: Path) -> None:
     if (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model, config.backend)
+    config = with_prompt(config, folder)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,
@@ -62,7 +65,7 @@ def run(config: Config, run_dir: Path) -> None:
         raise stopped
 
 
-def stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseException | None]:
+def stream(engine: Engine, config: GenerationConfig) -> tuple[str, list[int], BaseException | None]:
     """Print pieces as they come; the whole text, its tokens, and what stopped it before its end."""
     text, token_ids = "", list[int]()
     pieces = engine.generate(
@@ -82,11 +85,11 @@ def stream(engine: Engine, config: Config) -> tuple[str, list[int], BaseExceptio
             for piece in pieces:
                 text += piece.text
                 token_ids += piece.token_ids
-                print(_CONTROLS.sub("\ufffd", piece.text) if terminal else piece.text, end="", flush=True)
+                print_answer(_CONTROLS.sub("\ufffd", piece.text) if terminal else piece.text, end="")
                 if interrupted():
                     raise KeyboardInterrupt
-        print(flush=True)
-    except (KeyboardInterrupt, BrokenPipeError) as stopped:
+        print_answer("")
+    except (KeyboardInterrupt, BrokenPipeError, OutputError) as stopped:
         return text, token_ids, stopped
     return text, token_ids, None
 
