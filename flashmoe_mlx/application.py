@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from flashmoe_mlx.command_line import parse, tidy
@@ -62,7 +62,7 @@ def _run_hydra(arguments: Sequence[str], debug: bool) -> int:
     def job(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         own = not any(folder.glob("*.json"))  # else it is another run's, which will be refused
-        done = Job(folder, [override.lstrip("+") for override in HydraConfig.get().overrides.task])
+        done = Job(folder, _overrides())
         jobs.append(done)
         try:
             config = typed(composed)
@@ -91,6 +91,13 @@ def _run_hydra(arguments: Sequence[str], debug: bool) -> int:
         for line in failed_jobs(jobs):
             say(line)
     return max(codes, default=0)
+
+
+def _overrides() -> list[str]:
+    """Return the overrides of the job at hand as they were written."""
+    listed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(listed, list)
+    return [str(override).lstrip("+") for override in listed]
 
 
 def _check_working_folder() -> None:

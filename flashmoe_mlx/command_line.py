@@ -13,7 +13,7 @@ from importlib.resources import files as package_files
 from typing import NamedTuple
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 
 from flashmoe_mlx.composition import GROUPS, unread_key
 from flashmoe_mlx.config import DEFAULT_TASK, TASK_CONFIGS, TEXT_KEYS, keys_of, known_keys
@@ -195,8 +195,8 @@ def _group_override(key: str, value: str, sweeps: bool) -> str:
         raise InputError(f"{key}={value}: the name is missing; --help lists what there is")
     if key == "model" and ("/" in value or value.endswith(".json")):
         return _text_override("model.path", value, sweeps)  # no configuration could have that name
-    if value.startswith("[") and key != "experiment":
-        advice = f"-m {key}={value.strip('[]')} runs one after the other"
+    if value.startswith(("[", "{")) and key != "experiment":
+        advice = f"-m {key}={value.strip('[]{}')} runs one after the other"
         compare = "; task=bench backends=[...] compares them" if key == "backend" else ""
         raise InputError(f"{key}={value}: one {key} a run; {advice}{compare}")
     return f"{key}={value}"  # Hydra has no "++" for the choice of a group
@@ -216,7 +216,7 @@ def _backend_value(key: str, value: str, sweeps: bool) -> str:
         return ",".join(map(verbatim, separate_texts(value) if sweeps else [value]))
     try:
         OverridesParser.create().parse_override(f"{key}={value}")
-    except OverrideParseException:
+    except HydraException:
         return verbatim(value)
     return value
 
@@ -225,7 +225,7 @@ def _list_of_texts(key: str, value: str) -> str:
     """Return a list of texts whose elements have no meaning to Hydra; other values are left as they are."""
     try:
         texts = OverridesParser.create().parse_override(f"{key}={value}").value()
-    except OverrideParseException:
+    except HydraException:
         return value
     if not isinstance(texts, list):
         return value

@@ -24,13 +24,15 @@ def unread_key(key: str, tasks: Iterable[str]) -> InputError:
     """Explain that one of ``tasks`` does not read the top-level key ``key``."""
     own = next(task for task in tasks if key not in keys_of(task))
     readers = [task for task in TASK_CONFIGS if key in keys_of(task)]
-    # A key of another task is probably meant as such, unless one of this task is nearly the same.
-    close = difflib.get_close_matches(key, set(keys_of(own)) - {"task"}, n=1, cutoff=0.7 if readers else 0.6)
+    choices = sorted(set(keys_of(own)) - {"task"})
+    if readers:  # the key of another task was probably meant, unless this one has it under a similar name
+        choices = [name for name in choices if name in key or key in name]
+    close = difflib.get_close_matches(key, choices, n=1)
     hints = [f"did you mean {close[0]}?"] if close else []
     if readers:
         hints.append(f"it belongs to task={', '.join(readers)}")
     if not hints:
-        hints.append(f"it has {', '.join(sorted(set(keys_of(own)) - {'task'}))}")
+        hints.append(f"it has {', '.join(choices)}")
     return InputError(f"{key}: task={own} has no such key; {'; '.join(hints)}", code="unknown_key")
 
 

@@ -93,11 +93,12 @@ def _composition_error(error: Exception) -> str:
 
 
 def _system_error(error: OSError, folder: Path | None) -> str:
-    place = folder if error.filename is None else Path(str(error.filename))
+    # Before there is a folder for the record, a stream is all that is written to.
+    place = (folder or Path("stdout")) if error.filename is None else Path(str(error.filename))
     remedies = ["make room there"] if error.errno in NO_SPACE else []
-    if folder is not None and place is not None and place.absolute().is_relative_to(folder.absolute()):
+    if folder is not None and place.absolute().is_relative_to(folder.absolute()):
         remedies.append("hydra.run.dir=<folder> puts the record of the run elsewhere")
-    return f"{'' if place is None else f'{place}: '}{'; '.join([str(error.strerror), *remedies])}"
+    return f"{place}: {'; '.join([str(error.strerror), *remedies])}"
 
 
 def _exit_code(error: Exception) -> int:

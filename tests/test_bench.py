@@ -193,7 +193,7 @@ def test_two_bits_beside_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokens=1"], "tokens=1: must be at least 2"),
+        (["tokens=0"], "tokens=0: must be at least 1"),
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm, rotating"),
         (["conditions=[]"], "conditions=[]: choose from"),

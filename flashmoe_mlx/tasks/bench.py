@@ -78,10 +78,9 @@ def run(config: BenchConfig, run_dir: Path) -> None:
 
 
 def _check(config: BenchConfig) -> None:
-    if config.tokens < 2:
-        raise InputError(f"tokens={config.tokens}: must be at least 2, the first one comes with the prompt")
-    if config.rounds < 1:
-        raise InputError(f"rounds={config.rounds}: must be at least 1")
+    for name in ("tokens", "rounds"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
     unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
     if unknown or not config.conditions:
         raise InputError(f"conditions=[{','.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
@@ -184,7 +183,8 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
         f", {min(one.cached for one in summaries):.0%} to {max(one.cached for one in summaries):.0%} of the experts"
     )
     note = "" if condition == "cold" else f"{cached} in the page cache at the start"
-    table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    part = "" if summaries[0].stage == "decode" else ", the prompt alone (tokens=1 decodes nothing)"
+    table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
         "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "all GB/s", "I/O", "compute", "first s",
