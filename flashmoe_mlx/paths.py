@@ -23,7 +23,7 @@ def expand_path(path: str | Path) -> Path:
     if "\0" in text:
         raise InputError(f"{text!r}: a path cannot hold a null character", code="invalid_path")
     try:
-        return Path(text).expanduser()
+        return Path(text).expanduser() if text.startswith("~") else Path(text)  # "./~x" is no home folder
     except RuntimeError:
         user = text.partition("/")[0]
         remedy = "set HOME, or give the full path" if user == "~" else "give the full path"
