@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.files import exclusive, explained_write_errors, write_atomically
-from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack, variant_name
 from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.pack.quantise import QUANTISERS
 from flashmoe_mlx.pack.writer import add_variants
@@ -78,4 +78,8 @@ def _recipe(variant: str) -> tuple[int, str | None]:
     match = _VARIANT.fullmatch(variant)
     if not match or (match[2] is not None and match[2] not in QUANTISERS):
         raise InputError(f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example")
-    return int(match[1]), match[2]
+    bits, quantiser = int(match[1]), match[2]
+    name = variant_name(bits, quantiser)
+    if name != variant:
+        raise InputError(f"variant {variant!r}: is called {name}")
+    return bits, quantiser
