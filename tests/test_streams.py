@@ -13,6 +13,9 @@ from rich.table import Table
 
 from flashmoe_mlx.application import run
 from flashmoe_mlx.error_reports import message
+from flashmoe_mlx.research.curves import curves
+from flashmoe_mlx.research.figures import hit_rate_figure, save
+from flashmoe_mlx.research.trace import uniform_trace
 from flashmoe_mlx.streams import Notes, OutputError, print_answer, say
 from flashmoe_mlx.tasks.console import activity, byte_progress, console, print_table, show
 
@@ -177,3 +180,15 @@ def test_hydras_own_ways_of_logging(choice: str, tiny_pack: Path, tmp_path: Path
     )
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / "flashmoe_mlx.log").exists()
+
+
+@pytest.mark.parametrize("title", ["a$\\q$", "$x_$", "[v2] $", "100 %"])
+def test_titles_of_figures_are_shown_as_they_stand(title: str, tmp_path: Path) -> None:
+    trace = uniform_trace(8, 2, 8, 2, 0)
+    found = list(curves(trace, ["lru"], [4, 8], ["layer"]))
+    figure = hit_rate_figure(found, title)
+    save(figure, tmp_path / "x.png")
+    assert figure.axes[0].get_title(loc="left") == title
+    with pytest.raises(OSError, match="No such file") as raised:
+        save(figure, tmp_path / "no" / "x.png")
+    assert raised.value.filename == str(tmp_path / "no" / "x.png")
