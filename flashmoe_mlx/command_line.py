@@ -134,7 +134,13 @@ def tidy(arguments: Sequence[str]) -> list[str]:
         _hydra_override(one) if _root(one.key) == "hydra" else _override(one.key, one.value, tasks, line.sweeps)
         for one in line.overrides
     ]
-    return overrides + line.options
+    return overrides + [_option(option) for option in line.options]
+
+
+def _option(option: str) -> str:
+    """Return an option with ``~`` in a folder replaced: shells leave it alone after an equals sign."""
+    name, equals, value = option.partition("=")
+    return f"{name}={expand_path(value)}" if equals and value.startswith("~") else option
 
 
 def _check_options(line: CommandLine) -> None:

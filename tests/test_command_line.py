@@ -61,6 +61,10 @@ def test_options_keep_their_values() -> None:
     assert tidy(["--cfg", "job", "seed=1", "-p", "model"]) == ["++seed=1", "--cfg", "job", "-p", "model"]
 
 
+def test_a_folder_of_configurations_may_be_at_home() -> None:
+    assert tidy(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
+
+
 def test_hydras_own_keys_are_left_alone() -> None:
     arguments = ["hydra/launcher=basic", "+hydra.job.name=y"]
     assert tidy(arguments) == arguments
