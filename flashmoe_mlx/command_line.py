@@ -68,7 +68,7 @@ class CommandLine:
     @property
     def sweeps(self) -> bool:
         """Whether commas separate the values of several runs."""
-        return "--multirun" in self.flags
+        return "--multirun" in self.flags or self.value("hydra.mode") == "MULTIRUN"
 
     def value(self, key: str) -> str | None:
         """Return the last value given for ``key``."""
@@ -162,7 +162,7 @@ def _hydra_override(override: Override) -> str:
     if key not in _HYDRA_PATHS:
         return f"{sign}{key}={value}"
     quoted = re.fullmatch(r"(['\"])(.*)\1", value, re.DOTALL)  # people know Hydra's own quotes
-    folder = quoted[2] if quoted else value
+    folder = re.sub(r"\\(['\"])", r"\1", quoted[2]) if quoted else value
     if key != "hydra.sweep.subdir":
         folder = str(expand_path(folder))
     return f"{sign}{key}={quoted_reference(f'./{folder}' if folder == _MISSING else folder)}"

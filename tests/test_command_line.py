@@ -79,6 +79,7 @@ def test_hydras_own_keys_are_left_alone() -> None:
         ("a=b/[v2]", "a=b/[v2]"),
         ("it's, 5", "it's, 5"),
         ("'quoted, as Hydra wants it'", "quoted, as Hydra wants it"),
+        ("'it\\'s'", "it's"),
         ("{a: b}", "{a: b}"),
         ("~/runs", str(Path.home() / "runs")),
         ("outputs/${now:%Y}", "outputs/${now:%Y}"),
