@@ -12,7 +12,7 @@ from flashmoe_mlx.config import TASK_CONFIGS, keys_of
 from flashmoe_mlx.errors import InputError
 
 _KEY = re.compile(r"^(?P<key>\w+): *(?P<default>\[.*?\]|.*?)(?: +# (?P<about>.*))?$", re.MULTILINE)
-_TYPES = {int: "int", float: "number", bool: "true|false", str: "text", list: "list", NoneType: "null"}
+_TYPES = {int: "int", float: "number", bool: "true|false", str: "text", list: "list", dict: "{...}", NoneType: "null"}
 _EXAMPLES = {
     "generate": (
         "+backend=pread +experts_k=4",
