@@ -18,7 +18,14 @@ from flashmoe_mlx.streams import Notes
 
 _STDERR = cast(IO[str], Notes())
 _WIDEST = 400
-console = Console(file=_STDERR, markup=False, emoji=False, highlight=False)
+
+
+def literal_console(file: IO[str] | None = None, width: int | None = None) -> Console:
+    """Return a console that shows texts as they stand; on stdout unless ``file`` is given."""
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+
+console = literal_console(_STDERR)
 
 
 def show(line: str = "") -> None:
@@ -36,8 +43,7 @@ def activity() -> Iterator[Callable[[str], None]]:
 def print_table(table: Table) -> None:
     """Show a table whole: a line that the terminal breaks is better than digits left out."""
     needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
-    wide = Console(file=_STDERR, markup=False, emoji=False, highlight=False, width=max(needed, console.width))
-    wide.print(table)
+    literal_console(_STDERR, width=max(needed, console.width)).print(table)
 
 
 class ByteProgress:
