@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import ClassVar
 
 import mlx.core as mx
@@ -10,6 +9,7 @@ import mlx.core as mx
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource, ExpertStore, StoreStats
 from flashmoe_mlx.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large, slot_memory
 from flashmoe_mlx.storage.policies import make_policy
@@ -159,7 +159,7 @@ def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[S
         )
     if trace is None:
         return [()] * source.num_layers
-    recorded = RoutingTrace.load(Path(trace).expanduser())
+    recorded = RoutingTrace.load(expand_path(trace))
     _, layers, _ = recorded.experts.shape
     if (layers, recorded.num_experts) != (source.num_layers, source.num_experts):
         raise InputError(

@@ -1,19 +1,16 @@
 """The typed configuration: what every YAML under ``configs/`` must satisfy, and every override on the command line.
 
-All keys are at the top level. A task's own keys are fields of a subclass, named in ``TASK_CONFIGS``.
+All keys are at the top level. Each task has a dataclass with exactly the keys that it reads; their defaults and
+one-line descriptions are in ``configs/task/<name>.yaml`` and ``configs/generation.yaml``. This module imports no MLX.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.synthetic import SyntheticSizes
+from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
 
 
 @dataclass
@@ -32,23 +29,35 @@ class ModelChoice:
 
 @dataclass
 class TaskChoice:
-    """The verb: ``_target_`` names the function that gets the configuration and the run's directory."""
+    """The verb: a module in ``flashmoe_mlx/tasks/``, whose ``run`` gets the configuration and the run's directory."""
 
     name: str = MISSING
-    _target_: str = MISSING
 
 
 @dataclass
-class Config:
-    """The keys that every task understands."""
+class CommonConfig:
+    """The keys that every task reads."""
 
     task: TaskChoice = field(default_factory=TaskChoice)
+    debug: bool = False
+
+
+@dataclass
+class EngineConfig(CommonConfig):
+    """The keys of tasks that run a model with one store."""
+
     model: ModelChoice = field(default_factory=ModelChoice)
     backend: dict[str, Any] = field(default_factory=dict)
     experts_k: int | None = None
     kernels: str = "auto"
-    prefetch: str = "none"
-    prompt: str = MISSING
+
+
+@dataclass
+class GenerationConfig(EngineConfig):
+    """The keys of tasks that continue one prompt: ``generate`` and ``trace``."""
+
+    prompt: str = "Tell me something about yourself."
+    prompt_file: str | None = None
     raw: bool = False
     max_tokens: int = 256
     system: str | None = None
@@ -64,12 +73,93 @@ class Config:
     frequency_penalty: float | None = None
     seed: int | None = None
     prefill_chunk: int | None = None
-    profile: bool = False
-    debug: bool = False
 
 
 @dataclass
-class PackConfig(Config):
+class Config(GenerationConfig):
+    """Keys of ``task=generate``."""
+
+    prefetch: str = "none"
+    profile: bool = False
+
+
+@dataclass
+class TraceConfig(GenerationConfig):
+    """Keys of ``task=trace``."""
+
+    out: str | None = None
+
+
+@dataclass
+class BenchConfig(EngineConfig):
+    """Keys of ``task=bench``."""
+
+    prefetch: str = "none"
+    prompt: str = "Tell me something about yourself."
+    prompt_file: str | None = None
+    raw: bool = False
+    backends: list[Any] | None = None
+    experts_ks: list[int] | None = None
+    prefetches: list[str] | None = None
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    prompts: list[str] | None = None
+    tokens: int = 16
+    rounds: int = 4
+    memory_gib: float | None = None
+    skip_unavailable: bool = False
+    resume: str | None = None
+    plot: bool = True
+
+
+@dataclass
+class EvaluateConfig(EngineConfig):
+    """Keys of ``task=evaluate``."""
+
+    variants: list[str] | None = None
+    experts_ks: list[int] | None = None
+    items: str | None = None
+    kinds: list[str] | None = None
+    limit: int | None = None
+    answers: bool = True
+    reference: str | None = None
+    reference_kernels: str = "auto"
+
+
+@dataclass
+class BenchIoConfig(CommonConfig):
+    """Keys of ``task=bench_io``."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    backend: dict[str, Any] = field(default_factory=dict)
+    experts_k: int | None = None
+    seed: int | None = None
+    backends: list[Any] | None = None
+    requests: str = "uniform"
+    zipf_exponent: float = 1.0
+    trace: str | None = None
+    tokens: int = 8
+    rounds: int = 6
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    fio: bool = False
+
+
+@dataclass
+class EstimateConfig(CommonConfig):
+    """Keys of ``task=estimate``."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    experts_k: int | None = None
+    bits: list[int] = field(default_factory=lambda: [4])
+    resident_bits: int = 4
+    context: int | None = None
+    trace: str | None = None
+    memory_gib: float | None = None
+    probe: bool | None = None
+    probe_seconds: float = 90
+
+
+@dataclass
+class PackConfig(CommonConfig):
     """Keys of ``task=pack``."""
 
     source: str | None = None
@@ -85,45 +175,7 @@ class PackConfig(Config):
 
 
 @dataclass
-class BenchConfig(Config):
-    """Keys of ``task=bench``."""
-
-    backends: list[Any] | None = None
-    experts_ks: list[int] | None = None
-    prefetches: list[str] | None = None
-    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
-    prompts: list[str] | None = None
-    tokens: int = 16
-    rounds: int = 4
-    memory_gib: float | None = None
-    skip_unavailable: bool = False
-    resume: str | None = None
-    plot: bool = True
-
-
-@dataclass
-class BenchIoConfig(Config):
-    """Keys of ``task=bench_io``."""
-
-    backends: list[Any] | None = None
-    requests: str = "uniform"
-    zipf_exponent: float = 1.0
-    trace: str | None = None
-    tokens: int = 8
-    rounds: int = 6
-    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
-    fio: bool = False
-
-
-@dataclass
-class TraceConfig(Config):
-    """Keys of ``task=trace``."""
-
-    out: str | None = None
-
-
-@dataclass
-class SimulateConfig(Config):
+class SimulateConfig(CommonConfig):
     """Keys of ``task=simulate``."""
 
     trace: str | None = None
@@ -135,36 +187,14 @@ class SimulateConfig(Config):
 
 
 @dataclass
-class EstimateConfig(Config):
-    """Keys of ``task=estimate``."""
-
-    bits: list[int] | None = None
-    resident_bits: int | None = None
-    context: int | None = None
-    trace: str | None = None
-    memory_gib: float | None = None
-    probe: bool | None = None
-    probe_seconds: float = 90
+class DoctorConfig(CommonConfig):
+    """Keys of ``task=doctor``: none."""
 
 
-@dataclass
-class EvaluateConfig(Config):
-    """Keys of ``task=evaluate``."""
-
-    variants: list[str] | None = None
-    experts_ks: list[int] | None = None
-    items: str | None = None
-    kinds: list[str] | None = None
-    limit: int | None = None
-    answers: bool = True
-    reference: str | None = None
-    reference_kernels: str = "auto"
-
-
-TASK_CONFIGS: Mapping[str, type[Config]] = {
+TASK_CONFIGS: Mapping[str, type[CommonConfig]] = {
     "bench": BenchConfig,
     "bench_io": BenchIoConfig,
-    "doctor": Config,
+    "doctor": DoctorConfig,
     "estimate": EstimateConfig,
     "evaluate": EvaluateConfig,
     "generate": Config,
@@ -172,8 +202,10 @@ TASK_CONFIGS: Mapping[str, type[Config]] = {
     "simulate": SimulateConfig,
     "trace": TraceConfig,
 }
+DEFAULT_TASK = "generate"
 TEXT_KEYS = (
     "prompt",
+    "prompt_file",
     "system",
     "tools",
     "source",
@@ -187,62 +219,16 @@ TEXT_KEYS = (
     "resume",
     "model.path",
     "model.cache_dir",
+    "backend.trace",
 )
 """Keys whose value is taken as it stands, whatever characters it has."""
 
 
+def keys_of(task: str) -> list[str]:
+    """Return the top-level keys that ``task`` reads, in the order of its dataclass."""
+    return [item.name for item in fields(TASK_CONFIGS[task])]
+
+
 def known_keys() -> list[str]:
-    """Every key that the top level may have, in any task."""
-    return sorted({item.name for config in TASK_CONFIGS.values() for item in fields(config)})
-
-
-def typed(composed: DictConfig) -> Config:
-    """Check a composed configuration and make it an object.
-
-    Raises:
-        InputError: a value has the wrong type, or a key is not known to this task.
-    """
-    task = str(OmegaConf.select(composed, "task.name"))
-    config_type = TASK_CONFIGS.get(task, Config)
-    known = {item.name for item in fields(config_type)}
-    for key in map(str, composed):
-        if key not in known:
-            raise InputError(f"{key}: task={task} has no such key")
-    schema = OmegaConf.structured(config_type)
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(schema, composed))
-    except OmegaConfBaseException as error:
-        raise InputError(_explained(error, composed, config_type)) from error
-    assert isinstance(config, Config)
-    return config
-
-
-_KINDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list[int]: "a list such as [4,2]",
-    list[str]: "a list such as [a,b]",
-}
-
-
-def _explained(error: OmegaConfBaseException, composed: DictConfig, config_type: type[Config]) -> str:
-    key = error.full_key or ""
-    hint = get_type_hints(config_type).get(key)
-    kinds = [_KINDS[kind] for kind in (get_args(hint) if isinstance(hint, UnionType) else (hint,)) if kind in _KINDS]
-    if not kinds:
-        return f"{key or 'configuration'}: {str(error.msg or error).splitlines()[0]}"
-    nullable = " or null" if NoneType in get_args(hint) else ""
-    return f"{key}={OmegaConf.select(composed, key)}: must be {' or '.join(kinds)}{nullable}"
-
-
-def folder_of(text: str) -> Path:
-    """A path that a person gave, ``~`` included.
-
-    Raises:
-        InputError: there is nothing but blanks.
-    """
-    if not text.strip():
-        raise InputError("a path is empty; give one, or leave its key out")
-    return Path(text).expanduser()
+    """Return every top-level key of any task, sorted."""
+    return sorted({key for task in TASK_CONFIGS for key in keys_of(task)})

@@ -8,7 +8,8 @@ import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.pack.demo import demo_folder
-from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
 
 
 @pytest.fixture(autouse=True)

@@ -212,7 +212,7 @@ def test_two_bits_beside_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tokens=1"], "tokens=1: must be at least 2"),
+        (["tokens=0"], "tokens=0: must be at least 1"),
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm, rotating"),
         (["conditions=[]"], "conditions=[]: choose from"),
@@ -266,3 +266,12 @@ def test_an_unknown_resumed_record_is_refused(tiny_pack: Path, tmp_path: Path) -
     (tmp_path / "bench.json").write_text("{}")
     arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path / 'run'}", "task=bench", *FAST]
     assert run_command_line([*arguments, f"resume={tmp_path}"]) == InputError.exit_code
+
+
+def test_one_token_measures_the_prompt_alone() -> None:
+    passes = [a_pass(label, 0, seconds, decode_steps=()) for label, seconds in (("a", 2.0), ("b", 1.0))]
+    first, second = summarise(passes)
+    assert (first.stage, first.tokens_per_second, second.tokens_per_second, second.ratio) == ("prefill", 0.5, 1.0, 2.0)
+    assert first.step_ms == (4000, 4000, 4000)
+    assert first.bytes_per_token == 50
+    assert summarise([a_pass("a", 0, 1.0)])[0].stage == "decode"

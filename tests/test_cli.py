@@ -106,7 +106,8 @@ def test_mistakes_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code = run([f"model.path={tiny_pack}", *arguments])
+    model = [] if "task=pack" in arguments else [f"model.path={tiny_pack}"]
+    code = run([*model, *arguments])
     assert message in error_line(code, capsys.readouterr().err)
 
 
@@ -188,3 +189,31 @@ def test_text_that_the_terminal_cannot_show(tmp_path: Path, tiny_pack: Path) -> 
     assert result.returncode == 0, result.stderr
     (record,) = records(tmp_path)
     assert not json.loads((record / "metrics.json").read_text())["text"].isascii()
+
+
+def test_a_reader_of_notes_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [*RUN, f"model.path={tiny_pack}", "max_tokens=20"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.stdout is not None
+        answer = process.stdout.read()
+    assert process.returncode == 0
+    (record,) = records(tmp_path)
+    assert json.loads((record / "metrics.json").read_text())["text"] + "\n" == answer.decode()
+
+
+def test_a_sweep_over_texts(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "it's, odd [v2]"
+    odd.symlink_to(tiny_pack)
+    quoted = str(odd).replace("'", "\\'")
+    arguments = [f"model.path='{tiny_pack}','{quoted}'", "prompt='Hello','Who, me?'", "max_tokens=2", "raw=true"]
+    assert run(["-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 0
+    found = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(4)]
+    assert [one["model"]["path"] for one in found] == [str(tiny_pack)] * 2 + [str(odd)] * 2
+    assert [one["prefill"]["tokens"] for one in found] == [len("Hello"), len("Who, me?")] * 2

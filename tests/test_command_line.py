@@ -1,5 +1,8 @@
 """What people type means what they mean, whatever Hydra's grammar thinks of it."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flashmoe_mlx.application import run
-from flashmoe_mlx.command_line import tidy
-from flashmoe_mlx.config import TASK_CONFIGS, Config, known_keys, typed
+from flashmoe_mlx.command_line import parse, tidy
+from flashmoe_mlx.composition import typed
+from flashmoe_mlx.config import TASK_CONFIGS, BenchConfig, CommonConfig, Config, keys_of, known_keys
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.quoting import separate_texts, verbatim
 
 SPELLINGS = [
     ["+backend=pread", "+experts_k=4"],
@@ -23,7 +28,10 @@ SPELLINGS = [
 ]
 
 
-def composed(*arguments: str) -> Config:
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+def composed(*arguments: str) -> CommonConfig:
     with initialize_config_module("flashmoe_mlx.configs", version_base="1.3"):
         return typed(compose("config", tidy(arguments)))
 
@@ -53,12 +61,37 @@ def test_options_keep_their_values() -> None:
     assert tidy(["--cfg", "job", "seed=1", "-p", "model"]) == ["++seed=1", "--cfg", "job", "-p", "model"]
 
 
+def test_a_folder_of_configurations_may_be_at_home() -> None:
+    assert tidy(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
+
+
 def test_hydras_own_keys_are_left_alone() -> None:
-    arguments = ["hydra.run.dir=x", "hydra/launcher=basic", "+hydra.job.name=y"]
-    assert tidy(arguments) == ["hydra.run.dir=x", "hydra/launcher=basic", "+hydra.job.name=y"]
+    arguments = ["hydra/launcher=basic", "+hydra.job.name=y"]
+    assert tidy(arguments) == arguments
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
+@pytest.mark.parametrize(
+    ("typed_in", "folder"),
+    [
+        ("x", "x"),
+        ("/data/josé/run", "/data/josé/run"),
+        ("a=b/[v2]", "a=b/[v2]"),
+        ("it's, 5", "it's, 5"),
+        ("'quoted, as Hydra wants it'", "quoted, as Hydra wants it"),
+        ("'it\\'s'", "it's"),
+        ("{a: b}", "{a: b}"),
+        ("~/runs", str(Path.home() / "runs")),
+        ("outputs/${now:%Y}", "outputs/${now:%Y}"),
+        ("???", "./???"),
+    ],
+)
+def test_folders_of_runs_are_taken_as_they_stand(key: str, typed_in: str, folder: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides(tidy([f"{key}={typed_in}"]))
+    assert override.value() == folder
+
+
+@given(text=TEXT)
 def test_any_text_is_taken_as_it_stands(text: str) -> None:
     (override,) = OverridesParser.create().parse_overrides(tidy([f"+prompt={text}"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
@@ -95,7 +128,7 @@ def test_awkward_texts(text: str) -> None:
     ("argument", "message"),
     [
         ("modle=x", "modle: no such key; did you mean model?"),
-        ("zzzz=1", "zzzz: no such key; there are answers, backend, "),
+        ("zzzz=1", "zzzz: no such key; there are backend, debug, "),
         ("prompt", "prompt: expected key=value; --help lists the keys"),
         ("=4", "=4: expected key=value"),
     ],
@@ -123,13 +156,18 @@ def test_types_are_checked(argument: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("task", TASK_CONFIGS)
-def test_every_task_composes(task: str) -> None:
+def test_every_task_composes_its_defaults(task: str) -> None:
     config = composed(f"task={task}")
     assert type(config) is TASK_CONFIGS[task]
     assert config.task.name == task
+    own = TASK_CONFIGS[task]()
+    groups = {"task", "model", "backend"}
+    assert {key: getattr(config, key) for key in keys_of(task) if key not in groups} == {
+        key: getattr(own, key) for key in keys_of(task) if key not in groups
+    }
 
 
-@pytest.mark.parametrize("group", ["backend", "model", "task"])
+@pytest.mark.parametrize("group", ["backend", "model", "task", "experiment"])
 def test_every_yaml_satisfies_the_types(group: str) -> None:
     names = [path.stem for path in (Path(__file__).parent.parent / "configs" / group).glob("*.yaml")]
     assert names
@@ -137,8 +175,174 @@ def test_every_yaml_satisfies_the_types(group: str) -> None:
         composed(f"{group}={name}")
 
 
-def test_help_explains_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
+@pytest.mark.parametrize("task", TASK_CONFIGS)
+def test_help_explains_the_keys_of_a_task_and_no_others(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([f"task={task}", "--help"]) == 0
     shown = capsys.readouterr().out
-    missing = [key for key in known_keys() if f" {key}=" not in shown]
-    assert not missing
+    own = shown[shown.index(f"\ntask={task}:") : shown.index("\nExamples")]
+    groups = {"task", "model", "backend"}
+    explained = dict(re.findall(r"^  (\w+)=.*(?:\n {28})?(\S.*)$", own, re.MULTILINE))
+    assert set(explained) - groups == set(keys_of(task)) - groups - {"debug"}
+    assert all(explained.values())
+    assert "debug=true" in shown
+    assert ("\n  backend=pread" in own) == ("backend" in keys_of(task))
+    assert max(map(len, own.splitlines())) < 200
+
+
+def test_help_without_a_task_is_about_generate(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["-h", "backend=mmap"]) == 0
+    shown = capsys.readouterr().out
+    assert "task=generate: Continue a prompt" in shown
+    assert "backend.populate=true" in shown
+    assert all(f"  task={task} " in shown for task in TASK_CONFIGS)
+
+
+def test_help_needs_no_mlx() -> None:
+    program = """
+import sys
+sys.modules["mlx"] = sys.modules["mlx.core"] = None
+from flashmoe_mlx.__main__ import main
+assert main(["task=bench", "--help"]) == 0
+assert main(["--version"]) == 0
+assert main(["prompt=hi"]) == 1
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "experts_ks=null" in result.stdout
+    assert result.stderr.startswith("flashmoe_mlx: MLX has no library for this machine")
+
+
+@pytest.mark.parametrize("task", TASK_CONFIGS)
+def test_a_task_refuses_the_keys_of_others(task: str) -> None:
+    for key in sorted(set(known_keys()) - set(keys_of(task))):
+        with pytest.raises(InputError) as raised:
+            tidy([f"task={task}", f"{key}=1"])
+        assert raised.value.code == "unknown_key"
+        assert str(raised.value).startswith(f"{key}: task={task} has no such key")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (
+            ["task=bench", "max_tokens=99"],
+            "max_tokens: task=bench has no such key; did you mean tokens?; it belongs to",
+        ),
+        (["task=bench", "profile=true"], "profile: task=bench has no such key; it belongs to task=generate"),
+        (["task=doctor", "backend=pread"], "backend: task=doctor has no such key; it belongs to task=bench,"),
+        (["task=doctor", "backend.threads=2"], "backend: task=doctor has no such key"),
+        (["task=pack", "model.path=x"], "model: task=pack has no such key"),
+        (["experiment=two_bit", "temperature=1"], "temperature: task=bench has no such key"),
+        (["-m", "task=generate,bench", "max_tokens=9"], "max_tokens: task=bench has no such key"),
+        (["task=bench", "tokns=3"], "tokns: no such key; did you mean tokens?"),
+    ],
+)
+def test_keys_of_other_tasks_are_explained(arguments: list[str], reason: str) -> None:
+    with pytest.raises(InputError) as raised:
+        tidy(arguments)
+    assert str(raised.value).startswith(reason)
+
+
+def test_keys_are_checked_again_when_all_is_composed() -> None:
+    """A study from elsewhere may choose the task."""
+    assert parse(["experiment=mine"]).tasks() is None
+    assert tidy(["experiment=mine", "max_tokens=3"]) == ["experiment=mine", "++max_tokens=3"]
+    with pytest.raises(InputError) as raised:
+        typed(OmegaConf.create({"task": {"name": "bench"}, "max_tokens": 3}))
+    assert raised.value.code == "unknown_key"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["task._target_=os.system"], "unknown_key"),
+        (["+task._target_=os.system"], "unknown_key"),
+        (["task.name=pack"], "unknown_key"),
+        (["backend=[pread,mmap]"], "invalid_input"),
+        (["backend={name:pread}"], "invalid_input"),
+        (["task=???"], "invalid_input"),
+        (["hydra=1"], "invalid_input"),
+        (["--shell-completion"], "invalid_input"),
+        (["-sc", "install=bash", "uninstall=bash"], "invalid_input"),
+        (["-m", "--cfg", "job"], "contradiction"),
+        (["--resolve"], "contradiction"),
+        (["prompt=a", "prompt_file=b"], "contradiction"),
+        (["task=bench", "prompts=[a]", "prompt_file=b"], "contradiction"),
+        (["hydra.run.dir=~nosuchuser/x"], "no_home_folder"),
+        (["hydra.sweep.dir="], "invalid_path"),
+    ],
+)
+def test_what_hydra_would_stumble_over(arguments: list[str], code: str) -> None:
+    with pytest.raises(InputError) as raised:
+        tidy(arguments)
+    assert raised.value.code == code
+    assert "\n" not in str(raised.value)
+
+
+def test_a_target_in_a_configuration_is_refused() -> None:
+    with pytest.raises(InputError) as raised:
+        typed(OmegaConf.create({"task": {"name": "generate", "_target_": "os.system"}}))
+    assert raised.value.code == "invalid_value"
+    with pytest.raises(InputError) as raised:
+        typed(OmegaConf.create({"task": {"name": "os.system"}}))
+    assert raised.value.code == "unknown_task"
+
+
+def test_question_marks_are_a_text() -> None:
+    config = composed("prompt=???", "model.path=???", "backend=ram_hybrid", "backend.trace=???")
+    assert isinstance(config, Config)
+    assert (config.prompt, config.model.path, config.backend["trace"]) == ("???", "???", "???")
+    bench = composed("task=bench", "prompts=['???',b]", "backends=[{name:ram_hybrid,trace:'???'}]")
+    assert isinstance(bench, BenchConfig)
+    assert bench.prompts == ["???", "b"]
+    assert bench.backends == [{"name": "ram_hybrid", "trace": "???"}]
+
+
+@pytest.mark.parametrize("text", ["costs ${5}", "a, b", "it's", "[x]", "null", "5", "\\", "\\\\${x}", ""])
+def test_texts_in_a_list_are_taken_as_they_stand(text: str) -> None:
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"') if text.endswith("\\") else text
+    config = composed("task=bench", f'prompts=["{quoted}",other]')
+    assert isinstance(config, BenchConfig)
+    assert config.prompts == [text, "other"]
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        ("'Hello','Who are you?'", ["Hello", "Who are you?"]),
+        ("'a, b' , \"c\"", ["a, b", "c"]),
+        ("'it\\'s','b'", ["it's", "b"]),
+        ("[Hello, Who are you?]", ["Hello", "Who are you?"]),
+        ("[it's,'q,r']", ["it's", "q,r"]),
+        ("Hello, you", ["Hello, you"]),
+        ("[v2]", ["[v2]"]),
+        ("'one'", ["'one'"]),
+        ("'a','b", ["'a','b"]),
+        ("", [""]),
+    ],
+)
+def test_several_texts_for_a_sweep(value: str, texts: list[str]) -> None:
+    assert separate_texts(value) == texts
+    for key in ("prompt", "model.path"):
+        (override,) = OverridesParser.create().parse_overrides(tidy(["-m", f"{key}={value}"])[:1])
+        assert override.is_sweep_override() == (len(texts) > 1)
+        if override.is_sweep_override():
+            assert list(override.sweep_string_iterator()) == [verbatim(text) for text in texts]
+        (alone,) = OverridesParser.create().parse_overrides(tidy([f"{key}={value}"]))
+        assert alone.value() == value
+
+
+@pytest.mark.parametrize(
+    "value", ["~/chat.moetrace", "/a,b/c", "/josé/[v2]=x", "C:\\x/y", "a b (c) é", "${x}/y", "/it's"]
+)
+def test_paths_of_backend_options_are_texts(value: str) -> None:
+    for option in ("trace", "folder"):
+        (override,) = OverridesParser.create().parse_overrides(tidy([f"backend.{option}={value}"]))
+        assert OmegaConf.create({"x": override.value()}).x == value
+
+
+def test_values_of_backend_options_keep_their_types() -> None:
+    config = composed("backend.threads=8", "backend.chunk_mib=0.5", "backend.direct=true", "backend.variant=null")
+    assert isinstance(config, Config)
+    options = ("threads", "chunk_mib", "direct", "variant")
+    assert [config.backend[name] for name in options] == [8, 0.5, True, None]

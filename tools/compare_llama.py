@@ -140,7 +140,8 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     import flashmoe_mlx
-    from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+    from flashmoe_mlx.pack.synthetic import synthetic_pack
+    from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
 
     mx.set_default_device(mx.cpu)
     sizes = SyntheticSizes(num_layers=arguments.layers, num_experts=arguments.experts, **SIZES)

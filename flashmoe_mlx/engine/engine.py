@@ -36,6 +36,7 @@ from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.experts import RoutingObserver
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Guesses, Prefetcher, make_prefetcher
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Generation", "Piece", "load"]
@@ -74,7 +75,7 @@ def load(
         chosen = choose(kernels)
     except ValueError as error:
         raise InputError(str(error)) from None
-    files = open_model(Path(model).expanduser())
+    files = open_model(expand_path(model))
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
     sampling = PublishedSampling.load(files.folder)

@@ -21,6 +21,7 @@ from rich.table import Table
 from flashmoe_mlx.expert_store import ExpertStore, StoreStats
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Guesses
+from flashmoe_mlx.paths import name_in_errors
 
 METRICS_VERSION = 1
 _PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "tokenizers")
@@ -197,8 +198,13 @@ def package_version(name: str) -> str | None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one file of a run directory."""
-    path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    """Write one file of a run directory.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    with name_in_errors(path):
+        path.write_text(json.dumps(content, indent=1, default=str) + "\n")
 
 
 def process_peak_bytes() -> int:

@@ -2,13 +2,12 @@
 
 import hashlib
 import re
-import shutil
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.files import exclusive, explained_write_errors
-from flashmoe_mlx.pack.pack import MANIFEST, open_pack
+from flashmoe_mlx.pack.files import exclusive, explained_write_errors, write_atomically
+from flashmoe_mlx.pack.pack import MANIFEST, open_pack, variant_name
 from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.pack.quantise import QUANTISERS
 from flashmoe_mlx.pack.writer import add_variants
@@ -19,6 +18,11 @@ _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
 def demo_folder() -> Path:
     """The pack inside the installed package: only 4 bits, and never written to."""
     return Path(str(package_files("flashmoe_mlx").joinpath("demo_model")))
+
+
+def demo_has(variants: set[str]) -> bool:
+    """Whether the pack inside the package has ``variants``, so that none must be made."""
+    return variants <= set(open_pack(demo_folder()).experts)
 
 
 def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress | None = None) -> Path:
@@ -38,13 +42,10 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
     folder = cache_dir / f"demo-{digest}"
     with explained_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MANIFEST).is_file():
+        if not _is_whole(folder):
             with exclusive(folder):
-                for path in sorted(shipped.folder.rglob("*"), key=lambda path: path.name == MANIFEST):
-                    if path.is_file():  # the manifest comes last: without it there is no pack yet
-                        target = folder / path.relative_to(shipped.folder)
-                        target.parent.mkdir(exist_ok=True)
-                        shutil.copyfile(path, target)
+                if not _is_whole(folder):  # another process may have made it in the meantime
+                    _copy(shipped.folder, folder)
     (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
     assert group_size is not None
     for name, (bits, quantiser) in wanted.items():
@@ -54,8 +55,31 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
     return folder
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds a pack that can be opened; a copy that was interrupted cannot."""
+    try:
+        open_pack(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a pack, the manifest last and every file at once: without a manifest there is no pack yet."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(source.rglob("*"), key=lambda path: path.name == MANIFEST):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            write_atomically(copy, path.read_bytes())
+
+
 def _recipe(variant: str) -> tuple[int, str | None]:
     match = _VARIANT.fullmatch(variant)
     if not match or (match[2] is not None and match[2] not in QUANTISERS):
         raise InputError(f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example")
-    return int(match[1]), match[2]
+    bits, quantiser = int(match[1]), match[2]
+    name = variant_name(bits, quantiser)
+    if name != variant:
+        raise InputError(f"variant {variant!r}: is called {name}")
+    return bits, quantiser

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flashmoe_mlx.errors import FlashMoeError, InputError, PackError
 from flashmoe_mlx.expert_store import Extent
+from flashmoe_mlx.paths import name_in_errors
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _WRONG_PLACE = (
@@ -93,8 +94,9 @@ def publish(partial: Path, final: Path) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that ``path`` holds its old content or all of ``data``, never less."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    publish(partial, path)
+    with name_in_errors(path):
+        partial.write_bytes(data)
+        publish(partial, path)
 
 
 def regular_file_size(path: Path) -> int | None:
@@ -125,7 +127,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         except OSError as error:
             raise PackError(f"{folder}: cannot be locked on this filesystem ({error.strerror})") from error
         if not held:
-            raise PackError(f"{folder}: another process is writing this pack; wait for it to end")
+            raise PackError(f"{folder}: another process is writing this pack; wait for it to end", code="pack_in_use")
         try:
             yield
         finally:

@@ -6,7 +6,7 @@ Everything in the folder of the state belongs to the plan in it: units are marke
 import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,9 @@ def forget_plan(out: Path) -> None:
         shutil.rmtree(out / name, ignore_errors=True)
 
 
-def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
+def begin_or_resume(
+    source: Path | Checkpoint, out: Path, settings: PackSettings, ignored: Callable[[Path], bool] | None = None
+) -> Checkpoint:
     """The checkpoint to pack into ``out``; its index is kept, so that a resumed run needs only the shards still to be
     read.
 
@@ -66,8 +68,9 @@ def begin_or_resume(source: Path | Checkpoint, out: Path, settings: PackSettings
     folder = source.folder if isinstance(source, Checkpoint) else source
     if folder.resolve() == out.resolve():
         raise PackError(f"{out}: out= must not be the checkpoint's own folder")
-    # Names that begin with a dot, and those below, are what systems leave in a folder that somebody looked into.
-    present = [path.name for path in out.iterdir() if not path.name.startswith(".") and path.name not in _OF_SYSTEMS]
+    # Names that begin with a dot, and those in _OF_SYSTEMS, are left by systems in any folder that somebody opens.
+    inside = [path for path in out.iterdir() if not path.name.startswith(".") and path.name not in _OF_SYSTEMS]
+    present = [path.name for path in inside if ignored is None or not ignored(path)]
     if not present:
         return _begin(source, out, settings)
     if not (state_folder(out) / _PLAN).is_file():

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -32,33 +32,12 @@ from flashmoe_mlx.pack.pack import (
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.text.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
 
 _GROUP_SIZE = 64
 _RECIPE = 1
 """Counts changes of what is drawn from a seed, so that packs of older recipes are not taken for new ones."""
-
-
-@dataclass
-class SyntheticSizes:
-    """Sizes as in ``ModelConfig``; ``bits`` of the routed experts and of most resident matrices."""
-
-    num_layers: int
-    hidden_size: int
-    num_experts: int
-    experts_per_token: int
-    expert_size: int
-    shared_expert_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    linear_key_heads: int
-    linear_value_heads: int
-    linear_key_dim: int
-    linear_value_dim: int
-    max_context: int
-    bits: int
-    seed: int
 
 
 def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: Progress | None = None) -> Pack:

@@ -52,6 +52,7 @@ def pack_checkpoint(
     packed_experts: Path | None = None,
     delete_source: bool = False,
     progress: Progress | None = None,
+    ignored: Callable[[Path], bool] | None = None,
 ) -> Pack:
     """Make, finish or extend the pack in ``out`` from the checkpoint ``source``.
 
@@ -71,7 +72,7 @@ def pack_checkpoint(
         out.mkdir(parents=True, exist_ok=True)
         with exclusive(out):
             if not (out / MANIFEST).exists():
-                checkpoint = begin_or_resume(source, out, settings)
+                checkpoint = begin_or_resume(source, out, settings, ignored)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
                 return packer.run()
             pack = open_pack(out)

@@ -77,8 +77,15 @@ class Pass:
 
     @property
     def rate(self) -> float:
-        """Tokens a second of decoding."""
-        return len(self.decode_steps) / sum(self.decode_steps)
+        """Tokens a second of ``stage``."""
+        if self.decode_steps:
+            return len(self.decode_steps) / sum(self.decode_steps)
+        return float(self.record["prefill"]["tokens"] / self.record["prefill"]["seconds"])
+
+    @property
+    def stage(self) -> str:
+        """The measured part of the run: "decode", or "prefill" where one token was asked for and none decoded."""
+        return "decode" if self.decode_steps else "prefill"
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
@@ -191,7 +198,7 @@ def _cached_share(files: Sequence[Path]) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """All passes of a setting in a condition; of decoding, where nothing else is said.
+    """All passes of a setting in a condition; of ``stage``, where nothing else is said.
 
     ``tokens_per_second`` is the median over rounds with its 95 % interval (None of fewer than 3 rounds), ``ratio`` to
     the first setting of the condition, paired by round. ``step_ms`` p5, p50, p95 of a token; bytes and shares are means
@@ -201,6 +208,7 @@ class Summary:
 
     setting: str
     condition: str
+    stage: str
     experts_k: int
     rounds: int
     tokens_per_second: float
@@ -242,22 +250,24 @@ def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
     base = {one.round: one.rate for one in first}
     rates = [one.rate for one in passes]
     ratios = [one.rate / base[one.round] for one in passes if one.round in base]
-    decodes = [one.record["decode"] for one in passes]
+    stages = [one.record[one.stage] for one in passes]
 
     def total(name: str) -> float:
-        return float(sum(decode[name] for decode in decodes))
+        return float(sum(stage[name] for stage in stages))
 
     seconds, tokens = total("seconds"), total("tokens")
     phases: dict[str, float] = {}
-    for decode in decodes:
-        for phase, spent in decode["phase_seconds"].items():
+    for stage in stages:
+        for phase, spent in stage["phase_seconds"].items():
             phases[phase] = phases.get(phase, 0.0) + spent
+    steps = [step for one in passes for step in one.decode_steps or [one.record["prefill"]["seconds"]]]
     guesses = [one.record["guesses"] for one in passes if one.record["guesses"] is not None]
     predicted = sum(guess["predicted"] for guess in guesses)
-    low, median, high = 1e3 * np.percentile(np.concatenate([one.decode_steps for one in passes]), (5, 50, 95))
+    low, median, high = 1e3 * np.percentile(steps, (5, 50, 95))
     return Summary(
         setting=passes[0].setting,
         condition=passes[0].condition,
+        stage=passes[0].stage,
         experts_k=passes[0].record["experts_k"],
         rounds=len(passes),
         tokens_per_second=float(np.median(rates)),
@@ -267,8 +277,8 @@ def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
         step_ms=(float(low), float(median), float(high)),
         bytes_per_token=total("bytes_read") / tokens,
         hit_rate=_ratio(total("hits"), total("experts_requested")),
-        read_gb_per_second=_mean([decode["read_gb_per_second"] for decode in decodes]),
-        weights_gb_per_second=_mean([decode["weights_gb_per_second"] for decode in decodes]),
+        read_gb_per_second=_mean([stage["read_gb_per_second"] for stage in stages]),
+        weights_gb_per_second=_mean([stage["weights_gb_per_second"] for stage in stages]),
         shares={phase: spent / seconds for phase, spent in phases.items()},
         time_to_first_token=float(np.median([one.record["time_to_first_token"] for one in passes])),
         prefill_tokens_per_second=float(np.median([one.record["prefill"]["tokens_per_second"] for one in passes])),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.curves import Curve
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes
     axes.set_ylim(0, 101)
     axes.set_xlabel("slots a layer" + (" / GiB in all" if layer_record_bytes else ""))
     axes.set_ylabel("hit rate of decode, %")
-    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_title(title, loc="left", fontsize="medium", parse_math=False)  # a name may hold dollars
     axes.legend(frameon=False, fontsize="small", loc="lower right")
     return figure
 
@@ -86,7 +87,7 @@ def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
                 _bench_bar(axes, settings.index(one.setting), one, fastest)
         axes.set_xlim(0, 1.18 * fastest)
         axes.set_ylim(len(settings) - 0.4, -0.6)
-        axes.set_yticks(range(len(settings)), settings if axes is every[0] else [])
+        axes.set_yticks(range(len(settings)), settings if axes is every[0] else [], parse_math=False)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("tokens a second")
         axes.set_title(condition, loc="left", fontsize="medium")
@@ -96,7 +97,7 @@ def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
         loc="outside lower left", ncols=2, frameon=False, fontsize="small",
     )  # fmt: skip
     intervals = "; black: 95 % intervals of the median" if any(one.interval for one in summaries) else ""
-    figure.suptitle(f"{title}{intervals}", fontsize="small", x=0.01, ha="left")
+    figure.suptitle(f"{title}{intervals}", fontsize="small", x=0.01, ha="left", parse_math=False)
     return figure
 
 
@@ -119,8 +120,13 @@ def _patch(colour: str, label: str) -> "Patch":
 
 
 def save(figure: "Figure", path: Path) -> None:
-    """Write a PNG."""
-    figure.savefig(path, dpi=150)
+    """Write a PNG.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    with name_in_errors(path):
+        figure.savefig(path, dpi=150)
 
 
 QUALITY_PANELS = (

@@ -32,7 +32,8 @@ from flashmoe_mlx.model.cache import SequenceCache
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.pack.files import write_atomically
-from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.research.sizes import expert_weights, record_bytes, touched_weights
 from flashmoe_mlx.storage.page_cache import evict
 from flashmoe_mlx.untrusted import read_object

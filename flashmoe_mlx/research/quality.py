@@ -31,6 +31,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.engine.engine import Engine
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
 from flashmoe_mlx.untrusted import read_text
@@ -225,7 +226,9 @@ class Reference:
         total = sum(len(one.scored) for one in passages)
         folder = tempfile.TemporaryDirectory(prefix="flashmoe-reference-")
         shape = (total, engine.model.config.vocab_size)
-        values = np.memmap(Path(folder.name) / "log_probabilities.f32", np.float32, "w+", shape=shape)
+        path = Path(folder.name) / "log_probabilities.f32"
+        with name_in_errors(path):
+            values = np.memmap(path, np.float32, "w+", shape=shape)
         row = 0
         for index, one in enumerate(passages):
             if progress:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import expand_path
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,7 +46,7 @@ def load_runs(folder: str | Path) -> "DataFrame":
         import pandas as pd
     except ImportError as error:
         raise InputError("load_runs needs pandas: pip install 'flashmoe_mlx[research]'") from error
-    top = Path(folder).expanduser()
+    top = expand_path(folder)
     if not top.is_dir():
         raise InputError(f"{top}: no such folder")
     rows = []

@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import BenchConfig, Config, folder_of
+from flashmoe_mlx.config import BenchConfig
 from flashmoe_mlx.engine.telemetry import environment
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.prefetch import check_policy
 from flashmoe_mlx.pack.files import write_atomically
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.bench import (
     CONDITIONS,
     Pass,
@@ -27,8 +28,9 @@ from flashmoe_mlx.research.bench import (
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.memory_cap import memory_cap
 from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import activity, print_table, show
 from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.prompts import with_prompt
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
@@ -41,11 +43,10 @@ _OTHER_PROMPTS = (
 """What rotating rounds use beside the one prompt that was given."""
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: BenchConfig, run_dir: Path) -> None:
     """Measure, show tables, and leave ``bench.json`` and ``bench.png`` in ``run_dir``, also of what was done before an
     error or an interrupt; ``resume=<run_dir>`` goes on from there.
     """
-    assert isinstance(config, BenchConfig)
     _check(config)
     if (run_dir / RECORD).exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
@@ -61,8 +62,8 @@ def run(config: Config, run_dir: Path) -> None:
         passes = _earlier(config, setup)
         failures: dict[str, str] = {}
         try:
-            with console.status("") as status:
-                for one in run_passes(plan, list(passes), status.update, failures):
+            with activity() as announce:
+                for one in run_passes(plan, list(passes), announce, failures):
                     passes.append(one)
                     log.info("%s %s round %d: %.3f tokens/s", one.setting, one.condition, one.round, one.rate)
                     _write(run_dir, setup, passes, left_out, failures)
@@ -71,16 +72,15 @@ def run(config: Config, run_dir: Path) -> None:
                 _write(run_dir, setup, passes, left_out, failures)
                 _show(config, plan, passes, cap, run_dir)
             for label, reason in left_out.items():
-                console.print(f"left out: {label}: {reason}", highlight=False, markup=False, soft_wrap=True)
+                show(f"left out: {label}: {reason}")
     if failures:
         raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} settings failed: {_listed(failures)}")
 
 
 def _check(config: BenchConfig) -> None:
-    if config.tokens < 2:
-        raise InputError(f"tokens={config.tokens}: must be at least 2, the first one comes with the prompt")
-    if config.rounds < 1:
-        raise InputError(f"rounds={config.rounds}: must be at least 1")
+    for name in ("tokens", "rounds"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
     unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
     if unknown or not config.conditions:
         raise InputError(f"conditions=[{','.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
@@ -99,12 +99,13 @@ def _plan(config: BenchConfig) -> Plan:
                 settings.append(Setting(" ".join(filter(None, parts)), backend, k, policy))
     if len({one.label for one in settings}) < len(settings):
         raise InputError("experts_ks= or prefetches= has a value twice")
-    prompts = [config.prompt] if config.prompts is None else config.prompts
+    backends = [one.backend for one in settings]
+    folder = model_folder(config.model, *backends)
+    prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
         prompts += _OTHER_PROMPTS
     if not prompts or ("rotating" in config.conditions and len(prompts) < 2):
         raise InputError("prompts= needs at least one text, two for conditions=[rotating]")
-    folder = model_folder(config.model, *(one.backend for one in settings))
     return Plan(folder, settings, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels)
 
 
@@ -121,7 +122,7 @@ def _earlier(config: BenchConfig, setup: Mapping[str, Any]) -> list[Pass]:
     """The passes of the run that ``resume`` names, which must have been asked for the same."""
     if config.resume is None:
         return []
-    path = folder_of(config.resume) / RECORD
+    path = expand_path(config.resume) / RECORD
     try:
         record = json.loads(path.read_text())
         before, passes = record["setup"], [Pass(**one) for one in record["passes"]]
@@ -157,17 +158,15 @@ def _write(
 def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | None, run_dir: Path) -> None:
     summaries = summarise(passes)
     rounds = max(one.round for one in passes) + 1
-    console.print(
+    show(
         f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'not capped'}",
-        highlight=False,
-        soft_wrap=True,
     )
     for condition in plan.conditions:
         shown = [one for one in summaries if one.condition == condition]
         if shown:
             print_table(_table(condition, shown))
             for line in _prefetch_lines(shown):
-                console.print(line, highlight=False, markup=False, soft_wrap=True)
+                show(line)
     if config.plot:
         try:
             save(
@@ -175,8 +174,8 @@ def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | No
                 run_dir / "bench.png",
             )
         except InputError as error:
-            console.print(f"no plot: {error}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+            show(f"no plot: {error}")
+    show(f"record: {run_dir}")
 
 
 def _table(condition: str, summaries: Sequence[Summary]) -> Table:
@@ -184,7 +183,8 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
         f", {min(one.cached for one in summaries):.0%} to {max(one.cached for one in summaries):.0%} of the experts"
     )
     note = "" if condition == "cold" else f"{cached} in the page cache at the start"
-    table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
+    part = "" if summaries[0].stage == "decode" else ", the prompt alone (tokens=1 decodes nothing)"
+    table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
         "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "all GB/s", "I/O", "compute", "first s",

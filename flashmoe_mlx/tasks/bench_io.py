@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import BenchIoConfig, Config, folder_of
+from flashmoe_mlx.config import BenchIoConfig
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.opening import ModelFiles, open_model
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertSource, ExpertStore
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.fio import LABEL, FioContender
 from flashmoe_mlx.research.intervals import median_interval
 from flashmoe_mlx.research.io_bench import (
@@ -32,7 +33,7 @@ from flashmoe_mlx.research.io_bench import (
 )
 from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
 from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import activity, print_table, show
 from flashmoe_mlx.tasks.model import model_folder
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,8 @@ BENCH_VERSION = 1
 _REQUESTS = ("uniform", "zipf", "trace")
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: BenchIoConfig, run_dir: Path) -> None:
     """Measure, show tables, and leave ``bench_io.json`` in ``run_dir``, also of what was done before an error."""
-    assert isinstance(config, BenchIoConfig)
     _check(config)
     files = open_model(model_folder(config.model))
     contenders, source = _contenders(files, config)
@@ -52,26 +52,24 @@ def run(config: Config, run_dir: Path) -> None:
         contenders += [FioContender(source, k, registered) for registered in (False, True)]
     passes: list[Pass] = []
     try:
-        with console.status("") as status:
-            for one in replay(source, contenders, requests, config.conditions, status.update):
+        with activity() as announce:
+            for one in replay(source, contenders, requests, config.conditions, announce):
                 passes.append(one)
                 log.info("%s %s round %d: %.3f GB/s", one.contender, one.condition, one.round, one.rate / 1e9)
     finally:
         if passes:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, passes))
     record = source.layout.record_bytes
-    console.print(
+    show(
         f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
         f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts a fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} asked for again",
-        highlight=False,
-        soft_wrap=True,
     )
     summaries = summarise(passes)
     for condition in config.conditions:
         print_table(_table(condition, [one for one in summaries if one.condition == condition]))
     _compare_with_fio(passes)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+    show(f"record: {run_dir}")
 
 
 def _check(config: BenchIoConfig) -> None:
@@ -111,7 +109,7 @@ def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
 def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
     """The requests of each round; rounds differ, except that a recorded trace may be too short for that."""
     if config.trace is not None:
-        path = folder_of(config.trace)
+        path = expand_path(config.trace)
         recorded = RoutingTrace.load(path)
         check_fits(recorded, source, str(path))
         return [_part(recorded, number * config.tokens, config.tokens) for number in range(config.rounds)]
@@ -188,8 +186,6 @@ def _compare_with_fio(passes: Sequence[Pass]) -> None:
         return
     store, reference, ratios = found
     shown = f"{median(ratios):.2f}{_bracketed(median_interval(ratios))}"
-    console.print(
+    show(
         f"cold, {store} / {reference}: {shown}",
-        highlight=False,
-        soft_wrap=True,
     )

@@ -1,21 +1,49 @@
-"""What tasks show while they work: on stderr, so that stdout holds the answer alone."""
+"""What tasks show while they work: on stderr, so that stdout holds the answer alone.
 
-from collections.abc import Iterator
+Everything is shown as it stands: paths, errors and the words of a model may hold brackets and colons, which rich would
+take for markup and emoji.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, cast
 
 from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
-console = Console(stderr=True)
+from flashmoe_mlx.streams import Notes
+
+_STDERR = cast(IO[str], Notes())
 _WIDEST = 400
+
+
+def literal_console(file: IO[str] | None = None, width: int | None = None) -> Console:
+    """Return a console that shows texts as they stand; on stdout unless ``file`` is given."""
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+
+
+console = literal_console(_STDERR)
+
+
+def show(line: str = "") -> None:
+    """Print a line as it stands; a long one is not broken."""
+    console.print(line, soft_wrap=True)
+
+
+@contextmanager
+def activity() -> Iterator[Callable[[str], None]]:
+    """Show what is being done while the block runs; yields the function that says it."""
+    with console.status(Text()) as status:
+        yield lambda line: status.update(Text(line))
 
 
 def print_table(table: Table) -> None:
     """Show a table whole: a line that the terminal breaks is better than digits left out."""
     needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
-    Console(stderr=True, width=max(needed, console.width)).print(table)
+    literal_console(_STDERR, width=max(needed, console.width)).print(table)
 
 
 class ByteProgress:
@@ -39,7 +67,7 @@ class ByteProgress:
 def byte_progress() -> Iterator[ByteProgress]:
     """A bar that is gone when the work is done."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -10,11 +10,11 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.config import Config
+from flashmoe_mlx.config import CommonConfig
 from flashmoe_mlx.custom_kernels import dialect, native
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.tasks.console import console
+from flashmoe_mlx.tasks.console import activity, show
 from flashmoe_mlx.testing import kernel_cases
 from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Results
 
@@ -43,7 +43,7 @@ class Finding:
         return self.error is not None and self.error <= self.accepted
 
 
-def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
+def run(config: CommonConfig, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
     """Check, show the table, and leave ``doctor.json`` in ``run_dir``.
 
     Raises:
@@ -53,15 +53,15 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
     on_cpu = gpu is None and native.extension() is not None
     kernels = f"kernels for CPUs ({native.description()})" if on_cpu else gpu
     findings: list[Finding] = []
-    with console.status("") as status:
+    with activity() as announce:
         for geometry, make in _cases(gpu is not None, on_cpu):
             for dtype in (mx.float32, mx.bfloat16) if gpu else (mx.float32,):
                 case = make(dtype)
-                status.update(f"{case.operation} {case.title}, {geometry} shape")
+                announce(f"{case.operation} {case.title}, {geometry} shape")
                 findings.append(_examined(case, geometry, kernels is not None))
     write_json(run_dir / "doctor.json", _record(gpu, kernels, findings))
     for line in _report(kernels, findings):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(line)
     failed = [f"{one.kernel} ({one.case}, {one.geometry}, {one.dtype})" for one in findings if not one.passed]
     if failed:
         raise FlashMoeError(

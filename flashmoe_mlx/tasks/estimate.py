@@ -13,7 +13,7 @@ from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
 from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config
 from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format, refuse_unsupported
-from flashmoe_mlx.config import Config, EstimateConfig, ModelChoice, folder_of
+from flashmoe_mlx.config import EstimateConfig, ModelChoice
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.telemetry import write_json
@@ -22,12 +22,13 @@ from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS
 from flashmoe_mlx.pack.synthetic import synthetic_config
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate import Estimate, Machine, Model, check_trace, estimates, tolerance, wishes
 from flashmoe_mlx.research.probe import MachineProfile, machine_identity, probe
 from flashmoe_mlx.research.sizes import GROUP_SIZE, resident_bytes
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB, available_memory, slots_on_gpu, total_memory
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import activity, print_table, show
 from flashmoe_mlx.tasks.model import cache_folder, model_folder
 from flashmoe_mlx.untrusted import read_object
 
@@ -41,16 +42,15 @@ _WORTH = 1.03
 """Gains below that are not called a help."""
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: EstimateConfig, run_dir: Path) -> None:
     """Show the answer and leave ``estimate.json`` in ``run_dir``."""
-    assert isinstance(config, EstimateConfig)
     name, published, folder = _published(config.model)
     model = _model(config, published, folder)
     record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     memory = _memory(config)
     record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
     for line in _sizes(name, model, memory, cache_folder(config.model)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(line)
     profile = _profile(config) if model.need.total < memory else None
     if profile is not None:
         machine = Machine(profile, memory)
@@ -58,15 +58,15 @@ def run(config: Config, run_dir: Path) -> None:
         changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
         helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
         for line in _profile_lines(profile):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            show(line)
         print_table(_table(found))
         for line in _conclusions(model, found, helps):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            show(line)
         record |= {"estimates": [asdict(one) for one in found], "helps": helps, "probe": profile.to_json()}
     elif model.need.total < memory:
-        console.print(_NOT_MEASURED, highlight=False, markup=False, soft_wrap=True)
+        show(_NOT_MEASURED)
     write_json(run_dir / "estimate.json", record)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+    show(f"record: {run_dir}")
 
 
 def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None]:
@@ -81,7 +81,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
             folder = model_folder(choice)
             return f"model={choice.name}", read_config(folder), folder
         return f"model={choice.name}", synthetic_config(choice.synthetic), None
-    path = folder_of(choice.path)
+    path = expand_path(choice.path)
     if path.is_dir():
         return choice.path, read_config(path), path
     if path.is_file():
@@ -114,7 +114,7 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
-        path = folder_of(config.trace)
+        path = expand_path(config.trace)
         trace = RoutingTrace.load(path)
         check_trace(trace, geometry, str(path))
     k = config.experts_k
@@ -168,8 +168,8 @@ def _profile(config: EstimateConfig) -> MachineProfile | None:
         return stored
     if config.probe is False:
         return None
-    with console.status("") as status:
-        made = probe(folder, config.probe_seconds, status.update)
+    with activity() as announce:
+        made = probe(folder, config.probe_seconds, announce)
     made.save(path)
     return made
 

@@ -8,14 +8,15 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import Config, EvaluateConfig, folder_of
+from flashmoe_mlx.config import EvaluateConfig
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.pack import MANIFEST
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.quality import Item, Progress, Quality, Reference, evaluate, load_items, shipped_items
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import activity, print_table, show
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -27,14 +28,15 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: EvaluateConfig, run_dir: Path) -> None:
     """Evaluate each combination in turn, show a table, and leave ``evaluate.json`` and, of several K, a figure."""
-    assert isinstance(config, EvaluateConfig)
     if (run_dir / RECORD).exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit={config.limit}: must be at least 1")
-    items = load_items(shipped_items() if config.items is None else folder_of(config.items), config.kinds, config.limit)
+    items = load_items(
+        shipped_items() if config.items is None else expand_path(config.items), config.kinds, config.limit
+    )
     settings = _settings(config)
     folder = model_folder(config.model, *(backend for backend, _ in settings))
     record: dict[str, Any] = {
@@ -44,24 +46,24 @@ def run(config: Config, run_dir: Path) -> None:
         "environment": environment(),
         "cells": [],
     }
-    with console.status("") as status, _reference(config, folder, items, _reporter(status.update)) as reference:
+    with activity() as announce, _reference(config, folder, items, _reporter(announce)) as reference:
         record["reference"] = reference.setup
         for backend, k in settings:
             with load(folder, backend, k, kernels=config.kernels) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
-                report = _reporter(status.update, f"{name}: ")
+                report = _reporter(announce, f"{name}: ")
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
                 record["cells"].append(_cell(engine.setup, quality))
             log.info("%s: %s", name, quality.summary)
             write_json(run_dir / RECORD, record)  # what is done is kept, whatever happens to the rest
-    console.print()
+    show()
     print_table(_table(record["cells"]))
     if len({cell["setup"]["experts_k"] for cell in record["cells"]}) > 1:
         try:
             save(quality_figure(record["cells"]), run_dir / "evaluate.png")
         except InputError as error:
-            console.print(f"no figure: {error}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+            show(f"no figure: {error}")
+    show(f"record: {run_dir}")
 
 
 def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]:
@@ -75,7 +77,7 @@ def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]
 @contextmanager
 def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
     if config.reference is not None:
-        folder = folder_of(config.reference)
+        folder = expand_path(config.reference)
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}

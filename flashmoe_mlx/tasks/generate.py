@@ -10,8 +10,9 @@ from flashmoe_mlx.config import Config
 from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_table, write_json
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import print_table, show
 from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
@@ -23,6 +24,7 @@ def run(config: Config, run_dir: Path) -> None:
     if (run_dir / "metrics.json").exists():
         raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model, config.backend)
+    config = with_prompt(config, folder)
     asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(
@@ -34,7 +36,7 @@ def run(config: Config, run_dir: Path) -> None:
         profile=config.profile,
     ) as engine:
         if engine.setup["note"]:
-            console.print(f"note: {engine.setup['note']}", highlight=False, markup=False, soft_wrap=True)
+            show(f"note: {engine.setup['note']}")
         log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, asked)
         stats = engine.stats()
@@ -50,14 +52,14 @@ def run(config: Config, run_dir: Path) -> None:
         }
         write_json(run_dir / "metrics.json", record)
         log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
-    console.print()
+    show()
     print_table(metrics_table(stats))
     for line in metrics_lines(stats):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        show(line)
     if shown.thinking and shown.stopped is None:
         line = _unfinished_thought(engine, config, asked, shown)
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"record: {run_dir}", highlight=False, markup=False, soft_wrap=True)
+        show(line)
+    show(f"record: {run_dir}")
     if shown.stopped is not None:
         raise shown.stopped
 

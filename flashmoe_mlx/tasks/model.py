@@ -1,18 +1,24 @@
 """The model that a configuration means."""
 
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import is_gguf
 from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format
-from flashmoe_mlx.config import ModelChoice, folder_of
-from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.demo import demo_with_variants
+from flashmoe_mlx.config import ModelChoice
+from flashmoe_mlx.errors import InputError, PackError
+from flashmoe_mlx.pack.demo import demo_folder, demo_has, demo_with_variants
 from flashmoe_mlx.pack.pack import MANIFEST, open_pack
 from flashmoe_mlx.pack.synthetic import synthetic_pack
-from flashmoe_mlx.tasks.console import byte_progress
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.tasks.console import byte_progress, show
+
+_PATIENCE = 600.0
+"""Seconds to wait for another process that makes the same model."""
+_INTERVAL = 0.5
 
 
 def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
@@ -26,7 +32,7 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         InputError: there is no such model.
     """
     if choice.path is not None:
-        folder = folder_of(choice.path)
+        folder = expand_path(choice.path)
         if is_gguf(folder):
             raise gguf_advice(folder)
         if folder.is_file():
@@ -41,17 +47,39 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         return folder
     if choice.synthetic is None and not choice.shipped:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
+    variants = {str(backend["variant"]) for backend in backends if backend.get("variant") is not None}
+    if choice.synthetic is None and demo_has(variants):
+        return demo_folder()  # no folder for a cache is needed, and there may be none
     cache_dir = cache_folder(choice)
-    try:
+
+    def make() -> Path:
         with byte_progress() as progress:
             if choice.synthetic is None:
-                variants = {str(backend["variant"]) for backend in backends if backend.get("variant") is not None}
                 return demo_with_variants(variants, cache_dir, progress)
             return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
+
+    try:
+        return _in_turn(make)
     except OSError as error:
         raise InputError(
             f"{cache_dir}: cannot keep the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
         ) from error
+
+
+def _in_turn(make: Callable[[], Path]) -> Path:
+    """Make a model, or wait while another process makes it."""
+    deadline = time.monotonic() + _PATIENCE
+    waiting = False
+    while True:
+        try:
+            return make()
+        except PackError as error:
+            if error.code != "pack_in_use" or time.monotonic() > deadline:
+                raise
+            if not waiting:
+                show(f"waiting for another process that is making this model, {_PATIENCE / 60:.0f} minutes at most")
+            waiting = True
+            time.sleep(_INTERVAL)
 
 
 def model_identity(folder: Path) -> str:
@@ -68,6 +96,13 @@ def cache_folder(choice: ModelChoice) -> Path:
     An empty variable counts as unset, as the XDG specification says.
     """
     if choice.cache_dir is not None:
-        return folder_of(choice.cache_dir)
+        return expand_path(choice.cache_dir)
     own = os.environ.get("FLASHMOE_CACHE")
-    return folder_of(own) if own else folder_of(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
+    if own:
+        return expand_path(own)
+    try:
+        return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
+    except InputError as error:
+        raise InputError(
+            "there is no home folder to keep models in: set HOME, FLASHMOE_CACHE or model.cache_dir", code=error.code
+        ) from None

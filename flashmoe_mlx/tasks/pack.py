@@ -8,39 +8,40 @@ from rich import filesize
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
-from flashmoe_mlx.config import Config, PackConfig, folder_of
+from flashmoe_mlx.config import PackConfig
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
-from flashmoe_mlx.tasks.console import byte_progress, console
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.run_folder import holds_only_records
+from flashmoe_mlx.tasks.console import byte_progress, show
 
 log = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 20
 
 
-def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
+def run(config: PackConfig, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
     """Pack ``source`` into ``out``, or verify ``out``."""
-    assert isinstance(config, PackConfig)
     if config.verify:
         _verify(config)
         return
     pack = _make(config)
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
-    console.print(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}", highlight=False, soft_wrap=True)
-    console.print(f"run it: python -m flashmoe_mlx model.path={pack.folder}", highlight=False, soft_wrap=True)
+    show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
+    show(f"run it: python -m flashmoe_mlx model.path={pack.folder}")
 
 
 def _make(config: PackConfig) -> Pack:
     if config.source is None:
         raise InputError("task=pack needs source=<checkpoint folder, hub id or pack>")
-    folder = folder_of(config.source)
+    folder = expand_path(config.source)
     with byte_progress() as progress:
         if (folder / MANIFEST).is_file():
-            if config.out is not None and folder_of(config.out).resolve() != folder.resolve():
+            if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
                 raise InputError(f"source={folder} is a pack: its variants are added in place, leave out= away")
             return add_variants(
                 open_pack(folder),
@@ -51,7 +52,7 @@ def _make(config: PackConfig) -> Pack:
             )
         if config.out is None:
             raise InputError("task=pack needs out=<folder for the pack>")
-        out = folder_of(config.out)
+        out = expand_path(config.out)
         source: Path | Checkpoint = folder
         if not folder.exists():
             if not _HUB_ID.fullmatch(config.source) or config.source.startswith((".", "/")):
@@ -64,21 +65,22 @@ def _make(config: PackConfig) -> Pack:
             group_size=config.group_size,
             resident_bits=config.resident_bits,
             quantiser=config.quantiser,
-            packed_experts=None if config.packed_experts is None else folder_of(config.packed_experts),
+            packed_experts=None if config.packed_experts is None else expand_path(config.packed_experts),
             # What was downloaded for packing alone is of no further use.
             delete_source=config.delete_source or isinstance(source, HubCheckpoint),
             progress=progress,
+            ignored=holds_only_records,  # this run may write its own below out=
         )
 
 
 def _verify(config: PackConfig) -> None:
     if config.out is None:
         raise InputError("verify=true needs out=<folder of the pack>")
-    pack = open_pack(folder_of(config.out))
+    pack = open_pack(expand_path(config.out))
     with byte_progress() as progress:
         damages = verify_pack(pack, progress)
     for damage in damages[:_SHOWN]:
-        console.print(str(damage), highlight=False, soft_wrap=True)
+        show(str(damage))
     if damages:
         raise FlashMoeError(f"{pack.folder}: {len(damages)} damaged, as listed; delete the pack and make it again")
-    console.print(f"{pack.folder}: every byte is as it was packed", highlight=False, soft_wrap=True)
+    show(f"{pack.folder}: every byte is as it was packed")

@@ -7,9 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import Config, SimulateConfig, folder_of
+from flashmoe_mlx.config import SimulateConfig
 from flashmoe_mlx.engine.telemetry import write_json
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.curves import Curve, curves
 from flashmoe_mlx.research.figures import hit_rate_figure, save
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
@@ -24,42 +25,41 @@ from flashmoe_mlx.research.simulator import (
 )
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB
-from flashmoe_mlx.tasks.console import console, print_table
+from flashmoe_mlx.tasks.console import activity, print_table, show
 from flashmoe_mlx.tasks.trace import summary_lines
 
 SIMULATION_VERSION = 1
 Prefetches = Sequence[tuple[str, Replay]]
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: SimulateConfig, run_dir: Path) -> None:
     """Replay, show tables, and leave ``simulate.json`` and ``hit_rates.png`` in ``run_dir``."""
-    assert isinstance(config, SimulateConfig)
     if config.trace is None:
         raise InputError("task=simulate needs trace=<file>; record one: task=trace")
     for name in ("policies", "scopes"):
         if not getattr(config, name):
             raise InputError(f"{name}=[]: name at least one")
-    trace = RoutingTrace.load(folder_of(config.trace))
-    hot = None if config.hot is None else RoutingTrace.load(folder_of(config.hot))
+    trace = RoutingTrace.load(expand_path(config.trace))
+    hot = None if config.hot is None else RoutingTrace.load(expand_path(config.hot))
     _, layers, k = trace.experts.shape
     slots = sorted(set(config.slots or capacities(trace.num_experts, k)))
     if slots[-1] > trace.num_experts:
         raise InputError(f"slots={slots[-1]}: a layer has {trace.num_experts} experts")
-    with console.status("") as status:
-        found = list(curves(trace, config.policies, slots, config.scopes, hot=hot, announce=status.update))
+    with activity() as announce:
+        found = list(curves(trace, config.policies, slots, config.scopes, hot=hot, announce=announce))
         beside = min((number for number in slots if number >= 2 * k), default=slots[-1])
         prefetches = _prefetches(trace, beside, config.prefetch_accuracy)
     summary = summarise(trace)
     write_json(run_dir / "simulate.json", _record(config, trace, summary, found, beside, prefetches))
-    console.print(trace.model, highlight=False, markup=False, soft_wrap=True)
+    show(trace.model)
     for line in summary_lines(summary, trace.prompt_tokens):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print()
+        show(line)
+    show()
     print_table(_table(found, trace.record_bytes * layers))
-    console.print()
+    show()
     print_table(_prefetch_table(prefetches, beside))
     _save_figure(found, trace, run_dir)
-    console.print(f"record: {run_dir}", highlight=False, soft_wrap=True)
+    show(f"record: {run_dir}")
 
 
 def _prefetches(trace: RoutingTrace, slots: int, accuracies: Sequence[float]) -> Prefetches:
@@ -152,4 +152,4 @@ def _save_figure(found: Sequence[Curve], trace: RoutingTrace, run_dir: Path) -> 
     try:
         save(hit_rate_figure(found, trace.model, trace.record_bytes * layers), run_dir / "hit_rates.png")
     except InputError as error:
-        console.print(f"no hit_rates.png: {error}", highlight=False, markup=False, soft_wrap=True)
+        show(f"no hit_rates.png: {error}")

@@ -14,11 +14,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flashmoe_mlx.config import Config, folder_of
+from flashmoe_mlx.config import GenerationConfig
 from flashmoe_mlx.engine.engine import Engine
 from flashmoe_mlx.engine.generation import Piece
 from flashmoe_mlx.engine.prompting import load_tools
-from flashmoe_mlx.tasks.console import console
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.streams import OutputError, print_answer
+from flashmoe_mlx.tasks.console import console, literal_console, show
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which a model could command a person's terminal."""
@@ -48,7 +50,7 @@ class Streamed:
         self.finish_reason = piece.finish_reason
 
 
-def prompt_options(config: Config) -> dict[str, Any]:
+def prompt_options(config: GenerationConfig) -> dict[str, Any]:
     """Return everything that ``config`` asks of the prompt, as arguments of ``Engine.encode`` and ``generate``.
 
     Raises:
@@ -57,13 +59,13 @@ def prompt_options(config: Config) -> dict[str, Any]:
     return {
         "raw": config.raw,
         "system": config.system,
-        "tools": None if config.tools is None else load_tools(folder_of(config.tools)),
+        "tools": None if config.tools is None else load_tools(expand_path(config.tools)),
         "enable_thinking": config.thinking,
         "template_options": config.template_options,
     }
 
 
-def stream(engine: Engine, config: Config, asked: Mapping[str, Any]) -> Streamed:
+def stream(engine: Engine, config: GenerationConfig, asked: Mapping[str, Any]) -> Streamed:
     """Generate, and show pieces as they come: the answer on stdout, thinking beside it.
 
     ``asked`` comes from ``prompt_options``, which checks files before a model is loaded.
@@ -97,8 +99,8 @@ def stream(engine: Engine, config: Config, asked: Mapping[str, Any]) -> Streamed
                 bar.stop()
             if interrupted():
                 raise KeyboardInterrupt
-        print(flush=True)
-    except (KeyboardInterrupt, BrokenPipeError) as stopped:
+        print_answer("")
+    except (KeyboardInterrupt, BrokenPipeError, OutputError) as stopped:
         shown.stopped = stopped
     shown.thinking = generation.thinking
     return shown
@@ -139,7 +141,7 @@ class _Printer:
 
     def __init__(self) -> None:
         self._terminal = sys.stdout is not None and sys.stdout.isatty()
-        self._dimmed = Console() if self._terminal and not Console().is_dumb_terminal else None
+        self._dimmed = literal_console() if self._terminal and not literal_console().is_dumb_terminal else None
         self._thought = False
         self._answered = False
 
@@ -152,21 +154,21 @@ class _Printer:
                 self._end_thinking()
             self._answered = True
             text = _CONTROLS.sub("\ufffd", piece.text) if self._terminal else piece.text
-            print(text, end="", flush=True)
+            print_answer(text, end="")
 
     def _show_thinking(self, text: str) -> None:
         if self._dimmed is None and not self._thought:
-            console.print("thinking:", highlight=False)
+            show("thinking:")
         screen, style = (console, None) if self._dimmed is None else (self._dimmed, "dim")
         text = _CONTROLS.sub("\ufffd", text)
-        screen.print(text, style=style, end="", markup=False, highlight=False, soft_wrap=True)
+        screen.print(text, style=style, end="", soft_wrap=True)
         self._thought = True
 
     def _end_thinking(self) -> None:
         if self._dimmed is not None:
-            print("\n")
+            print_answer("\n")
         else:
-            console.print("\n\nanswer:", highlight=False)
+            show("\n\nanswer:")
 
 
 @contextmanager
@@ -184,7 +186,7 @@ def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
             os._exit(_INTERRUPTED)
         cancel()
         with suppress(OSError, RuntimeError):  # stderr is closed, or was being written to
-            console.print("stopping after this layer; interrupt again to stop at once", highlight=False, soft_wrap=True)
+            show("stopping after this layer; interrupt again to stop at once")
 
     before = signal.signal(signal.SIGINT, notice)
     try:

@@ -5,28 +5,30 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flashmoe_mlx.config import Config, TraceConfig, folder_of
+from flashmoe_mlx.config import TraceConfig
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
-from flashmoe_mlx.tasks.console import console
+from flashmoe_mlx.tasks.console import show
 from flashmoe_mlx.tasks.model import model_folder, model_identity
+from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import prompt_options, stream
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, run_dir: Path) -> None:
+def run(config: TraceConfig, run_dir: Path) -> None:
     """Generate, and leave the trace in ``out``, or as ``routing.moetrace`` in ``run_dir``."""
-    assert isinstance(config, TraceConfig)
-    path = run_dir / "routing.moetrace" if config.out is None else folder_of(config.out)
+    path = run_dir / "routing.moetrace" if config.out is None else expand_path(config.out)
     if path.exists():
         raise InputError(f"{path}: is there already; choose another out=")
     if not path.parent.is_dir():
         raise InputError(f"{path}: there is no folder {path.parent}")
     folder = model_folder(config.model, config.backend)
+    config = with_prompt(config, folder)
     asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
@@ -41,10 +43,10 @@ def run(config: Config, run_dir: Path) -> None:
         trace = recorder.trace(engine.model.config.num_experts, prompt, model, engine.store.layout.record_bytes)
     trace.save(path)
     log.info("%s: %d tokens", path, len(trace.experts))
-    console.print()
+    show()
     for line in summary_lines(summarise(trace), trace.prompt_tokens):
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"trace: {path}\nlook at it: task=simulate trace={path}", highlight=False, soft_wrap=True)
+        show(line)
+    show(f"trace: {path}\nlook at it: task=simulate trace={path}")
     if stopped is not None:
         raise stopped
 

@@ -1,0 +1,73 @@
+"""The prompt that a configuration means: its text, a file, or what stdin gives."""
+
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from flashmoe_mlx.config import BenchConfig, GenerationConfig
+from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.streams import say
+
+_STDIN = "-"
+_BYTES_PER_TOKEN = 256
+"""No token of a published vocabulary is longer, so a prompt of more bytes than that for each token cannot fit."""
+AnyConfig = TypeVar("AnyConfig", bound=GenerationConfig | BenchConfig)
+
+
+def with_prompt(config: AnyConfig, folder: Path) -> AnyConfig:
+    """Return ``config`` with the text of its prompt in ``prompt``, for the model in ``folder``.
+
+    ``prompt=-`` and ``prompt_file=-`` read stdin, once for all jobs of a sweep. The line break at the end of a file is
+    not a part of the prompt.
+
+    Raises:
+        InputError: the file cannot be read, is empty, is not UTF-8, or is larger than any prompt that fits.
+    """
+    name = config.prompt_file if config.prompt_file is not None else config.prompt if config.prompt == _STDIN else None
+    if name is None:
+        return config
+    what = f"prompt_file={name}" if config.prompt_file is not None else f"prompt={name}"
+    context = open_model(folder).config.max_context
+    most = context * _BYTES_PER_TOKEN
+    data = _from_stdin(sys.stdin, what) if name == _STDIN else _from_file(expand_path(name), what, most)
+    if len(data) > most:
+        raise InputError(
+            f"{what}: more than {most:,} bytes; this model's context holds {context:,} tokens", code="prompt_too_long"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what}: byte {error.start} is not UTF-8; convert the file", code="invalid_prompt") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text:
+        raise InputError(f"{what}: is empty", code="invalid_prompt")
+    return replace(config, prompt=text, prompt_file=None)
+
+
+def _from_file(path: Path, what: str, most: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most + 1)
+    except OSError as error:
+        raise InputError(f"{what}: cannot be read ({error.strerror})", code="invalid_prompt") from error
+
+
+def _from_stdin(stream: TextIO | None, what: str) -> bytes:
+    if stream is None:
+        raise InputError(f"{what}: stdin is closed", code="invalid_prompt")
+    return _all_of(stream, what)
+
+
+@cache
+def _all_of(stream: TextIO, what: str) -> bytes:
+    """Read a stream to its end; later jobs of a sweep get the same bytes again."""
+    if stream.isatty():
+        say("reading the prompt from the terminal; Ctrl-D at the beginning of a line ends it")
+    try:
+        return stream.buffer.read()
+    except OSError as error:
+        raise InputError(f"{what}: stdin cannot be read ({error.strerror})", code="invalid_prompt") from error

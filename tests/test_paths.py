@@ -1,0 +1,64 @@
+"""Paths as people write them, and errors that name the file."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+import flashmoe_mlx
+from flashmoe_mlx.config import ModelChoice
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.paths import expand_path, name_in_errors
+from flashmoe_mlx.research import load_runs
+from flashmoe_mlx.tasks.model import cache_folder, model_folder
+
+NOWHERE = [
+    ("~nosuchuser/x", "no_home_folder"),
+    ("~nosuchuser", "no_home_folder"),
+    ("", "invalid_path"),
+    (" ", "invalid_path"),
+    ("a\0b", "invalid_path"),
+]
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user whose number the system does not know, without HOME."""
+    for name in ("HOME", "XDG_CACHE_HOME", "FLASHMOE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 123456)
+
+
+def test_home_folders_are_found() -> None:
+    assert expand_path("~/x") == Path.home() / "x"
+    assert expand_path(Path("~/x")) == Path.home() / "x"
+    assert [str(expand_path(text)) for text in ("a~b", "./~x", "[v2]", "???")] == ["a~b", "~x", "[v2]", "???"]
+
+
+@pytest.mark.parametrize(("text", "code"), NOWHERE)
+def test_paths_to_nowhere(text: str, code: str) -> None:
+    for use in (expand_path, flashmoe_mlx.load, load_runs, lambda path: model_folder(ModelChoice(path=path))):
+        with pytest.raises(InputError) as raised:
+            use(text)
+        assert raised.value.code == code
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("homeless")
+def test_without_a_home_folder() -> None:
+    with pytest.raises(InputError, match="set HOME, or give the full path"):
+        expand_path("~/x")
+    with pytest.raises(InputError, match=r"set HOME, FLASHMOE_CACHE or model\.cache_dir") as raised:
+        cache_folder(ModelChoice())
+    assert raised.value.code == "no_home_folder"
+    assert model_folder(ModelChoice(name="demo", shipped=True), {"variant": "q4"}).is_dir()  # needs no cache
+
+
+def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space") as raised, name_in_errors(tmp_path / "x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert raised.value.filename == str(tmp_path / "x")
+    with pytest.raises(FileNotFoundError) as missing, name_in_errors(tmp_path / "x"):
+        (tmp_path / "y").read_bytes()
+    assert missing.value.filename == str(tmp_path / "y")
