@@ -12,8 +12,8 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import kernel, nvidia, quantised_matvec, routed_experts
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import TOLERANCE, Geometry
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels.cases import TOLERANCE, Geometry
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)

@@ -11,7 +11,7 @@ import pytest
 from flashmoe_mlx.config import Config
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
-from flashmoe_mlx.testing import kernel_cases
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
 
 MATVEC = partial(kernel_cases.quantised_matvec, 32, 128, on_cpu=True)
 

@@ -29,10 +29,10 @@ from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
-from flashmoe_mlx.model.experts import expert_format
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, relative_error
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, relative_error
 
 TARGETS = [
     pytest.param("metal on cpu", id="metal_on_cpu", marks=needs_linux),

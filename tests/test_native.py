@@ -17,8 +17,8 @@ import pytest
 
 import flashmoe_mlx
 from flashmoe_mlx.custom_kernels import choose, native
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 
 SMALL = GEOMETRIES["small"]
 ODD = Geometry(160, 288, 5, 1, 80, 20, 1, 3, 48, 16)

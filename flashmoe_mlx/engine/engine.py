@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.engine.sampling import Sampler, SamplingOptions
@@ -21,6 +21,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.build import build_model
 from flashmoe_mlx.model.cache import SequenceCache
+from flashmoe_mlx.model.code_paths import model_shapes
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.experts import RoutingObserver
 from flashmoe_mlx.model.phases import PhaseClock
@@ -83,6 +84,7 @@ def load(
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, built.layers)
+        report = check_kernels(chosen, model_shapes(built))
     except BaseException:
         store.close()
         raise
@@ -91,8 +93,9 @@ def load(
         "experts_k": k,
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
-        "kernels": chosen.names,
-        "note": chosen.note,
+        "kernels": report.names,
+        "replaced_kernels": report.replaced,
+        "note": report.note,
         "prefetch": prefetch,
         "backend": settings,
     }

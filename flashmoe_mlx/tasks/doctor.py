@@ -15,8 +15,8 @@ from flashmoe_mlx.custom_kernels import dialect, native
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks.console import console
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Results
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
 
 DOCTOR_VERSION = 1
 _CALLS = 20
