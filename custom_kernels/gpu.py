@@ -71,16 +71,14 @@ def operations() -> dict[str, Operation[Any, Any]]:
 
 def _attention_samples(model: ModelShapes) -> Iterator[Sample]:
     for weights in model.attention[:1]:
-        geometry = Geometry(
-            0, 0, weights.heads, weights.kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0
-        )
+        geometry = Geometry(0, 0, weights.heads, weights.kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
         for tokens, start in ((1, 300), (_SEVERAL, 70)):
             made = attention_inputs(
                 geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
             )
             written = [mx.contiguous(part * 1) for part in (made.keys, made.values)]
             mx.eval(written)
-            arguments = (*made.arrays, made.weights, *written, start)
+            arguments = (*made.arrays, made.weights, written[0], written[1], start)
             if attention.code_path(*arguments) is not None:
                 yield Sample(arguments, (*made.arrays, made.weights, made.keys, made.values, start))
 

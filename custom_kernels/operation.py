@@ -108,8 +108,9 @@ class Operation(Generic[P, R]):
         The verdicts of earlier checks are dropped. A path fails with the first of its samples that does.
         """
         reasons: dict[CodePath, str | None] = {}
+        path_of: Callable[..., CodePath | None] = self.path
         for sample in self.code_paths(model):
-            path = self.path(*sample.arguments)
+            path = path_of(*sample.arguments)
             if path is None:
                 raise AssertionError(f"{self.name}: a sample leads to no code path")
             if reasons.get(path) is None:
@@ -118,11 +119,13 @@ class Operation(Generic[P, R]):
         return [self._verdict(path, reason) for path, reason in reasons.items()]
 
     def _disagreement(self, sample: Sample) -> str | None:
-        """What is wrong with the kernel's results, or None."""
-        expected = _arrays(self.reference(*sample.expected))
+        """Say what is wrong with the kernel's results; None if nothing is."""
+        reference: Callable[..., R] = self.reference
+        custom: Callable[..., R] = self.custom
+        expected = _arrays(reference(*sample.expected))
         mx.eval(expected)
         try:
-            got = sample.compared(_arrays(self.custom(*sample.arguments)))
+            got = sample.compared(_arrays(custom(*sample.arguments)))
             mx.eval(got)
         except Exception as error:  # whatever a compiler or a driver raises
             return f"cannot run: {(str(error).splitlines() or [type(error).__name__])[0]}"

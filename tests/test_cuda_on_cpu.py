@@ -11,8 +11,7 @@ from cuda_on_cpu import Machine
 from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
-from flashmoe_mlx.custom_kernels import kernel, nvidia, quantised_matvec, routed_experts
-from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels import cases, kernel, nvidia, quantised_matvec, routed_experts
 from flashmoe_mlx.custom_kernels.cases import TOLERANCE, Geometry
 
 pytestmark = needs_linux
@@ -44,7 +43,7 @@ def test_routed_experts(
     bits: int, group_size: int, k: int, shared: bool, at_once: tuple[int, ...], on_machine: Run
 ) -> None:
     sizes = {"bits": bits, "group_size": group_size, "k": k, "shared": shared}
-    case = kernel_cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes)
+    case = cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes)
     for number in at_once:
         on_machine(number, seed=number)
         assert case.error() <= TOLERANCE[mx.bfloat16]
@@ -54,7 +53,7 @@ def test_routed_experts(
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quantised_matvec(bits: int, on_machine: Run) -> None:
     on_machine(3, bits)
-    case = kernel_cases.quantised_matvec(16 * 13, 1024, mx.bfloat16, bits=bits, group_size=64)
+    case = cases.quantised_matvec(16 * 13, 1024, mx.bfloat16, bits=bits, group_size=64)
     assert case.error() <= TOLERANCE[mx.bfloat16]
 
 

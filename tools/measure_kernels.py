@@ -17,8 +17,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import attention, gated_delta_net, quantised_matvec, routed_experts
-from flashmoe_mlx.custom_kernels import cases
+from flashmoe_mlx.custom_kernels import attention, cases, gated_delta_net, quantised_matvec, routed_experts
 
 _STAMP = """
     unsigned long long now;

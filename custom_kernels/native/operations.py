@@ -191,7 +191,9 @@ def _products_samples(model: ModelShapes) -> Iterator[Sample]:
         for tokens in (1, _FEW, _MANY):
             columns = projection.weights[0].columns
             path = products_path(
-                mx.zeros((tokens, columns), model.dtype), projection.weights, mx.zeros(1) if projection.residual else None
+                mx.zeros((tokens, columns), model.dtype),
+                projection.weights,
+                mx.zeros(1) if projection.residual else None,
             )
             if path in seen:
                 continue
@@ -216,7 +218,7 @@ def _expert_samples(model: ModelShapes) -> Iterator[Sample]:
     if not native.takes_matrix(model.experts.bits, model.experts.group_size, model.experts.dtype):
         return
     inputs, form = Inputs(model.dtype, 0), _small_form(model.experts)
-    records = [memoryview(inputs.record(form)) for _ in range(2)]
+    records = [memoryview(inputs.record(form).data) for _ in range(2)]
     joined = [shared for shared in model.shared if native.joins(shared)]
     drawn = [_small_expert(inputs, shared, form.hidden_size) for shared in joined]
     for tokens in (1, _FEW, _MANY):
@@ -286,10 +288,8 @@ def _attention_samples(model: ModelShapes) -> Iterator[Sample]:
     for weights in model.attention[:1]:
         group = weights.heads // weights.kv_heads
         kv_heads, group = min(2, weights.kv_heads), _reduced(group, 8)
-        geometry = Geometry(
-            0, 0, kv_heads * group, kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0
-        )
-        for tokens, start in ((1, 300), (_ACROSS_TILES, 70)):
+        geometry = Geometry(0, 0, kv_heads * group, kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
+        for tokens, start in ((1, 300), (_ACROSS_TILES, 5)):
             made = attention_inputs(
                 geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
             )

@@ -1,6 +1,6 @@
 """What tasks show while they work: on stderr, so that stdout holds the answer alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,6 +16,12 @@ def print_table(table: Table) -> None:
     """Show a table whole: a line that the terminal breaks is better than digits left out."""
     needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
     Console(stderr=True, width=max(needed, console.width)).print(table)
+
+
+def print_notes(notes: Iterable[str | None], prefix: str = "note: ") -> None:
+    """Show each different note, such as that of an engine's setup, once."""
+    for note in dict.fromkeys(filter(None, notes)):
+        console.print(f"{prefix}{note}", highlight=False, markup=False, soft_wrap=True)
 
 
 class ByteProgress:

@@ -10,7 +10,7 @@ from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
-from flashmoe_mlx.tasks.console import console
+from flashmoe_mlx.tasks.console import console, print_notes
 from flashmoe_mlx.tasks.generate import stream
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 
@@ -28,6 +28,7 @@ def run(config: Config, run_dir: Path) -> None:
     folder = model_folder(config.model, config.backend)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
+        print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, raw=config.raw)
         with recorded(engine) as recorder:
             _, _, stopped = stream(engine, config)
