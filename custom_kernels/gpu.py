@@ -4,6 +4,7 @@ Samples have the true sizes of the model: kernels are compiled for these, and th
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -78,9 +79,10 @@ def _attention_samples(model: ModelShapes) -> Iterator[Sample]:
             )
             written = [mx.contiguous(part * 1) for part in (made.keys, made.values)]
             mx.eval(written)
-            arguments = (*made.arrays, made.weights, written[0], written[1], start)
+            own = replace(weights, q_norm=made.weights.q_norm, k_norm=made.weights.k_norm)
+            arguments = (*made.arrays, own, written[0], written[1], start)
             if attention.code_path(*arguments) is not None:
-                yield Sample(arguments, (*made.arrays, made.weights, made.keys, made.values, start))
+                yield Sample(arguments, (*made.arrays, own, made.keys, made.values, start))
 
 
 def _delta_samples(model: ModelShapes) -> Iterator[Sample]:

@@ -5,6 +5,7 @@ would follow: matrices keep a whole block of the kernels' loops and the remainde
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -293,12 +294,12 @@ def _attention_samples(model: ModelShapes) -> Iterator[Sample]:
             made = attention_inputs(
                 geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
             )
-            if attention_path(*made.arrays, made.weights, made.keys, made.values, start) is not None:
+            # Whatever else a layer has, such as its rotary embedding, stays as it is.
+            drawn = made.weights
+            own = replace(weights, heads=drawn.heads, kv_heads=kv_heads, q_norm=drawn.q_norm, k_norm=drawn.k_norm)
+            if attention_path(*made.arrays, own, made.keys, made.values, start) is not None:
                 written = [mx.array(np.array(part)) for part in (made.keys, made.values)]
-                yield Sample(
-                    (*made.arrays, made.weights, *written, start),
-                    (*made.arrays, made.weights, made.keys, made.values, start),
-                )
+                yield Sample((*made.arrays, own, *written, start), (*made.arrays, own, made.keys, made.values, start))
 
 
 def _reduced(size: int, block: int) -> int:
