@@ -403,6 +403,19 @@ def test_older_gpus_keep_two_dispatches() -> None:
     assert quantised_matvec.stream_plan(4096, 4096, 4, 64, older) is None
 
 
+@pytest.mark.parametrize(
+    ("device", "stages"),
+    [(H200, 4), (Gpu(108, 8, 166912), 4), (Gpu(128, 8, 101376), 2), (Gpu(170, 12, 101376), 2), (Gpu(40, 7, 65536), 0)],
+    ids=["H200", "A100", "Ada", "Blackwell with little memory", "Turing"],
+)
+def test_tiles_of_attention_under_way(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability and memory come from NVIDIA's driver, as for all other kernels."""
+    monkeypatch.setattr(attention, "gpu", lambda: device)
+    monkeypatch.setattr(attention, "dialect", lambda: "cuda")
+    weights = cases.attention_inputs(GEOMETRIES["397B"], mx.bfloat16, context=1).weights
+    assert attention.stages_on_tensor_cores(weights, mx.bfloat16) == stages
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
