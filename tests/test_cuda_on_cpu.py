@@ -15,9 +15,9 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import attention, dense_experts, kernel, routed_experts
+from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Geometry
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)

@@ -1,6 +1,9 @@
 """``task=doctor`` reports every kernel, and fails when one does."""
 
+import ast
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,20 +12,20 @@ import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.config import Config
+from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
-from flashmoe_mlx.testing import kernel_cases
 
-MATVEC = partial(kernel_cases.quantised_matvec, 32, 128, on_cpu=True)
+MATVEC = partial(cases.quantised_matvec, 32, 128, on_cpu=True)
 
 
-def wrong(dtype: mx.Dtype) -> kernel_cases.Case:
+def wrong(dtype: mx.Dtype) -> cases.Case:
     case = MATVEC(dtype)
     return replace(case, custom=lambda: (case.custom()[0] * 1.1,))
 
 
-def broken(dtype: mx.Dtype) -> kernel_cases.Case:
-    def fail() -> kernel_cases.Results:
+def broken(dtype: mx.Dtype) -> cases.Case:
+    def fail() -> cases.Results:
         raise RuntimeError("no such device\nlong log")
 
     return replace(MATVEC(dtype), custom=fail)
@@ -46,7 +49,7 @@ def test_a_table_and_a_record(
 
 @pytest.mark.parametrize(("make", "reason"), [(wrong, "FAILED: over 1e-05"), (broken, "no such device")])
 def test_what_fails_is_named_and_recorded(
-    make: partial[kernel_cases.Case],
+    make: partial[cases.Case],
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -63,3 +66,43 @@ def test_what_fails_is_named_and_recorded(
 def test_the_cases_cover_every_kernel() -> None:
     operations = {make(mx.float32).operation for name, make in doctor._cases(on_gpu=False, on_cpu=True)}
     assert operations == {"routed_experts", "gated_delta_net", "attention", "quantised_matvec"}
+
+
+def test_it_runs_after_the_plain_install(tmp_path: Path) -> None:
+    """README's install brings neither pytest nor hypothesis."""
+    script = """
+import sys
+sys.modules["pytest"] = sys.modules["_pytest"] = sys.modules["hypothesis"] = None
+from functools import partial
+from flashmoe_mlx.custom_kernels import cases
+from flashmoe_mlx.tasks import doctor
+doctor._cases = lambda *_: iter([("tiny", partial(cases.quantised_matvec, 32, 128, on_cpu=True))])
+from flashmoe_mlx.__main__ import main
+sys.exit(main(["task=doctor"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| quantised_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in done.stdout + done.stderr
+
+
+def test_only_the_testing_package_imports_what_only_tests_need() -> None:
+    root = Path(__file__).parent.parent
+    files = [
+        path for folder in ("flashmoe_mlx", "backends", "custom_kernels") for path in (root / folder).rglob("*.py")
+    ]
+    assert len(files) > 100
+    found = [
+        f"{path.relative_to(root)}: {name}"
+        for path in files
+        if "testing" not in path.parts
+        for name in _imported(ast.parse(path.read_text()))
+        if name.split(".")[0] in ("pytest", "hypothesis") or name.startswith("flashmoe_mlx.testing")
+    ]
+    assert found == []
+
+
+def _imported(tree: ast.AST) -> list[str]:
+    names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return names + [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]

@@ -4,7 +4,6 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import metal_on_cpu
@@ -16,6 +15,7 @@ from systems import needs_linux, needs_nvrtc
 
 from flashmoe_mlx.custom_kernels import (
     attention,
+    cases,
     choose,
     dense_experts,
     gated_delta_net,
@@ -24,15 +24,13 @@ from flashmoe_mlx.custom_kernels import (
     quantised_matvec,
     routed_experts,
 )
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, relative_error
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
-from flashmoe_mlx.custom_kernels.first_use import CheckedKernel
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
-from flashmoe_mlx.model.experts import expert_format
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, relative_error
 
 TARGETS = [
     pytest.param("metal on cpu", id="metal_on_cpu", marks=needs_linux),
@@ -43,7 +41,7 @@ DTYPES = [pytest.param(mx.float32, id="f32"), pytest.param(mx.bfloat16, id="bf16
 SMALL = GEOMETRIES["small"]
 PUBLISHED = [name for name in GEOMETRIES if name != "small"]
 WIDTHS = [(bits, group_size) for bits in (2, 3, 4, 8) for group_size in (32, 64, 128)]
-ODD = kernel_cases.Geometry(128, 384, 5, 1, 96, 20, 1, 3, 64, 16)
+ODD = cases.Geometry(128, 384, 5, 1, 96, 20, 1, 3, 64, 16)
 """Sizes that no model has: rows that fill no simdgroup, rotary pairs that fill no lanes, five heads a key."""
 
 
@@ -69,7 +67,7 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
 def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dtype) -> None:
-    check(kernel_cases.routed_experts(ODD, dtype, bits=bits, group_size=group_size))
+    check(cases.routed_experts(ODD, dtype, bits=bits, group_size=group_size))
 
 
 @pytest.mark.usefixtures("target")
@@ -77,21 +75,21 @@ def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dty
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 20), (3, 2), (8, 5)])
 def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dtype: mx.Dtype) -> None:
-    check(kernel_cases.routed_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, shared=shared, seed=tokens))
+    check(cases.routed_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, shared=shared, seed=tokens))
 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_short_prompts_through_the_kernels_of_a_step(dtype: mx.Dtype) -> None:
-    check(kernel_cases.routed_experts(SMALL, dtype, group_size=32, tokens=20, k=3))
-    check(kernel_cases.gated_delta_net(ODD, dtype, tokens=100))
+    check(cases.routed_experts(SMALL, dtype, group_size=32, tokens=20, k=3))
+    check(cases.gated_delta_net(ODD, dtype, tokens=100))
 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64)])
 def test_dense_experts(bits: int, group_size: int, dtype: mx.Dtype) -> None:
-    check(kernel_cases.dense_experts(ODD, dtype, bits=bits, group_size=group_size))
+    check(cases.dense_experts(ODD, dtype, bits=bits, group_size=group_size))
 
 
 @pytest.mark.usefixtures("target")
@@ -100,22 +98,22 @@ def test_grouped_experts_out_of_the_kernel(dtype: mx.Dtype) -> None:
     # MLX's products in bf16 are too rough on a CPU.
     dense = dense_experts.dense_experts
     on_cpu = mx.default_device() == mx.cpu
-    case = kernel_cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, tokens=40, experts=18)
+    case = cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, tokens=40, experts=18)
     check(case)
 
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 4, 6), (100, 5, 40), (3, 20, 33)])
 def test_grouped_experts(tokens: int, k: int, experts: int) -> None:
     dense = dense_experts.reference.dense_experts
-    check(kernel_cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
+    check(cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
 
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 16])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
-def test_gated_delta_net(geometry: kernel_cases.Geometry, tokens: int, dtype: mx.Dtype) -> None:
-    check(kernel_cases.gated_delta_net(geometry, dtype, tokens=tokens))
+def test_gated_delta_net(geometry: cases.Geometry, tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.gated_delta_net(geometry, dtype, tokens=tokens))
 
 
 RULES = [
@@ -131,15 +129,15 @@ RULES = [
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_prompts_through_gated_delta_net(
-    geometry: kernel_cases.Geometry, tokens: int, dtype: mx.Dtype, rule: GatedDelta
+    geometry: cases.Geometry, tokens: int, dtype: mx.Dtype, rule: GatedDelta
 ) -> None:
-    check(kernel_cases.gated_delta_net_in_chunks(geometry, dtype, tokens=tokens, rule=rule))
+    check(cases.gated_delta_net_in_chunks(geometry, dtype, tokens=tokens, rule=rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, rule: GatedDelta) -> None:
-    check(kernel_cases.gated_delta_net_in_chunks(GEOMETRIES["35B"], dtype, tokens=100, rule=rule))
+    check(cases.gated_delta_net_in_chunks(GEOMETRIES["35B"], dtype, tokens=100, rule=rule))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -171,7 +169,7 @@ def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDel
 
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_a_prompt_in_pieces_equals_the_whole(rule: GatedDelta) -> None:
-    made = kernel_cases.delta_inputs(SMALL, mx.float32, tokens=150)
+    made = cases.delta_inputs(SMALL, mx.float32, tokens=150)
     whole = gated_delta_net.reference.gated_delta_net(*made.arrays, made.weights, made.past, made.state, rule)
     outputs, past, state = [], made.past, made.state
     for piece in (slice(0, 70), slice(70, 71), slice(71, 150)):
@@ -193,8 +191,8 @@ def test_inverse_of_a_unit_lower_triangular_matrix(size: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("context", "tokens"), [(1, 1), (2, 1), (63, 1), (600, 1), (9, 9), (300, 5)])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
-def test_attention(geometry: kernel_cases.Geometry, context: int, tokens: int, dtype: mx.Dtype) -> None:
-    check(kernel_cases.attention(geometry, dtype, context=context, tokens=tokens))
+def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.attention(geometry, dtype, context=context, tokens=tokens))
 
 
 # Heads, kv heads, dimensions and rotated ones: full and half rows of a product, few and odd heads a key, other widths.
@@ -207,10 +205,10 @@ ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "rotary"), ATTENTIONS)
 def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary: int, context: int) -> None:
     """Tiles that are full, begun or alone, and more of them in a span than are under way at once."""
-    geometry = kernel_cases.Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
-    weights = kernel_cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
+    geometry = cases.Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
+    weights = cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
     assert attention.stages_on_tensor_cores(weights, mx.bfloat16)
-    check(kernel_cases.attention(geometry, mx.bfloat16, context=context, seed=context))
+    check(cases.attention(geometry, mx.bfloat16, context=context, seed=context))
 
 
 @pytest.mark.usefixtures("target")
@@ -218,7 +216,7 @@ def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
 def test_quantised_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype) -> None:
-    check(kernel_cases.quantised_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
+    check(cases.quantised_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
 
 
 @pytest.mark.usefixtures("target")
@@ -227,10 +225,10 @@ def test_quantised_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dty
 @pytest.mark.parametrize(
     "make",
     [
-        partial(kernel_cases.routed_experts, k=4),
-        partial(kernel_cases.routed_experts, k=2, bits=2, shared=False),
-        kernel_cases.gated_delta_net,
-        partial(kernel_cases.attention, context=700),
+        partial(cases.routed_experts, k=4),
+        partial(cases.routed_experts, k=2, bits=2, shared=False),
+        cases.gated_delta_net,
+        partial(cases.attention, context=700),
     ],
     ids=["routed_experts", "routed_experts-2bit", "gated_delta_net", "attention"],
 )
@@ -238,7 +236,7 @@ def test_shapes_of_published_models(make: Callable[..., Case], name: str, dtype:
     check(make(GEOMETRIES[name], dtype))
 
 
-WHOLE_CHUNKS = kernel_cases.Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
+WHOLE_CHUNKS = cases.Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
 """The smallest sizes for which routed experts take one dispatch on NVIDIA GPUs."""
 
 
@@ -248,13 +246,13 @@ WHOLE_CHUNKS = kernel_cases.Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_routed_experts_in_one_dispatch(bits: int, group_size: int, k: int, shared: bool) -> None:
     sizes = {"bits": bits, "group_size": group_size, "k": k, "shared": shared, "seed": k}
-    check(kernel_cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes))
+    check(cases.routed_experts(WHOLE_CHUNKS, mx.bfloat16, **sizes))
 
 
 @pytest.mark.cuda
 def test_routed_experts_called_again_and_again() -> None:
     """Every call leaves the counters as the next finds them, and calls may run beside each other."""
-    made = kernel_cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
+    made = cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
     first = np.array(made.custom()[0].astype(mx.float32))
     for together in (1, 7, 300):
         results = [made.custom() for _ in range(together)]
@@ -267,14 +265,14 @@ def test_routed_experts_called_again_and_again() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(16, 1024), (208, 3072), (4096, 4096), (1024, 8192)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
-    check(kernel_cases.quantised_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
+    check(cases.quantised_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
 
 
 @pytest.mark.usefixtures("target")
 def test_a_far_position_is_rotated_exactly() -> None:
     """One float for the angle would be off by a thousandth here."""
-    geometry = kernel_cases.Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16)
-    check(kernel_cases.attention(geometry, mx.float32, context=100_000, tokens=2))
+    geometry = cases.Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16)
+    check(cases.attention(geometry, mx.float32, context=100_000, tokens=2))
 
 
 def test_the_checks_notice_an_unwritten_element() -> None:
@@ -287,10 +285,10 @@ def test_the_checks_notice_an_unwritten_element() -> None:
 @pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantised_matvec"])
 def test_mlx_operations_equal_the_references(operation: str) -> None:
     make = {
-        "routed_experts": partial(kernel_cases.routed_experts, SMALL, group_size=32),
-        "gated_delta_net": partial(kernel_cases.gated_delta_net, SMALL, tokens=3),
-        "attention": partial(kernel_cases.attention, SMALL, context=70, tokens=9),
-        "quantised_matvec": partial(kernel_cases.quantised_matvec, 64, 128),
+        "routed_experts": partial(cases.routed_experts, SMALL, group_size=32),
+        "gated_delta_net": partial(cases.gated_delta_net, SMALL, tokens=3),
+        "attention": partial(cases.attention, SMALL, context=70, tokens=9),
+        "quantised_matvec": partial(cases.quantised_matvec, 64, 128),
     }[operation]
     case = make(mx.float32)
     for found, expected in zip(case.standard(), case.reference(), strict=True):
@@ -405,6 +403,19 @@ def test_older_gpus_keep_two_dispatches() -> None:
     assert quantised_matvec.stream_plan(4096, 4096, 4, 64, older) is None
 
 
+@pytest.mark.parametrize(
+    ("device", "stages"),
+    [(H200, 4), (Gpu(108, 8, 166912), 4), (Gpu(128, 8, 101376), 2), (Gpu(170, 12, 101376), 2), (Gpu(40, 7, 65536), 0)],
+    ids=["H200", "A100", "Ada", "Blackwell with little memory", "Turing"],
+)
+def test_tiles_of_attention_under_way(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability and memory come from NVIDIA's driver, as for all other kernels."""
+    monkeypatch.setattr(attention, "gpu", lambda: device)
+    monkeypatch.setattr(attention, "dialect", lambda: "cuda")
+    weights = cases.attention_inputs(GEOMETRIES["397B"], mx.bfloat16, context=1).weights
+    assert attention.stages_on_tensor_cores(weights, mx.bfloat16) == stages
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -450,66 +461,6 @@ def test_quantised_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
     template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
     template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}
     assert compile_for_cuda(quantised_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
-
-
-def doubling(custom: Callable[[mx.array], mx.array], reports: list[str]) -> CheckedKernel[[mx.array], mx.array]:
-    return CheckedKernel(
-        name="doubling",
-        custom=custom,
-        standard=lambda x: x + x,
-        reference=lambda x: 2 * x,
-        takes=lambda x: x.ndim == 1,
-        kind=lambda x: x.dtype,
-        report=reports.append,
-    )
-
-
-def test_a_kernel_that_agrees_is_used_and_checked_once() -> None:
-    reports: list[str] = []
-    calls: list[int] = []
-    checked = doubling(lambda x: (calls.append(1), x * 2)[1], reports)
-    for _ in range(3):
-        assert checked(mx.array([1.0, 2.0])).tolist() == [2, 4]
-    assert len(calls) == 4
-    assert reports == ["custom kernel doubling"]
-    assert checked(mx.array([[1.0]])).tolist() == [[2]]
-    assert len(calls) == 4, "what it does not take goes to MLX"
-
-
-def test_a_check_may_take_a_part_of_the_arguments() -> None:
-    reports: list[str] = []
-    seen: list[int] = []
-    checked = replace(
-        doubling(lambda x: (seen.append(len(x)), x * 2)[1], reports),
-        reference=lambda x: 2 * x if len(x) < 3 else x,
-        sample=lambda x: (x[:2],),
-    )
-    assert checked(mx.arange(5, dtype=mx.float32)).tolist() == [0, 2, 4, 6, 8]
-    assert seen == [2, 5]
-
-
-@pytest.mark.parametrize("wrong", [lambda x: x * 2.1, lambda x: x * float("nan")], ids=["differs", "not a number"])
-def test_a_kernel_that_disagrees_is_replaced_with_a_warning(
-    wrong: Callable[[mx.array], mx.array], caplog: pytest.LogCaptureFixture
-) -> None:
-    reports: list[str] = []
-    checked = doubling(wrong, reports)
-    with caplog.at_level(logging.WARNING):
-        assert checked(mx.array([1.0, 2.0])).tolist() == [2, 4]
-        assert checked(mx.array([3.0])).tolist() == [6]
-    assert len(caplog.records) == 1
-    assert "custom kernel doubling differs from its reference" in caplog.text
-    assert reports[0].startswith("MLX: the custom kernel doubling differs")
-
-
-def test_a_kernel_that_cannot_run_is_replaced_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    def broken(x: mx.array) -> mx.array:
-        raise RuntimeError("no such compiler\nlong log")
-
-    reports: list[str] = []
-    with caplog.at_level(logging.WARNING):
-        assert doubling(broken, reports)(mx.array([1.0])).tolist() == [2]
-    assert "cannot run: no such compiler;" in caplog.text
 
 
 def test_unknown_preference() -> None:

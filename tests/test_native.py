@@ -3,6 +3,8 @@ threads, forks, bad arguments; and the choice of it.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,15 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 import pytest
+from pack_oracle import assert_one_line
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import choose, native
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.custom_kernels import cases, choose, native
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.custom_kernels.inputs import Inputs
+from flashmoe_mlx.errors import InputError
 
 SMALL = GEOMETRIES["small"]
 ODD = Geometry(160, 288, 5, 1, 80, 20, 1, 3, 48, 16)
@@ -65,7 +72,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
     for columns in (group_size, 3 * group_size, 19 * group_size):
         for tokens in (1, 2, 7, 9):
             check(
-                kernel_cases.quantised_matvec(
+                cases.quantised_matvec(
                     29, columns, F32, bits=bits, group_size=group_size, tokens=tokens, scales=scales, on_cpu=True
                 )
             )
@@ -74,7 +81,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 16, 18, 33, 64, 65, 130])
 def test_products_of_several_vectors(tokens: int) -> None:
-    check(kernel_cases.quantised_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
+    check(cases.quantised_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
 
 
 @pytest.mark.usefixtures("instructions")
@@ -83,7 +90,7 @@ def test_products_of_several_vectors(tokens: int) -> None:
 def test_routed_experts_of_every_width(bits: int, group_size: int, shared: bool) -> None:
     for tokens, k in ((1, 3), (2, 2), (11, 2)):
         check(
-            kernel_cases.routed_experts(
+            cases.routed_experts(
                 ODD, F32, bits=bits, group_size=group_size, tokens=tokens, k=k, shared=shared, on_cpu=True
             )
         )
@@ -93,7 +100,7 @@ def test_routed_experts_of_every_width(bits: int, group_size: int, shared: bool)
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 20), (3, 2), (8, 5), (40, 3), (150, 2)])
 def test_routed_experts_of_several_tokens(tokens: int, k: int) -> None:
     check(
-        kernel_cases.routed_experts(
+        cases.routed_experts(
             SMALL, F32, group_size=32, tokens=tokens, k=k, scales=mx.bfloat16, seed=tokens, on_cpu=True
         )
     )
@@ -101,38 +108,38 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int) -> None:
 
 def test_routed_experts_add_to_what_is_there_and_a_shared_expert_may_differ() -> None:
     """Groups of experts come one after the other, and a 2-bit variant keeps its shared expert at 4 bits."""
-    two, four = (kernel_cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
+    two, four = (cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
     before = mx.random.normal(two.x.shape)
     got = native.routed_experts(two.x, two.records, two.rows, two.shares, two.form, four.shared, before)
     expected = choose("reference").routed_experts(two.x, two.slab, two.rows, two.shares, two.form, four.shared)
-    assert kernel_cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
+    assert cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize("tokens", [1, 2, 7, 70])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_gated_delta_net(geometry: Geometry, tokens: int) -> None:
-    check(kernel_cases.gated_delta_net(geometry, F32, tokens=tokens, on_cpu=True))
+    check(cases.gated_delta_net(geometry, F32, tokens=tokens, on_cpu=True))
 
 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize(("context", "tokens"), [(1, 1), (2, 1), (63, 1), (600, 1), (9, 9), (300, 5), (150, 70)])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
-    check(kernel_cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
+    check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
 
 
 def test_a_far_position_is_rotated_exactly() -> None:
-    check(kernel_cases.attention(Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16), F32, context=100_000, on_cpu=True))
+    check(cases.attention(Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16), F32, context=100_000, on_cpu=True))
 
 
 @pytest.mark.parametrize("name", [name for name in GEOMETRIES if name != "small"])
 @pytest.mark.parametrize(
     "make",
     [
-        partial(kernel_cases.routed_experts, k=2, scales=mx.bfloat16),
-        kernel_cases.gated_delta_net,
-        partial(kernel_cases.attention, context=700),
+        partial(cases.routed_experts, k=2, scales=mx.bfloat16),
+        cases.gated_delta_net,
+        partial(cases.attention, context=700),
     ],
     ids=["routed_experts", "gated_delta_net", "attention"],
 )
@@ -142,7 +149,7 @@ def test_shapes_of_published_models(make: Callable[..., Case], name: str) -> Non
 
 def test_instruction_sets_agree_to_the_last_bits(extension: ModuleType) -> None:
     """Sums are taken in one order by all; but portable code rounds products before it adds, and VNNI sums integers."""
-    inputs = kernel_cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=12, k=2)
+    inputs = cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=12, k=2)
     results = {}
     for name in extension.instruction_sets():
         extension.use_instruction_set(name)
@@ -191,7 +198,7 @@ def test_what_is_no_number_does_not_become_one(value: float) -> None:
 def test_many_threads_at_once(extension: ModuleType) -> None:
     """Whoever finds the pool busy computes alone: all are right."""
     extension.use_threads(4)
-    case = kernel_cases.quantised_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
+    case = cases.quantised_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
     expected = np.array(case.custom()[0])
     with ThreadPoolExecutor(8) as pool:
         for result in pool.map(lambda _: np.array(case.custom()[0]), range(400)):
@@ -245,6 +252,66 @@ def test_arguments_that_do_not_fit_are_refused(extension: ModuleType, place: int
         extension.products(np.zeros(64 * 9, np.float32), 1, (matrix,), (np.zeros(64, np.float32),), False)
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (0, np.zeros((8, 4), np.int64), "weight: elements of type uint32 are needed, not "),
+        (0, np.zeros((8, 8), np.float32), "weight: elements of type uint32 are needed, not f of 4 bytes"),
+        (0, np.zeros((8, 8), ">u4"), "weight: elements of type uint32 are needed, not >I of 4 bytes"),
+        (0, np.zeros((8, 32), np.uint8), "weight: elements of type uint32 are needed, not B of 1 bytes"),
+        (1, np.zeros((8, 1), np.float64), "scales: elements of type f32 are needed, not d of 8 bytes"),
+        (1, np.zeros((8, 1), np.int32), "scales: elements of type f32 are needed, not i of 4 bytes"),
+        (2, np.zeros((8, 2), np.float16), "biases: elements of type f32 are needed, not e of 2 bytes"),
+    ],
+)
+def test_elements_of_another_type_are_refused(
+    extension: ModuleType, place: int, value: npt.NDArray[Any], message: str
+) -> None:
+    matrix = (*MATRIX[:place], value, *MATRIX[place + 1 :])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        extension.products(np.zeros(64, np.float32), 1, (matrix,), (np.zeros(8, np.float32),), False)
+
+
+@pytest.mark.parametrize("wrong", ["x", "y"])
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.float16, ">f4"])
+def test_vectors_of_another_type_are_refused(extension: ModuleType, wrong: str, dtype: str) -> None:
+    x, y = (np.zeros(128, dtype if wrong == which else np.float32) for which in ("x", "y"))
+    with pytest.raises(ValueError, match=f"{wrong}: elements of type f32 are needed"):
+        extension.products(x, 1, (MATRIX,), (y,), False)
+
+
+@pytest.mark.parametrize("dtype", [mx.int64, mx.uint32, mx.int16, mx.float32])
+def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
+    """An int64 has the bytes of two int32, and was read as such."""
+    made = cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=2, k=2)
+    rows = mx.maximum(made.rows, 0).astype(dtype)
+    with pytest.raises(ValueError, match="rows: elements of type int32 are needed"):
+        native.routed_experts(made.x, made.records, rows, made.shares, made.form, made.shared)
+
+
+@pytest.mark.parametrize("tokens", [8, 600])
+@pytest.mark.parametrize("residual", [False, True])
+def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
+    """Small ones are copied into MLX's memory, large ones are written there in place."""
+    inputs = Inputs(F32, 0)
+    weight, x = inputs.quantised(512, 64, 4, 32), inputs.normal(tokens, 64)
+    before = inputs.normal(tokens, 512) if residual else None
+    (got,) = native.quantised_products(x, [weight], before)
+    expected = x @ weight.dense().T + (0 if before is None else before)
+    assert cases.relative_error(got, expected.astype(mx.float64, stream=mx.cpu)) < 1e-5
+
+
+def test_a_failure_in_any_thread_reaches_its_caller_and_the_pool_goes_on(tmp_path: Path) -> None:
+    compiler = [shutil.which("c++") or ""] if shutil.which("c++") else [sys.executable, "-m", "ziglang", "c++"]
+    root = Path(__file__).parent.parent
+    program = tmp_path / "failures"
+    sources = [root / "custom_kernels" / "native" / "pool.cpp", root / "tests" / "native" / "failures.cpp"]
+    options = ["-std=c++17", "-O1", "-pthread", f"-I{sources[0].parent}", "-o", str(program)]
+    subprocess.run([*compiler, *options, *map(str, sources)], check=True, capture_output=True, timeout=200)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "every failure reached its caller\n"), done.stderr
+
+
 def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
     x = np.zeros(64, np.float32)
     with pytest.raises((BufferError, ValueError)):
@@ -254,7 +321,7 @@ def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
 
 
 def test_an_input_with_gaps_is_read_as_it_means() -> None:
-    case = kernel_cases.quantised_matvec(40, 128, F32, tokens=3, on_cpu=True)
+    case = cases.quantised_matvec(40, 128, F32, tokens=3, on_cpu=True)
     weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (40, 16), np.uint32))
     scales = mx.random.normal((40, 2))
     x = mx.random.normal((128, 3)).T
@@ -265,20 +332,70 @@ def test_an_input_with_gaps_is_read_as_it_means() -> None:
     check(case)
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"FLASHMOE_THREADS": "3", "FLASHMOE_INSTRUCTIONS": "portable"}, "portable, 3 threads"),
-        ({"FLASHMOE_THREADS": "none"}, "must be a whole number"),
-        ({"FLASHMOE_INSTRUCTIONS": "sse9"}, "this machine has"),
-    ],
-)
-def test_environment_variables(variables: dict[str, str], expected: str) -> None:
+def test_environment_variables() -> None:
     script = "from flashmoe_mlx.custom_kernels import native; print(native.description())"
+    variables = {"FLASHMOE_THREADS": "3", "FLASHMOE_INSTRUCTIONS": "portable"}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, env={**os.environ, **variables}
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, **variables}
     )
-    assert expected in done.stdout + done.stderr
+    assert done.stdout.strip() == "portable, 3 threads"
+
+
+WRONG_VARIABLES = [
+    *(
+        ("FLASHMOE_THREADS", value)
+        for value in ("none", "0", "-3", "1.5", "1e3", "257", "9" * 21, "9" * 5000, "\u0663", " ")
+    ),
+    *(("FLASHMOE_INSTRUCTIONS", value) for value in ("sse9", "AVX2", "avx2 ", "x" * 5000)),
+]
+
+
+@pytest.fixture
+def fresh_extension(extension: ModuleType) -> Iterator[None]:
+    """Have the variables read again, here and after the test."""
+    native.extension.cache_clear()
+    yield
+    native.extension.cache_clear()
+    native.extension()
+
+
+@pytest.mark.usefixtures("fresh_extension")
+@pytest.mark.parametrize(("name", "value"), WRONG_VARIABLES, ids=lambda value: ascii(value)[:20])
+def test_a_wrong_environment_variable_is_the_users_mistake(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tiny_pack: Path
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError) as error:
+        flashmoe_mlx.load(tiny_pack)
+    assert error.value.code == {"FLASHMOE_THREADS": "invalid_threads"}.get(name, "unknown_instructions")
+    assert_one_line(str(error.value))
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.usefixtures("fresh_extension")
+@pytest.mark.parametrize("name", ["FLASHMOE_THREADS", "FLASHMOE_INSTRUCTIONS"])
+def test_an_empty_environment_variable_counts_as_unset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = native.description()
+    monkeypatch.setenv(name, "")
+    native.extension.cache_clear()
+    assert native.description() == expected
+
+
+@pytest.mark.usefixtures("fresh_extension")
+@pytest.mark.parametrize("task", ["generate", "bench", "evaluate", "trace", "estimate", "doctor"])
+@pytest.mark.parametrize("variable", [("FLASHMOE_THREADS", "9" * 21), ("FLASHMOE_INSTRUCTIONS", "x")])
+def test_every_task_names_a_wrong_environment_variable(
+    task: str,
+    variable: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(*variable)
+    monkeypatch.chdir(tmp_path)
+    assert run_command_line([f"task={task}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert line.startswith(f"flashmoe_mlx: {variable[0]}={variable[1]}: ")
 
 
 @pytest.mark.parametrize(
@@ -308,19 +425,22 @@ def test_quota_where_there_are_no_control_groups(tmp_path: Path) -> None:
     assert native._quota(tmp_path / "none", tmp_path) is None
 
 
-def test_the_record_of_a_run_names_what_ran(tiny_pack: Path) -> None:
+def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack) as engine:
         engine.logits(list(range(30)))
         names = engine.setup["kernels"]
-    for operation in (
-        "attention",
-        "gated_delta_net",
-        "gated_delta_net of prompts",
-        "routed_experts",
-        "quantised_matvec",
-    ):
-        assert names[operation].startswith("native kernel ")
+    for operation, paths in {
+        "attention": ["one token", "several tokens"],
+        "gated_delta_net": ["one token", "several tokens"],
+        "routed_experts": ["one token", "2 to 8 tokens", "more than 8 tokens"],
+        "quantised_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
+        "rms_norm": ["one token", "several tokens"],
+    }.items():
+        for path in paths:
+            found = {runs for name, runs in names.items() if name.startswith(f"{operation}: {path}")}
+            assert found == {f"native kernel {operation} ({native.description()})"}
     assert engine.setup["note"] is None
+    assert engine.setup["replaced_kernels"] == []
 
 
 @pytest.mark.parametrize("backend", ["pread", "mmap", "resident", "ram_hybrid"])

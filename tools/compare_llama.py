@@ -155,7 +155,10 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
         opened, cache = time.perf_counter() - start, engine.new_cache()
         times = _timed(arguments, lambda token: engine.forward([token], cache))
         stats = engine.store.stats()
-        what = f"{engine.setup['kernels']['routed_experts']}, hits {stats.hits / max(1, stats.requests):.0%}"
+        experts = {
+            runs for path, runs in engine.setup["kernels"].items() if path.startswith("routed_experts: one token")
+        }
+        what = f"{', '.join(experts)}, hits {stats.hits / max(1, stats.requests):.0%}"
         return {"ms": times, "open": opened, "peak": _peak(), "what": what}
 
 

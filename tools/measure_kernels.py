@@ -17,8 +17,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import attention, gated_delta_net, quantised_matvec, routed_experts
-from flashmoe_mlx.testing import kernel_cases as cases
+from flashmoe_mlx.custom_kernels import attention, cases, gated_delta_net, quantised_matvec, routed_experts
 
 _STAMP = """
     unsigned long long now;
@@ -161,7 +160,7 @@ def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
 
 
 def _expert_sets(bits: int, k: int) -> tuple[object, list[tuple[mx.array, mx.array, mx.array]], int, list[object]]:
-    from flashmoe_mlx.model.experts import expert_format
+    from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
     from flashmoe_mlx.pack.record import RecordLayout
 
     layout = RecordLayout(4096, 1024, bits, 64, "BF16")

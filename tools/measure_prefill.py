@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import dense_experts, dialect, expert_mlp, gated_delta_net, routed_experts
+from flashmoe_mlx.custom_kernels import cases, dense_experts, dialect, expert_mlp, gated_delta_net, routed_experts
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts
-from flashmoe_mlx.model.experts import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
-from flashmoe_mlx.testing import kernel_cases as cases
 
 _SLOTS = 16
 

@@ -8,8 +8,9 @@ import numpy as np
 from flashmoe_mlx.custom_kernels.attention import reference
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
 from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect, length_as_shape
+from flashmoe_mlx.custom_kernels.nvidia import gpu
 
-__all__ = ["AttentionWeights", "fits", "fused_gated_attention", "gated_attention", "reference", "reference_on_copies"]
+__all__ = ["AttentionWeights", "code_path", "fits", "fused_gated_attention", "gated_attention", "reference"]
 
 _SCORES = 2**26
 """Most attention scores held at once; longer prompts go through in blocks of queries."""
@@ -31,6 +32,9 @@ _SIMDGROUPS = 8
 _SPANS = 64
 _TILE = 32
 """Keys of a tile on tensor cores."""
+_BF16_PRODUCTS = 8
+"""The first compute capability whose tensor cores multiply bf16."""
+_MUCH_SHARED_MEMORY = 160 * 1024
 _BLOCKS = 128
 """Threadgroups that fill a GPU on tensor cores, each with most of a multiprocessor's shared memory."""
 
@@ -62,22 +66,26 @@ def gated_attention(
     return reference.gated_attention(q_and_gate, k, v, weights, keys, values, start, _attention, _rotated)
 
 
-def reference_on_copies(
-    q_and_gate: mx.array,
-    k: mx.array,
-    v: mx.array,
-    weights: AttentionWeights,
-    keys: mx.array,
-    values: mx.array,
-    start: int,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As ``reference.gated_attention``, leaving the caches as they are."""
-    return reference.gated_attention(q_and_gate, k, v, weights, keys * 1, values * 1, start)
-
-
 def fits(weights: AttentionWeights, dtype: mx.Dtype) -> bool:
     """Whether ``fused_gated_attention`` takes a layer of this shape with activations of ``dtype``."""
     return dtype in (mx.float32, mx.bfloat16) and weights.head_dim % 32 == 0 and weights.head_dim <= 256
+
+
+def code_path(
+    q_and_gate: mx.array,
+    k: mx.array,  # noqa: ARG001  # the operation's
+    v: mx.array,  # noqa: ARG001
+    weights: AttentionWeights,
+    keys: mx.array,  # noqa: ARG001
+    values: mx.array,  # noqa: ARG001
+    start: int,  # noqa: ARG001
+) -> tuple[str, ...] | None:
+    """Name the code path of ``fused_gated_attention``; None if it does not take the arguments."""
+    if not fits(weights, q_and_gate.dtype):
+        return None
+    if len(q_and_gate) > 1:
+        return ("several tokens",)
+    return "one token", "on tensor cores" if stages_on_tensor_cores(weights, q_and_gate.dtype) else ""
 
 
 def fused_gated_attention(
@@ -175,17 +183,11 @@ def stages_on_tensor_cores(weights: AttentionWeights, dtype: mx.Dtype) -> int:
     return _stages_of_this_gpu() if fit else 0
 
 
-@cache
 def _stages_of_this_gpu() -> int:
-    """4 where a threadgroup gets 160 KB of shared memory and more; 2 with 99 KB; 0 without products of bf16.
-
-    Source: the table of compute capabilities in NVIDIA's CUDA programming guide.
-    """
-    information = mx.device_info()
-    major, minor = (int(information.get(f"compute_capability_{part}", 0)) for part in ("major", "minor"))
-    if (major, minor) == (8, 0) or major in (9, 10):
-        return 4
-    return 2 if major >= 8 else 0
+    """Return 4 where a threadgroup gets 160 KB of shared memory and more, 2 with less, 0 without products of bf16."""
+    if gpu().capability < _BF16_PRODUCTS:
+        return 0
+    return 4 if gpu().shared_memory >= _MUCH_SHARED_MEMORY else 2
 
 
 def _attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:

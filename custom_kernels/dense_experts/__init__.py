@@ -3,10 +3,11 @@
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.dense_experts import reference
+from flashmoe_mlx.custom_kernels.expert_mlp.reference import format_name
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
 
-__all__ = ["dense_experts", "fits", "reference"]
+__all__ = ["code_path", "dense_experts", "fits", "reference"]
 
 BODY = Kernel("dense_experts", "body", ["slab", "rows"], ["gate", "up", "down"], ["loads", "stores"])
 _THREADS = 256
@@ -15,6 +16,11 @@ _THREADS = 256
 def fits(form: ExpertFormat, dtype: mx.Dtype) -> bool:
     """Whether the kernel makes matrices of ``dtype`` out of experts of this form."""
     return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+
+
+def code_path(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype) -> tuple[str, ...] | None:  # noqa: ARG001
+    """Name the code path of ``dense_experts``; None if it does not take the arguments."""
+    return (format_name(form.bits, form.group_size, form.dtype),) if fits(form, dtype) else None
 
 
 def dense_experts(

@@ -12,12 +12,12 @@ __all__ = [
     "MOST_TOKENS",
     "DeltaWeights",
     "chunked",
+    "code_path",
     "fits",
     "gated_delta_net",
     "in_chunks",
     "reference",
     "step",
-    "takes",
 ]
 
 MOST_TOKENS = 16
@@ -83,17 +83,19 @@ def fits(weights: DeltaWeights) -> bool:
     return weights.key_dim % 32 == 0 and weights.value_dim % 16 == 0 and weights.value_dim * weights.key_dim <= 2**15
 
 
-def takes(
+def code_path(
     qkv: mx.array,
-    z: mx.array,  # noqa: ARG001  # the arguments of the operation
+    z: mx.array,  # noqa: ARG001  # the operation's
     b: mx.array,  # noqa: ARG001
     a: mx.array,  # noqa: ARG001
     weights: DeltaWeights,
     past: mx.array,  # noqa: ARG001
     state: mx.array,  # noqa: ARG001
-) -> bool:
-    """Whether ``step`` is made for these arguments."""
-    return fits(weights) and (len(qkv) <= MOST_TOKENS or dialect() == "cuda")
+) -> tuple[str, ...] | None:
+    """Name the code path of ``step``; None if it is not made for the arguments."""
+    if not fits(weights) or (len(qkv) > MOST_TOKENS and dialect() != "cuda"):
+        return None
+    return ("one token" if len(qkv) == 1 else "several tokens",)
 
 
 def step(

@@ -1,13 +1,14 @@
 """Kernels for CPUs, in a C++ extension; see ``operators.hpp`` for what each computes.
 
 Buffers go in and out: an ``mx.array`` is one, and is evaluated when it is looked into. What is returned is evaluated.
-Two environment variables, read once, at the first use: ``FLASHMOE_THREADS`` (default: the cores that this process may
-use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``, ``neon`` or ``portable``; default: the best
-of this machine).
+Two environment variables are read once, at the first use; empty ones count as unset: ``FLASHMOE_THREADS`` (1 to 256;
+default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
+``neon`` or ``portable``; default: the best of this machine).
 """
 
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -23,6 +24,7 @@ from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
 from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
 from flashmoe_mlx.custom_kernels.routed_experts.format import PROJECTIONS, ExpertFormat
+from flashmoe_mlx.errors import InputError
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
@@ -36,19 +38,21 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python, while the compiled part lies where pip put it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 2
+_INTERFACE = 3
 """Counts changes of what the compiled part takes, so that one of another version is not called."""
 _SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+_SHOWN = 40
+"""Characters of a wrong variable that an error repeats."""
 _COPIED = 2**18
 """Elements up to which an array is made by copying; larger ones are allocated by MLX and written in place."""
 
 
 @cache
 def extension() -> ModuleType | None:
-    """The compiled part, ready to use, or None where it was not built, or for another version of this package.
+    """Load the compiled part; None where it was not built, or was built for another version of this package.
 
     Raises:
-        ValueError: an environment variable asks for what is not there.
+        InputError: an environment variable asks for what is not there.
     """
     try:
         native = import_module(f"{__name__}._native")
@@ -56,19 +60,25 @@ def extension() -> ModuleType | None:
         return None
     if native.INTERFACE != _INTERFACE:
         return None
-    native.use_threads(_threads(os.environ.get("FLASHMOE_THREADS")))
-    wanted = os.environ.get("FLASHMOE_INSTRUCTIONS", "auto")
+    native.use_threads(_threads(os.environ.get("FLASHMOE_THREADS"), native.MOST_THREADS))
+    wanted = os.environ.get("FLASHMOE_INSTRUCTIONS") or "auto"
     if wanted not in ("auto", *native.instruction_sets()):
-        raise ValueError(f"FLASHMOE_INSTRUCTIONS={wanted}: this machine has {', '.join(native.instruction_sets())}")
+        raise InputError(
+            f"FLASHMOE_INSTRUCTIONS={wanted[:_SHOWN]}: this machine has {', '.join(native.instruction_sets())}; choose "
+            "one of these or unset the variable",
+            code="unknown_instructions",
+        )
     native.use_instruction_set(wanted)
     return native
 
 
-def _threads(wanted: str | None) -> int:
-    if wanted is None:
-        return usable_cores()
-    if not wanted.isdecimal() or int(wanted) < 1:
-        raise ValueError(f"FLASHMOE_THREADS={wanted}: must be a whole number, at least 1")
+def _threads(wanted: str | None, most: int) -> int:
+    if not wanted:
+        return min(usable_cores(), most)
+    if not re.fullmatch("[0-9]{1,9}", wanted) or not 1 <= int(wanted) <= most:
+        raise InputError(
+            f"FLASHMOE_THREADS={wanted[:_SHOWN]}: must be a whole number from 1 to {most}", code="invalid_threads"
+        )
     return int(wanted)
 
 
@@ -111,6 +121,12 @@ def description() -> str:
     """What runs, for the record of a run."""
     native = _loaded()
     return f"{native.instruction_set()}, {native.threads()} threads"
+
+
+def few_tokens() -> int:
+    """Return up to how many vectors products pass over the codes; for more, blocks are dequantised."""
+    few: int = _loaded().FEW_TOKENS
+    return few
 
 
 def takes_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:

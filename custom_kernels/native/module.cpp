@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -19,31 +20,37 @@ using namespace flashmoe;
 
 struct PythonError {}; // an exception is already set
 
+// What the elements of a buffer must be.
+struct Elements {
+    const char* name;
+    const char* formats; // of Python's struct module, one character each
+    Py_ssize_t bytes;
+    const char* other = nullptr; // MLX's own name for a type that struct does not have
+};
+
+constexpr Elements kFloat{"f32", "f", 4}, kInt{"int32", "il", 4}, kCodes{"uint32", "IL", 4}, kByte{"uint8", "B", 1},
+    kHalf{"f16", "e", 2}, kBrainFloat{"bf16", "H", 2, "bfloat16"};
+
+bool has(const Py_buffer& view, const Elements& wanted) {
+    if (view.itemsize != wanted.bytes) return false;
+    std::string format = view.format ? view.format : "B"; // as the buffer protocol says
+    if (wanted.other && format == wanted.other) return true;
+    if (format.size() == 2 && std::strchr("@=<", format[0])) format.erase(0, 1); // little-endian like this machine
+    return format.size() == 1 && std::strchr(wanted.formats, format[0]);
+}
+
 // A buffer, held; read from a copy if its elements do not lie one after the other.
 class Buffer {
 public:
-    Buffer(PyObject* object, const char* what, int64_t least, bool writable = false) {
+    Buffer(PyObject* object, const char* what, const Elements& elements, int64_t count, bool writable = false) {
         // MLX gives strides whether they are asked for or not: nobody else checks them.
-        if (PyObject_GetBuffer(object, &view_, PyBUF_STRIDES | (writable ? PyBUF_WRITABLE : 0)) != 0)
+        if (PyObject_GetBuffer(object, &view_, PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
             throw PythonError{};
-        start_ = static_cast<uint8_t*>(view_.buf);
-        std::string error;
-        if (view_.len < least)
-            error = std::string(what) + ": " + std::to_string(view_.len) + " bytes, but " + std::to_string(least) +
-                    " are needed";
-        else if (!PyBuffer_IsContiguous(&view_, 'C')) {
-            copy_.resize(view_.len);
-            start_ = copy_.data();
-            if (writable)
-                error = std::string(what) + ": must be contiguous";
-            else if (PyBuffer_ToContiguous(start_, &view_, view_.len, 'C') != 0) {
-                PyBuffer_Release(&view_);
-                throw PythonError{};
-            }
-        }
-        if (!error.empty()) {
+        try {
+            check(what, elements, count, writable);
+        } catch (...) {
             PyBuffer_Release(&view_);
-            throw std::invalid_argument(error);
+            throw;
         }
     }
     Buffer(const Buffer&) = delete;
@@ -57,15 +64,31 @@ public:
     }
 
 private:
+    void check(const char* what, const Elements& elements, int64_t count, bool writable) {
+        start_ = static_cast<uint8_t*>(view_.buf);
+        if (!has(view_, elements))
+            throw std::invalid_argument(std::string(what) + ": elements of type " + elements.name + " are needed, not " +
+                                        (view_.format ? view_.format : "bytes") + " of " +
+                                        std::to_string(view_.itemsize) + " bytes");
+        if (view_.len / elements.bytes < count)
+            throw std::invalid_argument(std::string(what) + ": " + std::to_string(view_.len) + " bytes, but " +
+                                        std::to_string(count * elements.bytes) + " are needed");
+        if (PyBuffer_IsContiguous(&view_, 'C')) return;
+        if (writable) throw std::invalid_argument(std::string(what) + ": must be contiguous");
+        copy_.resize(view_.len);
+        start_ = copy_.data();
+        if (PyBuffer_ToContiguous(start_, &view_, view_.len, 'C') != 0) throw PythonError{};
+    }
+
     Py_buffer view_;
-    uint8_t* start_;
+    uint8_t* start_ = nullptr;
     std::vector<uint8_t> copy_;
 };
 
 using Held = std::vector<std::unique_ptr<Buffer>>;
 
 float* floats(Held& held, PyObject* object, const char* what, int64_t count, bool writable = false) {
-    held.push_back(std::make_unique<Buffer>(object, what, 4 * count, writable));
+    held.push_back(std::make_unique<Buffer>(object, what, kFloat, count, writable));
     return held.back()->as<float>();
 }
 
@@ -90,6 +113,9 @@ PyObject* guarded(const Function& function) {
         return nullptr;
     } catch (const std::bad_alloc&) {
         return PyErr_NoMemory();
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
     }
     Py_RETURN_NONE;
 }
@@ -116,11 +142,13 @@ Matrix matrix(Held& held, PyObject* tuple) {
         throw PythonError{};
     check_format(rows, columns, bits, group, type);
     Matrix m{nullptr, nullptr, nullptr, rows, columns, bits, group, static_cast<Scale>(type)};
-    held.push_back(std::make_unique<Buffer>(weight, "weight", rows * m.row_bytes()));
+    const Elements& factors = type == 0 ? kFloat : type == 1 ? kBrainFloat : kHalf;
+    const int64_t count = rows * (columns / group);
+    held.push_back(std::make_unique<Buffer>(weight, "weight", kCodes, (rows * m.row_bytes() + 3) / 4));
     m.codes = held.back()->bytes();
-    held.push_back(std::make_unique<Buffer>(scales, "scales", rows * m.scale_row_bytes()));
+    held.push_back(std::make_unique<Buffer>(scales, "scales", factors, count));
     m.scales = held.back()->bytes();
-    held.push_back(std::make_unique<Buffer>(biases, "biases", rows * m.scale_row_bytes()));
+    held.push_back(std::make_unique<Buffer>(biases, "biases", factors, count));
     m.biases = held.back()->bytes();
     return m;
 }
@@ -215,12 +243,12 @@ PyObject* experts(PyObject*, PyObject* args) {
         const float* in = floats(held, x, "x", tokens * hidden);
         const float* weights = floats(held, shares, "shares", tokens * columns);
         float* out = floats(held, y, "y", tokens * hidden, true);
-        held.push_back(std::make_unique<Buffer>(rows, "rows", 4 * tokens * choices));
+        held.push_back(std::make_unique<Buffer>(rows, "rows", kInt, tokens * choices));
         const int32_t* row = held.back()->as<const int32_t>();
         std::vector<ExpertUses> all;
         const Py_ssize_t count = PyList_Size(records);
         for (Py_ssize_t i = 0; i < count; ++i) {
-            held.push_back(std::make_unique<Buffer>(PyList_GetItem(records, i), "record", least));
+            held.push_back(std::make_unique<Buffer>(PyList_GetItem(records, i), "record", kByte, least));
             const uint8_t* record = held.back()->bytes();
             all.push_back({{format.part(0, record), format.part(1, record), format.part(2, record)}, {}});
         }
@@ -363,9 +391,15 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 2; // see __init__.py
+constexpr int kInterface = 3; // see __init__.py
 
-int add_constants(PyObject* module) { return PyModule_AddIntConstant(module, "INTERFACE", kInterface); }
+int add_constants(PyObject* module) {
+    return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||
+                   PyModule_AddIntConstant(module, "FEW_TOKENS", kFewTokens) ||
+                   PyModule_AddIntConstant(module, "MOST_THREADS", kMostThreads)
+               ? -1
+               : 0;
+}
 
 PyModuleDef_Slot slots[] = {{Py_mod_exec, reinterpret_cast<void*>(add_constants)}, {0, nullptr}};
 

@@ -53,7 +53,6 @@ float* scratch(int64_t count) {
 enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
 
 constexpr int64_t kBytesAtOnce = 24 * 1024; // weights that a thread takes at a time, so that all end together
-constexpr int64_t kFewTokens = 8;           // up to here, passes over the codes; above, dequantised blocks
 
 int64_t rows_at_once(const Matrix& m, int64_t tokens) {
     const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();

@@ -7,6 +7,9 @@
 
 namespace flashmoe {
 
+// Vectors up to which a product passes over the codes; for more, blocks are dequantised. Python checks both.
+constexpr int64_t kFewTokens = 8;
+
 // The best that this machine can run, or what `choose_operations` named.
 const Operations& operations();
 

@@ -7,8 +7,11 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace flashmoe {
@@ -36,7 +39,7 @@ public:
         for (int number = 1; number < count_; ++number) {
             try {
                 std::thread([this, number] { serve(number); }).detach();
-            } catch (const std::system_error&) {
+            } catch (const std::exception&) { // no more threads, or no memory for one
                 break;
             }
         }
@@ -73,6 +76,7 @@ public:
             else
                 sched_yield();
         }
+        if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
     }
 
 private:
@@ -87,7 +91,18 @@ private:
         int64_t end = 0;
     };
 
-    void work(int thread) {
+    // An exception must not leave a thread: the caller throws it again, once all threads are out of the loop.
+    void work(int thread) noexcept {
+        try {
+            take_part(thread);
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(failing_);
+            if (!error_) error_ = std::current_exception();
+            for (Range& range : ranges_) range.next.store(range.end, std::memory_order_relaxed); // the rest is in vain
+        }
+    }
+
+    void take_part(int thread) {
         for (int i = 0; i < count_; ++i) { // its own range, then those of the others
             Range& range = ranges_[(thread + i) % count_];
             while (range.next.load(std::memory_order_relaxed) < range.end) {
@@ -140,6 +155,8 @@ private:
     std::atomic<bool> stopping_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
+    std::mutex failing_;
+    std::exception_ptr error_; // of this loop; written under `failing_`, read when no other thread is inside
 };
 
 // Never freed: its threads may be waiting in it when the process ends, or when another takes its place.
@@ -147,6 +164,13 @@ std::atomic<Pool*> pool{nullptr};
 std::vector<Pool*>* const retired = new std::vector<Pool*>; // leak checkers see them here; guarded by `busy`
 std::atomic<int> wanted{1};
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
+
+// Gives the pool back, also when a loop ends with an exception.
+struct ClearBusy {
+    ClearBusy() = default;
+    ClearBusy(const ClearBusy&) = delete;
+    ~ClearBusy() { busy.clear(std::memory_order_release); }
+};
 
 // A child has none of the threads, and perhaps a loop of another thread of its parent that will never end.
 void forget_in_child() {
@@ -158,12 +182,13 @@ void forget_in_child() {
 
 void set_threads(int count) {
     while (busy.test_and_set(std::memory_order_acquire)) sched_yield();
+    const ClearBusy at_end;
+    retired->reserve(retired->size() + 1); // may throw, while nothing has changed yet
     wanted.store(count < 1 ? 1 : count > kMostThreads ? kMostThreads : count);
     if (Pool* before = pool.exchange(nullptr)) {
         before->stop();
         retired->push_back(before);
     }
-    busy.clear(std::memory_order_release);
 }
 
 int threads() { return wanted.load(); }
@@ -174,6 +199,7 @@ void run(int64_t count, int64_t step, Body body, void* context) {
         body(context, 0, count, 0);
         return;
     }
+    const ClearBusy at_end;
     Pool* current = pool.load();
     if (current == nullptr) {
         static const int registered = pthread_atfork(nullptr, nullptr, forget_in_child);
@@ -183,7 +209,6 @@ void run(int64_t count, int64_t step, Body body, void* context) {
         current->start();
     }
     current->run(count, step, body, context);
-    busy.clear(std::memory_order_release);
 }
 
 } // namespace flashmoe

@@ -14,9 +14,11 @@ constexpr int kMostThreads = 256;
 void set_threads(int count);
 int threads();
 
-// Runs `body` on all of [0, count), `step` items at a time, and returns when all of them are done. Every thread
-// has a range of its own, so that it reads memory in one go, and helps the others when it is through. While another thread's loop is under way the caller does everything
-// itself: many callers are right, and never more threads than were asked for. Must be called without the GIL.
+// Runs `body` on all of [0, count), `step` items at a time, and returns when all of them are done. Every thread has a
+// range for itself, so that it reads memory in one go, and helps the others when it is through. While another thread's
+// loop is under way the caller does everything itself: many callers are right, and never more threads than were asked
+// for. The first exception of a body ends the loop early and is thrown to the caller; the pool stays usable. Must be
+// called without the GIL.
 void run(int64_t count, int64_t step, Body body, void* context);
 
 // The same for anything that can be called.

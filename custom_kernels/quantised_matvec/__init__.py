@@ -6,12 +6,12 @@ from functools import cache
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.expert_mlp.reference import Weight
+from flashmoe_mlx.custom_kernels.expert_mlp.reference import Weight, format_name
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
 from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.quantised_matvec import reference
 
-__all__ = ["MOST_TOKENS", "Products", "by_mlx", "one_by_one", "quantised_matvec", "reference", "takes"]
+__all__ = ["MOST_TOKENS", "Products", "by_mlx", "code_path", "one_by_one", "quantised_matvec", "reference"]
 
 Products = Callable[[mx.array, Sequence[Weight], mx.array | None], tuple[mx.array, ...]]
 """Products of one ``x`` with several quantised matrices: of [T, columns], [T, rows] each. The last argument, [T, rows]
@@ -31,16 +31,27 @@ _DEPTH = 4
 """Steps whose weights are under way at once."""
 
 
-def takes(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> bool:
-    """Whether ``quantised_matvec`` is made for these arguments."""
-    return (
-        len(x) <= MOST_TOKENS
-        and bits in (2, 3, 4, 8)
-        and group_size % _CHUNK == 0
-        and weight.shape[0] % _ROWS == 0
-        and x.dtype in (mx.float32, mx.bfloat16)
-        and scales.dtype == biases.dtype
-    )
+def code_path(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+) -> tuple[str, ...] | None:
+    """Name the code path of ``quantised_matvec``; None if it is not made for the arguments.
+
+    For one vector the plan depends on the sizes of the matrix.
+    """
+    if (
+        len(x) > MOST_TOKENS
+        or bits not in (2, 3, 4, 8)
+        or group_size % _CHUNK
+        or weight.shape[0] % _ROWS
+        or x.dtype not in (mx.float32, mx.bfloat16)
+        or scales.dtype != biases.dtype
+    ):
+        return None
+    form = format_name(bits, group_size, scales.dtype)
+    if len(x) == 1:
+        return "one token", form, f"{weight.shape[0]} x {x.shape[1]}"
+    tensor = "on tensor cores" if _on_tensor_cores(x, weight, scales, bits, group_size) else ""
+    return f"2 to {MOST_TOKENS} tokens", form, tensor
 
 
 def by_mlx(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int) -> mx.array:
@@ -67,7 +78,7 @@ def one_by_one(product: Callable[[mx.array, mx.array, mx.array, mx.array, int, i
 def quantised_matvec(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> mx.array:
-    """As ``reference.quantised_matvec``, in one dispatch, for what it ``takes``."""
+    """As ``reference.quantised_matvec``, in one dispatch, for arguments with a ``code_path``."""
     tokens, columns = x.shape
     outputs = weight.shape[0]
     template: dict[str, int | mx.Dtype] = {

@@ -10,12 +10,23 @@ from itertools import count
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight, expert_mlp
+from flashmoe_mlx.custom_kernels.expert_mlp.reference import format_name
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
 from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.routed_experts import reference
 from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
 
-__all__ = ["MOST_TOKENS", "ExpertFormat", "by_expert", "fits", "joins", "reference", "routed_experts"]
+__all__ = [
+    "MOST_TOKENS",
+    "ExpertFormat",
+    "by_expert",
+    "code_path",
+    "fits",
+    "joins",
+    "most_tokens",
+    "reference",
+    "routed_experts",
+]
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
 """With more tokens at once, an expert is better applied to all of its tokens together. Measured on an NVIDIA H200; on
@@ -89,32 +100,32 @@ def joins(shared: ExpertWeights, form: ExpertFormat) -> bool:
     )
 
 
-def takes(
+def code_path(
     x: mx.array,
-    slab: mx.array,  # noqa: ARG001  # the arguments of the operation
+    slab: mx.array,  # noqa: ARG001  # the operation's
     rows: mx.array,  # noqa: ARG001
-    shares: mx.array,  # noqa: ARG001
+    shares: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
-) -> bool:
-    """Whether ``routed_experts`` is made for these arguments."""
+) -> tuple[str, ...] | None:
+    """Name the code path of ``routed_experts``; None if it is not made for the arguments.
+
+    On one machine these phrases and the sizes of a model decide between one dispatch and two, on tensor cores or not.
+    """
+    if len(x) > most_tokens() or not fits(form, x.dtype) or not (shared is None or joins(shared, form)):
+        return None
+    choices = shares.shape[1] - (shared is not None)
     return (
-        len(x) <= MOST_TOKENS.get(dialect() or "metal", 0)
-        and fits(form, x.dtype)
-        and (shared is None or joins(shared, form))
+        "one token" if len(x) == 1 else "several tokens",
+        format_name(form.bits, form.group_size, form.dtype),
+        f"K={choices}",
+        "" if shared is None else "with the shared expert",
     )
 
 
-def code_path(
-    x: mx.array,
-    slab: mx.array,  # noqa: ARG001  # the arguments of the operation
-    rows: mx.array,  # noqa: ARG001
-    shares: mx.array,  # noqa: ARG001
-    form: ExpertFormat,
-    shared: ExpertWeights | None = None,
-) -> tuple[int, bool, bool]:
-    """What arguments must share for a check of one to hold for the other."""
-    return form.bits, shared is None, len(x) > 1
+def most_tokens() -> int:
+    """Return the largest number of tokens that these kernels are made for on the default device."""
+    return MOST_TOKENS.get(dialect() or "metal", 0)
 
 
 def by_expert(

@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
+from flashmoe_mlx.pack.arrays import MLX_DTYPES
+from flashmoe_mlx.pack.record import PROJECTIONS, RecordLayout
 
-PROJECTIONS = ("gate", "up", "down")
+__all__ = ["PROJECTIONS", "ExpertFormat", "expert_format"]
 
 
 @dataclass(frozen=True)
 class ExpertFormat:
-    """MLX affine records: ``offsets`` in bytes, by "gate.weight", "gate.scales" and so on.
+    """The format of MLX affine records: ``offsets`` in bytes, by "gate.weight", "gate.scales" and so on.
 
     ``dtype`` is that of scales and biases.
     """
@@ -29,12 +32,21 @@ class ExpertFormat:
         """The matrices of ``record``, uint8 [record bytes], as views."""
         return ExpertWeights(*(self._weight(record, projection) for projection in PROJECTIONS))
 
+    def shape(self, projection: str) -> tuple[int, int]:
+        """Rows and columns of "gate", "up" or "down"."""
+        if projection == "down":
+            return self.hidden_size, self.intermediate_size
+        return self.intermediate_size, self.hidden_size
+
+    def resized(self, hidden_size: int, intermediate_size: int) -> "ExpertFormat":
+        """Describe records of the same format with experts of other sizes."""
+        dtype = next(name for name, dtype in MLX_DTYPES.items() if dtype == self.dtype)
+        form = expert_format(RecordLayout(hidden_size, intermediate_size, self.bits, self.group_size, dtype))
+        assert form is not None
+        return form
+
     def _weight(self, record: mx.array, projection: str) -> Weight:
-        rows, columns = (
-            (self.hidden_size, self.intermediate_size)
-            if projection == "down"
-            else (self.intermediate_size, self.hidden_size)
-        )
+        rows, columns = self.shape(projection)
         shapes = {"weight": (rows, columns * self.bits // 32), "scales": (rows, columns // self.group_size)}
         shapes["biases"] = shapes["scales"]
 
@@ -44,3 +56,19 @@ class ExpertFormat:
             return record[offset : offset + shape[0] * shape[1] * dtype.size].view(dtype).reshape(shape)
 
         return Weight(part("weight"), part("scales"), part("biases"), self.bits, self.group_size)
+
+
+@cache
+def expert_format(layout: RecordLayout) -> ExpertFormat | None:
+    """Describe the records of ``layout`` to kernels; None for dense records."""
+    if layout.bits is None or layout.group_size is None:
+        return None
+    return ExpertFormat(
+        layout.hidden_size,
+        layout.intermediate_size,
+        layout.bits,
+        layout.group_size,
+        MLX_DTYPES[layout.dtype],
+        layout.record_bytes,
+        {component.name: component.offset for component in layout.components},
+    )

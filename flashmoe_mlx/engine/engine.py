@@ -11,7 +11,7 @@ from typing import Any, Self, SupportsIndex
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.generation import (
@@ -32,6 +32,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.build import build_model
 from flashmoe_mlx.model.cache import SequenceCache
+from flashmoe_mlx.model.code_paths import model_shapes
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.experts import RoutingObserver
 from flashmoe_mlx.model.phases import PhaseClock
@@ -85,6 +86,7 @@ def load(
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, built.layers)
+        report = check_kernels(chosen, model_shapes(built))
     except BaseException:
         store.close()
         raise
@@ -93,8 +95,9 @@ def load(
         "experts_k": k,
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
         "activations": str(dtype),
-        "kernels": chosen.names,
-        "note": _joined_notes(chosen.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
+        "kernels": report.names,
+        "replaced_kernels": report.replaced,
+        "note": _joined_notes(report.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
         "prefetch": prefetch,
         "backend": settings,
     }

@@ -5,7 +5,6 @@ Source: transformers ``Qwen3_5MoeSparseMoeBlock``: softmax over all experts, the
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -14,12 +13,12 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels, native
 from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.routed_experts import joins
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
 from flashmoe_mlx.expert_store import ExpertBatch, ExpertStore
 from flashmoe_mlx.model.linear import Linear, together
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.model.prefetch import Prefetcher
-from flashmoe_mlx.pack.arrays import MLX_DTYPES
 from flashmoe_mlx.pack.quantise import record_views
 from flashmoe_mlx.pack.record import RecordLayout
 
@@ -230,22 +229,6 @@ def _rows(chosen: npt.NDArray[np.uint32], group: Sequence[int], batch: ExpertBat
     rows = np.full(int(chosen.max()) + 1, -1, np.int32)
     rows[group] = batch.slots
     return rows[chosen]
-
-
-@cache
-def expert_format(layout: RecordLayout) -> ExpertFormat | None:
-    """``layout`` as kernels want it; None for dense records."""
-    if layout.bits is None or layout.group_size is None:
-        return None
-    return ExpertFormat(
-        layout.hidden_size,
-        layout.intermediate_size,
-        layout.bits,
-        layout.group_size,
-        MLX_DTYPES[layout.dtype],
-        layout.record_bytes,
-        {component.name: component.offset for component in layout.components},
-    )
 
 
 def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:

@@ -227,6 +227,8 @@ class Summary:
     prefetched: float | None
     wasted_bytes_per_token: float
     cached: float
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the kernels that ran: those replaced after a failed check, or a missing extension."""
 
     def to_json(self) -> dict[str, Any]:
         """As in ``bench.json``."""
@@ -286,6 +288,7 @@ def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
         prefetched=_ratio(total("prefetched"), total("misses")) if guesses else None,
         wasted_bytes_per_token=total("bytes_wasted") / tokens,
         cached=float(np.mean([one.cached for one in passes])),
+        notes=tuple(dict.fromkeys(note for one in passes if (note := one.record.get("note")))),
     )
 
 

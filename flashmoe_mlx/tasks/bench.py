@@ -10,6 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from flashmoe_mlx.config import BenchConfig
+from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.engine.telemetry import environment
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model.prefetch import check_policy
@@ -28,13 +29,15 @@ from flashmoe_mlx.research.bench import (
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.memory_cap import memory_cap
 from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.prompts import with_prompt
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 RECORD = "bench.json"
+_MARK = "*"
+"""Beside a row about which there is a note."""
 _OTHER_PROMPTS = (
     "Write four lines about a lighthouse in winter.",
     "How does a hash table find a key?",
@@ -81,6 +84,7 @@ def _check(config: BenchConfig) -> None:
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
+    native.extension()  # reads environment variables: a wrong one is no fault of a setting
     unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
     if unknown or not config.conditions:
         raise InputError(f"conditions=[{','.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
@@ -167,6 +171,7 @@ def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | No
             print_table(_table(condition, shown))
             for line in _prefetch_lines(shown):
                 show(line)
+            print_notes((note for one in shown for note in one.notes), prefix=f"{_MARK} ")
     if config.plot:
         try:
             save(
@@ -193,7 +198,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     for one in summaries:
         compute = 1 - one.shares.get("io", 0.0) - one.shares.get("other", 0.0)
         table.add_row(
-            one.setting,
+            f"{one.setting} {_MARK}" if one.notes else one.setting,
             f"{one.tokens_per_second:.3g}{_bracketed(one.interval)}",
             "1" if one.setting == summaries[0].setting else f"{one.ratio:.3g}{_bracketed(one.ratio_interval)}",
             "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in one.step_ms),

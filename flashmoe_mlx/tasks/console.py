@@ -4,7 +4,7 @@ Everything is shown as it stands: paths, errors and the words of a model may hol
 take for markup and emoji.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, cast
 
@@ -44,6 +44,12 @@ def print_table(table: Table) -> None:
     """Show a table whole: a line that the terminal breaks is better than digits left out."""
     needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
     literal_console(_STDERR, width=max(needed, console.width)).print(table)
+
+
+def print_notes(notes: Iterable[str | None], prefix: str = "note: ") -> None:
+    """Show each different note, such as that of an engine's setup, once."""
+    for note in dict.fromkeys(filter(None, notes)):
+        show(f"{prefix}{note}")
 
 
 class ByteProgress:

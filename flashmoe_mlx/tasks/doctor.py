@@ -11,12 +11,11 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.config import CommonConfig
-from flashmoe_mlx.custom_kernels import dialect, native
+from flashmoe_mlx.custom_kernels import cases, dialect, native
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks.console import activity, show
-from flashmoe_mlx.testing import kernel_cases
-from flashmoe_mlx.testing.kernel_cases import GEOMETRIES, TOLERANCE, Case, Results
 
 DOCTOR_VERSION = 1
 _CALLS = 20
@@ -73,17 +72,17 @@ def run(config: CommonConfig, run_dir: Path) -> None:  # noqa: ARG001  # the for
 def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype], Case]]]:
     for name in ("397B", "35B") if on_gpu else ("35B",):
         geometry = GEOMETRIES[name]
-        experts = partial(kernel_cases.routed_experts, geometry)
+        experts = partial(cases.routed_experts, geometry)
         makers: list[Callable[..., Case]] = [
             partial(experts, k=4),
             partial(experts, k=8, tokens=2),
             *(partial(experts, k=4, bits=bits) for bits in (2, 3, 8)),
-            partial(kernel_cases.gated_delta_net, geometry),
-            partial(kernel_cases.gated_delta_net, geometry, tokens=5),
-            partial(kernel_cases.attention, geometry, context=1000),
-            partial(kernel_cases.attention, geometry, context=100, tokens=7),
-            partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden),
-            partial(kernel_cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
+            partial(cases.gated_delta_net, geometry),
+            partial(cases.gated_delta_net, geometry, tokens=5),
+            partial(cases.attention, geometry, context=1000),
+            partial(cases.attention, geometry, context=100, tokens=7),
+            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden),
+            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
         ]
         for make in makers:
             yield name, partial(make, on_cpu=on_cpu)

@@ -16,12 +16,14 @@ from flashmoe_mlx.pack.pack import MANIFEST
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.quality import Item, Progress, Quality, Reference, evaluate, load_items, shipped_items
-from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
 EVALUATE_VERSION = 1
 RECORD = "evaluate.json"
+_MARK = "*"
+"""Beside a row about which there is a note."""
 FIGURES = ("questions", "json_valid", "json_exact", "tool_calls")
 _HEADINGS = (
     "experts", "K", "text ppl", "answer ppl", "KL nats", "top-1", "questions", "JSON valid", "JSON exact", "tool calls",
@@ -58,6 +60,8 @@ def run(config: EvaluateConfig, run_dir: Path) -> None:
             write_json(run_dir / RECORD, record)  # what is done is kept, whatever happens to the rest
     show()
     print_table(_table(record["cells"]))
+    print_notes([reference.setup["note"]], prefix="reference: ")
+    print_notes((cell["setup"]["note"] for cell in record["cells"]), prefix=f"{_MARK} ")
     if len({cell["setup"]["experts_k"] for cell in record["cells"]}) > 1:
         try:
             save(quality_figure(record["cells"]), run_dir / "evaluate.png")
@@ -108,7 +112,8 @@ def _table(cells: list[dict[str, Any]]) -> Table:
         distance = text or answers
         bits = setup["experts"]["bits"]
         table.add_row(
-            setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"),
+            (setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"))
+            + f" {_MARK}" * bool(setup["note"]),
             str(setup["experts_k"]),
             f"{text['perplexity']:.3f}" if text else "-",
             f"{answers['perplexity']:.3f}" if answers else "-",

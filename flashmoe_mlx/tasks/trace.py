@@ -12,7 +12,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
-from flashmoe_mlx.tasks.console import show
+from flashmoe_mlx.tasks.console import print_notes, show
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import prompt_options, stream
@@ -32,6 +32,7 @@ def run(config: TraceConfig, run_dir: Path) -> None:
     asked = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
+        print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, **asked)
         if config.temperature is None:
             config = replace(config, temperature=0.0)  # greedy, so that a trace can be repeated

@@ -10,48 +10,51 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, ExpertFormat, native
 from flashmoe_mlx.custom_kernels import attention as attention_kernels
 from flashmoe_mlx.custom_kernels import dense_experts as dense_kernels
 from flashmoe_mlx.custom_kernels import gated_delta_net as delta_kernels
+from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels import quantised_matvec as matvec_kernels
 from flashmoe_mlx.custom_kernels import routed_experts as expert_kernels
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
+from flashmoe_mlx.custom_kernels.inputs import (
+    GEOMETRIES,
+    DeltaInputs,
+    Geometry,
+    Inputs,
+    attention_inputs,
+    delta_inputs,
+    expert_inputs,
+)
 from flashmoe_mlx.custom_kernels.routed_experts import grouped
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
-from flashmoe_mlx.model.experts import expert_format
 from flashmoe_mlx.pack.record import RecordLayout
+
+__all__ = [
+    "GEOMETRIES",
+    "TOLERANCE",
+    "Case",
+    "Geometry",
+    "Results",
+    "attention",
+    "attention_inputs",
+    "delta_inputs",
+    "dense_experts",
+    "expert_inputs",
+    "gated_delta_net",
+    "gated_delta_net_in_chunks",
+    "grouped_experts",
+    "quantised_matvec",
+    "relative_error",
+    "routed_experts",
+]
 
 Results = tuple[mx.array, ...]
 
 TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2}
 """Largest accepted ||kernel - reference|| / ||reference||, the reference in f64."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """The sizes of a model that kernels see."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rotary_dim: int
-    key_heads: int
-    value_heads: int
-    key_dim: int
-    value_dim: int
-
-
-GEOMETRIES = {
-    "397B": Geometry(4096, 1024, 32, 2, 256, 64, 16, 64, 128, 128),
-    "122B": Geometry(3072, 1024, 32, 2, 256, 64, 16, 64, 128, 128),
-    "35B": Geometry(2048, 512, 16, 2, 256, 64, 16, 32, 128, 128),
-    "small": Geometry(192, 96, 6, 2, 32, 8, 2, 6, 32, 48),
-}
 
 
 @dataclass(frozen=True)
@@ -91,87 +94,6 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
     return difference / max(size, 1e-300)
 
 
-class _Inputs:
-    """Random arrays, reproducible; of a type and, with the same values, in f64."""
-
-    def __init__(self, dtype: mx.Dtype, seed: int, scales: mx.Dtype | None = None) -> None:
-        self.dtype = dtype
-        self.scales = scales or dtype
-        self._random = np.random.default_rng(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None) -> mx.array:
-        values = mean + scale * self._random.standard_normal(shape, np.float32)
-        array = mx.array(values.astype(np.float32)).astype(dtype or self.dtype)
-        mx.eval(array)
-        return array
-
-    def words(self, *shape: int) -> mx.array:
-        return mx.array(self._random.integers(0, 2**32, shape, np.uint32))
-
-    def quantised(self, rows: int, columns: int, bits: int, group_size: int) -> Weight:
-        groups = (rows, columns // group_size)
-        return Weight(
-            self.words(rows, columns * bits // 32),
-            self.normal(*groups, scale=columns**-0.5 / 2**bits, dtype=self.scales),
-            self.normal(*groups, scale=columns**-0.5, dtype=self.scales),
-            bits,
-            group_size,
-        )
-
-
-@dataclass(frozen=True)
-class ExpertInputs:
-    """What ``custom_kernels.routed_experts`` takes; ``records`` are the rows of ``slab`` as the CPU sees them."""
-
-    x: mx.array
-    slab: mx.array
-    rows: mx.array
-    shares: mx.array
-    form: ExpertFormat
-    shared: ExpertWeights | None
-    payload_bytes: int
-
-    @property
-    def records(self) -> list[memoryview]:
-        """Of copies."""
-        return [memoryview(row) for row in np.array(self.slab)]
-
-
-def expert_inputs(
-    geometry: Geometry,
-    dtype: mx.Dtype,
-    *,
-    bits: int = 4,
-    group_size: int = 64,
-    tokens: int = 1,
-    k: int = 4,
-    shared: bool = True,
-    seed: int = 0,
-    scales: mx.Dtype | None = None,
-) -> ExpertInputs:
-    """K experts of each token out of a slab, one choice left out, with the shared expert or without.
-
-    ``scales``: the type of scales and biases, if it is not ``dtype``.
-    """
-    inputs = _Inputs(dtype, seed, scales)
-    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}[inputs.scales]
-    layout = RecordLayout(geometry.hidden, geometry.intermediate, bits, group_size, scale_type)
-    form = expert_format(layout)
-    assert form is not None
-    rows = np.random.default_rng(seed).integers(0, k + 2, (tokens, k), np.int32)
-    if tokens * k > 4:
-        rows[-1, 0] = -1
-    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(k + 2)])
-    x = inputs.normal(tokens, geometry.hidden)
-    shares = mx.softmax(inputs.normal(tokens, k + shared, dtype=mx.float32), axis=-1)
-    own = None
-    if shared:
-        shapes = ((geometry.intermediate, geometry.hidden),) * 2 + ((geometry.hidden, geometry.intermediate),)
-        own = ExpertWeights(*(inputs.quantised(*shape, bits, group_size) for shape in shapes))
-    mx.eval(slab, shares)
-    return ExpertInputs(x, slab, mx.array(rows), shares, form, own, layout.payload_bytes)
-
-
 def routed_experts(
     geometry: Geometry, dtype: mx.Dtype, *, on_cpu: bool = False, k: int = 4, tokens: int = 1, **options: Any
 ) -> Case:
@@ -203,13 +125,13 @@ def dense_experts(
     geometry: Geometry, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, experts: int = 2, seed: int = 0
 ) -> Case:
     """Some of the experts of a slab, in another order."""
-    inputs = _Inputs(dtype, seed)
+    inputs = Inputs(dtype, seed)
     layout = RecordLayout(
         geometry.hidden, geometry.intermediate, bits, group_size, {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
     )
     form = expert_format(layout)
     assert form is not None
-    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(experts + 1)])
+    slab = inputs.slab(form, experts + 1)
     rows = mx.array(list(range(experts, 0, -1)), mx.int32)
     mx.eval(slab, rows)
     written = 3 * geometry.hidden * geometry.intermediate * dtype.size
@@ -242,13 +164,13 @@ def grouped_experts(
     seed: int = 0,
 ) -> Case:
     """Many tokens, each with k of ``experts``, of which a slab holds most."""
-    inputs = _Inputs(dtype, seed)
+    inputs = Inputs(dtype, seed)
     layout = RecordLayout(
         geometry.hidden, geometry.intermediate, 4, 32, {mx.float32: "F32", mx.bfloat16: "BF16"}[dtype]
     )
     form = expert_format(layout)
     assert form is not None
-    slab = mx.concatenate([_record(inputs, layout)[None] for _ in range(experts)])
+    slab = inputs.slab(form, experts)
     random = np.random.default_rng(seed)
     rows = np.stack([random.permutation(experts + 4)[:k] for _ in range(tokens)]).astype(np.int32)
     rows[rows >= experts] = -1
@@ -273,57 +195,6 @@ def grouped_experts(
 def max_type(x: mx.array) -> mx.Dtype:
     """The type of sums beside ``x``: f32, or f64 with f64."""
     return mx.float64 if x.dtype == mx.float64 else mx.float32
-
-
-def _record(inputs: _Inputs, layout: RecordLayout) -> mx.array:
-    parts = []
-    for projection in ("gate", "up", "down"):
-        rows, columns = layout.projection_shape(projection)
-        assert layout.bits is not None
-        assert layout.group_size is not None
-        weight = inputs.quantised(rows, columns, layout.bits, layout.group_size)
-        parts += [weight.weight, weight.scales, weight.biases]
-    raw = [part.reshape(-1).view(mx.uint8) for part in parts if part is not None]
-    return mx.concatenate([*raw, mx.zeros(layout.record_bytes - layout.payload_bytes, mx.uint8)])
-
-
-@dataclass(frozen=True)
-class DeltaInputs:
-    """What ``custom_kernels.gated_delta_net`` takes; ``arrays`` are qkv, z, b and a."""
-
-    arrays: tuple[mx.array, mx.array, mx.array, mx.array]
-    weights: DeltaWeights
-    past: mx.array
-    state: mx.array
-
-
-def delta_inputs(geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0) -> DeltaInputs:
-    """Tokens after others."""
-    inputs = _Inputs(dtype, seed)
-    heads, value_width = geometry.value_heads, geometry.value_heads * geometry.value_dim
-    channels = 2 * geometry.key_heads * geometry.key_dim + value_width
-    weights = DeltaWeights(
-        geometry.key_heads,
-        heads,
-        geometry.key_dim,
-        geometry.value_dim,
-        inputs.normal(channels, 4, 1, scale=0.5),
-        inputs.normal(heads, dtype=mx.float32),
-        inputs.normal(heads, dtype=mx.float32),
-        inputs.normal(geometry.value_dim, scale=0.2, mean=1.0),
-        1e-6,
-    )
-    return DeltaInputs(
-        (
-            inputs.normal(tokens, channels),
-            inputs.normal(tokens, value_width),
-            inputs.normal(tokens, heads),
-            inputs.normal(tokens, heads),
-        ),
-        weights,
-        inputs.normal(3, channels),
-        inputs.normal(1, heads, geometry.value_dim, geometry.key_dim, scale=0.3, dtype=mx.float32),
-    )
 
 
 def gated_delta_net(
@@ -366,41 +237,6 @@ def _delta_case(made: DeltaInputs, custom: Callable[[], Results]) -> Case:
         custom,
         lambda: delta_kernels.gated_delta_net(*arrays, weights, past, state),
         exact,
-    )
-
-
-@dataclass(frozen=True)
-class AttentionInputs:
-    """What ``custom_kernels.attention`` takes; ``arrays`` are q_and_gate, k and v."""
-
-    arrays: tuple[mx.array, mx.array, mx.array]
-    weights: AttentionWeights
-    keys: mx.array
-    values: mx.array
-
-
-def attention_inputs(
-    geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0
-) -> AttentionInputs:
-    """Tokens and a filled cache with room for ``context``."""
-    inputs = _Inputs(dtype, seed)
-    weights = AttentionWeights(
-        geometry.heads,
-        geometry.kv_heads,
-        geometry.head_dim,
-        geometry.rotary_dim,
-        1e7,
-        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
-        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
-        1e-6,
-    )
-    width, kv_width = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
-    room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
-    return AttentionInputs(
-        (inputs.normal(tokens, 2 * width), inputs.normal(tokens, kv_width), inputs.normal(tokens, kv_width)),
-        weights,
-        inputs.normal(*room),
-        inputs.normal(*room),
     )
 
 
@@ -447,7 +283,7 @@ def quantised_matvec(
     on_cpu: bool = False,
 ) -> Case:
     """A resident matrix times a few vectors; ``scales`` and ``on_cpu`` as for ``routed_experts``."""
-    inputs = _Inputs(dtype, seed, scales)
+    inputs = Inputs(dtype, seed, scales)
     weight = inputs.quantised(rows, columns, bits, group_size)
     assert weight.scales is not None
     assert weight.biases is not None
