@@ -149,8 +149,8 @@ class EstimateConfig(CommonConfig):
 
     model: ModelChoice = field(default_factory=ModelChoice)
     experts_k: int | None = None
-    bits: list[int] = field(default_factory=lambda: [4])
-    resident_bits: int = 4
+    bits: list[int] | None = None
+    resident_bits: int | None = None
     context: int | None = None
     trace: str | None = None
     memory_gib: float | None = None

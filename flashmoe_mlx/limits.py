@@ -46,7 +46,8 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
-SLOTS = Limit(1, 2**40)
+SLOTS = Limit(1, 2**16)
+"""As many as the most experts that a model may have."""
 THREADS = Limit(1, 1024)
 DEPTH = Limit(1, 4096)
 """Reads under way at once in a ring; ``THREADS`` limits them where each takes a thread."""

@@ -88,7 +88,7 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
         (["experts_k=four"], "experts_k=four: must be a whole number or null"),
         (["model=nosuch"], "model=nosuch: no such model; there are demo, synthetic; for a folder: model.path=nosuch"),
         (["prompt=" + "x" * 300], "the prompt has 325 tokens; this model's context holds 256"),
-        (["backend.threads=many"], "backend.threads=many: must be an integer"),
+        (["backend.threads=many"], "must be an integer from 1 to 1024"),
         (["backend="], "backend=: the name is missing"),
         (["--nosuch"], "--nosuch: no such option; --help lists what there is"),
         (["experts_k=2,4"], "experts_k=2,4: several values are a sweep, which needs -m"),

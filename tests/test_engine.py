@@ -210,9 +210,9 @@ def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
     [
         ("nosuch", {}, "backend=nosuch: no such backend; there are checkpoint, io_uring"),
         ("pread", {"thread": 4}, "backend.thread: no such option; PreadStore has variant, slots, threads"),
-        ("pread", {"threads": "4"}, "backend.threads=4: must be an integer"),
+        ("pread", {"threads": "4"}, "backend.threads='4': must be an integer from 1 to 1024"),
         ("pread", {"threads": 0}, "threads=0"),
-        ("pread", {"slots": 0}, "a store needs at least 1 slot"),
+        ("pread", {"slots": 0}, "backend.slots=0: must be an integer"),
         ("pread", {"variant": "q2"}, "no variant 'q2'; it has q4"),
         ({"_target_": "no.such.Store"}, {}, "backend: cannot import no.such.Store"),
         ({"_target_": "pathlib.Path"}, {}, "backend: pathlib.Path is not a subclass of ExpertStore"),

@@ -287,7 +287,8 @@ flashmoe_mlx.load({str(tiny_pack)!r}).close()
 
 
 def command_line(folder: Path, *arguments: str) -> int:
-    return run_command_line([f"model.path={folder}", "prompt=Hello", "raw=true", *arguments])
+    prompt = [] if "task=evaluate" in arguments else ["prompt=Hello", "raw=true"]
+    return run_command_line([f"model.path={folder}", *prompt, *arguments])
 
 
 @pytest.mark.parametrize(

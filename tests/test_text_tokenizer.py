@@ -330,7 +330,7 @@ def test_a_corrupt_helper_file_is_named(model: Path, name: str, data: bytes, rea
 
 
 def test_oversized_files_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(untrusted, "_LARGEST_JSON", 50)
+    monkeypatch.setitem(untrusted.read_object.__kwdefaults__, "limit", 50)
     with pytest.raises(InputError, match=r"config\.json is larger than 50 bytes"):
         Tokenizer.load(model)
     monkeypatch.setattr(tokenizer_module, "_LARGEST_TOKENIZER", 1000)

@@ -165,7 +165,7 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
     raw = plan.raw or engine.tokenizer.chat_template is None
     pieces = engine.generate(prompt, max_tokens=plan.tokens, temperature=0, raw=raw, ignore_eos=True)
     tokens = [token for piece in pieces for token in piece.token_ids]
-    if len(tokens) < 2:
+    if len(tokens) < min(2, plan.tokens):
         raise InputError(
             f"the prompt fills the context of {engine.model.config.max_context} tokens: nothing is decoded that could "
             "be measured; give a shorter one"
