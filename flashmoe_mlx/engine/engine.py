@@ -86,6 +86,8 @@ def load(
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, built.layers)
+        if prefetcher is not None:
+            store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
         report = check_kernels(chosen, model_shapes(built))
     except BaseException:
         store.close()
