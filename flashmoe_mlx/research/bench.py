@@ -1,11 +1,11 @@
-"""Run the engine with several settings in turns and compare them: prompt in, tokens out.
+"""Run the engine with several settings in turns and compare their speed from prompt to tokens.
 
-A pass loads the model with a setting's store, drops the experts' files from the page cache (which is checked), and
-generates. In a round every setting continues the same prompt, and every other round in reverse order, so that a drift
-of the machine hits all alike.
+A pass loads the model with a setting's store, drops the experts' files from the page cache, checks that they are gone,
+and generates. In each round every setting continues the same prompt. Settings run in reverse order in every second
+round, so that a drift of the machine affects all alike.
 
-cold: nothing else. warm: the same prompt was continued before, unmeasured, by the same store, so that its slots and the
-page cache hold what they can. rotating: another prompt was continued before.
+Conditions: a cold pass starts at once. A warm pass first continues the same prompt without measuring, so that the slots
+and the page cache hold as many of its experts as they can. A rotating pass first continues another prompt.
 """
 
 import sys
@@ -29,7 +29,7 @@ CONDITIONS = ("cold", "warm", "rotating")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: ``backend`` with ``_target_`` and all options, experts a token, prefetch."""
+    """A configuration to compare: ``backend`` with ``_target_`` and all options, experts per token, prefetch policy."""
 
     label: str
     backend: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every setting does: continue ``prompts``, one a round in turn, by ``tokens`` tokens."""
+    """The work of every setting: in each round, continue the next of ``prompts`` by ``tokens`` tokens."""
 
     folder: Path
     settings: Sequence[Setting]
@@ -53,11 +53,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one setting did in one round.
+    """One setting's measurements in one round.
 
-    ``cached`` is the share of all experts' bytes that was in the page cache when it began; ``experts`` the folder they
-    came from; ``decode_steps`` seconds of each decoded token; ``record`` what ran and was measured, as in
-    ``metrics.json``.
+    Attributes:
+        setting: its label.
+        condition: "cold", "warm" or "rotating".
+        round: number of the round, from 0.
+        prompt: the prompt that was continued.
+        cached: share of the bytes of all experts that was in the page cache at the start.
+        experts: folder of the experts.
+        token_ids: the generated tokens.
+        decode_steps: seconds of each decoded token.
+        record: configuration and measurements, as in ``metrics.json``.
     """
 
     setting: str
@@ -72,27 +79,27 @@ class Pass:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """Which of the passes of a plan it is."""
+        """Setting, condition and round, which identify a pass within its plan."""
         return self.setting, self.condition, self.round
 
     @property
     def rate(self) -> float:
-        """Tokens a second of ``stage``."""
+        """Tokens per second of ``stage``."""
         if self.decode_steps:
             return len(self.decode_steps) / sum(self.decode_steps)
         return float(self.record["prefill"]["tokens"] / self.record["prefill"]["seconds"])
 
     @property
     def stage(self) -> str:
-        """The measured part of the run: "decode", or "prefill" where one token was asked for and none decoded."""
+        """The measured part of the run: "decode", or "prefill" if the plan asks for one token and none is decoded."""
         return "decode" if self.decode_steps else "prefill"
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
-    """Open every store once: which settings cannot run here, and why.
+    """Open every store once; return the reason for each setting that cannot run here, by label.
 
     Raises:
-        InputError: the model itself is no good, or too few experts for a K.
+        InputError: the model itself cannot be opened.
     """
     files = open_model(plan.folder)
     reasons = {}
@@ -110,12 +117,16 @@ def find_unavailable(plan: Plan) -> dict[str, str]:
 def run_passes(
     plan: Plan, done: Sequence[Pass], announce: Callable[[str], object], failures: dict[str, str]
 ) -> Iterator[Pass]:
-    """Every pass of ``plan`` that is not among ``done``, as it ends; ``announce`` is told what comes next.
+    """Run the passes of ``plan`` that are not among ``done`` and yield each when it ends.
 
-    A setting that fails is entered into ``failures`` and left out from then on.
+    Args:
+        plan: settings, conditions, prompts and rounds.
+        done: passes of an earlier run, which count as finished.
+        announce: called with a description of each pass before it begins.
+        failures: reasons by label; a setting that fails is added here and skipped afterwards.
 
     Raises:
-        FlashMoeError: two stores of the same experts chose different tokens, or pages stay in the page cache.
+        FlashMoeError: two stores of the same experts led to different tokens; code "different_tokens".
     """
     tokens: dict[tuple[Any, ...], Pass] = {}
     for one in done:
@@ -168,13 +179,14 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
     if len(tokens) < min(2, plan.tokens):
         raise InputError(
             f"the prompt fills the context of {engine.model.config.max_context} tokens: nothing is decoded that could "
-            "be measured; give a shorter one"
+            "be measured; give a shorter one",
+            code="context_full",
         )
     return tokens
 
 
 def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
-    """All stores of the same experts must choose the same tokens."""
+    """Raise FlashMoeError if a pass with the same experts, K and prompt chose different tokens."""
     first = tokens.setdefault((one.experts, one.record["experts_k"], one.prompt), one)
     if first.token_ids != one.token_ids:
         differs = next(
@@ -182,12 +194,13 @@ def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
         )
         raise FlashMoeError(
             f"{one.setting} ({one.condition}) and {first.setting} ({first.condition}) chose different tokens, from "
-            f"the {differs + 1}. on: one of them is wrong, and nothing here counts"
+            f"the {differs + 1}. on: one of them is wrong, and nothing here counts",
+            code="different_tokens",
         )
 
 
 def expert_files(source: ExpertSource) -> list[Path]:
-    """The files that hold the experts."""
+    """Return the files that hold the experts, sorted."""
     places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
     return sorted({extent.path for place in places for extent in source.extents(*place)})
 
@@ -198,12 +211,31 @@ def _cached_share(files: Sequence[Path]) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """All passes of a setting in a condition; of ``stage``, where nothing else is said.
+    """All passes of a setting in one condition. Figures concern ``stage`` unless their name says otherwise.
 
-    ``tokens_per_second`` is the median over rounds with its 95 % interval (None of fewer than 3 rounds), ``ratio`` to
-    the first setting of the condition, paired by round. ``step_ms`` p5, p50, p95 of a token; bytes and shares are means
-    over all tokens. ``shares`` of the time: "compute", "io" and so on. ``accuracy`` of guesses, None without prefetch;
-    ``prefetched`` the share of misses that were read ahead.
+    Attributes:
+        setting: its label.
+        condition: "cold", "warm" or "rotating".
+        stage: "decode" or "prefill".
+        experts_k: experts per token.
+        rounds: number of passes.
+        tokens_per_second: median over rounds.
+        interval: 95 % interval of ``tokens_per_second``; None for fewer than 3 rounds.
+        ratio: rate relative to the first setting of the condition, median of ratios paired by round.
+        ratio_interval: 95 % interval of ``ratio``.
+        step_ms: p5, p50 and p95 of a token.
+        bytes_per_token: bytes read, mean over all tokens.
+        hit_rate: share of requested experts that were in slots; None without requests.
+        read_gb_per_second: rate of reads while experts were fetched.
+        weights_gb_per_second: bytes of all used weights over the whole time.
+        shares: shares of the time: "compute", "io" and so on.
+        time_to_first_token: seconds, median.
+        prefill_tokens_per_second: median.
+        accuracy: share of correct guesses; None without prefetch.
+        prefetched: share of misses that were prefetched; None without prefetch.
+        wasted_bytes_per_token: prefetched bytes that no request wanted.
+        cached: mean share of the experts in the page cache at the start.
+        notes: replaced kernels, or a missing extension.
     """
 
     setting: str
@@ -228,15 +260,14 @@ class Summary:
     wasted_bytes_per_token: float
     cached: float
     notes: tuple[str, ...] = ()
-    """What a reader must know of the kernels that ran: those replaced after a failed check, or a missing extension."""
 
     def to_json(self) -> dict[str, Any]:
-        """As in ``bench.json``."""
+        """Return the fields as ``bench.json`` holds them."""
         return asdict(self)
 
 
 def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """A summary for each condition and setting, in the order of the first round."""
+    """Summarize each setting in each condition, in the order of the first round."""
     groups: dict[tuple[str, str], list[Pass]] = {}
     order = dict.fromkeys(one.setting for number in (0, 1) for one in passes if one.round == number)
     for condition in CONDITIONS:

@@ -1,4 +1,4 @@
-"""Will a model fit, and how fast will it be: memory, a simulated cache, and the speed model put together."""
+"""Predict whether a model fits and how fast it will be, from its sizes, a simulated cache and the speed model."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,24 +15,24 @@ from flashmoe_mlx.research.speed import Distribution, Prediction, SpeedModel, ce
 from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
 
 ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
-"""Exponents of Zipf's law that stand for a model of which no trace is known: between the outer two lie the hit rates
-that engines of this kind have published, and about the middle one most of them."""
+"""Exponents of Zipf's law for a model without a trace. Published hit rates of similar engines lie between the outer
+two, most of them near the middle one."""
 
 
 def tolerance(backend: str) -> float:
-    """What a prediction may be wrong by besides what is not known of the routing: 2026-11-24-speed-model.md."""
+    """Return the relative error of the speed model, excluding uncertainty about routing: 2026-11-24-speed-model.md."""
     return 0.3 if backend == "resident" else 0.15
 
 
-_LAYERS = 4  # of drawn traces, which stand for all
+_LAYERS = 4  # layers of a drawn trace, which represents all layers
 _DIRECT = ("io_uring direct", "pread direct")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on: ``memory`` in bytes for everything, and what was measured.
+    """The machine of an estimate: its measured profile, and ``memory``, the bytes available for everything.
 
-    ``faster_reads``: a disk that is so many times as fast.
+    ``faster_reads`` assumes a disk that is this many times as fast as the measured one.
     """
 
     profile: MachineProfile
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """What is to run; ``trace`` is None if nothing is known of its routing."""
+    """The model of an estimate; ``trace`` is None if its routing is unknown."""
 
     config: ModelConfig
     bits: int
@@ -56,26 +56,33 @@ class Model:
 
     @property
     def need(self) -> MemoryNeed:
-        """Memory without any expert kept."""
+        """Memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
         return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
 
     @property
     def expert_bytes(self) -> int:
-        """All experts on disk."""
+        """Bytes of all experts on disk."""
         return self.config.num_layers * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
-        """One expert on disk."""
+        """Bytes of one expert on disk."""
         return record_bytes(self.config, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens a second of one backend: as expected, and the range that holds it.
+    """The predicted speed of one backend.
 
-    ``hit_rates`` are of the ends of the range and the middle; ``budget`` bytes of slots or page cache.
+    Attributes:
+        backend: name and options, as on the command line.
+        tokens_per_second: the expected rate.
+        low: lower end of the predicted range, tokens per second.
+        high: upper end of the predicted range.
+        reading: share of the time that reading takes.
+        hit_rates: hit rates at the lower end, in the middle, and at the upper end.
+        budget: bytes of slots or page cache.
     """
 
     backend: str
@@ -88,7 +95,7 @@ class Estimate:
 
 
 def estimates(model: Model, machine: Machine) -> list[Estimate]:
-    """One for each backend that can run the model here, the fastest first; none if it does not fit."""
+    """Estimate each backend that can run the model here, fastest first; empty if the model does not fit."""
     room = machine.memory - model.need.total
     if room <= 0:
         return []
@@ -149,7 +156,7 @@ def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, flo
 
 
 def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
-    """What LRU would do, for the worst, the middle and the best routing there might be."""
+    """Replay LRU for the worst, the middle and the best plausible routing; three times the same if a trace is known."""
     config, k = model.config, model.experts_k
     design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
     if model.trace is not None:
@@ -161,7 +168,7 @@ def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
 
 
 def _settled(trace: RoutingTrace) -> RoutingTrace:
-    """The first half counts as a prompt: a cache that begins empty says little of the tokens after."""
+    """Count the first half as prompt: misses while the cache fills say little about later tokens."""
     return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
 
 
@@ -176,17 +183,18 @@ def _hits(one: Replay, k: int) -> Distribution:
 
 
 def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
-    """Raise InputError if ``trace`` is of a model with other layers or experts."""
+    """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
     if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{config.num_layers} of {config.num_experts}"
+            f"{config.num_layers} of {config.num_experts}",
+            code="trace_of_another_model",
         )
 
 
 def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
-    """What could be changed, each by itself."""
+    """Yield possible improvements, each applied alone: a description, the changed model, and the changed machine."""
     if model.bits > 2:
         yield "bits=[2]", replace(model, bits=2), machine
     for k in (4, 2):

@@ -1,18 +1,18 @@
-"""How good a model's answers are: held-out perplexity, distance from a reference run, and exact answers.
+"""Measure the quality of a model's answers: held-out perplexity, distance from a reference run, and exact answers.
 
-Every scored token goes through the decode path, one at a time, since that is where routing and caches matter; only the
-prompt of a chat is prefilled, as in use. Compare settings of one model on the same items: a perplexity of one tokenizer
-says nothing about another's.
+Every scored token goes through the decode path, where routing and caches matter, one at a time. Only the prompt of a
+chat is prefilled, as in normal use. Compare settings of one model on the same items: perplexities of different
+tokenizers cannot be compared.
 
     items = load_items(shipped_items())
     with load("packs/x", experts_k=10) as engine, Reference.record(engine, items) as reference:
         with load("packs/x", experts_k=4) as fewer:
             quality = evaluate(fewer, items, reference)
 
-An item is an object of a JSON Lines file. With ``text`` it is a plain text, of which perplexity is measured. Otherwise
-``messages`` (and ``tools``) ask for something, ``answer`` is what a right answer looks like, and at most one of these
-says how it is judged: ``exact`` (the words themselves), ``schema`` with ``json`` (JSON that satisfies the schema; equal
-to that value), ``call`` (one tool call, ``name`` and ``arguments``).
+An item is an object of a JSON Lines file. An item with ``text`` is a plain text for measuring perplexity. Any other
+item has ``messages`` (and ``tools``), and ``answer`` with a right answer. At most one further field says how an answer
+is judged: ``exact`` (the same words), ``schema`` with ``json`` (JSON that satisfies the schema; equal to that value),
+or ``call`` (one tool call with ``name`` and ``arguments``).
 """
 
 import importlib
@@ -38,18 +38,18 @@ from flashmoe_mlx.untrusted import read_text
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
-"""Called with what is done, how many items of it, and of how many."""
+"""Called with the name of the stage, the number of finished items, and the number of all items."""
 _LARGEST_ITEMS = 64 * 2**20
 _MOST_ANSWER_TOKENS = 256
 _ANSWER_ROOM = 16
-"""Tokens that an answer may be longer than the expected one, beside half of its length."""
+"""Tokens by which an answer may exceed one and a half times the length of the expected answer."""
 _THINKING_ROOM = 2048
 """Tokens of thinking before an answer, for a model whose template refuses to switch it off."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to ask, or a text to read; see the module's docstring."""
+    """A question, or a text to read; see the module's docstring."""
 
     kind: str
     text: str | None = None
@@ -68,15 +68,15 @@ class Item:
 
 
 def shipped_items() -> Path:
-    """The held-out set of the demo model, which comes with the package."""
+    """Return the path of the demo model's held-out set, which comes with the package."""
     return Path(str(package_files("flashmoe_mlx").joinpath("demo_model", "held_out.jsonl")))
 
 
 def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:
-    """Items of a JSON Lines file: of these kinds alone, and the first ``limit`` of each kind.
+    """Load the items of a JSON Lines file, restricted to ``kinds`` and to the first ``limit`` items of each kind.
 
     Raises:
-        InputError: there is no such file, a line is not an item, or nothing is left.
+        InputError: there is no such file, a line is not an item, or no item is left.
     """
     text = read_text(path, _LARGEST_ITEMS)
     if text is None:
@@ -145,19 +145,19 @@ def _item(line: str, where: str) -> Item:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of an item: ``given`` are prefilled, ``scored`` are read one by one."""
+    """Tokens of an item: ``given`` are prefilled, ``scored`` are decoded one by one."""
 
     given: list[int]
     scored: list[int]
 
 
 def passage(engine: Engine, item: Item) -> Passage:
-    """The tokens of an item for this model's tokenizer; a text's first token is given, since nothing predicts it."""
+    """Tokenize an item; the first token of a text is given rather than scored, since nothing precedes it."""
     tokenizer = engine.tokenizer
     if item.text is not None:
         ids = tokenizer.encode(item.text)
         return Passage(ids[:1], ids[1:])
-    # The end of the turn is a token too, but which one depends on the template, not on the model.
+    # The end of the turn is a token too, but the template rather than the model determines it.
     return Passage(tokenizer.encode(_prompt(engine, item)), tokenizer.encode(item.answer))
 
 
@@ -171,9 +171,9 @@ def _prompt(engine: Engine, item: Item) -> str:
 
 
 def _refusal(engine: Engine, item: Item) -> str | None:
-    """Return the chat template's reason for not rendering ``item`` with thinking off, if it does so otherwise.
+    """Return the chat template's reason for refusing ``item`` with thinking off; None if it does not refuse.
 
-    Qwen3.8's template, for one, says "Disabling thinking is not supported."
+    Qwen3.8's template, for example, says "Disabling thinking is not supported."
     """
     template = engine.tokenizer.chat_template
     if template is None or not item.messages:
@@ -207,9 +207,9 @@ def _log_softmax(logits: Floats) -> Floats:
 
 
 class Reference:
-    """Log-probabilities of a reference run over items, kept in a file that is deleted when this is closed.
+    """Log-probabilities of a reference run over items, in a temporary file that ``close`` deletes.
 
-    A vocabulary of floats a token: 8 KB for the demo model, 1 MB for Qwen3.5.
+    Each token takes one f32 for every entry of the vocabulary: 8 KB for the demo model, 1 MB for Qwen3.5.
     """
 
     def __init__(self, folder: tempfile.TemporaryDirectory[str], values: npt.NDArray[np.float32], setup: Any) -> None:
@@ -217,11 +217,11 @@ class Reference:
         self.values = values
         """f32 [scored tokens of all items, vocabulary]."""
         self.setup = setup
-        """What the reference run was, as in ``Engine.setup``."""
+        """The configuration of the reference run, as in ``Engine.setup``."""
 
     @classmethod
     def record(cls, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> "Reference":
-        """Run ``engine`` over ``items``."""
+        """Run ``engine`` over ``items`` and keep its log-probabilities."""
         passages = [passage(engine, item) for item in items]
         total = sum(len(one.scored) for one in passages)
         folder = tempfile.TemporaryDirectory(prefix="flashmoe-reference-")
@@ -264,20 +264,20 @@ class _Scores:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to an item, and how it was judged."""
+    """The model's answer to an item, and its judgment."""
 
     item: Item
     text: str
     right: bool
     parsed: bool | None = None
-    """Of an item with a schema: whether the whole answer is JSON."""
+    """Whether the whole answer is JSON; None for an item without a schema."""
     valid: bool | None = None
-    """Of an item with a schema: whether that JSON satisfies it."""
+    """Whether that JSON satisfies the schema; None for an item without a schema."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Everything that ``evaluate`` found; ``summary`` has the figures."""
+    """The results of ``evaluate``: the figures in ``summary``, and all answers."""
 
     summary: dict[str, Any]
     answers: list[Answer]
@@ -293,12 +293,12 @@ def evaluate(
 ) -> Quality:
     """Score ``engine`` on ``items``; with ``generate``, also let it answer greedily and judge the answers.
 
-    ``thinking`` in the summary says whether thinking was off, as it is wherever the chat template allows that. Then:
-    ``text`` and ``answers`` (of what would be right) with ``perplexity``, ``bits_per_token`` and, against a
-    ``reference`` that was recorded over the same items, ``kl`` (nats a token, of this run from the reference) and
-    ``top1_agreement``; ``kinds`` with the share of right answers of each kind; ``questions`` (items judged by their
-    words), ``json_parsed``, ``json_valid``, ``json_exact`` and ``tool_calls``. Shares have 95 % intervals (Wilson),
-    means have intervals from a bootstrap over items.
+    The summary holds: ``thinking``, whether thinking was off, as it is wherever the chat template allows that; ``text``
+    and ``answers`` (the right answers) with ``perplexity``, ``bits_per_token`` and, against a ``reference`` over the
+    same items, ``kl`` (nats per token, of this run from the reference) and ``top1_agreement``; ``kinds`` with the share
+    of right answers of each kind; ``questions`` (items judged by their words), ``json_parsed``, ``json_valid``,
+    ``json_exact`` and ``tool_calls``. Shares have 95 % intervals (Wilson), means have intervals from a bootstrap over
+    items.
 
     Raises:
         InputError: the reference was recorded over other items or with another vocabulary.
@@ -390,7 +390,7 @@ def answer(engine: Engine, item: Item) -> str:
 
 
 def judge(item: Item, text: str) -> Answer:
-    """Whether ``text`` is a right answer to ``item``."""
+    """Judge whether ``text`` is a right answer to ``item``."""
     if item.exact is not None:
         return Answer(item, text, text == item.exact)
     if item.call is not None:

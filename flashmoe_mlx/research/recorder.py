@@ -1,4 +1,4 @@
-"""Record which experts a running model chooses."""
+"""Record the routing of a running model."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,14 @@ from flashmoe_mlx.research.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """Collects the choices in all ``num_layers`` layers that an engine reports, in memory: two bytes each."""
+    """An observer that keeps the choices of all ``num_layers`` layers in memory, two bytes each."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
 
     def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
-        """The experts [T, K] of ``layer`` for tokens that follow those before."""
+        """Append the experts [T, K] of ``layer`` for the next T tokens."""
         self._chosen[layer].append(chosen.astype(np.uint16))
 
     def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
@@ -43,7 +43,7 @@ class RoutingRecorder:
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
-    """Record what ``engine`` chooses inside; outside it costs nothing."""
+    """Record the routing of ``engine`` inside the block; outside it there is no cost."""
     recorder = RoutingRecorder(engine.model.config.num_layers)
     engine.observe_routing(recorder)
     try:
@@ -53,5 +53,5 @@ def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:
-    """What a trace says of its prompt."""
+    """Return the hash that a trace stores for its prompt."""
     return xxhash.xxh3_64_hexdigest(np.array(token_ids, "<u4").tobytes())

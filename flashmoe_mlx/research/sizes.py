@@ -1,4 +1,4 @@
-"""How large a model is: weights, bytes on disk, bytes in memory; all from its geometry."""
+"""Compute the size of a model from its geometry: weights, bytes on disk, bytes in memory."""
 
 from dataclasses import dataclass
 from math import prod
@@ -10,18 +10,18 @@ from flashmoe_mlx.pack.record import RecordLayout
 GROUP_SIZE = 64
 _KEPT_AT_8_BITS = (".mlp.gate", ".mlp.shared_expert_gate")
 _RUNTIME = 300_000_000
-"""Bytes of Python, MLX and buffers of a layer."""
+"""Bytes of Python, of MLX, and of one layer's buffers."""
 LEAST_SLOTS = 16
 
 
 def touched_weights(config: ModelConfig) -> int:
-    """Resident weights that a token is multiplied with: all matrices but an embedding that is not the head as well."""
+    """Count the resident weights that every token uses: all matrices except an embedding that is not also the head."""
     matrices = (one for one in resident_parameters(config) if one.kind is Kind.MATRIX)
     return sum(prod(one.shape) for one in matrices if one.name != "model.embed_tokens" or config.tie_word_embeddings)
 
 
 def expert_weights(config: ModelConfig) -> int:
-    """Weights of an expert."""
+    """Count the weights of one expert."""
     return 3 * config.hidden_size * config.expert_size
 
 
@@ -48,7 +48,7 @@ def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_s
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a model takes in memory before it keeps any expert; ``slots`` is room for one fetch."""
+    """Bytes of memory that a model needs before it keeps any expert; ``slots`` is the room for one fetch."""
 
     resident: int
     keys_and_values: int
@@ -58,7 +58,7 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.resident + self.keys_and_values + self.state + self.slots + self.runtime
 
 
@@ -71,7 +71,10 @@ def memory_need(
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
 ) -> MemoryNeed:
-    """Compute what a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
+    """Compute the memory that a sequence of ``context`` tokens needs.
+
+    ``activation_bytes`` and ``scale_bytes`` are the sizes of one activation and of one scale.
+    """
     full = sum(config.full_attention)
     delta = config.num_layers - full
     head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim

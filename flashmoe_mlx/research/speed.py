@@ -1,13 +1,14 @@
-"""Predict the speed of decoding from a probe of the machine and from how many experts of each layer must be read.
+"""Predict the speed of decoding from a probe of the machine and the number of experts that each layer must read.
 
-A layer's experts are known only when its router has run, and nothing overlaps, so a token takes::
+A layer's experts are known only after its router has run, and nothing overlaps, so a token takes::
 
     seconds = L * layer + R * weight + L * K * (expert + W * expert_weight) + sum over layers of added(misses)
 
-with L layers, R resident weights that a token touches, and K experts of W weights. The four costs are fitted to the
-probe's two sizes with all experts in memory. ``added(m)`` is what reading m experts adds to a layer: the difference
-that the probe found between a way of reading and memory, linear between its values of m and between its two sizes of
-a record. Misses come from a simulated cache as a distribution, since a layer that misses two costs what two cost.
+with L layers, R resident weights that a token uses, and K experts of W weights. The four costs are fitted to the
+probe's two sizes with all experts in memory. ``added(m)`` is the time that reading m experts adds to a layer: the
+difference between a way of reading and memory in the probe, interpolated linearly between the probe's values of m and
+between its two record sizes. Misses come from a simulated cache as a distribution rather than a mean, since the cost of
+a layer depends on its own number of misses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,18 @@ from flashmoe_mlx.research.probe import MEMORY, MachineProfile, Point
 from flashmoe_mlx.research.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
-"""The probability of each number of experts, from none on."""
+"""The probability of each number of experts, starting with 0."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a token, ``reading`` the part of them that reading adds; ``low`` and ``high`` by the quartiles of the
-    probe.
+    """The predicted time of a token.
+
+    Attributes:
+        seconds: the whole time.
+        reading: the part of it that reading adds.
+        low: ``seconds`` from the fastest quartile of the probe.
+        high: ``seconds`` from the slowest quartile of the probe.
     """
 
     seconds: float
@@ -37,14 +43,14 @@ class Prediction:
 
 
 def certainly(experts: int) -> Distribution:
-    """Always ``experts``."""
+    """Return the distribution of a number that is always ``experts``."""
     return np.asarray(np.eye(1, experts + 1, experts)[0])
 
 
 class SpeedModel:
     """Predictions for the machine of ``profile``.
 
-    ``faster_reads`` divides what reading adds: a disk that is so many times as fast.
+    ``faster_reads`` divides the time that reading adds: it assumes a disk that is this many times as fast.
     """
 
     def __init__(self, profile: MachineProfile, faster_reads: float = 1.0) -> None:
@@ -63,13 +69,13 @@ class SpeedModel:
 
         Args:
             config: the model.
-            bits: width of the experts; for one that was not measured, computing takes as long as with the nearest.
+            bits: width of the experts; computing with an unmeasured width takes as long as with the nearest one.
             experts_k: experts that a layer chooses.
-            reads: for each way of reading, how many experts of a layer go that way.
+            reads: for each way of reading, the distribution of the number of a layer's experts read in this way.
             group_size: weights that share a scale and a bias.
 
         Raises:
-            ValueError: the probe has not measured a way.
+            ValueError: the probe has not measured one of the ways.
         """
         size = record_bytes(config, bits, group_size)
         quartiles = []
@@ -94,14 +100,14 @@ class SpeedModel:
         layer, weight = _two_costs([(one.layers, one.resident_weights, one.start) for one in lines])
         expert, expert_weight = _two_costs([(one.layers, one.layers * one.expert_weights, one.slope) for one in lines])
         if nearest != base:
-            # At least one size was measured with these bits; an expert's own cost is the same.
+            # At least one size was measured with these bits; the fixed cost of an expert does not depend on them.
             line = _Line.through(_by_size(self._points(MEMORY, nearest))[-1], quartile)
             expert_weight = max(0.0, line.slope / line.layers - expert) / line.expert_weights
         per_expert = expert + expert_weight * expert_weights(config)
         return config.num_layers * (layer + experts_k * per_expert) + weight * touched_weights(config)
 
     def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
-        """Seconds that a layer takes longer, in expectation."""
+        """Return the expected seconds that reading adds to a layer."""
         curves = []
         for points in _by_size(self._points(way)):
             reads = [0] + [one.experts_k for one in points]
@@ -117,7 +123,7 @@ class SpeedModel:
 
 @dataclass(frozen=True)
 class _Line:
-    """Seconds of a token over K, with the size that it was measured with."""
+    """Seconds of a token as a linear function of K, and the size of the measured model."""
 
     start: float
     slope: float
@@ -133,7 +139,7 @@ class _Line:
 
 
 def _by_size(points: Sequence[Point]) -> list[list[Point]]:
-    """Points of one size together, by K; the sizes by bytes of a record."""
+    """Group points by size, in the order of record bytes; sort each group by K."""
     groups: dict[str, list[Point]] = {}
     for one in sorted(points, key=lambda point: (point.record_bytes, point.experts_k)):
         groups.setdefault(one.size, []).append(one)
@@ -141,7 +147,7 @@ def _by_size(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The costs a, b >= 0 that meet ``a * x + b * y = seconds`` best, relative to the seconds."""
+    """Fit costs a, b >= 0 to ``a * x + b * y = seconds``, minimizing relative errors."""
     scaled = np.array([(x / seconds, y / seconds) for x, y, seconds in equations if seconds > 0])
     if not len(scaled):
         return 0.0, 0.0
@@ -150,14 +156,14 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
     both, *_ = np.linalg.lstsq(scaled / units, ones, rcond=None)
     if (both >= 0).all():
         return float(both[0] / units[0]), float(both[1] / units[1])
-    # One of them is nothing; the other must explain everything.
+    # One cost is 0; the other one must explain everything.
     alone = [float(column @ ones / (column @ column)) for column in scaled.T]
     errors = [float(np.square(scaled[:, index] * alone[index] - 1).sum()) for index in (0, 1)]
     return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
 
 
 def _over_size(curves: Sequence[tuple[int, float]], size: int) -> float:
-    """On the line between the measured sizes of a record, and beyond; never less than in proportion to the size."""
+    """Interpolate, or extrapolate, linearly in the record size; never below proportionality to the size."""
     nearest, seconds = min(curves, key=lambda curve: abs(curve[0] - size))
     if len(curves) == 1:
         return seconds * size / nearest

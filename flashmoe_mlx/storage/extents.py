@@ -16,6 +16,12 @@ from flashmoe_mlx.limits import CHUNK_MIB
 _MIB = 2**20
 _PAGE = 4096
 """What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
+_READ_CODES = {
+    errno.ENOENT: "no_such_file",
+    errno.EMFILE: "too_many_open_files",
+    errno.ENFILE: "too_many_open_files",
+}
+"""Codes of failed reads whose remedy is known; "read_failed" for any other error number."""
 # <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
 _F_RDAHEAD, _F_NOCACHE = 45, 48
 
@@ -30,12 +36,13 @@ class Read:
     view: memoryview
 
     def failed(self, layer: int, error: OSError | EOFError) -> ExpertReadError:
-        """The error that says so; an EOFError holds the byte at which the file ended."""
+        """Return the error to raise when this read failed; an EOFError holds the byte at which the file ended."""
         if isinstance(error, EOFError):
             reason = "the file ends here, in mid-record"
             return ExpertReadError(self.path, layer, self.expert, error.args[0], reason, code="file_ends_early")
         reason = error.strerror or str(error)
-        return ExpertReadError(self.path, layer, self.expert, self.offset, reason)
+        code = _READ_CODES.get(error.errno or 0)
+        return ExpertReadError(self.path, layer, self.expert, self.offset, reason, code=code)
 
 
 def plan_reads(

@@ -62,7 +62,7 @@ class Ring:
 
     def __init__(self, entries: int, workers: bool) -> None:
         if sys.platform != "linux":
-            raise BackendUnavailableError("io_uring exists on Linux alone; use backend=pread")
+            raise BackendUnavailableError("io_uring exists on Linux alone; use backend=pread", code="no_io_uring")
         self._libc = ctypes.CDLL(None, use_errno=True)
         params = bytearray(_PARAMS.size)
         struct.pack_into("<I", params, 8, _SETUP_CLAMP)
@@ -227,4 +227,6 @@ def _unavailable(error: OSError) -> NoReturn:
         errno.EMFILE: "too many files are open (ulimit -n)",
     }
     reason = reasons.get(error.errno or 0, error.strerror)
-    raise BackendUnavailableError(f"io_uring is not available: {reason}; use backend=pread") from error
+    raise BackendUnavailableError(
+        f"io_uring is not available: {reason}; use backend=pread", code="no_io_uring"
+    ) from error
