@@ -23,7 +23,7 @@ def test_no_cap() -> None:
 def test_impossible_caps(gib: float) -> None:
     with pytest.raises(InputError) as caught, memory_cap(gib):
         pass
-    assert caught.value.code == "option_out_of_range"
+    assert caught.value.code == "out_of_range"
 
 
 def test_a_ballast_takes_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,9 +230,9 @@ def test_requests_are_those_of_the_engine() -> None:
     ("options", "code"),
     [
         ({"policy": "fifo", "slots": 4}, "unknown_policy"),
-        ({"policy": "lru", "slots": 0}, "option_out_of_range"),
-        ({"policy": "lru", "slots": 4, "fetch_slots": 0}, "option_out_of_range"),
-        ({"policy": "lru", "slots": 4, "prefill_chunk": -1}, "option_out_of_range"),
+        ({"policy": "lru", "slots": 0}, "out_of_range"),
+        ({"policy": "lru", "slots": 4, "fetch_slots": 0}, "out_of_range"),
+        ({"policy": "lru", "slots": 4, "prefill_chunk": -1}, "out_of_range"),
         ({"policy": "lru", "slots": 4, "scope": "token"}, "unknown_scope"),
     ],
 )
@@ -246,7 +246,7 @@ def test_bad_designs_are_refused(options: dict[str, object], code: str) -> None:
 def test_accuracies_that_are_no_probability(accuracy: float) -> None:
     with pytest.raises(InputError) as caught:
         StatedAccuracy(accuracy, 8)
-    assert caught.value.code == "option_out_of_range"
+    assert caught.value.code == "out_of_range"
 
 
 def test_a_pinned_cache_takes_no_trace_of_another_model() -> None:

@@ -434,7 +434,7 @@ def test_sizes_that_make_no_trace(sizes: tuple[int, int, int, int, int]) -> None
     with pytest.raises(InputError) as caught:
         uniform_trace(tokens, layers, num_experts, k, seed)
     assert_one_line(caught.value)
-    code = "trace_too_large" if max(sizes) > 2**20 else "option_out_of_range"
+    code = "trace_too_large" if max(sizes) > 2**20 else "out_of_range"
     assert caught.value.code == code
     with pytest.raises(InputError) as caught:
         zipf_trace(tokens, layers, num_experts, k, 1.0, seed)
@@ -445,5 +445,5 @@ def test_sizes_that_make_no_trace(sizes: tuple[int, int, int, int, int]) -> None
 def test_exponents_that_make_no_law(exponent: float) -> None:
     with pytest.raises(InputError) as caught:
         zipf_trace(1, 1, 4, 1, exponent, 0)
-    assert caught.value.code == "option_out_of_range"
+    assert caught.value.code == "out_of_range"
     assert_one_line(caught.value)

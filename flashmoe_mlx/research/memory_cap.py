@@ -25,7 +25,7 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
     where one can be made; elsewhere the rest of the machine's free memory is allocated and locked, as a ballast.
 
     Raises:
-        InputError: less than ``gib`` GiB is free (code "option_out_of_range"), or the ballast cannot be locked
+        InputError: less than ``gib`` GiB is free (code "out_of_range"), or the ballast cannot be locked
             ("cannot_lock_memory").
     """
     if gib is None:
@@ -35,7 +35,7 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
     if not 0 < gib * GIB < free:
         raise InputError(
             f"memory_gib={gib:g}: must be more than 0 and less than the {free / GIB:.1f} GiB that are free",
-            code="option_out_of_range",
+            code="out_of_range",
         )
     limit = int(gib * GIB)
     group = _own_group(limit)

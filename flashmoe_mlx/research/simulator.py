@@ -43,7 +43,7 @@ class CacheDesign:
 
     Raises:
         InputError: there is no such policy or scope (codes "unknown_policy", "unknown_scope"), or a number is less than
-            1 ("option_out_of_range").
+            1 ("out_of_range").
     """
 
     policy: str
@@ -61,7 +61,7 @@ class CacheDesign:
             raise InputError(f"scope={self.scope}: choose from {', '.join(SCOPES)}", code="unknown_scope")
         for name in ("slots", "fetch_slots", "prefill_chunk"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1", code="option_out_of_range")
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 1", code="out_of_range")
 
     @property
     def at_once(self) -> int:
@@ -97,12 +97,12 @@ class StatedAccuracy:
     stands for predictors that a trace cannot run, such as the next layer's router on this layer's residual.
 
     Raises:
-        InputError: ``accuracy`` is not a probability; code "option_out_of_range".
+        InputError: ``accuracy`` is not a probability; code "out_of_range".
     """
 
     def __init__(self, accuracy: float, num_experts: int, seed: int = 0) -> None:
         if not 0 <= accuracy <= 1:
-            raise InputError(f"accuracy={accuracy}: must be from 0 to 1", code="option_out_of_range")
+            raise InputError(f"accuracy={accuracy}: must be from 0 to 1", code="out_of_range")
         self._accuracy = accuracy
         self._num_experts = num_experts
         self._random = np.random.default_rng(seed)

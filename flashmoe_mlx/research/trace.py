@@ -166,7 +166,7 @@ def uniform_trace(tokens: int, layers: int, num_experts: int, k: int, seed: int)
     """Draw a trace without a prompt in which every choice of ``k`` among ``num_experts`` is equally likely.
 
     Raises:
-        InputError: a size is less than 1 or ``k`` more than ``num_experts`` (code "option_out_of_range"), or the trace
+        InputError: a size is less than 1 or ``k`` more than ``num_experts`` (code "out_of_range"), or the trace
             is too large for a file ("trace_too_large").
     """
     return _drawn(f"uniform seed={seed}", (tokens, layers, k), num_experts, 0.0, seed)
@@ -179,12 +179,10 @@ def zipf_trace(tokens: int, layers: int, num_experts: int, k: int, exponent: flo
     seed begins with the same tokens.
 
     Raises:
-        InputError: as ``uniform_trace``, or ``exponent`` is negative or not finite (code "option_out_of_range").
+        InputError: as ``uniform_trace``, or ``exponent`` is negative or not finite (code "out_of_range").
     """
     if not (math.isfinite(exponent) and exponent >= 0):
-        raise InputError(
-            f"a Zipf exponent of {exponent} gives no trace; it must be at least 0", code="option_out_of_range"
-        )
+        raise InputError(f"a Zipf exponent of {exponent} gives no trace; it must be at least 0", code="out_of_range")
     return _drawn(f"zipf exponent={exponent} seed={seed}", (tokens, layers, k), num_experts, exponent, seed)
 
 
@@ -194,7 +192,7 @@ def _drawn(name: str, shape: tuple[int, int, int], num_experts: int, exponent: f
         raise InputError(
             f"{tokens} tokens, {layers} layers, {k} of {num_experts} experts, seed {seed} give no trace; sizes must be "
             f"at least 1, experts at most {_MOST_EXPERTS}, the seed at least 0",
-            code="option_out_of_range",
+            code="out_of_range",
         )
     if 2 * math.prod(shape) + _LARGEST_HEADER > _LARGEST_FILE or layers * num_experts > _BLOCK:
         raise InputError(
