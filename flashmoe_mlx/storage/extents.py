@@ -20,6 +20,7 @@ _READ_CODES = {
     errno.ENOENT: "no_such_file",
     errno.EMFILE: "too_many_open_files",
     errno.ENFILE: "too_many_open_files",
+    errno.EOPNOTSUPP: "no_direct_reads",
 }
 """Codes of failed reads whose remedy is known; "read_failed" for any other error number."""
 # <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
@@ -119,7 +120,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
         if direct and error.errno == errno.EINVAL:
-            raise OSError(errno.EINVAL, "this filesystem has no direct reads; set direct=false") from error
+            raise OSError(errno.EOPNOTSUPP, "this filesystem has no direct reads; set direct=false") from error
         raise
     if not readahead:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
