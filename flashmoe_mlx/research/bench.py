@@ -29,7 +29,7 @@ CONDITIONS = ("cold", "warm", "rotating")
 
 @dataclass(frozen=True)
 class Setting:
-    """A configuration to compare: ``backend`` with ``_target_`` and all options, experts per token, prefetch policy."""
+    """What is compared: ``backend`` with ``_target_`` and all options, experts a token, prefetch."""
 
     label: str
     backend: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of every setting: in each round, continue the next of ``prompts`` by ``tokens`` tokens."""
+    """What every setting does: continue ``prompts``, one a round in turn, by ``tokens`` tokens."""
 
     folder: Path
     settings: Sequence[Setting]
@@ -53,18 +53,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pass:
-    """One setting's measurements in one round.
+    """What one setting did in one round.
 
-    Attributes:
-        setting: its label.
-        condition: "cold", "warm" or "rotating".
-        round: number of the round, from 0.
-        prompt: the prompt that was continued.
-        cached: share of the bytes of all experts that was in the page cache at the start.
-        experts: folder of the experts.
-        token_ids: the generated tokens.
-        decode_steps: seconds of each decoded token.
-        record: configuration and measurements, as in ``metrics.json``.
+    ``cached`` is the share of all experts' bytes that was in the page cache when it began; ``experts`` the folder they
+    came from; ``decode_steps`` seconds of each decoded token; ``record`` what ran and was measured, as in
+    ``metrics.json``.
     """
 
     setting: str
@@ -79,12 +72,12 @@ class Pass:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """Setting, condition and round, which identify a pass within its plan."""
+        """Which of the passes of a plan it is."""
         return self.setting, self.condition, self.round
 
     @property
     def rate(self) -> float:
-        """Tokens per second of ``stage``."""
+        """Tokens a second of ``stage``."""
         if self.decode_steps:
             return len(self.decode_steps) / sum(self.decode_steps)
         return float(self.record["prefill"]["tokens"] / self.record["prefill"]["seconds"])
@@ -96,10 +89,10 @@ class Pass:
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
-    """Open every store once; return the reason for each setting that cannot run here, by label.
+    """Open every store once: which settings cannot run here, and why.
 
     Raises:
-        InputError: the model itself cannot be opened.
+        InputError: the model itself is no good, or too few experts for a K.
     """
     files = open_model(plan.folder)
     reasons = {}
@@ -117,7 +110,7 @@ def find_unavailable(plan: Plan) -> dict[str, str]:
 def run_passes(
     plan: Plan, done: Sequence[Pass], announce: Callable[[str], object], failures: dict[str, str]
 ) -> Iterator[Pass]:
-    """Run the passes of ``plan`` that are not among ``done`` and yield each when it ends.
+    """Every pass of ``plan`` that is not among ``done``, as it ends; ``announce`` is told what comes next.
 
     Args:
         plan: settings, conditions, prompts and rounds.
@@ -186,7 +179,7 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
 
 
 def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
-    """Raise FlashMoeError if a pass with the same experts, K and prompt chose different tokens."""
+    """All stores of the same experts must choose the same tokens."""
     first = tokens.setdefault((one.experts, one.record["experts_k"], one.prompt), one)
     if first.token_ids != one.token_ids:
         differs = next(
@@ -200,7 +193,7 @@ def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
 
 
 def expert_files(source: ExpertSource) -> list[Path]:
-    """Return the files that hold the experts, sorted."""
+    """The files that hold the experts."""
     places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
     return sorted({extent.path for place in places for extent in source.extents(*place)})
 
@@ -211,7 +204,7 @@ def _cached_share(files: Sequence[Path]) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """All passes of a setting in one condition. Figures concern ``stage`` unless their name says otherwise.
+    """All passes of a setting in a condition; of ``stage``, where nothing else is said.
 
     Attributes:
         setting: its label.
@@ -260,14 +253,15 @@ class Summary:
     wasted_bytes_per_token: float
     cached: float
     notes: tuple[str, ...] = ()
+    """What a reader must know of the kernels that ran: those replaced after a failed check, or a missing extension."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as ``bench.json`` holds them."""
+        """As in ``bench.json``."""
         return asdict(self)
 
 
 def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """Summarize each setting in each condition, in the order of the first round."""
+    """A summary for each condition and setting, in the order of the first round."""
     groups: dict[tuple[str, str], list[Pass]] = {}
     order = dict.fromkeys(one.setting for number in (0, 1) for one in passes if one.round == number)
     for condition in CONDITIONS:

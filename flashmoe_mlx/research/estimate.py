@@ -1,4 +1,4 @@
-"""Predict whether a model fits and how fast it will be, from its sizes, a simulated cache and the speed model."""
+"""Will a model fit, and how fast will it be: memory, a simulated cache, and the speed model put together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +20,19 @@ two, most of them near the middle one."""
 
 
 def tolerance(backend: str) -> float:
-    """Return the relative error of the speed model, excluding uncertainty about routing: 2026-11-24-speed-model.md."""
+    """What a prediction may be wrong by besides what is not known of the routing: 2026-11-24-speed-model.md."""
     return 0.3 if backend == "resident" else 0.15
 
 
-_LAYERS = 4  # layers of a drawn trace, which represents all layers
+_LAYERS = 4  # of drawn traces, which stand for all
 _DIRECT = ("io_uring direct", "pread direct")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine of an estimate: its measured profile, and ``memory``, the bytes available for everything.
+    """What there is to run on: ``memory`` in bytes for everything, and what was measured.
 
-    ``faster_reads`` assumes a disk that is this many times as fast as the measured one.
+    ``faster_reads``: a disk that is so many times as fast.
     """
 
     profile: MachineProfile
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """The model of an estimate; ``trace`` is None if its routing is unknown."""
+    """What is to run; ``trace`` is None if nothing is known of its routing."""
 
     config: ModelConfig
     bits: int
@@ -73,16 +73,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The predicted speed of one backend.
+    """Tokens a second of one backend: as expected, and the range that holds it.
 
-    Attributes:
-        backend: name and options, as on the command line.
-        tokens_per_second: the expected rate.
-        low: lower end of the predicted range, tokens per second.
-        high: upper end of the predicted range.
-        reading: share of the time that reading takes.
-        hit_rates: hit rates at the lower end, in the middle, and at the upper end.
-        budget: bytes of slots or page cache.
+    ``hit_rates`` are of the ends of the range and the middle; ``budget`` bytes of slots or page cache.
     """
 
     backend: str
@@ -95,7 +88,7 @@ class Estimate:
 
 
 def estimates(model: Model, machine: Machine) -> list[Estimate]:
-    """Estimate each backend that can run the model here, fastest first; empty if the model does not fit."""
+    """One for each backend that can run the model here, the fastest first; none if it does not fit."""
     room = machine.memory - model.need.total
     if room <= 0:
         return []
@@ -156,7 +149,7 @@ def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, flo
 
 
 def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
-    """Replay LRU for the worst, the middle and the best plausible routing; three times the same if a trace is known."""
+    """What LRU would do, for the worst, the middle and the best routing there might be."""
     config, k = model.config, model.experts_k
     design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
     if model.trace is not None:
@@ -168,7 +161,7 @@ def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
 
 
 def _settled(trace: RoutingTrace) -> RoutingTrace:
-    """Count the first half as prompt: misses while the cache fills say little about later tokens."""
+    """The first half counts as a prompt: a cache that begins empty says little of the tokens after."""
     return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
 
 
@@ -194,7 +187,7 @@ def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
 
 
 def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
-    """Yield possible improvements, each applied alone: a description, the changed model, and the changed machine."""
+    """What could be changed, each by itself."""
     if model.bits > 2:
         yield "bits=[2]", replace(model, bits=2), machine
     for k in (4, 2):

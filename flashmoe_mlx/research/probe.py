@@ -75,7 +75,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Ways of reading: the backend and its options. Warm from the page cache, cold through it, direct past it."""
 _LEAST_ROUNDS = 3
 _COPIED = 2**27
-"""Words that are copied to measure the speed of memory."""
+"""Words whose copy tells the memory's speed."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
 
 
@@ -112,7 +112,7 @@ class Point:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """The results of a probe; ``memory_gb_per_second`` is the rate of a copy, counting reads and writes."""
+    """What the probe found; ``memory_gb_per_second`` is of a copy, reads and writes counted."""
 
     identity: Mapping[str, Any]
     created: datetime
@@ -132,7 +132,7 @@ class MachineProfile:
         return (datetime.now(UTC) - self.created).total_seconds() / 86400
 
     def to_json(self) -> dict[str, Any]:
-        """Return the content of the file."""
+        """As in the file."""
         return {"probe_version": PROBE_VERSION, **asdict(self), "created": self.created.isoformat()}
 
     def save(self, path: Path) -> None:
@@ -142,7 +142,7 @@ class MachineProfile:
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Load the profile in ``path``; return None if there is none or another version wrote it."""
+        """The profile in ``path``; None if there is none, or another version wrote it."""
         if not path.is_file():
             return None
         try:
@@ -160,7 +160,7 @@ class MachineProfile:
 
 
 def machine_identity() -> dict[str, Any]:
-    """Return the properties of this machine that must not change for a profile to stay valid."""
+    """What must be the same for a profile to hold."""
     found = environment()
     kernels = dialect() or (native.description() if native.extension() else "mlx")
     own = {"kernels": kernels, "mlx": found["packages"]["mlx"]}
@@ -232,7 +232,7 @@ class _Bench:
             self._runs[bits, k, way] = _Run(with_experts(engine.model, store, k), store, cold)
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
-        """Run rounds over all runs, every second one backwards, for ``seconds``; yield the points."""
+        """Rounds over everything, every other one backwards, until the time is over."""
         end = time.perf_counter() + seconds
         number = 0
         # Runs that are compared with each other follow each other.
@@ -275,7 +275,7 @@ class _Run:
         self.fetching.clear()
 
     def step(self) -> None:
-        """Decode one more token and note its time."""
+        """One more token."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
@@ -300,7 +300,7 @@ def _files(files: ModelFiles) -> list[Path]:
 
 
 def _memory_rate() -> float:
-    """Measure GB/s of a copy in MLX's memory, counting reads and writes; the best of five."""
+    """GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
     words = mx.zeros(_COPIED, mx.uint32)
     mx.eval(words)
     rates = []
@@ -312,7 +312,7 @@ def _memory_rate() -> float:
 
 
 def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
-    """Return ``model`` with routed experts from ``store``, ``experts_k`` per token; the weights are shared."""
+    """``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
     layers = [
         replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
     ]

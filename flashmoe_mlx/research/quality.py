@@ -9,10 +9,10 @@ tokenizers cannot be compared.
         with load("packs/x", experts_k=4) as fewer:
             quality = evaluate(fewer, items, reference)
 
-An item is an object of a JSON Lines file. An item with ``text`` is a plain text for measuring perplexity. Any other
-item has ``messages`` (and ``tools``), and ``answer`` with a right answer. At most one further field says how an answer
-is judged: ``exact`` (the same words), ``schema`` with ``json`` (JSON that satisfies the schema; equal to that value),
-or ``call`` (one tool call with ``name`` and ``arguments``).
+An item is an object of a JSON Lines file. With ``text`` it is a plain text, of which perplexity is measured. Otherwise
+``messages`` (and ``tools``) ask for something, ``answer`` is what a right answer looks like, and at most one of these
+says how it is judged: ``exact`` (the words themselves), ``schema`` with ``json`` (JSON that satisfies the schema; equal
+to that value), ``call`` (one tool call, ``name`` and ``arguments``).
 """
 
 import importlib
@@ -38,7 +38,7 @@ from flashmoe_mlx.untrusted import read_text
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
-"""Called with the name of the stage, the number of finished items, and the number of all items."""
+"""Called with what is done, how many items of it, and of how many."""
 _LARGEST_ITEMS = 64 * 2**20
 _MOST_ANSWER_TOKENS = 256
 _ANSWER_ROOM = 16
@@ -49,7 +49,7 @@ _THINKING_ROOM = 2048
 
 @dataclass(frozen=True)
 class Item:
-    """A question, or a text to read; see the module's docstring."""
+    """Something to ask, or a text to read; see the module's docstring."""
 
     kind: str
     text: str | None = None
@@ -68,15 +68,15 @@ class Item:
 
 
 def shipped_items() -> Path:
-    """Return the path of the demo model's held-out set, which comes with the package."""
+    """The held-out set of the demo model, which comes with the package."""
     return Path(str(package_files("flashmoe_mlx").joinpath("demo_model", "held_out.jsonl")))
 
 
 def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:
-    """Load the items of a JSON Lines file, restricted to ``kinds`` and to the first ``limit`` items of each kind.
+    """Items of a JSON Lines file: of these kinds alone, and the first ``limit`` of each kind.
 
     Raises:
-        InputError: there is no such file, a line is not an item, or no item is left.
+        InputError: there is no such file, a line is not an item, or nothing is left.
     """
     text = read_text(path, _LARGEST_ITEMS)
     if text is None:
@@ -152,7 +152,7 @@ class Passage:
 
 
 def passage(engine: Engine, item: Item) -> Passage:
-    """Tokenize an item; the first token of a text is given rather than scored, since nothing precedes it."""
+    """The tokens of an item for this model's tokenizer; a text's first token is given, since nothing predicts it."""
     tokenizer = engine.tokenizer
     if item.text is not None:
         ids = tokenizer.encode(item.text)
@@ -171,7 +171,7 @@ def _prompt(engine: Engine, item: Item) -> str:
 
 
 def _refusal(engine: Engine, item: Item) -> str | None:
-    """Return the chat template's reason for refusing ``item`` with thinking off; None if it does not refuse.
+    """Return the chat template's reason for not rendering ``item`` with thinking off, if it does so otherwise.
 
     Qwen3.8's template, for example, says "Disabling thinking is not supported."
     """
@@ -217,11 +217,11 @@ class Reference:
         self.values = values
         """f32 [scored tokens of all items, vocabulary]."""
         self.setup = setup
-        """The configuration of the reference run, as in ``Engine.setup``."""
+        """What the reference run was, as in ``Engine.setup``."""
 
     @classmethod
     def record(cls, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> "Reference":
-        """Run ``engine`` over ``items`` and keep its log-probabilities."""
+        """Run ``engine`` over ``items``."""
         passages = [passage(engine, item) for item in items]
         total = sum(len(one.scored) for one in passages)
         folder = tempfile.TemporaryDirectory(prefix="flashmoe-reference-")
@@ -264,20 +264,20 @@ class _Scores:
 
 @dataclass(frozen=True)
 class Answer:
-    """The model's answer to an item, and its judgment."""
+    """What the model said to an item, and how it was judged."""
 
     item: Item
     text: str
     right: bool
     parsed: bool | None = None
-    """Whether the whole answer is JSON; None for an item without a schema."""
+    """Of an item with a schema: whether the whole answer is JSON."""
     valid: bool | None = None
-    """Whether that JSON satisfies the schema; None for an item without a schema."""
+    """Of an item with a schema: whether that JSON satisfies it."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """The results of ``evaluate``: the figures in ``summary``, and all answers."""
+    """Everything that ``evaluate`` found; ``summary`` has the figures."""
 
     summary: dict[str, Any]
     answers: list[Answer]
@@ -390,7 +390,7 @@ def answer(engine: Engine, item: Item) -> str:
 
 
 def judge(item: Item, text: str) -> Answer:
-    """Judge whether ``text`` is a right answer to ``item``."""
+    """Whether ``text`` is a right answer to ``item``."""
     if item.exact is not None:
         return Answer(item, text, text == item.exact)
     if item.call is not None:

@@ -21,7 +21,7 @@ class RoutingRecorder:
         self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
 
     def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
-        """Append the experts [T, K] of ``layer`` for the next T tokens."""
+        """The experts [T, K] of ``layer`` for tokens that follow those before."""
         self._chosen[layer].append(chosen.astype(np.uint16))
 
     def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
@@ -43,7 +43,7 @@ class RoutingRecorder:
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
-    """Record the routing of ``engine`` inside the block; outside it there is no cost."""
+    """Record what ``engine`` chooses inside; outside it costs nothing."""
     recorder = RoutingRecorder(engine.model.config.num_layers)
     engine.observe_routing(recorder)
     try:
@@ -53,5 +53,5 @@ def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:
-    """Return the hash that a trace stores for its prompt."""
+    """What a trace says of its prompt."""
     return xxhash.xxh3_64_hexdigest(np.array(token_ids, "<u4").tobytes())

@@ -1,4 +1,4 @@
-"""Compute the size of a model from its geometry: weights, bytes on disk, bytes in memory."""
+"""How large a model is: weights, bytes on disk, bytes in memory; all from its geometry."""
 
 from dataclasses import dataclass
 from math import prod
@@ -15,13 +15,13 @@ LEAST_SLOTS = 16
 
 
 def touched_weights(config: ModelConfig) -> int:
-    """Count the resident weights that every token uses: all matrices except an embedding that is not also the head."""
+    """Resident weights that a token is multiplied with: all matrices but an embedding that is not the head as well."""
     matrices = (one for one in resident_parameters(config) if one.kind is Kind.MATRIX)
     return sum(prod(one.shape) for one in matrices if one.name != "model.embed_tokens" or config.tie_word_embeddings)
 
 
 def expert_weights(config: ModelConfig) -> int:
-    """Count the weights of one expert."""
+    """Weights of an expert."""
     return 3 * config.hidden_size * config.expert_size
 
 
@@ -71,10 +71,7 @@ def memory_need(
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
 ) -> MemoryNeed:
-    """Compute the memory that a sequence of ``context`` tokens needs.
-
-    ``activation_bytes`` and ``scale_bytes`` are the sizes of one activation and of one scale.
-    """
+    """Compute what a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
     full = sum(config.full_attention)
     delta = config.num_layers - full
     head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim

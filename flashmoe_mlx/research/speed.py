@@ -43,7 +43,7 @@ class Prediction:
 
 
 def certainly(experts: int) -> Distribution:
-    """Return the distribution of a number that is always ``experts``."""
+    """Always ``experts``."""
     return np.asarray(np.eye(1, experts + 1, experts)[0])
 
 
@@ -107,7 +107,7 @@ class SpeedModel:
         return config.num_layers * (layer + experts_k * per_expert) + weight * touched_weights(config)
 
     def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
-        """Return the expected seconds that reading adds to a layer."""
+        """Seconds that a layer takes longer, in expectation."""
         curves = []
         for points in _by_size(self._points(way)):
             reads = [0] + [one.experts_k for one in points]
@@ -123,7 +123,7 @@ class SpeedModel:
 
 @dataclass(frozen=True)
 class _Line:
-    """Seconds of a token as a linear function of K, and the size of the measured model."""
+    """Seconds of a token over K, with the size that it was measured with."""
 
     start: float
     slope: float
@@ -139,7 +139,7 @@ class _Line:
 
 
 def _by_size(points: Sequence[Point]) -> list[list[Point]]:
-    """Group points by size, in the order of record bytes; sort each group by K."""
+    """Points of one size together, by K; the sizes by bytes of a record."""
     groups: dict[str, list[Point]] = {}
     for one in sorted(points, key=lambda point: (point.record_bytes, point.experts_k)):
         groups.setdefault(one.size, []).append(one)
@@ -147,7 +147,7 @@ def _by_size(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Fit costs a, b >= 0 to ``a * x + b * y = seconds``, minimizing relative errors."""
+    """The costs a, b >= 0 that meet ``a * x + b * y = seconds`` best, relative to the seconds."""
     scaled = np.array([(x / seconds, y / seconds) for x, y, seconds in equations if seconds > 0])
     if not len(scaled):
         return 0.0, 0.0
@@ -163,7 +163,7 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
 
 
 def _over_size(curves: Sequence[tuple[int, float]], size: int) -> float:
-    """Interpolate, or extrapolate, linearly in the record size; never below proportionality to the size."""
+    """On the line between the measured sizes of a record, and beyond; never less than in proportion to the size."""
     nearest, seconds = min(curves, key=lambda curve: abs(curve[0] - size))
     if len(curves) == 1:
         return seconds * size / nearest
