@@ -51,21 +51,27 @@ def texts(node: ast.expr, constants: dict[str, ast.expr]) -> set[str]:
     return set()
 
 
+def named(target: ast.expr, value: ast.expr) -> dict[str, ast.expr]:
+    """Names and their values in an assignment such as ``A, B = "a", "b"``."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        pairs = zip(target.elts, value.elts, strict=True)
+        return {name.id: part for name, part in pairs if isinstance(name, ast.Name)}
+    return {target.id: value} if isinstance(target, ast.Name) else {}
+
+
 def codes_in(source: str) -> Iterator[tuple[str, str | None]]:
     """Yield each code that a module uses and the name that is called with it, where it is called with one."""
     tree = ast.parse(source)
-    constants = {
-        target.id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
-        if isinstance(target, ast.Name)
-    }
+    constants = {}
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign):
+            for target in statement.targets:
+                constants |= named(target, statement.value)
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = getattr(node.func, "id", getattr(node.func, "attr", None))
             given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-            if called == "_refuse":  # of the reader of packs
+            if called == "_refuse" and isinstance(node.func, ast.Attribute):  # of the reader of packs
                 given += node.args[1:]
             for value in given:
                 for code in texts(value, constants):
@@ -97,9 +103,12 @@ def used() -> dict[str, set[int]]:
 def test_all_codes_are_found() -> None:
     assert {"unknown_backend", "template_refused", "too_many_open_files", "symbolic_link"} <= used().keys()
     source = (
-        "A = 'of_a'\nraise InputError('', code=A if x == 'no_code' else 'of_b')\ndef f(*, code: str = 'of_c'): ...\n"
+        "A, D = 'of_a', 'of_d'\n"
+        "raise InputError('', code=A if x == 'no_code' else 'of_b')\n"
+        "raise InputError('', code=D)\n"
+        "def f(*, code: str = 'of_c'): ...\n"
     )
-    assert {code for code, _ in codes_in(source)} == {"of_a", "of_b", "of_c"}
+    assert {code for code, _ in codes_in(source)} == {"of_a", "of_b", "of_c", "of_d"}
 
 
 @pytest.mark.parametrize("code", sorted(used()))
