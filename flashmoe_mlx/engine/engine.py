@@ -72,10 +72,7 @@ def load(
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    try:
-        chosen = choose(kernels)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    chosen = choose(kernels)
     files = open_model(expand_path(model))
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
