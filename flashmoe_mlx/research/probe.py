@@ -75,7 +75,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Ways of reading: the backend and its options. Warm from the page cache, cold through it, direct past it."""
 _LEAST_ROUNDS = 3
 _COPIED = 2**27
-"""Words whose copy tells the memory's speed."""
+"""Number of 32-bit words copied to measure the memory's speed."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
 
 
@@ -103,7 +103,7 @@ class Point:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What the probe found; ``memory_gb_per_second`` is of a copy, reads and writes counted."""
+    """Results of the probe; ``memory_gb_per_second`` is that of a copy, reads and writes counted."""
 
     identity: Mapping[str, Any]
     created: datetime
@@ -123,7 +123,7 @@ class MachineProfile:
         return (datetime.now(UTC) - self.created).total_seconds() / 86400
 
     def to_json(self) -> dict[str, Any]:
-        """As in the file."""
+        """Return the profile in the form of its file."""
         return {"probe_version": PROBE_VERSION, **asdict(self), "created": self.created.isoformat()}
 
     def save(self, path: Path) -> None:
@@ -133,7 +133,7 @@ class MachineProfile:
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """The profile in ``path``; None if there is none, or another version wrote it."""
+        """Read the profile in ``path``; None if there is none, it is damaged, or another version wrote it."""
         if not path.is_file():
             return None
         try:
@@ -151,7 +151,7 @@ class MachineProfile:
 
 
 def machine_identity() -> dict[str, Any]:
-    """What must be the same for a profile to hold."""
+    """Return the properties of this machine that must be the same for a profile to hold."""
     found = environment()
     kernels = dialect() or (native.description() if native.extension() else "mlx")
     own = {"kernels": kernels, "mlx": found["packages"]["mlx"]}
@@ -223,7 +223,7 @@ class _Bench:
             self._runs[bits, k, way] = _Run(with_experts(engine.model, store, k), store, cold)
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
-        """Rounds over everything, every other one backwards, until the time is over."""
+        """Measure in rounds, every other one backwards, until the time is over."""
         end = time.perf_counter() + seconds
         number = 0
         # What is compared runs one after the other.
@@ -266,7 +266,7 @@ class _Run:
         self.fetching.clear()
 
     def step(self) -> None:
-        """One more token."""
+        """Decode one more token."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
@@ -291,7 +291,7 @@ def _files(files: ModelFiles) -> list[Path]:
 
 
 def _memory_rate() -> float:
-    """GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
+    """Measure GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
     words = mx.zeros(_COPIED, mx.uint32)
     mx.eval(words)
     rates = []
@@ -303,7 +303,7 @@ def _memory_rate() -> float:
 
 
 def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
-    """``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
+    """Return ``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
     layers = [
         replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
     ]
