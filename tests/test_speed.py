@@ -199,7 +199,19 @@ def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
 def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
     assert MachineProfile.load(path) is None
-    for text in ("", "[]", "{}", json.dumps(profile.to_json() | {"points": [{}]})):
+    whole = profile.to_json()
+    first = whole["points"][0]
+    damaged: list[dict[str, Any]] = [
+        {"points": [{}]},
+        {"points": []},
+        {"points": [first | {"seconds": "abc"}]},
+        {"points": [first | {"seconds": [1.0, 2.0]}]},
+        {"points": [first | {"layers": None}]},
+        {"created": "2026-01-01T00:00:00"},
+        {"identity": None},
+        {"missing": 5},
+    ]
+    for text in ("", "[]", "{}", *(json.dumps(whole | change) for change in damaged)):
         path.write_text(text)
         assert MachineProfile.load(path) is None
     path.write_text(json.dumps(profile.to_json() | {"probe_version": 0}))

@@ -140,14 +140,25 @@ class MachineProfile:
             found = read_object(path, strict=True)
             if found["probe_version"] != PROBE_VERSION:
                 return None
-            points = tuple(
-                Point(**{**one, **{name: tuple(one[name]) for name in ("seconds", "added")}}) for one in found["points"]
-            )
+            points = tuple(map(_point, found["points"]))
             created = datetime.fromisoformat(found["created"])
             memory = float(found["memory_gb_per_second"])
-            return cls(found["identity"], created, memory, points, found["missing"])
+            if created.tzinfo is None or {one.size for one in points if one.way == MEMORY} != set(SIZES):
+                return None
+            return cls(dict(found["identity"]), created, memory, points, dict(found["missing"]))
         except (FlashMoeError, KeyError, TypeError, ValueError):
             return None
+
+
+def _point(entry: Mapping[str, Any]) -> Point:
+    """Read a point of a profile's file; raises KeyError, TypeError or ValueError where it is malformed."""
+    made: dict[str, Any] = {name: str(entry[name]) for name in ("size", "way")}
+    counts = ("bits", "experts_k", "layers", "resident_weights", "expert_weights", "record_bytes")
+    made |= {name: int(entry[name]) for name in counts}
+    for name in ("seconds", "added"):
+        low, median, high = map(float, entry[name])
+        made[name] = (low, median, high)
+    return Point(**made, fetching=float(entry["fetching"]))
 
 
 def machine_identity() -> dict[str, Any]:
