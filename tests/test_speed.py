@@ -361,7 +361,9 @@ def test_the_weights_in_a_folder_count_where_they_are_there(tmp_path: Path, caps
     shards = sorted(folder.glob("*.safetensors"))
     shards[0].rename(tmp_path / "away")
     assert estimate(tmp_path, f"model={folder}")["expert_bytes"]
-    assert "8 bits" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "8 bits" in said
+    assert "1 of 3 shards missing" in said
     (tmp_path / "away").rename(shards[0])
     for shard in shards:
         renamed = mx.load(str(shard))

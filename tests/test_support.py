@@ -256,7 +256,18 @@ def test_other_names() -> None:
     )
     assert canonical_name("norm.weight") == canonical_name("language_model.norm.weight") == "model.norm.weight"
     assert canonical_name("embed_tokens.weight") == "model.embed_tokens.weight"
-    assert all(map(is_skipped, ("model.visual.x", "_orig_mod.model.visual.x", "mtp.fc.weight", "vision_tower.x")))
+    assert all(
+        map(
+            is_skipped,
+            (
+                "model.visual.x",
+                "_orig_mod.model.visual.x",
+                "mtp.fc.weight",
+                "vision_tower.x",
+                "model.layers.0.self_attn.rotary_emb.inv_freq",
+            ),
+        )
+    )
 
 
 def test_names_beside_a_missing_one_are_told() -> None:

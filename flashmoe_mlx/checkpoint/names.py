@@ -13,7 +13,7 @@ _PREFIXES = (
 )
 _BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
 """Names of the text model saved by itself."""
-_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.")
+_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.|\.rotary_emb\.inv_freq$")
 _SHOWN = 4
 
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (

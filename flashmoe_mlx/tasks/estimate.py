@@ -170,9 +170,10 @@ def _layout_on_disk(folder: Path) -> RecordLayout | None:
     try:
         return open_model(folder).variant(None).layout
     except CheckpointError as error:
-        if error.code in _NOT_YET_WHOLE:
-            return None
-        raise
+        if error.code not in _NOT_YET_WHOLE:
+            raise
+        show(f"widths are those of config.json: {error}")
+        return None
 
 
 def _memory(config: EstimateConfig) -> int:
