@@ -241,11 +241,19 @@ def _delta_case(made: DeltaInputs, custom: Callable[[], Results]) -> Case:
 
 
 def attention(
-    geometry: Geometry, dtype: mx.Dtype, *, context: int, tokens: int = 1, seed: int = 0, on_cpu: bool = False
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    context: int,
+    tokens: int = 1,
+    seed: int = 0,
+    on_cpu: bool = False,
+    frequencies: tuple[float, ...] | None = None,
 ) -> Case:
     """Tokens at the end of a filled cache of ``context`` tokens, themselves included; ``on_cpu``: by the extension."""
     made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed)
-    arrays, weights, caches = made.arrays, made.weights, (made.keys, made.values)
+    arrays, caches = made.arrays, (made.keys, made.values)
+    weights = replace(made.weights, frequencies=frequencies)
     own = [cache * 1 for cache in caches]
     mx.eval(own)
     custom = native.gated_attention if on_cpu else attention_kernels.fused_gated_attention

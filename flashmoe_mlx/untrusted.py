@@ -48,8 +48,9 @@ def read_object(path: Path, *, strict: bool = False, limit: int = _LARGEST_JSON)
 
     Args:
         path: the file.
-        strict: refuse ``NaN`` and ``Infinity``, as JSON does. Files that we write never hold them. Published configs
-            do, since Python writes and reads them: whoever takes a number from one must check its range.
+        strict: refuse ``NaN``, ``Infinity`` and a byte order mark, as JSON does. Files that we write never hold them.
+            Published configs hold the former, since Python writes and reads them, and editors add the latter: whoever
+            takes a number from such a file must check its range.
         limit: largest size in bytes.
 
     Raises:
@@ -59,7 +60,7 @@ def read_object(path: Path, *, strict: bool = False, limit: int = _LARGEST_JSON)
     if text is None:
         return {}
     try:
-        return parse_object(text, strict=strict)
+        return parse_object(text if strict else text.removeprefix("\ufeff"), strict=strict)
     except ValueError as error:
         raise InputError(f"{path} {error}", code="invalid_json") from error
 
@@ -92,9 +93,11 @@ def same_json(first: Any, second: Any) -> bool:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key occurs twice in one object")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"a key occurs twice in one object: {ascii(key)[:80]}")
+        found[key] = value
     return found
 
 

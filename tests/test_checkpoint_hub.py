@@ -253,8 +253,9 @@ def test_a_disk_that_is_full_is_not_an_error_of_the_hub(where: str, fake: FakeHu
 
 def test_a_hub_without_a_config(fake: FakeHub, tmp_path: Path) -> None:
     (fake.folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no config\.json there") as caught:
+    with pytest.raises(CheckpointError) as caught:
         pack(tmp_path / "pack")
+    assert caught.value.code == "no_model"
     assert_one_line(caught.value)
 
 
@@ -301,12 +302,23 @@ def test_a_name_that_tells_the_format_is_refused_without_a_network(
     assert_one_line(caught.value)
 
 
-def test_a_repository_of_gguf_files(fake: FakeHub, tmp_path: Path) -> None:
-    (fake.folder / "config.json").unlink()
-    (fake.folder / "model-Q4_K_M.gguf").touch()
-    with pytest.raises(CheckpointError, match="GGUF") as caught:
-        pack(tmp_path / "pack")
-    assert caught.value.code == "unsupported_format"
+@pytest.mark.parametrize(
+    ("name", "code"), [("model-Q4_K_M.gguf", "unsupported_format"), ("pytorch_model.bin", "no_weights")]
+)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_repository_without_safetensors(
+    name: str, code: str, with_config: bool, fake: FakeHub, tmp_path: Path
+) -> None:
+    for path in fake.folder.glob("*.safetensors"):
+        path.unlink()
+    if not with_config:
+        (fake.folder / "config.json").unlink()
+    (fake.folder / name).touch()
+    for ask in (lambda: pack(tmp_path / "pack"), lambda: hub.remote_config(NAME, "model")):
+        with pytest.raises(CheckpointError) as caught:
+            ask()
+        assert caught.value.code == code
+        assert_one_line(caught.value)
     assert fake.downloads == []
 
 

@@ -129,6 +129,14 @@ def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_attention_with_given_frequencies(tokens: int) -> None:
+    """As of YaRN."""
+    frequencies = tuple(0.7 / (3 * pair + 1) for pair in range(SMALL.rotary_dim // 2))
+    check(cases.attention(SMALL, F32, context=300, tokens=tokens, on_cpu=True, frequencies=frequencies))
+
+
 def test_a_far_position_is_rotated_exactly() -> None:
     check(cases.attention(Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16), F32, context=100_000, on_cpu=True))
 

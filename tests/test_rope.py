@@ -13,7 +13,7 @@ from pack_oracle import assert_one_line
 from tiny_checkpoints import YARN
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import attention
+from flashmoe_mlx.custom_kernels import attention, dialect, native
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.model.config import ModelConfig
 from flashmoe_mlx.model.rope import Rope, read_rope
@@ -139,6 +139,45 @@ def test_other_rotations_are_refused(settings: dict[str, Any], code: str) -> Non
     assert_one_line(caught.value)
 
 
+YARN_4 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 262144}
+PLAIN = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10]}
+
+
+def both(new: Any, old: Any, **beside: Any) -> Rope:
+    return read_rope({"rope_parameters": new, "rope_scaling": old, **beside}, 256, 262144)
+
+
+def test_settings_given_twice_must_agree() -> None:
+    """Of such two transformers takes ``rope_scaling`` where it is given, mlx-lm ``rope_parameters``."""
+    plain = both(PLAIN, None)
+    assert plain == both(None, PLAIN) == both(PLAIN, PLAIN) == both(PLAIN, {}) == Rope(64, 1e7)
+    assert plain == both(PLAIN, {"type": "mrope", "mrope_section": [11, 11, 10]})
+    yarn = both(None, {**PLAIN, **YARN_4})
+    assert yarn == both({**PLAIN, **YARN_4}, YARN_4)
+    assert yarn.yarn is not None
+    for new, old in (
+        (PLAIN, YARN_4),
+        ({**PLAIN, **YARN_4}, {**YARN_4, "factor": 2.0}),
+        (PLAIN, {"rope_theta": 1e4}),
+        ({**PLAIN, **YARN_4}, {"type": "linear", "factor": 4.0}),
+        (PLAIN, {"rope_type": "default", "mrope_section": [16, 8, 8]}),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            both(new, old)
+        assert caught.value.code == "contradicting_rope"
+        assert_one_line(caught.value)
+    for odd in (5, "yarn", [1]):
+        with pytest.raises(CheckpointError) as caught:
+            both(PLAIN, odd)
+        assert caught.value.code == "invalid_config"
+
+
+def test_settings_beside_the_sizes_count_where_nested_ones_are_silent() -> None:
+    """As in transformers; configs that it saved hold some of them in both places."""
+    assert both(PLAIN, None, rope_theta=1e4, partial_rotary_factor=0.5) == Rope(64, 1e7)
+    assert both({"rope_type": "default"}, None, rope_theta=1e4, partial_rotary_factor=0.5) == Rope(128, 1e4)
+
+
 NUMBERS = st.one_of(st.integers(-2, 2**25), st.floats(), st.none(), st.booleans(), st.text(max_size=3))
 
 
@@ -196,7 +235,8 @@ def test_every_route_through_attention_turns_as_transformers_does(kernels: str, 
         names = engine.setup["kernels"]
     np.testing.assert_allclose(prompt, recording.logits[:count], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(last, recording.logits[count - 1 : count], rtol=0, atol=TOLERANCE)
-    assert "native" not in names["attention"], "the extension works out plain frequencies only"
+    if kernels == "auto" and native.extension() is not None and dialect() is None:
+        assert all("native" in names[f"attention: {path}"] for path in ("one token", "several tokens"))
 
 
 def test_it_would_show_if_yarn_were_passed_over(tmp_path: Path) -> None:

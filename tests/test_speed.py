@@ -7,15 +7,17 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
 from huggingface_hub.errors import HFValidationError
 from pack_oracle import assert_one_line
+from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.application import run as run_command_line
 from flashmoe_mlx.checkpoint import hub
-from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config
+from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.opening import open_model
@@ -122,12 +124,15 @@ def test_what_the_published_models_need() -> None:
         ("Qwen/Qwen3.5-35B-A3B", True),
         ("mlx-community/Qwen3.5-397B-A17B-4bit", True),
         ("qwen3.5-122b-a10b", True),
+        ("x/Qwen3.5-35B-A3B-bf16", True),
+        ("x/Qwen3.5-35B-A3B-Heretic", True),
         ("Qwen/Qwen3.5-35B-A3Bx", False),
         ("Qwen/Qwen3-30B-A3B", False),
     ],
 )
 def test_names_that_are_known(name: str, known: bool) -> None:
     assert (known_config(name) is not None) == known
+    assert is_plain_name(name) == (known and "Heretic" not in name)
 
 
 # Estimates
@@ -194,7 +199,19 @@ def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
 def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
     assert MachineProfile.load(path) is None
-    for text in ("", "[]", "{}", json.dumps(profile.to_json() | {"points": [{}]})):
+    whole = profile.to_json()
+    first = whole["points"][0]
+    damaged: list[dict[str, Any]] = [
+        {"points": [{}]},
+        {"points": []},
+        {"points": [first | {"seconds": "abc"}]},
+        {"points": [first | {"seconds": [1.0, 2.0]}]},
+        {"points": [first | {"layers": None}]},
+        {"created": "2026-01-01T00:00:00"},
+        {"identity": None},
+        {"missing": 5},
+    ]
+    for text in ("", "[]", "{}", *(json.dumps(whole | change) for change in damaged)):
         path.write_text(text)
         assert MachineProfile.load(path) is None
     path.write_text(json.dumps(profile.to_json() | {"probe_version": 0}))
@@ -289,6 +306,8 @@ def test_mistakes_are_one_line(
         ("{folder}/nvfp4.json", "NVFP4"),
         ("{folder}/dense.json", "nothing to stream"),
         ("{folder}/model.gguf", "GGUF"),
+        ("{folder}/gguf", "GGUF"),
+        ("{folder}/gguf/x.bin", "config.json"),
     ],
 )
 def test_what_cannot_be_packed_is_not_estimated(
@@ -298,6 +317,10 @@ def test_what_cannot_be_packed_is_not_estimated(
     (tmp_path / "nvfp4.json").write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], **nvfp4}))
     (tmp_path / "dense.json").write_text('{"model_type": "qwen3_5"}')
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf" / "config.json").write_text(json.dumps(PUBLISHED["Qwen3.5-35B-A3B"]))
+    for name in ("model.gguf", "x.bin"):
+        (tmp_path / "gguf" / name).write_bytes(b"\xff")
     argument = f"model={model.format(folder=tmp_path)}"
     assert run_command_line(["task=estimate", argument, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     shown = capsys.readouterr().err
@@ -311,6 +334,45 @@ def test_later_models_are_known_without_a_network(name: str, tmp_path: Path) -> 
     found = estimate(tmp_path, f"model={name}", "memory_gib=1")
     per_expert = {"Qwen/Qwen3.6-35B-A3B": 40 * 256 * 1_769_472}.get(name, 92 * 512 * 28_311_552)
     assert found["expert_bytes"] == per_expert
+
+
+def test_a_name_that_may_mean_another_config_is_asked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "model=x/Qwen3.5-35B-A3B-compressed"
+    assert estimate(tmp_path, name, "memory_gib=1")["expert_bytes"] == 40 * 256 * 1_769_472
+    assert "the hub cannot be reached" in capsys.readouterr().err
+    published = {**PUBLISHED["Qwen3.5-35B-A3B"], "quantization_config": {"quant_method": "compressed-tensors"}}
+    monkeypatch.setattr(estimate_module, "remote_config", lambda *_: published)
+    assert run_command_line(["task=estimate", name, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    assert "compressed-tensors" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("cache")
+def test_the_weights_in_a_folder_count_where_they_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their widths, their format, and whether they can be run; before they are there the config is enough."""
+    folder = write_checkpoint(tmp_path / "model", GEOMETRIES["plain"], 0, "mlx4", shards=3)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("quantization", "quantization_config"):
+        config[key] = {"group_size": 64, "bits": 8, "mode": "affine"}  # not what the shapes say
+    (folder / "config.json").write_text(json.dumps(config))
+    assert estimate(tmp_path, f"model={folder}")["expert_bytes"]
+    assert "4 bits" in capsys.readouterr().err
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[0].rename(tmp_path / "away")
+    assert estimate(tmp_path, f"model={folder}")["expert_bytes"]
+    said = capsys.readouterr().err
+    assert "8 bits" in said
+    assert "1 of 3 shards missing" in said
+    (tmp_path / "away").rename(shards[0])
+    for shard in shards:
+        renamed = mx.load(str(shard))
+        assert isinstance(renamed, dict)
+        mx.eval(renamed)
+        mx.save_safetensors(str(shard), {name.replace("switch_mlp", "other_mlp"): one for name, one in renamed.items()})
+    (folder / "model.safetensors.index.json").unlink()
+    assert run_command_line(["task=estimate", f"model={folder}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    assert "a pack takes" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cache")
@@ -358,7 +420,7 @@ def test_a_machine_is_measured_once(
     old = replace(profile, created=datetime.now(UTC) - timedelta(days=40))
     old.save(cache / "probe.json")
     estimate(tmp_path, *arguments)
-    assert "measured 40 days ago; probe=true measures it anew" in capsys.readouterr().err
+    assert "measured 40 days ago; probe=true measures it again" in capsys.readouterr().err
     assert not probed
     estimate(tmp_path, *arguments, "probe=true")
     assert probed == [(cache, 7.0)]

@@ -65,6 +65,15 @@ def test_published_configs_are_supported(config: dict[str, Any]) -> None:
         ({"model_type": ["qwen3_5_moe"], "num_experts": 8}, "unsupported_model", "Qwen3.5"),
         ({"model_type": float("nan"), "num_experts": 8}, "unsupported_model", "Qwen3.5"),
         ({}, "invalid_config", "model_type"),
+        ({"model_type": None}, "invalid_config", "model_type"),
+        (
+            {"model_type": "x_omni", "thinker_config": {"text_config": {"num_experts": 8}}},
+            "unsupported_model",
+            "x_omni",
+        ),
+        ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "unsupported_model", "dbrx"),
+        ({"model_type": "y", "llm_config": {"num_local_experts": 8}}, "unsupported_model", "'y'"),
+        ({"model_type": "z", "num_experts": 0, "text_config": {"n_routed_experts": None}}, "dense_model", "'z'"),
         ({**PLAIN, "text_config": 5}, "invalid_config", "text_config"),
     ],
 )
@@ -95,6 +104,8 @@ NOT_READ = [
     ({"quantization_config": {"quant_method": "auto-round", "bits": 4, "group_size": 128}}, "AutoRound"),
     ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}, "bitsandbytes"),
     ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "bitsandbytes"),
+    ({"quantization_config": {"bits": 4, "group_size": 128, "desc_act": False, "sym": True}}, "GPTQ"),
+    ({"quantization_config": {"bits": 4, "group_size": 128, "zero_point": False, "version": "gemm"}}, "AWQ"),
     ({"quantization_config": {"quant_method": "hqq"}}, "HQQ"),
     ({"quantization_config": {"quant_method": "mxfp4"}}, "MXFP4"),
     ({"quantization_config": {"quant_method": "brand-new\n"}}, "brand-new"),
@@ -127,6 +138,7 @@ def test_formats_that_cannot_be_read_are_named(settings: dict[str, Any], says: s
         {"quantization": {}},
         {"quantization": {"group_size": 64, "bits": 4}},  # before there were modes
         {"quantization": MLX, "quantization_config": MLX},
+        {"quantization_config": {**MLX, "load_in_4bit": False, "load_in_8bit": False}},
         {"quantization": {**MLX, GATE: {"bits": 8}}},
         {"quantization": {**MLX, GATE: {"group_size": 32}}},
         {"quantization": {**MLX, GATE: False}},
@@ -144,7 +156,10 @@ def test_formats_that_can_be_read(settings: dict[str, Any]) -> None:
 
 def test_settings_of_mlx_are_found_under_either_key() -> None:
     assert mlx_settings({"quantization": MLX}) == mlx_settings({"quantization_config": MLX}) == MLX
+    assert mlx_settings({"text_config": {"quantization": MLX}}) == MLX
+    assert mlx_settings({"quantization_config": {"quant_method": "mlx", **MLX}})["bits"] == 4
     assert mlx_settings({"quantization_config": {"quant_method": "gptq", "bits": 4}}) == {}
+    assert mlx_settings({"quantization": "4bit"}) == mlx_settings({}) == {}
 
 
 @pytest.mark.parametrize(
@@ -157,6 +172,14 @@ def test_settings_of_mlx_are_found_under_either_key() -> None:
         ("x/qwen3.5_35b_awq", "awq"),
         ("x/Qwen3.5-35B-A3B-bnb-4bit", "bnb"),
         ("x/Qwen3.5-35B-A3B.w4a16", "w4a16"),
+        ("x/Qwen3.5-35B-A3B-exl2", "exl2"),
+        ("x/Qwen3.5-35B-A3B-INT4", "INT4"),
+        ("x/Qwen3.5-35B-A3B-NVFP4A16", "NVFP4A16"),
+        ("x/Qwen3.5-35B-A3B-W4A4", "W4A4"),
+        ("x/Qwen3.5-35B-A3B-Q4_K_M", "Q4_K_M"),
+        ("x/Qwen3.5-35B-A3B-IQ4_XS", "IQ4_XS"),
+        ("mlx-community/Qwen3.5-35B-A3B-int4", None),
+        ("mlx-community/Qwen3.5-35B-A3B-nvfp4", "nvfp4"),
         ("mlx-community/Qwen3.5-35B-A3B-mxfp4", "mxfp4"),
         ("mlx-community/Qwen3.5-35B-A3B-4bit", None),
         ("mlx-community/Qwen3.5-35B-A3B-FP8-4bit", None),
@@ -233,13 +256,26 @@ def test_other_names() -> None:
     )
     assert canonical_name("norm.weight") == canonical_name("language_model.norm.weight") == "model.norm.weight"
     assert canonical_name("embed_tokens.weight") == "model.embed_tokens.weight"
-    assert all(map(is_skipped, ("model.visual.x", "_orig_mod.model.visual.x", "mtp.fc.weight", "vision_tower.x")))
+    assert all(
+        map(
+            is_skipped,
+            (
+                "model.visual.x",
+                "_orig_mod.model.visual.x",
+                "mtp.fc.weight",
+                "vision_tower.x",
+                "model.layers.0.self_attn.rotary_emb.inv_freq",
+            ),
+        )
+    )
 
 
 def test_names_beside_a_missing_one_are_told() -> None:
     wanted = "model.layers.0.mlp.experts.0.gate_proj.weight"
     beside = ["model.layers.0.mlp.switch_mlp.gate_up_proj.weight", "model.norm.weight"]
     assert "switch_mlp.gate_up_proj" in said_of_missing(wanted, beside)
+    for fused in ("experts.0.gate_up_proj.weight", "experts.gate_up_proj.weight", "experts.w13", "experts.0.w1.weight"):
+        assert "not supported" in said_of_missing(wanted, [f"model.layers.0.mlp.{fused}"])
     others = [f"model.layers.0.mlp.experts.{i}.fc.weight" for i in range(9)]
     assert "model.layers.0.mlp.experts.0.fc.weight" in said_of_missing(wanted, others)
     assert "head" in said_of_missing("lm_head.weight", ["model.norm.weight"])

@@ -222,9 +222,7 @@ def _periods(frequencies: tuple[float, ...]) -> mx.array:
 @cache
 def _rotary(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None) -> mx.array:
     """Return the turns [rotary_dim] that a position takes: rounded to f32, and after those what the rounding lost."""
-    pairs = rotary_dim // 2
-    radians = theta ** (-np.arange(pairs) / pairs) if frequencies is None else np.array(frequencies)
-    turns = radians / (2 * np.pi)
+    turns = reference.radians(rotary_dim, theta, frequencies) / (2 * np.pi)
     rounded = turns.astype(np.float32)
     host = mx.array(np.concatenate([rounded, (turns - rounded).astype(np.float32)]))
     array = host * 1  # a result is in the GPU's own memory

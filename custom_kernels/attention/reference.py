@@ -6,6 +6,7 @@ grouped-query attention, an output gate beside every query.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -34,10 +35,16 @@ class AttentionWeights:
 
     def turns(self) -> npt.NDArray[np.float64]:
         """Return the radians [rotary_dim / 2] by which each pair is turned for each position."""
-        if self.frequencies is not None:
-            return np.array(self.frequencies)
-        pairs = self.rotary_dim // 2
-        return np.asarray(self.theta ** (-np.arange(pairs) / pairs))
+        return radians(self.rotary_dim, self.theta, self.frequencies)
+
+
+@cache
+def radians(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None) -> npt.NDArray[np.float64]:
+    """Return ``frequencies``, or where there are none the powers of ``theta``, as an array [rotary_dim / 2]."""
+    pairs = rotary_dim // 2
+    made = np.asarray(theta ** (-np.arange(pairs) / pairs) if frequencies is None else frequencies, np.float64)
+    made.setflags(write=False)  # it is shared
+    return made
 
 
 Attend = Callable[[mx.array, mx.array, mx.array], mx.array]

@@ -38,7 +38,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python, while the compiled part lies where pip put it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 3
+_INTERFACE = 4
 """Counts changes of what the compiled part takes, so that one of another version is not called."""
 _SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 _SHOWN = 40
@@ -227,7 +227,8 @@ def gated_attention(
     y = _Output((len(k), heads * dim))
     shape = (heads, weights.kv_heads, dim, weights.rotary_dim, keys.shape[2], start)
     norms = (weights.q_norm, weights.k_norm)
-    _loaded().attention(q_and_gate, k, v, len(k), *norms, shape, weights.theta, weights.eps, keys, values, y.buffer)
+    own = (shape, weights.turns(), weights.eps)
+    _loaded().attention(q_and_gate, k, v, len(k), *norms, *own, keys, values, y.buffer)
     return y.array(), keys, values
 
 

@@ -29,7 +29,7 @@ struct Elements {
 };
 
 constexpr Elements kFloat{"f32", "f", 4}, kInt{"int32", "il", 4}, kCodes{"uint32", "IL", 4}, kByte{"uint8", "B", 1},
-    kHalf{"f16", "e", 2}, kBrainFloat{"bf16", "H", 2, "bfloat16"};
+    kDouble{"f64", "d", 8}, kHalf{"f16", "e", 2}, kBrainFloat{"bf16", "H", 2, "bfloat16"};
 
 bool has(const Py_buffer& view, const Elements& wanted) {
     if (view.itemsize != wanted.bytes) return false;
@@ -311,12 +311,11 @@ PyObject* delta_net(PyObject*, PyObject* args) {
 }
 
 PyObject* attention(PyObject*, PyObject* args) {
-    PyObject *q_and_gate, *k, *v, *q_norm, *k_norm, *keys, *values, *y;
+    PyObject *q_and_gate, *k, *v, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
     long long tokens, heads, kv_heads, dim, rotary, capacity, start;
-    double theta;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOLOO(LLLLLL)dfOOO", &q_and_gate, &k, &v, &tokens, &q_norm, &k_norm, &heads,
-                          &kv_heads, &dim, &rotary, &capacity, &start, &theta, &eps, &keys, &values, &y))
+    if (!PyArg_ParseTuple(args, "OOOLOO(LLLLLL)OfOOO", &q_and_gate, &k, &v, &tokens, &q_norm, &k_norm, &heads,
+                          &kv_heads, &dim, &rotary, &capacity, &start, &frequencies, &eps, &keys, &values, &y))
         return nullptr;
     return guarded([&] {
         Held held;
@@ -324,7 +323,9 @@ PyObject* attention(PyObject*, PyObject* args) {
         require(dim > 0 && dim % kLanes == 0 && rotary > 0 && rotary % 2 == 0 && rotary <= dim,
                 "the head size must be a multiple of 16, and rotated dimensions even");
         require(tokens >= 0 && start >= 0 && start + tokens <= capacity, "the cache has no room for these tokens");
-        const AttentionLayer layer{{heads, kv_heads, dim, rotary, capacity, start}, theta, eps,
+        held.push_back(std::make_unique<Buffer>(frequencies, "frequencies", kDouble, rotary / 2));
+        const double* turned = held.back()->as<double>();
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary, capacity, start}, turned, eps,
                                    floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
         const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
                               floats(held, k, "k", tokens * kv_heads * dim),
@@ -382,7 +383,7 @@ PyMethodDef methods[] = {
     {"delta_net", delta_net, METH_VARARGS,
      "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, past, state, y)"},
     {"attention", attention, METH_VARARGS,
-     "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, theta, eps, keys, values, y)"},
+     "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},
@@ -391,7 +392,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 3; // see __init__.py
+constexpr int kInterface = 4; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

@@ -142,9 +142,7 @@ def attention_path(
     start: int,  # noqa: ARG001
 ) -> CodePath | None:
     """Name the code path of ``native.gated_attention``; None if it does not take the arguments."""
-    # The extension computes powers of theta itself and takes no other frequencies.
-    plain = weights.frequencies is None
-    fit = plain and weights.head_dim % native.LANES == 0 and q_and_gate.dtype == mx.float32
+    fit = weights.head_dim % native.LANES == 0 and q_and_gate.dtype == mx.float32
     return (_one_or_several(len(q_and_gate)),) if fit else None
 
 

@@ -389,17 +389,13 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
     const Operations& own = operations();
     const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.head_dim, group = heads / kv_heads;
     const int64_t pairs = shape.rotary_dim / 2;
-    std::vector<double> frequencies(pairs);
-    for (int64_t i = 0; i < pairs; ++i)
-        frequencies[i] = std::pow(layer.theta, -static_cast<double>(i) / static_cast<double>(pairs));
-
     for (int64_t first = 0; first < tokens; first += kTile) {
         const int64_t count = std::min<int64_t>(kTile, tokens - first);
         float* queries = scratch<kQueries>(count * heads * dim);
         std::vector<float> turns(count * 2 * pairs);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t i = 0; i < pairs; ++i) {
-                const double angle = static_cast<double>(shape.start + first + t) * frequencies[i];
+                const double angle = static_cast<double>(shape.start + first + t) * layer.frequencies[i];
                 turns[t * 2 * pairs + i] = static_cast<float>(std::cos(angle));
                 turns[t * 2 * pairs + pairs + i] = static_cast<float>(std::sin(angle));
             }

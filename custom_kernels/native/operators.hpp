@@ -58,7 +58,7 @@ void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, 
 
 struct AttentionLayer {
     AttentionShape shape;
-    double theta;
+    const double* frequencies; // of each rotated pair, in radians for each position
     float eps;
     const float *q_norm, *k_norm;
 };

@@ -38,15 +38,18 @@ _METHODS: Mapping[str, str] = {
     "vptq": "VPTQ",
 }
 """What people call the methods that ``quant_method`` names."""
-_LEGACY = {"load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": "compressed-tensors"}
-"""Settings that give away a method which is not named."""
+_LEGACY = {
+    "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": "compressed-tensors",
+    "zero_point": "AWQ", "desc_act": "GPTQ", "damp_percent": "GPTQ", "sym": "GPTQ",
+}  # fmt: skip
+"""Settings that reveal a method where ``quant_method`` is absent, unless they are those of a method turned off."""
 _QUOTES = "'\""
 _KEYS = ("quantization", "quantization_config", "compression_config")
 _NOT_TEXT = re.compile(r"(^|\.)(visual|vision_tower|vision_model|mtp|audio_tower)(\.|$)")
 
 _IN_NAMES = re.compile(
-    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|FP8|GPTQ|AWQ|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes|W4A16|W8A8|W8A16"
-    r"|torchao)(?=$|[-_.\d])",
+    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|FP8|GPTQ|AWQ|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes"
+    r"|INT4|INT8|W[48]A(?:4|8|16)(?:KV8)?|NVFP4A16|torchao|QuIP|ONNX|CoreML|IQ\d_\w+|Q\d_(?:K(?:_[SML]|_XL)?|[01]))(?=$|[-_.\d])",
     re.IGNORECASE,
 )
 _MLX_IN_NAMES = re.compile(r"(?:^|[-_./])mlx(?:$|[-_./])|^mlx-community/", re.IGNORECASE)
@@ -68,19 +71,16 @@ _BY_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
 def mlx_settings(published: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the settings of an MLX conversion, empty where there are none.
 
-    As mlx-lm: ``quantization`` decides; ``quantization_config`` counts where that is absent.
+    As mlx-lm: ``quantization`` decides; ``quantization_config`` counts where that is absent. Either may be in the text
+    part of the config.
     """
-    for key in ("quantization", "quantization_config"):
-        settings = published.get(key)
-        if isinstance(settings, Mapping) and settings:
-            return settings if "quant_method" not in settings else {}
-    return {}
+    _, settings = next(_settings(published), ("", None))
+    return settings if isinstance(settings, Mapping) and _method(settings) is None else {}
 
 
 def unreadable_format(published: Mapping[str, Any]) -> str | None:
-    """Return what to say of quantised weights that cannot be read, going by a ``config.json``; None if all can be."""
-    text = published.get("text_config")
-    for key, settings in _settings(published, text if isinstance(text, Mapping) else {}):
+    """Return why the quantised weights of this ``config.json`` cannot be read, in a line; None if they can."""
+    for key, settings in _settings(published):
         if not isinstance(settings, Mapping):
             return f"{key} is {shown(settings)}, which is no quantisation that is known; {USE_INSTEAD}"
         if (named := _method(settings)) is not None:
@@ -109,7 +109,7 @@ def format_in_name(name: str) -> str | None:
 
 
 def format_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
-    """Return the unreadable format that the names and types of ``tensors`` give away, or None."""
+    """Return the unreadable format that the names and types of ``tensors`` reveal, or None."""
     names, float8 = [], False
     for name, dtype in tensors:
         names.append(name)
@@ -129,10 +129,11 @@ def mlx_mode(dense_columns: int, weight: TensorInfo, scales: TensorInfo) -> str 
     return None if rest else modes.get((bits, dense_columns // scales.shape[-1]))
 
 
-def _settings(published: Mapping[str, Any], text: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings in the order in which they decide."""
+def _settings(published: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a config and of its text part, by key, in the order in which they decide."""
+    text = published.get("text_config")
     for key in _KEYS:
-        for holder in (published, text) if text is not published else (published,):
+        for holder in (published, text if isinstance(text, Mapping) else {}):
             if holder.get(key) not in (None, False, {}):
                 yield key, holder[key]
 
@@ -148,7 +149,10 @@ def _method(settings: Mapping[str, Any]) -> str | None:
             return f"MLX's mode {shown(mode)}"
         if settings.get("quant_algo") is not None:
             return f"modelopt{detail}"
-        return next((what for key, what in _LEGACY.items() if settings.get(key)), None)
+        found = (
+            what for key, what in _LEGACY.items() if settings.get(key) or (key in settings and "load_in" not in key)
+        )
+        return next(found, None)
     if method in ("affine", "mlx"):
         return None
     known = _METHODS.get(method.lower()) if isinstance(method, str) else None

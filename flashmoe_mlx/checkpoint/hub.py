@@ -13,8 +13,10 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, is_shard_name
+from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
 from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
+from flashmoe_mlx.checkpoint.shards import is_shard_name
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
 from flashmoe_mlx.pack.files import WRITE_ERRORS, explained_write_errors
@@ -49,7 +51,7 @@ class HubCheckpoint(Checkpoint):
         refuse_named_format(name)
         api = HfApi()
         with _explained(name):
-            commit, present = _listing(api, name, revision)
+            commit, present = _listing(api, name, revision, "source")
         with explained_write_errors(folder), _explained(name):
             hf_hub_download(name, _CONFIG, revision=commit, local_dir=folder)
             published = read_object(folder / _CONFIG)
@@ -77,11 +79,11 @@ class HubCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> dict[str, str]:
-        """The hub id and the exact commit."""
+        """Hub id and exact commit."""
         return {"name": self._name, "revision": self._revision}
 
     def stamps(self) -> dict[str, list[int]]:
-        """None: shards come and go, and the commit says what they hold."""
+        """Return nothing: shards come and go, and the commit determines their content."""
         return {}
 
     def ensure(self, shard: str) -> None:
@@ -96,7 +98,7 @@ def remote_config(name: str, key: str) -> Mapping[str, Any]:
 
     Args:
         name: <organisation>/<name>.
-        key: what messages call it by.
+        key: the key of the command line that messages name.
 
     Raises:
         CheckpointError: no such model, or none that has a config.
@@ -105,7 +107,7 @@ def remote_config(name: str, key: str) -> Mapping[str, Any]:
     try:
         with _explained(name, key):
             # Asked first: it fails at once without a network, where a download tries for half a minute.
-            commit, _ = _listing(HfApi(), name, None)
+            commit, _ = _listing(HfApi(), name, None, key)
             return read_object(Path(hf_hub_download(name, _CONFIG, revision=commit)))
     except FlashMoeError as error:
         cached = None
@@ -117,24 +119,24 @@ def remote_config(name: str, key: str) -> Mapping[str, Any]:
         return read_object(Path(cached))
 
 
-def _listing(api: HfApi, name: str, revision: str | None) -> tuple[str, set[str]]:
-    """The commit and the files of a repository that has the config of a model."""
+def _listing(api: HfApi, name: str, revision: str | None, key: str) -> tuple[str, set[str]]:
+    """Return the commit and the files of a repository that has a model's config and safetensors."""
     info = api.model_info(name, revision=revision, timeout=_TIMEOUT)
     present = {sibling.rfilename for sibling in info.siblings or ()}
-    if info.sha is not None and _CONFIG in present:
-        return info.sha, present
-    if any(file.lower().endswith(".gguf") for file in present):
+    if not any(is_shard_name(file) for file in present):
+        gguf = any(file.lower().endswith(".gguf") for file in present)
+        what = "weights in GGUF cannot be read or packed" if gguf else "there are no safetensors files"
         raise CheckpointError(
-            f"{name}: its weights are in GGUF, which cannot be read or packed; use the original safetensors "
-            "checkpoint, or an MLX conversion in affine mode",
-            code="unsupported_format",
+            f"{key}={name}: {what}; {USE_INSTEAD}", code="unsupported_format" if gguf else "no_weights"
         )
-    raise CheckpointError(f"source={name}: no {_CONFIG} there: not a model that can be packed", code="no_model")
+    if info.sha is None or _CONFIG not in present:
+        raise CheckpointError(f"{key}={name}: no {_CONFIG} there: not a model that can be packed", code="no_model")
+    return info.sha, present
 
 
 @contextlib.contextmanager
 def _explained(name: str, key: str = "source") -> Iterator[None]:
-    """Turn whatever the hub's library raises into a line, but for failures of writing here."""
+    """Turn every error of the hub's library into one line, except errors of writing to this disk."""
     try:
         yield
     except FlashMoeError:

@@ -1,4 +1,4 @@
-"""Names of tensors in published checkpoints, and what the names around a missing one tell."""
+"""Names of tensors in published checkpoints, and the layout that they reveal where one is missing."""
 
 import re
 from collections.abc import Collection
@@ -13,17 +13,21 @@ _PREFIXES = (
 )
 _BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
 """Names of the text model saved by itself."""
-_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.")
+_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.|\.rotary_emb\.inv_freq$")
 _SHOWN = 4
 
-_HINTS: tuple[tuple[str, str], ...] = (
-    (".switch_mlp.gate_up_proj", "gate_proj and up_proj of the experts are fused in switch_mlp.gate_up_proj"),
-    (".experts.gate_proj", "the experts are stacked by projection under Hugging Face's name, experts.gate_proj"),
-    (".experts.w1", "the experts are called w1, w2 and w3"),
-    (".self_attn.qkv_proj", "the projections of attention are fused in qkv_proj"),
-    (".linear_attn.in_proj_qkvz", "the projections of linear attention are fused in in_proj_qkvz"),
-    (".block_sparse_moe.", "the experts are under block_sparse_moe"),
+_HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(r"\.(switch_mlp\.gate_up_proj|experts\.\d+\.gate_up_proj|experts\.gate_up_proj(?=\.)|experts\.w13)"),
+        "gate_proj and up_proj of the experts are fused in {}",
+    ),
+    (re.compile(r"\.(experts\.gate_proj)"), "the experts are stacked by projection under Hugging Face's name, {}"),
+    (re.compile(r"\.(experts\.(?:\d+\.)?w1)\b"), "the experts are called w1, w2 and w3 ({})"),
+    (re.compile(r"\.self_attn\.(qkv_proj)"), "the projections of attention are fused in {}"),
+    (re.compile(r"\.linear_attn\.(in_proj_qkvz)"), "the projections of linear attention are fused in {}"),
+    (re.compile(r"\.(block_sparse_moe)\."), "the experts are under {}"),
 )
+"""Parts of names that only other layouts have, and what to say of them."""
 
 
 def canonical_name(name: str) -> str:
@@ -51,7 +55,9 @@ def said_of_missing(name: str, present: Collection[str]) -> str:
     if name == "lm_head.weight":
         return ": a base model without its head; use the checkpoint of the language model"
     for part, what in _HINTS:
-        if any(part in other for other in present):
+        found = next(filter(None, map(part.search, sorted(present))), None)
+        if found is not None:
+            what = what.format(found[1])
             return f": {what}; this layout is not supported, use the original checkpoint or an MLX conversion"
     parent = name
     while "." in parent:

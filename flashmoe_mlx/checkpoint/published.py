@@ -1,4 +1,4 @@
-"""Geometries of published models, so that their needs can be told without a network.
+"""Geometries of published models, so that their needs can be estimated without a network.
 
 Sources: ``config.json`` of Qwen/Qwen3.5-397B-A17B, 122B-A10B, 35B-A3B and the model cards of Qwen/Qwen3.6-35B-A3B and
 Qwen/Qwen3.8-2.4T-A95B on the Hugging Face hub.
@@ -53,11 +53,15 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "Qwen3.6-35B-A3B": _published(2048, 40, 16, 32, 256, 8, 512),
     "Qwen3.8-2.4T-A95B": _published(8192, 92, 64, 128, 512, 10, 2048, kv_heads=4),
 }
-"""What decides sizes in the ``config.json`` of each model, by its name."""
+"""The fields of ``config.json`` that decide sizes, by the name of the model."""
 
 _OTHER_GEOMETRY = re.compile(r"(?:^|[-_./])(?:REAP|pruned?|merged?|upscaled?|tiny|draft)(?=$|[-_.\d])", re.IGNORECASE)
-"""In names of models that were made of a published one, with other sizes."""
+"""Words in the names of models that were derived from a published one and have other sizes."""
 _WIDTH = re.compile(r"[-_]([234568])-?bits?(?=$|[-_])", re.IGNORECASE)
+_SAME_WEIGHTS = re.compile(
+    r"(?:[-_.](?:mlx|bf16|fp16|f16|hf|text|instruct|thinking|dwq|[234568]-?bits?))*", re.IGNORECASE
+)
+"""Endings of a model's name that change neither its sizes nor, but for the width, its format."""
 
 
 def known_config(name: str) -> Mapping[str, Any] | None:
@@ -71,6 +75,15 @@ def known_config(name: str) -> Mapping[str, Any] | None:
     width = _WIDTH.search(name)
     made = {} if width is None else {"quantization": {"bits": int(width[1]), "group_size": 64, "mode": "affine"}}
     return {**PUBLISHED[known], **made}
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether ``known_config`` certainly holds for ``name``: it is a published name, with harmless endings at most."""
+    known = _known(name)
+    return (
+        known is not None
+        and _SAME_WEIGHTS.fullmatch(name[name.lower().index(known.lower()) + len(known) :]) is not None
+    )
 
 
 def original_of(name: str) -> str | None:

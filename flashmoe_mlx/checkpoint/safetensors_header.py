@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.model.fields import shown
 from flashmoe_mlx.untrusted import parse_object
 
 _HEADER_LIMIT = 100_000_000
@@ -66,7 +67,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
 
 
 def _pointer(path: Path, size: int) -> str:
-    """What to add of a file that git-lfs left in place of the real one."""
+    """Return the end of a message where git-lfs left a pointer in place of the file, else nothing."""
     small = size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
     return ", but a pointer of git-lfs (git lfs pull fetches what it points to)" if small else ""
 
@@ -81,8 +82,8 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
     """Check one entry of the header of ``path``."""
 
-    def refuse(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name!r}: {what}")
+    def refuse(what: str, code: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {shown(name)}: {what}", code=code)
 
     if not name.isprintable():
         raise refuse("its name has characters that cannot be shown")
@@ -90,7 +91,8 @@ def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         raise refuse("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        raise refuse(f"type {dtype!r} is not supported")
+        # A type that was added to the format since is no damage, and a download would bring it again.
+        raise refuse(f"type {shown(dtype)} is not supported", "unsupported_tensor_type" if dtype else None)
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MOST_DIMENSIONS:
         raise refuse("its shape or offsets are not short lists of natural numbers")
     nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
@@ -43,6 +44,25 @@ def refuse_named_format(name: str) -> None:
         raise CheckpointError(
             f"{name}: weights in {found} cannot be read or packed, by its name; {instead}", code="unsupported_format"
         )
+
+
+def refuse_hub_id_of_format(path: str) -> None:
+    """Raise as ``refuse_named_format`` if ``path``, which is not there, can only be meant as a name on the hub."""
+    if is_hub_id(path) and not Path(path).parent.is_dir():
+        refuse_named_format(path)
+
+
+def refuse_gguf_file(path: Path) -> None:
+    """Raise CheckpointError if ``path`` is a GGUF file, by its name or its first bytes."""
+    try:
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            found = path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF"
+    except OSError:
+        return
+    if found:
+        raise gguf_advice(path)
 
 
 def gguf_advice(path: object) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""What each tensor of a published checkpoint is to the model: resident, routed expert, or not used.
+"""Classify the tensors of a published checkpoint: resident, routed expert, or unused.
 
 Three layouts are published. mlx-community: routed experts stacked as ``switch_mlp``, norms as factors, usually
 quantised. Hugging Face: experts fused as ``experts.gate_up_proj`` [experts, 2 * size, hidden], or one tensor each as
@@ -24,7 +24,7 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """A tensor as the model wants it: ``source`` with shape ``shape``, plus 1 if ``add_one``."""
+    """A tensor in the form that the model uses: ``source`` in shape ``shape``, plus 1 if ``add_one``."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """The tensors of a checkpoint by what they are for; ``skipped`` names the ones that text needs not."""
+    """The tensors of a checkpoint by purpose; ``skipped`` names those without a use for text."""
 
     matrices: tuple[Matrix, ...]
     vectors: tuple[ResidentTensor, ...]
@@ -69,16 +69,16 @@ class CheckpointExperts:
         self._layers = layers
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
-        """Places of the expert's components, in the order of its record."""
+        """Locate the components of an expert, in the order of its record."""
         return [self._checkpoint.extent(*piece) for piece in self._layers[layer].pieces(expert)]
 
     def shards(self, layer: int) -> set[str]:
-        """Names of the shards that hold experts of ``layer``."""
+        """Return the names of the shards that hold experts of ``layer``."""
         return self._layers[layer].shards()
 
 
 class _Stacked:
-    """Tensors with one row of ``[experts, ...]`` an expert; projections may share a tensor, one after the other."""
+    """Tensors ``[experts, ...]`` with a row for each expert; projections may share a tensor, one after the other."""
 
     def __init__(self, pieces: Sequence[tuple[TensorInfo, int, int]]) -> None:
         self._pieces = pieces  # (tensor, offset inside an expert's row, bytes)
@@ -195,7 +195,7 @@ class _Sorter:
         return CheckpointError(f"{self._where}: tensor {name} is missing{found}", code="missing_tensor")
 
     def _what_it_is(self) -> str:
-        """What to add to a message where tensors give away a format that cannot be read."""
+        """Return the end of a message where the tensors reveal a format that cannot be read, else nothing."""
         tensors = self._checkpoint.tensors
         found = format_of_tensors((name, tensors[name].dtype) for name in self._published.values())
         return "" if found is None else f"; the tensors are those of {found}, which is not supported: {USE_INSTEAD}"

@@ -1,4 +1,4 @@
-"""Open whatever a person points at, a pack or a published checkpoint, in one form."""
+"""Open a pack or a published checkpoint, in one form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class ModelFiles:
     experts: Mapping[str, ExpertSource]
 
     def variant(self, name: str | None) -> ExpertSource:
-        """The experts of a variant, or of the one with the most bits; of several such, the one with the plainest name.
+        """Return the experts of a variant; by default of the one with the most bits and, of several, the plainest name.
 
         Raises:
             InputError: there is no such variant.

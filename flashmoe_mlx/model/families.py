@@ -1,5 +1,6 @@
 """Which kinds of model this package runs, and what to say of the others."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,12 +51,12 @@ _DENSE: Mapping[str, str] = {
     "qwen3_5_text": "Qwen3.5-27B, Qwen3.6-27B, Qwen3.8-27B and smaller",
     "qwen3": "Qwen3-32B and smaller",
 }
-_COUNTS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_COUNT_OF_EXPERTS = re.compile(r"(moe_)?n(um)?_(\w+_)?experts")
 
 
 def refuse_other_family(published: Mapping[str, Any]) -> None:
     """Raise CheckpointError unless ``published``, a ``config.json``, is that of a model that this package runs."""
-    if "model_type" not in published:
+    if published.get("model_type") is None:
         raise CheckpointError("config.json: model_type is missing: not the config of a model", code="invalid_config")
     text = published.get("text_config")
     inner = text.get("model_type") if isinstance(text, Mapping) else None
@@ -63,10 +64,10 @@ def refuse_other_family(published: Mapping[str, Any]) -> None:
         return
     kind = published["model_type"] if published["model_type"] not in MODEL_TYPES else inner
     name = kind if isinstance(kind, str) else ""
-    if name in _DENSE or (name not in _NAMES and not _has_experts(published)):
+    if name not in _NAMES and not _has_experts(published):
         models = f" ({_DENSE[name]})" if name in _DENSE else ""
         raise CheckpointError(
-            f"config.json: model_type {shown(kind)}{models} is a dense model: it has no experts, so there is "
+            f"config.json: model_type {shown(kind)}{models} is a dense model: its config names no experts, so there is "
             f"nothing to stream; use mlx-lm for it. {RUNS[0].upper()}{RUNS[1:]}",
             code="dense_model",
         )
@@ -76,8 +77,8 @@ def refuse_other_family(published: Mapping[str, Any]) -> None:
     )
 
 
-def _has_experts(published: Mapping[str, Any]) -> bool:
-    text = published.get("text_config")
-    return any(
-        holder.get(name) for holder in (published, text) if isinstance(holder, Mapping) for name in _COUNTS_OF_EXPERTS
-    )
+def _has_experts(holder: Mapping[str, Any], depth: int = 3) -> bool:
+    """Whether a config counts experts, itself or in one of its parts (text_config, llm_config, thinker_config)."""
+    parts = [value for value in holder.values() if isinstance(value, Mapping)] if depth else []
+    counted = any(value and _COUNT_OF_EXPERTS.fullmatch(name) for name, value in holder.items())
+    return counted or any(_has_experts(part, depth - 1) for part in parts)

@@ -147,4 +147,4 @@ def _refused(what: str) -> CheckpointError:
 
 
 def _other(what: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {what}", code="unsupported_arithmetic")
+    return CheckpointError(f"config.json: {what}; use mlx-lm for this model", code="unsupported_arithmetic")

@@ -1,4 +1,4 @@
-"""Every resident tensor that a Qwen3.5-MoE model has: its name, its shape, and what a published checkpoint does to it.
+"""Every resident tensor of a Qwen3.5-MoE model: its name, its shape, and how published checkpoints store it.
 
 Names are those of mlx-community checkpoints without their ``language_model.`` prefix. Routed experts are not here: they
 stay in storage.
@@ -35,7 +35,7 @@ class Parameter:
 
 
 def resident_parameters(config: ModelConfig) -> Iterator[Parameter]:
-    """All resident parameters of a model, in the order in which a token meets them."""
+    """Yield all resident parameters of a model, in the order in which a token meets them."""
     hidden = config.hidden_size
     yield Parameter("model.embed_tokens", Kind.MATRIX, (config.vocab_size, hidden))
     for layer, full_attention in enumerate(config.full_attention):
@@ -51,6 +51,18 @@ def resident_parameters(config: ModelConfig) -> Iterator[Parameter]:
     yield Parameter("model.norm.weight", Kind.NORM, (hidden,))
     if not config.tie_word_embeddings:
         yield Parameter("lm_head", Kind.MATRIX, (config.vocab_size, hidden))
+
+
+_CHOOSING = (".mlp.gate", ".mlp.shared_expert_gate")
+_CHOOSING_BITS = 8
+
+
+def least_bits(name: str, bits: int) -> int:
+    """Return the width for the matrix ``name`` where others are quantised to ``bits``.
+
+    Matrices that decide between experts get 8 bits, as from mlx_lm: a wrong choice costs more than their few bytes.
+    """
+    return max(bits, _CHOOSING_BITS) if name.endswith(_CHOOSING) else bits
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
@@ -88,7 +100,7 @@ def _gated_delta_net(config: ModelConfig, prefix: str) -> Iterator[Parameter]:
 def quantisation_of(
     name: str, dense: tuple[int, ...], weight: tuple[int, ...], scales: tuple[int, ...]
 ) -> tuple[int, int]:
-    """(bits, group size) of an affine-quantised matrix, from its shapes alone.
+    """Return (bits, group size) of an affine-quantised matrix, from its shapes alone.
 
     Conversions differ in which matrices they keep at 8 bits, and the config of an old one does not say; the shapes
     always do.

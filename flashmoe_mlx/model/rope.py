@@ -11,6 +11,7 @@ from typing import Any
 
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.model.fields import LARGEST_SIZE, Reader, shown
+from flashmoe_mlx.untrusted import same_json
 
 _SUPPORTED = ("default", "yarn")
 _KNOWN = frozenset({
@@ -74,17 +75,14 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
     """Read the rotary settings of a text model's config: nested since transformers 5, beside the sizes before.
 
     Raises:
-        CheckpointError: they are missing, malformed, out of range, or of another kind than ``default`` and ``yarn``.
+        CheckpointError: they are missing, malformed, out of range, of another kind than ``default`` and ``yarn``, or
+            given twice and different.
     """
-    nested = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(nested, Mapping):
-        raise CheckpointError("config.json: rope_parameters is not an object", code="invalid_config")
-    kind = nested.get("rope_type") or nested.get("type") or "default"
-    if kind == "mrope":  # an older name: positions of images; text has the plain ones
-        kind = "default"
+    nested = _nested(text)
+    kind = _kind(nested)
     if kind not in _SUPPORTED:
         raise CheckpointError(
-            f"config.json: rope type {shown(kind)} is not supported; only 'default' and 'yarn' are",
+            f"config.json: rope type {shown(kind)} is not supported, 'default' and 'yarn' are; use mlx-lm",
             code="unsupported_arithmetic",
         )
     unknown = sorted(name for name in nested.keys() - _KNOWN if nested[name])
@@ -103,6 +101,32 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
         )
     theta = read.number("rope_theta", None, most=1e12)
     return Rope(dim, theta, _read_yarn(read, text, theta, max_context) if kind == "yarn" else None)
+
+
+def _nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the nested settings; of two that differ transformers takes rope_scaling, mlx-lm the other."""
+    given = {name: text[name] for name in ("rope_parameters", "rope_scaling") if text.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: {name} is not an object", code="invalid_config")
+    if len(given) < 2:
+        return next(iter(given.values()), {})
+    new, old = given.values()
+    differing = sorted(
+        name for name in new.keys() & old.keys() - {"rope_type", "type"} if not same_json(new[name], old[name])
+    )
+    if _kind(new) != _kind(old) or differing:
+        what = differing[0] if differing else "rope_type"
+        raise CheckpointError(
+            f"config.json: rope_parameters and rope_scaling differ in {shown(what)}; keep one of them",
+            code="contradicting_rope",
+        )
+    return {**old, **new}
+
+
+def _kind(nested: Mapping[str, Any]) -> Any:
+    kind = nested.get("rope_type") or nested.get("type") or "default"
+    return "default" if kind == "mrope" else kind  # an older name: positions of images; text has the plain ones
 
 
 def _read_yarn(read: Reader, text: Mapping[str, Any], theta: float, max_context: int) -> Yarn:
@@ -124,7 +148,7 @@ def _read_yarn(read: Reader, text: Mapping[str, Any], theta: float, max_context:
 
 
 def _attention_factor(read: Reader, factor: float) -> float:
-    """What is stated, or what the paper suggests for ``factor``."""
+    """Return the stated factor, or the one that the paper suggests for ``factor``."""
     if read.has("attention_factor"):
         return read.number("attention_factor", None, most=LARGEST_SIZE)
 

@@ -8,10 +8,10 @@ MLX_DTYPES = {"U8": mx.uint8, "U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.f
 
 
 def array_from(data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]) -> mx.array:
-    """A copy of ``data`` as an array; ``dtype`` is a safetensors name."""
+    """Copy ``data`` to an array; ``dtype`` is a safetensors name."""
     return mx.array(np.frombuffer(data, np.uint8)).view(MLX_DTYPES[dtype]).reshape(shape)
 
 
 def bytes_of(array: mx.array) -> memoryview:
-    """The bytes of a contiguous array; evaluates it."""
+    """Return the bytes of an array, which is evaluated."""
     return memoryview(mx.contiguous(array)).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol

@@ -19,7 +19,7 @@ _WRONG_PLACE = (
     errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 WRITE_ERRORS = (*_NO_SPACE, *_WRONG_PLACE)
-"""What ``explained_write_errors`` has advice for."""
+"""Error numbers for which ``explained_write_errors`` has advice."""
 
 
 def read_exactly(fd: int, view: memoryview, offset: int) -> int:
@@ -40,7 +40,7 @@ def read_exactly(fd: int, view: memoryview, offset: int) -> int:
 
 
 def read_extents(extents: Sequence[Extent]) -> bytearray:
-    """The bytes of ``extents``, joined.
+    """Read the bytes of ``extents``, joined.
 
     Raises:
         InputError: a file ends inside its extent.
@@ -100,7 +100,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def regular_file_size(path: Path) -> int | None:
-    """Size in bytes of the regular file at ``path`` itself; None for anything else, symbolic links among it."""
+    """Return the size in bytes of the regular file at ``path``; None for anything else, symbolic links included."""
     try:
         found = path.lstat()
     except (OSError, ValueError):
@@ -137,7 +137,7 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def refuse_if_too_large(folder: Path, needed: int, remedy: str) -> None:
-    """Raise PackError, which tells to ``remedy`` it, unless ``needed`` bytes more fit into ``folder``."""
+    """Raise PackError, with ``remedy`` as its advice, unless ``needed`` more bytes fit into ``folder``."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise PackError(

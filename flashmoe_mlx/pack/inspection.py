@@ -1,4 +1,4 @@
-"""Look at records: their hashes, and values that no healthy model has."""
+"""Inspection of records: their hashes, and values that no healthy model has."""
 
 import os
 from collections.abc import Iterator
@@ -58,7 +58,7 @@ def inspect_layer(path: Path, layout: RecordLayout, num_experts: int) -> Iterato
 
 
 def not_finite(payload: bytearray | memoryview, layout: RecordLayout) -> str | None:
-    """What to say of the first component of a record that holds NaN or infinity, if there is one."""
+    """Describe the first component of a record that holds NaN or infinity; None if there is none."""
     for component in layout.components:
         data = memoryview(payload)[component.offset : component.offset + component.nbytes]
         if not all_finite(data, component.dtype):

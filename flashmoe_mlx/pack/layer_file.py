@@ -10,7 +10,7 @@ from flashmoe_mlx.pack.record import RecordLayout
 
 
 def write_layer_file(path: Path, records: Iterable[memoryview], layout: RecordLayout) -> Iterator[RecordReport]:
-    """Write ``records`` and yield what each turned out to be; the file is published after the last."""
+    """Write ``records`` and yield a report of each; the file gets its final name after the last."""
     partial = path.with_name(path.name + ".partial")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:

@@ -80,7 +80,7 @@ class PackedExperts:
         return self.num_experts * self.layout.record_bytes
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
-        """The expert's record, padding included."""
+        """Locate the expert's record, padding included."""
         size = self.layout.record_bytes
         return [Extent(self.layer_path(layer), expert * size, size)]
 
@@ -106,22 +106,22 @@ class Pack:
 
 
 def layer_file(layer: int) -> str:
-    """Name of a layer's file, as flash-moe names it."""
+    """Return the name of a layer's file, which is flash-moe's."""
     return f"layer_{layer:02d}.bin"
 
 
 def variant_name(bits: int, quantiser: str | None = None) -> str:
-    """Name of the variant with experts of ``bits`` bits, made by ``quantiser``."""
+    """Return the name of the variant with experts of ``bits`` bits, made by ``quantiser``."""
     return f"q{bits}" if quantiser in (None, default_quantiser(bits)) else f"q{bits}-{quantiser}"
 
 
 def variant_directory(name: str) -> str:
-    """Folder of a variant inside its pack."""
+    """Return the folder of a variant inside its pack."""
     return f"experts-{name}"
 
 
 def geometry_of(config: ModelConfig) -> dict[str, int]:
-    """The sizes that decide where every record lies."""
+    """Return the sizes that determine where every record lies."""
     return {
         "num_layers": config.num_layers,
         "num_experts": config.num_experts,
@@ -140,7 +140,7 @@ def write_manifest(
 ) -> None:
     """Describe the finished files in ``folder``; with this it becomes a pack.
 
-    ``quantisers`` says of variants what made them, None for copies.
+    ``quantisers`` holds the quantiser of each variant, None for copies.
     """
     files: dict[str, Any] = {}
     for name in ("config.json", *TEXT_FILES, RESIDENT):
@@ -175,7 +175,7 @@ def open_pack(folder: Path) -> Pack:
     unchanged.
 
     Raises:
-        InputError: what is wrong and what mends it; mostly a PackError.
+        InputError: the pack is incomplete, damaged or foreign; mostly a PackError.
     """
     try:
         folder = folder.resolve()
@@ -323,7 +323,7 @@ class _Opener:
 
 
 def file_hash(path: Path) -> str:
-    """XXH3 of a whole file, as 16 hexadecimal digits."""
+    """Return the XXH3 hash of a whole file, as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
     with path.open("rb") as file:
         while block := file.read(4 * 2**20):

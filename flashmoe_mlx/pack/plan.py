@@ -1,6 +1,6 @@
-"""What an unfinished pack is made of, kept beside it so that a later run goes on with the same, or refuses to.
+"""The source and settings of an unfinished pack, kept beside it so that a later run continues with the same ones.
 
-Everything in the folder of the state belongs to the plan in it: units are marked there as they are finished.
+Everything in the state folder belongs to the plan in it: finished units are marked there.
 """
 
 import contextlib
@@ -40,17 +40,17 @@ class PackSettings:
 
 
 def state_folder(out: Path) -> Path:
-    """Where the plan of the pack in ``out`` and its markers are, until it is finished."""
+    """Return the folder of the plan and the markers of the unfinished pack in ``out``."""
     return out / _STATE
 
 
 def downloads_folder(out: Path) -> Path:
-    """Where shards from the hub are kept while the pack in ``out`` needs them."""
+    """Return the folder for shards from the hub that the pack in ``out`` still needs."""
     return out / _DOWNLOADS
 
 
 def forget_plan(out: Path) -> None:
-    """Remove what only an unfinished pack needs."""
+    """Remove the files that only an unfinished pack needs."""
     for name in (_STATE, _DOWNLOADS):
         shutil.rmtree(out / name, ignore_errors=True)
 
@@ -58,8 +58,7 @@ def forget_plan(out: Path) -> None:
 def begin_or_resume(
     source: Path | Checkpoint, out: Path, settings: PackSettings, ignored: Callable[[Path], bool] | None = None
 ) -> Checkpoint:
-    """The checkpoint to pack into ``out``; its index is kept, so that a resumed run needs only the shards still to be
-    read.
+    """Open the checkpoint to pack into ``out``; a resumed run needs only those shards that are still to be read.
 
     Raises:
         CheckpointError: the source is not supported, or has changed since packing began.
@@ -86,7 +85,7 @@ def begin_or_resume(
 
 
 def resume_or_restart(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
-    """The checkpoint to extend the finished pack in ``out`` from; an extension begun otherwise is dropped."""
+    """Open the checkpoint to extend the finished pack in ``out`` from; another unfinished extension is dropped."""
     folder = source.folder if isinstance(source, Checkpoint) else source
     plan = _read_plan(out)
     if plan is not None and (plan["source"], plan["settings"]) == (str(folder.resolve()), _listed(settings)):
@@ -96,7 +95,7 @@ def resume_or_restart(source: Path | Checkpoint, out: Path, settings: PackSettin
 
 
 def restart_unless_same(out: Path, settings: PackSettings) -> None:
-    """Go on extending the finished pack in ``out`` from its own experts; an extension begun otherwise is dropped."""
+    """Continue to extend the finished pack in ``out`` from its own experts; another unfinished extension is dropped."""
     plan = _read_plan(out)
     if plan is None or (plan["source"], plan["settings"]) != (str(out.resolve()), _listed(settings)):
         _write_plan(out, out, settings, {})
@@ -134,7 +133,7 @@ def _write_plan(out: Path, source: Path, settings: PackSettings, index: Mapping[
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
-    """The plan, or None if there is none of this version."""
+    """Return the plan, or None if there is none of this version."""
     plan = read_object(state_folder(out) / _PLAN)
     return plan if plan.get("version") == _VERSION else None
 
@@ -162,7 +161,7 @@ def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Ch
 
 
 def _listed(settings: PackSettings) -> dict[str, Any]:
-    """The settings as JSON gives them back."""
+    """Return the settings in the form that JSON reads them back."""
     return {**asdict(settings), "bits": list(settings.bits)}
 
 

@@ -1,23 +1,23 @@
-"""How long jobs tell where they are."""
+"""Progress of long jobs."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told what is being done and how many bytes of it are behind."""
+    """A listener to the progress of a job, in stages of so many bytes."""
 
     def stage(self, description: str, total: int) -> None:
-        """A new stage of ``total`` bytes begins."""
+        """Begin a new stage of ``total`` bytes."""
 
     def advance(self, nbytes: int) -> None:
-        """``nbytes`` more are done."""
+        """Count ``nbytes`` more as done."""
 
 
 class Silent:
-    """Says nothing."""
+    """A listener that does nothing."""
 
     def stage(self, description: str, total: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advance(self, nbytes: int) -> None:
-        """Nothing."""
+        """Do nothing."""

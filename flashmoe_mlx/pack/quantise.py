@@ -11,7 +11,7 @@ from flashmoe_mlx.pack.record import PROJECTIONS, Component, RecordLayout
 
 
 def quantise(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Codes, scales and biases of ``dense`` [..., out, in], as ``mx.quantize`` and so ``mlx_lm.convert`` make them.
+    """Quantize ``dense`` [..., out, in] to codes, scales and biases with ``mx.quantize``, as ``mlx_lm.convert`` does.
 
     Scales and biases [..., out, in / group_size] have the type of ``dense``.
     """
@@ -26,17 +26,17 @@ QUANTISERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array
 
 
 def default_quantiser(bits: int) -> str:
-    """Least squares where min-max wastes codes; else what everyone's conversions have."""
+    """Return "least_squares" where min-max wastes codes, else "minmax", as in most conversions."""
     return "least_squares" if bits == 2 else "minmax"
 
 
 def record_views(record: mx.array, layout: RecordLayout) -> dict[str, mx.array]:
-    """The components of a record, uint8 [record or payload bytes], by name; views where MLX allows."""
+    """Return the components of a record, uint8 [record or payload bytes], by name; views where MLX allows."""
     return {c.name: _component(record, c) for c in layout.components}
 
 
 def dense_projection(parts: dict[str, mx.array], projection: str, layout: RecordLayout) -> mx.array:
-    """The dense weight [out, in] of ``projection`` in a record's components, in the record's own float type."""
+    """Return the dense weight [out, in] of ``projection`` in a record's components, in the record's float type."""
     weight = parts[f"{projection}.weight"]
     if layout.bits is None:
         return weight
@@ -52,7 +52,7 @@ def dense_projection(parts: dict[str, mx.array], projection: str, layout: Record
 def convert_record(
     payload: bytearray, source: RecordLayout, target: RecordLayout, quantiser: str | None = None
 ) -> memoryview:
-    """A record of ``target`` from the payload of one of ``source``; bytes are copied if only padding differs.
+    """Convert the payload of a record from layout ``source`` to ``target``; equal layouts are copied.
 
     ``quantiser`` is one of ``QUANTISERS``; None for the default of the target's width.
     """

@@ -86,7 +86,7 @@ class RecordLayout:
         ]
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
-        """[output, input] size of the dense ``projection``: "gate", "up" or "down"."""
+        """Return the [output, input] size of the dense ``projection``: "gate", "up" or "down"."""
         if projection == "down":
             return (self.hidden_size, self.intermediate_size)
         return (self.intermediate_size, self.hidden_size)
@@ -102,7 +102,7 @@ class RecordLayout:
         return -(-self.payload_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
     def to_json(self) -> dict[str, Any]:
-        """The layout as the pack's manifest states it; the offsets are there for readers without this code."""
+        """Return the layout in the form of the manifest; offsets are for readers without this code."""
         return {
             "bits": self.bits,
             "group_size": self.group_size,

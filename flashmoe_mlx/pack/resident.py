@@ -13,6 +13,7 @@ import xxhash
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
 from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.model.parameters import least_bits
 from flashmoe_mlx.pack.arrays import array_from, bytes_of
 from flashmoe_mlx.pack.files import write_exactly
 from flashmoe_mlx.pack.inspection import all_finite
@@ -20,9 +21,6 @@ from flashmoe_mlx.pack.quantise import quantise
 from flashmoe_mlx.pack.record import DTYPE_BYTES
 
 _BLOCK_BYTES = 32 * 2**20
-_SENSITIVE = (".mlp.gate", ".mlp.shared_expert_gate")
-"""Matrices that decide between experts: a wrong choice costs more than their few bytes (mlx_lm does the same)."""
-_SENSITIVE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +73,7 @@ class ResidentPlan:
             for part in matrix.parts:
                 self._copy(part)
             return
-        if matrix.name.endswith(_SENSITIVE):
-            bits = max(bits, _SENSITIVE_BITS)
+        bits = least_bits(matrix.name, bits)
         dtype, groups = matrix.weight.source.dtype, (rows, columns // group_size)
         outputs = (
             self._place(f"{matrix.name}.weight", "U32", (rows, columns * bits // 32)),
@@ -110,14 +107,14 @@ class ResidentPlan:
         return tuple(sorted({job.source.source.shard for job in self._jobs}))
 
     def shard_bytes(self, shard: str) -> int:
-        """Bytes that ``write_shard`` adds."""
+        """Count the bytes that ``write_shard`` adds."""
         return sum(output.nbytes for job in self._of(shard) for output in job.outputs)
 
     def _of(self, shard: str) -> Sequence[_Job]:
         return [job for job in self._jobs if job.source.source.shard == shard]
 
     def write_shard(self, checkpoint: Checkpoint, shard: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Write what comes from ``shard`` into the file at ``path``, and make it durable; a block is in memory.
+        """Write the tensors of ``shard`` into the file at ``path``, durably, with one block in memory at a time.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity.
@@ -135,7 +132,7 @@ class ResidentPlan:
             os.close(fd)
 
     def shard_hash(self, shard: str, path: Path) -> str:
-        """XXH3 of what ``write_shard`` wrote into the file at ``path``, which may be cut short, and of the header."""
+        """Return the XXH3 hash of the header of ``path``, which may be cut short, and of its tensors from ``shard``."""
         digest = xxhash.xxh3_64()
         with path.open("rb") as file:
             digest.update(file.read(len(self._header)))
@@ -148,14 +145,14 @@ class ResidentPlan:
 
 
 def read_resident(checkpoint: Checkpoint, tensor: ResidentTensor) -> mx.array:
-    """The whole of a resident tensor in the form that the model wants; f32 if 1 had to be added."""
+    """Read a resident tensor in the form that the model uses; in f32 if 1 had to be added."""
     source = tensor.source
     array = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, tensor.shape)
     return array.astype(mx.float32) + 1.0 if tensor.add_one else array
 
 
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
-    """Pieces of the outputs of a job: (output, byte of it, data)."""
+    """Yield pieces of the outputs of a job: (output, first byte in it, data)."""
     source = job.source.source
     if job.bits is None:
         (output,) = job.outputs
@@ -181,4 +178,8 @@ def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, m
 def _refuse_not_finite(checkpoint: Checkpoint, job: _Job, data: bytearray | memoryview, dtype: str) -> None:
     if not all_finite(data, dtype):
         path = checkpoint.folder / job.source.source.shard
-        raise CheckpointError(f"{path}: {job.source.name} holds NaN or infinity; download it again")
+        raise CheckpointError(
+            f"{path}: {job.source.name} holds NaN or infinity: the file is damaged, or "
+            "the model was published broken; compare the file's checksum with the hub's",
+            code="not_finite",
+        )

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.parameters import Kind, Parameter, resident_parameters
+from flashmoe_mlx.model.parameters import Kind, Parameter, least_bits, resident_parameters
 from flashmoe_mlx.pack.files import exclusive, explained_write_errors, publish, refuse_if_too_large, write_atomically
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.pack import (
@@ -41,7 +41,7 @@ _RECIPE = 1
 
 
 def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: Progress | None = None) -> Pack:
-    """The pack of these sizes under ``cache_dir``, made there if there is none.
+    """Open the pack of these sizes under ``cache_dir``, making it first if there is none.
 
     Raises:
         PackError: no room for it, or another process is making it.
@@ -58,7 +58,7 @@ def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: 
 
 
 def synthetic_config(sizes: SyntheticSizes, vocab_size: int = BYTE_TOKENS) -> dict[str, object]:
-    """The ``config.json`` of a synthetic model."""
+    """Return the ``config.json`` of a synthetic model."""
     return {
         "model_type": "qwen3_5_moe_text",
         "vocab_size": vocab_size,
@@ -154,7 +154,7 @@ def _resident_tensors(parameter: Parameter, bits: int, random: np.random.Generat
             dense = random.normal(0, columns**-0.5, shape).astype(np.float32)
             return {f"{name}.weight": mx.array(dense).astype(mx.bfloat16)}
         router = name.endswith(".mlp.gate")
-        bits = 8 if router or name.endswith(".mlp.shared_expert_gate") else bits
+        bits = least_bits(name, bits)
         codes = np.frombuffer(random.bytes(rows * columns * bits // 8), "<u4").reshape(rows, -1)
         # Logits of router and head must differ enough for choices to be clear.
         gain = 2.0 if router or name == "lm_head" else 1.0

@@ -22,7 +22,7 @@ _READ_AHEAD = 4
 
 
 class VariantWriter:
-    """Makes the records of ``experts`` those of a variant of ``bits``; each finished layer is marked by its hashes.
+    """Conversion of ``experts`` to a variant of ``bits``; each finished layer is marked by its hashes.
 
     ``quantiser`` chooses scales and biases; None for the default of the width.
     """
@@ -47,10 +47,10 @@ class VariantWriter:
         if copied and self.name != variant_name(bits):
             raise InputError(
                 f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
-                f"leave {bits} out of bits=, or quantiser= away"
+                f"leave out quantiser=, or {bits} of bits="
             )
         self.quantiser = None if copied else quantiser or default_quantiser(bits)
-        """What made it; None if its records are copies."""
+        """The quantiser; None if records are copies."""
 
     @property
     def _layer_bytes(self) -> int:
@@ -60,13 +60,13 @@ class VariantWriter:
         return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
 
     def bytes_to_write(self) -> int:
-        """Bytes of the layers that are not there yet."""
+        """Count the bytes of the layers that are not there yet."""
         if self._linked is not None:
             return 0
         return self._layer_bytes * sum(not self._hashes(layer).exists() for layer in range(self._experts.num_layers))
 
     def take_over(self, folder: Path) -> None:
-        """Use the layer files in ``folder``, flash-moe's, in place of writing them."""
+        """Link the layer files in flash-moe's ``folder`` instead of writing new ones."""
         for layer in range(self._experts.num_layers):
             path = folder / layer_file(layer)
             size = regular_file_size(path)
@@ -76,7 +76,7 @@ class VariantWriter:
         self._linked = folder
 
     def has_layer(self, layer: int) -> bool:
-        """Whether an earlier run finished ``layer``: its file must still hash to what that run recorded."""
+        """Whether an earlier run finished ``layer``, and its file still has the hashes that the run recorded."""
         marker, path = self._hashes(layer), self._directory / layer_file(layer)
         if not marker.exists() or regular_file_size(path) != self._layer_bytes:
             return False
@@ -122,14 +122,14 @@ class VariantWriter:
             yield convert_record(payload, source, self.layout, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
-        """The bytes of each expert's components, joined in the order of its record; a few threads read ahead."""
+        """Yield the components of each expert, joined in the order of its record; a few threads read ahead."""
         with ThreadPoolExecutor(_READ_AHEAD) as pool:
             for start in range(0, self._experts.num_experts, _READ_AHEAD):
                 experts = range(start, min(start + _READ_AHEAD, self._experts.num_experts))
                 yield from pool.map(lambda expert: read_extents(self._experts.extents(layer, expert)), experts)
 
     def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:
-        """Link their file and compare all of it with the checkpoint: an interrupted packing leaves holes in it."""
+        """Link flash-moe's file and compare all of it with the checkpoint: interrupted packing leaves holes in it."""
         theirs = folder / layer_file(layer)
         path.unlink(missing_ok=True)
         try:
@@ -152,7 +152,7 @@ class VariantWriter:
                 yield inspect_record(memoryview(record), self.layout)
 
     def finish(self) -> None:
-        """Join the hashes of all layers, which must be there, into the variant's checksums."""
+        """Join the hashes of all layers, which must be finished, into the variant's checksums."""
         hashes = [self._hashes(layer).read_bytes() for layer in range(self._experts.num_layers)]
         write_atomically(self._directory / CHECKSUMS, b"".join(hashes))
 

@@ -134,7 +134,7 @@ def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, qu
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
-    """The settings without the variants that ``pack`` has."""
+    """Return the settings without the variants that ``pack`` has already."""
     missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
     return replace(settings, bits=tuple(missing))
 
@@ -206,7 +206,7 @@ class _Packer:
 
     def run(self) -> Pack:
         if self._pack is None and (self._out / RESIDENT).exists():
-            # Published by a run that ended before its manifest: still unfinished, and perhaps to be mended.
+            # A run renamed it and ended before it wrote the manifest: unfinished, and parts may be written again.
             (self._out / RESIDENT).replace(self._partial)
         refuse_if_too_large(self._out, self._bytes_to_write(), _REMEDY)
         for shards, do in self._units():
@@ -231,7 +231,7 @@ class _Packer:
         return self._resident.shards if self._pack is None else ()
 
     def _units(self) -> Iterator[tuple[Iterable[str], Callable[[], None]]]:
-        """The work, with the shards of each unit, so that each shard is needed once; deletes the used ones."""
+        """Yield each unit of work with its shards, so that each shard is needed once; delete those no longer needed."""
         experts = self._tensors.experts
         layers = {layer: experts.shards(layer) for layer in range(experts.num_layers)}
         waiting: set[str] = set()
@@ -257,7 +257,7 @@ class _Packer:
         variant.write_layer(layer)
 
     def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
-        """Models of one family have equal shapes: make a record anew that the pack has, and compare."""
+        """Convert one expert again and compare it with the pack's: models of one family have equal shapes."""
         known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)

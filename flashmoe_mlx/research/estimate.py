@@ -1,4 +1,4 @@
-"""Will a model fit, and how fast will it be: memory, a simulated cache, and the speed model put together."""
+"""Estimates of memory and speed: the sizes of a model, a simulated cache and the speed model put together."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,19 +20,19 @@ two, most of them near the middle one."""
 
 
 def tolerance(backend: str) -> float:
-    """What a prediction may be wrong by besides what is not known of the routing: 2026-11-24-speed-model.md."""
+    """Return the relative error of the speed model, without the uncertainty of routing (2026-11-24-speed-model.md)."""
     return 0.3 if backend == "resident" else 0.15
 
 
-_LAYERS = 4  # of drawn traces, which stand for all
+_LAYERS = 4  # of a drawn trace, in place of all
 _DIRECT = ("io_uring direct", "pread direct")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to run on: ``memory`` in bytes for everything, and what was measured.
+    """A machine: its measurements, and ``memory`` in bytes for everything.
 
-    ``faster_reads``: a disk that is so many times as fast.
+    ``faster_reads`` is the factor by which a hypothetical disk is faster.
     """
 
     profile: MachineProfile
@@ -42,7 +42,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """What is to run; ``trace`` is None if nothing is known of its routing."""
+    """A model with its settings; ``trace`` is None if nothing is known of its routing."""
 
     config: ModelConfig
     bits: int
@@ -73,9 +73,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens a second of one backend: as expected, and the range that holds it.
+    """Tokens a second of one backend: the expected value and its range.
 
-    ``hit_rates`` are of the ends of the range and the middle; ``budget`` bytes of slots or page cache.
+    ``hit_rates`` belong to the low end, the middle and the high end; ``budget`` is in bytes of slots or page cache.
     """
 
     backend: str
@@ -88,7 +88,7 @@ class Estimate:
 
 
 def estimates(model: Model, machine: Machine) -> list[Estimate]:
-    """One for each backend that can run the model here, the fastest first; none if it does not fit."""
+    """Estimate each backend that can run the model here, the fastest first; none if the model does not fit."""
     room = machine.memory - model.need.total
     if room <= 0:
         return []
@@ -149,7 +149,7 @@ def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, flo
 
 
 def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
-    """What LRU would do, for the worst, the middle and the best routing there might be."""
+    """Simulate an LRU cache for the worst, a middling and the best routing."""
     config, k = model.config, model.experts_k
     design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
     if model.trace is not None:
@@ -161,7 +161,7 @@ def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
 
 
 def _settled(trace: RoutingTrace) -> RoutingTrace:
-    """The first half counts as a prompt: a cache that begins empty says little of the tokens after."""
+    """Count the first half as a prompt, since a cache that begins empty is not representative."""
     return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
 
 
@@ -187,7 +187,7 @@ def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
 
 
 def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
-    """What could be changed, each by itself."""
+    """Yield possible changes, one at a time: (name, model, machine)."""
     if model.bits > 2:
         yield "bits=[2]", replace(model, bits=2), machine
     for k in (4, 2):

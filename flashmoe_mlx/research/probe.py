@@ -75,7 +75,7 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Ways of reading: the backend and its options. Warm from the page cache, cold through it, direct past it."""
 _LEAST_ROUNDS = 3
 _COPIED = 2**27
-"""Words whose copy tells the memory's speed."""
+"""Number of 32-bit words copied to measure the memory's speed."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
 
 
@@ -112,7 +112,7 @@ class Point:
 
 @dataclass(frozen=True)
 class MachineProfile:
-    """What the probe found; ``memory_gb_per_second`` is of a copy, reads and writes counted."""
+    """Results of the probe; ``memory_gb_per_second`` is that of a copy, reads and writes counted."""
 
     identity: Mapping[str, Any]
     created: datetime
@@ -132,7 +132,7 @@ class MachineProfile:
         return (datetime.now(UTC) - self.created).total_seconds() / 86400
 
     def to_json(self) -> dict[str, Any]:
-        """As in the file."""
+        """Return the profile in the form of its file."""
         return {"probe_version": PROBE_VERSION, **asdict(self), "created": self.created.isoformat()}
 
     def save(self, path: Path) -> None:
@@ -142,25 +142,36 @@ class MachineProfile:
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """The profile in ``path``; None if there is none, or another version wrote it."""
+        """Read the profile in ``path``; None if there is none, it is damaged, or another version wrote it."""
         if not path.is_file():
             return None
         try:
             found = read_object(path, strict=True)
             if found["probe_version"] != PROBE_VERSION:
                 return None
-            points = tuple(
-                Point(**{**one, **{name: tuple(one[name]) for name in ("seconds", "added")}}) for one in found["points"]
-            )
+            points = tuple(map(_point, found["points"]))
             created = datetime.fromisoformat(found["created"])
             memory = float(found["memory_gb_per_second"])
-            return cls(found["identity"], created, memory, points, found["missing"])
+            if created.tzinfo is None or {one.size for one in points if one.way == MEMORY} != set(SIZES):
+                return None
+            return cls(dict(found["identity"]), created, memory, points, dict(found["missing"]))
         except (FlashMoeError, KeyError, TypeError, ValueError):
             return None
 
 
+def _point(entry: Mapping[str, Any]) -> Point:
+    """Read a point of a profile's file; raises KeyError, TypeError or ValueError where it is malformed."""
+    made: dict[str, Any] = {name: str(entry[name]) for name in ("size", "way")}
+    counts = ("bits", "experts_k", "layers", "resident_weights", "expert_weights", "record_bytes")
+    made |= {name: int(entry[name]) for name in counts}
+    for name in ("seconds", "added"):
+        low, median, high = map(float, entry[name])
+        made[name] = (low, median, high)
+    return Point(**made, fetching=float(entry["fetching"]))
+
+
 def machine_identity() -> dict[str, Any]:
-    """What must be the same for a profile to hold."""
+    """Return the properties of this machine that must be the same for a profile to hold."""
     found = environment()
     kernels = dialect() or (native.description() if native.extension() else "mlx")
     own = {"kernels": kernels, "mlx": found["packages"]["mlx"]}
@@ -232,7 +243,7 @@ class _Bench:
             self._runs[bits, k, way] = _Run(with_experts(engine.model, store, k), store, cold)
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
-        """Rounds over everything, every other one backwards, until the time is over."""
+        """Measure in rounds, every other one backwards, until the time is over."""
         end = time.perf_counter() + seconds
         number = 0
         # Runs that are compared with each other follow each other.
@@ -275,7 +286,7 @@ class _Run:
         self.fetching.clear()
 
     def step(self) -> None:
-        """One more token."""
+        """Decode one more token."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
@@ -300,7 +311,7 @@ def _files(files: ModelFiles) -> list[Path]:
 
 
 def _memory_rate() -> float:
-    """GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
+    """Measure GB/s of a copy in the memory that MLX computes in, reads and writes counted; the best of a few."""
     words = mx.zeros(_COPIED, mx.uint32)
     mx.eval(words)
     rates = []
@@ -312,7 +323,7 @@ def _memory_rate() -> float:
 
 
 def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
-    """``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
+    """Return ``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
     layers = [
         replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
     ]

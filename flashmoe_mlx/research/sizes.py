@@ -1,27 +1,26 @@
-"""How large a model is: weights, bytes on disk, bytes in memory; all from its geometry."""
+"""Sizes of a model from its geometry: weights, bytes on disk, bytes in memory."""
 
 from dataclasses import dataclass
 from math import prod
 
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.parameters import Kind, resident_parameters
+from flashmoe_mlx.model.parameters import Kind, least_bits, resident_parameters
 from flashmoe_mlx.pack.record import RecordLayout
 
 GROUP_SIZE = 64
-_KEPT_AT_8_BITS = (".mlp.gate", ".mlp.shared_expert_gate")
 _RUNTIME = 300_000_000
 """Bytes of Python, of MLX, and of one layer's buffers."""
 LEAST_SLOTS = 16
 
 
 def touched_weights(config: ModelConfig) -> int:
-    """Resident weights that a token is multiplied with: all matrices but an embedding that is not the head as well."""
+    """Count the resident weights that multiply a token: all matrices but an embedding that is not also the head."""
     matrices = (one for one in resident_parameters(config) if one.kind is Kind.MATRIX)
     return sum(prod(one.shape) for one in matrices if one.name != "model.embed_tokens" or config.tie_word_embeddings)
 
 
 def expert_weights(config: ModelConfig) -> int:
-    """Weights of an expert."""
+    """Count the weights of an expert."""
     return 3 * config.hidden_size * config.expert_size
 
 
@@ -41,8 +40,7 @@ def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_s
         if one.kind is not Kind.MATRIX or one.shape[1] % group_size:
             total += size * scale_bytes
         else:
-            width = 8 if one.name.endswith(_KEPT_AT_8_BITS) else bits
-            total += size * width // 8 + 2 * size // group_size * scale_bytes
+            total += size * least_bits(one.name, bits) // 8 + 2 * size // group_size * scale_bytes
     return total
 
 
@@ -71,7 +69,7 @@ def memory_need(
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
 ) -> MemoryNeed:
-    """Compute what a sequence of ``context`` tokens needs, with activations and scales of so many bytes each."""
+    """Compute the memory for a sequence of ``context`` tokens; activations and scales have so many bytes each."""
     full = sum(config.full_attention)
     delta = config.num_layers - full
     head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim

@@ -43,7 +43,7 @@ class Prediction:
 
 
 def certainly(experts: int) -> Distribution:
-    """Always ``experts``."""
+    """Return the distribution of a number that is always ``experts``."""
     return np.asarray(np.eye(1, experts + 1, experts)[0])
 
 
@@ -107,7 +107,7 @@ class SpeedModel:
         return config.num_layers * (layer + experts_k * per_expert) + weight * touched_weights(config)
 
     def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
-        """Seconds that a layer takes longer, in expectation."""
+        """Compute the expected seconds that reading adds to a layer."""
         curves = []
         for points in _by_size(self._points(way)):
             reads = [0] + [one.experts_k for one in points]
@@ -123,7 +123,7 @@ class SpeedModel:
 
 @dataclass(frozen=True)
 class _Line:
-    """Seconds of a token over K, with the size that it was measured with."""
+    """Seconds of a token as a line over K, with the size of the model that was measured."""
 
     start: float
     slope: float
@@ -139,7 +139,7 @@ class _Line:
 
 
 def _by_size(points: Sequence[Point]) -> list[list[Point]]:
-    """Points of one size together, by K; the sizes by bytes of a record."""
+    """Group points by size; groups are sorted by bytes of a record, their points by K."""
     groups: dict[str, list[Point]] = {}
     for one in sorted(points, key=lambda point: (point.record_bytes, point.experts_k)):
         groups.setdefault(one.size, []).append(one)
@@ -147,7 +147,7 @@ def _by_size(points: Sequence[Point]) -> list[list[Point]]:
 
 
 def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The costs a, b >= 0 that meet ``a * x + b * y = seconds`` best, relative to the seconds."""
+    """Fit costs a, b >= 0 to equations ``a * x + b * y = seconds``, by least relative error."""
     scaled = np.array([(x / seconds, y / seconds) for x, y, seconds in equations if seconds > 0])
     if not len(scaled):
         return 0.0, 0.0
@@ -163,7 +163,7 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
 
 
 def _over_size(curves: Sequence[tuple[int, float]], size: int) -> float:
-    """On the line between the measured sizes of a record, and beyond; never less than in proportion to the size."""
+    """Interpolate between the measured sizes of a record and extrapolate, never below proportion to the size."""
     nearest, seconds = min(curves, key=lambda curve: abs(curve[0] - size))
     if len(curves) == 1:
         return seconds * size / nearest

@@ -8,19 +8,19 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.checkpoint.checkpoint import is_gguf, read_config
+from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
-from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config
-from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format, refuse_unsupported
+from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
 from flashmoe_mlx.config import EstimateConfig, ModelChoice
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.engine.telemetry import write_json
-from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.pack import MANIFEST, open_pack
-from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS
+from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
 from flashmoe_mlx.pack.synthetic import synthetic_config
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate import Estimate, Machine, Model, check_trace, estimates, tolerance, wishes
@@ -35,11 +35,15 @@ from flashmoe_mlx.untrusted import read_object
 ESTIMATE_VERSION = 1
 _BITS = 4
 _CONTEXT = 8192
-_NOT_MEASURED = "this machine has not been measured, so no speed is told; leave out probe=false, it takes two minutes"
+_NOT_MEASURED = (
+    "this machine has not been measured, so no speed is estimated; leave out probe=false to measure it, in two minutes"
+)
 _OLD = 30
 """Days."""
 _WORTH = 1.03
-"""Gains below that are not called a help."""
+"""Least factor that counts as a gain."""
+_NOT_YET_WHOLE = ("no_weights", "missing_shards", "damaged_shard", "incomplete_shard")
+"""Codes of a download that has not finished: the config is enough for an estimate."""
 
 
 def run(config: EstimateConfig, run_dir: Path) -> None:
@@ -85,21 +89,32 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
     if path.is_dir():
         return choice.path, read_config(path), path
     if path.is_file():
-        if is_gguf(path):
-            raise gguf_advice(path)
+        refuse_gguf_file(path)
+        if path.suffix != ".json":
+            raise InputError(f"model={choice.path}: give the folder of a model, its config.json, or a hub id")
         published: Mapping[str, Any] = read_object(path)
     else:
-        if is_hub_id(choice.path):
-            refuse_named_format(choice.path)
-        known = known_config(choice.path)
-        try:
-            published = remote_config(choice.path, "model") if known is None else known
-        except FlashMoeError as error:
-            if error.code != "hub_unreachable":
-                raise
-            raise FlashMoeError(f"{error}; known without it: {', '.join(PUBLISHED)}", code=error.code) from error
+        published = _published_online(choice.path)
     refuse_unsupported(published, f"model={choice.path}")
     return choice.path, published, None
+
+
+def _published_online(name: str) -> Mapping[str, Any]:
+    """Return the config of a model by its name: the one known here, if nothing in the name may mean another."""
+    if is_hub_id(name):
+        refuse_named_format(name)
+    known = known_config(name)
+    if known is not None and is_plain_name(name):
+        return known
+    try:
+        return remote_config(name, "model")
+    except FlashMoeError as error:
+        if error.code != "hub_unreachable":
+            raise
+        if known is None:
+            raise FlashMoeError(f"{error}; known without it: {', '.join(PUBLISHED)}", code=error.code) from error
+        show(f"the hub cannot be reached: sizes are those of the model that {name} is called after")
+        return known
 
 
 def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
@@ -130,14 +145,14 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
     activation_bytes = activation_type().size
     scale_bytes = 2 if choose("auto").any_scales else activation_bytes
     bits = all_bits[0]
-    group_size = group_size if bits == stated else GROUP_SIZE  # made anew otherwise
+    group_size = group_size if bits == stated else GROUP_SIZE  # else it is quantised for the pack
     return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)
 
 
 def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
-    """Return the bits and the group size of a pack's experts, of a conversion's by its config, or those by default."""
-    if folder is not None and (folder / MANIFEST).is_file():
-        layout = max((variant.layout for variant in open_pack(folder).experts.values()), key=lambda one: one.bits or 0)
+    """Return bits and group size of the experts on disk, else those of the config, else those that packs have."""
+    layout = None if folder is None else _layout_on_disk(folder)
+    if layout is not None:
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
     bits, group_size = settings.get("bits"), settings.get("group_size")
@@ -146,8 +161,23 @@ def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> t
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
 
+def _layout_on_disk(folder: Path) -> RecordLayout | None:
+    """Return the layout of the experts in ``folder``, of the variant with the most bits; None before all are there.
+
+    Raises:
+        InputError: they are there, and cannot be run.
+    """
+    try:
+        return open_model(folder).variant(None).layout
+    except CheckpointError as error:
+        if error.code not in _NOT_YET_WHOLE:
+            raise
+        show(f"widths are those of config.json: {error}")
+        return None
+
+
 def _memory(config: EstimateConfig) -> int:
-    """Bytes that a run may use; a tenth, or 2 GiB, stays with the system."""
+    """Return the bytes that a run may use; a tenth, or 2 GiB, is left to the system."""
     if config.memory_gib is not None:
         if not 0 < config.memory_gib < 2**20:
             raise InputError(f"memory_gib={config.memory_gib}: must be a size in GiB, more than 0")
@@ -158,7 +188,7 @@ def _memory(config: EstimateConfig) -> int:
 
 
 def _profile(config: EstimateConfig) -> MachineProfile | None:
-    """Return what is known of this machine, measured now if need be; None if it must not be."""
+    """Return the profile of this machine, measured now if need be; None if that is not allowed."""
     if not 0 < config.probe_seconds < 86_400:
         raise InputError(f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0")
     folder = cache_folder(config.model)
@@ -206,7 +236,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
 def _profile_lines(profile: MachineProfile) -> Iterator[str]:
     age = profile.age_days
     when = "just now" if age < 0.02 else f"{age:.0f} days ago" if age >= 1 else f"{24 * age:.1f} hours ago"
-    yield f"this machine was measured {when}{'; probe=true measures it anew' if age > _OLD else ''}"
+    yield f"this machine was measured {when}{'; probe=true measures it again' if age > _OLD else ''}"
     for way, reason in profile.missing.items():
         yield f"not measured: {way}: {reason}"
 

@@ -1,4 +1,4 @@
-"""The model that a configuration means."""
+"""Find or make the model that a configuration names."""
 
 import os
 import time
@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.checkpoint.checkpoint import is_gguf
-from flashmoe_mlx.checkpoint.support import gguf_advice, is_hub_id, refuse_named_format
+from flashmoe_mlx.checkpoint.support import refuse_gguf_file, refuse_hub_id_of_format
 from flashmoe_mlx.config import ModelChoice
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.pack.demo import demo_folder, demo_has, demo_with_variants
@@ -22,24 +21,22 @@ _INTERVAL = 0.5
 
 
 def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
-    """Its folder; a synthetic model is made first if it is not there yet, and so are variants of the demo model.
+    """Return the folder of a model; a synthetic one, or a variant of the demo model, is made first if need be.
 
     Args:
         choice: the model.
-        *backends: settings of those that will read it: the variants they name.
+        *backends: settings of the backends that will read it, for the variants they name.
 
     Raises:
         InputError: there is no such model.
     """
     if choice.path is not None:
         folder = expand_path(choice.path)
-        if is_gguf(folder):
-            raise gguf_advice(folder)
+        refuse_gguf_file(folder)
         if folder.is_file():
             raise InputError(f"model.path={choice.path}: is a file; give the folder of a pack or a checkpoint")
         if not folder.is_dir():
-            if is_hub_id(choice.path) and not folder.parent.is_dir():
-                refuse_named_format(choice.path)
+            refuse_hub_id_of_format(choice.path)
             raise InputError(
                 f"model.path={choice.path}: no such folder; to get a model from the hub: "
                 f"task=pack source=<org>/<name> out={choice.path}"
@@ -83,7 +80,7 @@ def _in_turn(make: Callable[[], Path]) -> Path:
 
 
 def model_identity(folder: Path) -> str:
-    """What the model is called, with its revision where a pack says it."""
+    """Return the name of the model, with its revision where a pack records it."""
     if not (folder / MANIFEST).exists():
         return folder.name
     source = open_pack(folder).manifest["source"]
@@ -91,7 +88,7 @@ def model_identity(folder: Path) -> str:
 
 
 def cache_folder(choice: ModelChoice) -> Path:
-    """Where models that are made here, and what is known of this machine, are kept.
+    """Return the folder for models that are made here and for measurements of this machine.
 
     An empty variable counts as unset, as the XDG specification says.
     """

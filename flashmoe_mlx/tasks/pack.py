@@ -1,13 +1,13 @@
 """``task=pack``: make a pack of a published checkpoint, add variants to a pack, or verify one."""
 
 import logging
-import re
 from pathlib import Path
 
 from rich import filesize
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
+from flashmoe_mlx.checkpoint.support import is_hub_id
 from flashmoe_mlx.config import PackConfig
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
@@ -19,7 +19,6 @@ from flashmoe_mlx.run_folder import holds_only_records
 from flashmoe_mlx.tasks.console import byte_progress, show
 
 log = logging.getLogger(__name__)
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SHOWN = 20
 
 
@@ -42,7 +41,7 @@ def _make(config: PackConfig) -> Pack:
     with byte_progress() as progress:
         if (folder / MANIFEST).is_file():
             if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
-                raise InputError(f"source={folder} is a pack: its variants are added in place, leave out= away")
+                raise InputError(f"source={folder} is a pack: variants are added in place; leave out out=")
             return add_variants(
                 open_pack(folder),
                 config.bits,
@@ -55,7 +54,7 @@ def _make(config: PackConfig) -> Pack:
         out = expand_path(config.out)
         source: Path | Checkpoint = folder
         if not folder.exists():
-            if not _HUB_ID.fullmatch(config.source) or config.source.startswith((".", "/")):
+            if not is_hub_id(config.source):
                 raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
             source = HubCheckpoint.open_remote(config.source, config.revision, downloads_folder(out))
         return pack_checkpoint(

@@ -81,7 +81,8 @@ std::vector<float> results(int seed) {
         const auto norms = noise(random, 32);
         auto keys = noise(random, 2 * heads.capacity * 32), values = noise(random, 2 * heads.capacity * 32);
         y.assign(tokens * 6 * 32, 0.0f);
-        const AttentionLayer attention{heads, 1e7, 1e-6f, norms.data(), norms.data()};
+        const double frequencies[4] = {1.0, 0.02, 3e-4, 6e-6};
+        const AttentionLayer attention{heads, frequencies, 1e-6f, norms.data(), norms.data()};
         gated_attention(attention, q.data(), k.data(), v.data(), tokens, keys.data(), values.data(), y.data());
         all.insert(all.end(), y.begin(), y.end());
     }
