@@ -13,17 +13,8 @@ from test_generation import checkpoint, scripted
 from flashmoe_mlx import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.research.quality import (
-    Item,
-    Reference,
-    _figures,
-    _Scores,
-    evaluate,
-    judge,
-    load_items,
-    passage,
-    shipped_items,
-)
+from flashmoe_mlx.research.items import Item, judge, load_items, shipped_items
+from flashmoe_mlx.research.quality import Reference, _figures, _Scores, evaluate, passage
 from flashmoe_mlx.text.tool_calls import ToolCall, parse_tool_calls
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -137,6 +128,36 @@ def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(InputError, match=message):
         load_items(path)
+
+
+def test_line_separators_inside_texts_end_no_item(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    text = "one\u2028two\u2029three\u0085four\x0b"
+    path.write_text("\r\n".join([json.dumps({"kind": "text", "text": text}, ensure_ascii=False)] * 2))
+    assert [item.text for item in load_items(path)] == [text] * 2
+
+
+def test_items_without_a_token_to_score(demo_pack: Path) -> None:
+    empty, short = Item("text", text=""), Item("text", text="a")
+    question = Item("word", messages=({"role": "user", "content": "?"},), answer="")
+    with load(demo_pack) as engine:
+        for items in ([empty], [short, question]):
+            with pytest.raises(InputError) as raised:
+                Reference.record(engine, items)
+            assert raised.value.code == "nothing_to_score"
+        longer = Item("text", text="Two words")
+        with Reference.record(engine, [empty, longer, question]) as reference:
+            found = evaluate(engine, [empty, longer, question], reference, generate=False).summary
+        assert found["text"]["items"] == 1
+
+
+def test_a_template_that_always_thinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = Item("word", messages=({"role": "user", "content": "2 + 2?"},), answer="four", exact="four")
+    with load(checkpoint(tmp_path / "model", "{{ messages[0].content }}<think>\n")) as engine:
+        scripted(monkeypatch, [*engine.tokenizer.encode("Hm.\n</think>\n\nfour"), *engine.tokenizer.eos_token_ids])
+        found = evaluate(engine, [item])
+        assert "always lets the model think" in found.summary["thinking"]
+        assert found.answers[0].right
 
 
 def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,24 @@ def test_contents_that_a_template_does_not_take_are_named(content: Any, place: s
         assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("role", "reason"),
+    [("developer", "messages[1].role is 'developer'; "), (None, "messages[1].role is None; "), ("tool", "")],
+)
+def test_a_role_that_a_template_refuses_is_named(role: object, reason: str) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
+    )
+    for content in ("x", PARTS):
+        with pytest.raises(InputError) as failure:
+            render(source, [USER, {"role": role, "content": content}])
+        assert str(failure.value) == f"{reason}chat template: unknown role"
+        assert failure.value.code == "template_refused"
+    with pytest.raises(InputError) as failure:
+        render("{{ raise_exception('no tools') }}", [{"role": "developer", "content": "x"}])
+    assert str(failure.value) == "chat template: no tools"
+
+
 # Malformed messages
 
 

@@ -83,6 +83,18 @@ def same(one: Any, other: Any) -> bool:
         (CALL.replace(X, f"<parameter={'x' * 300}>\n5\n</parameter>\n{X}"), "", [{"x": 1}]),
         (CALL.replace(X, "<parameter=\n" + X), "", [{"x": 1}]),
         (CALL.replace(X, "<parameter=new>\n5\n</parameter>\n"), "", [{"new": "5"}]),
+        (CALL.replace("x>", "first name>"), "", [{"first name": "1"}]),
+        (CALL.replace("\n", "\r\n"), "", [{"x": 1}]),
+        # Noise between parameters, and closing tags twice.
+        (CALL.replace(X, f"{X}and\n\n<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace(X, f"{X}and that is it.\n"), "", [{"x": 1}]),
+        (CALL.replace(X, f"<parameter=s>\na\n</parameter>\nand <b>\n{X}"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, f"<parameter=s>\na\n</parameter>\nand\n{X}and\n"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, "<parameter=s>a</parameter> and <parameter=x>1</parameter>"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, f"{X}</parameter>\n"), "", [{"x": 1}]),
+        (CALL.replace(X, f"{X}</parameter>\n<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace(X, f"{X}<parameter>\n{X}"), "", [{"x": 1}]),
+        (f"<function=f>\n{X}and\n</function>", "", [{"x": 1}]),
         (f"{CALL} and more", " and more".strip(), [{"x": 1}]),
         # No calls.
         (f"<function=g>\n{X}</function>", f"<function=g>\n{X}</function>", []),
@@ -117,6 +129,8 @@ def test_forms(text: str, content: str, found: list[dict[str, Any]]) -> None:
         ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</para", {"s": "half"}),
         ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</parameter>", {"s": "half"}),
         ("<tool_call>\n<function=f>\n<parameter=s", {}),
+        ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</parameter>\nand", {"s": "half"}),
+        (f"<tool_call>\n<function=f>\n{X}and", {"x": 1}),
     ],
 )
 def test_an_output_that_ends_in_a_call(text: str, found: dict[str, Any]) -> None:
@@ -156,6 +170,16 @@ def test_a_call_without_tools() -> None:
         "03106",
         '"quoted"',
         "\u2028\u0085\r\n",
+        "\r",
+        "\r\n",
+        "a\r",
+        "\ra\r",
+        "a\r\nb",
+        "a\n</parameter>",
+        "</parameter>\n</parameter>",
+        "a\n</parameter>\nb\n</parameter>\n\nc",
+        "a\n</parameter>\n<b> </function> c\n",
+        "a\n</parameter>\nb\n<parameter=unknown>\nc",
         "😀\ud800",
     ],
 )
@@ -163,6 +187,15 @@ def test_strings_stay_as_they_are(text: str) -> None:
     assert value({"type": "string"}, text) == text
     if "<parameter=" not in text:
         assert parse_tool_calls(CALL.replace("1", text))[1][0].arguments == {"x": text}
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\r\nb", "\n", "\r", " a \r\n", "a\r\n</parameter>\r\nb", "\r\n\r\n"])
+def test_one_line_break_of_two_characters_is_markup(text: str) -> None:
+    call = CALL.replace("\n", "\r\n").replace("1", text)
+    assert parse_tool_calls(call) == ("", [ToolCall("f", {"x": text})])
+    reader = ToolCallReader()
+    pieces: list[tuple[int | None, str]] = [(None, character) for character in call]
+    assert read(reader, pieces) == ("", [ToolCall("f", {"x": text})])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +239,19 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"type": "array"}, "[" * 10_000, "[" * 10_000),
         ({"type": "array"}, "[" * 500 + "]" * 500, "[" * 500 + "]" * 500),
         ({"type": "object"}, "{'a': {'b': None}}", {"a": {"b": None}}),
+        (
+            {"type": "object"},
+            """{"a": True, 'b': None, "it's": 'x', "c": [false, None,],}""",
+            {"a": True, "b": None, "it's": "x", "c": [False, None]},
+        ),
+        ({"type": "object"}, '{"a": "one\n\ttwo"}', {"a": "one\n\ttwo"}),
+        (
+            {"type": "object"},
+            r"""{'a': '\xe9\u00e9\n\\', "b": "it\'s \x41", 'c': '\"'}""",
+            {"a": "éé\n\\", "b": "it's A", "c": '"'},
+        ),
+        ({"type": "object"}, r"{'a': '\x4'}", r"{'a': '\x4'}"),
+        ({"type": "object"}, r'{"a": "\ud83d\ude00"}', {"a": "😀"}),
         ({"type": "object"}, "[1]", "[1]"),
         ({"type": "object"}, "{'a'}", "{'a'}"),
         # Several types.
@@ -232,6 +278,14 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"enum": ["a", None]}, "None", None),
         ({"enum": [True, "auto"]}, "True", True),
         ({"enum": [1.5, 2]}, "1.5", 1.5),
+        ({"enum": ["1", 2]}, "1", "1"),
+        ({"enum": ["1", 2]}, "2", 2),
+        ({"enum": ["None", None, 5]}, "None", "None"),
+        ({"anyOf": [{"const": "1"}, {"const": 2}]}, "1", "1"),
+        ({"anyOf": [{"const": "1"}, {"const": 2}]}, "2", 2),
+        ({"anyOf": [{"const": "true"}, {"type": "boolean"}]}, "true", "true"),
+        ({"anyOf": [{"const": "true"}, {"type": "boolean"}]}, "True", True),
+        ({"type": "integer", "enum": ["1", 2]}, "1", 1),
         ({"const": 5}, "5", 5),
         ({"const": "5"}, "5", "5"),
         ({"minimum": 0}, "5", 5),
@@ -382,6 +436,9 @@ markup = st.sampled_from(
             "<tool_call>\n<function=f>\n",
             "😀",
             "[1]",
+            "\r\n",
+            "\r",
+            "\n</parameter>\nnoise\n",
         ),
     ]
 )

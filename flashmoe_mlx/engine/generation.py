@@ -121,6 +121,7 @@ class Generation(Iterator[Piece]):
         self.metrics.time_to_first_token = time.perf_counter() - self._start
         limit = min(request.max_tokens, self._runner.model.config.max_context - len(request.token_ids) + 1)
         for count in range(1, limit + 1):
+            self._check()
             self._waiting.append(token)
             if token in request.eos_token_ids:
                 yield self._last(token, "", "stop")

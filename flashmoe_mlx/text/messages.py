@@ -15,6 +15,7 @@ INVALID = "invalid_messages"
 """The error code of messages that no template could render."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_ROLES = ("system", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -60,13 +61,30 @@ def unusual_content(messages: Sequence[Mapping[str, Any]]) -> str:
     for index, message in enumerate(messages):
         place, content = f"messages[{index}].content", message.get("content", "")
         if isinstance(content, list):
-            for position, part in enumerate(content):
-                if _part_text(part) is None:
-                    kind = part.get("type") if isinstance(part, Mapping) else None
-                    name = f"a part of type {kind!r}" if isinstance(kind, str) else "no part with a type and a text"
-                    return f"{place}[{position}] is {name}"
+            found = unusual_part(content, place)
+            if found:
+                return found
         elif not isinstance(content, str):
             return f"{place} is neither text nor a list of parts"
+    return ""
+
+
+def unusual_part(parts: Sequence[Any], place: str) -> str:
+    """Return where a content in ``parts`` has other than text, and what it is; empty if all is text."""
+    for position, part in enumerate(parts):
+        if _part_text(part) is None:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            name = f"a part of type {kind!r}" if isinstance(kind, str) else "no part with a type and a text"
+            return f"{place}[{position}] is {name}"
+    return ""
+
+
+def unusual_role(messages: Sequence[Mapping[str, Any]], reason: str) -> str:
+    """Return where a role is unusual, if a template's ``reason`` is about roles and does not name it; else nothing."""
+    for index, message in enumerate(messages if "role" in reason else ()):
+        role = message.get("role")
+        if role not in _ROLES and str(role) not in reason:
+            return f"messages[{index}].role is {role!r}"
     return ""
 
 

@@ -54,41 +54,41 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, in which special tokens are recognised; none is added.
+        """Return the ids of ``text``, in which special tokens are recognized; none is added.
 
         Raises:
             InputError: the text is not valid Unicode, or the tokenizer has no tokens for it.
         """
-        with _failures("the text cannot be tokenised"):
+        with _failures("the text cannot be tokenized"):
             text.encode()  # names the character at fault where there are lone surrogates
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary are left out."""
+        """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD, and ids outside the vocabulary are left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self) -> "Detokenizer":
-        """A decoder for one stream of ids."""
+        """Return a decoder for one stream of ids."""
         return Detokenizer(self._tokenizer)
 
 
 class Detokenizer:
-    """Text of ids as they come, without special tokens; the pieces together equal ``decode`` of all the ids.
+    """Turns ids into text as they come, without special tokens; the pieces together equal ``decode`` of all the ids.
 
     That holds for byte-level tokenizers, which is what the supported models have. ``DecodeStream`` of ``tokenizers`` is
-    not used: it holds back a run of invalid bytes or skipped tokens, and decodes all of it anew at every token.
+    not used: it holds back a run of invalid bytes or skipped tokens, and decodes all of it again at every token.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._context: list[int] = []
-        """The ids given out last: some decoders treat the first token of a text unlike the others."""
+        """The ids whose text was returned last: some decoders treat the first token of a text unlike the others."""
         self._context_text = ""
         self._held: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """The text that ``token_id`` makes certain; empty while a character is incomplete."""
+        """Return the text that ``token_id`` makes certain; empty while a character is incomplete."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token in self._special:
             return ""
@@ -104,13 +104,13 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """What was held back, at the end of the stream; a new one may begin."""
+        """End the stream and return the text that was held back; a new stream may begin."""
         piece = self._give_out(self._decode(self._context + self._held), len(self._held))
         self._context, self._context_text = [], ""
         return piece
 
     def _give_out(self, text: str, count: int) -> str:
-        """The end of ``text``, which belongs to the context and the first ``count`` held ids."""
+        """Return the new part of ``text``, which belongs to the context and the first ``count`` held ids."""
         piece = text[len(self._context_text) :]
         self._context, self._held = self._held[:count], self._held[count:]
         self._context_text = self._decode(self._context)
@@ -122,7 +122,7 @@ class Detokenizer:
 
 @contextmanager
 def _failures(what: str) -> Iterator[None]:
-    """Whatever the ``tokenizers`` library raises, as an ``InputError``; its panics are no ``Exception``."""
+    """Turn all that the ``tokenizers`` library raises into an ``InputError``; its panics are no ``Exception``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
@@ -132,7 +132,7 @@ def _failures(what: str) -> Iterator[None]:
 
 
 def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
-    """Every end-of-text id that a model's files name: their lists differ, and each is meant to end a text."""
+    """Return every end-of-text id in a model's files: their lists differ, and each id is meant to end a text."""
     generation, model = folder / "generation_config.json", folder / "config.json"
     model_config = read_object(model)
     text_config = model_config.get("text_config") or {}

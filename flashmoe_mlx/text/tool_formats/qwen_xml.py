@@ -13,7 +13,8 @@ As the published templates write a call::
 Models deviate from it, and values may hold the same tags. So a closing tag ends a value only if another tag that may
 follow it comes next; everything else belongs to the value. Read as calls are also: a function without ``<tool_call>``
 before it, if it was offered and is closed; several functions in one block; missing ``</parameter>``, ``</function>``
-and ``</tool_call>``. A parameter without a name is ignored. All that is no call is text.
+and ``</tool_call>``. A parameter without a name is ignored, and so is text between parameters. All that is no call is
+text.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from flashmoe_mlx.text.tool_formats.qwen_value import (
     PARAMETER,
     Value,
 )
-from flashmoe_mlx.text.tool_formats.schemas import STRING, ToolSchemas, convert
+from flashmoe_mlx.text.tool_formats.schemas import TEXT, ToolSchemas, convert
 
 _LONGEST_NAME = 256
 
@@ -76,7 +77,7 @@ class QwenXmlReader:
         self._certain = False
         """The call cannot become text any more."""
         self._name = ""
-        self._value = Value("", STRING)
+        self._value = Value("", TEXT)
 
     def feed(self, segments: Iterable[Segment]) -> Output:
         """Take the next segments of the answer; returns what they made certain."""
@@ -258,10 +259,9 @@ class QwenXmlReader:
             self._take_in_value(Segment(segment.text[len(name) + 1 :]))
 
     def _begin_value(self, name: str | None) -> None:
-        kinds = STRING if name is None else self._tools.kinds(self._call.name, name)
-        self._value = Value(name, kinds)
+        self._value = Value(name, TEXT if name is None else self._tools.parameter(self._call.name, name))
         self._mode = _Mode.VALUE
-        if name is not None and kinds == STRING:
+        if self._value.streams:
             self._emit(f"{self._separator()}{json_text(name)}: " + '"')
 
     def _separator(self) -> str:
@@ -282,11 +282,13 @@ class QwenXmlReader:
                 self._take_in_body(Segment(value.candidate, value.candidate))
             self._take_without_raw(segment)
         else:
-            self._write(value.release())
+            self._pass_on(value.release())
+            if segment.tag == END_PARAMETER:
+                self._pass_on(value.reopen())
             if value.may_begin_end(segment.tag):
                 value.begin_end(segment)
             else:
-                self._write(segment.text)
+                self._pass_on(value.keep(segment.text))
 
     def _take_without_raw(self, segment: Segment) -> None:
         """Take a segment again that ``_raw`` has already."""
@@ -301,30 +303,34 @@ class QwenXmlReader:
         if not segment.tag and not closed and "\n" not in name:
             value.hold(segment.text)
             return
-        held = value.release()
-        name = (held[len(PARAMETER) :] + name).strip()
+        name = (value.held()[len(PARAMETER) :] + name).strip()
         new = name not in self._call.arguments and name != value.name and self._tools.declares(self._call.name, name)
         if segment.tag or not closed or not name or "\n" in name or not new:
-            self._write(held)
+            self._pass_on(value.release())
             self._take_in_value(segment)
             return
         self._end_value()
         self._begin_value(name)
         self._take_in_value(Segment(rest))
 
-    def _write(self, text: str) -> None:
-        """Add to the value; a string is passed on at once."""
-        piece = self._value.add(text)
-        if piece and self._value.name is not None and self._value.kinds == STRING:
+    def _pass_on(self, piece: str) -> None:
+        """Emit a piece of a value that is a string."""
+        if piece and self._value.streams:
             self._emit(json_text(piece)[1:-1])
 
     def _end_value(self) -> None:
         value = self._value
         self._mode = _Mode.BODY
+        self._pass_on(value.close())
         if value.name is None:
             return
-        converted = convert(value.text(), value.kinds)
-        if value.kinds == STRING:
+        text = value.text()
+        converted = convert(text, value.parameter)
+        before, tag, _ = text.partition(END_PARAMETER)
+        if tag and converted is not None and not value.parameter.fits(converted[0]):
+            first = convert(before, value.parameter)  # such as a number, a closing tag, and noise
+            converted = first if first is not None and value.parameter.fits(first[0]) else converted
+        if value.streams:
             self._emit('"')
         elif converted is not None:
             self._emit(f"{self._separator()}{json_text(value.name)}: {converted[1]}")
@@ -338,6 +344,8 @@ class QwenXmlReader:
             self._end_value()
             if value.candidate != END_PARAMETER:
                 self._take_in_body(Segment(value.candidate, value.candidate))
-        elif value.name is not None and value.kinds == STRING:
-            self._write(value.release())
+        elif value.closed:
+            self._end_value()
+        elif value.name is not None and value.streams:
+            self._pass_on(value.release())
             self._call.arguments[value.name] = value.text()
