@@ -516,6 +516,7 @@ TOOL = {"type": "function", "function": {"name": "lamp"}}
         ({"system": 3}, "system is of type int"),
         ({"enable_thinking": "no"}, "enable_thinking='no'"),
         ({"enable_thinking": True, "template_options": {"enable_thinking": False}}, "contradict each other"),
+        ({"template_options": {"enable_thinking": "false"}}, "enable_thinking='false': must be true"),
         ({"template_options": {"messages": []}}, "template_options.messages cannot be set"),
         ({"template_options": {"add_generation_prompt": False}}, "template_options.add_generation_prompt cannot"),
         ({"template_options": {"tools": []}}, "template_options.tools cannot be set: use tools="),

@@ -153,9 +153,9 @@ def test_contents_that_a_template_does_not_take_are_named(content: Any, place: s
 
 @pytest.mark.parametrize(
     ("role", "reason"),
-    [("developer", "messages[1].role is 'developer'; "), (None, "messages[1].role is None; "), ("tool", "")],
+    [("developer", "messages[1].role is 'developer'; "), ("User", "messages[1].role is 'User'; "), ("tool", "")],
 )
-def test_a_role_that_a_template_refuses_is_named(role: object, reason: str) -> None:
+def test_a_role_that_a_template_refuses_is_named(role: str, reason: str) -> None:
     source = (
         "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
     )
@@ -182,6 +182,28 @@ def test_a_role_that_a_template_refuses_is_named(role: object, reason: str) -> N
         ([{"role": "user", "content": object()}], "messages[0].content "),
         ([{"role": "user", "content": {("a",): 1}}], "messages[0].content "),
         ([USER, {"role": "user", "content": [b"x"]}], "messages[1].content "),
+        ([{"content": "x"}], "messages[0].role must be text"),
+        ([{"role": 5, "content": "x"}], "messages[0].role must be text"),
+        ([{"role": "", "content": "x"}], "messages[0].role must be text"),
+        (
+            [USER, {"role": "assistant", "tool_calls": {"function": {"name": "f"}}}],
+            "messages[1].tool_calls must be a list",
+        ),
+        ([USER, {"role": "assistant", "tool_calls": "x"}], "messages[1].tool_calls must be a list"),
+        ([USER, {"role": "assistant", "tool_calls": ["x"]}], "messages[1].tool_calls[0] must be an object"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": 5}]}], "messages[1].tool_calls[0].function must be"),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
+            "messages[1].tool_calls[0].function.name must be text",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": 5, "arguments": "{}"}]}],
+            "messages[0].tool_calls[0].name must",
+        ),
+        (
+            [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
+            "messages[0].function_call is read",
+        ),
     ],
 )
 def test_malformed_messages_are_named(messages: Any, place: str) -> None:

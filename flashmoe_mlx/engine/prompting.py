@@ -132,10 +132,11 @@ def _options(enable_thinking: bool | None, template_options: Mapping[str, Any] |
             raise InputError(f"template_options: {name!r} is not the name of a variable")
         if name in _RESERVED:
             raise InputError(f"template_options.{name} cannot be set: {_RESERVED[name]}")
+    for value in (enable_thinking, options.get(_THINKING)):
+        if not isinstance(value, bool | None):  # templates compare with true and false, and take "no" for neither
+            raise InputError(f"enable_thinking={value!r}: must be true, false or null")
     if enable_thinking is None:
         return options
-    if not isinstance(enable_thinking, bool):
-        raise InputError(f"enable_thinking={enable_thinking!r}: must be true, false or null")
     if options.get(_THINKING, enable_thinking) != enable_thinking:
         raise InputError("enable_thinking and template_options.enable_thinking contradict each other")
     return {**options, _THINKING: enable_thinking}

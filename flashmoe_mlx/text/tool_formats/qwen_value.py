@@ -72,8 +72,7 @@ class Value:
     def may_begin_end(self, tag: str) -> bool:
         """Tell whether ``tag`` may end the value here."""
         if tag == PARAMETER:
-            inline = self.closed and not self._break
-            return inline or self._after_line_break() or (self.name is None and self._at_line_start())
+            return self.closed or self._after_line_break() or (self.name is None and self._at_line_start())
         return tag in MAY_FOLLOW
 
     def begin_end(self, segment: Segment) -> None:

@@ -142,7 +142,7 @@ class QwenXmlReader:
         elif segment.tag == FUNCTION and not self._text.ends_with(TOOL_CALL):
             self._orphan = not (self._in_block and self._after_function)
             self._open(segment, _Mode.FUNCTION_NAME)
-        elif segment.tag == END_TOOL_CALL and self._in_block:
+        elif segment.tag == END_TOOL_CALL and (self._in_block or self._after_function):
             self._in_block = False
             self._text.meet_call()
         else:
@@ -171,7 +171,7 @@ class QwenXmlReader:
             self._orphan = False
             self._name = ""
             self._mode = _Mode.FUNCTION_NAME
-        elif segment.tag or segment.text.strip():
+        elif segment.tag != TOOL_CALL and (segment.tag or segment.text.strip()):
             self._give_up(segment.text)
             self._take(segment)
 
@@ -179,7 +179,7 @@ class QwenXmlReader:
         name, closed, rest = segment.text.partition(">")
         if not segment.tag:
             self._name += name
-        function = self._name.strip()
+        function = _name(self._name)
         if segment.tag or "\n" in name or len(self._name) > _LONGEST_NAME or (closed and not function):
             self._give_up(segment.text)
             self._take(segment)
@@ -255,7 +255,7 @@ class QwenXmlReader:
             return
         self._name += name
         if closed:
-            self._begin_value(self._name.strip() or None)
+            self._begin_value(_name(self._name) or None)
             self._take_in_value(Segment(segment.text[len(name) + 1 :]))
 
     def _begin_value(self, name: str | None) -> None:
@@ -297,15 +297,19 @@ class QwenXmlReader:
         self._take(segment)
 
     def _take_boundary(self, segment: Segment) -> None:
-        """Read on after a ``<parameter=`` on a new line: the next parameter, if it has a new and declared name."""
+        """Read on after a ``<parameter=`` inside a value: the next parameter, if its name is declared.
+
+        The name must be new, too, unless the value has been closed.
+        """
         value = self._value
         name, closed, rest = segment.text.partition(">")
         if not segment.tag and not closed and "\n" not in name:
             value.hold(segment.text)
             return
-        name = (value.held()[len(PARAMETER) :] + name).strip()
-        new = name not in self._call.arguments and name != value.name and self._tools.declares(self._call.name, name)
-        if segment.tag or not closed or not name or "\n" in name or not new:
+        name = _name(value.held()[len(PARAMETER) :] + name)
+        new = value.closed or (name not in self._call.arguments and name != value.name)
+        declared = self._tools.declares(self._call.name, name)
+        if segment.tag or not closed or not name or "\n" in name or not (new and declared):
             self._pass_on(value.release())
             self._take_in_value(segment)
             return
@@ -349,3 +353,10 @@ class QwenXmlReader:
         elif value.name is not None and value.streams:
             self._pass_on(value.release())
             self._call.arguments[value.name] = value.text()
+
+
+def _name(text: str) -> str:
+    """Return the name in a tag, without spaces and quotes around it."""
+    name = text.strip()
+    quoted = len(name) > 1 and name[0] == name[-1] and name[0] in "\"'"
+    return name[1:-1].strip() if quoted else name
