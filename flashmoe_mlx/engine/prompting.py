@@ -16,7 +16,7 @@ Messages = Sequence[Message]
 Tools = Sequence[Mapping[str, Any]]
 _LARGEST_TOOLS = 16 * 2**20
 _THINKING = "enable_thinking"
-_UNREAD = "unread_template_option"
+_UNREAD, _INVALID = "unread_template_option", "invalid_template_option"
 _RESERVED = {
     "messages": "give messages as the prompt",
     "tools": "use tools=",
@@ -52,7 +52,9 @@ def render_prompt(
             "unread_template_option"); a message holds other than text (code "unsupported_content").
     """
     if not isinstance(prompt, str) and (isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence)):
-        raise InputError(f"the prompt is of type {type(prompt).__name__}; give text or a list of messages")
+        raise InputError(
+            f"the prompt is of type {type(prompt).__name__}; give text or a list of messages", code="invalid_prompt"
+        )
     options = _options(enable_thinking, template_options)
     if raw or template is None:
         given = {
@@ -72,9 +74,11 @@ def render_prompt(
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system is not None:
         if not isinstance(system, str):
-            raise InputError(f"system is of type {type(system).__name__}; give text")
+            raise InputError(f"system is of type {type(system).__name__}; give text", code="invalid_system")
         if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
-            raise InputError("there is a system message among the messages already: leave out system=")
+            raise InputError(
+                "there is a system message among the messages already: leave out system=", code="invalid_system"
+            )
         messages = [{"role": "system", "content": system}, *messages]
     _check_text_only(messages)
     declared = None if tools is None else checked_tools(tools)
@@ -125,20 +129,22 @@ def _check_thinking(asked: bool, text: str) -> None:
 
 def _options(enable_thinking: bool | None, template_options: Mapping[str, Any] | None) -> dict[str, Any]:
     if template_options is not None and not isinstance(template_options, Mapping):
-        raise InputError(f"template_options is of type {type(template_options).__name__}; give names and values")
+        raise InputError(
+            f"template_options is of type {type(template_options).__name__}; give names and values", code=_INVALID
+        )
     options = dict(template_options or {})
     for name in options:
         if not isinstance(name, str) or not name.isidentifier():
-            raise InputError(f"template_options: {name!r} is not the name of a variable")
+            raise InputError(f"template_options: {name!r} is not the name of a variable", code=_INVALID)
         if name in _RESERVED:
-            raise InputError(f"template_options.{name} cannot be set: {_RESERVED[name]}")
+            raise InputError(f"template_options.{name} cannot be set: {_RESERVED[name]}", code=_INVALID)
     for value in (enable_thinking, options.get(_THINKING)):
         if not isinstance(value, bool | None):  # templates compare with true and false, and take "no" for neither
-            raise InputError(f"enable_thinking={value!r}: must be true, false or null")
+            raise InputError(f"enable_thinking={value!r}: must be true, false or null", code=_INVALID)
     if enable_thinking is None:
         return options
     if options.get(_THINKING, enable_thinking) != enable_thinking:
-        raise InputError("enable_thinking and template_options.enable_thinking contradict each other")
+        raise InputError("enable_thinking and template_options.enable_thinking contradict each other", code=_INVALID)
     return {**options, _THINKING: enable_thinking}
 
 

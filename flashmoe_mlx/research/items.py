@@ -20,6 +20,7 @@ from flashmoe_mlx.text.tool_calls import parse_tool_calls
 from flashmoe_mlx.untrusted import read_text, same_json
 
 _LARGEST_ITEMS = 64 * 2**20
+_INVALID = "invalid_items"
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None
     """
     text = read_text(path, _LARGEST_ITEMS)
     if text is None:
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file", code="no_such_file")
     items = [_parse_item(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     present = sorted({item.kind for item in items})
     for kind in kinds or ():
         if kind not in present:
-            raise InputError(f"{path}: no items of kind {kind}; it has {', '.join(present)}")
+            raise InputError(f"{path}: no items of kind {kind}; it has {', '.join(present)}", code="unknown_kind")
     chosen: list[Item] = []
     counts: dict[str, int] = {}
     for item in items:
@@ -68,7 +69,7 @@ def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None
         if (kinds is None or item.kind in kinds) and (limit is None or counts[item.kind] <= limit):
             chosen.append(item)
     if not chosen:
-        raise InputError(f"{path}: no items")
+        raise InputError(f"{path}: no items", code=_INVALID)
     return chosen
 
 
@@ -99,20 +100,20 @@ def _parse_item(line: str, where: str) -> Item:
     try:
         values = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        raise InputError(f"{where}: not JSON: {error}", code=_INVALID) from error
     if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
-        raise InputError(f"{where}: not an object with a kind")
+        raise InputError(f"{where}: not an object with a kind", code=_INVALID)
     for name, value in values.items():
         if name != "json" and (name not in _FIELDS or not isinstance(value, _FIELDS[name])):
-            raise InputError(f"{where}: {name} is not known, or not of the right type")
+            raise InputError(f"{where}: {name} is not known, or not of the right type", code=_INVALID)
     if ("text" in values) == ("messages" in values) or ("messages" in values) != ("answer" in values):
-        raise InputError(f"{where}: give text, or messages with an answer")
+        raise InputError(f"{where}: give text, or messages with an answer", code=_INVALID)
     if "schema" in values:
         jsonschema = _jsonschema()
         try:
             jsonschema.Draft202012Validator.check_schema(values["schema"])
         except jsonschema.SchemaError as error:
-            raise InputError(f"{where}: schema: {error.message}") from error
+            raise InputError(f"{where}: schema: {error.message}", code=_INVALID) from error
     for name in ("messages", "tools"):
         values[name] = tuple(values.get(name, ()))
     return Item(**values)

@@ -60,7 +60,10 @@ def _prompt(engine: Engine, item: Item) -> str:
     """Render an item's messages with thinking off, or with the template's default where that is not possible."""
     template = engine.tokenizer.chat_template
     if template is None:
-        raise InputError("this model has no chat template: only items with a text can be scored (kinds=[text])")
+        raise InputError(
+            "this model has no chat template: only items with a text can be scored (kinds=[text])",
+            code="no_chat_template",
+        )
     thinking = None if _refusal(engine, item) else False
     return render_prompt(item.messages, template, tools=item.tools or None, enable_thinking=thinking)
 
@@ -204,7 +207,10 @@ def evaluate(
     if reference is not None:
         expected = (sum(len(one.scored) for one in passages), engine.model.config.vocab_size)
         if reference.values.shape != expected:
-            raise InputError("the reference was recorded over other items, or by a model with another vocabulary")
+            raise InputError(
+                "the reference was recorded over other items, or by a model with another vocabulary",
+                code="another_reference",
+            )
     row = 0
     for index, (item, one) in enumerate(zip(items, passages, strict=True)):
         if progress:

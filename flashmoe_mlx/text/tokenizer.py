@@ -40,8 +40,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         data = read_file(path, _LARGEST_TOKENIZER)
         if data is None:
-            raise InputError(f"{path} does not exist: the model has no tokenizer")
-        with _failures(f"{path} is not a tokenizer"):
+            raise InputError(f"{path} does not exist: the model has no tokenizer", code="no_tokenizer")
+        with _failures(f"{path} is not a tokenizer", "invalid_tokenizer"):
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
         # A training set-up left in the file would cut prompts short.
         tokenizer.no_truncation()
@@ -59,7 +59,7 @@ class Tokenizer:
         Raises:
             InputError: the text is not valid Unicode, or the tokenizer has no tokens for it.
         """
-        with _failures("the text cannot be tokenized"):
+        with _failures("the text cannot be tokenized", "invalid_text"):
             text.encode()  # names the character at fault where there are lone surrogates
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -121,14 +121,14 @@ class Detokenizer:
 
 
 @contextmanager
-def _failures(what: str) -> Iterator[None]:
+def _failures(what: str, code: str) -> Iterator[None]:
     """Turn all that the ``tokenizers`` library raises into an ``InputError``; its panics are no ``Exception``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {error}", code=code) from error
 
 
 def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
@@ -137,7 +137,7 @@ def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
     model_config = read_object(model)
     text_config = model_config.get("text_config") or {}
     if not isinstance(text_config, dict):
-        raise InputError(f"{model}: text_config is not an object")
+        raise InputError(f"{model}: text_config is not an object", code="invalid_config")
     ids = set()
     for path, config in ((generation, read_object(generation)), (model, model_config), (model, text_config)):
         value = config.get("eos_token_id")
@@ -145,13 +145,15 @@ def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
             if token_id is None:
                 continue
             if type(token_id) is not int or not 0 <= token_id < 2**32:
-                raise InputError(f"{path}: eos_token_id holds {token_id!r}, which is not a token id")
+                raise InputError(
+                    f"{path}: eos_token_id holds {token_id!r}, which is not a token id", code="invalid_eos_token"
+                )
             ids.add(token_id)
 
     path = folder / "tokenizer_config.json"
     token = read_object(path).get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise InputError(f"{path}: eos_token is not a token")
+        raise InputError(f"{path}: eos_token is not a token", code="invalid_eos_token")
     token_id = None if text is None else tokenizer.token_to_id(text)
     return ids if token_id is None else ids | {token_id}
