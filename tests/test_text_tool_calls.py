@@ -1,12 +1,13 @@
 """Tool calls as models write them: the published templates' own, and forms that servers have reported."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from published import ARCHIVE, published_templates
 
@@ -192,6 +193,33 @@ def test_strings_stay_as_they_are(text: str) -> None:
     assert value({"type": "string"}, text) == text
     if "<parameter=" not in text:
         assert parse_tool_calls(CALL.replace("1", text))[1][0].arguments == {"x": text}
+
+
+fragments = st.sampled_from(
+    [
+        "</parameter>",
+        "</function>",
+        "</tool_call>",
+        "<tool_call>",
+        "<function=f>",
+        "<parameter=z>",
+        *("\n" * 4),
+        "\r",
+        "a",
+    ]
+)
+AMBIGUOUS = re.compile(
+    r"</parameter>\s*(<parameter=|</function>|</tool_call>|<function=|<tool_call>)"
+    r"|</function>\s*(</tool_call>|<function=|<tool_call>)|</tool_call>\s*<tool_call>"
+)
+"""Closing tags in a row end a value, whoever wrote them."""
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(fragments, max_size=12).map("".join))
+def test_strings_may_hold_any_tags_but_closing_ones_in_a_row(text: str) -> None:
+    assume(not AMBIGUOUS.search(text))
+    assert value({"type": "string"}, text) == text
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\r\nb", "\n", "\r", " a \r\n", "a\r\n</parameter>\r\nb", "\r\n\r\n"])
@@ -452,6 +480,7 @@ outputs = st.lists(markup | st.text(max_size=3), max_size=20).map("".join)
 
 @settings(deadline=None)
 @given(outputs, st.lists(st.integers(0, 200), max_size=10), st.booleans())
+@example("<tool_call>\n<function=f>\n<parameter=s>\n\n</function> </parameter>\nnoise", [], True)
 def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: bool) -> None:
     ends = range(1, len(text) + 1) if by_character else sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     pieces = [(None, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]

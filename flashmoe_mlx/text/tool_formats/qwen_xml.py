@@ -274,8 +274,12 @@ class QwenXmlReader:
             self._take(segment)
         elif value.candidate == PARAMETER:
             self._take_boundary(segment)
-        elif value.candidate and not segment.tag and not segment.text.strip():
-            value.hold(segment.text)
+        elif value.candidate and not segment.tag:
+            rest = segment.text.lstrip()
+            value.hold(segment.text[: len(segment.text) - len(rest)])
+            if rest:
+                self._pass_on(value.release())
+                self._pass_on(value.keep(rest))
         elif value.candidate and segment.tag in MAY_FOLLOW[value.candidate] and value.may_end():
             self._end_value()
             if value.candidate != END_PARAMETER:
