@@ -24,7 +24,8 @@ from flashmoe_mlx.errors import EngineBusyError, FlashMoeError, InputError
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.prefetch import POLICIES
 from flashmoe_mlx.pack.synthetic import synthetic_pack
-from flashmoe_mlx.research.quality import Item, evaluate
+from flashmoe_mlx.research.items import Item
+from flashmoe_mlx.research.quality import evaluate
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
 
@@ -35,6 +36,7 @@ THINKING_TEMPLATE = """
 {%- endif %}
 {%- for message in messages %}{{- message.role + ': ' + message.content + '\\n' }}{%- endfor %}
 {%- for tool in tools or [] %}{{- tool.function.name + '\\n' }}{%- endfor %}
+{{- effort if effort is defined }}
 {{- '<think>\\n' }}
 {{- '\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false }}
 """
@@ -103,6 +105,13 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
             proceed.set()
         assert answer.result() == expected
     assert tokens_of(engine.generate(PROMPT, max_tokens=6)) == expected
+
+
+def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
+    """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
+    context = engine._runner.exclusive()
+    assert isinstance(context, type(threading.Lock()))
+    assert not context.locked()
 
 
 def test_a_refused_step_can_be_repeated(engine: Engine) -> None:
@@ -244,6 +253,24 @@ def test_cancelling_from_another_thread_while_decoding(engine: Engine) -> None:
         found = reasons.result(60)
     assert found[-1] == "cancelled"
     assert generation.metrics.decode.tokens < 199
+
+
+def test_cancelling_in_the_last_layer_is_followed_by_the_last_piece(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generation = engine.generate(PROMPT, ignore_eos=True)
+    first = next(generation)
+    fetch = engine.store.fetch
+
+    def cancel_there(layer: int, experts: Any) -> Any:
+        if layer == TINY.num_layers - 1:
+            generation.cancel()
+        return fetch(layer, experts)
+
+    monkeypatch.setattr(engine.store, "fetch", cancel_there)
+    pieces = list(generation)
+    assert first.finish_reason is None
+    assert [piece.finish_reason for piece in pieces] == ["cancelled"]
 
 
 def test_cancelled_text_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -428,6 +455,54 @@ def test_thinking_is_switched_by_the_template(thinking_model: Path) -> None:
         assert "enable_thinking=False" in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("template", "fulfilled"),
+    [
+        ("{{ messages[0].content }}", {False}),
+        ("{{ messages[0].content }}<think>\n", {True}),
+        ("{{ messages[0].content }}<think>\n\n</think>\n\n", {False}),
+    ],
+)
+def test_a_template_that_does_not_read_enable_thinking(tmp_path: Path, template: str, fulfilled: set[bool]) -> None:
+    """Asking for what it does anyway is no mistake; anything else would have no effect."""
+    with flashmoe_mlx.load(checkpoint(tmp_path / "model", template)) as engine:
+        for thinking in (False, True):
+            options: dict[str, Any]
+            for options in ({"enable_thinking": thinking}, {"template_options": {"enable_thinking": thinking}}):
+                if thinking in fulfilled:
+                    assert engine.encode("Hi", **options) == engine.encode("Hi")
+                    continue
+                with pytest.raises(InputError) as raised:
+                    engine.encode("Hi", **options)
+                assert raised.value.code == "unread_template_option"
+                assert f"thinking={str(thinking).lower()} " in str(raised.value)
+
+
+def test_options_that_a_template_does_not_read(thinking_model: Path) -> None:
+    with flashmoe_mlx.load(thinking_model) as engine:
+        assert engine.encode("Hi", template_options={"effort": "low"}) != engine.encode("Hi")
+        with pytest.raises(InputError) as raised:
+            engine.encode("Hi", template_options={"effort": "low", "reasoning_effort": "low"})
+        assert raised.value.code == "unread_template_option"
+        assert "template_options.reasoning_effort" in str(raised.value)
+        assert "its options are effort, enable_thinking, refuses" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "image"}, {"type": "input_audio"}, {}, 5]
+)
+def test_images_are_refused_whatever_the_template_writes_for_them(tmp_path: Path, part: Any) -> None:
+    folder = checkpoint(tmp_path / "model", "{% for part in messages[-1].content %}<|image_pad|>{% endfor %}")
+    text = {"type": "text", "text": "look"}
+    with flashmoe_mlx.load(folder) as engine:
+        assert engine.encode([{"role": "user", "content": [text]}])
+        for parts in ([text, part], (text, part)):
+            with pytest.raises(InputError) as raised:
+                engine.encode([{"role": "user", "content": parts}])
+            assert raised.value.code == "unsupported_content"
+            assert str(raised.value).startswith("messages[0].content[1] is ")
+
+
 TOOL = {"type": "function", "function": {"name": "lamp"}}
 
 
@@ -441,8 +516,11 @@ TOOL = {"type": "function", "function": {"name": "lamp"}}
         ({"system": 3}, "system is of type int"),
         ({"enable_thinking": "no"}, "enable_thinking='no'"),
         ({"enable_thinking": True, "template_options": {"enable_thinking": False}}, "contradict each other"),
+        ({"template_options": {"enable_thinking": "false"}}, "enable_thinking='false': must be true"),
         ({"template_options": {"messages": []}}, "template_options.messages cannot be set"),
         ({"template_options": {"add_generation_prompt": False}}, "template_options.add_generation_prompt cannot"),
+        ({"template_options": {"tools": []}}, "template_options.tools cannot be set: use tools="),
+        ({"template_options": {"self": 1}}, "template_options.self cannot be set"),
         ({"template_options": {"a b": 1}}, "template_options: 'a b' is not the name"),
         ({"template_options": {3: 1}}, "template_options: 3 is not the name"),
         ({"template_options": [1]}, "template_options is of type list"),
@@ -468,13 +546,15 @@ def test_requests_of_a_template_are_checked(engine: Engine, options: dict[str, A
 
 @pytest.mark.parametrize("prompt", [3, None, b"bytes", {"role": "user"}])
 def test_prompts_of_other_types(engine: Engine, prompt: Any) -> None:
-    with pytest.raises(InputError, match="the prompt is of type"):
+    with pytest.raises(InputError) as raised:
         engine.encode(prompt)
+    assert raised.value.code == "invalid_prompt"
 
 
 def test_a_second_system_message(engine: Engine) -> None:
-    with pytest.raises(InputError, match="there is a system message among the messages already"):
+    with pytest.raises(InputError) as raised:
         engine.encode([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], system="c")
+    assert raised.value.code == "invalid_system"
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path, engine: Engine) -> None:

@@ -30,9 +30,9 @@ from flashmoe_mlx.pack.writer import pack_checkpoint
 
 pytestmark = pytest.mark.oracle
 
-torch = pytest.importorskip("torch", reason="needs the oracle extra")
-transformers = pytest.importorskip("transformers", reason="needs the oracle extra")
-mlx_lm = pytest.importorskip("mlx_lm.utils", reason="needs the oracle extra")
+torch = pytest.importorskip("torch", reason="needs the oracle extra", exc_type=ImportError)
+transformers = pytest.importorskip("transformers", reason="needs the oracle extra", exc_type=ImportError)
+mlx_lm = pytest.importorskip("mlx_lm.utils", reason="needs the oracle extra", exc_type=ImportError)
 
 from oracle.reference import Reference  # noqa: E402  (it imports torch)
 

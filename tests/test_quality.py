@@ -13,17 +13,8 @@ from test_generation import checkpoint, scripted
 from flashmoe_mlx import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.research.quality import (
-    Item,
-    Reference,
-    _figures,
-    _Scores,
-    evaluate,
-    judge,
-    load_items,
-    passage,
-    shipped_items,
-)
+from flashmoe_mlx.research.items import Item, judge, load_items, shipped_items
+from flashmoe_mlx.research.quality import Reference, _figures, _Scores, evaluate, passage
 from flashmoe_mlx.text.tool_calls import ToolCall, parse_tool_calls
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -135,27 +126,63 @@ def test_the_shipped_items() -> None:
 def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as raised:
         load_items(path)
+    assert raised.value.code == "invalid_items"
+    assert message in str(raised.value)
+
+
+def test_line_separators_inside_texts_end_no_item(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    text = "one\u2028two\u2029three\u0085four\x0b"
+    path.write_text("\r\n".join([json.dumps({"kind": "text", "text": text}, ensure_ascii=False)] * 2))
+    assert [item.text for item in load_items(path)] == [text] * 2
+
+
+def test_items_without_a_token_to_score(demo_pack: Path) -> None:
+    empty, short = Item("text", text=""), Item("text", text="a")
+    question = Item("word", messages=({"role": "user", "content": "?"},), answer="")
+    with load(demo_pack) as engine:
+        for items in ([empty], [short, question]):
+            with pytest.raises(InputError) as raised:
+                Reference.record(engine, items)
+            assert raised.value.code == "nothing_to_score"
+        longer = Item("text", text="Two words")
+        with Reference.record(engine, [empty, longer, question]) as reference:
+            found = evaluate(engine, [empty, longer, question], reference, generate=False).summary
+        assert found["text"]["items"] == 1
+
+
+def test_a_template_that_always_thinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    item = Item("word", messages=({"role": "user", "content": "2 + 2?"},), answer="four", exact="four")
+    with load(checkpoint(tmp_path / "model", "{{ messages[0].content }}<think>\n")) as engine:
+        scripted(monkeypatch, [*engine.tokenizer.encode("Hm.\n</think>\n\nfour"), *engine.tokenizer.eos_token_ids])
+        found = evaluate(engine, [item])
+        assert "always lets the model think" in found.summary["thinking"]
+        assert found.answers[0].right
 
 
 def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes with an extra; items without a schema do without."""
     monkeypatch.setitem(sys.modules, "jsonschema", None)
-    with pytest.raises(InputError, match="pip install") as caught:
+    with pytest.raises(InputError) as raised:
         load_items(shipped_items())
-    assert caught.value.code == "missing_package"
-    assert "\n" not in str(caught.value)
+    assert raised.value.code == "missing_package"
+    assert "pip install" in str(raised.value)
+    assert "\n" not in str(raised.value)
     items = tmp_path / "items.jsonl"
     items.write_text('{"kind": "text", "text": "Some words."}')
     assert len(load_items(items)) == 1
 
 
 def test_files_and_kinds_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError) as raised:
         load_items(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="no items of kind nosuch; it has arithmetic, context"):
+    assert raised.value.code == "no_such_file"
+    with pytest.raises(InputError) as raised:
         load_items(shipped_items(), ["nosuch"])
+    assert raised.value.code == "unknown_kind"
+    assert "it has arithmetic, context" in str(raised.value)
 
 
 def test_scores_are_those_of_the_whole_sequence(demo_pack: Path) -> None:
@@ -182,8 +209,9 @@ def test_scores_are_those_of_the_whole_sequence(demo_pack: Path) -> None:
             worse = evaluate(fewer, items, reference, generate=False).summary
         assert worse["text"]["kl"] > 0.05
         assert worse["text"]["top1_agreement"] < 1
-        with pytest.raises(InputError, match="other items"):
+        with pytest.raises(InputError) as raised:
             evaluate(engine, items[:1], reference, generate=False)
+        assert raised.value.code == "another_reference"
 
 
 def test_it_answers_what_it_learned(demo_pack: Path) -> None:
@@ -219,8 +247,10 @@ def test_a_template_that_refuses_to_switch_thinking_off(tmp_path: Path, monkeypa
         assert found.answers[0].text == "four"
         assert found.answers[0].right
         broken = Item("tool", messages=({"role": "tool", "content": "x"},), answer="y", exact="y")
-        with pytest.raises(InputError, match="no tools here"):  # thinking is not the reason
+        with pytest.raises(InputError) as raised:  # thinking is not the reason
             evaluate(engine, [broken])
+        assert raised.value.code == "template_refused"
+        assert "no tools here" in str(raised.value)
 
 
 def test_thinking_is_off_where_that_is_possible(demo_pack: Path) -> None:

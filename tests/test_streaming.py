@@ -88,6 +88,20 @@ def test_an_interrupted_trace(
     assert (tmp_path / "run" / "routing.moetrace").exists() == kept
 
 
+def test_interrupts_that_are_ignored_stay_ignored(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a background job of a shell: Ctrl-C in its terminal is for others."""
+    interrupt_at(monkeypatch, 10)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert run(tmp_path, f"model.path={tiny_pack}", "prompt=A prompt", "prefill_chunk=5", "max_tokens=2") == 0
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert record(tmp_path)["interrupted"] is False
+
+
 def _interrupted(folder: Path, begun: str, *arguments: str) -> tuple[int, float]:
     """Start the program, interrupt it a little after its log holds ``begun``; its exit code, and how long it took."""
     log = folder / "run" / "flashmoe_mlx.log"
@@ -224,7 +238,7 @@ def test_system_tools_and_template_options(thinking_model: Path, tmp_path: Path)
     asked = ["system=Be brief, it's late.", f"tools={tools}", "thinking=false", "template_options={effort:low}"]
     assert run(tmp_path / "all", *options, *asked) == 0
     longer = record(tmp_path / "all")["prefill"]["tokens"] - record(tmp_path / "plain")["prefill"]["tokens"]
-    added = "system: Be brief, it's late.\n" + "lamp\n" + "\n</think>\n\n"
+    added = "system: Be brief, it's late.\n" + "lamp\n" + "low" + "\n</think>\n\n"
     assert longer == len(Tokenizer.load(thinking_model).encode(added))
 
 

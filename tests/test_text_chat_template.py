@@ -103,8 +103,8 @@ def test_dict_and_namespace() -> None:
 
 
 def test_fields_that_are_none_are_left_out() -> None:
-    messages = [{"role": "assistant", "content": None, "tool_calls": [None]}]
-    assert render("{{ messages[0] | tojson }}", messages) == '{"role": "assistant", "tool_calls": [null]}'
+    messages = [{"role": "assistant", "content": None, "extra": [None]}]
+    assert render("{{ messages[0] | tojson }}", messages) == '{"role": "assistant", "extra": [null]}'
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])

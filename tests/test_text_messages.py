@@ -151,6 +151,24 @@ def test_contents_that_a_template_does_not_take_are_named(content: Any, place: s
         assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize(
+    ("role", "reason"),
+    [("developer", "messages[1].role is 'developer'; "), ("User", "messages[1].role is 'User'; "), ("tool", "")],
+)
+def test_a_role_that_a_template_refuses_is_named(role: str, reason: str) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
+    )
+    for content in ("x", PARTS):
+        with pytest.raises(InputError) as failure:
+            render(source, [USER, {"role": role, "content": content}])
+        assert str(failure.value) == f"{reason}chat template: unknown role"
+        assert failure.value.code == "template_refused"
+    with pytest.raises(InputError) as failure:
+        render("{{ raise_exception('no tools') }}", [{"role": "developer", "content": "x"}])
+    assert str(failure.value) == "chat template: no tools"
+
+
 # Malformed messages
 
 
@@ -164,6 +182,28 @@ def test_contents_that_a_template_does_not_take_are_named(content: Any, place: s
         ([{"role": "user", "content": object()}], "messages[0].content "),
         ([{"role": "user", "content": {("a",): 1}}], "messages[0].content "),
         ([USER, {"role": "user", "content": [b"x"]}], "messages[1].content "),
+        ([{"content": "x"}], "messages[0].role must be text"),
+        ([{"role": 5, "content": "x"}], "messages[0].role must be text"),
+        ([{"role": "", "content": "x"}], "messages[0].role must be text"),
+        (
+            [USER, {"role": "assistant", "tool_calls": {"function": {"name": "f"}}}],
+            "messages[1].tool_calls must be a list",
+        ),
+        ([USER, {"role": "assistant", "tool_calls": "x"}], "messages[1].tool_calls must be a list"),
+        ([USER, {"role": "assistant", "tool_calls": ["x"]}], "messages[1].tool_calls[0] must be an object"),
+        ([USER, {"role": "assistant", "tool_calls": [{"function": 5}]}], "messages[1].tool_calls[0].function must be"),
+        (
+            [USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
+            "messages[1].tool_calls[0].function.name must be text",
+        ),
+        (
+            [{"role": "assistant", "tool_calls": [{"name": 5, "arguments": "{}"}]}],
+            "messages[0].tool_calls[0].name must",
+        ),
+        (
+            [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
+            "messages[0].function_call is read",
+        ),
     ],
 )
 def test_malformed_messages_are_named(messages: Any, place: str) -> None:
@@ -278,8 +318,10 @@ def test_a_list_of_named_templates(tmp_path: Path, file: str) -> None:
     assert loaded(tmp_path) == "plain"
     assert loaded(tmp_path, tools=[]) == "tools"
     (tmp_path / file).write_text(json.dumps({"chat_template": named[1:]}))
-    with pytest.raises(InputError, match=f"{file}: none of its chat templates is named 'default'"):
+    with pytest.raises(InputError) as raised:
         loaded(tmp_path)
+    assert raised.value.code == "invalid_template"
+    assert file in str(raised.value)
 
 
 def test_additional_templates(tmp_path: Path) -> None:

@@ -168,8 +168,10 @@ def test_a_prompt_is_never_truncated_or_padded(model: Path) -> None:
 
 
 def test_a_lone_surrogate_is_an_input_error(tokenizer: Tokenizer) -> None:
-    with pytest.raises(InputError, match="position 1"):
+    with pytest.raises(InputError) as raised:
         tokenizer.encode("a\ud800")
+    assert raised.value.code == "invalid_text"
+    assert "position 1" in str(raised.value)
 
 
 def test_a_panic_of_the_library_is_an_input_error(model: Path) -> None:
@@ -178,8 +180,9 @@ def test_a_panic_of_the_library_is_an_input_error(model: Path) -> None:
 
     edit(model / "tokenizer.json", chunks_of_nothing)
     broken = Tokenizer.load(model)
-    with pytest.raises(InputError, match="cannot be tokenised"):
+    with pytest.raises(InputError) as raised:
         broken.encode("abc")
+    assert raised.value.code == "invalid_text"
 
 
 # The detokenizer
@@ -268,29 +271,37 @@ def test_absent_eos_is_ignored(model: Path) -> None:
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
 def test_malformed_eos_ids_are_refused(model: Path, name: str, eos: object) -> None:
     (model / name).write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(InputError, match=f"{name}: eos_token_id"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "invalid_eos_token"
+    assert name in str(raised.value)
 
 
 @pytest.mark.parametrize("eos", [5, ["<|im_end|>"], {"text": "<|im_end|>"}])
 def test_a_malformed_eos_token_is_refused(model: Path, eos: object) -> None:
     edit(model / "tokenizer_config.json", lambda config: config.update(eos_token=eos))
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: eos_token"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "invalid_eos_token"
+    assert "tokenizer_config.json" in str(raised.value)
 
 
 def test_a_malformed_text_config_is_refused(model: Path) -> None:
     (model / "config.json").write_text('{"text_config": [1]}')
-    with pytest.raises(InputError, match="text_config"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "invalid_config"
+    assert "text_config" in str(raised.value)
 
 
 # Hostile files
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"tokenizer\.json does not exist"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(tmp_path)
+    assert raised.value.code == "no_tokenizer"
+    assert "tokenizer.json" in str(raised.value)
 
 
 @pytest.mark.parametrize(
@@ -308,8 +319,10 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 )
 def test_a_corrupt_tokenizer_is_named(model: Path, data: bytes) -> None:
     (model / "tokenizer.json").write_bytes(data)
-    with pytest.raises(InputError, match=r"tokenizer\.json is not a tokenizer"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "invalid_tokenizer"
+    assert "tokenizer.json" in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json", "tokenizer_config.json"])
@@ -331,11 +344,15 @@ def test_a_corrupt_helper_file_is_named(model: Path, name: str, data: bytes, rea
 
 def test_oversized_files_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(untrusted.read_object.__kwdefaults__, "limit", 50)
-    with pytest.raises(InputError, match=r"config\.json is larger than 50 bytes"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "file_too_large"
+    assert "config.json" in str(raised.value)
     monkeypatch.setattr(tokenizer_module, "_LARGEST_TOKENIZER", 1000)
-    with pytest.raises(InputError, match=r"tokenizer\.json is larger than 1000 bytes"):
+    with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
+    assert raised.value.code == "file_too_large"
+    assert "tokenizer.json" in str(raised.value)
 
 
 def test_what_is_no_regular_file_is_refused(model: Path) -> None:

@@ -1,12 +1,13 @@
 """Tool calls as models write them: the published templates' own, and forms that servers have reported."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from published import ARCHIVE, published_templates
 
@@ -83,6 +84,23 @@ def same(one: Any, other: Any) -> bool:
         (CALL.replace(X, f"<parameter={'x' * 300}>\n5\n</parameter>\n{X}"), "", [{"x": 1}]),
         (CALL.replace(X, "<parameter=\n" + X), "", [{"x": 1}]),
         (CALL.replace(X, "<parameter=new>\n5\n</parameter>\n"), "", [{"new": "5"}]),
+        (CALL.replace("x>", "first name>"), "", [{"first name": "1"}]),
+        (CALL.replace("\n", "\r\n"), "", [{"x": 1}]),
+        (CALL.replace("=f>", '="f">').replace("x>", "'x' >"), "", [{"x": 1}]),
+        (f"<tool_call>\n{CALL}\n</tool_call>", "", [{"x": 1}]),
+        (f"{CALL}</tool_call> Done.</tool_call>", "Done.</tool_call>", [{"x": 1}]),
+        # Noise between parameters, and closing tags twice.
+        (CALL.replace(X, f"{X}and\n\n<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace(X, f"{X}and that is it.\n"), "", [{"x": 1}]),
+        (CALL.replace(X, f"<parameter=s>\na\n</parameter>\nand <b>\n{X}"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, f"<parameter=s>\na\n</parameter>\nand\n{X}and\n"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, "<parameter=s>a</parameter> and <parameter=x>1</parameter>"), "", [{"s": "a", "x": 1}]),
+        (CALL.replace(X, f"{X}and <parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace(X, "<parameter=s>\na\n</parameter>\nor\n<parameter=s>\nb\n</parameter>\n"), "", [{"s": "b"}]),
+        (CALL.replace(X, f"{X}</parameter>\n"), "", [{"x": 1}]),
+        (CALL.replace(X, f"{X}</parameter>\n<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
+        (CALL.replace(X, f"{X}<parameter>\n{X}"), "", [{"x": 1}]),
+        (f"<function=f>\n{X}and\n</function>", "", [{"x": 1}]),
         (f"{CALL} and more", " and more".strip(), [{"x": 1}]),
         # No calls.
         (f"<function=g>\n{X}</function>", f"<function=g>\n{X}</function>", []),
@@ -117,6 +135,8 @@ def test_forms(text: str, content: str, found: list[dict[str, Any]]) -> None:
         ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</para", {"s": "half"}),
         ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</parameter>", {"s": "half"}),
         ("<tool_call>\n<function=f>\n<parameter=s", {}),
+        ("<tool_call>\n<function=f>\n<parameter=s>\nhalf\n</parameter>\nand", {"s": "half"}),
+        (f"<tool_call>\n<function=f>\n{X}and", {"x": 1}),
     ],
 )
 def test_an_output_that_ends_in_a_call(text: str, found: dict[str, Any]) -> None:
@@ -156,6 +176,16 @@ def test_a_call_without_tools() -> None:
         "03106",
         '"quoted"',
         "\u2028\u0085\r\n",
+        "\r",
+        "\r\n",
+        "a\r",
+        "\ra\r",
+        "a\r\nb",
+        "a\n</parameter>",
+        "</parameter>\n</parameter>",
+        "a\n</parameter>\nb\n</parameter>\n\nc",
+        "a\n</parameter>\n<b> </function> c\n",
+        "a\n</parameter>\nb\n<parameter=unknown>\nc",
         "😀\ud800",
     ],
 )
@@ -163,6 +193,42 @@ def test_strings_stay_as_they_are(text: str) -> None:
     assert value({"type": "string"}, text) == text
     if "<parameter=" not in text:
         assert parse_tool_calls(CALL.replace("1", text))[1][0].arguments == {"x": text}
+
+
+fragments = st.sampled_from(
+    [
+        "</parameter>",
+        "</function>",
+        "</tool_call>",
+        "<tool_call>",
+        "<function=f>",
+        "<parameter=z>",
+        *("\n" * 4),
+        "\r",
+        "a",
+    ]
+)
+AMBIGUOUS = re.compile(
+    r"</parameter>\s*(<parameter=|</function>|</tool_call>|<function=|<tool_call>)"
+    r"|</function>\s*(</tool_call>|<function=|<tool_call>)|</tool_call>\s*<tool_call>"
+)
+"""Closing tags in a row end a value, whoever wrote them."""
+
+
+@settings(deadline=None, max_examples=500)
+@given(st.lists(fragments, max_size=12).map("".join))
+def test_strings_may_hold_any_tags_but_closing_ones_in_a_row(text: str) -> None:
+    assume(not AMBIGUOUS.search(text))
+    assert value({"type": "string"}, text) == text
+
+
+@pytest.mark.parametrize("text", ["", "a", "a\r\nb", "\n", "\r", " a \r\n", "a\r\n</parameter>\r\nb", "\r\n\r\n"])
+def test_one_line_break_of_two_characters_is_markup(text: str) -> None:
+    call = CALL.replace("\n", "\r\n").replace("1", text)
+    assert parse_tool_calls(call) == ("", [ToolCall("f", {"x": text})])
+    reader = ToolCallReader()
+    pieces: list[tuple[int | None, str]] = [(None, character) for character in call]
+    assert read(reader, pieces) == ("", [ToolCall("f", {"x": text})])
 
 
 @pytest.mark.parametrize(
@@ -206,6 +272,19 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"type": "array"}, "[" * 10_000, "[" * 10_000),
         ({"type": "array"}, "[" * 500 + "]" * 500, "[" * 500 + "]" * 500),
         ({"type": "object"}, "{'a': {'b': None}}", {"a": {"b": None}}),
+        (
+            {"type": "object"},
+            """{"a": True, 'b': None, "it's": 'x', "c": [false, None,],}""",
+            {"a": True, "b": None, "it's": "x", "c": [False, None]},
+        ),
+        ({"type": "object"}, '{"a": "one\n\ttwo"}', {"a": "one\n\ttwo"}),
+        (
+            {"type": "object"},
+            r"""{'a': '\xe9\u00e9\n\\', "b": "it\'s \x41", 'c': '\"'}""",
+            {"a": "éé\n\\", "b": "it's A", "c": '"'},
+        ),
+        ({"type": "object"}, r"{'a': '\x4'}", r"{'a': '\x4'}"),
+        ({"type": "object"}, r'{"a": "\ud83d\ude00"}', {"a": "😀"}),
         ({"type": "object"}, "[1]", "[1]"),
         ({"type": "object"}, "{'a'}", "{'a'}"),
         # Several types.
@@ -232,6 +311,14 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"enum": ["a", None]}, "None", None),
         ({"enum": [True, "auto"]}, "True", True),
         ({"enum": [1.5, 2]}, "1.5", 1.5),
+        ({"enum": ["1", 2]}, "1", "1"),
+        ({"enum": ["1", 2]}, "2", 2),
+        ({"enum": ["None", None, 5]}, "None", "None"),
+        ({"anyOf": [{"const": "1"}, {"const": 2}]}, "1", "1"),
+        ({"anyOf": [{"const": "1"}, {"const": 2}]}, "2", 2),
+        ({"anyOf": [{"const": "true"}, {"type": "boolean"}]}, "true", "true"),
+        ({"anyOf": [{"const": "true"}, {"type": "boolean"}]}, "True", True),
+        ({"type": "integer", "enum": ["1", 2]}, "1", 1),
         ({"const": 5}, "5", 5),
         ({"const": "5"}, "5", "5"),
         ({"minimum": 0}, "5", 5),
@@ -382,6 +469,9 @@ markup = st.sampled_from(
             "<tool_call>\n<function=f>\n",
             "😀",
             "[1]",
+            "\r\n",
+            "\r",
+            "\n</parameter>\nnoise\n",
         ),
     ]
 )
@@ -390,6 +480,7 @@ outputs = st.lists(markup | st.text(max_size=3), max_size=20).map("".join)
 
 @settings(deadline=None)
 @given(outputs, st.lists(st.integers(0, 200), max_size=10), st.booleans())
+@example("<tool_call>\n<function=f>\n<parameter=s>\n\n</function> </parameter>\nnoise", [], True)
 def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: bool) -> None:
     ends = range(1, len(text) + 1) if by_character else sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     pieces = [(None, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
@@ -543,7 +634,9 @@ def check_round_trip(render: Callable[..., str], given_arguments: dict[str, Any]
     declared = tools("get", **schemas)
     call = {"type": "function", "function": {"name": "get", "arguments": given_arguments}}
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ok", "tool_calls": [call, call]}]
-    text = render(messages, declared, False).rpartition("assistant\n")[2].rpartition("</think>")[2]
+    text = render(messages, declared, False).partition("<|im_start|>assistant\n")[2]
+    if text.startswith("<think>"):
+        text = text.partition("</think>")[2]
     rest, calls = parse_tool_calls(text.rpartition("<|im_end|>")[0], declared)
     assert rest.strip() == "ok"
     assert [call.name for call in calls] == ["get", "get"]
@@ -554,6 +647,7 @@ def check_round_trip(render: Callable[..., str], given_arguments: dict[str, Any]
 @settings(deadline=None)
 @given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
 @example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+@example({"0": {"</think>": None}, "1": "assistant\n"}, 0)
 @example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
 def test_the_demo_template_round_trips(demo: ChatTemplate, found: dict[str, Any], variant: int) -> None:
     check_round_trip(demo.render, found, variant)
@@ -578,6 +672,7 @@ def test_published_templates_round_trip(name: str) -> None:
     @settings(deadline=None)
     @given(st.dictionaries(names, json_values, max_size=4), st.integers(0, 2))
     @example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
+    @example({"0": {"</think>": None}, "1": "assistant\n"}, 0)
     @example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
     def holds(found: dict[str, Any], variant: int) -> None:
         check_round_trip(template.render, found, variant)

@@ -17,13 +17,13 @@ from flashmoe_mlx.storage.slots import slots_for
 
 
 def backend_names() -> list[str]:
-    """Backends that come with this package: the files in ``configs/backend/``."""
+    """Return the backends that come with this package: the files in ``configs/backend/``."""
     folder = package_files("flashmoe_mlx.configs").joinpath("backend")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def backend_settings(name: str) -> dict[str, Any]:
-    """``_target_`` and default options of a backend.
+    """Return ``_target_`` and the default options of a backend.
 
     Raises:
         InputError: there is no such backend.
@@ -66,7 +66,7 @@ def open_store(
 
 
 def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
-    """The store that ``settings``, with ``_target_`` and options for its constructor, make for ``source``.
+    """Create the store of class ``_target_`` for ``source``; the other ``settings`` go to its constructor.
 
     Raises:
         InputError: there is no such store or option, or the store refuses.
@@ -105,7 +105,7 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is of a plain type or a union of such; anything else is the store's own affair."""
+    """Tell whether ``value`` is of the type ``hint``, as far as that is a plain type or a union of plain types."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if hint is float:

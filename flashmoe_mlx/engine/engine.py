@@ -340,12 +340,13 @@ class Engine:
         config = self.model.config
         tokens = [operator.index(token) for token in token_ids]
         if not tokens:
-            raise InputError("the prompt is empty: give at least one token")
+            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
         for token in tokens:
             if not 0 <= token < config.vocab_size:
-                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}")
+                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
         if before + len(tokens) > config.max_context:
             raise InputError(
-                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}"
+                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
+                code="prompt_too_long",
             )
         return tokens

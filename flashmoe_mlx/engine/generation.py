@@ -121,6 +121,7 @@ class Generation(Iterator[Piece]):
         self.metrics.time_to_first_token = time.perf_counter() - self._start
         limit = min(request.max_tokens, self._runner.model.config.max_context - len(request.token_ids) + 1)
         for count in range(1, limit + 1):
+            self._check()
             self._waiting.append(token)
             if token in request.eos_token_ids:
                 yield self._last(token, "", "stop")
@@ -193,12 +194,14 @@ class Generation(Iterator[Piece]):
 def checked_max_tokens(max_tokens: int) -> int:
     """Return ``max_tokens`` if it is a positive integer, or raise InputError."""
     if type(max_tokens) is not int or max_tokens < 1:
-        raise InputError(f"max_tokens={max_tokens!r}: must be a whole number, at least 1")
+        raise InputError(f"max_tokens={max_tokens!r}: must be a whole number, at least 1", code="invalid_max_tokens")
     return max_tokens
 
 
 def checked_chunk(prefill_chunk: int | None) -> int:
     """Return the tokens of a chunk, for None the default, or raise InputError."""
     if prefill_chunk is not None and (type(prefill_chunk) is not int or prefill_chunk < 1):
-        raise InputError(f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token")
+        raise InputError(
+            f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token", code="invalid_prefill_chunk"
+        )
     return prefill_chunk or PREFILL_CHUNK

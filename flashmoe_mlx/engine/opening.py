@@ -27,7 +27,7 @@ class ModelFiles:
     experts: Mapping[str, ExpertSource]
 
     def variant(self, name: str | None) -> ExpertSource:
-        """Return the experts of a variant; by default of the one with the most bits and, of several, the plainest name.
+        """Return the experts of a variant, or of the one with the most bits; among equals, the first by name.
 
         Raises:
             InputError: there is no such variant.
@@ -45,7 +45,7 @@ class ModelFiles:
 
 
 def open_model(folder: Path) -> ModelFiles:
-    """Check the model in ``folder``; nothing large is read.
+    """Open and check the model in ``folder``; nothing large is read.
 
     Raises:
         InputError: there is none, or it is incomplete, damaged or not supported.

@@ -1,8 +1,8 @@
 """Forward passes of one model, one at a time: the lock, the clock and the prefetcher that all sequences share."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import mlx.core as mx
 import numpy as np
@@ -31,22 +31,21 @@ class Runner:
         """Whether experts are read ahead by guesses."""
         return self._prefetcher is not None
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keep other callers out; a batch of experts, for one, is valid only until the next fetch.
+    def exclusive(self) -> AbstractContextManager[object]:
+        """Return a context that keeps other callers out: a batch of experts is valid only until the next fetch.
+
+        The context is the lock itself: unlike a context manager in Python, its entry cannot be interrupted between
+        taking the lock and promising to release it.
 
         Raises:
-            EngineBusyError: another call is inside.
+            EngineBusyError: another call is inside. Two calls that arrive at the same instant may wait for each other.
         """
-        if not self._lock.acquire(blocking=False):
+        if self._lock.locked():
             raise EngineBusyError(
                 "the engine is busy with another call: it runs one forward pass at a time. Let threads take turns, "
                 "with a lock of yours around each step, or load an engine for each thread"
             )
-        try:
-            yield
-        finally:
-            self._lock.release()
+        return self._lock
 
     def hidden(
         self,

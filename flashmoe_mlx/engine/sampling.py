@@ -178,7 +178,10 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions, seed: int | None = None, prompt: Sequence[int] = ()) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
-            raise InputError(f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time")
+            raise InputError(
+                f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time",
+                code="invalid_sampling",
+            )
         self._options = options
         self._random = np.random.default_rng(seed)
         self._processors = options.processors()

@@ -29,7 +29,7 @@ CONDITIONS = ("cold", "warm", "rotating")
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared: ``backend`` with ``_target_`` and all options, experts a token, prefetch."""
+    """A configuration to compare: ``backend`` with ``_target_`` and all options, experts a token, prefetch."""
 
     label: str
     backend: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every setting does: continue ``prompts``, one a round in turn, by ``tokens`` tokens."""
+    """The work of every setting: continue ``prompts``, one a round in turn, by ``tokens`` tokens."""
 
     folder: Path
     settings: Sequence[Setting]
@@ -53,10 +53,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Pass:
-    """What one setting did in one round.
+    """One setting in one round and condition.
 
     ``cached`` is the share of all experts' bytes that was in the page cache when it began; ``experts`` the folder they
-    came from; ``decode_steps`` seconds of each decoded token; ``record`` what ran and was measured, as in
+    came from; ``decode_steps`` seconds of each decoded token; ``record`` the settings and measurements, as in
     ``metrics.json``.
     """
 
@@ -72,12 +72,12 @@ class Pass:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """Which of the passes of a plan it is."""
+        """The identity of the pass within a plan."""
         return self.setting, self.condition, self.round
 
     @property
     def rate(self) -> float:
-        """Tokens a second of ``stage``."""
+        """Tokens per second of ``stage``."""
         if self.decode_steps:
             return len(self.decode_steps) / sum(self.decode_steps)
         return float(self.record["prefill"]["tokens"] / self.record["prefill"]["seconds"])
@@ -89,10 +89,10 @@ class Pass:
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
-    """Open every store once: which settings cannot run here, and why.
+    """Open every store once; returns the reasons why settings cannot run here, by label.
 
     Raises:
-        InputError: the model itself is no good, or too few experts for a K.
+        InputError: the model itself cannot be opened.
     """
     files = open_model(plan.folder)
     reasons = {}
@@ -110,7 +110,7 @@ def find_unavailable(plan: Plan) -> dict[str, str]:
 def run_passes(
     plan: Plan, done: Sequence[Pass], announce: Callable[[str], object], failures: dict[str, str]
 ) -> Iterator[Pass]:
-    """Every pass of ``plan`` that is not among ``done``, as it ends; ``announce`` is told what comes next.
+    """Yield every pass of ``plan`` that is not among ``done`` as it ends; ``announce`` is called before each.
 
     Args:
         plan: settings, conditions, prompts and rounds.
@@ -179,7 +179,7 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
 
 
 def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
-    """All stores of the same experts must choose the same tokens."""
+    """Raise an error if two stores of the same experts chose different tokens."""
     first = tokens.setdefault((one.experts, one.record["experts_k"], one.prompt), one)
     if first.token_ids != one.token_ids:
         differs = next(
@@ -193,7 +193,7 @@ def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
 
 
 def expert_files(source: ExpertSource) -> list[Path]:
-    """The files that hold the experts."""
+    """Return the files that hold the experts."""
     places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
     return sorted({extent.path for place in places for extent in source.extents(*place)})
 
@@ -204,7 +204,7 @@ def _cached_share(files: Sequence[Path]) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """All passes of a setting in a condition; of ``stage``, where nothing else is said.
+    """All passes of a setting in a condition; figures are of ``stage`` unless they say otherwise.
 
     Attributes:
         setting: its label.
@@ -253,15 +253,15 @@ class Summary:
     wasted_bytes_per_token: float
     cached: float
     notes: tuple[str, ...] = ()
-    """What a reader must know of the kernels that ran: those replaced after a failed check, or a missing extension."""
+    """Remarks about the kernels that ran: those replaced after a failed check, or a missing extension."""
 
     def to_json(self) -> dict[str, Any]:
-        """As in ``bench.json``."""
+        """Return the summary in the form of ``bench.json``."""
         return asdict(self)
 
 
 def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """A summary for each condition and setting, in the order of the first round."""
+    """Return a summary for each condition and setting, in the order of the first round."""
     groups: dict[tuple[str, str], list[Pass]] = {}
     order = dict.fromkeys(one.setting for number in (0, 1) for one in passes if one.round == number)
     for condition in CONDITIONS:

@@ -8,139 +8,34 @@ tokenizers cannot be compared.
     with load("packs/x", experts_k=10) as engine, Reference.record(engine, items) as reference:
         with load("packs/x", experts_k=4) as fewer:
             quality = evaluate(fewer, items, reference)
-
-An item is an object of a JSON Lines file. With ``text`` it is a plain text, of which perplexity is measured. Otherwise
-``messages`` (and ``tools``) ask for something, ``answer`` is what a right answer looks like, and at most one of these
-says how it is judged: ``exact`` (the words themselves), ``schema`` with ``json`` (JSON that satisfies the schema; equal
-to that value), ``call`` (one tool call, ``name`` and ``arguments``).
 """
 
-import importlib
-import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files as package_files
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.engine.engine import Engine
+from flashmoe_mlx.engine.prompting import render_prompt
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.text.tool_calls import parse_tool_calls
-from flashmoe_mlx.untrusted import read_text
+from flashmoe_mlx.research.items import Answer, Item, judge
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
-"""Called with what is done, how many items of it, and of how many."""
-_LARGEST_ITEMS = 64 * 2**20
+"""Called with the name of a stage, the number of its items that are done, and the number of all."""
 _MOST_ANSWER_TOKENS = 256
 _ANSWER_ROOM = 16
 """Tokens by which an answer may exceed one and a half times the length of the expected answer."""
 _THINKING_ROOM = 2048
 """Tokens of thinking before an answer, for a model whose template refuses to switch it off."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something to ask, or a text to read; see the module's docstring."""
-
-    kind: str
-    text: str | None = None
-    messages: tuple[Mapping[str, Any], ...] = ()
-    tools: tuple[Mapping[str, Any], ...] = ()
-    answer: str = ""
-    exact: str | None = None
-    schema: Mapping[str, Any] | None = None
-    json: Any = None
-    call: Mapping[str, Any] | None = None
-
-    @property
-    def judged(self) -> bool:
-        """Whether an answer can be right or wrong."""
-        return self.exact is not None or self.schema is not None or self.call is not None
-
-
-def shipped_items() -> Path:
-    """The held-out set of the demo model, which comes with the package."""
-    return Path(str(package_files("flashmoe_mlx").joinpath("demo_model", "held_out.jsonl")))
-
-
-def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:
-    """Items of a JSON Lines file: of these kinds alone, and the first ``limit`` of each kind.
-
-    Raises:
-        InputError: there is no such file, a line is not an item, or nothing is left.
-    """
-    text = read_text(path, _LARGEST_ITEMS)
-    if text is None:
-        raise InputError(f"{path}: no such file")
-    items = [_item(line, f"{path}:{number}") for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    present = sorted({item.kind for item in items})
-    for kind in kinds or ():
-        if kind not in present:
-            raise InputError(f"{path}: no items of kind {kind}; it has {', '.join(present)}")
-    chosen: list[Item] = []
-    counts: dict[str, int] = {}
-    for item in items:
-        counts[item.kind] = counts.get(item.kind, 0) + 1
-        if (kinds is None or item.kind in kinds) and (limit is None or counts[item.kind] <= limit):
-            chosen.append(item)
-    if not chosen:
-        raise InputError(f"{path}: no items")
-    return chosen
-
-
-_FIELDS = {
-    "kind": str,
-    "text": str,
-    "messages": list,
-    "tools": list,
-    "answer": str,
-    "exact": str,
-    "schema": dict,
-    "call": dict,
-}
-
-
-def _jsonschema() -> ModuleType:
-    """Import the package that checks answers against schemas; it comes with the extra ``evaluate``."""
-    try:
-        return importlib.import_module("jsonschema")
-    except ImportError:
-        raise InputError(
-            "items with a schema need the package jsonschema: pip install 'jsonschema>=4.23'",
-            code="missing_package",
-        ) from None
-
-
-def _item(line: str, where: str) -> Item:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
-        raise InputError(f"{where}: not an object with a kind")
-    for name, value in values.items():
-        if name != "json" and (name not in _FIELDS or not isinstance(value, _FIELDS[name])):
-            raise InputError(f"{where}: {name} is not known, or not of the right type")
-    if ("text" in values) == ("messages" in values) or ("messages" in values) != ("answer" in values):
-        raise InputError(f"{where}: give text, or messages with an answer")
-    if "schema" in values:
-        jsonschema = _jsonschema()
-        try:
-            jsonschema.Draft202012Validator.check_schema(values["schema"])
-        except jsonschema.SchemaError as error:
-            raise InputError(f"{where}: schema: {error.message}") from error
-    for name in ("messages", "tools"):
-        values[name] = tuple(values.get(name, ()))
-    return Item(**values)
 
 
 @dataclass(frozen=True)
@@ -152,7 +47,7 @@ class Passage:
 
 
 def passage(engine: Engine, item: Item) -> Passage:
-    """The tokens of an item for this model's tokenizer; a text's first token is given, since nothing predicts it."""
+    """Tokenize an item for this model; a text's first token is given, since nothing predicts it."""
     tokenizer = engine.tokenizer
     if item.text is not None:
         ids = tokenizer.encode(item.text)
@@ -162,16 +57,19 @@ def passage(engine: Engine, item: Item) -> Passage:
 
 
 def _prompt(engine: Engine, item: Item) -> str:
-    """Render an item's messages with thinking off, or with the template's default where it refuses that."""
+    """Render an item's messages with thinking off, or with the template's default where that is not possible."""
     template = engine.tokenizer.chat_template
     if template is None:
-        raise InputError("this model has no chat template: only items with a text can be scored (kinds=[text])")
-    options = {} if _refusal(engine, item) else {"enable_thinking": False}
-    return template.render(item.messages, item.tools or None, **options)
+        raise InputError(
+            "this model has no chat template: only items with a text can be scored (kinds=[text])",
+            code="no_chat_template",
+        )
+    thinking = None if _refusal(engine, item) else False
+    return render_prompt(item.messages, template, tools=item.tools or None, enable_thinking=thinking)
 
 
 def _refusal(engine: Engine, item: Item) -> str | None:
-    """Return the chat template's reason for not rendering ``item`` with thinking off, if it does so otherwise.
+    """Return the reason why ``item`` cannot be rendered with thinking off, if it can be with thinking.
 
     Qwen3.8's template, for example, says "Disabling thinking is not supported."
     """
@@ -179,9 +77,9 @@ def _refusal(engine: Engine, item: Item) -> str | None:
     if template is None or not item.messages:
         return None
     try:
-        template.render(item.messages, item.tools or None, enable_thinking=False)
+        render_prompt(item.messages, template, tools=item.tools or None, enable_thinking=False)
     except InputError as error:
-        template.render(item.messages, item.tools or None)  # raises where thinking is not the reason
+        render_prompt(item.messages, template, tools=item.tools or None)  # raises where thinking is not the reason
         return str(error)
     return None
 
@@ -189,9 +87,13 @@ def _refusal(engine: Engine, item: Item) -> str | None:
 def log_probabilities(engine: Engine, tokens: Passage) -> Iterator[Floats]:
     """Yield log-probabilities [vocabulary] for each scored token, in order; each but the first after a decode step.
 
+    A passage without scored tokens yields nothing.
+
     Raises:
         FlashMoeError: the model's logits are NaN or +inf; code "bad_logits".
     """
+    if not tokens.scored:
+        return
     cache = engine.new_cache()
     logits = engine.forward(tokens.given, cache)[-1]
     for index, token in enumerate(tokens.scored):
@@ -217,25 +119,35 @@ class Reference:
         self.values = values
         """f32 [scored tokens of all items, vocabulary]."""
         self.setup = setup
-        """What the reference run was, as in ``Engine.setup``."""
+        """The settings of the reference run, as in ``Engine.setup``."""
 
     @classmethod
     def record(cls, engine: Engine, items: Sequence[Item], progress: Progress | None = None) -> "Reference":
-        """Run ``engine`` over ``items``."""
+        """Run ``engine`` over ``items``.
+
+        Raises:
+            InputError: no item has a token to score; code "nothing_to_score".
+        """
         passages = [passage(engine, item) for item in items]
         total = sum(len(one.scored) for one in passages)
+        if not total:
+            raise InputError("no item has a token to score: its text or answer is too short", code="nothing_to_score")
         folder = tempfile.TemporaryDirectory(prefix="flashmoe-reference-")
         shape = (total, engine.model.config.vocab_size)
         path = Path(folder.name) / "log_probabilities.f32"
-        with name_in_errors(path):
-            values = np.memmap(path, np.float32, "w+", shape=shape)
-        row = 0
-        for index, one in enumerate(passages):
-            if progress:
-                progress("reference", index, len(passages))
-            for distribution in log_probabilities(engine, one):
-                values[row] = distribution
-                row += 1
+        try:
+            with name_in_errors(path):
+                values = np.memmap(path, np.float32, "w+", shape=shape)
+            row = 0
+            for index, one in enumerate(passages):
+                if progress:
+                    progress("reference", index, len(passages))
+                for distribution in log_probabilities(engine, one):
+                    values[row] = distribution
+                    row += 1
+        except BaseException:
+            folder.cleanup()
+            raise
         return cls(folder, values, engine.setup)
 
     def __enter__(self) -> Self:
@@ -263,21 +175,8 @@ class _Scores:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the model said to an item, and how it was judged."""
-
-    item: Item
-    text: str
-    right: bool
-    parsed: bool | None = None
-    """Of an item with a schema: whether the whole answer is JSON."""
-    valid: bool | None = None
-    """Of an item with a schema: whether that JSON satisfies it."""
-
-
-@dataclass(frozen=True)
 class Quality:
-    """Everything that ``evaluate`` found; ``summary`` has the figures."""
+    """The results of ``evaluate``; ``summary`` has the figures."""
 
     summary: dict[str, Any]
     answers: list[Answer]
@@ -308,7 +207,10 @@ def evaluate(
     if reference is not None:
         expected = (sum(len(one.scored) for one in passages), engine.model.config.vocab_size)
         if reference.values.shape != expected:
-            raise InputError("the reference was recorded over other items, or by a model with another vocabulary")
+            raise InputError(
+                "the reference was recorded over other items, or by a model with another vocabulary",
+                code="another_reference",
+            )
     row = 0
     for index, (item, one) in enumerate(zip(items, passages, strict=True)):
         if progress:
@@ -387,25 +289,6 @@ def answer(engine: Engine, item: Item) -> str:
         temperature=0,
     )
     return "".join(piece.text for piece in pieces).strip()
-
-
-def judge(item: Item, text: str) -> Answer:
-    """Whether ``text`` is a right answer to ``item``."""
-    if item.exact is not None:
-        return Answer(item, text, text == item.exact)
-    if item.call is not None:
-        rest, calls = parse_tool_calls(text, item.tools)
-        made = [{"name": call.name, "arguments": call.arguments} for call in calls if call.complete]
-        return Answer(item, text, not rest and made == [item.call])
-    assert item.schema is not None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return Answer(item, text, False, parsed=False, valid=False)
-    valid = _jsonschema().Draft202012Validator(item.schema).is_valid(value)
-    # Python takes True for 1: compare the texts.
-    same = json.dumps(value, sort_keys=True) == json.dumps(item.json, sort_keys=True)
-    return Answer(item, text, valid and same, parsed=True, valid=valid)
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, Any]:

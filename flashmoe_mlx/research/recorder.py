@@ -21,7 +21,7 @@ class RoutingRecorder:
         self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
 
     def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
-        """The experts [T, K] of ``layer`` for tokens that follow those before."""
+        """Append the experts [T, K] that ``layer`` chose for the next tokens."""
         self._chosen[layer].append(chosen.astype(np.uint16))
 
     def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
@@ -43,7 +43,7 @@ class RoutingRecorder:
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
-    """Record what ``engine`` chooses inside; outside it costs nothing."""
+    """Record the choices of ``engine`` inside the block; outside it costs nothing."""
     recorder = RoutingRecorder(engine.model.config.num_layers)
     engine.observe_routing(recorder)
     try:
@@ -53,5 +53,5 @@ def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:
-    """What a trace says of its prompt."""
+    """Return the hash by which a trace names its prompt."""
     return xxhash.xxh3_64_hexdigest(np.array(token_ids, "<u4").tobytes())

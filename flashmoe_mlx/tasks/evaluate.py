@@ -15,7 +15,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.pack import MANIFEST
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.figures import quality_figure, save
-from flashmoe_mlx.research.quality import Item, Progress, Quality, Reference, evaluate, load_items, shipped_items
+from flashmoe_mlx.research.items import Item, load_items, shipped_items
+from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
 from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 

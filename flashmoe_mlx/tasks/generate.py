@@ -10,7 +10,7 @@ from flashmoe_mlx.config import Config
 from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_table, write_json
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.tasks.console import print_table, show
+from flashmoe_mlx.tasks.console import print_notes, print_table, show
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
@@ -35,8 +35,7 @@ def run(config: Config, run_dir: Path) -> None:
         prefetch=config.prefetch,
         profile=config.profile,
     ) as engine:
-        if engine.setup["note"]:
-            show(f"note: {engine.setup['note']}")
+        print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, asked)
         stats = engine.stats()
@@ -57,8 +56,7 @@ def run(config: Config, run_dir: Path) -> None:
     for line in metrics_lines(stats):
         show(line)
     if shown.thinking and shown.stopped is None:
-        line = _unfinished_thought(engine, config, asked, shown)
-        show(line)
+        show(_unfinished_thought(engine, config, asked, shown))
     show(f"record: {run_dir}")
     if shown.stopped is not None:
         raise shown.stopped

@@ -174,7 +174,8 @@ class _Printer:
 def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
     """Call ``cancel`` at an interrupt and let the layer at hand be finished; the second one ends the process at once.
 
-    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too.
+    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too. Interrupts that
+    are ignored, as in a background job of a shell, stay ignored.
     """
     count = 0
 
@@ -187,7 +188,9 @@ def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
         with suppress(OSError, RuntimeError):  # stderr is closed, or was being written to
             show("stopping after this layer; interrupt again to stop at once")
 
-    before = signal.signal(signal.SIGINT, notice)
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, notice)
     try:
         yield lambda: count > 0
     finally:

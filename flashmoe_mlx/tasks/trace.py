@@ -53,20 +53,19 @@ def run(config: TraceConfig, run_dir: Path) -> None:
 
 
 def summary_lines(summary: RoutingSummary, prompt_tokens: int) -> Iterator[str]:
-    """A trace in words."""
-    one = summary
+    """Describe a trace, line by line."""
     yield (
-        f"{one.tokens} tokens, {prompt_tokens} of them prompt, chose {one.experts_k} of {one.num_experts} experts in "
-        f"each of {one.layers} layers"
+        f"{summary.tokens} tokens, {prompt_tokens} of them prompt, chose {summary.experts_k} of {summary.num_experts} "
+        f"experts in each of {summary.layers} layers"
     )
     yield (
-        f"skew: the busiest tenth of the experts takes {one.top_share:.0%} of the choices; as uneven as "
-        f"{one.effective_experts:.0f} equally likely experts"
+        f"skew: the busiest tenth of the experts takes {summary.top_share:.0%} of the choices; as uneven as "
+        f"{summary.effective_experts:.0f} equally likely experts"
     )
-    if one.overlap is not None:
-        yield f"overlap with the token before: {one.overlap:.0%} (by chance {one.chance_overlap:.0%})"
-    if one.reuse is not None:
+    if summary.overlap is not None:
+        yield f"overlap with the token before: {summary.overlap:.0%} (by chance {summary.chance_overlap:.0%})"
+    if summary.reuse is not None:
         yield (
-            f"reuse: {1 - one.first_time:.0%} of the choices were made before, half of them within {one.reuse[0]:.0f} "
-            f"tokens, nine in ten within {one.reuse[1]:.0f}"
+            f"reuse: {1 - summary.first_time:.0%} of the choices were made before, half of them within "
+            f"{summary.reuse[0]:.0f} tokens, nine in ten within {summary.reuse[1]:.0f}"
         )

@@ -11,7 +11,7 @@ _MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response
 """Single tokens that stay in the decoded text, because programs read them."""
 
 BYTE_TOKENS = 256 + len(_SPECIAL + _MARKUP)
-"""Size of its vocabulary."""
+"""Size of the vocabulary."""
 
 CHAT_TEMPLATE = """\
 {%- macro text(content) %}
@@ -139,7 +139,7 @@ def write_byte_tokenizer(folder: Path) -> int:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in byte-level BPE: itself, or the next free one from U+0100."""
+    """Return the printable character for each byte in byte-level BPE: itself, or the next free one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

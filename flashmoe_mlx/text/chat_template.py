@@ -23,7 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.text.messages import joined_parts, plain, plain_messages, unusual_content
+from flashmoe_mlx.text.messages import joined_parts, plain, plain_messages, unusual_content, unusual_role
 from flashmoe_mlx.text.template_files import LARGEST_TEMPLATE, SPECIAL_TOKENS, find_template
 
 _LARGEST_OUTPUT = 2**25
@@ -57,9 +57,16 @@ class ChatTemplate:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """Names of the options that the template reads, such as ``enable_thinking`` and ``reasoning_effort``."""
-        names = self._template.variables() | self._tool_template.variables()
-        return names - _GIVEN - self._special_tokens.keys() - set(SPECIAL_TOKENS)
+        """The names of the template's options, such as ``enable_thinking`` and ``reasoning_effort``."""
+        return self._read - _GIVEN - self._special_tokens.keys() - set(SPECIAL_TOKENS)
+
+    def reads(self, name: str) -> bool:
+        """Tell whether the template reads a variable: an option, or one that is always given to it."""
+        return name in self._read
+
+    @cached_property
+    def _read(self) -> frozenset[str]:
+        return self._template.variables() | self._tool_template.variables()
 
     def render(
         self,
@@ -72,7 +79,7 @@ class ChatTemplate:
 
         Messages may be as the OpenAI API has them: arguments of tool calls as JSON text, contents as lists of parts,
         which are joined if they are text and the template does not take lists. ``options`` are further variables of the
-        template; those that it does not read change nothing.
+        template; ``reads`` tells whether one has an effect.
 
         Raises:
             InputError: ``messages`` is empty, malformed, or holds other than JSON values (code ``invalid_messages``);
@@ -95,16 +102,12 @@ class ChatTemplate:
             return template.write({**variables, "messages": conversation})
         except Exception as error:
             joined, unusual = joined_parts(conversation), unusual_content(conversation)
-            if joined is not None and not unusual:
-                return self._write_again(template, {**variables, "messages": joined})
-            raise _failure(error, unusual) from error
-
-    @staticmethod
-    def _write_again(template: "_Compiled", variables: Mapping[str, Any]) -> str:
-        try:
-            return template.write(variables)
-        except Exception as error:
-            raise _failure(error) from error
+            if joined is None or unusual:
+                raise _failure(error, conversation) from error
+            try:
+                return template.write({**variables, "messages": joined})
+            except Exception as again:
+                raise _failure(again, joined) from again
 
 
 class _Compiled:
@@ -247,8 +250,8 @@ def _names(node: nodes.Node) -> Iterator[nodes.Name]:
         yield from _names(child)
 
 
-def _failure(error: Exception, unusual: str = "", code: str = "template_failed") -> InputError:
-    """Return one line for what the template raised; ``unusual`` is a place in the messages that may be why."""
+def _failure(error: Exception, messages: Sequence[Mapping[str, Any]] = (), code: str = "template_failed") -> InputError:
+    """Return one line for what the template raised, beginning with a place in ``messages`` that may be why."""
     if isinstance(error, InputError):
         return error
     reason = " ".join(str(error).split())
@@ -260,4 +263,5 @@ def _failure(error: Exception, unusual: str = "", code: str = "template_failed")
         reason = reason[:_LONGEST_REASON] + "..."
     if isinstance(error, _RefusalError):
         code = "template_refused"
+    unusual = unusual_content(messages) or unusual_role(messages, reason)
     return InputError(f"{unusual}; chat template: {reason}" if unusual else f"chat template: {reason}", code=code)

@@ -15,6 +15,7 @@ INVALID = "invalid_messages"
 """The error code of messages that no template could render."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_ROLES = ("system", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -25,8 +26,8 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], keep_json_text: bool =
     calls become objects; with ``keep_json_text`` they stay text where they are text.
 
     Raises:
-        InputError: there is no message, one is not an object, a value is not of a JSON type, or arguments are not a
-            JSON object. It names the message and the field.
+        InputError: there is no message, one is not an object with a role, a value is not of a JSON type, a call has
+            no name, or arguments are not a JSON object. It names the message and the field.
     """
     if not isinstance(messages, Sequence):
         raise InputError(f"messages must be a list, not {type(messages).__name__}", code=INVALID)
@@ -37,11 +38,16 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], keep_json_text: bool =
         place = f"messages[{index}]"
         if not isinstance(message, Mapping):
             raise _invalid(place, f"must be an object with a role and a content, not {type(message).__name__}")
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise _invalid(f"{place}.role", "must be text such as 'user'")
         fields = {name: plain(value, f"{place}.{name}") for name, value in message.items() if value is not None}
         reasoning = next((fields[name] for name in _REASONING_FIELDS if name in fields), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
-        _read_arguments(fields.get("tool_calls"), f"{place}.tool_calls", keep_json_text)
+        if "tool_calls" in fields:
+            _read_calls(fields["tool_calls"], f"{place}.tool_calls", keep_json_text)
+        if "function_call" in fields:
+            raise _invalid(f"{place}.function_call", "is read by no template; send tool_calls")
         result.append(fields)
     return result
 
@@ -60,13 +66,30 @@ def unusual_content(messages: Sequence[Mapping[str, Any]]) -> str:
     for index, message in enumerate(messages):
         place, content = f"messages[{index}].content", message.get("content", "")
         if isinstance(content, list):
-            for position, part in enumerate(content):
-                if _part_text(part) is None:
-                    kind = part.get("type") if isinstance(part, Mapping) else None
-                    name = f"a part of type {kind!r}" if isinstance(kind, str) else "no part with a type and a text"
-                    return f"{place}[{position}] is {name}"
+            found = unusual_part(content, place)
+            if found:
+                return found
         elif not isinstance(content, str):
             return f"{place} is neither text nor a list of parts"
+    return ""
+
+
+def unusual_part(parts: Sequence[Any], place: str) -> str:
+    """Return where a content in ``parts`` has other than text, and what it is; empty if all is text."""
+    for position, part in enumerate(parts):
+        if _part_text(part) is None:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            name = f"a part of type {kind!r}" if isinstance(kind, str) else "no part with a type and a text"
+            return f"{place}[{position}] is {name}"
+    return ""
+
+
+def unusual_role(messages: Sequence[Mapping[str, Any]], reason: str) -> str:
+    """Return where a role is unusual, if a template's ``reason`` is about roles and does not name it; else nothing."""
+    about_roles = "role" in reason or "user" in reason
+    for index, message in enumerate(messages if about_roles else ()):
+        if message["role"] not in _ROLES and message["role"] not in reason:
+            return f"messages[{index}].role is {message['role']!r}"
     return ""
 
 
@@ -95,23 +118,27 @@ def _plain_key(name: Any, place: str) -> Any:
     raise _invalid(place, f"has a name that is no text: {type(name).__name__}")
 
 
-def _read_arguments(calls: Any, place: str, keep_json_text: bool) -> None:
-    """Replace JSON texts among the arguments of ``calls`` by the objects that they are."""
-    for index, call in enumerate(calls if isinstance(calls, list) else ()):
-        nested = isinstance(call, dict) and isinstance(call.get("function"), dict)
+def _read_calls(calls: Any, place: str, keep_json_text: bool) -> None:
+    """Check ``calls``, and replace JSON texts among their arguments by the objects that they are."""
+    if not isinstance(calls, list):
+        raise _invalid(place, "must be a list of calls")
+    for index, call in enumerate(calls):
+        nested = isinstance(call, dict) and "function" in call
         function = call["function"] if nested else call
-        if not isinstance(function, dict) or "arguments" not in function:
-            continue
-        where = f"{place}[{index}]{'.function' if nested else ''}.arguments"
-        text = function["arguments"]
+        where = f"{place}[{index}]{'.function' if nested else ''}"
+        if not isinstance(function, dict):
+            raise _invalid(where, "must be an object with a name and arguments")
+        if not isinstance(function.get("name"), str) or not function["name"]:
+            raise _invalid(f"{where}.name", "must be text that is not empty")
+        text = function.get("arguments", {})
         if isinstance(text, str):
-            arguments = _parsed(text, where)
+            arguments = _parsed(text, f"{where}.arguments")
             if not keep_json_text or not text.strip():
                 function["arguments"] = arguments
         elif text is None:
             function["arguments"] = {}
         elif not isinstance(text, dict):
-            raise _invalid(where, "must be a JSON object, or the text of one")
+            raise _invalid(f"{where}.arguments", "must be a JSON object, or the text of one")
 
 
 def _parsed(text: str, place: str) -> dict[str, Any]:

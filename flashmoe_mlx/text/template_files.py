@@ -57,10 +57,13 @@ def _named_templates(value: object, path: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for entry in value if isinstance(value, list) else [value]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
-            raise InputError(f'{path}: chat_template must be a string, or a list of {{"name": ..., "template": ...}}')
+            raise InputError(
+                f'{path}: chat_template must be a string, or a list of {{"name": ..., "template": ...}}',
+                code="invalid_template",
+            )
         named[entry["name"]] = entry["template"]
     if _DEFAULT not in named:
-        raise InputError(f"{path}: none of its chat templates is named 'default'")
+        raise InputError(f"{path}: none of its chat templates is named 'default'", code="invalid_template")
     return named
 
 
@@ -75,5 +78,5 @@ def _special_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         if isinstance(text, str):
             tokens[name] = text
         elif name in SPECIAL_TOKENS and token is not None:
-            raise InputError(f"{path}: {name} is not a token")
+            raise InputError(f"{path}: {name} is not a token", code="invalid_tokenizer")
     return tokens

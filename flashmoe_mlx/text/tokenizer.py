@@ -40,8 +40,8 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         data = read_file(path, _LARGEST_TOKENIZER)
         if data is None:
-            raise InputError(f"{path} does not exist: the model has no tokenizer")
-        with _failures(f"{path} is not a tokenizer"):
+            raise InputError(f"{path} does not exist: the model has no tokenizer", code="no_tokenizer")
+        with _failures(f"{path} is not a tokenizer", "invalid_tokenizer"):
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
         # A training set-up left in the file would cut prompts short.
         tokenizer.no_truncation()
@@ -54,41 +54,41 @@ class Tokenizer:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text``, in which special tokens are recognised; none is added.
+        """Return the ids of ``text``, in which special tokens are recognized; none is added.
 
         Raises:
             InputError: the text is not valid Unicode, or the tokenizer has no tokens for it.
         """
-        with _failures("the text cannot be tokenised"):
+        with _failures("the text cannot be tokenized", "invalid_text"):
             text.encode()  # names the character at fault where there are lone surrogates
             return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of ``ids``; bytes that are not UTF-8 become U+FFFD, ids outside the vocabulary are left out."""
+        """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD, and ids outside the vocabulary are left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def detokenizer(self) -> "Detokenizer":
-        """A decoder for one stream of ids."""
+        """Return a decoder for one stream of ids."""
         return Detokenizer(self._tokenizer)
 
 
 class Detokenizer:
-    """Text of ids as they come, without special tokens; the pieces together equal ``decode`` of all the ids.
+    """Turns ids into text as they come, without special tokens; the pieces together equal ``decode`` of all the ids.
 
     That holds for byte-level tokenizers, which is what the supported models have. ``DecodeStream`` of ``tokenizers`` is
-    not used: it holds back a run of invalid bytes or skipped tokens, and decodes all of it anew at every token.
+    not used: it holds back a run of invalid bytes or skipped tokens, and decodes all of it again at every token.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         self._context: list[int] = []
-        """The ids given out last: some decoders treat the first token of a text unlike the others."""
+        """The ids whose text was returned last: some decoders treat the first token of a text unlike the others."""
         self._context_text = ""
         self._held: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """The text that ``token_id`` makes certain; empty while a character is incomplete."""
+        """Return the text that ``token_id`` makes certain; empty while a character is incomplete."""
         token = self._tokenizer.id_to_token(token_id)
         if token is None or token in self._special:
             return ""
@@ -104,13 +104,13 @@ class Detokenizer:
         return ""
 
     def flush(self) -> str:
-        """What was held back, at the end of the stream; a new one may begin."""
+        """End the stream and return the text that was held back; a new stream may begin."""
         piece = self._give_out(self._decode(self._context + self._held), len(self._held))
         self._context, self._context_text = [], ""
         return piece
 
     def _give_out(self, text: str, count: int) -> str:
-        """The end of ``text``, which belongs to the context and the first ``count`` held ids."""
+        """Return the new part of ``text``, which belongs to the context and the first ``count`` held ids."""
         piece = text[len(self._context_text) :]
         self._context, self._held = self._held[:count], self._held[count:]
         self._context_text = self._decode(self._context)
@@ -121,23 +121,23 @@ class Detokenizer:
 
 
 @contextmanager
-def _failures(what: str) -> Iterator[None]:
-    """Whatever the ``tokenizers`` library raises, as an ``InputError``; its panics are no ``Exception``."""
+def _failures(what: str, code: str) -> Iterator[None]:
+    """Turn all that the ``tokenizers`` library raises into an ``InputError``; its panics are no ``Exception``."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{what}: {error}", code=code) from error
 
 
 def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
-    """Every end-of-text id that a model's files name: their lists differ, and each is meant to end a text."""
+    """Return every end-of-text id in a model's files: their lists differ, and each id is meant to end a text."""
     generation, model = folder / "generation_config.json", folder / "config.json"
     model_config = read_object(model)
     text_config = model_config.get("text_config") or {}
     if not isinstance(text_config, dict):
-        raise InputError(f"{model}: text_config is not an object")
+        raise InputError(f"{model}: text_config is not an object", code="invalid_config")
     ids = set()
     for path, config in ((generation, read_object(generation)), (model, model_config), (model, text_config)):
         value = config.get("eos_token_id")
@@ -145,13 +145,15 @@ def _published_eos(folder: Path, tokenizer: tokenizers.Tokenizer) -> set[int]:
             if token_id is None:
                 continue
             if type(token_id) is not int or not 0 <= token_id < 2**32:
-                raise InputError(f"{path}: eos_token_id holds {token_id!r}, which is not a token id")
+                raise InputError(
+                    f"{path}: eos_token_id holds {token_id!r}, which is not a token id", code="invalid_eos_token"
+                )
             ids.add(token_id)
 
     path = folder / "tokenizer_config.json"
     token = read_object(path).get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise InputError(f"{path}: eos_token is not a token")
+        raise InputError(f"{path}: eos_token is not a token", code="invalid_eos_token")
     token_id = None if text is None else tokenizer.token_to_id(text)
     return ids if token_id is None else ids | {token_id}

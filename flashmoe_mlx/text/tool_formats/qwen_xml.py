@@ -13,7 +13,8 @@ As the published templates write a call::
 Models deviate from it, and values may hold the same tags. So a closing tag ends a value only if another tag that may
 follow it comes next; everything else belongs to the value. Read as calls are also: a function without ``<tool_call>``
 before it, if it was offered and is closed; several functions in one block; missing ``</parameter>``, ``</function>``
-and ``</tool_call>``. A parameter without a name is ignored. All that is no call is text.
+and ``</tool_call>``. A parameter without a name is ignored, and so is text between parameters. All that is no call is
+text.
 """
 
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from flashmoe_mlx.text.tool_formats.qwen_value import (
     PARAMETER,
     Value,
 )
-from flashmoe_mlx.text.tool_formats.schemas import STRING, ToolSchemas, convert
+from flashmoe_mlx.text.tool_formats.schemas import TEXT, ToolSchemas, convert
 
 _LONGEST_NAME = 256
 
@@ -76,7 +77,7 @@ class QwenXmlReader:
         self._certain = False
         """The call cannot become text any more."""
         self._name = ""
-        self._value = Value("", STRING)
+        self._value = Value("", TEXT)
 
     def feed(self, segments: Iterable[Segment]) -> Output:
         """Take the next segments of the answer; returns what they made certain."""
@@ -141,7 +142,7 @@ class QwenXmlReader:
         elif segment.tag == FUNCTION and not self._text.ends_with(TOOL_CALL):
             self._orphan = not (self._in_block and self._after_function)
             self._open(segment, _Mode.FUNCTION_NAME)
-        elif segment.tag == END_TOOL_CALL and self._in_block:
+        elif segment.tag == END_TOOL_CALL and (self._in_block or self._after_function):
             self._in_block = False
             self._text.meet_call()
         else:
@@ -170,7 +171,7 @@ class QwenXmlReader:
             self._orphan = False
             self._name = ""
             self._mode = _Mode.FUNCTION_NAME
-        elif segment.tag or segment.text.strip():
+        elif segment.tag != TOOL_CALL and (segment.tag or segment.text.strip()):
             self._give_up(segment.text)
             self._take(segment)
 
@@ -178,7 +179,7 @@ class QwenXmlReader:
         name, closed, rest = segment.text.partition(">")
         if not segment.tag:
             self._name += name
-        function = self._name.strip()
+        function = _name(self._name)
         if segment.tag or "\n" in name or len(self._name) > _LONGEST_NAME or (closed and not function):
             self._give_up(segment.text)
             self._take(segment)
@@ -254,14 +255,13 @@ class QwenXmlReader:
             return
         self._name += name
         if closed:
-            self._begin_value(self._name.strip() or None)
+            self._begin_value(_name(self._name) or None)
             self._take_in_value(Segment(segment.text[len(name) + 1 :]))
 
     def _begin_value(self, name: str | None) -> None:
-        kinds = STRING if name is None else self._tools.kinds(self._call.name, name)
-        self._value = Value(name, kinds)
+        self._value = Value(name, TEXT if name is None else self._tools.parameter(self._call.name, name))
         self._mode = _Mode.VALUE
-        if name is not None and kinds == STRING:
+        if self._value.streams:
             self._emit(f"{self._separator()}{json_text(name)}: " + '"')
 
     def _separator(self) -> str:
@@ -274,19 +274,25 @@ class QwenXmlReader:
             self._take(segment)
         elif value.candidate == PARAMETER:
             self._take_boundary(segment)
-        elif value.candidate and not segment.tag and not segment.text.strip():
-            value.hold(segment.text)
+        elif value.candidate and not segment.tag:
+            rest = segment.text.lstrip()
+            value.hold(segment.text[: len(segment.text) - len(rest)])
+            if rest:
+                self._pass_on(value.release())
+                self._pass_on(value.keep(rest))
         elif value.candidate and segment.tag in MAY_FOLLOW[value.candidate] and value.may_end():
             self._end_value()
             if value.candidate != END_PARAMETER:
                 self._take_in_body(Segment(value.candidate, value.candidate))
             self._take_without_raw(segment)
         else:
-            self._write(value.release())
+            self._pass_on(value.release())
+            if segment.tag == END_PARAMETER:
+                self._pass_on(value.reopen())
             if value.may_begin_end(segment.tag):
                 value.begin_end(segment)
             else:
-                self._write(segment.text)
+                self._pass_on(value.keep(segment.text))
 
     def _take_without_raw(self, segment: Segment) -> None:
         """Take a segment again that ``_raw`` has already."""
@@ -295,36 +301,44 @@ class QwenXmlReader:
         self._take(segment)
 
     def _take_boundary(self, segment: Segment) -> None:
-        """Read on after a ``<parameter=`` on a new line: the next parameter, if it has a new and declared name."""
+        """Read on after a ``<parameter=`` inside a value: the next parameter, if its name is declared.
+
+        The name must be new, too, unless the value has been closed.
+        """
         value = self._value
         name, closed, rest = segment.text.partition(">")
         if not segment.tag and not closed and "\n" not in name:
             value.hold(segment.text)
             return
-        held = value.release()
-        name = (held[len(PARAMETER) :] + name).strip()
-        new = name not in self._call.arguments and name != value.name and self._tools.declares(self._call.name, name)
-        if segment.tag or not closed or not name or "\n" in name or not new:
-            self._write(held)
+        name = _name(value.held()[len(PARAMETER) :] + name)
+        new = value.closed or (name not in self._call.arguments and name != value.name)
+        declared = self._tools.declares(self._call.name, name)
+        if segment.tag or not closed or not name or "\n" in name or not (new and declared):
+            self._pass_on(value.release())
             self._take_in_value(segment)
             return
         self._end_value()
         self._begin_value(name)
         self._take_in_value(Segment(rest))
 
-    def _write(self, text: str) -> None:
-        """Add to the value; a string is passed on at once."""
-        piece = self._value.add(text)
-        if piece and self._value.name is not None and self._value.kinds == STRING:
+    def _pass_on(self, piece: str) -> None:
+        """Emit a piece of a value that is a string."""
+        if piece and self._value.streams:
             self._emit(json_text(piece)[1:-1])
 
     def _end_value(self) -> None:
         value = self._value
         self._mode = _Mode.BODY
+        self._pass_on(value.close())
         if value.name is None:
             return
-        converted = convert(value.text(), value.kinds)
-        if value.kinds == STRING:
+        text = value.text()
+        converted = convert(text, value.parameter)
+        before, tag, _ = text.partition(END_PARAMETER)
+        if tag and converted is not None and not value.parameter.fits(converted[0]):
+            first = convert(before, value.parameter)  # such as a number, a closing tag, and noise
+            converted = first if first is not None and value.parameter.fits(first[0]) else converted
+        if value.streams:
             self._emit('"')
         elif converted is not None:
             self._emit(f"{self._separator()}{json_text(value.name)}: {converted[1]}")
@@ -338,6 +352,15 @@ class QwenXmlReader:
             self._end_value()
             if value.candidate != END_PARAMETER:
                 self._take_in_body(Segment(value.candidate, value.candidate))
-        elif value.name is not None and value.kinds == STRING:
-            self._write(value.release())
+        elif value.closed:
+            self._end_value()
+        elif value.name is not None and value.streams:
+            self._pass_on(value.release())
             self._call.arguments[value.name] = value.text()
+
+
+def _name(text: str) -> str:
+    """Return the name in a tag, without spaces and quotes around it."""
+    name = text.strip()
+    quoted = len(name) > 1 and name[0] == name[-1] and name[0] in "\"'"
+    return name[1:-1].strip() if quoted else name

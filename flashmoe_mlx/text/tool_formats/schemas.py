@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 from flashmoe_mlx.text.tool_formats.calls import json_text
@@ -51,12 +51,27 @@ _IMPLIED = {
 }
 """Keywords that tell the type where "type" is missing."""
 
-_QUOTED = r'"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)'
-"""A string in double quotes; an unclosed one goes to the end, so that no character is looked at twice."""
-_PYTHON = re.compile(rf"""(?s){_QUOTED}|'([^'\\]*(?:\\.[^'\\]*)*)\\?(?:'|\Z)|\b(True|False|None)\b|,(?=\s*[\]}}])""")
-_IN_QUOTES = re.compile(r"""(?s)\\(.)|["]""")
-_BRACKET = re.compile(rf"(?s){_QUOTED}|[\[\]{{}}]")
+_INSIDE = r"([^{0}\\]*(?:\\.[^{0}\\]*)*)\\?(?:{0}|\Z)"
+"""A string after its opening quote; an unclosed one goes to the end, so that no character is looked at twice."""
+_PYTHON = re.compile(rf"""(?s)"{_INSIDE.format('"')}|'{_INSIDE.format("'")}|\b(True|False|None)\b|,(?=\s*[\]}}])""")
+_ESCAPE = re.compile(r"""(?s)\\x([0-9A-Fa-f]{2})|\\(.)|["]""")
+_BRACKET = re.compile(r"""(?s)"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[\]{}]""")
 _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
+
+
+class Parameter(NamedTuple):
+    """The values that a parameter's schema allows."""
+
+    kinds: Kinds
+    words: frozenset[str] = frozenset()
+    """The texts that an ``enum`` or a ``const`` names."""
+
+    def fits(self, value: Any) -> bool:
+        """Tell whether a value read by ``convert`` is of the right type: only a text may not be."""
+        return not isinstance(value, str) or self.kinds is None or "string" in self.kinds
+
+
+TEXT = Parameter(STRING)
 
 
 class ToolSchemas:
@@ -70,7 +85,7 @@ class ToolSchemas:
             if isinstance(function, Mapping) and isinstance(name, str):
                 self._schemas[name] = function.get("parameters", function.get("input_schema"))
         self._properties: dict[str, dict[str, Any]] = {}
-        self._kinds: dict[tuple[str, str], Kinds] = {}
+        self._parameters: dict[tuple[str, str], Parameter] = {}
 
     def __contains__(self, function: str) -> bool:
         return function in self._schemas
@@ -80,18 +95,18 @@ class ToolSchemas:
         properties = self._declared(function)
         return not properties or parameter in properties
 
-    def kinds(self, function: str, parameter: str) -> Kinds:
-        """Return the types that a parameter may have; those of a string if it is not declared."""
-        key = (function, parameter)
-        if key not in self._kinds:
+    def parameter(self, function: str, name: str) -> Parameter:
+        """Return the values that a parameter may have: any text if it is not declared."""
+        key = (function, name)
+        if key not in self._parameters:
             root = self._schemas.get(function)
             properties = self._declared(function)
-            if parameter in properties:
-                self._kinds[key] = _Reader(root).kinds(properties[parameter])
-            else:
-                others = root.get("additionalProperties") if isinstance(root, Mapping) else None
-                self._kinds[key] = _Reader(root).kinds(others) or STRING
-        return self._kinds[key]
+            others = root.get("additionalProperties") if isinstance(root, Mapping) else None
+            reader = _Reader(root)
+            kinds = reader.kinds(properties.get(name, others))
+            undeclared = kinds is None and name not in properties
+            self._parameters[key] = TEXT if undeclared else Parameter(kinds, frozenset(reader.words))
+        return self._parameters[key]
 
     def _declared(self, function: str) -> dict[str, Any]:
         if function not in self._properties:
@@ -104,6 +119,8 @@ class _Reader:
     """Reads schemas below ``root``, to which their references are relative; each schema is read once."""
 
     def __init__(self, root: Any) -> None:
+        self.words: set[str] = set()
+        """The texts named by an ``enum`` or a ``const`` of the schemas read by ``kinds``."""
         self._root = root
         self._known: dict[int, Kinds] = {}
         self._seen: set[int] = set()
@@ -143,10 +160,11 @@ class _Reader:
 
     def _parts(self, schema: Mapping[str, Any], depth: int) -> Iterator[Kinds]:
         """Yield what each keyword of a schema allows."""
-        named = schema.get("type")
-        yield _union(_TYPES.get(_type_name(name)) for name in (named if isinstance(named, list | tuple) else [named]))
-        yield _union(map(_kinds_of, _items(schema.get("enum"))))
-        yield _kinds_of(schema["const"]) if "const" in schema else None
+        types = schema.get("type")
+        yield _union(_TYPES.get(_type_name(name)) for name in (types if isinstance(types, list | tuple) else [types]))
+        values = [*_items(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
+        self.words.update(value for value in values if isinstance(value, str))
+        yield _union(map(_kinds_of, values))
         yield self.kinds(self._target(schema.get("$ref")), depth)
         for part in _items(schema.get("allOf")):
             yield self.kinds(part, depth)
@@ -169,13 +187,14 @@ class _Reader:
         return found
 
 
-def convert(text: str, kinds: Kinds) -> tuple[Any, str] | None:
+def convert(text: str, parameter: Parameter) -> tuple[Any, str] | None:
     """Read a value that a model wrote as text; returns it and its JSON, or None for an empty value of another type.
 
-    A string stays as it is. For other types JSON counts, and Python's literals; text that is neither, or not of a type
-    in ``kinds``, stays text, as a wrong value shows its caller more than none.
+    A string stays as it is. For other types JSON counts, and Python's literals; text that is neither, or not of an
+    allowed type, stays text, as a wrong value shows its caller more than none.
     """
-    if kinds == STRING:
+    kinds = parameter.kinds
+    if kinds == STRING or (text in parameter.words and parameter.fits(text)):
         return text, json_text(text)
     stripped = text.strip()
     if not stripped and kinds is not None and "string" not in kinds:
@@ -221,16 +240,23 @@ def _literal(text: str, kinds: Kinds) -> Any:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)  # models write line breaks
 
 
 def _as_json(match: re.Match[str]) -> str:
-    """Return the JSON of a Python token: a word, a quoted string, or the comma before a closing bracket."""
-    if match[2]:
-        return _PYTHON_WORDS[match[2]]
-    if match[1] is not None:
-        return '"' + _IN_QUOTES.sub(lambda part: "'" if part[1] == "'" else part[0].rjust(2, "\\"), match[1]) + '"'
-    return "" if match[0] == "," else match[0]
+    """Return the JSON of a Python token: a quoted string, a word, or the comma before a closing bracket."""
+    double, single, word = match.groups()
+    if word:
+        return _PYTHON_WORDS[word]
+    inside = single if double is None else double
+    return "" if inside is None else f'"{_ESCAPE.sub(_json_escape, inside)}"'
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    code, character = match.groups()
+    if code:
+        return f"\\u00{code}"
+    return "'" if character == "'" else f"\\{character or match[0]}"
 
 
 def _finite(text: str) -> float:

@@ -1,0 +1,149 @@
+"""Items to score a model by: texts to read, and questions with a right answer.
+
+An item is an object of a JSON Lines file. With ``text`` it is a plain text, of which perplexity is measured. Otherwise
+``messages`` (and ``tools``) ask for something, ``answer`` is a right answer, and at most one of these says how an
+answer is judged: ``exact`` (the words themselves), ``schema`` with ``json`` (JSON that satisfies the schema and equals
+that value), ``call`` (one tool call, ``name`` and ``arguments``).
+"""
+
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files as package_files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.text.tool_calls import parse_tool_calls
+from flashmoe_mlx.untrusted import read_text, same_json
+
+_LARGEST_ITEMS = 64 * 2**20
+_INVALID = "invalid_items"
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question or a text; see the module's docstring."""
+
+    kind: str
+    text: str | None = None
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    answer: str = ""
+    exact: str | None = None
+    schema: Mapping[str, Any] | None = None
+    json: Any = None
+    call: Mapping[str, Any] | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether an answer can be right or wrong."""
+        return self.exact is not None or self.schema is not None or self.call is not None
+
+
+def shipped_items() -> Path:
+    """Return the path of the demo model's held-out set, which comes with the package."""
+    return Path(str(package_files("flashmoe_mlx").joinpath("demo_model", "held_out.jsonl")))
+
+
+def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:
+    """Read the items of a JSON Lines file: those of ``kinds``, and the first ``limit`` of each kind.
+
+    Raises:
+        InputError: there is no such file, a line is not an item, or nothing is left.
+    """
+    text = read_text(path, _LARGEST_ITEMS)
+    if text is None:
+        raise InputError(f"{path}: no such file", code="no_such_file")
+    items = [_parse_item(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    present = sorted({item.kind for item in items})
+    for kind in kinds or ():
+        if kind not in present:
+            raise InputError(f"{path}: no items of kind {kind}; it has {', '.join(present)}", code="unknown_kind")
+    chosen: list[Item] = []
+    counts: dict[str, int] = {}
+    for item in items:
+        counts[item.kind] = counts.get(item.kind, 0) + 1
+        if (kinds is None or item.kind in kinds) and (limit is None or counts[item.kind] <= limit):
+            chosen.append(item)
+    if not chosen:
+        raise InputError(f"{path}: no items", code=_INVALID)
+    return chosen
+
+
+_FIELDS = {
+    "kind": str,
+    "text": str,
+    "messages": list,
+    "tools": list,
+    "answer": str,
+    "exact": str,
+    "schema": dict,
+    "call": dict,
+}
+
+
+def _jsonschema() -> ModuleType:
+    """Import the package that checks answers against schemas; it comes with the extra ``evaluate``."""
+    try:
+        return importlib.import_module("jsonschema")
+    except ImportError:
+        raise InputError(
+            "items with a schema need the package jsonschema: pip install 'jsonschema>=4.23'",
+            code="missing_package",
+        ) from None
+
+
+def _parse_item(line: str, where: str) -> Item:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}", code=_INVALID) from error
+    if not isinstance(values, dict) or not isinstance(values.get("kind"), str):
+        raise InputError(f"{where}: not an object with a kind", code=_INVALID)
+    for name, value in values.items():
+        if name != "json" and (name not in _FIELDS or not isinstance(value, _FIELDS[name])):
+            raise InputError(f"{where}: {name} is not known, or not of the right type", code=_INVALID)
+    if ("text" in values) == ("messages" in values) or ("messages" in values) != ("answer" in values):
+        raise InputError(f"{where}: give text, or messages with an answer", code=_INVALID)
+    if "schema" in values:
+        jsonschema = _jsonschema()
+        try:
+            jsonschema.Draft202012Validator.check_schema(values["schema"])
+        except jsonschema.SchemaError as error:
+            raise InputError(f"{where}: schema: {error.message}", code=_INVALID) from error
+    for name in ("messages", "tools"):
+        values[name] = tuple(values.get(name, ()))
+    return Item(**values)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the model, and how it was judged."""
+
+    item: Item
+    text: str
+    right: bool
+    parsed: bool | None = None
+    """Of an item with a schema: whether the whole answer is JSON."""
+    valid: bool | None = None
+    """Of an item with a schema: whether that JSON satisfies it."""
+
+
+def judge(item: Item, text: str) -> Answer:
+    """Judge ``text`` as an answer to ``item``."""
+    if item.exact is not None:
+        return Answer(item, text, text == item.exact)
+    if item.call is not None:
+        rest, calls = parse_tool_calls(text, item.tools)
+        made = [{"name": call.name, "arguments": call.arguments} for call in calls if call.complete]
+        return Answer(item, text, not rest and made == [item.call])
+    assert item.schema is not None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return Answer(item, text, False, parsed=False, valid=False)
+    valid = _jsonschema().Draft202012Validator(item.schema).is_valid(value)
+    return Answer(item, text, valid and same_json(value, item.json), parsed=True, valid=valid)
