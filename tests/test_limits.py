@@ -67,9 +67,9 @@ with opened(name, stored.source) as store:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("pread", {"slots": 100_000}),
-        ("mmap", {"slots": 100_000}),
-        ("checkpoint", {"slots": 100_000}),
+        ("pread", {"slots": 60_000}),
+        ("mmap", {"slots": 60_000}),
+        ("checkpoint", {"slots": 60_000}),
         ("ram_hybrid", {"budget_gib": 1.0, "slots": 12}),
         ("resident", {}),
     ],

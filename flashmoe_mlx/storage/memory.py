@@ -58,13 +58,13 @@ def slot_memory() -> tuple[int, str]:
     return total_memory(), "which has"
 
 
-def refuse_if_too_large(what: str, nbytes: int, mend: str) -> None:
-    """Raise InputError, with the numbers and the ``mend``, unless slots can take ``nbytes`` now."""
+def refuse_if_too_large(what: str, nbytes: int, advice: str) -> None:
+    """Raise InputError, with the numbers and the ``advice``, unless slots can take ``nbytes`` now."""
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
         raise InputError(
-            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {mend}",
+            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {advice}",
             code="not_enough_memory",
         )
 

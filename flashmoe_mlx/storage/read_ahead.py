@@ -24,7 +24,7 @@ _CHUNK = 2**22
 
 
 class ReadAhead:
-    """A reader that also takes hints: it reads the experts that they name into slots of its own until a request.
+    """A reader that also takes hints: it reads the experts that a hint names into separate slots until a request.
 
     The latest hint counts: a hint and a request each cancel the reads of earlier hints that no request wanted. A read
     ahead that fails is repeated, and its error reported, when the expert is requested. The first hint allocates

@@ -66,9 +66,9 @@ class UringReader:
         except OSError as error:
             size = sum(map(len, rows))
             # Memory that CUDA manages is no memory to the kernel (EFAULT), whatever the limit.
-            mend = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
+            advice = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
-                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {mend}set "
+                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {advice}set "
                 "backend.registered=false",
                 code="cannot_pin",
             ) from error
