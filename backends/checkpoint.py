@@ -12,7 +12,7 @@ from flashmoe_mlx.storage.reading_store import ReadingStore
 
 
 class CheckpointStore(ReadingStore):
-    """Gathers every expert that is asked for from its places in the shards: nine in a quantised checkpoint, fewer
+    """Gathers every requested expert from its places in the shards: nine in a quantised checkpoint, fewer
     where they adjoin.
 
     Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.

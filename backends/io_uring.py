@@ -10,7 +10,7 @@ from flashmoe_mlx.storage.uring_reader import UringReader
 
 
 class UringStore(ReadingStore):
-    """Reads every expert that is asked for through one ring and no threads; hints are read by threads.
+    """Reads every requested expert through one ring, without threads; threads read only the hints.
 
     Options: ``slots`` of one fetch; ``depth`` reads under way at once; ``chunk_mib`` MiB at most in one read (None:
     whole experts); ``direct`` reads past the page cache (O_DIRECT); ``workers`` has the kernel's own threads make the

@@ -1,4 +1,4 @@
-"""The pack mapped into memory: the operating system brings pages, and nothing is copied where MLX can do without."""
+"""The pack mapped into memory: the operating system loads pages, and nothing is copied unless MLX needs a copy."""
 
 import contextlib
 import ctypes
@@ -82,7 +82,7 @@ class MmapStore(ExpertStore):
         return batch, StoreStats(misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
 
     def _mapping(self, layer: int, expert: int, extent: Extent) -> "_Mapping":
-        """The mapping of the extent's file, which reaches to its end at this moment."""
+        """Return a mapping of the extent's file up to its current end."""
         try:
             fd = self._files[extent.path]
             size = os.fstat(fd).st_size
@@ -117,7 +117,7 @@ def _open(path: Path) -> int:
 
 
 class _Mapping:
-    """A whole file, mapped for reading; unmapped when nothing refers to it any more."""
+    """A whole file, mapped for reading and unmapped with the last reference."""
 
     def __init__(self, fd: int, nbytes: int, advice: int) -> None:
         # Metal takes memory for a buffer only if it could be written to; private pages never reach the file.
@@ -131,7 +131,7 @@ class _Mapping:
         return self._bytes[extent.offset : extent.offset + extent.nbytes]
 
     def advise(self, extent: Extent, advice: int) -> None:
-        """A hint, which may fail."""
+        """Give the system a hint, which may fail."""
         self._madvise(extent, advice)
 
     def populate(self, extent: Extent) -> None:
@@ -155,7 +155,7 @@ def _libc() -> ctypes.CDLL:
 
 
 class _MappedBatch(HostBatch):
-    """An ``ExpertBatch`` of a mapping; what MLX cannot use in place is copied once."""
+    """An ``ExpertBatch`` of a mapping; memory that MLX cannot use in place is copied once."""
 
     @cached_property
     def records(self) -> list[mx.array]:

@@ -11,7 +11,7 @@ from flashmoe_mlx.storage.reading_store import ReadingStore
 
 
 class Pack2Store(ReadingStore):
-    """Reads experts of 2 bits, and refuses others.
+    """Reads experts of 2 bits, and refuses any other width.
 
     Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once;
     ``direct`` reads past the page cache.

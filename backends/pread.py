@@ -1,4 +1,4 @@
-"""Parallel positioned reads into one buffer, trusting the page cache of the operating system."""
+"""Parallel positioned reads into one buffer, through the operating system's page cache."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,7 +10,7 @@ from flashmoe_mlx.storage.thread_reader import ThreadReader
 
 
 class PreadStore(ReadingStore):
-    """Reads every expert that is asked for, with ``threads`` threads, straight into its slot.
+    """Reads every requested expert with ``threads`` threads, straight into its slot.
 
     Options: ``slots`` of one fetch; ``threads`` that read at once; ``chunk_mib`` MiB at most in one read, so that
     several threads share an expert (None: whole experts); ``direct`` reads past the page cache (O_DIRECT on Linux,

@@ -1,4 +1,4 @@
-"""A budget of memory for the experts that are used most, reads for the others."""
+"""A budget of memory for the most used experts, and reads for the rest."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +20,7 @@ from flashmoe_mlx.storage.slots import SlotMaker, Slots
 
 
 class RamHybridStore(ExpertStore):
-    """Keeps experts in slots, as many for each layer, and reads what is not there.
+    """Keeps experts in slots, the same number for each layer, and reads missing experts.
 
     Options: the budget is ``budget_gib`` GiB, or else ``memory_share`` of the memory that is free when it is opened;
     ``policy`` says which expert makes room for another: lru, lfu, s3fifo, or pinned, which keeps those that were
@@ -118,7 +118,7 @@ class RamHybridStore(ExpertStore):
         self._reader.advise(layer, [expert for expert in experts if expert not in self._caches[layer]])
 
     def _fill(self, layer: int, places: Mapping[int, int]) -> StoreStats:
-        """Read the experts of ``places`` into their slots there."""
+        """Read each expert of ``places`` into its slot."""
         filling = self._layers[layer].fill(list(places.values()))
         try:
             done = self._reader.read(layer, places, filling)
@@ -149,7 +149,7 @@ def _budget(budget_gib: float | None, memory_share: float) -> int:
 
 
 def _hot_experts(source: ExpertSource, policy: str, trace: str | None) -> list[Sequence[int]]:
-    """Of each layer, the experts by descending use in the trace; nothing for policies that want none."""
+    """Return the experts of each layer by descending use in the trace; empty for policies without a trace."""
     if (policy == "pinned") != (trace is not None):
         raise InputError(
             "backend.policy=pinned needs backend.trace=<recorded trace>"

@@ -1,4 +1,4 @@
-"""All experts in memory: the upper bound that other stores are compared with."""
+"""All experts in memory: the upper bound for every other store."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -16,7 +16,7 @@ _AT_ONCE = 16
 
 
 class ResidentStore(ExpertStore):
-    """Reads every expert when it is opened; a fetch then only says where they are.
+    """Reads every expert when it is opened; a fetch only looks up their slots.
 
     Options: ``reader``, pread or io_uring, and ``depth`` reads under way at once, for opening.
 

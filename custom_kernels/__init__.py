@@ -32,6 +32,7 @@ from flashmoe_mlx.custom_kernels.quantised_matvec import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts import ExpertFormat
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.errors import InputError
 
 _log = logging.getLogger(__name__)
 
@@ -98,11 +99,11 @@ def choose(preference: str) -> Kernels:
         Kernels whose operations run MLX's implementations until ``check_kernels`` has checked them.
 
     Raises:
-        InputError: an environment variable asks the extension for what is not there.
-        ValueError: another word.
+        InputError: ``preference`` is another word (code "unknown_kernels"), or an environment variable asks the
+            extension for a number of threads or instructions that it does not have.
     """
     if preference not in PREFERENCES:
-        raise ValueError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}")
+        raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     if preference == "reference":
         return Kernels(
             attention=attention.reference.gated_attention,

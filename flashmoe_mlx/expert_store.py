@@ -51,7 +51,11 @@ class BackendUnavailableError(ExpertStoreError):
 
 
 class ExpertReadError(ExpertStoreError):
-    """A failed read of an expert; names the layer and expert, the file and the byte."""
+    """A failed read of an expert; names the layer and expert, the file and the byte.
+
+    ``reason`` is the message of the operating system. Stores make this error with ``storage.extents.Read.failed``,
+    which gives codes such as "no_such_file", "too_many_open_files" or "file_ends_early"; see docs/errors.md.
+    """
 
     default_code = "read_failed"
 

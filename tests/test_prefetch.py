@@ -1,5 +1,6 @@
 """Guesses of the next layer's experts: what is hinted when, and that nothing that is computed depends on it."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import flashmoe_mlx
 from flashmoe_mlx.engine.engine import Engine
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model.prefetch import POLICIES
+from flashmoe_mlx.storage import read_ahead
 
 PROMPT = "Hello, store"
 LAYERS = 4
@@ -134,6 +136,22 @@ def test_reads_ahead_are_in_the_record(tiny_pack: Path) -> None:
     assert decode["bytes_read"] == decode["misses"] * store
     assert 0 <= decode["prefetched"] <= decode["misses"]
     assert decode["bytes_wasted"] >= 0
+
+
+@pytest.mark.parametrize("backend", ["pread", "ram_hybrid"])
+def test_loading_takes_what_reads_ahead_need(tiny_pack: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first measured step allocates no slots and starts no threads."""
+    with flashmoe_mlx.load(tiny_pack, backend, prefetch="next_router") as engine:
+
+        def refused(*args: Any) -> None:
+            raise AssertionError("a step allocates slots")
+
+        for kind in (read_ahead.Slab, read_ahead.HostSlots):
+            monkeypatch.setattr(kind, "__init__", refused)
+        threads = threading.enumerate()
+        generated(engine, 4)
+        assert threading.enumerate() == threads
+        assert engine.stats()["guesses"]["predicted"] > 0
 
 
 def test_there_is_no_such_policy(tiny_pack: Path) -> None:

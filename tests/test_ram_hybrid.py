@@ -64,7 +64,7 @@ def test_a_share_of_free_memory(stored: StoredExperts, monkeypatch: pytest.Monke
         ({"policy": "fifo"}, "unknown_policy"),
         ({"policy": "pinned"}, "policy_without_trace"),
         ({"trace": "x"}, "trace_without_policy"),
-        ({"policy": "pinned", "trace": "/nowhere"}, "invalid_input"),
+        ({"policy": "pinned", "trace": "/nowhere"}, "cannot_read_trace"),
         ({"reader": "floppy"}, "unknown_reader"),
     ],
 )
@@ -78,12 +78,14 @@ def test_options_that_make_no_store(stored: StoredExperts, options: dict[str, An
 def test_a_budget_that_no_machine_has(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even where there are not so many experts; the line says how much there is."""
     monkeypatch.setattr(memory, "total_memory", lambda: 16 * 2**30)
-    with pytest.raises(InputError, match=r"budget_gib=17: too large for this machine, which has 16 GiB$"):
+    with pytest.raises(InputError, match="16 GiB") as caught:
         RamHybridStore(stored.source, budget_gib=17)
+    assert caught.value.code == "budget_too_large"
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(memory, "free_gpu_memory", lambda: 8 * 2**30)
-    with pytest.raises(InputError, match=r"budget_gib=9: too large for this machine, whose GPU has free 8 GiB$"):
+    with pytest.raises(InputError, match="8 GiB") as caught:
         RamHybridStore(stored.source, budget_gib=9)
+    assert caught.value.code == "budget_too_large"
 
 
 def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +238,10 @@ def test_preloading_from_a_failing_disk_leaves_nothing_behind(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)
-    with nothing_left_behind(tmp_path), pytest.raises(ExpertReadError, match="Input/output error"):
+    with nothing_left_behind(tmp_path), pytest.raises(ExpertReadError) as caught:
         RamHybridStore(stored.source, budget_gib=gib(4), preload=True)
+    assert caught.value.code == "read_failed"
+    assert caught.value.reason == os.strerror(errno.EIO)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

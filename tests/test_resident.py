@@ -46,5 +46,7 @@ def test_a_failing_disk_leaves_nothing_behind(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(os, "preadv", fail)
-    with nothing_left_behind(tmp_path), pytest.raises(ExpertReadError, match="Input/output error"):
+    with nothing_left_behind(tmp_path), pytest.raises(ExpertReadError) as caught:
         ResidentStore(stored.source)
+    assert caught.value.code == "read_failed"
+    assert caught.value.reason == os.strerror(errno.EIO)

@@ -117,8 +117,9 @@ def test_a_pass_that_was_cut_short_leaves_whole_tokens(tiny_pack: Path) -> None:
 
 
 def test_nothing_recorded_is_said(tiny_pack: Path) -> None:
-    with load(tiny_pack) as engine, recorded(engine) as recorder, pytest.raises(InputError, match="has not run"):
+    with load(tiny_pack) as engine, recorded(engine) as recorder, pytest.raises(InputError) as caught:
         recorder.trace(16, [])
+    assert caught.value.code == "nothing_recorded"
 
 
 def test_a_trace_keeps_the_size_of_its_experts(recording: RoutingTrace, tmp_path: Path) -> None:
@@ -226,24 +227,36 @@ def test_requests_are_those_of_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "reason"),
+    ("options", "code"),
     [
-        ({"policy": "fifo", "slots": 4}, "no such policy"),
-        ({"policy": "lru", "slots": 0}, "at least 1"),
-        ({"policy": "lru", "slots": 4, "scope": "token"}, "choose from layer, global"),
+        ({"policy": "fifo", "slots": 4}, "unknown_policy"),
+        ({"policy": "lru", "slots": 0}, "out_of_range"),
+        ({"policy": "lru", "slots": 4, "fetch_slots": 0}, "out_of_range"),
+        ({"policy": "lru", "slots": 4, "prefill_chunk": -1}, "out_of_range"),
+        ({"policy": "lru", "slots": 4, "scope": "token"}, "unknown_scope"),
     ],
 )
-def test_bad_designs_are_refused(options: dict[str, object], reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
+def test_bad_designs_are_refused(options: dict[str, object], code: str) -> None:
+    with pytest.raises(InputError) as caught:
         CacheDesign(**options)  # type: ignore[arg-type]
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("accuracy", [-0.1, 1.1, float("nan")])
+def test_accuracies_that_are_no_probability(accuracy: float) -> None:
+    with pytest.raises(InputError) as caught:
+        StatedAccuracy(accuracy, 8)
+    assert caught.value.code == "out_of_range"
 
 
 def test_a_pinned_cache_takes_no_trace_of_another_model() -> None:
     trace = uniform_trace(4, 2, 8, 2, 0)
-    with pytest.raises(InputError, match="another number"):
+    with pytest.raises(InputError) as caught:
         replay(trace, CacheDesign("pinned", 4), hot=uniform_trace(4, 3, 8, 2, 0))
-    with pytest.raises(InputError, match="nothing is left to prefetch"):
+    assert caught.value.code == "trace_of_another_model"
+    with pytest.raises(InputError) as caught:
         replay(trace, CacheDesign("belady", 4), SameAsLast())
+    assert caught.value.code == "contradiction"
 
 
 def test_curves_rise_with_capacity() -> None:
@@ -252,8 +265,9 @@ def test_curves_rise_with_capacity() -> None:
     assert (slots[0], slots[-1]) == (4, 32)
     for curve in curves(trace, ["lru", "belady"], slots):
         assert curve.hit_rates == sorted(curve.hit_rates)
-    with pytest.raises(InputError, match="no decoded tokens"):
+    with pytest.raises(InputError) as caught:
         list(curves(replace(trace, prompt_tokens=50), ["lru"], slots))
+    assert caught.value.code == "nothing_decoded"
 
 
 # Statistics

@@ -455,16 +455,17 @@ def test_pinned_experts_stay_while_requests_fit_beside_them(requests: list[list[
 
 @pytest.mark.parametrize("name", ["nosuch", "", "LRU"])
 def test_an_unknown_policy_lists_those_there_are(name: str) -> None:
-    with pytest.raises(
-        InputError, match=f"policy={name}: no such policy; there are lru, lfu, s3fifo, pinned"
-    ) as caught:
+    with pytest.raises(InputError) as caught:
         make_policy(name, 4)
+    assert caught.value.code == "unknown_policy"
+    assert all(policy in str(caught.value) for policy in POLICIES)
     assert_one_line(caught.value)
 
 
 def test_pinned_without_hot_experts_is_refused() -> None:
-    with pytest.raises(InputError, match="no hot experts are known") as caught:
+    with pytest.raises(InputError) as caught:
         make_policy("pinned", 4)
+    assert caught.value.code == "policy_without_trace"
     assert_one_line(caught.value)
 
 

@@ -3,10 +3,10 @@
     python tools/check_speed_model.py <folder for packs, 7 GB> --out <folder for figures and JSON>
     python tools/check_speed_model.py <folder> --prepare      # only make packs and traces, which take a while
 
-Held out are: every K, the budgets, one geometry (the 122B's), the packs, which are larger than the probe's, and the
-prompt: hits are predicted from a trace of another one. Rounds run all settings in turns, every other one backwards.
-A pass during which other processes took more than a tenth of the processors says nothing of this program: it is kept in
-the record, and left out of the medians.
+Every K, the budgets, one geometry (the 122B's), the packs (larger than the probe's) and the prompt are held out: hits
+are predicted from the trace of another prompt. Each round runs all settings in turns, every second round backwards. A
+pass during which other processes took more than a tenth of the processors is disturbed: the record keeps it, the
+medians leave it out.
 """
 
 import argparse
@@ -43,13 +43,13 @@ PACKS = {
 GIB = 2**30
 PROMPT_TOKENS = 16
 DISTURBED = 0.1
-"""Share of the processors that other processes may take."""
+"""Largest share of the processors that other processes may take in an undisturbed pass."""
 SEED, OTHER_SEED = 1, 2
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What runs, and which way of reading of the probe it is; ``slots`` a layer of ram_hybrid."""
+    """A configuration to run, the way of reading that predicts it, and the slots per layer of ram_hybrid."""
 
     pack: str
     backend: str
@@ -83,14 +83,14 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of a decoded token, mean, and the share of the processors that other processes took meanwhile."""
+    """Mean seconds of a decoded token, and the share of the processors that other processes took meanwhile."""
 
     seconds: float
     others: float
 
 
 class Others:
-    """Tells how busy other processes keep the machine."""
+    """A measurement of the processor time that other processes take."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -103,12 +103,13 @@ class Others:
         return float(busy - own.user - own.system)
 
     def share(self) -> float:
-        """Since this was made, of all processors."""
+        """Return the share of all processors that other processes took since this object was created."""
         passed = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)
         return max(0.0, self._taken() - self._before) / passed
 
 
 def main() -> None:
+    """Make the packs, probe, predict, run, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path())
@@ -158,7 +159,7 @@ def _options(one: Setting, folder: Path) -> dict[str, Any]:
 
 
 def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
-    """How many experts of a layer are read, for a hybrid by simulating it on the other prompt's trace."""
+    """Yield the way of reading with the distribution of reads in a layer; simulates ram_hybrid on another prompt."""
     if one.way is None:
         return
     if one.slots is None:
@@ -174,7 +175,7 @@ def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tup
 
 
 def _run(one: Setting, folder: Path, tokens: int) -> Pass:
-    """One generation; the store begins empty, as in the simulation."""
+    """Run one generation; the store starts empty, as in the simulation."""
     if one.way is not None and one.way.endswith("warm"):
         for path in folder.rglob("*.bin"):
             with path.open("rb") as file:
@@ -187,7 +188,7 @@ def _run(one: Setting, folder: Path, tokens: int) -> Pass:
 
 
 def _decoded(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
-    """Decode tokens drawn at random, since a random model may end its answer at once: the prompt, and the seconds."""
+    """Decode random tokens, since a random model may end its answer at once; return the prompt and the seconds."""
     drawn = np.random.default_rng(seed).integers(256, size=PROMPT_TOKENS + tokens).tolist()
     cache = engine.new_cache()
     engine.forward(drawn[:PROMPT_TOKENS], cache)

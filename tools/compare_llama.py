@@ -1,15 +1,15 @@
-"""Decode speed beside llama.cpp, in turns: a model of the 397B's geometry with random weights, written twice.
+"""Compare decode speed with llama.cpp, in turns, on one model of the 397B's geometry with random weights.
 
     python -m venv peer && peer/bin/pip install llama-cpp-python gguf numpy      # builds llama.cpp: minutes
     python tools/compare_llama.py --peer peer/bin/python --layers 4 --experts 64 --folder /tmp/compare
 
-Both run K=4 with the same sizes and a vocabulary of some 260, on the cores of this process, from memory: ours 4 bit in
-groups of 64 (4.5 bits a weight), llama.cpp's Q4_K (4.5 bits). Each process decodes ``--tokens`` random tokens a round;
-rounds are taken A B B A. Fewer experts than 512 take less room; a token still reads K of them a layer. The weights are
-not the same, so only times are compared. Random tokens choose experts anew at every step. Without ``--cold`` 8 tokens
-are decoded before any is timed. With it both models' files leave the page cache before each process, every token
-counts, and so does the time until the model is open; the first tokens and the last are also shown by themselves.
-``--options`` are the backend's, ``--prefetch`` the engine's:
+Both programs run K=4 with the same sizes and a vocabulary of about 260, on the cores of this process: ours with 4 bits
+in groups of 64 (4.5 bits per weight), llama.cpp with Q4_K (4.5 bits). Each process decodes ``--tokens`` random tokens
+in a round, and the processes run in the order A B B A. Fewer experts than 512 take less space; a token still reads K of
+them in each layer. The weights differ, so only times are compared. Random tokens choose different experts at each step.
+Without ``--cold`` 8 tokens are decoded before the first timed one. With ``--cold`` both models' files are dropped from
+the page cache before each process, every token counts, the time until the model is open counts too, and the first and
+the last tokens are also shown separately. ``--options`` are options of the backend, ``--prefetch`` of the engine:
 
     python tools/compare_llama.py --peer peer/bin/python --layers 8 --experts 512 --cold --tokens 300 --rounds 1 \
         --backend ram_hybrid --options budget_gib=20,reader=io_uring,direct=true
@@ -78,8 +78,8 @@ def main() -> None:
     for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
         if arguments.cold:
             evict(path for path in arguments.folder.rglob("*") if path.is_file())
-            # Hosts of virtual machines take free memory back and are slow to give it (2026-11-25-cold.md): in a
-            # process of its own, so that the memory is free again.
+            # The host of a virtual machine may reclaim free memory and return it slowly (2026-11-25-cold.md), so touch
+            # it first, in another process that frees it again.
             touch = "from flashmoe_mlx.storage.memory import *; own_memory(available_memory() - GIB)"
             subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         found = _run(arguments, side)
@@ -120,7 +120,7 @@ def _run(arguments: argparse.Namespace, side: str, only_make: bool = False) -> A
 
 
 def _timed(arguments: argparse.Namespace, step: Callable[[int], object]) -> list[float]:
-    """Milliseconds of each token, without those that come before."""
+    """Return the milliseconds of each token after the warm-up."""
     times, before = [], 0 if arguments.cold else _WARM_UP
     for number in range(arguments.tokens + before):
         token = random.Random(number).randrange(256)  # noqa: S311
@@ -131,7 +131,7 @@ def _timed(arguments: argparse.Namespace, step: Callable[[int], object]) -> list
 
 
 def _peak() -> int:
-    """Bytes; the largest that this process was in memory, what it mapped of files included."""
+    """Return the peak resident size of this process in bytes, mapped files included."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
@@ -191,7 +191,7 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Random Q4_K weights; norms and whatever llama.cpp keeps in f32 are f32."""
+    """Write random Q4_K weights; norms and the other tensors that llama.cpp keeps in f32 are f32."""
     import gguf
     import numpy as np
 

@@ -1,11 +1,11 @@
-"""Errors and speeds of the custom kernels on the GPU of this machine; prints tables in Markdown.
+"""Measure errors and speeds of the custom kernels on this machine's GPU; print tables in Markdown.
 
     MLX_ENABLE_TF32=0 MLX_MAX_OPS_PER_BUFFER=100000 MLX_MAX_MB_PER_BUFFER=1000000 python tools/measure_kernels.py
 
-Speeds: a chain of operations, each on what the one before gave, over as many sets of weights as exceed the GPU's cache
-several times. With the two settings above MLX makes one CUDA graph of a chain; two kernels inside it read the GPU's own
-clock before and after, so neither Python nor the launches count. What a chain needs besides (a norm, so that values
-neither grow nor vanish) is measured alone in the same way and subtracted. Both routes are measured in turn.
+Speeds come from a chain of operations, each on the result of the previous one, over sets of weights that exceed the
+GPU's cache several times. With the two settings above MLX makes one CUDA graph of a chain. Two kernels inside the graph
+read the GPU's clock before and after the chain, so that neither Python nor the launches count. A norm between the
+operations keeps values in range; it is measured alone in the same way and subtracted. Both routes take turns.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _LENGTH = 48
 
 
 def stamp(x: mx.array) -> tuple[mx.array, mx.array]:
-    """``x`` [T, width] and the GPU's clock, in nanoseconds."""
+    """Return ``x`` [T, width] and the GPU's clock in nanoseconds."""
     kernel = mx.fast.cuda_kernel("stamp", ["x"], ["y", "at"], _STAMP)
     y, at = kernel(
         inputs=[x],
@@ -47,7 +47,7 @@ def stamp(x: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def microseconds(step: Callable[[mx.array, int], mx.array], first: mx.array, length: int = _LENGTH) -> float:
-    """GPU time of one ``step``; median of passes over a chain of ``length``."""
+    """Measure the GPU time of one ``step``: the median over passes of a chain of ``length``."""
     times = []
     for _ in range(9):
         x, begin = stamp(first)
@@ -62,7 +62,7 @@ def microseconds(step: Callable[[mx.array, int], mx.array], first: mx.array, len
 def compare(
     routes: Sequence[tuple[str, Callable[[mx.array, int], mx.array]]], glue: Callable[[mx.array], mx.array], x: mx.array
 ) -> dict[str, float]:
-    """Microseconds of each route, without the glue around it; in turn, two passes."""
+    """Measure the microseconds of each route without the glue, in turns, the best of two passes."""
     found: dict[str, list[float]] = {name: [] for name, _ in routes}
     alone = microseconds(lambda value, _: glue(value), x)
     for _ in range(2):
@@ -72,7 +72,7 @@ def compare(
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of copying 1 GiB."""
+    """Measure the rate of copying 1 GiB in bytes per second, counting reads and writes."""
     sets = [mx.random.normal((1024, 2**18)) for _ in range(2)]
     mx.eval(sets)
 
@@ -92,7 +92,7 @@ _EXPERTS = {  # bits, group, tokens, K, shared expert
 
 
 def errors(geometries: Sequence[str]) -> Iterator[str]:
-    """Every kernel against its reference in f64."""
+    """Yield a table of the error of every kernel against its reference in f64."""
     yield "| kernel | case | geometry | f32 | bf16 |\n|---|---|---|---|---|"
     for name in geometries:
         geometry = cases.GEOMETRIES[name]
@@ -122,7 +122,7 @@ _OPERATIONS = ("routed_experts", "gated_delta_net", "attention", "quantised_matv
 
 
 def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
-    """The kernels of ``operations`` beside MLX's, 397B shapes, bf16."""
+    """Yield a table of the speed of the kernels of ``operations`` and of MLX's, for 397B shapes in bf16."""
     yield "| operation | ours, us | of the copy bandwidth | MLX, us | ratio |\n|---|---|---|---|---|"
     big, dtype = cases.GEOMETRIES["397B"], mx.bfloat16
     weight = mx.ones((big.hidden,), dtype)
@@ -187,7 +187,7 @@ _PARTS = ("weight", "scales", "biases")
 
 
 def _gathered(x: mx.array, one: tuple[list[list[mx.array]], mx.array, mx.array], bits: int) -> mx.array:
-    """The routed experts as mlx-lm computes them."""
+    """Compute the routed experts as mlx-lm does."""
     (gate, up, down), rows, shares = one
 
     def product(value: mx.array, parts: list[mx.array]) -> mx.array:

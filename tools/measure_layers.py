@@ -1,11 +1,11 @@
-"""A decode step of one layer of each kind, custom kernels on against off, in one run; prints a table in Markdown.
+"""Measure a decode step of one layer of each kind with and without custom kernels; print a table in Markdown.
 
     python tools/measure_layers.py            # 397B geometry, K=4 and K=10, experts resident
     python tools/measure_layers.py --small    # a check of this script on any machine
 
-Both models share the pack and its experts; steps are taken in turn. A time is wall time of one layer from its input to
-its evaluated output: router, store and launches included. The context is short and comes from single steps: products of
-many rows would first be compiled, for a minute and more.
+Both models use the same pack, and their steps take turns. A time is the wall time of one layer from its input to its
+evaluated output, including router, store and launches. The context is short and consists of single steps, since the
+compilation of products with many rows takes more than a minute.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 class Models:
-    """The same model with custom kernels and with MLX's, ready to take a step."""
+    """One model loaded twice, with custom kernels and with MLX's, ready for a step."""
 
     def __init__(self, pack: Path, k: int) -> None:
         self.k = k
@@ -77,7 +77,7 @@ class Models:
             engine.close()
 
     def measured(self) -> Iterator[str]:
-        """Rows of the table, then what ran."""
+        """Yield the rows of the table, then the names of the kernels that ran."""
         engines, caches = self.engines, self.caches
         x = mx.random.normal((1, engines["auto"].model.norm.size)).astype(engines["auto"].model.norm.dtype)
         mx.eval(x)

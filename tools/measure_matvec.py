@@ -1,12 +1,12 @@
-"""Quantised products of one vector on this machine's CPU, beside MLX's own and beside a plain read of the same bytes.
+"""Measure quantised products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
 
     python tools/measure_matvec.py
     python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it
 
-Weights are rotated through sets that exceed the cache several times, so every call reads them from memory. The three
-sides take turns, A B C C B A, each for all sets; a round's figure is the time of a call. The plain read sums the bytes
-of all sets as 64-bit words, on as many threads as the kernel uses, which meet once at the end: what memory gives to
-somebody who does nothing else.
+The calls rotate through sets of weights that exceed the cache several times, so every call reads its weights from
+memory. The three programs take turns, A B C C B A, each for all sets; the figure of a round is the time of one call.
+The plain read sums the bytes of all sets as 64-bit words on as many threads as the kernel uses, which synchronize
+once at the end: it measures the speed of memory.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _by_instructions(extension: ModuleType, rounds: int) -> None:
-    """200 rows, which stay in the second-level cache, and sets of 4096 that do not."""
+    """Measure 200 rows, which fit into the second-level cache, and sets of 4096 rows, which do not."""
     extension.use_threads(1)
     random = np.random.default_rng(0)
     print(f"GB/s of codes and scales by one thread, medians of {rounds} rounds\n")
@@ -138,7 +138,7 @@ def _matrix(random: np.random.Generator, rows: int, columns: int, bits: int) -> 
 
 
 def _share(matrix: Sequence[mx.array], number: int, of: int) -> list[npt.NDArray[np.uint64]]:
-    """A thread's part of the matrix's bytes, as words; the last few bytes are left out."""
+    """Return one thread's part of the matrix as words, without the last few bytes."""
     words = []
     for array in matrix:
         whole = memoryview(array).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol

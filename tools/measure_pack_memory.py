@@ -1,4 +1,4 @@
-"""How much memory packing needs: write a bf16 checkpoint of the 397B's shapes, pack it, print the peak of that process.
+"""Measure the memory that packing needs: write a bf16 checkpoint of the 397B's shapes, pack it, print the peak.
 
     python tools/measure_pack_memory.py <empty folder on a disk with 15 GB free> [layers] [experts]
 
@@ -21,7 +21,7 @@ PACK = [sys.executable, "-m", "flashmoe_mlx", "task=pack"]
 
 
 def published(layers: int, experts: int) -> dict[str, object]:
-    """A config.json: Qwen3.5-397B-A17B with fewer layers and experts."""
+    """Return the config.json of Qwen3.5-397B-A17B with fewer layers and experts."""
     return {
         "model_type": "qwen3_5_moe_text",
         "vocab_size": 248320,
@@ -45,7 +45,7 @@ def published(layers: int, experts: int) -> dict[str, object]:
 
 
 def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
-    """One safetensors file with random bf16 weights in Hugging Face's fused layout; its size in bytes."""
+    """Write one safetensors file of random bf16 weights in Hugging Face's fused layout; return its size in bytes."""
     model = ModelConfig.from_json(config)
     shapes: dict[str, tuple[int, ...]] = {}
     for parameter in resident_parameters(model):

@@ -1,4 +1,4 @@
-"""What memory costs a disk and a CPU: reads past the page cache into small and large pages, and pages touched first.
+"""Measure the effect of page size on reads past the page cache, and the cost of touching pages for the first time.
 
 python tools/measure_pages.py <pack>            # reads of random experts, k at once
 python tools/measure_pages.py --touch 12        # GiB of memory, at once, again, and after some seconds
@@ -75,7 +75,7 @@ def _read(pack: Path, rounds: int) -> None:
 
 
 def _once(reader: ExpertReader, layers: int, experts: int, rows: list[memoryview]) -> float:
-    """The median of the seconds that a read of random experts into ``rows`` takes."""
+    """Measure the median seconds of a read of random experts into ``rows``."""
     times = []
     until = time.perf_counter() + _SECONDS
     while (start := time.perf_counter()) < until:

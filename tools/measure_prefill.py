@@ -1,11 +1,12 @@
-"""What a prompt costs in the operations that treat many tokens otherwise than one; prints tables in Markdown.
+"""Measure the operations that treat a prompt differently from a single token; print tables in Markdown.
 
     python tools/measure_prefill.py                # 397B shapes on the default device
     python tools/measure_prefill.py --small        # a check of this script on any machine
 
-Times are wall times of a call among others, launches included, medians; activations are bf16 on GPUs, f32 on CPUs. On
-CUDA also a whole layer of experts, resident, each token with 10 of 512 at random; with ``--one-by-one`` also each
-expert by itself through ``mx.quantized_matmul``, whose first use compiles for over a minute.
+A time is the median wall time per call, issued back to back, including launch overhead. Activations are bf16 on GPUs
+and f32 on CPUs. On CUDA the script also measures a whole resident layer of experts, with 10 of 512 random experts for
+each token; with ``--one-by-one`` also each expert separately through ``mx.quantized_matmul``, whose first use compiles
+for more than a minute.
 """
 
 import argparse
@@ -26,7 +27,7 @@ _SLOTS = 16
 
 
 def milliseconds(function: Callable[[], object], calls: int, repeats: int = 5) -> float:
-    """Of one call; median."""
+    """Measure the median milliseconds of one call."""
     mx.eval(function())
     times = []
     for _ in range(repeats):
@@ -37,7 +38,7 @@ def milliseconds(function: Callable[[], object], calls: int, repeats: int = 5) -
 
 
 def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
-    """GatedDeltaNet from the projections to the gated norm."""
+    """Yield a table of GatedDeltaNet, from the projections to the gated norm."""
     device = dialect()
     rule = chunked.gated_delta if device else chunked.gated_delta_on_host
     yield f"| tokens | MLX's recurrence, ms | chunks, ms | {'one dispatch, ms | ' if device else ''}around it, ms |"
@@ -64,7 +65,7 @@ def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
 
 
 def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int], one_by_one: bool) -> Iterator[str]:
-    """The routed experts of a layer, in one slab or brought in groups of 16."""
+    """Yield a table of the routed experts of a layer, in one slab or fetched in groups of 16."""
     layout = RecordLayout(geometry.hidden, geometry.intermediate, 4, 64, "BF16")
     form = expert_format(layout)
     assert form is not None

@@ -1,4 +1,4 @@
-"""What least squares buys over min-max: error of weights, of an expert's output, and of the demo model's logits.
+"""Compare least squares with min-max: errors of weights, of an expert's output, and of the demo model's logits.
 
 python tools/measure_quantisers.py <demo pack> <empty folder>
 """
@@ -24,7 +24,7 @@ HIDDEN, WIDTH = 4096, 1024  # an expert of the 397B
 
 
 def main(demo: Path, scratch: Path) -> None:
-    """Print everything."""
+    """Print all tables."""
     random = np.random.default_rng(0)
     shapes = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
     experts = {
@@ -65,7 +65,7 @@ def _demo_expert(source: PackedExperts) -> dict[str, mx.array]:
 
 
 def _errors(dense: dict[str, mx.array], quantiser: str, bits: int) -> tuple[float, float]:
-    """Relative errors of the weights and of the expert's output for normal inputs, in f32."""
+    """Compute the relative errors of the weights and of the expert's output for normal inputs, in f32."""
     exact = {name: weight.astype(mx.float32) for name, weight in dense.items()}
     rough = {}
     for name, weight in dense.items():
@@ -88,7 +88,7 @@ def _relative(exact: list[mx.array], rough: list[mx.array]) -> float:
 
 
 def _logits(demo: Path, scratch: Path) -> None:
-    """KL divergence from the 4-bit experts and agreement of the most probable token, over 256 random tokens."""
+    """Print KL divergence from the 4-bit experts and agreement of the most probable token, over 256 random tokens."""
     folder = scratch / "demo"
     shutil.copytree(demo, folder)
     pack = add_variants(open_pack(folder), [2, 3])

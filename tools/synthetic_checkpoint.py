@@ -1,9 +1,9 @@
-"""Write the experts of a pack as a published checkpoint has them, to measure backend=checkpoint without a download.
+"""Write a pack in the layout of a published checkpoint, to measure backend=checkpoint without a download.
 
     python tools/synthetic_checkpoint.py <pack> <folder>
 
-Stacked tensors [experts, ...] of a quantised mlx-community conversion, one shard a layer; the resident weights are the
-pack's own. As large as the pack.
+The experts become stacked tensors [experts, ...] as in a quantised mlx-community conversion, one shard for each layer.
+The resident weights are a hard link to those of the pack. The checkpoint is as large as the pack.
 """
 
 import json
@@ -19,7 +19,7 @@ from flashmoe_mlx.pack.record import DTYPE_BYTES
 
 
 def main(pack_folder: Path, out: Path) -> None:
-    """Write it."""
+    """Write the checkpoint."""
     pack = open_pack(pack_folder)
     experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
     out.mkdir()
@@ -30,7 +30,7 @@ def main(pack_folder: Path, out: Path) -> None:
 
 
 def write_layer(experts: PackedExperts, layer: int, path: Path) -> None:
-    """One shard: https://github.com/huggingface/safetensors#format."""
+    """Write one shard: https://github.com/huggingface/safetensors#format."""
     header, end = {}, 0
     for component in experts.layout.components:
         projection, part = component.name.split(".")

@@ -72,10 +72,7 @@ def load(
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    try:
-        chosen = choose(kernels)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    chosen = choose(kernels)
     files = open_model(expand_path(model))
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
@@ -86,6 +83,8 @@ def load(
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, built.layers)
+        if prefetcher is not None:
+            store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
         report = check_kernels(chosen, model_shapes(built))
     except BaseException:
         store.close()

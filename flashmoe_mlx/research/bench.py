@@ -1,11 +1,11 @@
-"""Run the engine with several settings in turns and compare them: prompt in, tokens out.
+"""Run the engine with several settings in turns and compare their speed from prompt to tokens.
 
-A pass loads the model with a setting's store, drops the experts' files from the page cache (which is checked), and
-generates. In a round every setting continues the same prompt, and every other round in reverse order, so that a drift
-of the machine hits all alike.
+A pass loads the model with a setting's store, drops the experts' files from the page cache, checks that they are gone,
+and generates. In each round every setting continues the same prompt. Settings run in reverse order in every second
+round, so that a drift of the machine affects all alike.
 
-cold: nothing else. warm: the same prompt was continued before, unmeasured, by the same store, so that its slots and the
-page cache hold what they can. rotating: another prompt was continued before.
+Conditions: a cold pass starts at once. A warm pass first continues the same prompt without measuring, so that the slots
+and the page cache hold as many of its experts as they can. A rotating pass first continues another prompt.
 """
 
 import sys
@@ -84,7 +84,7 @@ class Pass:
 
     @property
     def stage(self) -> str:
-        """The measured part of the run: "decode", or "prefill" where one token was asked for and none decoded."""
+        """The measured part of the run: "decode", or "prefill" if the plan asks for one token and none is decoded."""
         return "decode" if self.decode_steps else "prefill"
 
 
@@ -112,10 +112,14 @@ def run_passes(
 ) -> Iterator[Pass]:
     """Every pass of ``plan`` that is not among ``done``, as it ends; ``announce`` is told what comes next.
 
-    A setting that fails is entered into ``failures`` and left out from then on.
+    Args:
+        plan: settings, conditions, prompts and rounds.
+        done: passes of an earlier run, which count as finished.
+        announce: called with a description of each pass before it begins.
+        failures: reasons by label; a setting that fails is added here and skipped afterwards.
 
     Raises:
-        FlashMoeError: two stores of the same experts chose different tokens, or pages stay in the page cache.
+        FlashMoeError: two stores of the same experts led to different tokens; code "different_tokens".
     """
     tokens: dict[tuple[Any, ...], Pass] = {}
     for one in done:
@@ -168,7 +172,8 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
     if len(tokens) < min(2, plan.tokens):
         raise InputError(
             f"the prompt fills the context of {engine.model.config.max_context} tokens: nothing is decoded that could "
-            "be measured; give a shorter one"
+            "be measured; give a shorter one",
+            code="context_full",
         )
     return tokens
 
@@ -182,7 +187,8 @@ def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
         )
         raise FlashMoeError(
             f"{one.setting} ({one.condition}) and {first.setting} ({first.condition}) chose different tokens, from "
-            f"the {differs + 1}. on: one of them is wrong, and nothing here counts"
+            f"the {differs + 1}. on: one of them is wrong, and nothing here counts",
+            code="different_tokens",
         )
 
 
@@ -200,10 +206,29 @@ def _cached_share(files: Sequence[Path]) -> float:
 class Summary:
     """All passes of a setting in a condition; of ``stage``, where nothing else is said.
 
-    ``tokens_per_second`` is the median over rounds with its 95 % interval (None of fewer than 3 rounds), ``ratio`` to
-    the first setting of the condition, paired by round. ``step_ms`` p5, p50, p95 of a token; bytes and shares are means
-    over all tokens. ``shares`` of the time: "compute", "io" and so on. ``accuracy`` of guesses, None without prefetch;
-    ``prefetched`` the share of misses that were read ahead.
+    Attributes:
+        setting: its label.
+        condition: "cold", "warm" or "rotating".
+        stage: "decode" or "prefill".
+        experts_k: experts per token.
+        rounds: number of passes.
+        tokens_per_second: median over rounds.
+        interval: 95 % interval of ``tokens_per_second``; None for fewer than 3 rounds.
+        ratio: rate relative to the first setting of the condition, median of ratios paired by round.
+        ratio_interval: 95 % interval of ``ratio``.
+        step_ms: p5, p50 and p95 of a token.
+        bytes_per_token: bytes read, mean over all tokens.
+        hit_rate: share of requested experts that were in slots; None without requests.
+        read_gb_per_second: rate of reads while experts were fetched.
+        weights_gb_per_second: bytes of all used weights over the whole time.
+        shares: shares of the time: "compute", "io" and so on.
+        time_to_first_token: seconds, median.
+        prefill_tokens_per_second: median.
+        accuracy: share of correct guesses; None without prefetch.
+        prefetched: share of misses that were prefetched; None without prefetch.
+        wasted_bytes_per_token: prefetched bytes that no request wanted.
+        cached: mean share of the experts in the page cache at the start.
+        notes: replaced kernels, or a missing extension.
     """
 
     setting: str

@@ -10,7 +10,7 @@ from flashmoe_mlx.research.trace import RoutingTrace
 
 @dataclass(frozen=True)
 class Curve:
-    """``replays`` of one policy with each of ``slots`` a layer, ascending."""
+    """The replays of one policy, one for each number of ``slots`` for each layer, in ascending order."""
 
     policy: str
     scope: str
@@ -19,8 +19,8 @@ class Curve:
 
     @property
     def hit_rates(self) -> list[float]:
-        """Of decode."""
-        return [one.decode.hits / one.decode.requests for one in self.replays]
+        """Hit rates of decode, one for each number of slots."""
+        return [done.decode.hits / done.decode.requests for done in self.replays]
 
 
 def curves(
@@ -32,14 +32,24 @@ def curves(
     hot: RoutingTrace | None = None,
     announce: Callable[[str], object] = lambda _: None,
 ) -> Iterator[Curve]:
-    """A curve for each policy and scope.
+    """Yield a curve for each policy and scope.
+
+    Args:
+        trace: the requests.
+        policies: names, as in ``CacheDesign``.
+        slots: numbers of slots for each layer, in ascending order.
+        scopes: "layer", "global", or both.
+        hot: as in ``replay``.
+        announce: called with a description of each replay before it begins.
 
     Raises:
-        InputError: as ``replay``, or the trace has only a prompt.
+        InputError: as ``replay``, or the trace has only a prompt (code "nothing_decoded").
     """
     tokens = len(trace.experts)
     if trace.prompt_tokens == tokens:
-        raise InputError("the trace has no decoded tokens, only a prompt: record more with max_tokens=")
+        raise InputError(
+            "the trace has no decoded tokens, only a prompt: record more with max_tokens=", code="nothing_decoded"
+        )
     for scope in scopes:
         for policy in policies:
             replays = []

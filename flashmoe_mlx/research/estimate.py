@@ -15,8 +15,8 @@ from flashmoe_mlx.research.speed import Distribution, Prediction, SpeedModel, ce
 from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
 
 ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
-"""Exponents of Zipf's law that stand for a model of which no trace is known: between the outer two lie the hit rates
-that engines of this kind have published, and about the middle one most of them."""
+"""Exponents of Zipf's law for a model without a trace. Published hit rates of similar engines lie between the outer
+two, most of them near the middle one."""
 
 
 def tolerance(backend: str) -> float:
@@ -56,18 +56,18 @@ class Model:
 
     @property
     def need(self) -> MemoryNeed:
-        """Memory without any expert kept."""
+        """Memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
         return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
 
     @property
     def expert_bytes(self) -> int:
-        """All experts on disk."""
+        """Bytes of all experts on disk."""
         return self.config.num_layers * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
-        """One expert on disk."""
+        """Bytes of one expert on disk."""
         return record_bytes(self.config, self.bits, self.group_size)
 
 
@@ -176,12 +176,13 @@ def _hits(one: Replay, k: int) -> Distribution:
 
 
 def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
-    """Raise InputError if ``trace`` is of a model with other layers or experts."""
+    """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
     if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{config.num_layers} of {config.num_experts}"
+            f"{config.num_layers} of {config.num_experts}",
+            code="trace_of_another_model",
         )
 
 

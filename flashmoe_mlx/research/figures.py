@@ -26,15 +26,17 @@ NAMES = {"lru": "LRU", "lfu": "LFU", "s3fifo": "S3-FIFO", "pinned": "pinned", "b
 
 
 def new_figure(width: float = 7, height: float = 4.2, columns: int = 1) -> "tuple[Figure, Sequence[Axes]]":
-    """A figure with ``columns`` axes side by side, that shows itself at the end of a notebook's cell.
+    """Make a figure with ``columns`` axes side by side; a notebook shows it at the end of a cell.
 
     Raises:
-        InputError: matplotlib is not installed.
+        InputError: matplotlib is not installed; code "missing_package".
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("figures need matplotlib: pip install 'flashmoe_mlx[research]'") from error
+        raise InputError(
+            "figures need matplotlib: pip install 'flashmoe_mlx[research]'", code="missing_package"
+        ) from error
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for one in axes:
@@ -44,9 +46,9 @@ def new_figure(width: float = 7, height: float = 4.2, columns: int = 1) -> "tupl
 
 
 def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes: int = 0) -> "Figure":
-    """Hit rate of decode over capacity, a line for each policy; pooled slots dashed.
+    """Plot the hit rate of decode over capacity, one line for each policy; pooled slots are dashed.
 
-    ``layer_record_bytes`` is what one slot in every layer takes, 0 if it is not known.
+    ``layer_record_bytes`` is the size of one slot in every layer, 0 if it is unknown.
     """
     figure, (axes,) = new_figure()
     for curve in curves:
@@ -76,7 +78,7 @@ def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes
 
 
 def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
-    """Tokens a second of every setting with its interval, and where its time went; a row of axes for each condition."""
+    """Plot tokens per second of every setting with its interval and its split of the time, one panel per condition."""
     conditions = list(dict.fromkeys(one.condition for one in summaries))
     settings = list(dict.fromkeys(one.setting for one in summaries))
     figure, every = new_figure(4.2 * len(conditions) + 1.8, 0.42 * len(settings) + 1.6, len(conditions))
@@ -138,7 +140,7 @@ QUALITY_PANELS = (
 
 
 def quality_figure(cells: Sequence[Mapping[str, Any]]) -> "Figure":
-    """Quality over experts a token, a line for each variant; ``cells`` as in ``evaluate.json``."""
+    """Plot quality over experts per token, one line for each variant; ``cells`` as in ``evaluate.json``."""
     figure, axes = new_figure(width=13, height=3.6, columns=len(QUALITY_PANELS))
     variants = dict.fromkeys(_variant(cell) for cell in cells)
     for panel, (name, label) in zip(axes, QUALITY_PANELS, strict=True):
@@ -148,7 +150,7 @@ def quality_figure(cells: Sequence[Mapping[str, Any]]) -> "Figure":
             if not points:
                 continue
             ks, values, lows, highs = zip(*sorted(points), strict=True)
-            # Side by side, so that intervals can be told apart.
+            # Shifted sideways, so that the intervals do not overlap.
             beside = [k + 0.12 * (place - (len(variants) - 1) / 2) for k in ks]
             (line,) = panel.plot(beside, values, marker="o", markersize=3, linewidth=1.2, label=variant)
             panel.vlines(beside, lows, highs, color=line.get_color(), alpha=0.35, linewidth=1)
@@ -166,7 +168,7 @@ def _variant(cell: Mapping[str, Any]) -> str:
 
 
 def _value(cell: Mapping[str, Any], name: str) -> tuple[float, float, float] | tuple[()]:
-    """A figure with its interval; nothing if the cell has none."""
+    """Return a value with its interval; empty if the cell lacks it."""
     if name == "kl":
         scored = cell.get("text") or cell.get("answers")
         if not scored or scored["kl"] <= 0:

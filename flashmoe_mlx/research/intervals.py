@@ -1,4 +1,4 @@
-"""How sure a median, a share or a mean is."""
+"""Confidence intervals of medians, shares and ratios."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ _RESAMPLES = 10_000
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % percentile-bootstrap interval of the median of ``values``; None of fewer than 3.
+    """Return the 95 % percentile-bootstrap interval of the median of ``values``; None for fewer than 3 values.
 
-    Repeatable: the resamples are always the same. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    chapter 13.
+    The resamples are always the same, so the result is repeatable. Source: Efron and Tibshirani, An Introduction to the
+    Bootstrap, 1993, chapter 13.
     """
     if len(values) < LEAST_ROUNDS:
         return None
@@ -23,7 +23,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def share_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The 95 % interval of a share, of ``trials`` independent trials.
+    """Return the 95 % interval of a share in ``trials`` independent trials.
 
     Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22, 1927.
     """
@@ -38,9 +38,10 @@ def share_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % percentile-bootstrap interval of sum / sum over whole items; None of fewer than 3 items.
+    """Return the 95 % percentile-bootstrap interval of sum / sum over whole items; None for fewer than 3 items.
 
-    Tokens of one text are not independent, so texts are drawn anew, never tokens. Repeatable, like ``median_interval``.
+    Tokens of one text are not independent, so whole texts are resampled, never tokens. Repeatable, like
+    ``median_interval``.
     """
     if len(numerators) < LEAST_ROUNDS:
         return None

@@ -1,11 +1,12 @@
-"""Replay expert requests against stores, in turns, and measure what storage gives; no model runs.
+"""Replay expert requests against stores and measure the throughput of storage; no model runs.
 
-A pass opens a store anew and replays one round's requests, token by token and layer by layer, as decoding would; only
-the time inside a fetch counts, until MLX has the experts in one slab. In a round every contender replays the same
-requests, and every other round in reverse order, so that a drift of the machine hits all alike.
+A pass opens a store and replays the requests of one round, token by token and layer by layer, as decoding would. Only
+the time inside a fetch counts, until MLX has the experts in one slab. In each round every contender replays the same
+requests. Contenders run in reverse order in every second round, so that a drift of the machine affects all alike.
 
-cold: before each pass the pack's files are dropped from the page cache, which is checked; what a pass asks for twice
-may then come from it. warm: before each pass all that it will ask for is read into the page cache.
+Conditions: before a cold pass the files of the pack are dropped from the page cache, and the drop is checked; an expert
+that a pass requests twice may then come from the page cache. Before a warm pass every expert that it will request is
+read into the page cache.
 """
 
 import resource
@@ -29,11 +30,18 @@ _BLOCK = 8 * 2**20
 
 @dataclass(frozen=True)
 class Pass:
-    """What one contender did in one round.
+    """One contender's measurements in one round.
 
-    ``latencies`` seconds of each fetch, of all experts of a token in a layer; ``nbytes`` record bytes delivered;
-    ``cpu_seconds`` of this process in user and system mode, kernel threads of its own included; ``cached`` the share
-    of the requested bytes in the page cache when it began.
+    Attributes:
+        contender: its label.
+        condition: "cold" or "warm".
+        round: number of the round, from 0.
+        latencies: seconds of each fetch of all experts of a token in a layer.
+        seconds: sum of the latencies.
+        cpu_seconds: CPU time of this process, user and system, including kernel threads that work for it.
+        nbytes: record bytes delivered.
+        cached: share of the requested bytes that was in the page cache at the start.
+        stats: the store's counters for this pass.
     """
 
     contender: str
@@ -53,13 +61,13 @@ class Pass:
 
 
 class Contender(Protocol):
-    """Something that can replay requests."""
+    """A program or store that can replay requests."""
 
     label: str
     conditions: Sequence[str]
 
     def check(self) -> None:
-        """Find out before anything is measured that it cannot run."""
+        """Raise an error now if this contender cannot run, before anything is measured."""
         ...
 
     def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
@@ -68,7 +76,7 @@ class Contender(Protocol):
 
 
 class StoreContender:
-    """A store, opened anew for every pass."""
+    """A store, opened once for each pass."""
 
     conditions: Sequence[str] = CONDITIONS
 
@@ -77,7 +85,7 @@ class StoreContender:
         self._opener = opener
 
     def check(self) -> None:
-        """Open the store once."""
+        """Open and close the store."""
         self._opener().close()
 
     def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
@@ -109,10 +117,18 @@ def replay(
     conditions: Sequence[str],
     announce: Callable[[str], object],
 ) -> Iterator[Pass]:
-    """Every pass as it ends: one round for each of ``requests``; ``announce`` is told what comes next.
+    """Run one round for each of ``requests`` and yield each pass when it ends.
+
+    Args:
+        source: the experts; its files are the ones that are dropped or warmed.
+        contenders: run in this order in even rounds and in reverse order in odd ones.
+        requests: one trace for each round.
+        conditions: "cold", "warm", or both.
+        announce: called with a description of each pass before it begins.
 
     Raises:
-        InputError: a contender cannot run, or pages cannot be dropped from the page cache.
+        InputError: a contender cannot run.
+        FlashMoeError: files cannot be dropped from the page cache; see ``storage.page_cache.evict``.
         ExpertStoreError: reading failed.
     """
     for contender in contenders:
@@ -133,7 +149,7 @@ def replay(
 
 
 def _warm_up(source: ExpertSource, files: Sequence[Path], requests: RoutingTrace) -> float:
-    """Read what will be asked for into the page cache; the share of it that is there then."""
+    """Read the requested experts into the page cache; return the share of their bytes that is there afterwards."""
     wanted = {(layer, expert) for layer, experts in requests.decode_requests() for expert in experts}
     extents = [extent for place in sorted(wanted) for extent in source.extents(*place)]
     for extent in extents:
@@ -157,11 +173,22 @@ def _cpu_seconds() -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """All passes of a contender in a condition.
+    """All passes of a contender in one condition.
 
-    ``gb_per_second`` delivered, median over rounds with its 95 % interval (None of fewer than 3 rounds); ``ratio`` to
-    the first contender, paired by round; ``read_gb_per_second`` and ``iops`` of reads of storage or page cache;
-    ``latency_ms`` p5, p50, p95 of a fetch; ``cached`` the least share of a pass that was in the page cache before it.
+    Attributes:
+        contender: its label.
+        condition: "cold" or "warm".
+        rounds: number of passes.
+        gb_per_second: delivered bytes, median over rounds.
+        interval: 95 % interval of ``gb_per_second``; None for fewer than 3 rounds.
+        ratio: rate relative to the first contender, median of ratios paired by round.
+        ratio_interval: 95 % interval of ``ratio``.
+        read_gb_per_second: bytes read from storage or page cache.
+        iops: reads a second from storage or page cache.
+        latency_ms: p5, p50 and p95 of a fetch.
+        cpu_seconds_per_gb: CPU time for each delivered gigabyte.
+        hit_rate: share of requests that the store served without reading; None without requests.
+        cached: smallest share of a pass that was in the page cache before it began.
     """
 
     contender: str
@@ -179,12 +206,12 @@ class Summary:
     cached: float
 
     def to_json(self) -> Mapping[str, Any]:
-        """As in ``bench_io.json``."""
+        """Return the fields as ``bench_io.json`` holds them."""
         return asdict(self)
 
 
 def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """A summary for each contender and condition, in the order of their first passes."""
+    """Summarize each contender in each condition, in the order of their first passes."""
     groups: dict[tuple[str, str], list[Pass]] = {}
     for condition in CONDITIONS:
         for contender in dict.fromkeys(one.contender for one in passes if one.round == 0):
@@ -220,9 +247,10 @@ def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
 
 
 def best_over(passes: Sequence[Pass], label_of_reference: Callable[[str], bool]) -> tuple[str, str, list[float]] | None:
-    """The fastest store, the fastest reference, and the ratio of their rates in each round, all cold.
+    """Compare the fastest store with the fastest reference program in the cold condition.
 
-    Only stores that read all they deliver count. None if one of the two kinds is missing.
+    Returns both labels and the ratio of their rates in each round; None if there is no store or no reference. Passes
+    with cache hits are left out, since they did not read every byte that they delivered.
     """
     cold = [one for one in passes if one.condition == "cold" and not one.stats.hits]
     medians = {
@@ -243,16 +271,17 @@ def best_over(passes: Sequence[Pass], label_of_reference: Callable[[str], bool])
 
 
 def repeats(requests: RoutingTrace) -> float:
-    """The share of requests for an expert that was asked for before."""
+    """Return the share of requests for an expert that an earlier request contained."""
     wanted = [(layer, expert) for layer, experts in requests.decode_requests() for expert in experts]
     return 1 - len(set(wanted)) / len(wanted)
 
 
 def check_fits(trace: RoutingTrace, source: ExpertSource, name: str) -> None:
-    """Raise InputError if ``trace`` was recorded with other layers or experts than ``source`` has."""
+    """Raise InputError if ``trace`` and ``source`` differ in the number of layers or experts."""
     layers = trace.experts.shape[1]
     if (layers, trace.num_experts) != (source.num_layers, source.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{source.num_layers} of {source.num_experts}"
+            f"{source.num_layers} of {source.num_experts}",
+            code="trace_of_another_model",
         )

@@ -1,4 +1,4 @@
-"""Make a machine smaller: let a process and the page cache it fills have so much memory and no more."""
+"""Limit the memory of this process and of the page cache that it fills, to measure as on a smaller machine."""
 
 import ctypes
 import mmap
@@ -19,13 +19,14 @@ _OWN_CGROUP = Path("/proc/self/cgroup")
 
 @contextmanager
 def memory_cap(gib: float | None) -> Iterator[str | None]:
-    """Hold this process to ``gib`` GiB beyond what it has now, page cache included; yields in words how, or None.
+    """Limit this process to ``gib`` GiB more than it uses now, page cache included.
 
-    By a version 2 control group of its own where one can be made (the limit then holds for this process alone), else
-    by a ballast: the rest of the machine's free memory is taken and locked.
+    Yields a description of the limit, or None without one. The limit is a new version 2 control group for this process
+    where one can be made; elsewhere the rest of the machine's free memory is allocated and locked, as a ballast.
 
     Raises:
-        InputError: so much is not free, or neither can be done here.
+        InputError: less than ``gib`` GiB is free (code "out_of_range"), or the ballast cannot be locked
+            ("cannot_lock_memory").
     """
     if gib is None:
         yield None
@@ -33,7 +34,8 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
     free = available_memory()
     if not 0 < gib * GIB < free:
         raise InputError(
-            f"memory_gib={gib:g}: must be more than 0 and less than the {free / GIB:.1f} GiB that are free"
+            f"memory_gib={gib:g}: must be more than 0 and less than the {free / GIB:.1f} GiB that are free",
+            code="out_of_range",
         )
     limit = int(gib * GIB)
     group = _own_group(limit)
@@ -53,7 +55,7 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
 
 
 def _own_group(limit: int) -> tuple[Path, Path] | None:
-    """A new control group that this process was moved into, and the one it came from; None if that cannot be."""
+    """Move this process into a new control group; return the new and the previous group, or None where impossible."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
         own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
@@ -82,7 +84,7 @@ def _own_group(limit: int) -> tuple[Path, Path] | None:
 
 
 def _fill(ballast: mmap.mmap) -> str:
-    """Have the system give every page of ``ballast``, and keep it there; what it is then."""
+    """Fault in and lock every page of ``ballast``; return a description of how it is held."""
     memory, nbytes = np.frombuffer(ballast, np.uint8), len(ballast)
     libc = ctypes.CDLL(None, use_errno=True)
     locked = not libc.mlock(ctypes.c_void_p(memory.ctypes.data), ctypes.c_size_t(nbytes))
@@ -95,5 +97,6 @@ def _fill(ballast: mmap.mmap) -> str:
     del memory
     raise InputError(
         f"memory_gib: a ballast of {nbytes / GIB:.1f} GiB cannot be locked here ({reason}), and would be swapped out; "
-        "raise the limit (ulimit -l)"
+        "raise the limit (ulimit -l)",
+        code="cannot_lock_memory",
     )

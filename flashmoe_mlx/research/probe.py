@@ -1,8 +1,8 @@
-"""A probe of this machine for the speed model: what a layer costs, and what reading adds to it, in a running engine.
+"""Probe this machine for the speed model: the cost of a layer, and the cost that reading adds, in a running engine.
 
-Two small models with random weights, of the geometries of Qwen3.5-35B and 397B with four layers, are made, run and
-deleted. Everything is measured in place, token by token and in turns, since a read between two layers is slower than
-the same read in a loop of reads: the weights in between have pushed its pages out of the processor's caches.
+The probe makes, runs and deletes two small models with random weights: the geometries of Qwen3.5-35B and 397B with four
+layers. It measures whole tokens, in turns. A loop of reads would be too optimistic: in a running model the weights
+between two reads push the pages out of the processor's caches.
 """
 
 import json
@@ -61,11 +61,11 @@ _LARGE = SyntheticSizes(
 _SMALL = replace(_LARGE, hidden_size=2048, expert_size=512, shared_expert_size=512, num_heads=16, linear_value_heads=32)
 SIZES: Mapping[str, SyntheticSizes] = {"large": _LARGE, "small": _SMALL}
 _FEW = 16
-"""Experts of a layer when all of them are in memory."""
+"""Experts of each layer in the models whose experts are all in memory."""
 EXPERTS = (1, 4, 10)
 """Values of K that are measured; others are interpolated."""
 MEMORY = "memory"
-"""The way of an expert that need not be read."""
+"""The name of the way without reads."""
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pread warm": ("pread", {}),
     "pread cold": ("pread", {}),
@@ -82,11 +82,20 @@ _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "ke
 
 @dataclass(frozen=True)
 class Point:
-    """Seconds of a decoded token, as quartiles over the rounds, and what is ``added`` to the same in memory, as
-    quartiles of the differences in each round.
+    """The measured time of a decoded token for one size, width, K and way of reading.
 
-    ``size`` names one of ``SIZES``; ``way`` one of ``WAYS``, or MEMORY if nothing was read. ``fetching`` are the
-    median seconds inside ``fetch``, ``resident_weights`` what a token touches besides its experts.
+    Attributes:
+        size: a key of ``SIZES``.
+        bits: width of the experts.
+        experts_k: experts per token.
+        way: a key of ``WAYS``, or MEMORY if nothing was read.
+        layers: layers of the model.
+        resident_weights: weights that a token uses besides its experts.
+        expert_weights: weights of one expert.
+        record_bytes: bytes of one expert.
+        seconds: quartiles over the rounds.
+        added: quartiles of the differences from MEMORY in each round.
+        fetching: median seconds inside ``fetch``.
     """
 
     size: str
@@ -111,7 +120,7 @@ class MachineProfile:
     memory_gb_per_second: float
     points: tuple[Point, ...]
     missing: Mapping[str, str]
-    """Ways that this machine does not have, and why."""
+    """Ways that this machine lacks, with the reason for each."""
 
     @property
     def ways(self) -> list[str]:
@@ -120,7 +129,7 @@ class MachineProfile:
 
     @property
     def age_days(self) -> float:
-        """Days since it was measured."""
+        """Days since the measurement."""
         return (datetime.now(UTC) - self.created).total_seconds() / 86400
 
     def to_json(self) -> dict[str, Any]:
@@ -128,7 +137,7 @@ class MachineProfile:
         return {"probe_version": PROBE_VERSION, **asdict(self), "created": self.created.isoformat()}
 
     def save(self, path: Path) -> None:
-        """Write it to ``path``, replacing an older one."""
+        """Write the profile to ``path``, replacing an older one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(self.to_json(), indent=1).encode())
 
@@ -160,10 +169,10 @@ def machine_identity() -> dict[str, Any]:
 
 
 def probe(folder: Path, seconds: float, announce: Callable[[str], object]) -> MachineProfile:
-    """Measure this machine, and the disk under ``folder``, for about ``seconds``; needs 3 GB there for that time.
+    """Measure this machine and the disk under ``folder`` for about ``seconds``; uses 3 GB there meanwhile.
 
     Raises:
-        FlashMoeError: the models could not be made or run.
+        FlashMoeError: the models cannot be made or run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     work = Path(mkdtemp(prefix="probe-", dir=folder))
@@ -181,7 +190,7 @@ def probe(folder: Path, seconds: float, announce: Callable[[str], object]) -> Ma
 
 
 class _Bench:
-    """Two engines of one size, with all experts in memory and with all read, and the runs that take turns in them."""
+    """Two engines of one size, one with all experts in memory and one that reads them all, and their runs."""
 
     def __init__(self, size: str, folder: Path, missing: dict[str, str]) -> None:
         self._size = size
@@ -200,7 +209,7 @@ class _Bench:
             many = self._made("many", sizes)
             reading = self._loaded(many, "pread")
             for way, (backend, options) in WAYS.items():
-                # Dropping the files of the others from the page cache would leave nothing warm.
+                # Cold runs have a model to themselves: dropping the shared files would leave no way warm.
                 cold = _files(few) if way.endswith("cold") else []
                 try:
                     evict(cold)
@@ -234,7 +243,7 @@ class _Bench:
         """Rounds over everything, every other one backwards, until the time is over."""
         end = time.perf_counter() + seconds
         number = 0
-        # What is compared runs one after the other.
+        # Runs that are compared with each other follow each other.
         turns = sorted(self._runs, key=lambda run: run[:2])
         while number < _LEAST_ROUNDS or time.perf_counter() < end:
             for bits, k, way in turns[:: 1 if number % 2 == 0 else -1]:
@@ -259,7 +268,7 @@ class _Bench:
 
 
 class _Run:
-    """Decodes with one store and K, a token at a time; ``cold`` files are dropped from the page cache before each."""
+    """A sequence decoded with one store and K; before each token, ``cold`` files are dropped from the page cache."""
 
     def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
         self._model, self._store, self._cold = model, store, cold

@@ -1,8 +1,8 @@
-"""How good a model's answers are: held-out perplexity, distance from a reference run, and exact answers.
+"""Measure the quality of a model's answers: held-out perplexity, distance from a reference run, and exact answers.
 
-Every scored token goes through the decode path, one at a time, since that is where routing and caches matter; only the
-prompt of a chat is prefilled, as in use. Compare settings of one model on the same items: a perplexity of one tokenizer
-says nothing about another's.
+Every scored token goes through the decode path, where routing and caches matter, one at a time. Only the prompt of a
+chat is prefilled, as in normal use. Compare settings of one model on the same items: perplexities of different
+tokenizers cannot be compared.
 
     items = load_items(shipped_items())
     with load("packs/x", experts_k=10) as engine, Reference.record(engine, items) as reference:
@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]
 _LARGEST_ITEMS = 64 * 2**20
 _MOST_ANSWER_TOKENS = 256
 _ANSWER_ROOM = 16
-"""Tokens that an answer may be longer than the expected one, beside half of its length."""
+"""Tokens by which an answer may exceed one and a half times the length of the expected answer."""
 _THINKING_ROOM = 2048
 """Tokens of thinking before an answer, for a model whose template refuses to switch it off."""
 
@@ -145,7 +145,7 @@ def _item(line: str, where: str) -> Item:
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens of an item: ``given`` are prefilled, ``scored`` are read one by one."""
+    """Tokens of an item: ``given`` are prefilled, ``scored`` are decoded one by one."""
 
     given: list[int]
     scored: list[int]
@@ -157,7 +157,7 @@ def passage(engine: Engine, item: Item) -> Passage:
     if item.text is not None:
         ids = tokenizer.encode(item.text)
         return Passage(ids[:1], ids[1:])
-    # The end of the turn is a token too, but which one depends on the template, not on the model.
+    # The end of the turn is a token too, but the template rather than the model determines it.
     return Passage(tokenizer.encode(_prompt(engine, item)), tokenizer.encode(item.answer))
 
 
@@ -173,7 +173,7 @@ def _prompt(engine: Engine, item: Item) -> str:
 def _refusal(engine: Engine, item: Item) -> str | None:
     """Return the chat template's reason for not rendering ``item`` with thinking off, if it does so otherwise.
 
-    Qwen3.8's template, for one, says "Disabling thinking is not supported."
+    Qwen3.8's template, for example, says "Disabling thinking is not supported."
     """
     template = engine.tokenizer.chat_template
     if template is None or not item.messages:
@@ -207,9 +207,9 @@ def _log_softmax(logits: Floats) -> Floats:
 
 
 class Reference:
-    """Log-probabilities of a reference run over items, kept in a file that is deleted when this is closed.
+    """Log-probabilities of a reference run over items, in a temporary file that ``close`` deletes.
 
-    A vocabulary of floats a token: 8 KB for the demo model, 1 MB for Qwen3.5.
+    Each token takes one f32 for every entry of the vocabulary: 8 KB for the demo model, 1 MB for Qwen3.5.
     """
 
     def __init__(self, folder: tempfile.TemporaryDirectory[str], values: npt.NDArray[np.float32], setup: Any) -> None:
@@ -293,12 +293,12 @@ def evaluate(
 ) -> Quality:
     """Score ``engine`` on ``items``; with ``generate``, also let it answer greedily and judge the answers.
 
-    ``thinking`` in the summary says whether thinking was off, as it is wherever the chat template allows that. Then:
-    ``text`` and ``answers`` (of what would be right) with ``perplexity``, ``bits_per_token`` and, against a
-    ``reference`` that was recorded over the same items, ``kl`` (nats a token, of this run from the reference) and
-    ``top1_agreement``; ``kinds`` with the share of right answers of each kind; ``questions`` (items judged by their
-    words), ``json_parsed``, ``json_valid``, ``json_exact`` and ``tool_calls``. Shares have 95 % intervals (Wilson),
-    means have intervals from a bootstrap over items.
+    The summary holds: ``thinking``, whether thinking was off, as it is wherever the chat template allows that; ``text``
+    and ``answers`` (the right answers) with ``perplexity``, ``bits_per_token`` and, against a ``reference`` over the
+    same items, ``kl`` (nats per token, of this run from the reference) and ``top1_agreement``; ``kinds`` with the share
+    of right answers of each kind; ``questions`` (items judged by their words), ``json_parsed``, ``json_valid``,
+    ``json_exact`` and ``tool_calls``. Shares have 95 % intervals (Wilson), means have intervals from a bootstrap over
+    items.
 
     Raises:
         InputError: the reference was recorded over other items or with another vocabulary.

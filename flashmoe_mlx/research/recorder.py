@@ -1,4 +1,4 @@
-"""Record which experts a running model chooses."""
+"""Record the routing of a running model."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from flashmoe_mlx.research.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """Collects the choices in all ``num_layers`` layers that an engine reports, in memory: two bytes each."""
+    """An observer that keeps the choices of all ``num_layers`` layers in memory, two bytes each."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers

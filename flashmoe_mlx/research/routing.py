@@ -1,4 +1,4 @@
-"""What a routing trace says of a model: how uneven its choices are, and how soon they come back."""
+"""Statistics of a routing trace: how uneven the choices are, and how soon an expert is chosen again."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from flashmoe_mlx.research.trace import RoutingTrace
 
 
 def use_counts(trace: RoutingTrace) -> npt.NDArray[np.int64]:
-    """How many tokens chose each expert, [layers, experts]."""
+    """Count the tokens that chose each expert, [layers, experts]."""
     _, layers, _ = trace.experts.shape
     return np.stack(
         [np.bincount(trace.experts[:, layer].ravel(), minlength=trace.num_experts) for layer in range(layers)]
@@ -17,9 +17,10 @@ def use_counts(trace: RoutingTrace) -> npt.NDArray[np.int64]:
 
 
 def coverage(trace: RoutingTrace) -> npt.NDArray[np.float64]:
-    """Share of all choices that the n most chosen experts of each layer take, [experts + 1], from n = 0.
+    """Return the share of all choices that fall on the n most chosen experts of each layer, [experts + 1], from n = 0.
 
-    What pinning the right n experts would hit; with few tokens it flatters, since their choices are known.
+    This is the hit rate of pinning the best n experts. It is too optimistic for few tokens, since the experts are
+    selected and judged with the same tokens.
     """
     most_first = -np.sort(-use_counts(trace), axis=1)
     summed = most_first.sum(axis=0).cumsum() / most_first.sum()
@@ -27,16 +28,16 @@ def coverage(trace: RoutingTrace) -> npt.NDArray[np.float64]:
 
 
 def effective_experts(trace: RoutingTrace) -> npt.NDArray[np.float64]:
-    """The number of equally likely experts with the same entropy as the choices of each layer, [layers]."""
+    """Return the number of equally likely experts with the same entropy as the choices of each layer, [layers]."""
     shares = use_counts(trace) / use_counts(trace).sum(axis=1, keepdims=True)
     logs = np.log(shares, where=shares > 0, out=np.zeros_like(shares))
     return np.asarray(np.exp(-(shares * logs).sum(axis=1)))
 
 
 def overlap(trace: RoutingTrace, distance: int = 1) -> npt.NDArray[np.float64]:
-    """Share of a token's experts that the token ``distance`` before chose too, mean over tokens, [layers].
+    """Return the share of a token's experts that the token ``distance`` earlier chose too, mean over tokens, [layers].
 
-    NaN if there are not that many tokens.
+    NaN if the trace has no more than ``distance`` tokens.
     """
     tokens, layers, _ = trace.experts.shape
     if tokens <= distance:
@@ -46,7 +47,7 @@ def overlap(trace: RoutingTrace, distance: int = 1) -> npt.NDArray[np.float64]:
 
 
 def reuse_distances(trace: RoutingTrace) -> npt.NDArray[np.int64]:
-    """How many tokens before each choice its expert was last chosen in its layer, [tokens, layers, K]; 0 for never."""
+    """Return the tokens since each chosen expert's previous choice in its layer, [tokens, layers, K]; 0 for none."""
     tokens, layers, _ = trace.experts.shape
     last = np.full((layers, trace.num_experts), -1, np.int64)
     distances = np.zeros(trace.experts.shape, np.int64)
@@ -63,10 +64,17 @@ def reuse_distances(trace: RoutingTrace) -> npt.NDArray[np.int64]:
 class RoutingSummary:
     """A trace in a few numbers.
 
-    ``top_share`` of choices that the busiest tenth of the experts take; ``effective_experts`` as many equally likely
-    ones have the same entropy, mean over layers; ``overlap`` with the token before (None of one token),
-    ``chance_overlap`` of choices made at random; ``reuse`` [0.5, 0.9] quantiles of the reuse distance in tokens, of
-    choices that were made before; ``first_time`` share of choices that were not.
+    Attributes:
+        tokens: tokens, prompt included.
+        layers: layers.
+        experts_k: experts per token.
+        num_experts: experts in each layer.
+        top_share: share of choices that fall on the most used tenth of the experts.
+        effective_experts: number of equally likely experts with the same entropy, mean over layers.
+        overlap: mean overlap with the previous token; None for a single token.
+        chance_overlap: expected overlap of random choices.
+        reuse: median and 90 % quantile of the reuse distance in tokens, over repeated choices; None without any.
+        first_time: share of choices whose expert had not been chosen before.
     """
 
     tokens: int
@@ -82,7 +90,7 @@ class RoutingSummary:
 
 
 def summarise(trace: RoutingTrace) -> RoutingSummary:
-    """The numbers of ``trace``, prompt included."""
+    """Summarize ``trace``, prompt included."""
     tokens, layers, k = trace.experts.shape
     distances = reuse_distances(trace)
     again = distances[distances > 0]

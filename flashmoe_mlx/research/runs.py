@@ -1,4 +1,4 @@
-"""Recorded runs as one table: what ``task=generate``, sweeps and ``task=bench`` left in their directories."""
+"""Load the records of ``task=generate``, sweeps and ``task=bench`` into one table."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -30,25 +30,28 @@ _STAGE = (
 
 
 def load_runs(folder: str | Path) -> "DataFrame":
-    """Every recorded run in ``folder`` and the folders inside it, a row each: a generation, or a pass of a benchmark.
+    """Load every recorded run below ``folder``, one row for each generation and each pass of a benchmark.
 
-    Columns: ``run`` (its directory, relative to ``folder``), ``task``, ``model``, ``backend`` (a name), ``setting``
-    (the backend's label in a benchmark), ``backend.OPTION`` for every option, ``experts_k``, ``bits``, ``prefetch``,
-    ``kernels``, ``condition`` ("as found" of a generation) and ``round``; then what was measured: ``decode_*`` and
-    ``prefill_*`` (seconds, bytes, GB/s, p5, p50 and p95 of a step, ``decode_io_share`` and other shares of the time),
-    ``time_to_first_token``, ``accuracy`` of prefetch, ``text``; ``error`` of a job that failed, whose other columns are
-    empty. In the order of the directories' names.
+    Rows are in the order of the directories' names. Columns that describe the run: ``run`` (its directory, relative to
+    ``folder``), ``task``, ``model``, ``backend`` (a name), ``setting`` (the backend's label in a benchmark),
+    ``backend.OPTION`` for every option, ``experts_k``, ``bits``, ``prefetch``, ``kernels``, ``condition`` ("as found"
+    for a generation) and ``round``. Columns of measurements: ``decode_*`` and ``prefill_*`` (seconds, bytes, GB/s, p5,
+    p50 and p95 of a step, ``decode_io_share`` and other shares of the time), ``time_to_first_token``, ``accuracy`` of
+    prefetch, ``text``. A failed job has only ``run`` and ``error``.
 
     Raises:
-        InputError: pandas is not installed, there is no such folder, or a record cannot be read.
+        InputError: pandas is not installed (code "missing_package"), there is no such folder ("no_such_folder"), or a
+            record cannot be read ("invalid_record").
     """
     try:
         import pandas as pd
     except ImportError as error:
-        raise InputError("load_runs needs pandas: pip install 'flashmoe_mlx[research]'") from error
+        raise InputError(
+            "load_runs needs pandas: pip install 'flashmoe_mlx[research]'", code="missing_package"
+        ) from error
     top = expand_path(folder)
     if not top.is_dir():
-        raise InputError(f"{top}: no such folder")
+        raise InputError(f"{top}: no such folder", code="no_such_folder")
     rows = []
     for path in sorted(top.rglob("*.json"), key=_natural):
         read = _READERS.get(path.name)
@@ -59,7 +62,7 @@ def load_runs(folder: str | Path) -> "DataFrame":
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Jobs of a sweep are numbered: 2 comes before 10."""
+    """Sort numbered folders by number: the jobs of a sweep are 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.parts]
 
 
@@ -67,7 +70,9 @@ def _checked(path: Path, read: _Reader) -> list[dict[str, Any]]:
     try:
         return list(read(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a record that can be read ({type(error).__name__}: {error})") from None
+        raise InputError(
+            f"{path}: not a record that can be read ({type(error).__name__}: {error})", code="invalid_record"
+        ) from None
 
 
 def _generation(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -91,7 +96,7 @@ def _failure(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a run from what ``Engine.setup`` and ``Engine.stats`` say."""
+    """Return the columns of a run from the values of ``Engine.setup`` and ``Engine.stats``."""
     backend = dict(record["backend"])
     kernels = record["kernels"]
     row: dict[str, Any] = {

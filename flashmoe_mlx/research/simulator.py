@@ -1,11 +1,12 @@
 """Replay a routing trace through caches that hold no bytes, and through Belady's optimum.
 
-The caches are the very ones of ``backend=ram_hybrid`` (``SlotCache`` and its policies), asked in the order in which the
-engine asks, prefill in chunks included, so the counters are those of a live store to the last digit.
+The caches are those of ``backend=ram_hybrid`` (``SlotCache`` and its policies). They get the requests in the order in
+which the engine makes them, chunked prefill included, so the counters equal those of a live store.
 
-Belady's rule, to give up what is needed again last, is optimal for requests of several experts too, since all of a
-request must be in slots at once: L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM
-Systems Journal 5(2), 1966. No policy can do better on the trace, so it says what is left to win.
+Belady's rule evicts the expert whose next use is furthest away. It is optimal for requests of several experts too,
+since all experts of a request must be in slots at once: L. A. Belady, "A study of replacement algorithms for a
+virtual-storage computer", IBM Systems Journal 5(2), 1966. No policy can do better on the trace, so it shows how much a
+better policy could gain.
 """
 
 import heapq
@@ -31,14 +32,18 @@ _NEVER = 2**62
 
 @dataclass(frozen=True)
 class CacheDesign:
-    """``slots`` a layer, as slots of each layer's own (scope "layer") or together as one pool ("global").
+    """A cache to simulate.
 
-    ``policy`` is one of ram_hybrid's, or "belady", which knows what will be asked for. ``fetch_slots`` are the experts
-    that one fetch can hold, and ``prefill_chunk`` the tokens of the prompt that are asked for together, as in the
-    engine.
+    Attributes:
+        policy: one of ram_hybrid's policies, or "belady", which knows all future requests.
+        slots: slots for each layer.
+        scope: "layer" gives each layer its own slots, "global" joins them into one pool.
+        fetch_slots: most experts of one fetch.
+        prefill_chunk: tokens of the prompt that are requested together, as in the engine.
 
     Raises:
-        InputError: there is no such policy or scope, or a number is less than 1.
+        InputError: there is no such policy or scope (codes "unknown_policy", "unknown_scope"), or a number is less than
+            1 ("out_of_range").
     """
 
     policy: str
@@ -49,16 +54,18 @@ class CacheDesign:
 
     def __post_init__(self) -> None:
         if self.policy not in SIMULATED:
-            raise InputError(f"policy={self.policy}: no such policy; there are {', '.join(SIMULATED)}")
+            raise InputError(
+                f"policy={self.policy}: no such policy; there are {', '.join(SIMULATED)}", code="unknown_policy"
+            )
         if self.scope not in SCOPES:
-            raise InputError(f"scope={self.scope}: choose from {', '.join(SCOPES)}")
+            raise InputError(f"scope={self.scope}: choose from {', '.join(SCOPES)}", code="unknown_scope")
         for name in ("slots", "fetch_slots", "prefill_chunk"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be at least 1")
+                raise InputError(f"{name}={getattr(self, name)}: must be at least 1", code="out_of_range")
 
     @property
     def at_once(self) -> int:
-        """Experts that one fetch can hold: no more than its layer has slots."""
+        """Most experts of one fetch: ``fetch_slots``, or fewer if its layer has fewer slots."""
         return min(self.fetch_slots, self.slots)
 
 
@@ -66,41 +73,42 @@ class Predictor(Protocol):
     """Guesses the experts of a layer before its router has chosen them."""
 
     def guess(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Distinct experts to prefetch for a request that will turn out to be ``experts``."""
+        """Return distinct experts to prefetch before the router requests ``experts``."""
         ...
 
 
 class SameAsLast:
-    """Whatever the token before chose in the same layer."""
+    """A predictor that repeats the previous token's choice in the same layer."""
 
     def __init__(self) -> None:
         self._last: dict[int, list[int]] = {}
 
     def guess(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Nothing for the first token."""
+        """Return the experts of the previous token; none for the first token."""
         before = self._last.get(layer, [])
         self._last[layer] = list(experts)
         return before
 
 
 class StatedAccuracy:
-    """Names as many experts as will be asked for; each is right with probability ``accuracy``, else any other expert.
+    """A predictor with a given accuracy: each of its guesses is right with probability ``accuracy``.
 
-    It stands for a predictor that cannot be run on a trace, such as the next layer's router on this layer's residual.
+    It makes as many guesses as the request has experts; a wrong guess is a random expert outside the request. It
+    stands for predictors that a trace cannot run, such as the next layer's router on this layer's residual.
 
     Raises:
-        InputError: ``accuracy`` is no probability.
+        InputError: ``accuracy`` is not a probability; code "out_of_range".
     """
 
     def __init__(self, accuracy: float, num_experts: int, seed: int = 0) -> None:
         if not 0 <= accuracy <= 1:
-            raise InputError(f"accuracy={accuracy}: must be from 0 to 1")
+            raise InputError(f"accuracy={accuracy}: must be from 0 to 1", code="out_of_range")
         self._accuracy = accuracy
         self._num_experts = num_experts
         self._random = np.random.default_rng(seed)
 
     def guess(self, layer: int, experts: Sequence[int]) -> list[int]:  # noqa: ARG002  # the form of a predictor
-        """Right ones of ``experts``, then wrong ones."""
+        """Return the correct guesses, then the wrong ones."""
         right = self._random.random(len(experts)) < self._accuracy
         guesses = [expert for expert, known in zip(experts, right, strict=True) if known]
         others = np.setdiff1d(np.arange(self._num_experts), experts)
@@ -111,12 +119,17 @@ class StatedAccuracy:
 
 @dataclass(frozen=True)
 class Replay:
-    """What a cache did with a trace.
+    """The counters of a cache after a trace was replayed.
 
-    ``prefill`` and ``decode`` count as a live store would, but for the seconds; a miss is one read. ``misses`` [n] is
-    how many fetches of decode had n misses. With prefetching: ``guessed`` experts, of which ``right`` were then asked
-    for, and ``prefetched`` those that had to be read, of which ``useful`` were asked for; ``decode`` counts requests
-    alone, so its hits include useful prefetches and its reads do not include them.
+    Attributes:
+        prefill: counters as a live store keeps them, without seconds; each miss counts as one read.
+        decode: the same for decode. Prefetches are not requests: useful ones appear among the hits, and their reads
+            do not appear.
+        misses: [n] counts the fetches of decode that had n misses.
+        guessed: guesses of the predictor.
+        right: guesses that the request then contained.
+        prefetched: guesses that had to be read.
+        useful: prefetched experts that the request then contained.
     """
 
     prefill: StoreStats
@@ -129,23 +142,30 @@ class Replay:
 
     @property
     def hit_rate(self) -> float | None:
-        """Of decode; None if there was none."""
+        """Hit rate of decode; None without decoded tokens."""
         return self.decode.hits / self.decode.requests if self.decode.requests else None
 
 
 def replay(
     trace: RoutingTrace, design: CacheDesign, predictor: Predictor | None = None, hot: RoutingTrace | None = None
 ) -> Replay:
-    """Ask a cache that begins empty for everything in ``trace``, prompt included.
+    """Replay all requests of ``trace``, prompt included, through a cache that starts empty.
 
-    ``predictor`` prefetches before each fetch of decode; a guess counts as a use of its expert. ``hot`` is the trace
-    from which policy "pinned" takes its experts; None for ``trace`` itself, which is to know the future.
+    Args:
+        trace: the requests.
+        design: the cache.
+        predictor: prefetches before each fetch of decode; a guess counts as a use of its expert.
+        hot: the trace from which policy "pinned" takes its experts; None for ``trace`` itself, which amounts to
+            knowing the future.
 
     Raises:
-        InputError: ``hot`` is of another model, or Belady is to prefetch, which it cannot gain from.
+        InputError: ``hot`` has another number of layers or experts (code "trace_of_another_model"), or a predictor is
+            given for Belady's policy, which already knows all requests ("contradiction").
     """
     if predictor is not None and design.policy == BELADY:
-        raise InputError("policy=belady knows what will be asked for: nothing is left to prefetch")
+        raise InputError(
+            "policy=belady knows what will be asked for: nothing is left to prefetch", code="contradiction"
+        )
     caches = _Caches(trace, design, trace if hot is None else hot)
     counted = _Counted()
     for request in requests(trace, design.at_once, design.prefill_chunk):
@@ -157,7 +177,7 @@ def replay(
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One fetch: distinct ``experts`` of ``layer``, ascending as the engine asks for them."""
+    """One fetch: distinct ``experts`` of ``layer``, in ascending order as the engine requests them."""
 
     layer: int
     experts: tuple[int, ...]
@@ -165,7 +185,7 @@ class Request:
 
 
 def requests(trace: RoutingTrace, at_once: int, prefill_chunk: int) -> Iterator[Request]:
-    """The fetches of a generation that chose as ``trace``, ``at_once`` experts at most in each."""
+    """Yield the fetches of a generation with the choices of ``trace``, at most ``at_once`` experts in each."""
     starts = range(0, trace.prompt_tokens, prefill_chunk)
     chunks = [trace.experts[start : min(start + prefill_chunk, trace.prompt_tokens)] for start in starts]
     chunks += list(trace.experts[trace.prompt_tokens :, None])
@@ -178,13 +198,16 @@ def requests(trace: RoutingTrace, at_once: int, prefill_chunk: int) -> Iterator[
 
 
 class _Caches:
-    """One cache a layer, or one for all, in which an expert has a number of its own."""
+    """One cache for each layer, or one for all layers, in which (layer, expert) pairs are numbered consecutively."""
 
     def __init__(self, trace: RoutingTrace, design: CacheDesign, hot: RoutingTrace) -> None:
         _, layers, _ = trace.experts.shape
         self._num_experts = trace.num_experts
         if (hot.experts.shape[1], hot.num_experts) != (layers, trace.num_experts):
-            raise InputError("policy=pinned: its trace was recorded with another number of layers or experts")
+            raise InputError(
+                "policy=pinned: its trace was recorded with another number of layers or experts",
+                code="trace_of_another_model",
+            )
         self._pooled = design.scope == "global"
         capacity = min(design.slots, trace.num_experts) * (layers if self._pooled else 1)
         futures: dict[int, list[tuple[int, ...]]] = defaultdict(list)
@@ -216,12 +239,12 @@ class _Caches:
         return tuple(first + expert for expert in experts)
 
     def place(self, layer: int, experts: Sequence[int]) -> tuple[int, int]:
-        """Ask for ``experts``: how many were missing, and how many others lost their slots."""
+        """Request ``experts``; return the numbers of misses and of evictions."""
         placement = self._caches[self._pool(layer)].place(self._keys(layer, experts))
         return len(placement.misses), placement.evictions
 
     def missing(self, layer: int, experts: Sequence[int]) -> list[int]:
-        """Those of ``experts`` that have no slot."""
+        """Return the members of ``experts`` without a slot."""
         cache = self._caches[self._pool(layer)]
         keys = self._keys(layer, experts)
         return [expert for expert, key in zip(experts, keys, strict=True) if key not in cache]
@@ -279,9 +302,9 @@ class _Counted:
 
 
 class Belady(EvictionPolicy):
-    """Evicts what will be asked for last, or never again; of several, the one with the smallest number.
+    """Evicts the expert whose next use is furthest away; among equals, the one with the smallest number.
 
-    ``future`` has every request that the cache will see, in order, and nothing but these may be asked for.
+    ``future`` lists, in order, every request that the cache will get.
     """
 
     def __init__(self, future: Iterable[Sequence[int]]) -> None:
@@ -291,7 +314,7 @@ class Belady(EvictionPolicy):
                 uses[expert].append(time)
         self._uses = {expert: iter([*times[1:], _NEVER]) for expert, times in uses.items()}
         self._next: dict[int, int] = {}  # of the experts in slots
-        # (-next use, expert); entries of experts that were used or evicted since are passed over.
+        # (-next use, expert); entries of experts that have since been used or evicted are skipped.
         self._heap: list[tuple[int, int]] = []
 
     def _used(self, expert: int) -> None:
@@ -314,8 +337,8 @@ class Belady(EvictionPolicy):
             if expert not in keep:
                 break
             kept.append(entry)
-        for one in kept:
-            heapq.heappush(self._heap, one)
+        for entry in kept:
+            heapq.heappush(self._heap, entry)
         del self._next[expert]
         return expert
 
@@ -324,7 +347,7 @@ class Belady(EvictionPolicy):
 
 
 def capacities(num_experts: int, k: int) -> list[int]:
-    """Slots a layer worth looking at: from one token's experts to all, in steps of a half or a third."""
+    """Return slot counts for a curve: from one token's experts to all experts, in steps of a quarter to a third."""
     found = {min(k, num_experts), num_experts}
     size = num_experts
     while size > k:

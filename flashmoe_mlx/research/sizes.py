@@ -10,7 +10,7 @@ from flashmoe_mlx.pack.record import RecordLayout
 GROUP_SIZE = 64
 _KEPT_AT_8_BITS = (".mlp.gate", ".mlp.shared_expert_gate")
 _RUNTIME = 300_000_000
-"""Bytes of Python, MLX and buffers of a layer."""
+"""Bytes of Python, of MLX, and of one layer's buffers."""
 LEAST_SLOTS = 16
 
 
@@ -48,7 +48,7 @@ def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_s
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that a model takes in memory before it keeps any expert; ``slots`` is room for one fetch."""
+    """Bytes of memory that a model needs before it keeps any expert; ``slots`` is the room for one fetch."""
 
     resident: int
     keys_and_values: int
@@ -58,7 +58,7 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return self.resident + self.keys_and_values + self.state + self.slots + self.runtime
 
 

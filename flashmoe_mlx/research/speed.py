@@ -1,13 +1,14 @@
-"""Predict the speed of decoding from a probe of the machine and from how many experts of each layer must be read.
+"""Predict the speed of decoding from a probe of the machine and the number of experts that each layer must read.
 
-A layer's experts are known only when its router has run, and nothing overlaps, so a token takes::
+A layer's experts are known only after its router has run, and nothing overlaps, so a token takes::
 
     seconds = L * layer + R * weight + L * K * (expert + W * expert_weight) + sum over layers of added(misses)
 
-with L layers, R resident weights that a token touches, and K experts of W weights. The four costs are fitted to the
-probe's two sizes with all experts in memory. ``added(m)`` is what reading m experts adds to a layer: the difference
-that the probe found between a way of reading and memory, linear between its values of m and between its two sizes of
-a record. Misses come from a simulated cache as a distribution, since a layer that misses two costs what two cost.
+with L layers, R resident weights that a token uses, and K experts of W weights. The four costs are fitted to the
+probe's two sizes with all experts in memory. ``added(m)`` is the time that reading m experts adds to a layer: the
+difference between a way of reading and memory in the probe, interpolated linearly between the probe's values of m and
+between its two record sizes. Misses come from a simulated cache as a distribution rather than a mean, since the cost of
+a layer depends on its own number of misses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,13 +22,18 @@ from flashmoe_mlx.research.probe import MEMORY, MachineProfile, Point
 from flashmoe_mlx.research.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
-"""The probability of each number of experts, from none on."""
+"""The probability of each number of experts, starting with 0."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a token, ``reading`` the part of them that reading adds; ``low`` and ``high`` by the quartiles of the
-    probe.
+    """The predicted time of a token.
+
+    Attributes:
+        seconds: the whole time.
+        reading: the part of it that reading adds.
+        low: ``seconds`` from the fastest quartile of the probe.
+        high: ``seconds`` from the slowest quartile of the probe.
     """
 
     seconds: float
@@ -44,7 +50,7 @@ def certainly(experts: int) -> Distribution:
 class SpeedModel:
     """Predictions for the machine of ``profile``.
 
-    ``faster_reads`` divides what reading adds: a disk that is so many times as fast.
+    ``faster_reads`` divides the time that reading adds: it assumes a disk that is this many times as fast.
     """
 
     def __init__(self, profile: MachineProfile, faster_reads: float = 1.0) -> None:
@@ -63,13 +69,13 @@ class SpeedModel:
 
         Args:
             config: the model.
-            bits: width of the experts; for one that was not measured, computing takes as long as with the nearest.
+            bits: width of the experts; computing with an unmeasured width takes as long as with the nearest one.
             experts_k: experts that a layer chooses.
-            reads: for each way of reading, how many experts of a layer go that way.
+            reads: for each way of reading, the distribution of the number of a layer's experts read in this way.
             group_size: weights that share a scale and a bias.
 
         Raises:
-            ValueError: the probe has not measured a way.
+            ValueError: the probe has not measured one of the ways.
         """
         size = record_bytes(config, bits, group_size)
         quartiles = []
@@ -94,7 +100,7 @@ class SpeedModel:
         layer, weight = _two_costs([(one.layers, one.resident_weights, one.start) for one in lines])
         expert, expert_weight = _two_costs([(one.layers, one.layers * one.expert_weights, one.slope) for one in lines])
         if nearest != base:
-            # At least one size was measured with these bits; an expert's own cost is the same.
+            # At least one size was measured with these bits; the fixed cost of an expert does not depend on them.
             line = _Line.through(_by_size(self._points(MEMORY, nearest))[-1], quartile)
             expert_weight = max(0.0, line.slope / line.layers - expert) / line.expert_weights
         per_expert = expert + expert_weight * expert_weights(config)
@@ -150,7 +156,7 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
     both, *_ = np.linalg.lstsq(scaled / units, ones, rcond=None)
     if (both >= 0).all():
         return float(both[0] / units[0]), float(both[1] / units[1])
-    # One of them is nothing; the other must explain everything.
+    # One cost is 0; the other one must explain everything.
     alone = [float(column @ ones / (column @ column)) for column in scaled.T]
     errors = [float(np.square(scaled[:, index] * alone[index] - 1).sum()) for index in (0, 1)]
     return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])

@@ -10,7 +10,7 @@ The file, all numbers little-endian::
     choices     2 bytes each, by token, then layer, in the router's order
     8 bytes     XXH3 (64 bits) of all the bytes before
 
-A file is untrusted: ``RoutingTrace.load`` checks all of it, and allocates no more than a few times what the file has.
+A file is untrusted: ``RoutingTrace.load`` checks all of it, and allocates at most a few times the size of the file.
 """
 
 import json
@@ -46,13 +46,18 @@ _BLOCK = 2**20  # random numbers drawn at once: 8 MB
 class RoutingTrace:
     """The experts that each token chose.
 
-    ``experts`` is uint16 [tokens, layers, K], distinct along K and in the router's order. The first ``prompt_tokens``
-    tokens were prefill. ``prompt_xxh3`` is the 64-bit XXH3 of the prompt's token ids as little-endian uint32, in 16
-    hexadecimal digits, or empty if there was no prompt. ``record_bytes`` is the size of an expert, 0 if
-    it is not known.
+    Attributes:
+        experts: uint16 [tokens, layers, K], distinct along K and in the router's order.
+        num_experts: experts in each layer.
+        prompt_tokens: length of the prompt; these tokens come first and were prefill.
+        model: name of the model, for people.
+        prompt_xxh3: 64-bit XXH3 of the prompt's token ids as little-endian uint32, in 16 hexadecimal digits; empty if
+            there was no prompt.
+        record_bytes: bytes of one expert; 0 if unknown.
 
     Raises:
-        InputError: the parts do not make a trace.
+        InputError: the parts contradict each other; code "invalid_trace", or "invalid_choice" for an expert that does
+            not exist or occurs twice.
     """
 
     experts: npt.NDArray[np.uint16]
@@ -63,9 +68,10 @@ class RoutingTrace:
     record_bytes: int = 0
 
     def __post_init__(self) -> None:
-        fault = self._fault()
-        if fault:
-            raise InputError(f"not a routing trace: {fault}")
+        if fault := self._fault():
+            raise InputError(f"not a routing trace: {fault}", code="invalid_trace")
+        if fault := self._wrong_choice():
+            raise InputError(f"not a routing trace: {fault}", code="invalid_choice")
 
     def _fault(self) -> str | None:
         if self.experts.dtype != np.uint16 or self.experts.ndim != 3 or self.experts.size == 0:
@@ -81,7 +87,7 @@ class RoutingTrace:
             return "the prompt's hash is not 16 hexadecimal digits"
         if not 0 <= self.record_bytes < 2**32:
             return f"experts of {self.record_bytes} bytes"
-        return self._wrong_choice()
+        return None
 
     def _wrong_choice(self) -> str | None:
         _, layers, k = self.experts.shape
@@ -99,10 +105,11 @@ class RoutingTrace:
         return None
 
     def save(self, path: Path) -> None:
-        """Write the trace to ``path``, replacing what is there.
+        """Write the trace to ``path``, replacing any file there.
 
         Raises:
-            InputError: it cannot be written there, or is larger than a gigabyte.
+            InputError: the file cannot be written (code "cannot_write_trace"), or the trace is larger than a gigabyte
+                ("trace_too_large").
         """
         sizes = dict(zip(_SIZES, self.experts.shape, strict=True))
         about = {
@@ -117,58 +124,65 @@ class RoutingTrace:
         data = _PREFIX.pack(_MAGIC, _VERSION, len(header)) + header + self.experts.astype("<u2").tobytes()
         data += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(data))
         if len(data) > _LARGEST_FILE:
-            raise InputError(f"{path}: a trace of {len(data)} bytes is too large; record fewer tokens")
+            raise InputError(
+                f"{path}: a trace of {len(data)} bytes is too large; record fewer tokens", code="trace_too_large"
+            )
         try:
             write_atomically(path, data)
         except (OSError, ValueError) as error:
-            raise InputError(f"{path}: the trace cannot be written there ({_reason(error)})") from error
+            raise InputError(
+                f"{path}: the trace cannot be written there ({_reason(error)})", code="cannot_write_trace"
+            ) from error
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """The trace in the file ``path``.
+        """Read the trace in the file ``path``.
 
         Raises:
-            InputError: there is none, it cannot be read, or it is damaged.
+            InputError: the file cannot be read (code "cannot_read_trace"), is too large ("trace_too_large"), of another
+                kind ("not_a_trace") or version ("unsupported_version"), damaged ("damaged_trace"), or says something
+                that no trace can say ("invalid_trace", "invalid_choice").
         """
         data = _file(path)
         try:
             return cls(*_parsed(data))
-        except (InputError, ValueError) as error:
-            raise InputError(f"{path}: {error}; record the trace again") from None
+        except InputError as error:
+            raise InputError(f"{path}: {error}; record the trace again", code=error.code) from None
 
     def decode_requests(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """(layer, distinct experts) of every layer of every token after the prompt, in the order of decoding."""
+        """Yield (layer, distinct experts) of every layer of every token after the prompt, in the order of decoding."""
         for token in self.experts[self.prompt_tokens :]:
             for layer, experts in enumerate(token.tolist()):
                 yield layer, tuple(experts)
 
     def hot_experts(self, layer: int) -> list[int]:
-        """All experts of ``layer`` by how many tokens chose them, prompt included; the most first, ties by index."""
+        """Rank all experts of ``layer``, most chosen first, prompt included; ties by index."""
         counts = np.bincount(self.experts[:, layer].ravel(), minlength=self.num_experts)
         order: list[int] = np.argsort(-counts, kind="stable").tolist()
         return order
 
 
 def uniform_trace(tokens: int, layers: int, num_experts: int, k: int, seed: int) -> RoutingTrace:
-    """A trace, all of it decode, in which every choice of ``k`` among ``num_experts`` is equally likely.
+    """Draw a trace without a prompt in which every choice of ``k`` among ``num_experts`` is equally likely.
 
     Raises:
-        InputError: a size is less than 1, ``k`` is more than ``num_experts``, or the trace is too large for a file.
+        InputError: a size is less than 1 or ``k`` more than ``num_experts`` (code "out_of_range"), or the trace
+            is too large for a file ("trace_too_large").
     """
     return _drawn(f"uniform seed={seed}", (tokens, layers, k), num_experts, 0.0, seed)
 
 
 def zipf_trace(tokens: int, layers: int, num_experts: int, k: int, exponent: float, seed: int) -> RoutingTrace:
-    """A trace, all of it decode, with experts drawn one after the other by Zipf's law, without replacement.
+    """Draw a trace without a prompt in which experts are chosen by Zipf's law, without replacement.
 
-    In each layer the experts are ranked at random from 1, and weigh ``rank ** -exponent``. The first tokens do not
-    depend on how many there are.
+    In each layer the experts get random ranks from 1 and weights ``rank ** -exponent``. A longer trace with the same
+    seed begins with the same tokens.
 
     Raises:
-        InputError: as ``uniform_trace``, or ``exponent`` is negative or not finite.
+        InputError: as ``uniform_trace``, or ``exponent`` is negative or not finite (code "out_of_range").
     """
     if not (math.isfinite(exponent) and exponent >= 0):
-        raise InputError(f"a Zipf exponent of {exponent} gives no trace; it must be at least 0")
+        raise InputError(f"a Zipf exponent of {exponent} gives no trace; it must be at least 0", code="out_of_range")
     return _drawn(f"zipf exponent={exponent} seed={seed}", (tokens, layers, k), num_experts, exponent, seed)
 
 
@@ -177,10 +191,14 @@ def _drawn(name: str, shape: tuple[int, int, int], num_experts: int, exponent: f
     if min(shape) < 1 or not k <= num_experts <= _MOST_EXPERTS or seed < 0:
         raise InputError(
             f"{tokens} tokens, {layers} layers, {k} of {num_experts} experts, seed {seed} give no trace; sizes must be "
-            f"at least 1, experts at most {_MOST_EXPERTS}, the seed at least 0"
+            f"at least 1, experts at most {_MOST_EXPERTS}, the seed at least 0",
+            code="out_of_range",
         )
     if 2 * math.prod(shape) + _LARGEST_HEADER > _LARGEST_FILE or layers * num_experts > _BLOCK:
-        raise InputError(f"{name}: {tokens} tokens of {layers} layers with {num_experts} experts are too many")
+        raise InputError(
+            f"{name}: {tokens} tokens of {layers} layers with {num_experts} experts are too many",
+            code="trace_too_large",
+        )
     random = np.random.default_rng(seed)
     ranks = np.stack([random.permutation(num_experts) for _ in range(layers)]) + 1
     log_weights = -exponent * np.log(ranks)
@@ -195,7 +213,7 @@ def _drawn(name: str, shape: tuple[int, int, int], num_experts: int, exponent: f
 def _weighted_choices(
     log_weights: npt.NDArray[np.float64], tokens: int, k: int, random: np.random.Generator
 ) -> npt.NDArray[np.intp]:
-    """[tokens, layers, k] draws without replacement by the weights [layers, experts], in the order of drawing.
+    """Draw [tokens, layers, k] without replacement by the weights [layers, experts], in the order of drawing.
 
     The k largest sums of log weight and Gumbel noise, largest first, have exactly this distribution: Kool et al.,
     "Stochastic beams and where to find them", ICML 2019.
@@ -210,36 +228,45 @@ def _file(path: Path) -> bytes:
     try:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the trace cannot be read ({_reason(error)})") from error
+        raise InputError(f"{path}: the trace cannot be read ({_reason(error)})", code="cannot_read_trace") from error
     if size > _LARGEST_FILE:
-        raise InputError(f"{path}: {size} bytes are too large for a routing trace")
-    data = read_file(path, size)
+        raise InputError(f"{path}: {size} bytes are too large for a routing trace", code="trace_too_large")
+    try:
+        data = read_file(path, size)
+    except InputError as error:  # a folder, a device, or a file that nobody may read
+        raise InputError(str(error), code="cannot_read_trace") from error
     if data is None:
-        raise InputError(f"{path}: the trace has just disappeared")
+        raise InputError(f"{path}: the trace has just disappeared", code="cannot_read_trace")
     return data
 
 
 def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, int]:
-    """What the bytes say, sizes and checksum checked; raises ValueError if they contradict each other."""
+    """Parse a file into the arguments of ``RoutingTrace``, checking sizes and checksum; raises InputError."""
     if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
-        raise ValueError("not a routing trace")
+        raise InputError("not a routing trace", code="not_a_trace")
     _, version, header_bytes = _PREFIX.unpack_from(data)
     if version != _VERSION:
-        raise ValueError(f"routing trace of version {version}, this program reads version {_VERSION}")
+        raise InputError(
+            f"routing trace of version {version}, this program reads version {_VERSION}", code="unsupported_version"
+        )
     start = _PREFIX.size + header_bytes
     if header_bytes > _LARGEST_HEADER or start > len(data):
-        raise ValueError("the routing trace is cut short or damaged in its header")
+        raise InputError("the routing trace is cut short or damaged in its header", code="damaged_trace")
     try:
         about = parse_object(data[_PREFIX.size : start].decode())
     except ValueError as error:
-        raise ValueError(f"the header of the routing trace {error}") from None
+        raise InputError(f"the header of the routing trace {error}", code="invalid_trace") from None
     numbers = {name: _number(about, name) for name in (*_SIZES, "num_experts", "prompt_tokens")}
     shape = tuple(numbers[name] for name in _SIZES)
     end = start + 2 * math.prod(shape)
     if end + _CHECKSUM.size != len(data):
-        raise ValueError(f"the routing trace has {len(data)} bytes, its header needs {end + _CHECKSUM.size}")
+        raise InputError(
+            f"the routing trace has {len(data)} bytes, its header needs {end + _CHECKSUM.size}", code="damaged_trace"
+        )
     if _CHECKSUM.unpack_from(data, end) != (xxhash.xxh3_64_intdigest(memoryview(data)[:end]),):
-        raise ValueError("the routing trace is damaged: its checksum differs")
+        raise InputError("the routing trace is damaged: its checksum differs", code="damaged_trace")
+    if not all(shape):
+        raise InputError("the routing trace is empty", code="invalid_trace")
     experts = np.frombuffer(data, "<u2", math.prod(shape), start).reshape(shape).astype(np.uint16)
     record_bytes = _number(about, "record_bytes") if "record_bytes" in about else 0
     names = _text(about, "model"), _text(about, "prompt_xxh3")
@@ -249,15 +276,19 @@ def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, in
 def _number(about: dict[str, Any], name: str) -> int:
     value = about.get(name)
     if type(value) is not int or not 0 <= value < 2**32:
-        raise ValueError(f"the header of the routing trace has no valid {name}")
+        raise _no_valid(name)
     return value
 
 
 def _text(about: dict[str, Any], name: str) -> str:
     value = about.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"the header of the routing trace has no valid {name}")  # noqa: TRY004  # of the file, not of ours
+        raise _no_valid(name)
     return value
+
+
+def _no_valid(name: str) -> InputError:
+    return InputError(f"the header of the routing trace has no valid {name}", code="invalid_trace")
 
 
 def _reason(error: OSError | ValueError) -> str:

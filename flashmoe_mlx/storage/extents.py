@@ -1,4 +1,4 @@
-"""From experts to reads: which bytes of which files go where."""
+"""Plan reads: map experts to byte ranges of files and to rows in memory."""
 
 import errno
 import fcntl
@@ -15,14 +15,21 @@ from flashmoe_mlx.limits import CHUNK_MIB
 
 _MIB = 2**20
 _PAGE = 4096
-"""What direct I/O asks of addresses, offsets and lengths on today's disks and filesystems; 512 would do on some."""
+"""Alignment of addresses, offsets and lengths for direct I/O; some disks and filesystems need only 512."""
+_READ_CODES = {
+    errno.ENOENT: "no_such_file",
+    errno.EMFILE: "too_many_open_files",
+    errno.ENFILE: "too_many_open_files",
+    errno.EOPNOTSUPP: "no_direct_reads",
+}
+"""Codes of failed reads whose remedy is known; "read_failed" for any other error number."""
 # <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
 _F_RDAHEAD, _F_NOCACHE = 45, 48
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """``view`` is to be filled from ``offset`` of the file at ``path``, for ``expert``."""
+    """A read that fills ``view`` from ``offset`` of the file at ``path``, for ``expert``."""
 
     expert: int
     path: Path
@@ -30,19 +37,20 @@ class Read:
     view: memoryview
 
     def failed(self, layer: int, error: OSError | EOFError) -> ExpertReadError:
-        """The error that says so; an EOFError holds the byte at which the file ended."""
+        """Return the error to raise when this read failed; an EOFError holds the byte at which the file ended."""
         if isinstance(error, EOFError):
             reason = "the file ends here, in mid-record"
             return ExpertReadError(self.path, layer, self.expert, error.args[0], reason, code="file_ends_early")
         reason = error.strerror or str(error)
-        return ExpertReadError(self.path, layer, self.expert, self.offset, reason)
+        code = _READ_CODES.get(error.errno or 0)
+        return ExpertReadError(self.path, layer, self.expert, self.offset, reason, code=code)
 
 
 def plan_reads(
     source: ExpertSource, layer: int, wanted: Sequence[tuple[int, memoryview]], chunk_bytes: int | None
 ) -> Iterator[Read]:
-    """Reads that fill the row of each (expert, row): one for each run of adjacent extents, or several if it is longer
-    than ``chunk_bytes``.
+    """Yield reads that fill the row of each (expert, row): one for each run of adjacent extents, in pieces of at most
+    ``chunk_bytes``.
     """
     for expert, row in wanted:
         done = 0
@@ -55,12 +63,12 @@ def plan_reads(
 
 
 def total_bytes(reads: Iterable[Read]) -> int:
-    """Bytes that ``reads`` bring if all of them are made."""
+    """Return the sum of the lengths of ``reads``."""
     return sum(len(read.view) for read in reads)
 
 
 def refuse_lost_reads(layer: int, planned: int, done: int) -> None:
-    """Raise ExpertStoreError unless all ``planned`` bytes of ``layer`` were read: ``done`` of them were."""
+    """Raise ExpertStoreError, code "lost_read", unless ``done`` equals the ``planned`` bytes of ``layer``."""
     if done != planned:
         raise ExpertStoreError(
             f"layer {layer}: {done} of {planned} bytes were read, and no read failed; this is a fault of the program, "
@@ -70,7 +78,7 @@ def refuse_lost_reads(layer: int, planned: int, done: int) -> None:
 
 
 def chunk_bytes(chunk_mib: float | None) -> int | None:
-    """A chunk size in bytes, a multiple of 4 KiB as direct I/O wants it.
+    """Convert a chunk size to bytes, rounded down to a multiple of 4 KiB, which direct I/O needs.
 
     Raises:
         InputError: it is not a number in the range of ``CHUNK_MIB``.
@@ -82,7 +90,7 @@ def chunk_bytes(chunk_mib: float | None) -> int | None:
 
 
 def coalesced(extents: Sequence[Extent]) -> list[Extent]:
-    """``extents`` with those joined that follow each other in their file, as they do in memory."""
+    """Join extents that are adjacent both in their file and in memory."""
     joined: list[Extent] = []
     for extent in extents:
         last = joined[-1] if joined else None
@@ -94,10 +102,10 @@ def coalesced(extents: Sequence[Extent]) -> list[Extent]:
 
 
 def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -> int:
-    """A descriptor of ``path``.
+    """Open ``path`` and return its descriptor.
 
-    ``direct`` reads past the page cache: O_DIRECT on Linux, F_NOCACHE on macOS, which still uses what is in the cache.
-    ``readahead`` false tells the system not to read beyond what is asked for.
+    ``direct`` reads past the page cache: O_DIRECT on Linux, F_NOCACHE on macOS, which still uses cached pages. Without
+    ``readahead`` the system is told not to read beyond each request.
 
     Raises:
         OSError: the file cannot be opened, or its filesystem has no direct reads.
@@ -112,7 +120,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
         if direct and error.errno == errno.EINVAL:
-            raise OSError(errno.EINVAL, "this filesystem has no direct reads; set direct=false") from error
+            raise OSError(errno.EOPNOTSUPP, "this filesystem has no direct reads; set direct=false") from error
         raise
     if not readahead:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -120,7 +128,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
 
 
 def refuse_unaligned(source: ExpertSource) -> None:
-    """Raise InputError unless ``source`` is aligned as direct reads need it, as packs are."""
+    """Raise InputError unless ``source`` is aligned for direct reads, as packs are."""
     extents = source.extents(0, 0)
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
@@ -131,7 +139,7 @@ def refuse_unaligned(source: ExpertSource) -> None:
 
 
 class OpenFiles:
-    """Descriptors by path, opened by ``opener`` when first asked for; several threads may ask.
+    """Descriptors by path, opened by ``opener`` at the first request; several threads may share it.
 
     ``close`` closes them, and so does the end of the last reference to this object.
     """
@@ -142,7 +150,7 @@ class OpenFiles:
         weakref.finalize(self, _close_all, self._files)
 
     def __getitem__(self, path: Path) -> int:
-        """The descriptor of ``path``; OSError if it cannot be opened."""
+        """Return the descriptor of ``path``; raise OSError if it cannot be opened."""
         fd = self._files.get(path)
         if fd is None:
             fd = self._opener(path)
@@ -153,7 +161,7 @@ class OpenFiles:
         return fd
 
     def close(self) -> None:
-        """Close all of them. May be called again."""
+        """Close all descriptors. May be called again."""
         _close_all(self._files)
 
 

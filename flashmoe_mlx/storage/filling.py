@@ -1,4 +1,4 @@
-"""One request to fill slots: where its records go, and when they count."""
+"""One request to fill slots: the memory of its records, and the moment when they become valid."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -10,15 +10,15 @@ class Rows(Protocol):
     """Memory for records, one row each."""
 
     def rows(self, places: Sequence[int]) -> Sequence[memoryview]:
-        """The writable bytes of each of ``places``."""
+        """Return the writable bytes of each of ``places``."""
         ...
 
 
 class Filling:
-    """Memory to write the records of some slots to, handed out once for all of them.
+    """Memory for the records of some slots, handed out once for all of them.
 
-    ``rows`` has the writable bytes of each slot, by slot and never by position. Nothing counts until ``commit``, which
-    completes exactly these slots; a filling that is not committed leaves them undefined.
+    ``rows`` has the writable bytes of each slot, by slot and never by position. The records become valid with
+    ``commit``, which completes exactly these slots; without it their content is undefined.
 
     Args:
         slots: distinct slots.
@@ -47,11 +47,11 @@ class Filling:
         return self._rows
 
     def move(self, slot: int, source: Rows, place: int) -> None:
-        """Bring the record in row ``place`` of ``source``, whose bytes are undefined afterwards, to ``slot``."""
+        """Move the record in row ``place`` of ``source`` to ``slot``; the row is undefined afterwards."""
         np.copyto(np.frombuffer(self._rows[slot], np.uint8), np.frombuffer(source.rows([place])[0], np.uint8))
 
     def commit(self) -> None:
-        """Make what was written the content of the slots.
+        """Make the written records the content of the slots.
 
         Raises:
             RuntimeError: this filling was committed before, or its memory was handed out again since.

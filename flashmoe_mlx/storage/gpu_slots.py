@@ -14,8 +14,7 @@ from flashmoe_mlx.storage.slab import Slab
 class GpuSlots:
     """``count`` slots of ``record_bytes`` in the memory of an NVIDIA GPU, filled through ``arrivals``.
 
-    MLX would move the slots to the CPU's memory as soon as anybody asked for their bytes, so ``host`` of a batch is a
-    copy.
+    MLX would move the slots to the CPU's memory for any access to their bytes, so ``host`` of a batch is a copy.
     """
 
     def __init__(self, count: int, record_bytes: int, arrivals: "Arrivals") -> None:
@@ -25,18 +24,18 @@ class GpuSlots:
         mx.eval(self._array)
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """A filling of distinct ``slots``; its rows are copied to the GPU by ``commit``."""
+        """Begin a filling of distinct ``slots``; ``commit`` copies its rows to the GPU."""
         return self._arrivals.fill(self._array, slots)
 
     def batch(self, slots: Sequence[int]) -> "GpuBatch":
-        """The records in ``slots``."""
+        """Return the records in ``slots``."""
         return GpuBatch(self._array, tuple(slots))
 
 
 class Arrivals:
-    """Memory that the CPU can reach, in which records arrive on their way to a GPU: ``at_once`` of them at a time.
+    """Memory that the CPU can write, for at most ``at_once`` records on their way to a GPU.
 
-    All slots of a store share it, so there is one filling at a time: the latest.
+    All slots of a store share it, so only the latest filling is valid.
     """
 
     def __init__(self, at_once: int, record_bytes: int) -> None:
@@ -44,7 +43,7 @@ class Arrivals:
         self._fillings = 0
 
     def fill(self, array: mx.array, slots: Sequence[int]) -> Filling:
-        """A filling of distinct ``slots`` of ``array``, uint8 [count, record_bytes]; ends the one before.
+        """Begin a filling of distinct ``slots`` of ``array``, uint8 [count, record_bytes]; ends the previous filling.
 
         Raises:
             ValueError: a slot occurs twice, or there are more slots than arrive at once.

@@ -34,20 +34,20 @@ class HostSlots:
         self._copies = copies
 
     def rows(self, slots: Sequence[int]) -> list[memoryview]:
-        """The bytes of ``slots``, writable, until a filling moves records."""
+        """Return the writable bytes of ``slots``; they are valid until a filling moves records."""
         return [self._rows[slot] for slot in slots]
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """A filling of distinct ``slots``, whose rows are the slots themselves."""
+        """Begin a filling of distinct ``slots``, whose rows are the slots themselves."""
         return _HostFilling(self, slots)
 
     def batch(self, slots: Sequence[int]) -> "HostBatch":
-        """The records in ``slots``."""
+        """Return the records in ``slots``."""
         places = {slot: place for place, slot in enumerate(dict.fromkeys(slots))}
         return HostBatch(tuple(places[slot] for slot in slots), self.rows(slots), self._copies.room)
 
     def swap(self, slot: int, other: "HostSlots", place: int) -> memoryview:
-        """Exchange the memory of ``slot`` for that of ``place`` of ``other``; returns the memory of ``slot`` now."""
+        """Swap the memory of ``slot`` with that of ``place`` of ``other``; return the new memory of ``slot``."""
         mine, theirs = self._rows, other._rows  # noqa: SLF001  # of the same class
         # One statement without a call in it, so that an interrupt cannot leave the same memory in both.
         mine[slot], theirs[place] = theirs[place], mine[slot]
@@ -69,7 +69,7 @@ class _HostFilling(Filling):
 
 
 class Copies:
-    """Room for copies of one batch of a store, made when it is first needed and used by every later batch.
+    """Memory for the copies of one batch of a store, allocated at the first use and shared by all later batches.
 
     All slots of a store share it: a batch is valid only until the store's next fetch.
     """
@@ -79,7 +79,7 @@ class Copies:
         self._slab: Slab | None = None
 
     def room(self, count: int) -> Slab:
-        """At least ``count`` slots.
+        """Return a slab of at least ``count`` slots.
 
         Raises:
             InputError: there is no memory for them.

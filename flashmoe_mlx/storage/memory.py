@@ -1,4 +1,4 @@
-"""How much memory there is to take, refusing what does not fit before anything is allocated, and large pages."""
+"""Measure the available memory, refuse larger allocations before they happen, and allocate large pages."""
 
 import contextlib
 import ctypes
@@ -24,26 +24,26 @@ _POPULATED = 2**29
 
 
 def total_memory() -> int:
-    """Bytes of memory that this process could ever have: the machine's, or the limit of its control group."""
+    """Return the memory limit of this process in bytes: the machine's memory, or the limit of its control group."""
     limits = (limit for limit, _ in _cgroup_limits())
     return min(psutil.virtual_memory().total, *limits, 2**63)
 
 
 def slots_on_gpu() -> bool:
-    """Whether slots are in the memory of an NVIDIA GPU, which the CPU cannot use in place."""
+    """Return whether slots are in the memory of an NVIDIA GPU, which the CPU cannot use in place."""
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
 
 
 def free_gpu_memory() -> int:
-    """Bytes of the GPU's memory that are free."""
+    """Return the free bytes of the GPU's memory."""
     return int(mx.device_info(mx.gpu)["free_memory"])
 
 
 def available_memory() -> int:
-    """Bytes that slots can take now.
+    """Return the bytes that slots can take now.
 
-    Of the GPU's memory if they are there; else of memory that can be allocated without swapping: page cache that can be
-    dropped counts as available.
+    This is free GPU memory if the slots are on a GPU. Otherwise it is memory that can be allocated without swapping,
+    including page cache that can be dropped.
     """
     if slots_on_gpu():
         return free_gpu_memory()
@@ -52,19 +52,19 @@ def available_memory() -> int:
 
 
 def slot_memory() -> tuple[int, str]:
-    """Most bytes that slots could ever take here, and the beginning of a clause that says so to a person."""
+    """Return the largest possible size of all slots in bytes, and the beginning of a clause that states it."""
     if slots_on_gpu():
         return free_gpu_memory(), "whose GPU has free"
     return total_memory(), "which has"
 
 
-def refuse_if_too_large(what: str, nbytes: int, advice: str) -> None:
-    """Raise InputError, with the numbers and the ``advice``, unless slots can take ``nbytes`` now."""
+def refuse_if_too_large(what: str, nbytes: int, remedy: str) -> None:
+    """Raise InputError, with the numbers and the ``remedy``, unless slots can take ``nbytes`` now."""
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
         raise InputError(
-            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {advice}",
+            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {remedy}",
             code="not_enough_memory",
         )
 
@@ -96,11 +96,11 @@ def _cgroup_limits() -> list[tuple[int, int]]:
 
 
 def own_memory(nbytes: int) -> memoryview:
-    """Writable zeroes that begin at a multiple of 2 MiB; on Linux in pages of that size where the kernel has them.
+    """Allocate writable zeros that begin at a multiple of 2 MiB, on Linux in pages of that size where possible.
 
-    They take a five-hundredth of the page faults, and a disk reads past the page cache into small pages at two thirds
-    of its speed. All memory is taken at once: a virtual machine's host may want back what is free, and then
-    touching a page for the first time costs more than reading it from a disk (docs/measurements/2026-11-25-cold.md).
+    Large pages need a five-hundredth of the page faults, and a disk reads past the page cache into small pages at two
+    thirds of its speed. All pages are touched at once: the host of a virtual machine may reclaim free memory, and then
+    the first touch of a page costs more than reading it from a disk (docs/measurements/2026-11-25-cold.md).
 
     Raises:
         OSError: the system refuses that much.
@@ -124,10 +124,10 @@ def own_memory(nbytes: int) -> memoryview:
 
 
 def at_cache_lines(array: mx.array) -> mx.array:
-    """The same array on a CPU, its memory beginning with a cache line and in pages of 2 MiB where Linux can.
+    """Copy an array on a CPU to memory that begins at a cache line, in pages of 2 MiB where Linux has them.
 
-    MLX's arrays begin 24 bytes after one, so that each vector of 64 bytes is two lines to fetch: 13 ms a token
-    in place of 11.5 (docs/measurements/2026-11-24-cpu.md).
+    MLX's arrays begin 24 bytes after a cache line, so that each vector of 64 bytes touches two lines: 13 ms a token
+    instead of 11.5 (docs/measurements/2026-11-24-cpu.md).
     """
     size = array.dtype.size
     room = mx.zeros(array.size + _CACHE_LINE // size, array.dtype)
@@ -146,12 +146,12 @@ def _bytes_of(array: mx.array) -> memoryview:
 
 
 def address_of(memory: bytearray | memoryview) -> int:
-    """Where bytes begin that may be written to, one at least."""
+    """Return the address of writable memory of at least one byte."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 def use_huge_pages(memory: memoryview) -> None:
-    """Have ``memory``, which was written to before, consist of pages of 2 MiB where Linux can.
+    """Turn ``memory``, which has been written to, into pages of 2 MiB where Linux has them.
 
     A disk reads past the page cache into scattered small pages at little more than half its speed
     (docs/measurements/2026-11-24-stores.md). Elsewhere, and where the kernel has no such pages, nothing changes.

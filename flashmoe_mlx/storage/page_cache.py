@@ -1,4 +1,4 @@
-"""What of files is in the page cache, and getting it out: a cold measurement is one only if that was checked."""
+"""Measure how much of a file is in the page cache, and drop files from it: cold measurements need both."""
 
 import ctypes
 import mmap
@@ -11,10 +11,10 @@ from flashmoe_mlx.errors import FlashMoeError
 
 
 def cached_bytes(path: Path) -> int:
-    """How many bytes of the file at ``path`` are in the page cache, in whole pages; by mincore(2).
+    """Return how many bytes of the file at ``path`` are in the page cache, in whole pages, by mincore(2).
 
     Raises:
-        FlashMoeError: this system cannot tell.
+        FlashMoeError: the system refuses to tell; code "unknown_page_cache".
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -27,36 +27,44 @@ def _cached(path: Path, fd: int, offset: int, size: int) -> int:
         libc = ctypes.CDLL(None, use_errno=True)
         address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
         if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident):
-            raise FlashMoeError(f"{path}: cannot tell what is in the page cache ({os.strerror(ctypes.get_errno())})")
+            raise FlashMoeError(
+                f"{path}: cannot tell what is in the page cache ({os.strerror(ctypes.get_errno())})",
+                code="unknown_page_cache",
+            )
     return mmap.PAGESIZE * sum(bytes(resident).translate(_LOWEST_BIT))
 
 
 _WINDOW = 2**30
-"""Bytes of a file that are looked at together: a private mapping larger than memory is refused."""
+"""Bytes of a file that are mapped at a time: the system refuses a private mapping larger than memory."""
 _LOWEST_BIT = bytes(value & 1 for value in range(256))
 
 
 def evict(paths: Iterable[Path]) -> None:
     """Drop whole files from the page cache and check that they are gone.
 
-    Whole ones, because the kernel keeps pages that lie in one block of memory with pages to be kept.
+    Parts of files cannot be dropped reliably: the kernel keeps a page that shares a block of memory with a page that
+    stays.
 
     Raises:
-        FlashMoeError: this system or this filesystem does not let go of them.
+        FlashMoeError: this system cannot drop files (code "unsupported_system"), or some pages stay ("still_cached").
     """
     if sys.platform != "linux":
-        raise FlashMoeError("files can be dropped from the page cache on Linux alone; conditions=[warm] works here")
+        raise FlashMoeError(
+            "files can be dropped from the page cache on Linux alone; conditions=[warm] works here",
+            code="unsupported_system",
+        )
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             if cached_bytes(path):
-                os.fsync(fd)  # pages that were written but not saved yet cannot be dropped
+                os.fsync(fd)  # dirty pages cannot be dropped
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
         if left := cached_bytes(path):
             raise FlashMoeError(
                 f"{path}: {left / 1e6:.1f} MB stay in the page cache (a filesystem in memory, or mapped by another "
-                "process): nothing is cold here; conditions=[warm] works"
+                "process): nothing is cold here; conditions=[warm] works",
+                code="still_cached",
             )

@@ -1,6 +1,6 @@
-"""Which expert of a layer loses its slot when another needs one: LRU, LFU, S3-FIFO, and hot experts pinned.
+"""Eviction policies, which choose the expert of a layer that loses its slot: LRU, LFU, S3-FIFO, and pinned experts.
 
-A policy sees the sequence of requests and nothing else, so the same requests always lead to the same victims.
+A policy sees only the sequence of requests, so the same requests always lead to the same victims.
 """
 
 import heapq
@@ -13,27 +13,27 @@ from flashmoe_mlx.errors import InputError
 
 
 class EvictionPolicy(ABC):
-    """Orders the experts that are in slots; one policy a layer.
+    """An order among the experts that are in slots; each layer has one policy.
 
-    ``SlotCache`` tells it of each request: first a ``hit`` for every expert that has a slot, then for every other an
-    ``evict``, if no slot is free, and its ``insert``; both in the order of the request.
+    ``SlotCache`` reports each request: first a ``hit`` for every expert that has a slot, then, for each of the
+    remaining experts, an ``evict`` if no slot is free and an ``insert``; both in the order of the request.
     """
 
     @abstractmethod
     def hit(self, expert: int) -> None:
-        """``expert``, which has a slot, was asked for."""
+        """Note a request for ``expert``, which has a slot."""
 
     @abstractmethod
     def insert(self, expert: int) -> None:
-        """``expert``, which had no slot, was asked for and has one now."""
+        """Note a request for ``expert``, which had no slot and has one now."""
 
     @abstractmethod
     def evict(self, keep: Collection[int]) -> int:
-        """Choose an expert that is not in ``keep``, the current request, and take it for gone; there is always one."""
+        """Choose an expert outside ``keep``, the current request, and forget it; there is always one."""
 
     @abstractmethod
     def drop(self, expert: int) -> None:
-        """Forget ``expert``, which has a slot, as if it had never been asked for: it could not be read."""
+        """Forget ``expert``, which has a slot, as if it had never been requested: it could not be read."""
 
 
 class LRU(EvictionPolicy):
@@ -58,18 +58,18 @@ class LRU(EvictionPolicy):
 
 
 class LFU(EvictionPolicy):
-    """Evicts the least frequently used expert; of several, the least recently used.
+    """Evicts the least frequently used expert; among equals, the least recently used.
 
-    Counts every request since the start, also of experts that lost their slot in the meantime ("perfect" LFU), and
-    never ages the counts.
+    The counts cover every request since the start, including requests for experts that have since lost their slots
+    ("perfect" LFU), and never decay.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
         self._last_use: dict[int, int] = {}  # of the experts in slots
         self._clock = 0
-        # (count, last use, expert), one for each expert in a slot. A hit leaves its entry as it is: too small, which
-        # shows when it comes to the top.
+        # (count, last use, expert), one for each expert in a slot. A hit does not update the entry, which is then too
+        # small; that is corrected when the entry reaches the top.
         self._heap: list[tuple[int, int, int]] = []
 
     def hit(self, expert: int) -> None:
@@ -106,17 +106,17 @@ class LFU(EvictionPolicy):
 
 
 class S3FIFO(EvictionPolicy):
-    """Evicts from a small queue those that were not asked for again, and keeps the others in a main queue.
+    """Evicts experts without a second request early, from a small queue, and keeps the rest in a main queue.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1: a small queue for a tenth
-    of ``capacity`` (rounded down, 1 at least), a main queue for the rest, and a ghost queue that remembers as many
-    experts evicted from the small queue as the main one holds. Hits are counted up to 3. More than one moves an expert
-    from the small queue into the main one, where its count starts anew; a ghost that is asked for goes there at once.
-    In the main queue an expert goes around again for each hit.
+    of ``capacity`` (rounded down, at least 1), a main queue for the rest, and a ghost queue that remembers as many
+    experts evicted from the small queue as the main queue holds. Hits are counted up to 3. More than one hit moves an
+    expert from the small queue into the main queue, where its count restarts at 0; a requested ghost goes there at
+    once. In the main queue an expert goes around again for each hit.
 
-    Where the paper leaves it open: an eviction ends as soon as one expert has gone, also when that makes room in the
-    main queue for one from the small queue. An expert of the current request is passed over and keeps its place. A
-    queue in which nothing can be evicted leaves it to the other one.
+    Three points that the paper leaves open: an eviction ends as soon as one expert has gone, even if it only made room
+    in the main queue for an expert from the small queue. An expert of the current request is skipped and keeps its
+    place. If nothing in a queue can be evicted, the other queue gives up an expert.
     """
 
     _MOST_HITS = 3
@@ -196,12 +196,12 @@ def _put_back(queue: OrderedDict[int, int], kept: Sequence[tuple[int, int]]) -> 
 
 
 class Pinned(EvictionPolicy):
-    """Keeps the hottest experts once they are in, and treats the others by LRU.
+    """Keeps the hottest experts once they are in slots, and applies LRU to the rest.
 
-    The first of ``hot`` (hottest first) are pinned: as many as half of ``capacity``, rounded down, so that the other
-    half stays for the rest of each request. A slot is not held free for a pinned expert that was never asked for.
-    As a last resort, when a request needs more slots than the unpinned have, the coldest pinned expert outside of the
-    request gives its slot; it is pinned again when it comes back.
+    The first experts of ``hot`` (hottest first) are pinned, up to half of ``capacity``, rounded down; the remaining
+    slots serve the rest of each request. No slot is reserved for a pinned expert before its first request. When a
+    request needs more slots than the unpinned experts occupy, the coldest pinned expert outside the request loses its
+    slot; it is pinned again when it returns.
     """
 
     def __init__(self, capacity: int, hot: Sequence[int]) -> None:
@@ -244,19 +244,25 @@ POLICIES: Mapping[str, Callable[[int, Sequence[int]], EvictionPolicy]] = Mapping
         "pinned": Pinned,
     }
 )
-"""How to make each policy from the number of slots and the hot experts."""
+"""A factory for each policy, called with the number of slots and the hot experts."""
 
 
 def make_policy(name: str, capacity: int, hot: Sequence[int] = ()) -> EvictionPolicy:
-    """The policy ``name`` for a layer with ``capacity`` slots.
+    """Make the policy ``name`` for a layer with ``capacity`` slots.
 
-    ``hot`` are the layer's experts by descending heat, as many as are known; only "pinned" makes use of them.
+    Args:
+        name: a key of ``POLICIES``.
+        capacity: slots of the layer.
+        hot: the layer's experts, most used first, as many as are known; only "pinned" uses them.
 
     Raises:
-        InputError: there is no such policy, or "pinned" has no hot experts.
+        InputError: there is no such policy (code "unknown_policy"), or "pinned" has no hot experts
+            ("policy_without_trace").
     """
     if name not in POLICIES:
         raise InputError(f"policy={name}: no such policy; there are {', '.join(POLICIES)}", code="unknown_policy")
     if name == "pinned" and not hot:
-        raise InputError("policy=pinned: no hot experts are known; record a routing trace first")
+        raise InputError(
+            "policy=pinned: no hot experts are known; record a routing trace first", code="policy_without_trace"
+        )
     return POLICIES[name](capacity, hot)

@@ -20,11 +20,11 @@ _log = logging.getLogger(__name__)
 
 MOST_THREADS = 8
 _CHUNK = 2**22
-"""Bytes of one read, so that a stale one ends soon: storage is needed for what was really asked for."""
+"""Bytes of one read; small, so that a stale read soon frees the storage for real requests."""
 
 
 class ReadAhead:
-    """A reader that also takes hints: it reads the experts that a hint names into separate slots until a request.
+    """A reader that also takes hints: it prefetches the named experts into separate slots.
 
     The latest hint counts: a hint and a request each cancel the reads of earlier hints that no request wanted. A read
     ahead that fails is repeated, and its error reported, when the expert is requested. The first hint allocates
@@ -98,7 +98,7 @@ class ReadAhead:
         return self._bring(layer, wanted, self._claim(layer, places), move)
 
     def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Ahead]":
-        """The reads ahead of ``experts`` that have begun, by expert; cancels all others."""
+        """Return the prefetches of ``experts`` that have begun, by expert; cancel all other prefetches."""
         hinted = self._hinted
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
@@ -114,7 +114,7 @@ class ReadAhead:
         ahead: "Mapping[int, _Ahead]",
         move: "Callable[[int, _Ahead], None] | None" = None,
     ) -> StoreStats:
-        """Read experts that are not ``ahead`` into their rows; ``move`` places the others unless served in place."""
+        """Read experts that were not prefetched; ``move`` places prefetched ones unless served in place."""
         done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
         for expert, row in wanted:
@@ -160,7 +160,7 @@ class ReadAhead:
             self._queue.put(job)
 
     def close(self) -> StoreStats:
-        """End threads and reads, close files and reader; counts the bytes wasted. May be called again."""
+        """End threads and reads, close files and reader; return the wasted bytes. May be called again."""
         self._cancel(self._hinted.values())
         self._hinted = {}
         self._end()
@@ -195,7 +195,7 @@ class ReadAhead:
             self._ended.append(job)
 
     def _wasted(self) -> int:
-        """Bytes of ended reads that no request wanted, each counted once."""
+        """Count the bytes of ended reads that no request wanted, each read once."""
         writing: list[_Ahead] = []
         over: list[_Ahead] = []
         for job in self._ended:  # asked once each: a read may end at any moment
@@ -223,7 +223,7 @@ class _Ahead:
 
     @property
     def writing(self) -> bool:
-        """Whether the slot may still be written to: not by what was cancelled before it began."""
+        """Whether the slot may still be written to; a read cancelled before it began does not write."""
         return not self.finished.is_set() and (self.begun or not self.cancelled)
 
     def run(self, files: OpenFiles) -> None:

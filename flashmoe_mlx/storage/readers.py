@@ -1,4 +1,4 @@
-"""Readers of experts, and how stores choose one by name."""
+"""The interface of readers of experts, and their choice by name."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ class ExpertReader(Protocol):
     """Reads experts of one source into memory that the caller owns."""
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row); returns the number of reads and of bytes, all that were planned.
+        """Fill the row of each (expert, row); return the numbers of reads and of bytes, all of them as planned.
 
         Whatever happens, no row is written to any more when this returns.
 
@@ -25,7 +25,7 @@ class ExpertReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what it reads with; no read may be under way. May be called again."""
+        """Free threads and descriptors; no read may be running. May be called again."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""The part that is common to stores which read every expert they are asked for and keep none."""
+"""The base of stores that read every requested expert and keep none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace

@@ -13,9 +13,9 @@ from flashmoe_mlx.storage.filling import Filling
 from flashmoe_mlx.storage.memory import GIB, address_of, total_memory, use_huge_pages
 
 _COLLAPSED = 2**29
-"""Bytes up to which slots are made of large pages at once; it takes a tenth of a second or two for each 100 MB."""
+"""Bytes up to which slots get large pages at once, which takes 0.1 to 0.2 s for each 100 MB."""
 _WORD = 8
-"""Bytes; what every allocator of MLX aligns to at least."""
+"""Bytes; the least alignment of all allocators of MLX."""
 
 
 class Slab:
@@ -42,15 +42,15 @@ class Slab:
         self._rows = [self.host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
 
     def rows(self, slots: Sequence[int]) -> list[memoryview]:
-        """The bytes of ``slots``, writable."""
+        """Return the writable bytes of ``slots``."""
         return [self._rows[slot] for slot in slots]
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """A filling of distinct ``slots``, whose rows are the slots themselves."""
+        """Begin a filling of distinct ``slots``, whose rows are the slots themselves."""
         return Filling(slots, self.rows(slots))
 
     def batch(self, slots: Sequence[int]) -> "SlabBatch":
-        """The records in ``slots``."""
+        """Return the records in ``slots``."""
         return SlabBatch(self.array, tuple(slots), self._rows)
 
 
@@ -76,7 +76,7 @@ class SlabBatch:
 def refuse_what_cannot_be_allocated(count: int, size: int) -> None:
     """Raise InputError unless the system grants ``size`` bytes for ``count`` slots.
 
-    MLX crashes where memory is refused, so the system is asked first, without touching what it gives.
+    MLX crashes where memory is refused, so the system is asked first, without touching the memory.
     """
     if size > total_memory():
         raise InputError(

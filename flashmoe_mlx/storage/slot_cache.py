@@ -1,7 +1,7 @@
-"""Which experts of one layer are in which slots of memory.
+"""Map the experts of one layer to slots of memory.
 
-Knows nothing of files and arrays, and decides by the sequence of requests alone: a store and a simulator that see the
-same requests count the same hits.
+The map depends only on the sequence of requests, not on files or arrays: a store and a simulator with the same requests
+count the same hits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +12,12 @@ from flashmoe_mlx.storage.policies import EvictionPolicy
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the experts of a request are; ``misses`` must be read, in this order, and ``evictions`` made room for them.
+    """The slots of a request's experts.
 
-    ``slots`` has every expert of the request.
+    Attributes:
+        slots: the slot of every expert of the request.
+        misses: experts that must be read, in this order.
+        evictions: number of experts that lost their slots to the misses.
     """
 
     slots: dict[int, int]
@@ -23,7 +26,7 @@ class Placement:
 
 
 class SlotCache:
-    """``capacity`` slots, numbered from 0, for the experts of one layer. Not for several threads at once.
+    """``capacity`` slots, numbered from 0, for the experts of one layer. Not thread-safe.
 
     Raises:
         ValueError: ``capacity`` is less than 1.
@@ -38,10 +41,10 @@ class SlotCache:
         self._free = list(range(capacity - 1, -1, -1))  # the last is taken first
 
     def place(self, experts: Sequence[int]) -> Placement:
-        """Give every one of ``experts`` a slot; none of them loses its slot to another.
+        """Give each of ``experts`` a slot; none of them loses its slot to another one.
 
-        A request is one use of all its experts: of those that have a slot first, then of the others, each in the order
-        of the request.
+        The policy sees one use of each expert: first the experts that have a slot, then the rest, both in the order of
+        the request.
 
         Raises:
             ValueError: an expert occurs twice, or there are more than ``capacity``; nothing has changed.
@@ -70,7 +73,7 @@ class SlotCache:
         return Placement({expert: slots[expert] for expert in experts}, tuple(misses), evictions)
 
     def drop(self, experts: Iterable[int]) -> None:
-        """Forget ``experts``, which could not be read: their slots are free again. Those without one are ignored."""
+        """Forget ``experts``, which could not be read, and free their slots; experts without a slot are ignored."""
         for expert in experts:
             if expert in self._slots:
                 self._free.append(self._slots.pop(expert))
@@ -80,5 +83,5 @@ class SlotCache:
         return expert in self._slots
 
     def __len__(self) -> int:
-        """How many experts have a slot."""
+        """Return the number of experts that have a slot."""
         return len(self._slots)

@@ -1,4 +1,4 @@
-"""Room for records that stay in memory, of the kind that the kernels read best."""
+"""Slots for records that stay in memory, in the kind of memory that suits the kernels."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,21 +19,21 @@ from flashmoe_mlx.storage.slab import Slab
 
 
 class Slots(Protocol):
-    """Room for ``count`` records, wherever kernels read them."""
+    """Memory for ``count`` records, at a place where kernels can read them."""
 
     count: int
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Memory for new records of distinct ``slots``, which become their content when it is committed."""
+        """Return memory for new records of distinct ``slots``; ``commit`` makes them the content of the slots."""
         ...
 
     def batch(self, slots: Sequence[int]) -> ExpertBatch:
-        """The records in ``slots``."""
+        """Return the records in ``slots``."""
         ...
 
 
 class Home(Enum):
-    """The memory that slots are in."""
+    """A kind of memory for slots."""
 
     GPU = "the memory of an NVIDIA GPU"
     SHARED = "memory of MLX, which the CPU and MLX both use in place"
@@ -58,7 +58,7 @@ def slots_for(host_kernels: bool | None) -> Iterator[None]:
 
 
 def home_of_slots() -> Home:
-    """The memory that slots of a store opened now are in; without ``slots_for``, the one for ``kernels=auto``."""
+    """Return the kind of memory for a store opened now; without ``slots_for``, the kind for ``kernels=auto``."""
     if memory.slots_on_gpu():
         return Home.GPU
     if mx.metal.is_available():  # reads MLX's memory in place, and so does the CPU
@@ -70,7 +70,7 @@ def home_of_slots() -> Home:
 
 
 class SlotMaker:
-    """Makes the slots of one store, for records of ``record_bytes``, of which at most ``at_once`` are filled at a time.
+    """A factory of the slots of one store, for records of ``record_bytes``, at most ``at_once`` filled at a time.
 
     What all of them use beside their own memory exists once: room for copies or for arrivals. ``beside`` is its size in
     bytes where it is sure to be needed or bounded by ``at_once``.
@@ -85,7 +85,7 @@ class SlotMaker:
         self._arrivals: Arrivals | None = None
 
     def make(self, count: int) -> Slots:
-        """``count`` slots.
+        """Make ``count`` slots.
 
         Raises:
             InputError: there is no memory for them.

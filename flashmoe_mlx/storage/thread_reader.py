@@ -63,7 +63,7 @@ class ThreadReader:
             ) from error
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; returns the number of reads and of bytes.
+        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
 
         Whatever happens, no row is written to any more when this returns.
 
@@ -89,7 +89,7 @@ class ThreadReader:
         return count, nbytes
 
     def _settle(self) -> None:
-        """Wait until every thread is done with what it was given before, however often that is interrupted."""
+        """Wait until every thread has finished its earlier work, however often the wait is interrupted."""
         while True:
             done: SimpleQueue[None] = SimpleQueue()
             try:
@@ -116,7 +116,7 @@ class ThreadReader:
 
 
 class _Batch:
-    """Reads that several threads share; each puts how many reads and bytes it made into ``finished`` at the end."""
+    """Reads shared by several threads; at the end each thread puts its numbers of reads and bytes into ``finished``."""
 
     def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
         self._read = read

@@ -40,7 +40,7 @@ _FILES = 1024
 
 @dataclass(frozen=True, slots=True)
 class RingRead:
-    """``view`` is to be filled from ``offset`` of the registered file ``file``.
+    """A read that fills ``view`` from ``offset`` of the registered file ``file``.
 
     ``buffer`` is the registered buffer that ``view`` lies in, or None.
     """
@@ -52,7 +52,7 @@ class RingRead:
 
 
 class Ring:
-    """A ring for at most ``entries`` reads under way; ``workers`` true has threads of the kernel make them.
+    """A ring for at most ``entries`` simultaneous reads; with ``workers``, threads of the kernel make them.
 
     Without ``workers`` a read of what is in the page cache is made by the caller, within the system call.
 
@@ -62,7 +62,7 @@ class Ring:
 
     def __init__(self, entries: int, workers: bool) -> None:
         if sys.platform != "linux":
-            raise BackendUnavailableError("io_uring exists on Linux alone; use backend=pread")
+            raise BackendUnavailableError("io_uring exists on Linux alone; use backend=pread", code="no_io_uring")
         self._libc = ctypes.CDLL(None, use_errno=True)
         params = bytearray(_PARAMS.size)
         struct.pack_into("<I", params, 8, _SETUP_CLAMP)
@@ -120,7 +120,7 @@ class Ring:
         return result
 
     def register_file(self, fd: int) -> int:
-        """The number under which reads name the open file ``fd``, which the ring keeps open for itself."""
+        """Register the open file ``fd``, which the ring keeps open; return its number for reads."""
         slot = self._files
         if slot == _FILES:
             raise OSError(errno.EMFILE, f"more than {_FILES} files")
@@ -131,16 +131,16 @@ class Ring:
         return slot
 
     def register_buffers(self, buffers: Sequence[memoryview]) -> None:
-        """Pin ``buffers``, each up to 1 GiB; reads name them by their index. OSError if the memory is not granted."""
+        """Pin ``buffers``, each up to 1 GiB; reads name them by index. Raises OSError if the system refuses."""
         vectors = bytearray(
             struct.pack(f"<{2 * len(buffers)}Q", *(n for b in buffers for n in (address_of(b), len(b))))
         )
         self._call(_REGISTER, self._fd, _REGISTER_BUFFERS, vectors, len(buffers))
 
     def run(self, reads: Sequence[RingRead]) -> list[int]:
-        """Make ``reads``, at most ``entries``; returns the bytes read of each, or its error number as a negative.
+        """Make at most ``entries`` ``reads``; return the bytes read of each, or its negated error number.
 
-        When this returns or raises, nothing is written to any of the views any more.
+        After this returns or raises, no view is written to.
         """
         self._settle()  # after an interrupt that hit the settling itself
         results = [-errno.EIO] * len(reads)  # of a read that the kernel does not answer for
@@ -171,7 +171,7 @@ class Ring:
         )
 
     def _wait(self, count: int) -> None:
-        """Hand over what is in the submission queue and wait until ``count`` reads have ended."""
+        """Submit the entries of the submission queue and wait until ``count`` reads have ended."""
         words = self._words
         while True:
             waiting = words[self._sq_tail] - words[self._sq_head] & 0xFFFFFFFF
@@ -186,7 +186,7 @@ class Ring:
                     raise
 
     def _settle(self) -> None:
-        """Take back what was not handed over, and wait for the rest, however often that is interrupted.
+        """Withdraw entries that were not submitted, and wait for the rest, however often the wait is interrupted.
 
         The kernel's own counters say how much there is, so no interrupt can make them wrong.
         """
@@ -200,9 +200,9 @@ class Ring:
                 continue
 
     def close(self) -> None:
-        """Wait for reads under way and give everything back; may be called again.
+        """Wait for running reads and release the ring; may be called again.
 
-        The end of the last reference gives everything back, too: ``run`` leaves no read under way.
+        The end of the last reference releases the ring too: ``run`` leaves no read running.
         """
         if self._end.alive:
             self._settle()
@@ -227,4 +227,6 @@ def _unavailable(error: OSError) -> NoReturn:
         errno.EMFILE: "too many files are open (ulimit -n)",
     }
     reason = reasons.get(error.errno or 0, error.strerror)
-    raise BackendUnavailableError(f"io_uring is not available: {reason}; use backend=pread") from error
+    raise BackendUnavailableError(
+        f"io_uring is not available: {reason}; use backend=pread", code="no_io_uring"
+    ) from error

@@ -66,9 +66,9 @@ class UringReader:
         except OSError as error:
             size = sum(map(len, rows))
             # Memory that CUDA manages is no memory to the kernel (EFAULT), whatever the limit.
-            advice = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
+            remedy = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
-                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {advice}set "
+                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {remedy}set "
                 "backend.registered=false",
                 code="cannot_pin",
             ) from error
@@ -76,9 +76,9 @@ class UringReader:
         self._buffers = {address_of(row): index for index, row in enumerate(rows)}
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; returns the number of reads and of bytes.
+        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
 
-        Whatever happens, no row is written to any more when this returns.
+        After this returns or raises, no row is written to.
 
         Raises:
             ExpertReadError: an expert could not be read; the first one that failed.
@@ -119,13 +119,13 @@ class UringReader:
         return RingRead(number, read.offset, read.view, buffer)
 
     def close(self) -> None:
-        """Give the ring back and close the files; no read may be under way. May be called again."""
+        """Release the ring and close the files; no read may be running. May be called again."""
         self._ring.close()
         self._files.close()
 
 
 def _rest(layer: int, read: Read, done: int) -> Read | None:
-    """The rest of ``read`` after ``done`` bytes of it came; a negative ``done`` is an error number."""
+    """Return the rest of ``read`` after ``done`` bytes, None if complete; a negative ``done`` is an error number."""
     if done < 0:
         raise read.failed(layer, OSError(-done, os.strerror(-done)))
     if done == 0:

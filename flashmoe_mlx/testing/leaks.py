@@ -1,4 +1,4 @@
-"""What a test leaves behind: descriptors and threads."""
+"""Detect descriptors and threads that a test leaves behind."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[No
 
 
 def _descriptors(folder: Path, driver: bool) -> Counter[str]:
-    """How many descriptors refer to each file."""
+    """Count the descriptors of each file."""
     root = f"{folder.resolve()}/"
     targets = Counter(_target(fd) for fd in [int(entry.name) for entry in Path("/dev/fd").iterdir()])
     if driver:
@@ -43,7 +43,7 @@ def _descriptors(folder: Path, driver: bool) -> Counter[str]:
 
 
 def _target(fd: int) -> str:
-    """The path of what a descriptor refers to; empty if it is not open, like that of the listing itself."""
+    """Return the path behind a descriptor; empty if it is closed, as the descriptor of the listing itself is."""
     try:
         if sys.platform != "linux":
             return fcntl.fcntl(fd, _F_GETPATH, bytes(1024)).rstrip(b"\0").decode()

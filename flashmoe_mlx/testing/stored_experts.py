@@ -25,13 +25,13 @@ class StoredExperts:
     expected: Mapping[tuple[int, int], bytes]
 
     def paths(self) -> list[Path]:
-        """All files."""
+        """Return the paths of all files."""
         every = (self.source.extents(layer, expert) for layer, expert in self.expected)
         return sorted({extent.path for extents in every for extent in extents})
 
 
 def write_experts(folder: Path, bits: int, in_one_piece: bool) -> StoredExperts:
-    """Write experts of ``bits`` as a pack has them, each in one piece, or as a quantised checkpoint: in nine."""
+    """Write experts of ``bits``, each in one piece as in a pack, or in nine as in a quantised checkpoint."""
     layout = RecordLayout(_SIZE, _SIZE, bits, _GROUP_SIZE, "BF16")
     random = np.random.default_rng(bits)
     payloads = {(n, e): random.bytes(layout.payload_bytes) for n in range(LAYERS) for e in range(EXPERTS)}
