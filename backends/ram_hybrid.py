@@ -32,7 +32,7 @@ class RamHybridStore(ExpertStore):
     ``preload`` fills all slots when it is opened, in the time that the disk takes for the budget: with the hot experts
     of ``trace``, and otherwise with those of the lowest numbers. It pays where the budget holds a good part of all.
 
-    Each layer has slots of its own: with one pool for all, layers of a token would push each other out.
+    Each layer has separate slots: with one pool for all, layers of a token would push each other out.
 
     Raises:
         InputError: the budget does not fit into memory, or holds less than one expert a layer.

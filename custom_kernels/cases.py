@@ -59,7 +59,7 @@ TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one set of inputs; every member makes its results anew.
+    """One kernel on one set of inputs; every member computes its results again.
 
     ``custom`` may write in place into arrays that no other member reads. ``nbytes`` is what it must read and write at
     least.

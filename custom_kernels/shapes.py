@@ -46,6 +46,10 @@ class ModelShapes:
     num_experts: int
     slots: int
 
-    def in_several_groups(self, tokens: int) -> bool:
-        """Whether ``tokens`` tokens may choose more experts than there are slots, which are then applied in groups."""
-        return self.slots < min(self.num_experts, tokens * self.experts_k)
+    def in_several_groups(self, most_tokens: int | None) -> bool:
+        """Whether ``most_tokens`` tokens (None: any number) may choose more experts than there are slots.
+
+        Their experts are then applied in groups.
+        """
+        wanted = self.num_experts if most_tokens is None else most_tokens * self.experts_k
+        return self.slots < min(self.num_experts, wanted)

@@ -3,9 +3,11 @@ in a GPU's memory, with the kernels' own Metal and CUDA texts run on a CPU (``gp
 """
 
 import ctypes
+import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,16 @@ from gpu_on_cpu import Launches
 from systems import needs_linux
 
 import flashmoe_mlx
+from flashmoe_mlx.config import CommonConfig
 from flashmoe_mlx.custom_kernels import choose, nvidia, routed_experts
+from flashmoe_mlx.custom_kernels.cases import Geometry
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.engine.engine import Engine
 from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research import probe
 from flashmoe_mlx.storage import memory
+from flashmoe_mlx.tasks import doctor
 
 pytestmark = needs_linux
 
@@ -234,6 +240,47 @@ def test_what_a_gpu_is_asked() -> None:
         assert not memory.slots_on_gpu()
         assert choose("auto").dense_experts is None
     assert activation_type() == mx.float32
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_the_probe_checks_kernels_for_every_k_that_it_measures(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path that loading did not check would be MLX's, and measured as ours; warnings are errors."""
+    sizes = replace(TINY, num_layers=2)
+    monkeypatch.setattr(probe, "SIZES", {"large": sizes, "small": sizes})
+    monkeypatch.setattr(probe, "EXPERTS", (1, 3, 4))
+    monkeypatch.setattr(probe, "WAYS", {"pread warm": ("pread", {})})
+    monkeypatch.setattr(probe, "_COPIED", 2**8)
+    monkeypatch.setattr(probe, "_LEAST_ROUNDS", 1)
+    with device() as launches:
+        found = probe.probe(tmp_path, 0, lambda _: None)
+        assert any(ran(launches, name) for name in SHARED)
+    assert {point.experts_k for point in found.points} == {1, 3, 4}
+
+
+@pytest.mark.parametrize(("device", "dialect"), [(gpu_on_cpu.metal, "metal"), (gpu_on_cpu.cuda, "cuda")])
+def test_doctor_examines_the_kernels_of_a_gpu(
+    device: Device,
+    dialect: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In both types, at small sizes and called once, as emulation is slow."""
+    small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
+    monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
+    monkeypatch.setattr(doctor, "_CALLS", 1)
+    monkeypatch.setattr(doctor, "_REPEATS", 1)
+    with device() as launches:
+        doctor.run(CommonConfig(), tmp_path)
+        assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
+    record = json.loads((tmp_path / "doctor.json").read_text())
+    assert record["dialect"] == record["kernels"] == dialect
+    found = {(one["kernel"], one["geometry"], one["dtype"]) for one in record["findings"] if one["passed"]}
+    operations = ("routed_experts", "gated_delta_net", "attention", "quantised_matvec")
+    assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
+    assert f"Custom kernels: {dialect}." in capsys.readouterr().err
 
 
 class Driver:

@@ -23,10 +23,12 @@ import flashmoe_mlx
 from flashmoe_mlx import custom_kernels
 from flashmoe_mlx.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import UncheckedPathWarning, kernel, native
+from flashmoe_mlx.custom_kernels.native import operations as native_operations
 from flashmoe_mlx.custom_kernels.operation import CodePath, Operation, Sample, check_operations
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.engine.engine import Engine
 from flashmoe_mlx.model import build
+from flashmoe_mlx.model.code_paths import model_shapes
 from flashmoe_mlx.pack.synthetic import synthetic_pack
 from flashmoe_mlx.research import bench
 
@@ -104,8 +106,41 @@ def test_a_kernel_that_fails_on_one_path_is_replaced_there_alone(
     assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4]
 
 
-def test_one_bad_sample_of_a_path_is_enough() -> None:
-    assert report_of(doubling(lambda x: x * 2 if len(x) < 5 else x)).replaced == ["doubling: several"]
+@pytest.mark.parametrize("bad", [3, 5])
+def test_one_bad_sample_of_a_path_is_enough(bad: int) -> None:
+    """Whether a good one comes before it or after it."""
+    assert report_of(doubling(lambda x: x if len(x) == bad else x * 2)).replaced == ["doubling: several"]
+
+
+def test_a_kernel_whose_reference_fails_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    """As where memory is short: a model runs without the kernel, and a person is told."""
+    operation = doubling(lambda x: x * 2)
+
+    def failing(x: mx.array) -> mx.array:
+        raise RuntimeError("no memory\nwhere")
+
+    operation.reference = failing
+    with caplog.at_level(logging.WARNING):
+        report = report_of(operation)
+    assert report.replaced == ["doubling: one", "doubling: several"]
+    assert "cannot be checked: no memory" in (report.note or "")
+    assert len(caplog.records) == 1
+    assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4]
+
+
+def test_checks_for_several_models_add_up() -> None:
+    operation = doubling(lambda x: x * 2)
+    report_of(operation)
+
+    def none_of_several(_: ModelShapes) -> Iterator[Sample]:
+        yield Sample((mx.array([1.0]),), (mx.array([1.5]),))
+
+    operation.code_paths = none_of_several
+    report = report_of(operation)
+    assert report.replaced == ["doubling: one"]
+    assert "doubling: several" not in report.names
+    operation.mlx = lambda x: 1 / 0
+    assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4], "the kernel, as checked before"
 
 
 def test_an_unchecked_path_runs_mlx_and_says_so_once() -> None:
@@ -249,6 +284,28 @@ def test_no_call_takes_an_unchecked_path(
                 engine.forward([1], cache)
             assert engine.setup["kernels"] == before
             assert engine.setup["replaced_kernels"] == []
+
+
+@pytest.mark.skipif(native.extension() is None, reason="kernels of the extension")
+@pytest.mark.parametrize(("experts", "k"), [(20, 1), (64, 4), (300, 1)])
+def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
+    experts: int, k: int, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every number of tokens and of slots: all groups but the last go without the shared expert."""
+    monkeypatch.setattr(Operation, "_disagreement", lambda *_: None)
+    with flashmoe_mlx.load(tiny_pack) as engine:
+        shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
+        operation = engine.model.kernels.on_host
+    assert isinstance(operation, Operation)
+    form = shapes.experts
+    assert form is not None
+    for slots in range(k, experts + 1):
+        operation._reasons.clear()
+        checked = {verdict.path for verdict in operation.check(replace(shapes, slots=slots))}
+        for tokens in range(1, 2 * experts):
+            if min(experts, tokens * k) > slots:
+                path = native_operations.experts_path(mx.zeros((tokens, 1)), [], *[mx.zeros(0)] * 2, form)
+                assert path in checked, (tokens, slots)
 
 
 def test_weights_that_are_not_numbers_are_not_taken_for_a_bad_kernel(

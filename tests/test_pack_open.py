@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import write_checkpoint
 
+import flashmoe_mlx
 from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.pack.pack import file_hash, open_pack
@@ -372,6 +373,20 @@ def test_resident_weights_with_a_bad_header(folder: Path, edit: Callable[[Manife
     with_header(folder / "resident.safetensors", edit)
     relisted(folder, "resident.safetensors")
     refused(folder, reason)
+
+
+@pytest.mark.parametrize(("part", "dtype"), [("biases", "F16"), ("weight", "F32")])
+def test_resident_codes_scales_and_biases_of_types_that_no_kernel_reads(
+    part: str, dtype: str, tiny_pack: Path, tmp_path: Path
+) -> None:
+    """Sizes do not show it, and kernels for CPUs take scales and biases as they lie in the file."""
+    folder = Path(shutil.copytree(tiny_pack, tmp_path / "pack"))
+    with_header(folder / "resident.safetensors", put(f"lm_head.{part}", "dtype", dtype))
+    relisted(folder, "resident.safetensors")
+    with pytest.raises(PackError) as caught:
+        flashmoe_mlx.load(folder)
+    assert caught.value.code == "wrong_types"
+    assert_one_line(caught.value)
 
 
 JSON = st.recursive(

@@ -1,7 +1,7 @@
 """Every backend passes the tests that any store must pass; most need nothing but their name."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import gpu_slots_on_cpu
@@ -19,6 +19,43 @@ from flashmoe_mlx.storage.slots import slots_for
 from flashmoe_mlx.testing import ExpertStoreTests, Fault, StoredExperts
 
 FIVE_A_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}
+
+
+SERVING = frozenset(
+    {
+        "test_it_is_what_it_says",
+        "test_every_record",
+        "test_any_number_of_experts_in_any_order",
+        "test_the_three_views_are_the_same_bytes",
+        "test_duplicates_share_a_slot",
+        "test_a_batch_stays_valid_until_the_next_fetch",
+        "test_slots_are_refilled_whatever_they_held",
+        "test_a_hint_never_changes_results",
+    }
+)
+"""What bytes are served, which is all that the memory of slots can change."""
+FILLING = SERVING | {
+    "test_short_reads",
+    "test_an_error_at_the_nth_read",
+    "test_reads_ahead_that_fail_are_met_when_asked_for",
+    "test_interrupts_anywhere_neither_hang_nor_spoil",
+    "test_any_sequence_of_calls",
+}
+"""And how reads reach them, which memory and reader change together."""
+FILLING_ONCE = FILLING - {"test_an_error_at_the_nth_read"}
+"""The same where each expert is nine reads, which ``TestCheckpoint`` lets fail one by one."""
+
+
+def only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[ExpertStoreTests]]:
+    """Keep only these tests: another class runs all of them through the same code but for what these are about."""
+
+    def reduced(tests: type[ExpertStoreTests]) -> type[ExpertStoreTests]:
+        for name in dir(tests):
+            if name.startswith("test_") and name not in kept:
+                setattr(tests, name, None)
+        return tests
+
+    return reduced
 
 
 class _ThroughTheRing(ExpertStoreTests):
@@ -80,6 +117,7 @@ class TestPreadDirect(_Direct):
     options = {"slots": 6, "direct": True}
 
 
+@only(FILLING_ONCE)
 class TestPreadOnACheckpoint(ExpertStoreTests):
     backend = "pread"
     options = {"slots": 6}
@@ -172,6 +210,7 @@ class TestRamHybridForMlx(_ForMlx):
     options = FIVE_A_LAYER
 
 
+@only(SERVING)
 class TestResidentForMlx(_ForMlx):
     backend = "resident"
 
@@ -188,11 +227,13 @@ class _ForTheCpu(ExpertStoreTests):
             assert isinstance(store.fetch(0, [1]), HostBatch)
 
 
+@only(SERVING)
 class TestRamHybridForTheCpu(_ForTheCpu):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER
 
 
+@only(SERVING)
 class TestResidentForTheCpu(_ForTheCpu):
     backend = "resident"
 
@@ -215,29 +256,34 @@ class TestRamHybridAsOnCuda(_AsOnCuda):
     options = FIVE_A_LAYER
 
 
+@only(FILLING)
 class TestRamHybridAsOnCudaPreloaded(_AsOnCuda):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER | {"preload": True, "slots": 3, "policy": "s3fifo"}
 
 
+@only(FILLING)
 class TestRamHybridAsOnCudaDirect(_AsOnCuda, _Direct):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER | {"direct": True, "policy": "lfu"}
 
 
 @needs_io_uring
+@only(FILLING)
 class TestRamHybridAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER | {"reader": "io_uring"}
 
 
 @needs_io_uring
+@only(FILLING)
 class TestRamHybridAsOnCudaDirectByUring(_AsOnCuda, _ThroughTheRing):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER | {"reader": "io_uring", "direct": True, "depth": 2}
     least = 4096
 
 
+@only(FILLING_ONCE)
 class TestRamHybridAsOnCudaOnACheckpoint(_AsOnCuda):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER
@@ -249,11 +295,13 @@ class TestResidentAsOnCuda(_AsOnCuda):
 
 
 @needs_io_uring
+@only(FILLING)
 class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
     backend = "resident"
     options = {"reader": "io_uring", "depth": 3}
 
 
+@only(SERVING)
 class TestPreadAsOnCuda(ExpertStoreTests):
     """Its slots are in memory that the CPU and the GPU share, so it takes no branch of its own."""
 
@@ -267,6 +315,7 @@ class TestPreadAsOnCuda(ExpertStoreTests):
             yield
 
 
+@only(SERVING)
 class TestMmapAsOnCuda(TestMmap):
     """Copies for the GPU are in such memory, too."""
 
@@ -293,6 +342,7 @@ class TestMmapAsOnMetal(TestMmap):
             yield
 
 
+@only(SERVING)
 class TestMmapAsOnMetalThatTakesNoMapping(TestMmap):
     """Then it is copied."""
 
@@ -307,6 +357,7 @@ class TestMmapAsOnMetalThatTakesNoMapping(TestMmap):
             yield
 
 
+@only(SERVING)
 class TestRamHybridAsOnMetal(ExpertStoreTests):
     """Metal and the CPU share MLX's memory, whatever the kernels."""
 

@@ -222,8 +222,8 @@ def _expert_samples(model: ModelShapes) -> Iterator[Sample]:
     records = [memoryview(inputs.record(form).data) for _ in range(2)]
     joined = [shared for shared in model.shared if native.joins(shared)]
     drawn = [_small_expert(inputs, shared, form.hidden_size) for shared in joined]
-    for tokens in (1, _FEW, _MANY):
-        alone = len(joined) < len(model.shared) or model.in_several_groups(tokens)
+    for tokens, most in ((1, 1), (_FEW, native.few_tokens()), (_MANY, None)):
+        alone = len(joined) < len(model.shared) or model.in_several_groups(most)
         for shared in [*drawn, *([None] if alone else [])]:
             yield _expert_sample(inputs, form, records, tokens, shared)
 

@@ -22,6 +22,7 @@ from flashmoe_mlx.storage.memory import at_cache_lines
 
 _EXACT = ("A_log", "dt_bias")
 """Parameters of the decay, which is an exponential of an exponential."""
+_SCALES = (mx.float32, mx.bfloat16, mx.float16)
 
 
 class ResidentTensors(Protocol):
@@ -182,6 +183,13 @@ class _Resident:
         scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
+        if weight.dtype != mx.uint32 or scales.dtype != biases.dtype or scales.dtype not in _SCALES:
+            types = ", ".join(str(part.dtype).rpartition(".")[2] for part in (weight, scales, biases))
+            raise PackError(
+                f"resident weights: {name} has weight, scales and biases of types {types}; codes must be uint32, both "
+                "others of one floating type; delete the pack and make it again",
+                code="wrong_types",
+            )
         if self._kernels.any_scales:  # those for CPUs, which read in place
             weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import dialect, native
+from flashmoe_mlx.custom_kernels import check_kernels, dialect, native
 from flashmoe_mlx.engine.backends import open_store
 from flashmoe_mlx.engine.engine import Engine, load
 from flashmoe_mlx.engine.logits import checked_logits
@@ -29,6 +29,7 @@ from flashmoe_mlx.engine.telemetry import environment
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.expert_store import ExpertStore
 from flashmoe_mlx.model.cache import SequenceCache
+from flashmoe_mlx.model.code_paths import model_shapes
 from flashmoe_mlx.model.decoder import Model
 from flashmoe_mlx.model.phases import PhaseClock
 from flashmoe_mlx.pack.files import write_atomically
@@ -214,10 +215,10 @@ class _Bench:
         with self._stack:
             for bits in (2, 4) if self._size == "large" else (4,):
                 few = self._made("few", replace(sizes, num_experts=_FEW, bits=bits))
-                in_memory = self._stack.enter_context(load(few.folder, "resident"))
+                in_memory = self._loaded(few, "resident")
                 self._add(bits, MEMORY, in_memory, in_memory.store)
             many = self._made("many", sizes)
-            reading = self._stack.enter_context(load(many.folder, "pread"))
+            reading = self._loaded(many, "pread")
             for way, (backend, options) in WAYS.items():
                 # Cold runs have a model to themselves: dropping the shared files would leave no way warm.
                 cold = _files(few) if way.endswith("cold") else []
@@ -237,6 +238,13 @@ class _Bench:
 
     def _made(self, name: str, sizes: SyntheticSizes) -> ModelFiles:
         return open_model(synthetic_pack(name, sizes, self._folder).folder)
+
+    def _loaded(self, files: ModelFiles, backend: str) -> Engine:
+        """An engine whose kernels are checked for every K that is measured: loading checks them for the model's own."""
+        engine = self._stack.enter_context(load(files.folder, backend))
+        for k in set(EXPERTS) - {files.config.experts_per_token}:
+            check_kernels(engine.model.kernels, model_shapes(with_experts(engine.model, engine.store, k)))
+        return engine
 
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
         for k in EXPERTS:

@@ -65,7 +65,8 @@ def run(config: CommonConfig, run_dir: Path) -> None:  # noqa: ARG001  # the for
     if failed:
         raise FlashMoeError(
             f"{len(failed)} of {len(findings)} checks failed: {'; '.join(failed)}. Runs use MLX's own operations in "
-            "place of these; please report the table above"
+            "place of these; please report the table above",
+            code="kernels_failed",
         )
 
 
