@@ -16,7 +16,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(arguments)
     except KeyboardInterrupt:
-        print("flashmoe_mlx: interrupted", file=sys.stderr)
+        from flashmoe_mlx.streams import say
+
+        say("flashmoe_mlx: interrupted")
         return 130
 
 

@@ -22,11 +22,11 @@ _INTERVAL = 0.5
 
 
 def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
-    """Its folder; a synthetic model is made first if it is not there yet, and so are variants of the demo model.
+    """Return the folder of a model; a synthetic one is made first if need be, and so are variants of the demo model.
 
     Args:
         choice: the model.
-        *backends: settings of those that will read it: the variants they name.
+        *backends: settings of the backends that will read it; they may name variants.
 
     Raises:
         InputError: there is no such model.
@@ -83,7 +83,7 @@ def _in_turn(make: Callable[[], Path]) -> Path:
 
 
 def model_identity(folder: Path) -> str:
-    """What the model is called, with its revision where a pack says it."""
+    """Return the model's name, with its revision where a pack states it."""
     if not (folder / MANIFEST).exists():
         return folder.name
     source = open_pack(folder).manifest["source"]
@@ -91,7 +91,7 @@ def model_identity(folder: Path) -> str:
 
 
 def cache_folder(choice: ModelChoice) -> Path:
-    """Where models that are made here, and what is known of this machine, are kept.
+    """Return the folder for generated models and for the measurements of this machine.
 
     An empty variable counts as unset, as the XDG specification says.
     """
