@@ -130,7 +130,7 @@ def _misfit(composed: DictConfig, config_type: type[CommonConfig]) -> str | None
 
 def _shown(value: Any) -> str:
     """Return a value as on the command line."""
-    plain = OmegaConf.to_container(value) if isinstance(value, ListConfig | DictConfig) else value
+    plain: Any = OmegaConf.to_container(value) if isinstance(value, ListConfig | DictConfig) else value
     if isinstance(plain, list):
         return f"[{','.join(map(_shown, plain))}]"
     if isinstance(plain, dict):

@@ -113,7 +113,7 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
 def _row(left: str, kind: str, about: str) -> str:
     """Return a line of three columns; a long key takes a line by itself."""
     start = f"  {left}\n{'':28}" if len(left) > 25 else f"  {left:<26}"
-    return f"{start}{kind:<11}{about}".rstrip() if kind else f"{start}{about}".rstrip()
+    return f"{start}{kind:<12}{about}".rstrip() if kind else f"{start}{about}".rstrip()
 
 
 def _type_name(hint: object) -> str:
