@@ -11,6 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -18,8 +19,8 @@ from flashmoe_mlx.command_line import parse, tidy
 from flashmoe_mlx.composition import typed
 from flashmoe_mlx.error_reports import Job, failed_jobs, message, report
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.run_folder import Refused, claims
-from flashmoe_mlx.streams import print_answer, say
+from flashmoe_mlx.run_folder import FAILURE, Refused, claims, holds_measurements, refuse_used
+from flashmoe_mlx.streams import drop_answer, print_answer, say
 from flashmoe_mlx.usage import help_text
 
 _NO_MLX = (
@@ -43,28 +44,33 @@ def run(arguments: Sequence[str]) -> int:
                 print_answer(help_text(line))
                 return 0
             if "--version" in line.flags:
-                print_answer(", ".join(f"{name} {_installed(name)}" for name in ("flashmoe_mlx", "mlx")))
+                print_answer(
+                    ", ".join(f"{name} {_installed(name) or '(not installed)'}" for name in ("flashmoe_mlx", "mlx"))
+                )
                 return 0
             tidied = tidy(arguments)
             _check_mlx()
-            return _run_hydra(tidied, debug)
+            return _run_hydra(tidied, debug, line.runs)
         except Refused as refused:
             return report(refused.error, debug, taken.folder)
         except Exception as error:
             return report(error, debug, taken.folder)
 
 
-def _run_hydra(arguments: Sequence[str], debug: bool) -> int:
+def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
     codes: list[int] = []
     jobs: list[Job] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
     def job(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        own = not any(folder.glob("*.json"))  # else it is another run's, which will be refused
+        own = not holds_measurements(folder)
         done = Job(folder, _overrides())
         jobs.append(done)
         try:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                refuse_used(folder, "hydra.sweep.subdir")
+            (folder / FAILURE).unlink(missing_ok=True)  # of an earlier try
             config = typed(composed)
             import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
         except Exception as error:
@@ -76,11 +82,18 @@ def _run_hydra(arguments: Sequence[str], debug: bool) -> int:
     sys.argv = [program[0], *arguments]
     logging.raiseExceptions = False  # a log that cannot be written must not fill the terminal with tracebacks
     try:
-        job()
+        try:
+            job()
+        except SystemExit as asked:  # after --hydra-help and the like
+            codes.append(InputError.exit_code if asked.code else 0)
         print_answer("", end="")  # Hydra leaves what --cfg shows in the buffer
-    except SystemExit as asked:  # after --hydra-help and the like
-        codes.append(int(asked.code or 0))
-    except (FlashMoeError, HydraException, OmegaConfBaseException, OSError):
+        if runs and not jobs:
+            raise InputError("nothing ran: a range or pattern on the command line is empty", code="empty_sweep")
+    except OSError as error:
+        if not jobs and error.filename is None:  # Hydra could not print
+            drop_answer()
+        raise
+    except (FlashMoeError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
         raise InputError(

@@ -19,7 +19,7 @@ from flashmoe_mlx.composition import GROUPS, unread_key
 from flashmoe_mlx.config import DEFAULT_TASK, TASK_CONFIGS, TEXT_KEYS, keys_of, known_keys
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.quoting import quoted_reference, separate_texts, verbatim
+from flashmoe_mlx.quoting import elements, quote_scalars, quoted_reference, separate_texts, verbatim
 
 _OVERRIDE = re.compile(r"(?P<sign>\+*)(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
 _FLAGS = {
@@ -36,9 +36,25 @@ _FLAGS = {
 }
 _OPTIONS = frozenset((*_FLAGS, *_FLAGS.values(), "--hydra-help", "--version", "--resolve", "--experimental-rerun"))
 """What Hydra's own parser knows; it answers others with its usage."""
+_CHOICES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+_WITH_VALUE = ("--cfg", "--package", "--config-path", "--config-name", "--config-dir", "--experimental-rerun")
+"""Options that need a value; ``--info`` may have one."""
 _MODES = ("--run", "--multirun", "--cfg", "--info", "--shell-completion")
 _COMPLETION = ("install", "uninstall", "query")
 _HYDRA_PATHS = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir")
+_ALTERNATIVES = (
+    ("prompt", "prompt_file"),
+    ("prompts", "prompt_file"),
+    ("experts_k", "experts_ks"),
+    ("prefetch", "prefetches"),
+    ("backend", "backends"),
+    ("backend.variant", "variants"),
+    ("model.path", "model.synthetic"),
+)
+"""Pairs of keys of which a task would ignore the first or the second."""
 _MISSING = "???"
 """OmegaConf's word for a missing value."""
 _OVERRIDE_TASK = re.compile(r"^\s*- override /?task: *(\w+)", re.MULTILINE)
@@ -69,6 +85,11 @@ class CommandLine:
     def sweeps(self) -> bool:
         """Whether commas separate the values of several runs."""
         return "--multirun" in self.flags or self.value("hydra.mode") == "MULTIRUN"
+
+    @property
+    def runs(self) -> bool:
+        """Whether tasks run: no option asks for something else."""
+        return set(self.flags) <= {"--run", "--multirun", *_WITH_VALUE} - {"--cfg"}
 
     def value(self, key: str) -> str | None:
         """Return the last value given for ``key``."""
@@ -102,17 +123,45 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     """
     overrides: list[Override] = []
     options: list[str] = []
-    for argument in arguments:
+    left = list(reversed(arguments))
+    while left:
+        argument = left.pop()
         match = _OVERRIDE.fullmatch(argument)
         if match is not None:
             overrides.append(Override(match["sign"], match["key"], match["value"]))
-        elif argument.partition("=")[0] in _OPTIONS or (options and options[-1] in _OPTIONS):
+        elif argument.partition("=")[0] in _OPTIONS:
             options.append(argument)
+            options += _option_value(argument, left)
         elif argument.startswith("-"):
-            raise InputError(f"{argument}: no such option; --help lists what there is", code="unknown_option")
+            meant = argument.lstrip("-")
+            hint = f"keys have no dashes: {meant}" if _OVERRIDE.fullmatch(meant) else "--help lists what there is"
+            raise InputError(f"{argument}: no such option; {hint}", code="unknown_option")
         else:
-            raise InputError(f"{argument}: expected key=value; --help lists the keys")
+            raise InputError(f"{argument}: expected key=value; --help lists the keys", code="not_an_override")
     return CommandLine(overrides, options)
+
+
+def _option_value(option: str, left: list[str]) -> list[str]:
+    """Take the value of an option from the arguments that are ``left``, unless it follows an equals sign."""
+    name, equals, value = option.partition("=")
+    flag = _FLAGS.get(name, name)
+    choices = _CHOICES.get(flag)
+    if flag not in _WITH_VALUE and flag not in _CHOICES:
+        if equals:
+            raise InputError(f"{option}: {name} takes no value", code="unknown_option")
+        return []
+    taken: list[str] = []
+    if not equals:
+        if left and (flag != "--info" or left[-1] in _CHOICES["--info"]):
+            value = left.pop()
+            taken.append(value)
+        elif flag == "--info":
+            return []
+    if choices is not None and value not in choices:
+        raise InputError(f"{' '.join([option, *taken])}: choose from {', '.join(choices)}", code="unknown_option")
+    if not value:
+        raise InputError(f"{name}: its value is missing", code="unknown_option")
+    return taken
 
 
 def tidy(arguments: Sequence[str]) -> list[str]:
@@ -125,16 +174,46 @@ def tidy(arguments: Sequence[str]) -> list[str]:
     _check_options(line)
     if "--shell-completion" in line.flags:
         return [*(f"{one.key}={one.value}" for one in line.overrides), *line.options]
-    given = {one.key for one in line.overrides}
-    for texts in ("prompt", "prompts"):
-        if {texts, "prompt_file"} <= given:
-            raise InputError(f"{texts} and prompt_file: give one of them", code="contradiction")
+    _check_alternatives(line)
     tasks = line.tasks()
     overrides = [
         _hydra_override(one) if _root(one.key) == "hydra" else _override(one.key, one.value, tasks, line.sweeps)
         for one in line.overrides
     ]
     return overrides + [_option(option) for option in line.options]
+
+
+def _check_alternatives(line: CommandLine) -> None:
+    """Refuse two keys of which one would be ignored, also where a study sets one of them."""
+    stated = {one.key: one.value for one in line.overrides}
+    model = stated.pop("model", "")
+    if model == "synthetic" or _is_path(model):
+        stated["model.synthetic" if model == "synthetic" else "model.path"] = model
+    study = line.value("experiment") or ""
+    places = dict.fromkeys(_keys_of_study(study), f" (in experiment={study})")
+    for key, value in stated.items():
+        if value == "null" and key != "prompt":
+            places.pop(key, None)
+        else:
+            places[key] = ""
+    for pair in _ALTERNATIVES:
+        found = [key for one in pair for key in places if key == one or key.startswith(f"{one}.")]
+        if all(any(key == one or key.startswith(f"{one}.") for key in found) for one in pair):
+            shown = " and ".join(f"{key}{places[key]}" for key in found)
+            raise InputError(f"{shown}: only one of them can be used", code="contradiction")
+
+
+def _keys_of_study(name: str) -> list[str]:
+    """Return the top-level keys that an experiment of this package sets."""
+    path = package_files("flashmoe_mlx.configs").joinpath("experiment", f"{name}.yaml")
+    if not re.fullmatch(r"\w+", name) or not path.is_file():
+        return []
+    return [key for key in re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE) if key != "defaults"]
+
+
+def _is_path(model: str) -> bool:
+    """Whether the value of ``model=`` is a path: no configuration could have that name."""
+    return "/" in model or model.endswith(".json")
 
 
 def _option(option: str) -> str:
@@ -174,10 +253,12 @@ def _override(key: str, value: str, tasks: Collection[str] | None, sweeps: bool)
         return _group_override(key, value, sweeps)
     if key in TEXT_KEYS:
         return _text_override(key, value, sweeps)
-    if _root(key) == "backend":
-        value = _backend_value(key, value, sweeps)
-    elif key == "prompts":
-        value = _list_of_texts(key, value)
+    if key == "prompts":
+        value = _list_of_texts(key, value, sweeps)
+    elif value.lstrip().startswith(("[", "{")) and not _readable(value):
+        value = quote_scalars(value, _readable)
+    elif _root(key) == "backend":
+        value = _backend_value(value, sweeps)
     # "++" sets a key whether it is there or not. What should not be there is refused later, by those who know.
     return f"++{key}={value}"
 
@@ -199,8 +280,8 @@ def _check_key(key: str, tasks: Collection[str] | None) -> None:
 def _group_override(key: str, value: str, sweeps: bool) -> str:
     if value in ("", "null", _MISSING):
         raise InputError(f"{key}={value}: the name is missing; --help lists what there is")
-    if key == "model" and ("/" in value or value.endswith(".json")):
-        return _text_override("model.path", value, sweeps)  # no configuration could have that name
+    if key == "model" and _is_path(value):
+        return _text_override("model.path", value, sweeps)
     if value.startswith(("[", "{")) and key != "experiment":
         advice = f"-m {key}={value.strip('[]{}')} runs one after the other"
         compare = "; task=bench backends=[...] compares them" if key == "backend" else ""
@@ -216,26 +297,38 @@ def _text_override(key: str, value: str, sweeps: bool) -> str:
     return f"++{key}={','.join(shown)}"
 
 
-def _backend_value(key: str, value: str, sweeps: bool) -> str:
+def _backend_value(value: str, sweeps: bool) -> str:
     """Return the value of an option of a backend: a path is a text, everything else is read as Hydra reads it."""
     if "/" in value or value.startswith("~"):
         return ",".join(map(verbatim, separate_texts(value) if sweeps else [value]))
+    return value if _readable(value) else verbatim(value)
+
+
+def _readable(value: str) -> bool:
+    """Whether Hydra's grammar has a reading of ``value``."""
     try:
-        OverridesParser.create().parse_override(f"{key}={value}")
+        OverridesParser.create().parse_override(f"key={value}")
     except HydraException:
-        return verbatim(value)
-    return value
+        return False
+    return True
 
 
-def _list_of_texts(key: str, value: str) -> str:
+def _list_of_texts(key: str, value: str, sweeps: bool) -> str:
     """Return a list of texts whose elements have no meaning to Hydra; other values are left as they are."""
+    inner = value.strip()
+    listed = inner.startswith("[") and inner.endswith("]") and bool(inner[1:-1].strip())
+    written = elements(inner[1:-1]) if listed else []
     try:
-        texts = OverridesParser.create().parse_override(f"{key}={value}").value()
+        parsed = OverridesParser.create().parse_override(f"{key}={value}").value()
     except HydraException:
-        return value
-    if not isinstance(texts, list):
-        return value
-    return f"[{','.join(verbatim(str(text)) for text in texts)}]"
+        if not listed or sweeps:
+            return value
+        parsed = written
+    if not isinstance(parsed, list) or any(isinstance(one, list | dict) for one in parsed):
+        return value  # a sweep over lists, or what the check of types refuses
+    if len(written) == len(parsed):  # null, 007 and the like are texts, too
+        parsed = [one if isinstance(one, str) else text for one, text in zip(parsed, written, strict=True)]
+    return f"[{','.join(verbatim(str(text)) for text in parsed)}]"
 
 
 def _root(key: str) -> str:

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -56,7 +56,11 @@ def typed(composed: DictConfig) -> CommonConfig:
     except OmegaConfBaseException as error:
         raise InputError(_explained(error, composed, config_type), code="invalid_value") from error
     assert isinstance(config, CommonConfig)
+    model = getattr(config, "model", None)
+    if model is not None and model.shipped and model.synthetic is not None:
+        raise InputError("model.synthetic: these sizes belong to model=synthetic", code="contradiction")
     _restore_question_marks(config)
+    _check_elements(config)
     return config
 
 
@@ -93,6 +97,7 @@ _KINDS = {
     list[int]: "a list such as [4,2]",
     list[float]: "a list such as [0.5,0.9]",
     list[str]: "a list such as [a,b]",
+    dict[str, Any]: "a mapping such as {a:b}",
     list[Any]: "a list such as [a,{name:b}]",
 }
 
@@ -105,8 +110,39 @@ def kind_of(hint: Any) -> str:
 
 
 def _explained(error: OmegaConfBaseException, composed: DictConfig, config_type: type[CommonConfig]) -> str:
-    key = error.full_key or ""
-    kind = kind_of(get_type_hints(config_type).get(key))
+    key = error.full_key or _misfit(composed, config_type) or "configuration"
+    top = key.partition("[")[0]  # an element of a list does not fit
+    kind = kind_of(get_type_hints(config_type).get(top))
     if not kind:
-        return f"{key or 'configuration'}: {str(error.msg or error).splitlines()[0]}"
-    return f"{key}={OmegaConf.select(composed, key)}: must be {kind}"
+        return f"{key}: {str(error.msg or error).splitlines()[0]}"
+    return f"{top}={_shown(OmegaConf.select(composed, top))}: must be {kind}"
+
+
+def _misfit(composed: DictConfig, config_type: type[CommonConfig]) -> str | None:
+    """Return the key whose value is of the wrong kind, where OmegaConf does not say it."""
+    for key in map(str, composed):
+        try:
+            OmegaConf.merge(OmegaConf.structured(config_type), {key: composed[key]})
+        except OmegaConfBaseException:
+            return key
+    return None
+
+
+def _shown(value: Any) -> str:
+    """Return a value as on the command line."""
+    plain: Any = OmegaConf.to_container(value) if isinstance(value, ListConfig | DictConfig) else value
+    if isinstance(plain, list):
+        return f"[{','.join(map(_shown, plain))}]"
+    if isinstance(plain, dict):
+        return f"{{{','.join(f'{key}:{_shown(one)}' for key, one in plain.items())}}}"
+    return "null" if plain is None else str(plain).lower() if isinstance(plain, bool) else str(plain)
+
+
+def _check_elements(config: CommonConfig) -> None:
+    """Refuse lists and mappings in lists of texts and numbers, which OmegaConf lets pass."""
+    for key, hint in get_type_hints(type(config)).items():
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        plain = any(get_origin(one) is list and get_args(one) != (Any,) for one in options)
+        value = getattr(config, key)
+        if plain and any(one is None or isinstance(one, list | dict) for one in value or ()):
+            raise InputError(f"{key}={_shown(value)}: must be {kind_of(hint)}", code="invalid_value")

@@ -11,9 +11,10 @@ from pathlib import Path
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
+from flashmoe_mlx.composition import GROUPS
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.paths import NO_SPACE
-from flashmoe_mlx.streams import Notes, say
+from flashmoe_mlx.streams import Notes, one_line, say
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def report(error: Exception, debug: bool, folder: Path | None = None, record: bo
             write_json(folder / "failure.json", {"error": said, "code": _error_code(error), "exit_code": code})
     if debug:
         traceback.print_exception(error, file=Notes())
-    say(f"flashmoe_mlx: {said}")
+    say(f"flashmoe_mlx: {one_line(said)}")
     return code
 
 
@@ -60,8 +61,8 @@ def failed_jobs(jobs: Sequence[Job]) -> Iterator[str]:
     common = set.intersection(*(set(job.overrides) for job in jobs))
     yield f"flashmoe_mlx: {len(failed)} of {len(jobs)} jobs failed; the records of the others are complete:"
     for job in failed:
-        own = " ".join(override for override in job.overrides if override not in common)
-        yield f"  {job.folder.name} {own}: {job.failure}"
+        own = [override for override in job.overrides if override not in common]
+        yield one_line(f"  {' '.join([job.folder.name, *own])}: {job.failure}")
 
 
 def message(error: Exception, folder: Path | None = None) -> str:
@@ -78,14 +79,22 @@ def message(error: Exception, folder: Path | None = None) -> str:
 def _composition_error(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        for ours in GROUPS:  # the name may be a path
+            if error.missing_cfg_file.startswith(f"{ours}/"):
+                group, name = ours, error.missing_cfg_file.removeprefix(f"{ours}/")
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; there are {', '.join(sorted(error.options))}{hint}"
     text = " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
         key = error.override.partition("=")[0].lstrip("+")
-        return f"{error.override.lstrip('+')}: this value cannot be read; quotes make it a text: \"{key}='...'\""
+        value = error.override.partition("=")[2]
+        shape = "['...',...]" if value.startswith("[") else "{name: '...'}" if value.startswith("{") else "'...'"
+        return f'{error.override.lstrip("+")}: this value cannot be read; quotes make it a text: "{key}={shape}"'
     if isinstance(error, InterpolationKeyError):
         return f"{text} (${{...}} refers to another key)"
+    if text.startswith("Error merging override ") and error.__cause__ is not None:
+        override = text.removeprefix("Error merging override ").lstrip("+")
+        return f"{override}: {(str(error.__cause__).splitlines() or ['not a value of this kind'])[0]}"
     ambiguous = re.match(r"Ambiguous value for argument '(.*?)' ", text)
     if ambiguous:
         return f"{ambiguous[1]}: several values are a sweep, which needs -m; a list needs [brackets]"

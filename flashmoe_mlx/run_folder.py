@@ -13,7 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from flashmoe_mlx.errors import InputError
 
 _HYDRA = ".hydra"
-_OWN_FILES = (_HYDRA, "flashmoe_mlx.log", "multirun.yaml", "failure.json")
+FAILURE = "failure.json"
+_RECORDS = ("metrics.json", "bench.json", "bench_io.json", "evaluate.json", "routing.moetrace")
+"""Measurements, which no later run may replace or be mixed with."""
+_OWN_FILES = (_HYDRA, "flashmoe_mlx.log", "multirun.yaml", FAILURE)
 
 
 class Refused(BaseException):
@@ -90,10 +93,22 @@ def _claim(config: DictConfig, key: str) -> None:
         folder = Path(str(OmegaConf.select(config, key)))
         if _active:
             _active[-1].take(folder, key)
-        if key == "hydra.sweep.dir" and (folder / "multirun.yaml").exists():
+        refuse_used(folder, key)
+        if key == "hydra.sweep.dir" and (folder / "multirun.yaml").exists() and any(map(Path.is_dir, folder.iterdir())):
             raise InputError(f"{folder}: holds an earlier sweep; choose another {key}", code="folder_in_use")
     except Exception as error:
         raise Refused(error) from error
+
+
+def holds_measurements(folder: Path) -> bool:
+    """Return whether an earlier run left its measurements in ``folder``."""
+    return any((folder / name).exists() for name in _RECORDS)
+
+
+def refuse_used(folder: Path, key: str) -> None:
+    """Raise InputError if ``folder`` holds the measurements of an earlier run; ``key`` is the option that names it."""
+    if holds_measurements(folder):
+        raise InputError(f"{folder}: holds the record of another run; choose another {key}", code="folder_in_use")
 
 
 def holds_only_records(path: Path) -> bool:

@@ -5,10 +5,13 @@ A reader that goes away, a full disk behind a stream or a closed stream must end
 
 import contextlib
 import os
+import re
 import sys
 from typing import TextIO
 
 from flashmoe_mlx.errors import FlashMoeError
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class OutputError(FlashMoeError):
@@ -53,6 +56,17 @@ def say(line: str) -> None:
     notes = Notes()
     notes.write(f"{line}\n")
     notes.flush()
+
+
+def one_line(text: str) -> str:
+    """Return ``text`` with control characters written as escapes, so that it is one line and commands no terminal."""
+    return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def drop_answer() -> None:
+    """Send what is left of the answer, and everything that follows, nowhere."""
+    if sys.stdout is not None:
+        _discard(sys.stdout)
 
 
 def print_answer(text: str, end: str = "\n") -> None:

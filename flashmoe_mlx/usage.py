@@ -47,10 +47,10 @@ _EXAMPLES = {
 }
 _GENERAL = """\
 Everywhere
-  debug=true                full tracebacks
-  --cfg job                 show the configuration and stop
-  -m                        one run for each of several values: experts_k=2,4; texts in quotes: prompt="'A','B'"
-  hydra.run.dir=DIR         where the record of the run goes; hydra.sweep.dir=DIR of a sweep
+  debug=true                show full tracebacks
+  --cfg job                 show the configuration without running
+  -m                        run once for each of several values: experts_k=2,4; quote texts: prompt="'A','B'"
+  hydra.run.dir=DIR         directory for the record of the run; with -m: hydra.sweep.dir=DIR
   --version, --hydra-help"""
 
 
@@ -80,8 +80,12 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
     yield ""
     if "model" in keys:
         yield from _group("model", "demo")
-        yield _row("model.path=DIR", "", "a local pack or checkpoint, such as model.path=~/packs/qwen35-397b")
-        yield _row("model.cache_dir=DIR", "", "where models that are made here are kept")
+        yield _row("model.path=DIR", "", "a pack or checkpoint, such as model.path=~/packs/qwen35-397b")
+        yield _row(
+            "model.cache_dir=DIR",
+            "",
+            "where generated models are kept; null: $FLASHMOE_CACHE, or the user's cache folder",
+        )
         yield ""
     if "backend" in keys:
         yield from _group("backend", "pread")
@@ -109,7 +113,7 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
 def _row(left: str, kind: str, about: str) -> str:
     """Return a line of three columns; a long key takes a line by itself."""
     start = f"  {left}\n{'':28}" if len(left) > 25 else f"  {left:<26}"
-    return f"{start}{kind:<11}{about}".rstrip() if kind else f"{start}{about}".rstrip()
+    return f"{start}{kind:<12}{about}".rstrip() if kind else f"{start}{about}".rstrip()
 
 
 def _type_name(hint: object) -> str:
@@ -144,7 +148,8 @@ def _described(group: str, file: str) -> dict[str, tuple[str, str]]:
 
 
 def _text(group: str, file: str) -> str:
+    name = file.removesuffix(".yaml")
+    if group and name not in _names(group):
+        raise InputError(f"{group}={name}: no such {group}; there are {', '.join(_names(group))}", code="unknown_name")
     path = package_files("flashmoe_mlx.configs").joinpath(*filter(None, (group, file)))
-    if not path.is_file():
-        raise InputError(f"{group}={file.removesuffix('.yaml')}: no such {group}; there are {', '.join(_names(group))}")
     return path.read_text(encoding="utf-8")

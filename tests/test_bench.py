@@ -275,3 +275,51 @@ def test_one_token_measures_the_prompt_alone() -> None:
     assert first.step_ms == (4000, 4000, 4000)
     assert first.bytes_per_token == 50
     assert summarise([a_pass("a", 0, 1.0)])[0].stage == "decode"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "[]",
+        "{}",
+        '{"setup": [], "passes": []}',
+        '{"setup": {}, "passes": 3}',
+        '{"setup": {}, "passes": [3]}',
+        '{"setup": {}, "passes": [{"token_ids": 5}]}',
+        "\udcff",
+    ],
+)
+def test_damaged_records_are_not_resumed(damage: str, tiny_pack: Path, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_bytes(damage.encode(errors="surrogateescape"))
+    run_dir = tmp_path / "run"
+    arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={run_dir}", "task=bench", *FAST, f"resume={tmp_path}"]
+    assert run_command_line(arguments) == 2
+    assert json.loads((run_dir / "failure.json").read_text())["code"] == "invalid_record"
+
+
+def test_passes_that_lack_measurements_are_not_resumed(record: dict[str, Any], tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={tiny_pack}", "task=bench", *FAST, "experts_ks=[2,4]", f"resume={tmp_path}"]
+    arguments += ["backends=[pread,{name:pread,direct:true}]", "prefetches=[none,next_router]"]
+    for number, change in enumerate(({"record": {}}, {"decode_steps": [None]}, {"cached": "x"})):
+        passes = [{**record["passes"][0], **change}, *record["passes"][1:]]
+        (tmp_path / "bench.json").write_text(json.dumps({**record, "passes": passes}))
+        assert run_command_line([*arguments, "rounds=1", f"hydra.run.dir={tmp_path / str(number)}"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argument", "code"),
+    [
+        ("experts_ks=[]", "empty_list"),
+        ("prefetches=[]", "empty_list"),
+        ("conditions=[cold,cold]", "repeated_value"),
+        ("experts_ks=[2,2]", "repeated_value"),
+        ("prefetches=[none,none]", "repeated_value"),
+        ("conditions=[]", "unknown_choice"),
+        ("backends=[]", "empty_list"),
+        ("backends=[pread,pread]", "repeated_value"),
+    ],
+)
+def test_lists_are_checked(argument: str, code: str, tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, argument]
+    assert run_command_line(arguments) == 2
+    assert json.loads((tmp_path / "failure.json").read_text())["code"] == code

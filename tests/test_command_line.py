@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -346,3 +347,172 @@ def test_values_of_backend_options_keep_their_types() -> None:
     assert isinstance(config, Config)
     options = ("threads", "chunk_mib", "direct", "variant")
     assert [config.backend[name] for name in options] == [8, 0.5, True, None]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--cfg"], "unknown_option"),
+        (["--cfg", "x"], "unknown_option"),
+        (["--cfg", "seed=1"], "unknown_option"),
+        (["--cfg="], "unknown_option"),
+        (["--info=x"], "unknown_option"),
+        (["-p"], "unknown_option"),
+        (["--config-dir="], "unknown_option"),
+        (["-m=4"], "unknown_option"),
+        (["--version=3"], "unknown_option"),
+        (["--experts_k=4"], "unknown_option"),
+        (["-m", "foo"], "not_an_override"),
+        (["--help", "foo"], "not_an_override"),
+        (["--info", "nosuch"], "not_an_override"),
+        (["~experts_k"], "not_an_override"),
+        (["~backend=pread"], "not_an_override"),
+    ],
+)
+def test_options_are_checked(arguments: list[str], code: str) -> None:
+    with pytest.raises(InputError) as raised:
+        parse(arguments)
+    assert raised.value.code == code
+
+
+def test_a_key_with_dashes_is_explained() -> None:
+    with pytest.raises(InputError) as raised:
+        parse(["--experts_k=4"])
+    assert str(raised.value) == "--experts_k=4: no such option; keys have no dashes: experts_k=4"
+
+
+@pytest.mark.parametrize("options", [["--info"], ["--info", "config"], ["-i"], ["-c", "job"], ["-cd", "x", "-m"]])
+def test_options_with_and_without_a_value(options: list[str]) -> None:
+    assert tidy(["seed=1", *options]) == ["++seed=1", *options]
+    assert tidy([*options, "seed=1"]) == ["++seed=1", *options]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["task=bench", "experts_k=2", "experts_ks=[2,4]"],
+        ["task=evaluate", "experts_k=2", "experts_ks=[2,4]"],
+        ["task=bench", "prefetch=none", "prefetches=[none]"],
+        ["task=bench", "backend=mmap", "backends=[pread]"],
+        ["task=bench_io", "backend.threads=2", "backends=[pread]"],
+        ["task=evaluate", "backend.variant=q2", "variants=[q4]"],
+        ["experiment=compare_backends", "backend.threads=2"],
+        ["experiment=experts_k", "experts_k=2"],
+        ["model=synthetic", "model.path=x"],
+        ["model=a/b", "model.synthetic.num_layers=2"],
+    ],
+)
+def test_nothing_is_ignored_for_another_key(arguments: list[str]) -> None:
+    for order in (arguments, arguments[::-1]):
+        with pytest.raises(InputError) as raised:
+            tidy(order)
+        assert raised.value.code == "contradiction"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["experiment=compare_backends", "backends=null", "backend=mmap"],
+        ["experiment=experts_k", "experts_ks=null", "experts_k=2"],
+        ["experiment=experts_k", "backend=mmap"],
+        ["task=evaluate", "backend=mmap", "variants=[q4]"],
+        ["model=demo", "model.path=x"],
+    ],
+)
+def test_keys_that_go_together(arguments: list[str]) -> None:
+    assert len(tidy(arguments)) == len(arguments)
+
+
+def test_sizes_of_another_model_are_refused() -> None:
+    with pytest.raises(InputError) as raised:
+        composed("model.synthetic.num_layers=2")
+    assert raised.value.code in ("contradiction", "invalid_value")
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [
+        ("[null,007,1e3,true,1_000]", ["null", "007", "1e3", "true", "1_000"]),
+        ("[Grüße, Wie geht's?]", ["Grüße", "Wie geht's?"]),
+        ("['a, b',\"c\"]", ["a, b", "c"]),
+        ("['a\\\\b','c\\'d']", ["a\\\\b", "c'd"]),
+        ("[a\\, b,c]", ["a, b", "c"]),
+        ("[😀:100:,[v2] x]", ["😀:100:", "[v2] x"]),
+    ],
+)
+def test_every_list_of_prompts_is_texts(value: str, texts: list[str]) -> None:
+    config = composed("task=bench", f"prompts={value}")
+    assert isinstance(config, BenchConfig)
+    assert config.prompts == texts
+
+
+@pytest.mark.parametrize("value", ["[[a],b]", "{a:b}", "[a", "x"])
+def test_what_is_no_list_of_texts(value: str) -> None:
+    with pytest.raises((InputError, HydraException)):
+        composed("task=bench", f"prompts={value}")
+
+
+@pytest.mark.parametrize("path", ["~/x", "/données/x", "/a=b/x", "C:\\x", "/a b/(c)", "'/it\\'s/[v2], {x}'"])
+def test_paths_in_a_list_of_backends(path: str) -> None:
+    config = composed("task=bench", f"backends=[pread,{{name: ram_hybrid, trace: {path}, slots: 4}}]")
+    assert isinstance(config, BenchConfig)
+    assert config.backends is not None
+    first, second = config.backends
+    assert first == "pread"
+    expected = "/it's/[v2], {x}" if path.startswith("'") else path
+    assert second == {"name": "ram_hybrid", "trace": expected, "slots": 4}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["task=bench", "experts_ks=[a]"], "experts_ks=[a]: must be a list such as [4,2] or null"),
+        (["task=bench", "prompts={a:b}"], "prompts={a:b}: must be a list such as [a,b] or null"),
+        (["task=bench", "prompts=[[a],b]"], "prompts=[[a],b]: must be a list such as [a,b] or null"),
+        (["task=evaluate", "variants=[null]"], "variants=[null]: must be a list such as [a,b] or null"),
+        (["task=evaluate", "kinds=[{a:true}]"], "kinds=[{a:true}]: must be a list such as [a,b] or null"),
+        (["raw=null"], "raw=null: must be true or false"),
+        (["template_options=3"], "template_options=3: must be a mapping such as {a:b}"),
+    ],
+)
+def test_values_of_another_kind_are_shown_as_typed(arguments: list[str], shown: str) -> None:
+    with pytest.raises(InputError) as raised:
+        composed(*arguments)
+    assert raised.value.code == "invalid_value"
+    assert str(raised.value) == shown
+
+
+@pytest.mark.parametrize("sweep", ["experts_k=glob(*)", "backend=glob(nosuch*)", "seed=range(3,1)"])
+def test_a_sweep_of_nothing_is_a_mistake(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["-m", sweep, f"hydra.sweep.dir={tmp_path}"]) == 2
+    assert "nothing ran" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["backend=/etc/passwd"], "backend=/etc/passwd: no such backend"),
+        (["template_options=[a]"], "template_options=[a]: "),
+        (["hydra.mode=x"], "hydra.mode=x: Invalid value 'x'"),
+        (["--cfg", "job", "--package", "nosuch"], "package 'nosuch' not found"),
+    ],
+)
+def test_what_hydra_refuses(
+    arguments: list[str],
+    shown: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(arguments) == 2
+    line = capsys.readouterr().err
+    assert shown in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("variant", ["[a]", "{a:b}", "3", "true"])
+@pytest.mark.parametrize("task", ["generate", "bench_io", "bench"])
+def test_a_variant_has_a_name(variant: str, task: str, tiny_pack: Path, tmp_path: Path) -> None:
+    model = [f"task={task}", f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}"]
+    assert run([*model, f"backend.variant={variant}"]) == 2

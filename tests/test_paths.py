@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx.config import ModelChoice
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.paths import expand_path, name_in_errors
+from flashmoe_mlx.paths import as_argument, expand_path, name_in_errors
 from flashmoe_mlx.research import load_runs
 from flashmoe_mlx.tasks.model import cache_folder, model_folder
 
@@ -62,3 +63,22 @@ def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as missing, name_in_errors(tmp_path / "x"):
         (tmp_path / "y").read_bytes()
     assert missing.value.filename == str(tmp_path / "y")
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "é" * 200, "x/" * 3000, "\ud800"])
+def test_names_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(InputError) as raised:
+        expand_path(path)
+    assert raised.value.code == "invalid_path"
+    assert len(str(raised.value)) < 100
+
+
+@pytest.mark.parametrize("path", ["/a b/it's [v2]", "~x", "null", "-x", "/a\nb", "/$HOME/`x`", "/a=b,c", "/plain"])
+def test_arguments_to_copy(path: str) -> None:
+    shown = as_argument("model.path", Path(path))
+    (argument,) = shlex.split(shown)
+    key, _, value = argument.partition("=")
+    assert key == "model.path"
+    assert expand_path(value) == Path(path)
+    assert value != "null"
+    assert shown == argument or shown[0] in "'\""

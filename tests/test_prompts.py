@@ -119,3 +119,27 @@ def test_every_task_with_a_prompt_takes_a_file(
     assert "the prompt alone" in capsys.readouterr().err
     assert run([*common, f"prompt_file={path}.none", f"hydra.run.dir={tmp_path / 'none'}"]) == 2
     assert json.loads((tmp_path / "none" / "failure.json").read_text())["code"] == "invalid_prompt"
+
+
+class Endless(io.RawIOBase):
+    """Bytes without an end; counts those that were read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self.count += len(buffer)
+        return len(buffer)
+
+
+def test_stdin_without_an_end(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless = Endless()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(endless)))
+    for _ in range(2):
+        with pytest.raises(InputError) as raised:
+            with_prompt(Config(prompt="-"), tiny_pack)
+        assert raised.value.code == "prompt_too_long"
+    assert endless.count < 2**18

@@ -95,3 +95,46 @@ def test_other_files_count(checkpoint: Path, tmp_path: Path, monkeypatch: pytest
     assert holds_only_records(out / "outputs")
     (out / "empty").mkdir()
     assert not holds_only_records(out / "empty")
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "bench.json", "bench_io.json", "evaluate.json", "routing.moetrace"])
+def test_measurements_are_never_written_over(
+    name: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "run"
+    (record / ".hydra").mkdir(parents=True)
+    (record / ".hydra" / "config.yaml").write_text("earlier")
+    (record / name).write_text("{}")
+    before = {path: path.read_bytes() for path in record.rglob("*") if path.is_file()}
+    for task in ("generate", "bench", "bench_io", "evaluate", "trace", "estimate", "doctor"):
+        model = [] if task == "doctor" else [f"model.path={tiny_pack}"]
+        assert run([f"task={task}", *model, f"hydra.run.dir={record}"]) == 2
+    sweep = ["-m", "hydra.sweep.subdir=run", f"hydra.sweep.dir={tmp_path}"]
+    assert run([f"model.path={tiny_pack}", *FAST, *sweep]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("holds the record of another run; choose another hydra.run.dir" in line for line in lines) == 7
+    assert sum("holds the record of another run; choose another hydra.sweep.subdir" in line for line in lines) == 1
+    assert {key: record_of(key) for key in before if ".hydra" not in key.parts} == {
+        key: value for key, value in before.items() if ".hydra" not in key.parts
+    }
+    assert not (record / "failure.json").exists()
+
+
+def record_of(path: Path) -> bytes:
+    return path.read_bytes()
+
+
+def test_a_later_try_replaces_the_failure(tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = [f"model.path={tiny_pack}", *FAST, f"hydra.run.dir={tmp_path}"]
+    for argument, code in (("experts_k=99", "invalid_input"), ("seed=x", "invalid_value")):
+        assert run([*arguments, argument]) == 2
+        assert json.loads((tmp_path / "failure.json").read_text())["code"] == code
+    assert run(arguments) == 0
+    assert not (tmp_path / "failure.json").exists()
+
+
+def test_a_sweep_that_never_began_leaves_its_folder_free(tiny_pack: Path, tmp_path: Path) -> None:
+    arguments = ["-m", f"model.path={tiny_pack}", *FAST, f"hydra.sweep.dir={tmp_path}"]
+    assert run([*arguments, "backend=pread,nosuch"]) == 2
+    assert run([*arguments, "backend=pread,mmap"]) == 0
+    assert run([*arguments, "backend=pread,mmap"]) == 2

@@ -112,3 +112,30 @@ def test_without_pandas_there_is_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(InputError, match=r"load_runs needs pandas: pip install 'flashmoe_mlx\[research\]'"):
         load_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["task=pack", "verify=true", "out={pack}", "source=x"], "contradiction"),
+        (["task=pack", "verify=true", "out={pack}", "delete_source=true"], "contradiction"),
+        (["task=pack", "source={pack}", "bits=[2]", "delete_source=true"], "contradiction"),
+        (["task=pack", "source={pack}", "bits=[2]", "packed_experts=x"], "contradiction"),
+        (["task=bench_io", "model.path={pack}", "zipf_exponent=2"], "contradiction"),
+        (["task=bench_io", "model.path={pack}", "requests=trace", "trace=x", "seed=1"], "contradiction"),
+        (["task=bench_io", "model.path={pack}", "seed=-1"], "out_of_range"),
+        (["task=simulate", "trace=x", "policies=[lru]", "hot=y"], "contradiction"),
+        (["task=simulate", "trace=x", "slots=[]"], "empty_list"),
+        (["task=estimate", "model.path={pack}", "bits=[4,2]"], "unknown_choice"),
+        (["task=estimate", "model.path={pack}", "probe_seconds=1e9"], "out_of_range"),
+        (["task=estimate", "model.path={pack}", "memory_gib=1e9"], "out_of_range"),
+        (["task=evaluate", "model.path={pack}", "kinds=[]"], "empty_list"),
+    ],
+)
+def test_keys_that_would_be_ignored_are_refused(
+    arguments: list[str], code: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [argument.format(pack=tiny_pack) for argument in arguments]
+    assert run([*filled, f"hydra.run.dir={tmp_path}"]) == 2
+    assert json.loads((tmp_path / "failure.json").read_text())["code"] == code
+    assert capsys.readouterr().err.count("\n") == 1

@@ -193,3 +193,39 @@ def test_titles_of_figures_are_shown_as_they_stand(title: str, tmp_path: Path) -
     with pytest.raises(OSError, match="No such file") as raised:
         save(figure, tmp_path / "no" / "x.png")
     assert raised.value.filename == str(tmp_path / "no" / "x.png")
+
+
+def test_an_error_is_one_line_whatever_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["model.path=a\nb\x1b[31m\u2028é[v2]:100:", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("flashmoe_mlx: model.path=a\\nb\\x1b[31m\\u2028é[v2]:100:: no such folder")
+    assert line.count("\n") == 1
+    failure = json.loads((tmp_path / "run" / "failure.json").read_text())
+    assert failure["error"].startswith("model.path=a\nb\x1b[31m")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--cfg", "all"], ["--cfg", "job"], ["--info", "all"], ["--hydra-help"], ["--help"]]
+)
+@pytest.mark.parametrize("stream", ["full", "closed", "left"])
+def test_output_of_options_that_cannot_be_written(arguments: list[str], stream: str, tmp_path: Path) -> None:
+    redirect = {"full": "> /dev/full", "closed": ">&-", "left": "| true"}[stream]
+    if stream == "full" and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    command = f'set -o pipefail; "$0" -m flashmoe_mlx "$@" {redirect}'
+    result = subprocess.run(
+        ["bash", "-c", command, sys.executable, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == (1 if stream == "full" else 0), result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Exception ignored" not in result.stderr
+    assert "flashmoe_mlx: " not in result.stderr.replace("flashmoe_mlx: stdout: No space left", "")
+    assert ("stdout: No space left" in result.stderr) == (stream == "full")

@@ -78,7 +78,9 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertSto
     try:
         store_class = get_class(target)
     except Exception as error:
-        raise InputError(f"backend: cannot import {target}: {error}") from error
+        raise InputError(
+            f"backend: cannot import {target}: {' '.join(str(error).split())}", code="unknown_backend"
+        ) from error
     if not issubclass(store_class, ExpertStore):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore")
     _check_options(store_class, options)

@@ -32,14 +32,19 @@ class ModelFiles:
         Raises:
             InputError: there is no such variant.
         """
+        if name is not None and not isinstance(name, str):
+            raise InputError(
+                f"backend.variant={name}: must be the name of one, such as q4, or null", code="option_of_another_type"
+            )
         if name is None:
             name = min(self.experts, key=lambda one: (-(self.experts[one].layout.bits or 32), one))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
+            advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if width.isdecimal() else ""
             raise InputError(
-                f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}. "
-                f"Make one: task=pack source={self.folder} bits=[{width}]{made_by}"
+                f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}{advice}",
+                code="unknown_variant",
             )
         return self.experts[name]
 

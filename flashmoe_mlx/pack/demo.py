@@ -16,23 +16,23 @@ _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
 
 
 def demo_folder() -> Path:
-    """The pack inside the installed package: only 4 bits, and never written to."""
+    """Return the pack inside the installed package: 4 bits alone, and never written to."""
     return Path(str(package_files("flashmoe_mlx").joinpath("demo_model")))
 
 
 def demo_has(variants: set[str]) -> bool:
-    """Whether the pack inside the package has ``variants``, so that none must be made."""
+    """Return whether the pack inside the package has ``variants``, so that none must be made."""
     return variants <= set(open_pack(demo_folder()).experts)
 
 
 def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress | None = None) -> Path:
-    """A pack of the demo model that has ``variants``: the one in the package, or a copy under ``cache_dir``.
+    """Return a pack of the demo model with ``variants``: the one in the package, or a copy under ``cache_dir``.
 
     What is missing is made of the 4-bit experts, as ``task=pack bits=`` makes it.
 
     Raises:
-        InputError: a variant has a name that cannot be made.
-        PackError: no room for it, or another process is making it.
+        InputError: a name does not stand for a variant that can be made.
+        PackError: there is no room for it, or another process is making it.
     """
     shipped = open_pack(demo_folder())
     if variants <= set(shipped.experts):
@@ -77,9 +77,12 @@ def _copy(source: Path, target: Path) -> None:
 def _recipe(variant: str) -> tuple[int, str | None]:
     match = _VARIANT.fullmatch(variant)
     if not match or (match[2] is not None and match[2] not in QUANTISERS):
-        raise InputError(f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example")
+        raise InputError(
+            f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example",
+            code="unknown_variant",
+        )
     bits, quantiser = int(match[1]), match[2]
     name = variant_name(bits, quantiser)
     if name != variant:
-        raise InputError(f"variant {variant!r}: is called {name}")
+        raise InputError(f"variant {variant!r}: is called {name}", code="unknown_variant")
     return bits, quantiser

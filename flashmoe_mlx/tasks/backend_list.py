@@ -8,7 +8,7 @@ from flashmoe_mlx.errors import InputError
 
 
 def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A label and all settings of each entry, a name or a mapping; of ``otherwise`` alone if there are no entries.
+    """Return a label and all settings of each entry, a name or a mapping; those of ``otherwise`` if entries is None.
 
     Raises:
         InputError: an entry is neither, is named twice, or no such backend exists.
@@ -18,22 +18,25 @@ def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any])
         if isinstance(entry, str):
             entry = {"name": entry}
         if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("_target_")):
-            raise InputError(f"backends: {entry!r} is neither a name nor a mapping such as {{name:pread,threads:8}}")
+            raise InputError(
+                f"backends: {entry!r} is neither a name nor a mapping such as {{name:pread,threads:8}}",
+                code="invalid_value",
+            )
         options = {str(key): value for key, value in entry.items() if key != "name"}
         settings = (backend_settings(str(entry["name"])) if entry.get("name") else {}) | options
         name = str(entry.get("name") or short_name(settings))
         shown = {} if entries is None else options
         label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
         if label in found:
-            raise InputError(f"backends: {label} is named twice")
+            raise InputError(f"backends: {label} is named twice", code="repeated_value")
         found[label] = settings
     if not found:
-        raise InputError("backends=[]: name at least one")
+        raise InputError("backends=[]: name at least one", code="empty_list")
     return found
 
 
 def short_name(settings: Mapping[str, Any]) -> str:
-    """What a store with these settings is called: the module of its class."""
+    """Return what a store with these settings is called: the module of its class."""
     return str(settings.get("_target_", "")).rpartition(".")[0].rpartition(".")[2]
 
 

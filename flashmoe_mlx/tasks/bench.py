@@ -30,6 +30,7 @@ from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.memory_cap import memory_cap
 from flashmoe_mlx.tasks.backend_list import listed_backends
 from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
+from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.prompts import with_prompt
 
@@ -51,8 +52,6 @@ def run(config: BenchConfig, run_dir: Path) -> None:
     error or an interrupt; ``resume=<run_dir>`` goes on from there.
     """
     _check(config)
-    if (run_dir / RECORD).exists():
-        raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     plan = _plan(config)
     with memory_cap(config.memory_gib) as cap:
         setup = _setup(config, plan, cap)
@@ -85,9 +84,9 @@ def _check(config: BenchConfig) -> None:
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
     native.extension()  # reads environment variables: a wrong one is no fault of a setting
-    unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
-    if unknown or not config.conditions:
-        raise InputError(f"conditions=[{','.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
+    check_choices("conditions", config.conditions, CONDITIONS)
+    for name in ("experts_ks", "prefetches"):
+        check_choices(name, getattr(config, name))
 
 
 def _plan(config: BenchConfig) -> Plan:
@@ -101,8 +100,6 @@ def _plan(config: BenchConfig) -> Plan:
             for policy in policies:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
                 settings.append(Setting(" ".join(filter(None, parts)), backend, k, policy))
-    if len({one.label for one in settings}) < len(settings):
-        raise InputError("experts_ks= or prefetches= has a value twice")
     backends = [one.backend for one in settings]
     folder = model_folder(config.model, *backends)
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
@@ -114,7 +111,7 @@ def _plan(config: BenchConfig) -> Plan:
 
 
 def _setup(config: BenchConfig, plan: Plan, cap: str | None) -> dict[str, Any]:
-    """What was asked for, in the form of JSON."""
+    """Return what was asked for, as it reads after a trip through JSON."""
     asked = {key: value for key, value in asdict(plan).items() if key != "rounds"}
     stated = {**asked, "folder": str(plan.folder), "memory_cap": cap, "memory_gib": config.memory_gib}
     parsed = json.loads(json.dumps(stated))
@@ -123,21 +120,30 @@ def _setup(config: BenchConfig, plan: Plan, cap: str | None) -> dict[str, Any]:
 
 
 def _earlier(config: BenchConfig, setup: Mapping[str, Any]) -> list[Pass]:
-    """The passes of the run that ``resume`` names, which must have been asked for the same."""
+    """Return the passes of the run that ``resume`` names, which must have had the same plan."""
     if config.resume is None:
         return []
     path = expand_path(config.resume) / RECORD
     try:
-        record = json.loads(path.read_text())
-        before, passes = record["setup"], [Pass(**one) for one in record["passes"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        before = record["setup"]
+        passes = [
+            Pass(**{**one, "token_ids": tuple(one["token_ids"]), "decode_steps": tuple(one["decode_steps"])})
+            for one in record["passes"]
+        ]
+        summarise(passes)  # reads everything that is read of a record
+        changed = [key for key in setup if key != "memory_cap" and before.get(key) != setup[key]]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
-            f"resume={config.resume}: there is no record of task=bench that can be read ({error})"
+            f"resume={config.resume}: there is no record of task=bench that can be read ({error})",
+            code="invalid_record",
         ) from None
-    changed = [key for key in setup if key != "memory_cap" and before.get(key) != setup[key]]
     if changed:
-        raise InputError(f"resume={config.resume}: was asked for other {', '.join(changed)}; only rounds= may change")
-    return [replace(one, token_ids=tuple(one.token_ids), decode_steps=tuple(one.decode_steps)) for one in passes]
+        raise InputError(
+            f"resume={config.resume}: was asked for other {', '.join(changed)}; only rounds= may change",
+            code="another_plan",
+        )
+    return passes
 
 
 def _write(

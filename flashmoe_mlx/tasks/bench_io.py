@@ -34,6 +34,7 @@ from flashmoe_mlx.research.io_bench import (
 from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
 from flashmoe_mlx.tasks.backend_list import listed_backends
 from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder
 
 log = logging.getLogger(__name__)
@@ -80,23 +81,28 @@ def _check(config: BenchIoConfig) -> None:
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
+    if config.seed is not None and config.seed < 0:
+        raise InputError(f"seed={config.seed}: must be at least 0", code="out_of_range")
     if not 0 <= config.zipf_exponent <= 10:
         raise InputError(f"zipf_exponent={config.zipf_exponent}: must be from 0 to 10")
-    unknown = [condition for condition in config.conditions if condition not in CONDITIONS]
-    if unknown or not config.conditions:
-        raise InputError(f"conditions=[{', '.join(config.conditions)}]: choose from {', '.join(CONDITIONS)}")
+    if config.requests != "zipf" and config.zipf_exponent != BenchIoConfig.zipf_exponent:
+        raise InputError("zipf_exponent= belongs to requests=zipf", code="contradiction")
+    if config.requests == "trace" and config.seed is not None:
+        raise InputError(
+            "seed= is of requests that are drawn; requests=trace takes them from the trace", code="contradiction"
+        )
+    check_choices("conditions", config.conditions, CONDITIONS)
     if config.fio and "cold" not in config.conditions:
         raise InputError("fio=true reads past the page cache: conditions= must have cold")
 
 
 def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contender], ExpertSource]:
-    """The stores to measure, and the experts that all of them serve."""
+    """Return the stores to measure, and the experts that all of them serve."""
     made: dict[str, Contender] = {}
-    variants: dict[str | None, None] = {}
+    sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
-        variants[settings.get("variant")] = None
+        sources.append(files.variant(settings.get("variant")))
         made[label] = StoreContender(label, partial(_opened, files, settings))
-    sources = [files.variant(variant) for variant in variants]
     if any(source != sources[0] for source in sources):
         raise InputError("backends: they read different variants; compare one at a time: {name:pread,variant:q2}")
     return list(made.values()), sources[0]
@@ -107,11 +113,16 @@ def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
 
 
 def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
-    """The requests of each round; rounds differ, except that a recorded trace may be too short for that."""
+    """Return the requests of each round; rounds differ, unless a recorded trace is too short for that."""
     if config.trace is not None:
         path = expand_path(config.trace)
         recorded = RoutingTrace.load(path)
         check_fits(recorded, source, str(path))
+        if config.experts_k not in (None, recorded.experts.shape[2]):
+            raise InputError(
+                f"experts_k={config.experts_k}: the trace was recorded with {recorded.experts.shape[2]}",
+                code="contradiction",
+            )
         return [_part(recorded, number * config.tokens, config.tokens) for number in range(config.rounds)]
     k = files.config.experts_per_token if config.experts_k is None else config.experts_k
     if not 1 <= k <= source.num_experts:
@@ -124,7 +135,7 @@ def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) ->
 
 
 def _part(trace: RoutingTrace, start: int, tokens: int) -> RoutingTrace:
-    """``tokens`` decoded tokens from the ``start``-th on, from the beginning again at the end."""
+    """Return ``tokens`` decoded tokens from the ``start``-th on, beginning again at the end of the trace."""
     decoded = trace.experts[trace.prompt_tokens :]
     if not len(decoded):
         raise InputError("trace: it has no decoded tokens, only a prompt")

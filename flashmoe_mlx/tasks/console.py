@@ -65,13 +65,13 @@ class ByteProgress:
         self._bar.reset(self._task, total=total, description=description)
 
     def advance(self, nbytes: int) -> None:
-        """Move on."""
+        """Report that ``nbytes`` more are done."""
         self._bar.advance(self._task, nbytes)
 
 
 @contextmanager
 def byte_progress() -> Iterator[ByteProgress]:
-    """A bar that is gone when the work is done."""
+    """Show a progress bar until the block ends."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

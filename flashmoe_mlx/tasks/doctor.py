@@ -24,7 +24,7 @@ _REPEATS = 7
 
 @dataclass(frozen=True)
 class Finding:
-    """What one kernel did: its error, the accepted one, and microseconds a call (None if it could not run)."""
+    """Result of one kernel: its error, the accepted one, and microseconds per call (None if it could not run)."""
 
     kernel: str
     case: str
@@ -95,9 +95,15 @@ def _examined(case: Case, geometry: str, custom: bool) -> Finding:
     try:
         error = examined.error()
     except (RuntimeError, ValueError) as failure:
-        return Finding(*about, None, TOLERANCE[case.dtype], None, None, str(failure).splitlines()[0])
+        return Finding(*about, None, TOLERANCE[case.dtype], None, None, _reason(failure))
     ours = _microseconds(case.custom) if custom else None
     return Finding(*about, error, TOLERANCE[case.dtype], ours, _microseconds(case.standard))
+
+
+def _reason(failure: Exception) -> str:
+    """Return the first line of its message, fit for a cell of the table."""
+    first, *_ = str(failure).splitlines() or [type(failure).__name__]
+    return first.replace("|", "\\|")
 
 
 def _standard(case: Case) -> Case:
@@ -105,7 +111,7 @@ def _standard(case: Case) -> Case:
 
 
 def _microseconds(function: Callable[[], Results]) -> float:
-    """Wall time of a call among others, launches included; median."""
+    """Return the median wall time of a call in a batch of calls, launches included."""
     mx.eval(function())
     times = []
     for _ in range(_REPEATS):

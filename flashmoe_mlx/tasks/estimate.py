@@ -35,6 +35,8 @@ from flashmoe_mlx.untrusted import read_object
 ESTIMATE_VERSION = 1
 _BITS = 4
 _CONTEXT = 8192
+_MOST_GIB = 2**20
+_MOST_SECONDS = 86_400
 _NOT_MEASURED = (
     "this machine has not been measured, so no speed is estimated; leave out probe=false to measure it, in two minutes"
 )
@@ -48,6 +50,12 @@ _NOT_YET_WHOLE = ("no_weights", "missing_shards", "damaged_shard", "incomplete_s
 
 def run(config: EstimateConfig, run_dir: Path) -> None:
     """Show the answer and leave ``estimate.json`` in ``run_dir``."""
+    if not 0 < config.probe_seconds < _MOST_SECONDS:
+        raise InputError(
+            f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0 and less than "
+            f"{_MOST_SECONDS}",
+            code="out_of_range",
+        )
     name, published, folder = _published(config.model)
     model = _model(config, published, folder)
     record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
@@ -122,8 +130,11 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
     widths = ", ".join(map(str, QUANTISED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
-    if not all_bits or any(bits not in QUANTISED_BITS for bits in all_bits):
-        raise InputError(f"bits={all_bits}: choose from {widths}")
+    if len(all_bits) != 1 or all_bits[0] not in QUANTISED_BITS:
+        raise InputError(
+            f"bits=[{','.join(map(str, all_bits))}]: choose from {widths}, one at a time: -m bits=[4],[2]",
+            code="unknown_choice",
+        )
     resident_bits = stated if config.resident_bits is None else config.resident_bits
     if resident_bits not in QUANTISED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
@@ -144,7 +155,7 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = activation_type().size
     scale_bytes = 2 if choose("auto").any_scales else activation_bytes
-    bits = all_bits[0]
+    (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # else it is quantised for the pack
     return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)
 
@@ -179,8 +190,11 @@ def _layout_on_disk(folder: Path) -> RecordLayout | None:
 def _memory(config: EstimateConfig) -> int:
     """Return the bytes that a run may use; a tenth, or 2 GiB, is left to the system."""
     if config.memory_gib is not None:
-        if not 0 < config.memory_gib < 2**20:
-            raise InputError(f"memory_gib={config.memory_gib}: must be a size in GiB, more than 0")
+        if not 0 < config.memory_gib < _MOST_GIB:
+            raise InputError(
+                f"memory_gib={config.memory_gib:g}: must be a number of GiB, more than 0 and less than {_MOST_GIB}",
+                code="out_of_range",
+            )
         return int(config.memory_gib * GIB)
     if slots_on_gpu():
         return available_memory()
@@ -189,8 +203,6 @@ def _memory(config: EstimateConfig) -> int:
 
 def _profile(config: EstimateConfig) -> MachineProfile | None:
     """Return the profile of this machine, measured now if need be; None if that is not allowed."""
-    if not 0 < config.probe_seconds < 86_400:
-        raise InputError(f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0")
     folder = cache_folder(config.model)
     path = folder / "probe.json"
     stored = MachineProfile.load(path)

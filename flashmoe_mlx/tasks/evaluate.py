@@ -18,6 +18,7 @@ from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
 from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
+from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,9 @@ _HEADINGS = (
 
 def run(config: EvaluateConfig, run_dir: Path) -> None:
     """Evaluate each combination in turn, show a table, and leave ``evaluate.json`` and, of several K, a figure."""
-    if (run_dir / RECORD).exists():
-        raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     if config.limit is not None and config.limit < 1:
-        raise InputError(f"limit={config.limit}: must be at least 1")
+        raise InputError(f"limit={config.limit}: must be at least 1", code="out_of_range")
+    check_choices("kinds", config.kinds)
     items = load_items(
         shipped_items() if config.items is None else expand_path(config.items), config.kinds, config.limit
     )
@@ -75,7 +75,9 @@ def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]
     variants = [config.backend.get("variant")] if config.variants is None else config.variants
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
     if not variants or not ks:
-        raise InputError("variants= and experts_ks= need at least one value each")
+        raise InputError("variants= and experts_ks= need at least one value each", code="empty_list")
+    for key in ("variants", "experts_ks"):
+        check_choices(key, getattr(config, key))
     return [({**config.backend, "variant": variant}, k) for variant in variants for k in ks]
 
 

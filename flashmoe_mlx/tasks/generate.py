@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 
 def run(config: Config, run_dir: Path) -> None:
     """Generate, and leave ``environment.json`` and ``metrics.json`` in ``run_dir``."""
-    if (run_dir / "metrics.json").exists():
-        raise InputError(f"{run_dir}: holds the record of another run; choose another hydra.run.dir")
     folder = model_folder(config.model, config.backend)
     config = with_prompt(config, folder)
     asked = prompt_options(config)

@@ -1,6 +1,7 @@
 """``task=pack``: make a pack of a published checkpoint, add variants to a pack, or verify one."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich import filesize
@@ -14,7 +15,7 @@ from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
-from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.run_folder import holds_only_records
 from flashmoe_mlx.tasks.console import byte_progress, show
 
@@ -25,13 +26,14 @@ _SHOWN = 20
 def run(config: PackConfig, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
     """Pack ``source`` into ``out``, or verify ``out``."""
     if config.verify:
+        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true only reads out=")
         _verify(config)
         return
     pack = _make(config)
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
-    show(f"run it: python -m flashmoe_mlx model.path={pack.folder}")
+    show(f"run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 
 
 def _make(config: PackConfig) -> Pack:
@@ -42,6 +44,7 @@ def _make(config: PackConfig) -> Pack:
         if (folder / MANIFEST).is_file():
             if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
                 raise InputError(f"source={folder} is a pack: variants are added in place; leave out out=")
+            _refuse(config, ("revision", "packed_experts", "delete_source"), f"source={folder} is a pack")
             return add_variants(
                 open_pack(folder),
                 config.bits,
@@ -53,7 +56,9 @@ def _make(config: PackConfig) -> Pack:
             raise InputError("task=pack needs out=<folder for the pack>")
         out = expand_path(config.out)
         source: Path | Checkpoint = folder
-        if not folder.exists():
+        if folder.exists():
+            _refuse(config, ("revision",), f"source={folder} is a folder")
+        else:
             if not is_hub_id(config.source):
                 raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
             source = HubCheckpoint.open_remote(config.source, config.revision, downloads_folder(out))
@@ -70,6 +75,13 @@ def _make(config: PackConfig) -> Pack:
             progress=progress,
             ignored=holds_only_records,  # this run may write its own below out=
         )
+
+
+def _refuse(config: PackConfig, keys: Sequence[str], reason: str) -> None:
+    """Refuse keys that would be ignored."""
+    for key in keys:
+        if getattr(config, key):
+            raise InputError(f"{key}={getattr(config, key)}: has no meaning here: {reason}", code="contradiction")
 
 
 def _verify(config: PackConfig) -> None:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import BinaryIO, TextIO, TypeVar
 
 from flashmoe_mlx.config import BenchConfig, GenerationConfig
 from flashmoe_mlx.engine.opening import open_model
@@ -13,6 +13,7 @@ from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.streams import say
 
 _STDIN = "-"
+_BLOCK = 2**20
 _BYTES_PER_TOKEN = 256
 """No token of a published vocabulary is longer, so a prompt of more bytes than that for each token cannot fit."""
 AnyConfig = TypeVar("AnyConfig", bound=GenerationConfig | BenchConfig)
@@ -33,7 +34,7 @@ def with_prompt(config: AnyConfig, folder: Path) -> AnyConfig:
     what = f"prompt_file={name}" if config.prompt_file is not None else f"prompt={name}"
     context = open_model(folder).config.max_context
     most = context * _BYTES_PER_TOKEN
-    data = _from_stdin(sys.stdin, what) if name == _STDIN else _from_file(expand_path(name), what, most)
+    data = _from_stdin(sys.stdin, what, most) if name == _STDIN else _from_file(expand_path(name), what, most)
     if len(data) > most:
         raise InputError(
             f"{what}: more than {most:,} bytes; this model's context holds {context:,} tokens", code="prompt_too_long"
@@ -51,23 +52,39 @@ def with_prompt(config: AnyConfig, folder: Path) -> AnyConfig:
 def _from_file(path: Path, what: str, most: int) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(most + 1)
+            return _Input(file).up_to(most + 1)
     except OSError as error:
         raise InputError(f"{what}: cannot be read ({error.strerror})", code="invalid_prompt") from error
 
 
-def _from_stdin(stream: TextIO | None, what: str) -> bytes:
+def _from_stdin(stream: TextIO | None, what: str, most: int) -> bytes:
     if stream is None:
         raise InputError(f"{what}: stdin is closed", code="invalid_prompt")
-    return _all_of(stream, what)
+    try:
+        return _input_of(stream).up_to(most + 1)
+    except OSError as error:
+        raise InputError(f"{what}: stdin cannot be read ({error.strerror})", code="invalid_prompt") from error
+
+
+class _Input:
+    """The bytes of a stream, kept: later jobs of a sweep get the same ones again."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._data = bytearray()
+        self._ended = False
+
+    def up_to(self, most: int) -> bytes:
+        """Return the first ``most`` bytes, or as many as there are; what follows stays unread."""
+        while len(self._data) < most and not self._ended:
+            block = self._stream.read(min(_BLOCK, most - len(self._data)))
+            self._data += block or b""  # nothing yet, of a stream that does not wait
+            self._ended = not block
+        return bytes(self._data[:most])
 
 
 @cache
-def _all_of(stream: TextIO, what: str) -> bytes:
-    """Read a stream to its end; later jobs of a sweep get the same bytes again."""
+def _input_of(stream: TextIO) -> _Input:
     if stream.isatty():
-        say("reading the prompt from the terminal; Ctrl-D at the beginning of a line ends it")
-    try:
-        return stream.buffer.read()
-    except OSError as error:
-        raise InputError(f"{what}: stdin cannot be read ({error.strerror})", code="invalid_prompt") from error
+        say("reading the prompt from the terminal; end it with Ctrl-D at the beginning of a line")
+    return _Input(stream.buffer)

@@ -26,6 +26,7 @@ from flashmoe_mlx.research.simulator import (
 from flashmoe_mlx.research.trace import RoutingTrace
 from flashmoe_mlx.storage.memory import GIB
 from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.trace import summary_lines
 
 SIMULATION_VERSION = 1
@@ -36,19 +37,22 @@ def run(config: SimulateConfig, run_dir: Path) -> None:
     """Replay, show tables, and leave ``simulate.json`` and ``hit_rates.png`` in ``run_dir``."""
     if config.trace is None:
         raise InputError("task=simulate needs trace=<file>; record one: task=trace")
-    for name in ("policies", "scopes"):
-        if not getattr(config, name):
-            raise InputError(f"{name}=[]: name at least one")
+    _check(config)
     trace = RoutingTrace.load(expand_path(config.trace))
     hot = None if config.hot is None else RoutingTrace.load(expand_path(config.hot))
     _, layers, k = trace.experts.shape
-    slots = sorted(set(config.slots or capacities(trace.num_experts, k)))
+    slots = sorted(set(capacities(trace.num_experts, k) if config.slots is None else config.slots))
     if slots[-1] > trace.num_experts:
-        raise InputError(f"slots={slots[-1]}: a layer has {trace.num_experts} experts")
+        raise InputError(f"slots={slots[-1]}: a layer has {trace.num_experts} experts", code="out_of_range")
+    for policy in config.policies:  # refused now rather than after minutes
+        for scope in config.scopes:
+            CacheDesign(policy, slots[0], scope)
+    predictors = _predictors(trace, config.prefetch_accuracy)
     with activity() as announce:
         found = list(curves(trace, config.policies, slots, config.scopes, hot=hot, announce=announce))
         beside = min((number for number in slots if number >= 2 * k), default=slots[-1])
-        prefetches = _prefetches(trace, beside, config.prefetch_accuracy)
+        design = CacheDesign("lru", beside)
+        prefetches = [(name, replay(trace, design, predictor)) for name, predictor in predictors]
     summary = summarise(trace)
     write_json(run_dir / "simulate.json", _record(config, trace, summary, found, beside, prefetches))
     show(trace.model)
@@ -62,11 +66,17 @@ def run(config: SimulateConfig, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
-def _prefetches(trace: RoutingTrace, slots: int, accuracies: Sequence[float]) -> Prefetches:
-    design = CacheDesign("lru", slots)
-    predictors: list[tuple[str, Predictor | None]] = [("none", None), ("same as the last token", SameAsLast())]
-    predictors += [(f"right {accuracy:.0%}", StatedAccuracy(accuracy, trace.num_experts)) for accuracy in accuracies]
-    return [(name, replay(trace, design, predictor)) for name, predictor in predictors]
+def _check(config: SimulateConfig) -> None:
+    """Refuse lists of nothing, and a trace that no policy would read."""
+    for key in ("policies", "scopes", "slots"):
+        check_choices(key, getattr(config, key))
+    if config.hot is not None and "pinned" not in config.policies:
+        raise InputError("hot= is read by policies=[pinned] alone, which is not among them", code="contradiction")
+
+
+def _predictors(trace: RoutingTrace, accuracies: Sequence[float]) -> list[tuple[str, Predictor | None]]:
+    stated = [(f"right {accuracy:.0%}", StatedAccuracy(accuracy, trace.num_experts)) for accuracy in accuracies]
+    return [("none", None), ("same as the last token", SameAsLast()), *stated]
 
 
 def _record(
@@ -118,7 +128,7 @@ def _new_table(title: str, headings: Sequence[str]) -> Table:
 
 
 def _table(found: Sequence[Curve], layer_record_bytes: int) -> Table:
-    """Hit rates; a column for each policy and scope."""
+    """Return hit rates, with a column for each policy and scope."""
     names = [curve.policy + ("" if curve.scope == "layer" else " pool") for curve in found]
     sizes = ["slots a layer", *(["GiB"] if layer_record_bytes else [])]
     table = _new_table("hit rate of decode", [*sizes, *names])
@@ -129,7 +139,7 @@ def _table(found: Sequence[Curve], layer_record_bytes: int) -> Table:
 
 
 def _prefetch_table(prefetches: Prefetches, slots: int) -> Table:
-    """What prefetching would save, beside per-layer LRU."""
+    """Return what prefetching would save with an LRU cache per layer."""
     columns = ("guess", "right", "hits", "misses left", "reads in all", "of no use")
     table = _new_table(f"prefetching, per-layer LRU of {slots} slots", columns)
     table.columns[0].justify = "left"

@@ -9,7 +9,7 @@ from flashmoe_mlx.config import TraceConfig
 from flashmoe_mlx.engine.engine import load
 from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.research.recorder import recorded
 from flashmoe_mlx.research.routing import RoutingSummary, summarise
 from flashmoe_mlx.tasks.console import print_notes, show
@@ -47,7 +47,7 @@ def run(config: TraceConfig, run_dir: Path) -> None:
     show()
     for line in summary_lines(summarise(trace), trace.prompt_tokens):
         show(line)
-    show(f"trace: {path}\nlook at it: task=simulate trace={path}")
+    show(f"trace: {path}\nlook at it: task=simulate {as_argument('trace', path)}")
     if stopped is not None:
         raise stopped
 
