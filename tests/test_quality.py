@@ -178,7 +178,7 @@ def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.Mon
 def test_files_and_kinds_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         load_items(tmp_path / "none.jsonl")
-    assert raised.value.code == "no_such_file"
+    assert raised.value.code == "missing_items"
     with pytest.raises(InputError) as raised:
         load_items(shipped_items(), ["nosuch"])
     assert raised.value.code == "unknown_kind"

@@ -56,7 +56,7 @@ def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None
     """
     text = read_text(path, _LARGEST_ITEMS)
     if text is None:
-        raise InputError(f"{path}: no such file", code="no_such_file")
+        raise InputError(f"{path}: no such file", code="missing_items")
     items = [_parse_item(line, f"{path}:{number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     present = sorted({item.kind for item in items})
     for kind in kinds or ():
