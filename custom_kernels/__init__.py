@@ -1,9 +1,9 @@
 """The operations whose speed this project is about, each with a plain reference beside it.
 
 One folder per operation: ``reference.py`` in elementary MLX operations is the truth, and every other implementation
-must equal it. ``choose`` picks once for an engine, ``check_kernels`` compares what was picked with the references on
-every code path that a model takes (see ``operation.py``), and the record of a run names what runs. ``dialects/`` lets
-one body of source be a Metal and a CUDA kernel (see ``kernel.py``).
+must equal it. ``choose`` selects the implementations of an engine, and ``check_kernels`` compares them with the
+references on every code path that a model takes (see ``operation.py``); the record of a run names them. ``dialects/``
+lets one body of source be a Metal and a CUDA kernel (see ``kernel.py``).
 """
 
 import logging

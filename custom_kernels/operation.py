@@ -4,7 +4,7 @@ A kernel has several code paths: one for a decode step, others for prompts, for 
 names the one that given arguments lead to; calls and checks use the same function, so a path counts as checked only if
 a check went down exactly that path. ``Operation.check`` runs at load, on samples, before anything is timed. A path that
 fails is replaced by MLX's operation; the other paths keep the kernel. A path that no check went down is a bug of
-``code_paths``: MLX's operation runs there too, and ``UncheckedPathWarning`` says so once.
+``code_paths``: MLX's operation runs there too, and one ``UncheckedPathWarning`` is issued.
 """
 
 import logging
@@ -179,7 +179,7 @@ def check_operations(
 
     Args:
         operations: those with custom kernels.
-        model: the sizes and formats of what it is made of.
+        model: the sizes and formats of the model's parts.
         others: names of operations and what runs where no custom kernel does.
         note: what a person should know besides.
     """

@@ -32,7 +32,7 @@ def report(error: Exception, debug: bool, folder: Path | None = None, record: bo
     """Say what went wrong; returns the exit code.
 
     Args:
-        error: what was raised.
+        error: the exception to report.
         debug: whether to show the traceback as well.
         folder: where the record of the run goes, if that is known.
         record: whether to leave ``failure.json`` there.

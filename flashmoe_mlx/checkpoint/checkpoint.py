@@ -102,7 +102,7 @@ class Checkpoint:
             found, start_of_data = read_header(path)
             if any(found.get(name) != known for name, known in self.tensors.items() if known.shard == tensor.shard):
                 raise CheckpointError(
-                    f"{path}: its tensors are not those that it had before: the file was replaced",
+                    f"{path}: the file was replaced: it no longer holds the tensors that it held before",
                     code="shard_replaced",
                 )
             self._data_start[tensor.shard] = start_of_data

@@ -46,8 +46,8 @@ def open_store(
     Args:
         files: the model.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
-        options: override those of ``backend``; ``variant`` names the variant of the pack, the others go to the store's
-            constructor.
+        options: override those of ``backend``; ``variant`` names the variant of the pack; the store's constructor
+            gets all other options.
         host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
 
     Raises:

@@ -36,7 +36,7 @@ def checked_logits(logits: Logits) -> Logits:
 
 
 class TokenHistory:
-    """Tokens of a sequence, counted by id: all of them, and those that were generated."""
+    """Counts of a sequence's tokens by id, for all tokens and for the generated ones."""
 
     def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
         self.seen = np.zeros(vocab_size, bool)
