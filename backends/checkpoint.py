@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertSource
-from flashmoe_mlx.limits import DEPTH, SLOTS, Limit
-from flashmoe_mlx.pack.pack import PackedExperts
-from flashmoe_mlx.storage.readers import make_reader
-from flashmoe_mlx.storage.reading_store import ReadingStore
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.manifest import PackedExperts
+from flashmoe_mlx.stores.limits import DEPTH, SLOTS, Limit
+from flashmoe_mlx.stores.readers import make_reader
+from flashmoe_mlx.stores.reading_store import ReadingStore
 
 
 class CheckpointStore(ReadingStore):

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, Extent, StoreStats
-from flashmoe_mlx.storage.extents import OpenFiles, Read
-from flashmoe_mlx.storage.host_slots import HostBatch
-from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.formats.extents import ExpertSource, Extent
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.host_slots import HostBatch
+from flashmoe_mlx.stores.reads import OpenFiles, Read
+from flashmoe_mlx.stores.slab import Slab
 
 _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV_SEQUENTIAL"}
 _MADV_POPULATE_READ = 22  # <asm-generic/mman-common.h>, Linux 5.14; Python 3.11 has no name for it

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import ClassVar
 
-from flashmoe_mlx.expert_store import ExpertSource
-from flashmoe_mlx.limits import CHUNK_MIB, SLOTS, THREADS, Limit
-from flashmoe_mlx.storage.reading_store import ReadingStore
-from flashmoe_mlx.storage.thread_reader import ThreadReader
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.stores.limits import CHUNK_MIB, SLOTS, THREADS, Limit
+from flashmoe_mlx.stores.reading_store import ReadingStore
+from flashmoe_mlx.stores.thread_reader import ThreadReader
 
 
 class PreadStore(ReadingStore):

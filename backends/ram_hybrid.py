@@ -7,16 +7,17 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertBatch, ExpertReadError, ExpertSource, ExpertStore, StoreStats
-from flashmoe_mlx.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.trace import RoutingTrace
-from flashmoe_mlx.storage.memory import GIB, available_memory, refuse_if_too_large, slot_memory
-from flashmoe_mlx.storage.policies import make_policy
-from flashmoe_mlx.storage.read_ahead import ReadAhead
-from flashmoe_mlx.storage.readers import make_reader
-from flashmoe_mlx.storage.slot_cache import SlotCache
-from flashmoe_mlx.storage.slots import SlotMaker, Slots
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertReadError, ExpertStore, StoreStats
+from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
+from flashmoe_mlx.stores.memory import GIB, available_memory, refuse_if_too_large, slot_memory
+from flashmoe_mlx.stores.policies import make_policy
+from flashmoe_mlx.stores.read_ahead import ReadAhead
+from flashmoe_mlx.stores.readers import make_reader
+from flashmoe_mlx.stores.slot_cache import SlotCache
+from flashmoe_mlx.stores.slots import SlotMaker, Slots
 
 
 class RamHybridStore(ExpertStore):

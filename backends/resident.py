@@ -5,11 +5,12 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from flashmoe_mlx.expert_store import ExpertBatch, ExpertSource, ExpertStore, StoreStats
-from flashmoe_mlx.limits import DEPTH, Limit
-from flashmoe_mlx.storage.memory import refuse_if_too_large
-from flashmoe_mlx.storage.readers import make_reader
-from flashmoe_mlx.storage.slots import SlotMaker, Slots
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.limits import DEPTH, Limit
+from flashmoe_mlx.stores.memory import refuse_if_too_large
+from flashmoe_mlx.stores.readers import make_reader
+from flashmoe_mlx.stores.slots import SlotMaker, Slots
 
 _AT_ONCE = 16
 """Experts read together while opening."""

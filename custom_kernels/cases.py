@@ -30,7 +30,7 @@ from flashmoe_mlx.custom_kernels.inputs import (
 from flashmoe_mlx.custom_kernels.routed_experts import grouped
 from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.record import RecordLayout
 
 __all__ = [
     "GEOMETRIES",

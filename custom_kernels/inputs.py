@@ -10,7 +10,7 @@ from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
 from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
 from flashmoe_mlx.custom_kernels.routed_experts.format import PROJECTIONS, ExpertFormat, expert_format
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.record import RecordLayout
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe_mlx.engine.engine import Engine, Generation, Piece, load
+    from flashmoe_mlx.engine import Engine, Generation, Piece, load
 
 __all__ = ["Engine", "Generation", "Piece", "load"]
 
@@ -24,6 +24,6 @@ def __getattr__(name: str) -> Any:
     """Import the engine when it is first asked for, so that the command line can explain a missing MLX."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from flashmoe_mlx.engine import engine
+    from flashmoe_mlx import engine
 
     return getattr(engine, name)

@@ -17,11 +17,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a model may say what a terminal's encoding cannot
     try:
-        from flashmoe_mlx.application import run
+        from flashmoe_mlx.cli.application import run
 
         return run(arguments)
     except KeyboardInterrupt:
-        from flashmoe_mlx.streams import say
+        from flashmoe_mlx.console.streams import say
 
         say("flashmoe_mlx: interrupted")
         return 130

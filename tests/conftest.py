@@ -7,9 +7,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flashmoe_mlx.pack.demo import demo_folder
-from flashmoe_mlx.pack.synthetic import synthetic_pack
-from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
+from flashmoe_mlx.made_models.demo import demo_folder
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
 
 @pytest.fixture(autouse=True)

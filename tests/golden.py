@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx import load
-from flashmoe_mlx.engine.telemetry import package_version
-from flashmoe_mlx.pack.demo import demo_folder
+from flashmoe_mlx.made_models.demo import demo_folder
+from flashmoe_mlx.research.environment import package_version
 
 PATH = Path(__file__).parent / "golden" / "demo.json"
 PROMPTS = (

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flashmoe_mlx.custom_kernels.fill_slots import reference
-from flashmoe_mlx.storage import gpu_slots, memory, slots
-from flashmoe_mlx.storage.filling import Filling
+from flashmoe_mlx.stores import gpu_slots, memory, slots
+from flashmoe_mlx.stores.filling import Filling
 
 NAN = 0xFF
 """Of such bytes alone, every float of any width is NaN."""

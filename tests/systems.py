@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from flashmoe_mlx.expert_store import BackendUnavailableError
-from flashmoe_mlx.storage.uring import Ring
+from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.uring import Ring
 
 
 def _why_no_io_uring() -> str | None:

@@ -17,10 +17,10 @@ from pack_oracle import assert_one_line
 from systems import WHY_NO_IO_URING
 
 import flashmoe_mlx
-from flashmoe_mlx.engine.backends import backend_names, backend_settings, create_store
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertStore
-from flashmoe_mlx.limits import Limit
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.limits import Limit
+from flashmoe_mlx.stores.registry import backend_names, backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 

@@ -11,13 +11,13 @@ from conftest import TINY
 from pack_oracle import assert_one_line
 from test_generation import checkpoint
 
-from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.expert_store import ExpertReadError
-from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.writer import add_variants
-from flashmoe_mlx.research import bench
-from flashmoe_mlx.research.bench import Pass, Plan, Setting, run_passes, summarise
+from flashmoe_mlx.research.bench import engine_bench as bench
+from flashmoe_mlx.research.bench.engine_bench import Pass, Plan, Setting, run_passes, summarise
+from flashmoe_mlx.stores.contract import ExpertReadError
 from flashmoe_mlx.tasks.backend_list import listed_backends
 
 FAST = ["raw=true", "prompt=Hello", "tokens=4"]
@@ -197,7 +197,7 @@ def test_going_on_keeps_the_rounds(
 def test_two_bits_beside_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from conftest import TINY
 
-    from flashmoe_mlx.pack.synthetic import synthetic_pack
+    from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
     folder = synthetic_pack("tiny", TINY, tmp_path).folder
     add_variants(open_pack(folder), [2])

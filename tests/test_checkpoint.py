@@ -17,9 +17,9 @@ from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.safetensors_header import read_header
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError
+from flashmoe_mlx.formats.safetensors_header import read_header
 
 
 def write(path: Path, header: bytes | dict[str, Any], data: bytes = b"", length: int | None = None) -> Path:

@@ -24,7 +24,7 @@ from tiny_checkpoints import write_checkpoint
 from flashmoe_mlx.checkpoint import hub
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, PackError
-from flashmoe_mlx.pack.pack import Pack, open_pack
+from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.writer import pack_checkpoint
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_mlx.application import run
-from flashmoe_mlx.pack.pack import open_pack, write_manifest
+from flashmoe_mlx.cli.application import run
+from flashmoe_mlx.pack.manifest import write_manifest
+from flashmoe_mlx.pack.opening import open_pack
 
 RUN = [sys.executable, "-m", "flashmoe_mlx"]
 

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from flashmoe_mlx.application import run
-from flashmoe_mlx.command_line import parse, tidy
-from flashmoe_mlx.composition import typed
-from flashmoe_mlx.config import TASK_CONFIGS, BenchConfig, CommonConfig, Config, keys_of, known_keys
+from flashmoe_mlx.cli.application import run
+from flashmoe_mlx.cli.command_line import parse, tidy
+from flashmoe_mlx.cli.composition import typed
+from flashmoe_mlx.cli.quoting import separate_texts, verbatim
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.quoting import separate_texts, verbatim
+from flashmoe_mlx.tasks.keys import TASK_CONFIGS, BenchConfig, CommonConfig, Config, keys_of, known_keys
 
 SPELLINGS = [
     ["+backend=pread", "+experts_k=4"],

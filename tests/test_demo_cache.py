@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe_mlx.config import ModelChoice
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.pack.demo import demo_with_variants
-from flashmoe_mlx.pack.files import exclusive
-from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.formats.files import exclusive
+from flashmoe_mlx.made_models.demo import demo_with_variants
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.tasks import model
+from flashmoe_mlx.tasks.keys import ModelChoice
 from flashmoe_mlx.tasks.model import model_folder
 
 Q2 = {"q2-minmax"}
@@ -44,7 +44,7 @@ def test_a_copy_that_was_cut_short_is_made_again(name: str, kept: int, made: Pat
 KILLED = """
 import os, sys
 from pathlib import Path
-from flashmoe_mlx.pack import demo
+from flashmoe_mlx.made_models import demo
 replace, left = Path.replace, int(sys.argv[2])
 
 def replaced(self, target):

@@ -11,10 +11,10 @@ import golden
 import pytest
 
 from flashmoe_mlx import load
-from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.demo import demo_with_variants
-from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.made_models.demo import demo_with_variants
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
 
 TOOLS = Path(__file__).parent.parent / "tools" / "demo_model"

@@ -11,10 +11,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flashmoe_mlx.config import Config
 from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
+from flashmoe_mlx.tasks.keys import Config
 
 MATVEC = partial(cases.quantised_matvec, 32, 128, on_cpu=True)
 

@@ -14,12 +14,12 @@ import pytest
 from conftest import TINY
 
 import flashmoe_mlx
+from flashmoe_mlx import engine as engine_module
 from flashmoe_mlx.custom_kernels import choose, dense_experts
-from flashmoe_mlx.engine import engine as engine_module
-from flashmoe_mlx.engine.engine import Engine, Piece
+from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.expert_store import ExpertBatch, StoreClosedError
-from flashmoe_mlx.model.experts import expert_weights
+from flashmoe_mlx.moe.experts import expert_weights
+from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
 
 PROMPT = "Hello, store"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe_mlx.console.streams import OutputError
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.expert_store import ExpertStoreError
-from flashmoe_mlx.streams import OutputError
+from flashmoe_mlx.stores.contract import ExpertStoreError
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [

@@ -17,17 +17,17 @@ from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx import Generation
-from flashmoe_mlx.engine import generation as generation_module
-from flashmoe_mlx.engine.engine import Engine
-from flashmoe_mlx.engine.telemetry import metrics_lines
+from flashmoe_mlx.console.tables import metrics_lines
+from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import EngineBusyError, FlashMoeError, InputError
-from flashmoe_mlx.model.decoder import Model
-from flashmoe_mlx.model.prefetch import POLICIES
-from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.generation import generation as generation_module
+from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.moe.prefetch import POLICIES
 from flashmoe_mlx.research.items import Item
 from flashmoe_mlx.research.quality import evaluate
-from flashmoe_mlx.research.recorder import recorded
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
+from flashmoe_mlx.research.traces.recorder import recorded
 
 PROMPT = "Hello, store"
 THINKING_TEMPLATE = """

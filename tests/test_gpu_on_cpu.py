@@ -21,16 +21,16 @@ from gpu_on_cpu import Launches
 from systems import needs_linux
 
 import flashmoe_mlx
-from flashmoe_mlx.config import CommonConfig
 from flashmoe_mlx.custom_kernels import choose, nvidia, routed_experts
 from flashmoe_mlx.custom_kernels.cases import Geometry
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
-from flashmoe_mlx.engine.engine import Engine
-from flashmoe_mlx.pack.synthetic import SyntheticSizes, synthetic_pack
-from flashmoe_mlx.research import probe
-from flashmoe_mlx.storage import memory
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research.estimate import probe
+from flashmoe_mlx.stores import memory
 from flashmoe_mlx.tasks import doctor
+from flashmoe_mlx.tasks.keys import CommonConfig
 
 pytestmark = needs_linux
 

@@ -17,11 +17,11 @@ from systems import needs_io_uring, needs_linux
 
 from flashmoe_mlx.backends.io_uring import UringStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError, ExpertStoreError
-from flashmoe_mlx.storage import uring_reader
-from flashmoe_mlx.storage.slab import Slab
-from flashmoe_mlx.storage.uring import Ring, RingRead
-from flashmoe_mlx.storage.uring_reader import UringReader
+from flashmoe_mlx.stores import uring_reader
+from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
+from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.uring import Ring, RingRead
+from flashmoe_mlx.stores.uring_reader import UringReader
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts

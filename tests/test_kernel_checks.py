@@ -21,16 +21,16 @@ from systems import needs_linux
 
 import flashmoe_mlx
 from flashmoe_mlx import custom_kernels
-from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import UncheckedPathWarning, kernel, native
 from flashmoe_mlx.custom_kernels.native import operations as native_operations
 from flashmoe_mlx.custom_kernels.operation import CodePath, Operation, Sample, check_operations
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
-from flashmoe_mlx.engine.engine import Engine
-from flashmoe_mlx.model import build
-from flashmoe_mlx.model.code_paths import model_shapes
-from flashmoe_mlx.pack.synthetic import synthetic_pack
-from flashmoe_mlx.research import bench
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.models import build
+from flashmoe_mlx.models.code_paths import model_shapes
+from flashmoe_mlx.research.bench import engine_bench as bench
 
 KERNELS = {
     "attention": "gated_attention",

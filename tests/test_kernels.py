@@ -31,7 +31,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.record import RecordLayout
 
 TARGETS = [
     pytest.param("metal on cpu", id="metal_on_cpu", marks=needs_linux),

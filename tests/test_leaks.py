@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from systems import needs_io_uring, needs_linux
 
-from flashmoe_mlx.storage.uring import Ring
+from flashmoe_mlx.stores.uring import Ring
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 
 Open = Callable[[Path | str], int]

@@ -11,7 +11,7 @@ PRELUDE = """
 import os, resource, sys
 from pathlib import Path
 from hydra.utils import get_class
-from flashmoe_mlx.engine.backends import backend_settings, create_store
+from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.testing.stored_experts import write_experts
 

@@ -9,16 +9,9 @@ import psutil
 import pytest
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.storage import memory
-from flashmoe_mlx.storage.memory import (
-    GIB,
-    at_cache_lines,
-    available_memory,
-    own_memory,
-    refuse_if_too_large,
-    total_memory,
-    use_huge_pages,
-)
+from flashmoe_mlx.stores import memory
+from flashmoe_mlx.stores.allocation import at_cache_lines, own_memory, use_huge_pages
+from flashmoe_mlx.stores.memory import GIB, available_memory, refuse_if_too_large, total_memory
 
 
 def control_group(folder: Path, limit: str, used: int, cached: int) -> None:

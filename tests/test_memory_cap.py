@@ -7,9 +7,9 @@ import psutil
 import pytest
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.research import memory_cap as module
-from flashmoe_mlx.research.memory_cap import memory_cap
-from flashmoe_mlx.storage.memory import GIB
+from flashmoe_mlx.research.bench import memory_cap as module
+from flashmoe_mlx.research.bench.memory_cap import memory_cap
+from flashmoe_mlx.stores.memory import GIB
 
 MIB = 2**20
 

@@ -12,8 +12,9 @@ from systems import needs_linux
 
 from flashmoe_mlx.backends.mmap import MmapStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertReadError, Extent
-from flashmoe_mlx.storage.slab import Slab
+from flashmoe_mlx.formats.extents import Extent
+from flashmoe_mlx.stores.contract import ExpertReadError
+from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
@@ -74,7 +75,7 @@ def test_a_file_cut_short_does_not_end_the_process(stored: StoredExperts) -> Non
 import os, sys
 from pathlib import Path
 from flashmoe_mlx.backends.mmap import MmapStore
-from flashmoe_mlx.expert_store import ExpertReadError
+from flashmoe_mlx.stores.contract import ExpertReadError
 from flashmoe_mlx.testing.stored_experts import write_experts
 stored = write_experts(Path(sys.argv[1]), 4, True)
 for populate in (True, False):

@@ -21,7 +21,7 @@ import pytest
 from pack_oracle import assert_one_line
 
 import flashmoe_mlx
-from flashmoe_mlx.application import run as run_command_line
+from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import cases, choose, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.inputs import Inputs

@@ -25,7 +25,7 @@ from oracle.recorded import (
 from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
-from flashmoe_mlx.model.rope import read_rope
+from flashmoe_mlx.layers.rope import read_rope
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 pytestmark = pytest.mark.oracle

@@ -17,9 +17,10 @@ from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import write_checkpoint
 
 import flashmoe_mlx
-from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.pack.pack import file_hash, open_pack
+from flashmoe_mlx.formats.manifest import file_hash
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 Manifest = dict[str, Any]

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.pack.record import DTYPE_BYTES, GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import DTYPE_BYTES, GROUP_SIZES, QUANTISED_BITS, RecordLayout
 
 PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for part in ("weight", "scales", "biases")]
 

@@ -19,8 +19,8 @@ from pack_oracle import SMALL, assert_one_line, edit_json, tree
 from tiny_checkpoints import GEOMETRIES, Layout, write_checkpoint
 
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
-from flashmoe_mlx.pack.files import exclusive
-from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.formats.files import exclusive
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 
@@ -28,7 +28,7 @@ KILL_POINTS = """
 import itertools, os, shutil, signal, sys
 from pathlib import Path
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.pack.pack import open_pack
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 
@@ -396,7 +396,7 @@ import resource, sys
 from pathlib import Path
 from conftest import TINY
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
 for limit in (0, 70_000, 200_000, resource.RLIM_INFINITY):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:

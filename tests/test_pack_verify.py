@@ -13,7 +13,8 @@ from pack_oracle import SMALL, assert_one_line
 from tiny_checkpoints import write_checkpoint
 
 from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.pack.pack import open_pack, write_manifest
+from flashmoe_mlx.pack.manifest import write_manifest
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
@@ -82,7 +83,7 @@ def test_a_flipped_bit_in_another_file(folder: Path, name: str) -> None:
 
 
 def test_a_large_file_is_left_to_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmoe_mlx.pack.pack._SMALL", 1000)
+    monkeypatch.setattr("flashmoe_mlx.pack.opening._SMALL", 1000)
     path = folder / "resident.safetensors"
     flip(path, path.stat().st_size - 1)
     assert [str(damage) for damage in verify_pack(open_pack(folder))] == [f"{path}: the checksum differs"]

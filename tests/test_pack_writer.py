@@ -35,13 +35,15 @@ from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, Layout, write_checkpoi
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.safetensors_header import read_header
-from flashmoe_mlx.engine.opening import open_model
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
-from flashmoe_mlx.pack import files as pack_files
+from flashmoe_mlx.formats import files as pack_files
+from flashmoe_mlx.formats.manifest import file_hash
+from flashmoe_mlx.formats.safetensors_header import read_header
+from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.pack import resident
 from flashmoe_mlx.pack.least_squares import least_squares
-from flashmoe_mlx.pack.pack import Pack, file_hash, open_pack, variant_name
+from flashmoe_mlx.pack.manifest import variant_name
+from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint

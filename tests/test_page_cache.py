@@ -8,9 +8,9 @@ from pack_oracle import assert_one_line
 from systems import needs_linux
 
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.storage import page_cache
-from flashmoe_mlx.storage.memory import total_memory
-from flashmoe_mlx.storage.page_cache import cached_bytes, evict
+from flashmoe_mlx.stores import page_cache
+from flashmoe_mlx.stores.memory import total_memory
+from flashmoe_mlx.stores.page_cache import cached_bytes, evict
 
 PAGE = os.sysconf("SC_PAGESIZE")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import flashmoe_mlx
-from flashmoe_mlx.config import ModelChoice
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import as_argument, expand_path, name_in_errors
 from flashmoe_mlx.research import load_runs
+from flashmoe_mlx.tasks.keys import ModelChoice
 from flashmoe_mlx.tasks.model import cache_folder, model_folder
 
 NOWHERE = [

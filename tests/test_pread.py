@@ -21,9 +21,9 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import BackendUnavailableError, ExpertReadError, ExpertStoreError
-from flashmoe_mlx.storage import read_ahead, slab, thread_reader
-from flashmoe_mlx.storage.extents import OpenFiles, open_for_reading
+from flashmoe_mlx.stores import read_ahead, slab, thread_reader
+from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
+from flashmoe_mlx.stores.reads import OpenFiles, open_for_reading
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts

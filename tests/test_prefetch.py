@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import flashmoe_mlx
-from flashmoe_mlx.engine.engine import Engine
+from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.model.prefetch import POLICIES
-from flashmoe_mlx.storage import read_ahead
+from flashmoe_mlx.moe.prefetch import POLICIES
+from flashmoe_mlx.stores import read_ahead
 
 PROMPT = "Hello, store"
 LAYERS = 4

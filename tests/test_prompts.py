@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from flashmoe_mlx.application import run
-from flashmoe_mlx.config import BenchConfig, Config
+from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.research.recorder import prompt_hash
-from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.formats.trace import RoutingTrace
+from flashmoe_mlx.research.traces.recorder import prompt_hash
+from flashmoe_mlx.tasks.keys import BenchConfig, Config
 from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.text.tokenizer import Tokenizer
 

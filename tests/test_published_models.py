@@ -15,10 +15,10 @@ import pytest
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.published import PUBLISHED
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.parameters import resident_parameters
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.parameters import resident_parameters
 from flashmoe_mlx.pack.resident import ResidentPlan
-from flashmoe_mlx.research.sizes import expert_weights
+from flashmoe_mlx.research.estimate.sizes import expert_weights
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS
 from flashmoe_mlx.pack.least_squares import least_squares
-from flashmoe_mlx.pack.quantise import default_quantiser
-from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS
+from flashmoe_mlx.pack.quantize import default_quantiser
 
 Quantised = tuple[mx.array, mx.array, mx.array]
 

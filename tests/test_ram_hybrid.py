@@ -16,11 +16,11 @@ from systems import needs_io_uring
 from flashmoe_mlx.backends import ram_hybrid
 from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertReadError, StoreStats
-from flashmoe_mlx.research.trace import RoutingTrace, zipf_trace
-from flashmoe_mlx.storage import memory
-from flashmoe_mlx.storage.policies import POLICIES, make_policy
-from flashmoe_mlx.storage.slot_cache import SlotCache
+from flashmoe_mlx.formats.trace import RoutingTrace, zipf_trace
+from flashmoe_mlx.stores import memory
+from flashmoe_mlx.stores.contract import ExpertReadError, StoreStats
+from flashmoe_mlx.stores.policies import POLICIES, make_policy
+from flashmoe_mlx.stores.slot_cache import SlotCache
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
@@ -89,7 +89,7 @@ def test_a_budget_that_no_machine_has(stored: StoredExperts, monkeypatch: pytest
 
 
 def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmoe_mlx.storage.memory.available_memory", lambda: RECORD)
+    monkeypatch.setattr("flashmoe_mlx.stores.memory.available_memory", lambda: RECORD)
     with pytest.raises(InputError) as caught:
         RamHybridStore(stored.source, budget_gib=1.0)
     assert caught.value.code == "not_enough_memory"

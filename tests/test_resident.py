@@ -9,7 +9,7 @@ from pack_oracle import assert_one_line
 
 from flashmoe_mlx.backends.resident import ResidentStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertReadError
+from flashmoe_mlx.stores.contract import ExpertReadError
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
@@ -32,7 +32,7 @@ def test_the_files_are_not_needed_any_more(stored: StoredExperts) -> None:
 
 
 def test_what_does_not_fit_is_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashmoe_mlx.storage.memory.available_memory", lambda: 2**20)
+    monkeypatch.setattr("flashmoe_mlx.stores.memory.available_memory", lambda: 2**20)
     with pytest.raises(InputError) as caught:
         ResidentStore(stored.source)
     assert caught.value.code == "not_enough_memory"

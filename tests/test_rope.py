@@ -15,8 +15,8 @@ from tiny_checkpoints import YARN
 import flashmoe_mlx
 from flashmoe_mlx.custom_kernels import attention, dialect, native
 from flashmoe_mlx.errors import CheckpointError, InputError
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.rope import Rope, read_rope
+from flashmoe_mlx.layers.rope import Rope, read_rope
+from flashmoe_mlx.models.config import ModelConfig
 
 OF_TRANSFORMERS = [
     # What its ROPE_INIT_FUNCTIONS["yarn"] gives: head dim, context, settings, attention factor, some frequencies.

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pack_oracle import assert_one_line
 
-from flashmoe_mlx.application import run
+from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research import load_runs
 

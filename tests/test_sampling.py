@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe_mlx.engine.logits import CountPenalty, RepetitionPenalty, TokenHistory, checked_logits
-from flashmoe_mlx.engine.sampling import PublishedSampling, Sampler, SamplingOptions
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.generation.logits import CountPenalty, RepetitionPenalty, TokenHistory, checked_logits
+from flashmoe_mlx.generation.sampling import PublishedSampling, Sampler, SamplingOptions
 
 Logits = npt.NDArray[np.float32]
 

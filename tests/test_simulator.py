@@ -11,15 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe_mlx.engine.backends import open_store
-from flashmoe_mlx.engine.engine import load
-from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import StoreStats
-from flashmoe_mlx.research.curves import curves
-from flashmoe_mlx.research.recorder import prompt_hash, recorded
-from flashmoe_mlx.research.routing import coverage, effective_experts, overlap, reuse_distances, summarise
-from flashmoe_mlx.research.simulator import (
+from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.research.traces.curves import curves
+from flashmoe_mlx.research.traces.recorder import prompt_hash, recorded
+from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarise
+from flashmoe_mlx.research.traces.simulator import (
     Belady,
     CacheDesign,
     SameAsLast,
@@ -28,9 +27,10 @@ from flashmoe_mlx.research.simulator import (
     replay,
     requests,
 )
-from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
-from flashmoe_mlx.storage.policies import POLICIES
-from flashmoe_mlx.storage.slot_cache import SlotCache
+from flashmoe_mlx.stores.contract import StoreStats
+from flashmoe_mlx.stores.policies import POLICIES
+from flashmoe_mlx.stores.registry import open_store
+from flashmoe_mlx.stores.slot_cache import SlotCache
 
 PROMPT = "It is a truth universally acknowledged"
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pack_oracle import assert_one_line
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.storage.policies import POLICIES, make_policy
-from flashmoe_mlx.storage.slot_cache import Placement, SlotCache
+from flashmoe_mlx.stores.policies import POLICIES, make_policy
+from flashmoe_mlx.stores.slot_cache import Placement, SlotCache
 
 HOT = [5, 3, 8, 1, 13, 2, 21, 0, 34, 7, 11, 4, 30]
 

@@ -19,11 +19,11 @@ from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
 from flashmoe_mlx.backends.resident import ResidentStore
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.storage import host_slots, memory
-from flashmoe_mlx.storage.gpu_slots import GpuSlots
-from flashmoe_mlx.storage.host_slots import Copies, HostSlots
-from flashmoe_mlx.storage.slab import Slab
-from flashmoe_mlx.storage.slots import Home, SlotMaker, home_of_slots, slots_for
+from flashmoe_mlx.stores import host_slots, memory
+from flashmoe_mlx.stores.gpu_slots import GpuSlots
+from flashmoe_mlx.stores.host_slots import Copies, HostSlots
+from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.slots import Home, SlotMaker, home_of_slots, slots_for
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
 

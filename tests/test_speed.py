@@ -15,21 +15,36 @@ from huggingface_hub.errors import HFValidationError
 from pack_oracle import assert_one_line
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
-from flashmoe_mlx.application import run as run_command_line
 from flashmoe_mlx.checkpoint import hub
 from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import choose
-from flashmoe_mlx.engine.engine import load
-from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.synthetic import synthetic_config
-from flashmoe_mlx.research import probe as probe_module
-from flashmoe_mlx.research.estimate import Machine, Model, estimates, wishes
-from flashmoe_mlx.research.probe import EXPERTS, MEMORY, SIZES, WAYS, MachineProfile, Point, machine_identity, probe
-from flashmoe_mlx.research.sizes import expert_weights, memory_need, record_bytes, resident_bytes, touched_weights
-from flashmoe_mlx.research.speed import SpeedModel, certainly
-from flashmoe_mlx.research.trace import uniform_trace
+from flashmoe_mlx.formats.trace import uniform_trace
+from flashmoe_mlx.made_models.synthetic import synthetic_config
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.research.estimate import probe as probe_module
+from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, wishes
+from flashmoe_mlx.research.estimate.probe import (
+    EXPERTS,
+    MEMORY,
+    SIZES,
+    WAYS,
+    MachineProfile,
+    Point,
+    machine_identity,
+    probe,
+)
+from flashmoe_mlx.research.estimate.sizes import (
+    expert_weights,
+    memory_need,
+    record_bytes,
+    resident_bytes,
+    touched_weights,
+)
+from flashmoe_mlx.research.estimate.speed_model import SpeedModel, certainly
 from flashmoe_mlx.tasks import estimate as estimate_module
 
 GIB = 2**30

@@ -10,12 +10,12 @@ import pytest
 from systems import needs_io_uring
 
 from flashmoe_mlx.backends import mmap as mmap_backend
-from flashmoe_mlx.expert_store import ExpertStore
-from flashmoe_mlx.storage import uring
-from flashmoe_mlx.storage.gpu_slots import GpuBatch
-from flashmoe_mlx.storage.host_slots import HostBatch
-from flashmoe_mlx.storage.slab import SlabBatch
-from flashmoe_mlx.storage.slots import slots_for
+from flashmoe_mlx.stores import uring
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.gpu_slots import GpuBatch
+from flashmoe_mlx.stores.host_slots import HostBatch
+from flashmoe_mlx.stores.slab import SlabBatch
+from flashmoe_mlx.stores.slots import slots_for
 from flashmoe_mlx.testing import ExpertStoreTests, Fault, StoredExperts
 
 FIVE_A_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}

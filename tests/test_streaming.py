@@ -14,9 +14,9 @@ from rich.console import Console
 from test_generation import THINKING_TEMPLATE, checkpoint, scripted
 
 from flashmoe_mlx.__main__ import main
-from flashmoe_mlx.engine.generation import Piece
-from flashmoe_mlx.engine.prompting import load_tools
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.generation import Piece
+from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.tasks import streaming
 from flashmoe_mlx.text.tokenizer import Tokenizer
 

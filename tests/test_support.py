@@ -18,10 +18,10 @@ from flashmoe_mlx.checkpoint.names import canonical_name, is_skipped, said_of_mi
 from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config, original_of
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported, why_not
 from flashmoe_mlx.errors import CheckpointError, InputError
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.families import MODEL_TYPES
-from flashmoe_mlx.model.parameters import resident_parameters
-from flashmoe_mlx.untrusted import parse_object, read_object, same_json
+from flashmoe_mlx.formats.untrusted import parse_object, read_object, same_json
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.family import MODEL_TYPES
+from flashmoe_mlx.models.parameters import resident_parameters
 
 FOLDER = Path(__file__).parent / "published"
 CONFIGS: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}

@@ -8,7 +8,7 @@ from types import FunctionType, ModuleType
 
 import pytest
 
-from flashmoe_mlx.config import TASK_CONFIGS, keys_of
+from flashmoe_mlx.tasks.keys import TASK_CONFIGS, keys_of
 
 PACKAGE = "flashmoe_mlx.tasks."
 ELSEWHERE = set(keys_of("doctor"))

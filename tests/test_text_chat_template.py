@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text import chat_template as chat_template_module
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]

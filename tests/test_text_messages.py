@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from published import ARCHIVE, published_templates
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE
+from flashmoe_mlx.made_models.byte_tokenizer import CHAT_TEMPLATE
 from flashmoe_mlx.text.chat_template import ChatTemplate
 
 USER = {"role": "user", "content": "?"}

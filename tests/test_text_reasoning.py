@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
+from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 from flashmoe_mlx.text.tokenizer import Tokenizer
 

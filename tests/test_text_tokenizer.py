@@ -11,10 +11,10 @@ import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flashmoe_mlx import untrusted
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats import untrusted
+from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text import tokenizer as tokenizer_module
-from flashmoe_mlx.text.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.text.tokenizer import Detokenizer, Tokenizer
 
 SPECIAL = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}

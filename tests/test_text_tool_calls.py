@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from published import ARCHIVE, published_templates
 
-from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
+from flashmoe_mlx.made_models.byte_tokenizer import CHAT_TEMPLATE, write_byte_tokenizer
 from flashmoe_mlx.text.chat_template import ChatTemplate
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 from flashmoe_mlx.text.tokenizer import Tokenizer

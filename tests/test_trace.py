@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from pack_oracle import assert_one_line
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.research import trace as trace_module
-from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.formats import trace as trace_module
+from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
 
 HEADER: dict[str, Any] = {
     "tokens": 3,

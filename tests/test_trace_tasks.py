@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pack_oracle import assert_one_line
 
-from flashmoe_mlx.application import run as run_command_line
-from flashmoe_mlx.research.recorder import prompt_hash
-from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.cli.application import run as run_command_line
+from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.research.traces.recorder import prompt_hash
 
 
 def run(folder: Path, *arguments: str) -> int:

@@ -23,16 +23,17 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from flashmoe_mlx.engine.engine import Engine, load
-from flashmoe_mlx.engine.opening import open_model
-from flashmoe_mlx.engine.telemetry import environment, write_json
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.synthetic import synthetic_pack
-from flashmoe_mlx.research.probe import SIZES, MachineProfile, probe
-from flashmoe_mlx.research.recorder import recorded
-from flashmoe_mlx.research.simulator import CacheDesign, replay
-from flashmoe_mlx.research.speed import Distribution, SpeedModel, certainly
-from flashmoe_mlx.research.trace import RoutingTrace
+from flashmoe_mlx.engine import Engine, load
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.trace import RoutingTrace
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.research.estimate.probe import SIZES, MachineProfile, probe
+from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
+from flashmoe_mlx.research.traces.recorder import recorded
+from flashmoe_mlx.research.traces.simulator import CacheDesign, replay
 
 _LARGE = SIZES["large"]
 PACKS = {

@@ -69,7 +69,7 @@ def main() -> None:
         return
     if not arguments.peer:
         parser.error("--peer is needed")
-    from flashmoe_mlx.storage.page_cache import cached_bytes, evict
+    from flashmoe_mlx.stores.page_cache import cached_bytes, evict
 
     _run(arguments, "ours", only_make=True)
     if not _gguf(arguments).exists():
@@ -80,7 +80,7 @@ def main() -> None:
             evict(path for path in arguments.folder.rglob("*") if path.is_file())
             # The host of a virtual machine may reclaim free memory and return it slowly (2026-11-25-cold.md), so touch
             # it first, in another process that frees it again.
-            touch = "from flashmoe_mlx.storage.memory import *; own_memory(available_memory() - GIB)"
+            touch = "from flashmoe_mlx.stores.memory import *; own_memory(available_memory() - GIB)"
             subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         found = _run(arguments, side)
         if arguments.cold and side == "peer":
@@ -140,8 +140,8 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     import yaml
 
     import flashmoe_mlx
-    from flashmoe_mlx.pack.synthetic import synthetic_pack
-    from flashmoe_mlx.pack.synthetic_sizes import SyntheticSizes
+    from flashmoe_mlx.made_models.synthetic import synthetic_pack
+    from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
     mx.set_default_device(mx.cpu)
     sizes = SyntheticSizes(num_layers=arguments.layers, num_experts=arguments.experts, **SIZES)

@@ -161,7 +161,7 @@ def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
 
 def _expert_sets(bits: int, k: int) -> tuple[object, list[tuple[mx.array, mx.array, mx.array]], int, list[object]]:
     from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
-    from flashmoe_mlx.pack.record import RecordLayout
+    from flashmoe_mlx.formats.record import RecordLayout
 
     layout = RecordLayout(4096, 1024, bits, 64, "BF16")
     form = expert_format(layout)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.parameters import Kind, resident_parameters
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.parameters import Kind, resident_parameters
 
 PACK = [sys.executable, "-m", "flashmoe_mlx", "task=pack"]
 

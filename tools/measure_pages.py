@@ -14,11 +14,12 @@ from statistics import median
 
 import numpy as np
 
-from flashmoe_mlx.pack.pack import open_pack
-from flashmoe_mlx.storage.memory import GIB, own_memory
-from flashmoe_mlx.storage.readers import ExpertReader
-from flashmoe_mlx.storage.thread_reader import ThreadReader
-from flashmoe_mlx.storage.uring_reader import UringReader
+from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.stores.allocation import own_memory
+from flashmoe_mlx.stores.memory import GIB
+from flashmoe_mlx.stores.readers import ExpertReader
+from flashmoe_mlx.stores.thread_reader import ThreadReader
+from flashmoe_mlx.stores.uring_reader import UringReader
 
 _MOST = 4
 _SECONDS = 1.2

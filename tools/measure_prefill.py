@@ -21,7 +21,7 @@ from flashmoe_mlx.custom_kernels import cases, dense_experts, dialect, expert_ml
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
 from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.record import RecordLayout
 
 _SLOTS = 16
 

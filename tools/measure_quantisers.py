@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 import flashmoe_mlx
-from flashmoe_mlx.pack.arrays import MLX_DTYPES
-from flashmoe_mlx.pack.pack import PackedExperts, open_pack
-from flashmoe_mlx.pack.quantise import QUANTISERS, dense_projection, record_views
-from flashmoe_mlx.pack.record import PROJECTIONS
+from flashmoe_mlx.formats.arrays import MLX_DTYPES
+from flashmoe_mlx.formats.components import dense_projection, record_views
+from flashmoe_mlx.formats.manifest import PackedExperts
+from flashmoe_mlx.formats.record import PROJECTIONS
+from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.pack.quantize import QUANTISERS
 from flashmoe_mlx.pack.writer import add_variants
 
 GROUP_SIZE = 64

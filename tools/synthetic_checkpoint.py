@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.pack.pack import PackedExperts, open_pack
-from flashmoe_mlx.pack.record import DTYPE_BYTES
+from flashmoe_mlx.formats.manifest import PackedExperts
+from flashmoe_mlx.formats.record import DTYPE_BYTES
+from flashmoe_mlx.pack.opening import open_pack
 
 
 def main(pack_folder: Path, out: Path) -> None:

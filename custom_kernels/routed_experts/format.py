@@ -7,8 +7,8 @@ from functools import cache
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
-from flashmoe_mlx.pack.arrays import MLX_DTYPES
-from flashmoe_mlx.pack.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.arrays import MLX_DTYPES
+from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 
 __all__ = ["PROJECTIONS", "ExpertFormat", "expert_format"]
 

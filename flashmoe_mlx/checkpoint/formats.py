@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
-from flashmoe_mlx.model.fields import shown
+from flashmoe_mlx.formats.fields import shown
+from flashmoe_mlx.formats.safetensors_header import TensorInfo
 
 USE_INSTEAD = "use the original bf16 checkpoint, or an MLX conversion in affine mode"
 

@@ -15,13 +15,13 @@ from huggingface_hub.errors import (
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
-from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.checkpoint.shards import is_shard_name
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
-from flashmoe_mlx.pack.files import WRITE_ERRORS, explained_write_errors
-from flashmoe_mlx.pack.pack import TEXT_FILES
-from flashmoe_mlx.untrusted import read_object
+from flashmoe_mlx.formats.files import WRITE_ERRORS, explained_write_errors
+from flashmoe_mlx.formats.manifest import TEXT_FILES
+from flashmoe_mlx.formats.safetensors_header import TensorInfo, tensor_info
+from flashmoe_mlx.formats.untrusted import read_object
 
 _CONFIG = "config.json"
 _TIMEOUT = 10

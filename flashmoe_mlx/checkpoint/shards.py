@@ -8,8 +8,8 @@ from typing import Any
 from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
 from flashmoe_mlx.checkpoint.support import gguf_advice
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.model.fields import shown
-from flashmoe_mlx.untrusted import read_object
+from flashmoe_mlx.formats.fields import shown
+from flashmoe_mlx.formats.untrusted import read_object
 
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"

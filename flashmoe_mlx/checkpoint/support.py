@@ -8,8 +8,8 @@ from typing import Any
 from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.model.families import refuse_other_family
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.family import refuse_other_family
 
 
 def why_not(published: Mapping[str, Any]) -> str | None:

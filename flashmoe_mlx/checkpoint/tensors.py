@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_mode, mlx_settings
 from flashmoe_mlx.checkpoint.names import canonical_name, is_skipped, said_of_missing
-from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.expert_store import Extent
-from flashmoe_mlx.model.fields import shown
-from flashmoe_mlx.model.parameters import Kind, Parameter, quantisation_of, resident_parameters
-from flashmoe_mlx.pack.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.extents import Extent
+from flashmoe_mlx.formats.fields import shown
+from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.models.parameters import Kind, Parameter, quantisation_of, resident_parameters
 
 _FLOATS = ("BF16", "F16", "F32")
 

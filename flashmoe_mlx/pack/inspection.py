@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from flashmoe_mlx.pack.files import read_exactly
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.formats.record import RecordLayout
 
 _READERS = 4
 _EXPONENT_BITS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}

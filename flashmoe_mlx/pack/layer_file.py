@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from flashmoe_mlx.pack.files import publish, write_exactly
+from flashmoe_mlx.formats.files import publish, write_exactly
+from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.pack.inspection import RecordReport, inspect_record
-from flashmoe_mlx.pack.record import RecordLayout
 
 
 def write_layer_file(path: Path, records: Iterable[memoryview], layout: RecordLayout) -> Iterator[RecordReport]:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.safetensors_header import TensorInfo
 from flashmoe_mlx.checkpoint.tensors import sort_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.pack.files import write_atomically
-from flashmoe_mlx.untrusted import read_object, same_json
+from flashmoe_mlx.formats.files import write_atomically
+from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.formats.untrusted import read_object, same_json
 
 _DOWNLOADS = ".download"
 """Folder in an unfinished pack for what comes from the hub."""

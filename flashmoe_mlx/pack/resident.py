@@ -13,12 +13,12 @@ import xxhash
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.model.parameters import least_bits
-from flashmoe_mlx.pack.arrays import array_from, bytes_of
-from flashmoe_mlx.pack.files import write_exactly
+from flashmoe_mlx.formats.arrays import array_from, bytes_of
+from flashmoe_mlx.formats.files import write_exactly
+from flashmoe_mlx.formats.record import DTYPE_BYTES
+from flashmoe_mlx.models.parameters import least_bits
 from flashmoe_mlx.pack.inspection import all_finite
-from flashmoe_mlx.pack.quantise import quantise
-from flashmoe_mlx.pack.record import DTYPE_BYTES
+from flashmoe_mlx.pack.quantize import quantise
 
 _BLOCK_BYTES = 32 * 2**20
 

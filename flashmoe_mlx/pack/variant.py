@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.expert_store import ExpertSource
-from flashmoe_mlx.pack.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
+from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.pack.inspection import RecordReport, inspect_layer, inspect_record, not_finite
 from flashmoe_mlx.pack.layer_file import write_layer_file
-from flashmoe_mlx.pack.pack import CHECKSUMS, layer_file, variant_directory, variant_name
+from flashmoe_mlx.pack.manifest import variant_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantise import convert_record, default_quantiser
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.pack.quantize import convert_record, default_quantiser
 
 _READ_AHEAD = 4
 

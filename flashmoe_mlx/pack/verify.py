@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.errors import PackError
+from flashmoe_mlx.formats.manifest import CHECKSUMS, PackedExperts, file_hash
 from flashmoe_mlx.pack.inspection import inspect_layer
-from flashmoe_mlx.pack.pack import CHECKSUMS, Pack, PackedExperts, file_hash
+from flashmoe_mlx.pack.opening import Pack
 from flashmoe_mlx.pack.progress import Progress, Silent
 
 

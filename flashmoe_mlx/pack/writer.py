@@ -13,7 +13,7 @@ from pathlib import Path
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.pack.files import (
+from flashmoe_mlx.formats.files import (
     exclusive,
     explained_write_errors,
     publish,
@@ -21,7 +21,11 @@ from flashmoe_mlx.pack.files import (
     refuse_if_too_large,
     write_atomically,
 )
-from flashmoe_mlx.pack.pack import MANIFEST, RESIDENT, TEXT_FILES, Pack, open_pack, variant_name, write_manifest
+from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.pack.manifest import variant_name, write_manifest
+from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import (
     PackSettings,
     begin_or_resume,
@@ -32,11 +36,9 @@ from flashmoe_mlx.pack.plan import (
     state_folder,
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
-from flashmoe_mlx.pack.quantise import QUANTISERS, convert_record
-from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.pack.quantize import QUANTISERS, convert_record
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
-from flashmoe_mlx.untrusted import read_object, same_json
 
 _REMEDY = "make room or choose another out="
 

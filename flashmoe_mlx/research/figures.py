@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import name_in_errors
-from flashmoe_mlx.research.curves import Curve
+from flashmoe_mlx.research.traces.curves import Curve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from flashmoe_mlx.research.bench import Summary
+    from flashmoe_mlx.research.bench.engine_bench import Summary
 
 COLOURS = {
     "lru": "tab:blue",

@@ -16,8 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.untrusted import read_text, same_json
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
-from flashmoe_mlx.untrusted import read_text, same_json
 
 _LARGEST_ITEMS = 64 * 2**20
 _INVALID = "invalid_items"
@@ -45,7 +45,7 @@ class Item:
 
 def shipped_items() -> Path:
     """Return the path of the demo model's held-out set, which comes with the package."""
-    return Path(str(package_files("flashmoe_mlx").joinpath("demo_model", "held_out.jsonl")))
+    return Path(str(package_files("flashmoe_mlx.made_models").joinpath("demo_model", "held_out.jsonl")))
 
 
 def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:

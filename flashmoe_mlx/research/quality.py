@@ -21,9 +21,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.engine.engine import Engine
-from flashmoe_mlx.engine.prompting import render_prompt
+from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
 from flashmoe_mlx.research.items import Answer, Item, judge

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashmoe_mlx.engine.backends import backend_settings
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.stores.registry import backend_settings
 
 
 def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -9,14 +9,13 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import BenchConfig
+from flashmoe_mlx.console.output import activity, print_notes, print_table, show
 from flashmoe_mlx.custom_kernels import native
-from flashmoe_mlx.engine.telemetry import environment
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.model.prefetch import check_policy
-from flashmoe_mlx.pack.files import write_atomically
+from flashmoe_mlx.formats.files import write_atomically
+from flashmoe_mlx.moe.prefetch import check_policy
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.bench import (
+from flashmoe_mlx.research.bench.engine_bench import (
     CONDITIONS,
     Pass,
     Plan,
@@ -26,10 +25,11 @@ from flashmoe_mlx.research.bench import (
     run_passes,
     summarise,
 )
+from flashmoe_mlx.research.bench.memory_cap import memory_cap
+from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
-from flashmoe_mlx.research.memory_cap import memory_cap
 from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
+from flashmoe_mlx.tasks.keys import BenchConfig
 from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.prompts import with_prompt

@@ -10,16 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import BenchIoConfig
-from flashmoe_mlx.engine.backends import open_store
-from flashmoe_mlx.engine.opening import ModelFiles, open_model
-from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.expert_store import ExpertSource, ExpertStore
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.fio import LABEL, FioContender
-from flashmoe_mlx.research.intervals import median_interval
-from flashmoe_mlx.research.io_bench import (
+from flashmoe_mlx.research.bench.fio import LABEL, FioContender
+from flashmoe_mlx.research.bench.io_bench import (
     CONDITIONS,
     Contender,
     Pass,
@@ -31,9 +30,12 @@ from flashmoe_mlx.research.io_bench import (
     replay,
     summarise,
 )
-from flashmoe_mlx.research.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.tasks.keys import BenchIoConfig
 from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder
 

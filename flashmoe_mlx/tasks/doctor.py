@@ -10,12 +10,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.config import CommonConfig
+from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.custom_kernels import cases, dialect, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
-from flashmoe_mlx.engine.telemetry import environment, write_json
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.tasks.console import activity, show
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.tasks.keys import CommonConfig
 
 DOCTOR_VERSION = 1
 _CALLS = 20

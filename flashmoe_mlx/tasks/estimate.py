@@ -13,24 +13,32 @@ from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
 from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
-from flashmoe_mlx.config import EstimateConfig, ModelChoice
+from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
-from flashmoe_mlx.engine.opening import open_model
-from flashmoe_mlx.engine.telemetry import write_json
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
-from flashmoe_mlx.model.config import ModelConfig
-from flashmoe_mlx.pack.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
-from flashmoe_mlx.pack.synthetic import synthetic_config
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.trace import RoutingTrace
+from flashmoe_mlx.formats.untrusted import read_object
+from flashmoe_mlx.made_models.synthetic import synthetic_config
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.estimate import Estimate, Machine, Model, check_trace, estimates, tolerance, wishes
-from flashmoe_mlx.research.probe import MachineProfile, machine_identity, probe
-from flashmoe_mlx.research.sizes import GROUP_SIZE, resident_bytes
-from flashmoe_mlx.research.trace import RoutingTrace
-from flashmoe_mlx.storage.memory import GIB, available_memory, slots_on_gpu, total_memory
-from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.research.estimate.prediction import (
+    Estimate,
+    Machine,
+    Model,
+    check_trace,
+    estimates,
+    tolerance,
+    wishes,
+)
+from flashmoe_mlx.research.estimate.probe import MachineProfile, machine_identity, probe
+from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
+from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
+from flashmoe_mlx.tasks.keys import EstimateConfig, ModelChoice
 from flashmoe_mlx.tasks.model import cache_folder, model_folder
-from flashmoe_mlx.untrusted import read_object
 
 ESTIMATE_VERSION = 1
 _BITS = 4

@@ -8,16 +8,17 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import EvaluateConfig
-from flashmoe_mlx.engine.engine import load
-from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.console.output import activity, print_notes, print_table, show
+from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.pack import MANIFEST
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
-from flashmoe_mlx.tasks.console import activity, print_notes, print_table, show
+from flashmoe_mlx.tasks.keys import EvaluateConfig
 from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 

@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.config import Config
-from flashmoe_mlx.engine.engine import Engine, load
-from flashmoe_mlx.engine.telemetry import environment, metrics_lines, metrics_table, write_json
+from flashmoe_mlx.console.output import print_notes, print_table, show
+from flashmoe_mlx.console.tables import metrics_lines, metrics_table
+from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.tasks.console import print_notes, print_table, show
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.tasks.keys import Config
 from flashmoe_mlx.tasks.model import model_folder
 from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.support import refuse_gguf_file, refuse_hub_id_of_format
-from flashmoe_mlx.config import ModelChoice
+from flashmoe_mlx.console.output import byte_progress, show
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.pack.demo import demo_folder, demo_has, demo_with_variants
-from flashmoe_mlx.pack.pack import MANIFEST, open_pack
-from flashmoe_mlx.pack.synthetic import synthetic_pack
+from flashmoe_mlx.formats.manifest import MANIFEST
+from flashmoe_mlx.made_models.demo import demo_folder, demo_has, demo_with_variants
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.console import byte_progress, show
+from flashmoe_mlx.tasks.keys import ModelChoice
 
 _PATIENCE = 600.0
 """Seconds to wait for another process that makes the same model."""

@@ -9,15 +9,16 @@ from rich import filesize
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.checkpoint.support import is_hub_id
-from flashmoe_mlx.config import PackConfig
+from flashmoe_mlx.console.output import byte_progress, show
+from flashmoe_mlx.console.run_folder import holds_only_records
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.pack.pack import MANIFEST, Pack, open_pack
+from flashmoe_mlx.formats.manifest import MANIFEST
+from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.paths import as_argument, expand_path
-from flashmoe_mlx.run_folder import holds_only_records
-from flashmoe_mlx.tasks.console import byte_progress, show
+from flashmoe_mlx.tasks.keys import PackConfig
 
 log = logging.getLogger(__name__)
 _SHOWN = 20

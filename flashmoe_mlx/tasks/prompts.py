@@ -6,11 +6,11 @@ from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TextIO, TypeVar
 
-from flashmoe_mlx.config import BenchConfig, GenerationConfig
-from flashmoe_mlx.engine.opening import open_model
+from flashmoe_mlx.console.streams import say
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.streams import say
+from flashmoe_mlx.tasks.keys import BenchConfig, GenerationConfig
 
 _STDIN = "-"
 _BLOCK = 2**20

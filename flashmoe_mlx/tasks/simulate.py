@@ -7,14 +7,15 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.config import SimulateConfig
-from flashmoe_mlx.engine.telemetry import write_json
+from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.curves import Curve, curves
 from flashmoe_mlx.research.figures import hit_rate_figure, save
-from flashmoe_mlx.research.routing import RoutingSummary, summarise
-from flashmoe_mlx.research.simulator import (
+from flashmoe_mlx.research.traces.curves import Curve, curves
+from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
+from flashmoe_mlx.research.traces.simulator import (
     CacheDesign,
     Predictor,
     Replay,
@@ -23,9 +24,8 @@ from flashmoe_mlx.research.simulator import (
     capacities,
     replay,
 )
-from flashmoe_mlx.research.trace import RoutingTrace
-from flashmoe_mlx.storage.memory import GIB
-from flashmoe_mlx.tasks.console import activity, print_table, show
+from flashmoe_mlx.stores.memory import GIB
+from flashmoe_mlx.tasks.keys import SimulateConfig
 from flashmoe_mlx.tasks.lists import check_choices
 from flashmoe_mlx.tasks.trace import summary_lines
 

@@ -13,13 +13,13 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flashmoe_mlx.config import GenerationConfig
-from flashmoe_mlx.engine.engine import Engine
-from flashmoe_mlx.engine.generation import Piece
-from flashmoe_mlx.engine.prompting import load_tools
+from flashmoe_mlx.console.output import console, literal_console, show
+from flashmoe_mlx.console.streams import OutputError, print_answer
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.generation.generation import Piece
+from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.streams import OutputError, print_answer
-from flashmoe_mlx.tasks.console import console, literal_console, show
+from flashmoe_mlx.tasks.keys import GenerationConfig
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which a model could command a person's terminal."""

@@ -5,14 +5,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from flashmoe_mlx.config import TraceConfig
-from flashmoe_mlx.engine.engine import load
-from flashmoe_mlx.engine.telemetry import environment, write_json
+from flashmoe_mlx.console.output import print_notes, show
+from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.paths import as_argument, expand_path
-from flashmoe_mlx.research.recorder import recorded
-from flashmoe_mlx.research.routing import RoutingSummary, summarise
-from flashmoe_mlx.tasks.console import print_notes, show
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.research.traces.recorder import recorded
+from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
+from flashmoe_mlx.tasks.keys import TraceConfig
 from flashmoe_mlx.tasks.model import model_folder, model_identity
 from flashmoe_mlx.tasks.prompts import with_prompt
 from flashmoe_mlx.tasks.streaming import prompt_options, stream

@@ -30,14 +30,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from flashmoe_mlx.engine.backends import backend_settings, create_store
-from flashmoe_mlx.expert_store import (
+from flashmoe_mlx.stores.contract import (
     ExpertBatch,
     ExpertReadError,
     ExpertRequestError,
     ExpertStore,
     StoreClosedError,
 )
+from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.expert_store import ExpertSource, Extent
-from flashmoe_mlx.pack.pack import PackedExperts
-from flashmoe_mlx.pack.record import RecordLayout
+from flashmoe_mlx.formats.extents import ExpertSource, Extent
+from flashmoe_mlx.formats.manifest import PackedExperts
+from flashmoe_mlx.formats.record import RecordLayout
 
 LAYERS, EXPERTS = 4, 12
 _SIZE, _GROUP_SIZE = 128, 64

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.untrusted import read_object, read_text
+from flashmoe_mlx.formats.untrusted import read_object, read_text
 
 LARGEST_TEMPLATE = 2**20
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import tokenizers
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.untrusted import read_file, read_object
 from flashmoe_mlx.text.chat_template import ChatTemplate
-from flashmoe_mlx.untrusted import read_file, read_object
 
 _LARGEST_TOKENIZER = 256 * 2**20
 _LONGEST_CHARACTER = 4

@@ -138,7 +138,7 @@ def rounding() -> None:
 def chats() -> None:
     """Documents are the text that the chat template writes."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE
+    from flashmoe_mlx.made_models.byte_tokenizer import CHAT_TEMPLATE
     from flashmoe_mlx.text.chat_template import ChatTemplate
 
     template = ChatTemplate(CHAT_TEMPLATE, {})

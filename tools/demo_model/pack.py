@@ -14,8 +14,8 @@ from pathlib import Path
 from corpus import Corpus
 from documents import item
 
+from flashmoe_mlx.made_models.byte_tokenizer import CHAT_TEMPLATE
 from flashmoe_mlx.pack.writer import pack_checkpoint
-from flashmoe_mlx.text.byte_tokenizer import CHAT_TEMPLATE
 
 _KEPT = ("README.md", "LICENSE")
 _PUBLISHED = ("*.safetensors", "*.json")

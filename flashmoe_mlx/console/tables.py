@@ -1,0 +1,77 @@
+"""Tables and lines for people, from the measurements of a run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+
+from flashmoe_mlx.generation.metrics import ratio
+
+_PHASE_NAMES = {"compute": "attention + router + experts", "router_wait": "router wait", "io": "I/O"}
+
+
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
+    """Make the closing table from ``RunMetrics.to_json``; "ms" is per pass, "all" counts every weight touched."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in (
+        "",
+        "tokens",
+        "tok/s",
+        "ms p5/p50/p95",
+        "MB/token",
+        "hits",
+        "read GB/s",
+        "all GB/s",
+    ):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name in ("prefill", "decode"):
+        stage = metrics[name]
+        steps = stage["step_seconds"]
+        table.add_row(
+            name,
+            str(stage["tokens"]),
+            _shown(stage["tokens_per_second"], ".2f"),
+            _spread(steps) if steps else "-",
+            _shown(stage["bytes_per_token"], ".3g", 1e-6),
+            _shown(stage["hit_rate"], ".0%"),
+            _shown(stage["read_gb_per_second"], ".2f"),
+            _shown(stage["weights_gb_per_second"], ".2f"),
+        )
+    return table
+
+
+def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the table has no room for: the first token, where the time went, sampling, memory."""
+    first = metrics["time_to_first_token"]
+    ended = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
+    if first is None:
+        yield "interrupted before the first token"
+    else:
+        yield f"first token after {first:.3g} s; {ended.get(metrics['finish_reason'], 'interrupted')}"
+    for name in ("prefill", "decode"):
+        stage = metrics[name]
+        if stage["seconds"]:
+            shares = sorted(stage["phase_seconds"].items(), key=lambda item: -item[1])
+            parts = (f"{_PHASE_NAMES.get(phase, phase)} {seconds / stage['seconds']:.0%}" for phase, seconds in shares)
+            yield f"{name} time: {', '.join(parts)}"
+    guesses, decode = metrics["guesses"], metrics["decode"]
+    if guesses is not None and guesses["predicted"]:
+        useful = ratio(decode["prefetched"], decode["misses"])
+        wasted = ratio(decode["bytes_wasted"] / 1e6, decode["tokens"])
+        yield (
+            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {_shown(useful, '.0%')} of the reads begun "
+            f"ahead, {_shown(wasted, '.3g')} MB/token wasted"
+        )
+    if metrics["sampling"] is not None:
+        yield f"sampling: {metrics['sampling']['description']}"
+    yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"
+
+
+def _spread(steps: Mapping[str, float]) -> str:
+    """Percentiles in milliseconds, or the one value there is."""
+    shown = [f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}" for seconds in steps.values()]
+    return "/".join(dict.fromkeys(shown))
+
+
+def _shown(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)

@@ -1,0 +1,352 @@
+"""The Python interface: load a model, run it on tokens, generate text."""
+
+import operator
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, SupportsIndex
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels import check_kernels, choose
+from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.generation import (
+    Generation,
+    Piece,
+    PrefillProgress,
+    Request,
+    checked_chunk,
+    checked_max_tokens,
+)
+from flashmoe_mlx.generation.logits import Logits
+from flashmoe_mlx.generation.metrics import RunMetrics
+from flashmoe_mlx.generation.prompting import Messages, Tools, render_prompt
+from flashmoe_mlx.generation.runner import Runner
+from flashmoe_mlx.generation.sampling import PublishedSampling
+from flashmoe_mlx.layers.cache import SequenceCache
+from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.models.build import build_model
+from flashmoe_mlx.models.code_paths import model_shapes
+from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.moe.experts import RoutingObserver
+from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.registry import open_store
+from flashmoe_mlx.text.tokenizer import Tokenizer
+
+__all__ = ["Engine", "Generation", "Piece", "load"]
+_NO_TEMPLATE = (
+    "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
+    "than answer"
+)
+
+
+def load(
+    model: str | Path,
+    backend: str | Mapping[str, Any] = "pread",
+    experts_k: int | None = None,
+    *,
+    kernels: str = "auto",
+    prefetch: str = "none",
+    profile: bool = False,
+    **backend_options: Any,
+) -> "Engine":
+    """Open a pack or a published checkpoint, ready to run.
+
+    Args:
+        model: folder of the pack or checkpoint.
+        backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
+        experts_k: routed experts a token uses; None for the model's own number.
+        kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
+        prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
+            decoding; see ``moe.prefetch``.
+        profile: evaluate every phase by itself, so that the split of the time is exact; slower.
+        **backend_options: options of the backend, as in its YAML.
+
+    Raises:
+        InputError: the model, the backend or an option is wrong.
+    """
+    chosen = choose(kernels)
+    files = open_model(expand_path(model))
+    k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
+    tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+    sampling = PublishedSampling.load(files.folder)
+    dtype = activation_type()
+    mx.reset_peak_memory()
+    store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
+    try:
+        built = build_model(files.config, files.resident, store, k, chosen, dtype)
+        prefetcher = make_prefetcher(prefetch, store, built.layers)
+        if prefetcher is not None:
+            store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
+        report = check_kernels(chosen, model_shapes(built))
+    except BaseException:
+        store.close()
+        raise
+    layout = store.layout
+    setup = {
+        "experts_k": k,
+        "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
+        "activations": str(dtype),
+        "kernels": report.names,
+        "replaced_kernels": report.replaced,
+        "note": _joined_notes(report.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
+        "prefetch": prefetch,
+        "backend": settings,
+    }
+    return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
+
+
+def _joined_notes(*notes: str | None) -> str | None:
+    return "; ".join(note for note in notes if note) or None
+
+
+def _checked_k(experts_k: int | None, own: int, available: int) -> int:
+    if experts_k is None:
+        return own
+    if type(experts_k) is not int or not 1 <= experts_k <= available:
+        raise InputError(
+            f"experts_k={experts_k!r}: must be from 1 to {available}, the experts of this model (its own is {own})"
+        )
+    return experts_k
+
+
+class Engine:
+    """A loaded model; close it, or use it as a context manager.
+
+    Threads may use an engine in turn; a call that meets another one of another thread raises ``EngineBusyError``.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore,
+        tokenizer: Tokenizer | None,
+        setup: Mapping[str, Any],
+        profile: bool = False,
+        prefetcher: Prefetcher | None = None,
+        sampling: PublishedSampling | None = None,
+    ) -> None:
+        self.store = store
+        self.setup = setup
+        """Experts a token, their format, kernels, prefetch, the backend with its options; fit for JSON."""
+        self.sampling = sampling or PublishedSampling({}, samples=False)
+        """The model's own sampling options, which apply where ``generate`` is not asked for others."""
+        self.metrics = RunMetrics()
+        """Measurements of the generation that was begun last; each ``Generation`` has its own."""
+        self._tokenizer = tokenizer
+        self._prefetcher = prefetcher
+        self._runner = Runner(model, store, PhaseClock(profile), prefetcher)
+        self._guesses = Guesses()
+        """Guesses about sequences that ``forward`` runs."""
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {self.setup['experts_k']} a token>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the store; may be called again.
+
+        Raises:
+            EngineBusyError: a forward pass is running.
+        """
+        with self._runner.exclusive():
+            self.store.close()
+
+    @property
+    def model(self) -> Model:
+        """The model itself, for inspection."""
+        return self._runner.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+            InputError: the model came without one.
+        """
+        if self._tokenizer is None:
+            raise InputError(
+                "this model has no tokenizer.json: only logits() and forward(), which take token ids, can run it",
+                code="no_tokenizer",
+            )
+        return self._tokenizer
+
+    def observe_routing(self, observer: RoutingObserver | None) -> None:
+        """Tell ``observer`` of every routing decision from now on; None ends that.
+
+        Raises:
+            EngineBusyError: a forward pass is running.
+        """
+        with self._runner.exclusive():
+            layers = [replace(layer, experts=replace(layer.experts, observer=observer)) for layer in self.model.layers]
+            self._runner.model = replace(self.model, layers=layers)
+
+    def stats(self) -> dict[str, Any]:
+        """Return the measurements of the latest generation and the store's counters since opening, for JSON."""
+        store = self.store.stats()
+        return {
+            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.record_bytes),
+            "store_total": {name: getattr(store, name) for name in store.__dataclass_fields__},
+        }
+
+    def new_cache(self) -> SequenceCache:
+        """Return the state of a sequence that has not begun."""
+        return SequenceCache.empty(self.model.config)
+
+    def forward(self, token_ids: Sequence[SupportsIndex], cache: SequenceCache) -> Logits:
+        """Compute the logits f32 [T, vocabulary] of ``token_ids`` after the tokens in ``cache``, which they join.
+
+        A single token that continues a sequence counts as a decode step.
+
+        Raises:
+            InputError: there is no token, one that is not in the vocabulary, or more than the context holds.
+            FlashMoeError: a logit is NaN or +inf; code "bad_logits".
+            EngineBusyError: another forward pass is running.
+        """
+        return self._forward(self._checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
+
+    def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
+        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
+
+        Memory grows by one vocabulary a token. Raises the errors of ``forward``.
+        """
+        tokens = self._checked_tokens(token_ids, 0)
+        size = checked_chunk(prefill_chunk)
+        cache = self.new_cache()
+        chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
+        return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
+
+    def generate(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        seed: int | None = None,
+        prefill_chunk: int | None = None,
+        raw: bool = False,
+        system: str | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        ignore_eos: bool = False,
+        on_prefill: PrefillProgress | None = None,
+    ) -> Generation:
+        """Begin an answer to ``prompt``: an iterator of its pieces, which computes them as they are asked for.
+
+        Everything is checked before this returns.
+
+        Args:
+            prompt: a user's message, or messages with "role" and "content".
+            max_tokens: most tokens to generate, those of the model's thinking included.
+            temperature: 0 for greedy decoding; None, here and below, for the value in the model's
+                generation_config.json. See ``SamplingOptions`` for this and the next six.
+            top_p: as in ``SamplingOptions``.
+            top_k: as in ``SamplingOptions``.
+            min_p: as in ``SamplingOptions``.
+            repetition_penalty: as in ``SamplingOptions``.
+            presence_penalty: as in ``SamplingOptions``.
+            frequency_penalty: as in ``SamplingOptions``.
+            seed: makes the draws repeatable.
+            prefill_chunk: tokens of the prompt that go through the model together; None for 1024.
+            raw: send a string without the chat template, and return the text without looking for thinking in it.
+            system: as in ``render_prompt``, like the next three.
+            tools: declarations of functions, in the form of the OpenAI API.
+            enable_thinking: whether the model may think first; None leaves it to the template.
+            template_options: further variables of the template.
+            ignore_eos: continue after the end of the answer, for benchmarks.
+            on_prefill: told of the progress through the prompt, at least once a layer.
+
+        Raises:
+            InputError: an option is out of range, or the prompt does not fit.
+        """
+        start = time.perf_counter()
+        sampling = self.sampling.choose(
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+        )
+        chunk = checked_chunk(prefill_chunk)
+        checked_max_tokens(max_tokens)
+        token_ids = self.encode(
+            prompt,
+            raw=raw,
+            system=system,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+        )
+        ends = frozenset[int]() if ignore_eos else self.tokenizer.eos_token_ids
+        request = Request(self._checked_tokens(token_ids, 0), max_tokens, sampling, seed, chunk, ends, not raw)
+        generation = Generation(self._runner, self.tokenizer, request, on_prefill, start)
+        self.metrics = generation.metrics
+        return generation
+
+    def encode(
+        self,
+        prompt: str | Messages,
+        *,
+        raw: bool = False,
+        system: str | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the tokens of a prompt as ``generate`` sends them; see there, and ``render_prompt`` for errors."""
+        text = render_prompt(
+            prompt,
+            self.tokenizer.chat_template,
+            raw=raw,
+            system=system,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+        )
+        return self.tokenizer.encode(text)
+
+    def _forward(self, tokens: Sequence[int], cache: SequenceCache, decoding: bool) -> Logits:
+        with self._runner.exclusive():
+            if not cache.length:
+                self._guesses = Guesses()
+            hidden = self._runner.hidden(tokens, cache, self._guesses, decoding=decoding and cache.length > 0)
+            return self._runner.logits(hidden, cache)
+
+    def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:
+        config = self.model.config
+        tokens = [operator.index(token) for token in token_ids]
+        if not tokens:
+            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
+        for token in tokens:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
+        if before + len(tokens) > config.max_context:
+            raise InputError(
+                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
+                code="prompt_too_long",
+            )
+        return tokens

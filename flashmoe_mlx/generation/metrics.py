@@ -1,0 +1,121 @@
+"""Measurements of a run, for people and for notebooks."""
+
+import resource
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.moe.prefetch import Guesses
+from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+
+METRICS_VERSION = 1
+
+
+@dataclass
+class Stage:
+    """Measurements of prefill or decode: wall time in ``seconds``, and of each forward pass in ``steps``."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    store: StoreStats = field(default_factory=StoreStats)
+    phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def step(self, tokens: int, store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
+        """Count the enclosed code as one forward pass of ``tokens`` tokens; a pass that fails counts nothing."""
+        before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
+        yield
+        seconds = perf_counter() - start
+        self.tokens += tokens
+        self.seconds += seconds
+        self.steps.append(seconds)
+        self.store += store.stats() - before
+        for name, total in dict(clock.seconds).items():
+            self.phases[name] += total - phases.get(name, 0.0)
+
+    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+        """Return rates and counters; None where nothing was measured.
+
+        ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
+        divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
+        misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints.
+        """
+        store, requests = self.store, self.store.requests
+        read_on_demand = store.bytes_read - record_bytes * store.prefetched
+        touched = resident_bytes * len(self.steps) + record_bytes * requests
+        return {
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": ratio(self.tokens, self.seconds),
+            "step_seconds": _percentiles(self.steps),
+            "bytes_read": store.bytes_read,
+            "bytes_per_token": ratio(store.bytes_read, self.tokens),
+            "experts_requested": requests,
+            "hits": store.hits,
+            "hit_rate": ratio(store.hits, requests),
+            "misses": store.misses,
+            "evictions": store.evictions,
+            "reads": store.reads,
+            "prefetched": store.prefetched,
+            "bytes_wasted": store.bytes_wasted,
+            "fetch_seconds": store.fetch_seconds,
+            "read_gb_per_second": ratio(read_on_demand / 1e9, store.fetch_seconds),
+            "weights_gb_per_second": ratio(touched / 1e9, self.seconds),
+            "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
+        }
+
+
+@dataclass
+class RunMetrics:
+    """Measurements of one generation."""
+
+    prefill: Stage = field(default_factory=Stage)
+    decode: Stage = field(default_factory=Stage)
+    time_to_first_token: float | None = None
+    """Seconds from the call to the first sampled token."""
+    finish_reason: str | None = None
+    guesses: Guesses | None = None
+    """Guesses of the prefetcher, if there is one."""
+    sampling: Mapping[str, Any] | None = None
+    """How tokens were chosen, as from ``ChosenSampling.to_json``."""
+
+    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+        """Return everything in the form of ``metrics.json``; in seconds, bytes and tokens."""
+        return {
+            "metrics_version": METRICS_VERSION,
+            "time_to_first_token": self.time_to_first_token,
+            "finish_reason": self.finish_reason,
+            "sampling": self.sampling,
+            "guesses": None if self.guesses is None else self.guesses.to_json(),
+            "prefill": self.prefill.to_json(resident_bytes, record_bytes),
+            "decode": self.decode.to_json(resident_bytes, record_bytes),
+            "process_peak_bytes": process_peak_bytes(),
+            "mlx_peak_bytes": mx.get_peak_memory(),
+            "resident_bytes_touched": resident_bytes,
+            "page_cache": "as found",
+        }
+
+
+def process_peak_bytes() -> int:
+    """Return the peak memory of this process, without page cache; earlier runs of a sweep count too."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _percentiles(values: list[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {f"p{p}": float(np.percentile(values, p)) for p in (5, 50, 95)}
+
+
+def ratio(amount: float, per: float) -> float | None:
+    return amount / per if per > 0 else None

@@ -1,0 +1,90 @@
+"""The demo model that comes with the package, and its other variants, which are made in the user's cache."""
+
+import hashlib
+import re
+from importlib.resources import files as package_files
+from pathlib import Path
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.files import exclusive, explained_write_errors, write_atomically
+from flashmoe_mlx.formats.manifest import MANIFEST
+from flashmoe_mlx.pack.manifest import variant_name
+from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.pack.progress import Progress
+from flashmoe_mlx.pack.quantize import QUANTISERS
+from flashmoe_mlx.pack.writer import add_variants
+
+_VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
+
+
+def demo_folder() -> Path:
+    """Return the pack inside the installed package: 4 bits alone, and never written to."""
+    return Path(str(package_files("flashmoe_mlx.made_models").joinpath("demo_model")))
+
+
+def demo_has(variants: set[str]) -> bool:
+    """Return whether the pack inside the package has ``variants``, so that none must be made."""
+    return variants <= set(open_pack(demo_folder()).experts)
+
+
+def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress | None = None) -> Path:
+    """Return a pack of the demo model with ``variants``: the one in the package, or a copy under ``cache_dir``.
+
+    What is missing is made of the 4-bit experts, as ``task=pack bits=`` makes it.
+
+    Raises:
+        InputError: a name does not stand for a variant that can be made.
+        PackError: there is no room for it, or another process is making it.
+    """
+    shipped = open_pack(demo_folder())
+    if variants <= set(shipped.experts):
+        return shipped.folder
+    wanted = {name: _recipe(name) for name in sorted(variants)}
+    digest = hashlib.sha256((shipped.folder / MANIFEST).read_bytes()).hexdigest()[:8]
+    folder = cache_dir / f"demo-{digest}"
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not _is_whole(folder):
+            with exclusive(folder):
+                if not _is_whole(folder):  # another process may have made it in the meantime
+                    _copy(shipped.folder, folder)
+    (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
+    assert group_size is not None
+    for name, (bits, quantiser) in wanted.items():
+        pack = open_pack(folder)
+        if name not in pack.experts:
+            add_variants(pack, [bits], group_size=group_size, quantiser=quantiser, progress=progress)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether ``folder`` holds a pack that can be opened; a copy that was interrupted cannot."""
+    try:
+        open_pack(folder)
+    except InputError:
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a pack, the manifest last and every file at once: without a manifest there is no pack yet."""
+    (target / MANIFEST).unlink(missing_ok=True)
+    for path in sorted(source.rglob("*"), key=lambda path: path.name == MANIFEST):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            write_atomically(copy, path.read_bytes())
+
+
+def _recipe(variant: str) -> tuple[int, str | None]:
+    match = _VARIANT.fullmatch(variant)
+    if not match or (match[2] is not None and match[2] not in QUANTISERS):
+        raise InputError(
+            f"variant {variant!r}: not one that can be made; say q2, q3 or q2-minmax, for example",
+            code="unknown_variant",
+        )
+    bits, quantiser = int(match[1]), match[2]
+    name = variant_name(bits, quantiser)
+    if name != variant:
+        raise InputError(f"variant {variant!r}: is called {name}", code="unknown_variant")
+    return bits, quantiser

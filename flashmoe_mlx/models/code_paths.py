@@ -1,0 +1,63 @@
+"""What a built model asks of kernels, for their check at load."""
+
+from collections.abc import Iterator, Sequence
+
+from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
+from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
+from flashmoe_mlx.layers.attention import Attention
+from flashmoe_mlx.layers.linear import Linear
+from flashmoe_mlx.models.decoder import DecoderLayer, Model
+
+
+def model_shapes(model: Model) -> ModelShapes:
+    """Describe ``model`` to its kernels."""
+    first = model.layers[0].experts
+    mixers = [layer.mixer for layer in model.layers]
+    shared = {_expert_format(layer.experts.shared): layer.experts.shared for layer in model.layers}
+    return ModelShapes(
+        dtype=model.norm.dtype,
+        hidden_size=model.norm.size,
+        attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
+        delta=tuple(mixer.weights for mixer in mixers if not isinstance(mixer, Attention))[:1],
+        projections=tuple(_projections(model)),
+        experts=expert_format(first.store.layout),
+        shared=tuple(shared.values()),
+        experts_k=first.experts_k,
+        num_experts=model.config.num_experts,
+        slots=first.store.slots,
+    )
+
+
+def _projections(model: Model) -> Iterator[Projection]:
+    for layer in model.layers:
+        yield from _of_layer(layer)
+    yield from _calls([model.head])
+
+
+def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
+    mixer = layer.mixer
+    if isinstance(mixer, Attention):
+        yield from _calls([mixer.q_proj, mixer.k_proj, mixer.v_proj])
+        yield from _calls([mixer.o_proj], residual=True)
+    else:
+        yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a])
+        yield from _calls([mixer.out_proj], residual=True)
+    router = [layer.experts.gate, layer.experts.shared_expert_gate]
+    yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
+    for one in router:
+        yield from _calls([one])
+
+
+def _calls(linears: Sequence[Linear], residual: bool = False) -> Iterator[Projection]:
+    """The calls that ``Linear`` or ``together`` makes: dense matrices are MLX's, and separate quantised ones."""
+    quantised = [one for one in linears if one.bits is not None]
+    if len(quantised) == len(linears):
+        yield Projection(tuple(linears), residual)
+    else:
+        yield from (Projection((one,), residual) for one in quantised)
+
+
+def _expert_format(expert: ExpertWeights) -> tuple[object, ...]:
+    matrices = (expert.gate, expert.up, expert.down)
+    return tuple((one.weight.shape, None if one.bits is None else one.format_name) for one in matrices)

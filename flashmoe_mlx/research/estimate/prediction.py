@@ -1,0 +1,197 @@
+"""Estimates of memory and speed: the sizes of a model, a simulated cache and the speed model put together."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.trace import RoutingTrace, zipf_trace
+from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.research.estimate.probe import MachineProfile
+from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
+from flashmoe_mlx.research.estimate.speed_model import Distribution, Prediction, SpeedModel, certainly
+from flashmoe_mlx.research.traces.simulator import CacheDesign, Replay
+from flashmoe_mlx.research.traces.simulator import replay as replayed
+
+ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
+"""Exponents of Zipf's law for a model without a trace. Published hit rates of similar engines lie between the outer
+two, most of them near the middle one."""
+
+
+def tolerance(backend: str) -> float:
+    """Return the relative error of the speed model, without the uncertainty of routing (2026-11-24-speed-model.md)."""
+    return 0.3 if backend == "resident" else 0.15
+
+
+_LAYERS = 4  # of a drawn trace, in place of all
+_DIRECT = ("io_uring direct", "pread direct")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine: its measurements, and ``memory`` in bytes for everything.
+
+    ``faster_reads`` is the factor by which a hypothetical disk is faster.
+    """
+
+    profile: MachineProfile
+    memory: int
+    faster_reads: float = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model with its settings; ``trace`` is None if nothing is known of its routing."""
+
+    config: ModelConfig
+    bits: int
+    resident_bits: int
+    experts_k: int
+    context: int
+    activation_bytes: int
+    scale_bytes: int
+    trace: RoutingTrace | None = None
+    group_size: int = GROUP_SIZE
+
+    @property
+    def need(self) -> MemoryNeed:
+        """Memory that the model needs before it keeps any expert."""
+        sizes = self.activation_bytes, self.scale_bytes
+        return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts on disk."""
+        return self.config.num_layers * self.config.num_experts * self.record_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one expert on disk."""
+        return record_bytes(self.config, self.bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Tokens a second of one backend: the expected value and its range.
+
+    ``hit_rates`` belong to the low end, the middle and the high end; ``budget`` is in bytes of slots or page cache.
+    """
+
+    backend: str
+    tokens_per_second: float
+    low: float
+    high: float
+    reading: float
+    hit_rates: tuple[float, float, float]
+    budget: int
+
+
+def estimates(model: Model, machine: Machine) -> list[Estimate]:
+    """Estimate each backend that can run the model here, the fastest first; none if the model does not fit."""
+    room = machine.memory - model.need.total
+    if room <= 0:
+        return []
+    return sorted(_each(model, machine, room), key=lambda one: -one.tokens_per_second)
+
+
+def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
+    speed = SpeedModel(machine.profile, machine.faster_reads)
+    if model.expert_bytes <= room:
+        in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.group_size)
+        yield _estimate("resident", [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
+        return
+    record = model.record_bytes
+    slots = room // (record * model.config.num_layers)
+    direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
+    if direct is not None:
+        reader = "reader=io_uring depth=64 " if direct.startswith("io_uring") else ""
+        if slots >= 1:
+            replays = _replays(model, slots, "layer")
+            reads = [{direct: _misses(one)} for one in replays]
+            backend = f"ram_hybrid {reader}direct=true"
+            yield _predicted(speed, model, backend, replays, reads, slots * record * model.config.num_layers)
+        else:
+            reads_all = {direct: certainly(model.experts_k)}
+            all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.group_size)
+            backend = "io_uring" if reader else "pread direct=true"
+            yield _estimate(backend, [all_read] * 3, (0.0, 0.0, 0.0), 0)
+    if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
+        replays = _replays(model, slots, "global")
+        reads = [{"pread cold": _misses(one), "pread warm": _hits(one, model.experts_k)} for one in replays]
+        yield _predicted(speed, model, "pread", replays, reads, room)
+
+
+def _predicted(
+    speed: SpeedModel,
+    model: Model,
+    backend: str,
+    replays: list[Replay],
+    reads: list[dict[str, Distribution]],
+    budget: int,
+) -> Estimate:
+    found = [speed.predict(model.config, model.bits, model.experts_k, one, model.group_size) for one in reads]
+    rates = [one.hit_rate or 0.0 for one in replays]
+    return _estimate(backend, found, (rates[0], rates[1], rates[2]), budget)
+
+
+def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, float, float], budget: int) -> Estimate:
+    worst, middle, best = found
+    return Estimate(
+        backend,
+        1 / middle.seconds,
+        (1 - tolerance(backend)) / worst.high,
+        (1 + tolerance(backend)) / best.low,
+        middle.reading / middle.seconds,
+        hit_rates,
+        budget,
+    )
+
+
+def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
+    """Simulate an LRU cache for the worst, a middling and the best routing."""
+    config, k = model.config, model.experts_k
+    design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
+    if model.trace is not None:
+        return [replayed(_settled(model.trace), design)] * 3
+    # Long enough for every slot to have been filled; half of it is not counted.
+    tokens = 2 * (50 + 4 * config.num_experts // k)
+    traces = [zipf_trace(tokens, _LAYERS, config.num_experts, k, exponent, seed=0) for exponent in ASSUMED.values()]
+    return [replayed(_settled(one), design) for one in traces]
+
+
+def _settled(trace: RoutingTrace) -> RoutingTrace:
+    """Count the first half as a prompt, since a cache that begins empty is not representative."""
+    return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
+
+
+def _misses(one: Replay) -> Distribution:
+    return np.asarray(one.misses / one.misses.sum())
+
+
+def _hits(one: Replay, k: int) -> Distribution:
+    misses = np.zeros(k + 1)
+    misses[: len(one.misses)] = one.misses
+    return np.asarray(misses[::-1] / misses.sum())
+
+
+def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
+    """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
+    _, layers, _ = trace.experts.shape
+    if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
+        raise InputError(
+            f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
+            f"{config.num_layers} of {config.num_experts}",
+            code="trace_of_another_model",
+        )
+
+
+def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
+    """Yield possible changes, one at a time: (name, model, machine)."""
+    if model.bits > 2:
+        yield "bits=[2]", replace(model, bits=2), machine
+    for k in (4, 2):
+        if k < model.experts_k and model.trace is None:
+            yield f"experts_k={k}", replace(model, experts_k=k), machine
+    yield "twice the memory", model, replace(machine, memory=2 * machine.memory)
+    yield "a disk twice as fast", model, replace(machine, faster_reads=2 * machine.faster_reads)

@@ -1,0 +1,131 @@
+"""From the name of a backend and its options to an open store."""
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from importlib.resources import files as package_files
+from typing import Any, Protocol
+
+import yaml
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.slots import slots_for
+
+
+def backend_names() -> list[str]:
+    """Return the backends that come with this package: the files in ``configs/backend/``."""
+    folder = package_files("flashmoe_mlx.configs").joinpath("backend")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def backend_settings(name: str) -> dict[str, Any]:
+    """Return ``_target_`` and the default options of a backend.
+
+    Raises:
+        InputError: there is no such backend.
+    """
+    if name not in backend_names():
+        raise InputError(
+            f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
+        )
+    text = package_files("flashmoe_mlx.configs").joinpath("backend", f"{name}.yaml").read_text()
+    settings = yaml.safe_load(text)
+    return {str(key): value for key, value in settings.items()}
+
+
+class HasVariants(Protocol):
+    """A model with one or more variants of its routed experts."""
+
+    def variant(self, name: str | None) -> ExpertSource:
+        """Return the experts of the variant ``name``; None stands for the widest one."""
+        ...
+
+
+def open_store(
+    files: HasVariants, backend: str | Mapping[str, Any], options: Mapping[str, Any], host_kernels: bool | None = None
+) -> tuple[ExpertStore, dict[str, Any]]:
+    """Open the store that serves the routed experts of ``files``; returns it with all settings it was opened with.
+
+    Args:
+        files: the model.
+        backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
+        options: override those of ``backend``; ``variant`` names the variant of the pack; the store's constructor
+            gets all other options.
+        host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
+
+    Raises:
+        InputError: there is no such backend, option or variant.
+    """
+    if not isinstance(backend, str | Mapping):
+        raise InputError(
+            f"backend={backend}: must be one name, or a mapping with _target_ and options", code="unknown_backend"
+        )
+    settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
+    settings |= options
+    stated = dict(settings)
+    source = files.variant(settings.pop("variant", None))
+    with slots_for(host_kernels):
+        return create_store(source, settings), stated
+
+
+def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
+    """Create the store of class ``_target_`` for ``source``; the other ``settings`` go to its constructor.
+
+    Raises:
+        InputError: there is no such store or option, or the store refuses.
+    """
+    options = dict(settings)
+    target = options.pop("_target_", None)
+    if not isinstance(target, str):
+        raise InputError("backend: _target_ must name the class of a store, like my_package.my_module.MyStore")
+    try:
+        module, _, name = target.rpartition(".")
+        store_class = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise InputError(
+            f"backend: cannot import {target}: {' '.join(str(error).split())}", code="unknown_backend"
+        ) from error
+    if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
+        raise InputError(f"backend: {target} is not a subclass of ExpertStore")
+    _check_options(store_class, options)
+    store: ExpertStore = store_class(source, **options)
+    return store
+
+
+def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -> None:
+    hints = typing.get_type_hints(store_class.__init__)
+    known = [name for name in inspect.signature(store_class).parameters if name != "source"]
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(
+                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}",
+                code="unknown_option",
+            )
+        limit = store_class.limits.get(name)
+        if limit is not None and not (value is None and _fits(None, hints.get(name))):
+            limit.check(name, value)
+        if not _fits(value, hints.get(name)):
+            raise InputError(
+                f"backend.{name}={value}: must be {_type_name(hints[name])}", code="option_of_another_type"
+            )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether ``value`` is of the type ``hint``, as far as that is a plain type or a union of plain types."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool, str, type(None)):
+        return type(value) is hint
+    return True
+
+
+def _type_name(hint: Any) -> str:
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    options = typing.get_args(hint) or (hint,)
+    return " or ".join(names.get(option, str(option)) for option in options)

@@ -1,0 +1,92 @@
+"""Slots in memory that the CPU and MLX share."""
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
+from flashmoe_mlx.stores.allocation import address_of, use_huge_pages
+from flashmoe_mlx.stores.filling import Filling
+from flashmoe_mlx.stores.memory import GIB, total_memory
+
+_COLLAPSED = 2**29
+"""Bytes up to which slots get large pages at once, which takes 0.1 to 0.2 s for each 100 MB."""
+_WORD = 8
+"""Bytes; the least alignment of all allocators of MLX."""
+
+
+class Slab:
+    """``count`` slots of ``record_bytes`` in memory that the CPU and MLX share.
+
+    ``array`` is uint8 [count, record_bytes]. The first slot begins at a multiple of 16 KiB, so that files opened for
+    direct I/O can be read into it; MLX itself aligns to less.
+    """
+
+    def __init__(self, count: int, record_bytes: int) -> None:
+        size = count * record_bytes
+        refuse_what_cannot_be_allocated(count, size + RECORD_ALIGNMENT)
+        self.count = count
+        # In words, because MLX counts along a dimension with 31 bits.
+        everything = mx.zeros(((size + RECORD_ALIGNMENT) // _WORD, _WORD), mx.uint8)
+        mx.eval(everything)
+        host = memoryview(everything).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
+        start = -address_of(host) % RECORD_ALIGNMENT
+        self.host = host[start : start + size]
+        if size <= _COLLAPSED:
+            use_huge_pages(self.host)
+        self.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
+        mx.eval(self.array)
+        self._rows = [self.host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
+
+    def rows(self, slots: Sequence[int]) -> list[memoryview]:
+        """Return the writable bytes of ``slots``."""
+        return [self._rows[slot] for slot in slots]
+
+    def fill(self, slots: Sequence[int]) -> Filling:
+        """Begin a filling of distinct ``slots``, whose rows are the slots themselves."""
+        return Filling(slots, self.rows(slots))
+
+    def batch(self, slots: Sequence[int]) -> "SlabBatch":
+        """Return the records in ``slots``."""
+        return SlabBatch(self.array, tuple(slots), self._rows)
+
+
+@dataclass(frozen=True)
+class SlabBatch:
+    """An ``ExpertBatch`` of slots of a slab."""
+
+    slab: mx.array
+    slots: tuple[int, ...]
+    _rows: Sequence[memoryview]
+
+    @cached_property
+    def records(self) -> list[mx.array]:
+        """Views of the slab: a slice is one, an index would copy."""
+        return [self.slab[slot : slot + 1].reshape(-1) for slot in self.slots]
+
+    @property
+    def host(self) -> list[memoryview]:
+        """The same bytes for the CPU."""
+        return [self._rows[slot].toreadonly() for slot in self.slots]
+
+
+def refuse_what_cannot_be_allocated(count: int, size: int) -> None:
+    """Raise InputError unless the system grants ``size`` bytes for ``count`` slots.
+
+    MLX crashes where memory is refused, so the system is asked first, without touching the memory.
+    """
+    if size > total_memory():
+        raise InputError(
+            f"{count} slots: need {size / GIB:.1f} GiB, this machine has {total_memory() / GIB:.1f} GiB; choose fewer",
+            code="not_enough_memory",
+        )
+    try:
+        mmap.mmap(-1, size).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{count} slots: {size / GIB:.1f} GiB are refused here ({error}); choose fewer", code="not_enough_memory"
+        ) from error

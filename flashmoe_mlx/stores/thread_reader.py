@@ -1,0 +1,155 @@
+"""Read experts by several threads at once, straight into memory that the caller owns."""
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.limits import THREADS
+from flashmoe_mlx.stores.reads import (
+    OpenFiles,
+    Read,
+    chunk_bytes,
+    open_for_reading,
+    plan_reads,
+    refuse_lost_reads,
+    refuse_unaligned,
+    total_bytes,
+)
+
+_Jobs = SimpleQueue[Callable[[], object] | None]
+
+
+class ThreadReader:
+    """Positioned reads of ``source`` by ``threads`` threads, at most ``chunk_mib`` MiB each (None: whole extents).
+
+    ``direct`` reads past the page cache; ``readahead`` false tells the system not to read beyond what is asked for. An
+    interrupt may arrive anywhere: ``SimpleQueue`` is the one way of handing work to threads that
+    it cannot leave in a state in which the next hand-over would hang.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        threads: int,
+        chunk_mib: float | None = None,
+        direct: bool = False,
+        readahead: bool = True,
+    ) -> None:
+        THREADS.check("threads", threads)
+        self._chunk = chunk_bytes(chunk_mib)
+        if direct:
+            refuse_unaligned(source)
+        self._source = source
+        self._files = OpenFiles(partial(open_for_reading, direct=direct, readahead=readahead))
+        self._queues: list[_Jobs] = []
+        self._threads: list[Thread] = []
+        self._end = weakref.finalize(self, _end, self._queues)
+        try:
+            for number in range(threads):
+                queue: _Jobs = SimpleQueue()
+                thread = Thread(target=_serve, args=(queue,), name=f"expert-reader-{number}", daemon=True)
+                thread.start()
+                self._queues.append(queue)
+                self._threads.append(thread)
+        except RuntimeError as error:
+            self.close()
+            raise BackendUnavailableError(
+                f"cannot start {threads} threads: {error}; choose fewer threads", code="no_threads"
+            ) from error
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
+
+        Whatever happens, no row is written to any more when this returns.
+
+        Raises:
+            ExpertReadError: an expert could not be read; the first one that failed.
+            ExpertStoreError: fewer bytes were read than planned, though nothing failed.
+        """
+        reads = list(plan_reads(self._source, layer, wanted, self._chunk))
+        batch = _Batch(partial(self._read, layer), reads)
+        workers = min(len(reads), len(self._queues))
+        try:
+            for queue in self._queues[:workers]:
+                queue.put(batch.work)
+            done = [batch.finished.get() for _ in range(workers)]
+        except BaseException:
+            batch.todo.clear()
+            self._settle()
+            raise
+        if batch.errors:
+            raise batch.errors[0]
+        count, nbytes = sum(count for count, _ in done), sum(nbytes for _, nbytes in done)
+        refuse_lost_reads(layer, total_bytes(reads), nbytes)
+        return count, nbytes
+
+    def _settle(self) -> None:
+        """Wait until every thread has finished its earlier work, however often the wait is interrupted."""
+        while True:
+            done: SimpleQueue[None] = SimpleQueue()
+            try:
+                for queue in self._queues:
+                    queue.put(partial(done.put, None))
+                for _ in self._queues:
+                    done.get()
+            except KeyboardInterrupt:
+                continue
+            return
+
+    def _read(self, layer: int, read: Read) -> int:
+        try:
+            return read_exactly(self._files[read.path], read.view, read.offset)
+        except (EOFError, OSError) as error:
+            raise read.failed(layer, error) from error
+
+    def close(self) -> None:
+        """End the threads and close the files; no read may be under way. May be called again."""
+        self._end()
+        for thread in self._threads:
+            thread.join()
+        self._files.close()
+
+
+class _Batch:
+    """Reads shared by several threads; at the end each thread puts its numbers of reads and bytes into ``finished``."""
+
+    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
+        self._read = read
+        self.todo = deque(reads)
+        self.errors: list[BaseException] = []
+        self.finished: SimpleQueue[tuple[int, int]] = SimpleQueue()
+
+    def work(self) -> None:
+        """Make reads until none is left or one fails."""
+        count = nbytes = 0
+        try:
+            while (read := self._next()) is not None:
+                count += self._read(read)
+                nbytes += len(read.view)
+        except BaseException as error:  # given to the thread that waits
+            self.errors.append(error)
+            self.todo.clear()
+        self.finished.put((count, nbytes))
+
+    def _next(self) -> Read | None:
+        try:
+            return self.todo.popleft()
+        except IndexError:  # of the queue alone: one inside a read is a failure
+            return None
+
+
+def _serve(queue: _Jobs) -> None:
+    while (job := queue.get()) is not None:
+        job()
+        del job  # while this waits, it must not keep alive what will end it
+
+
+def _end(queues: Sequence[_Jobs]) -> None:
+    for queue in queues:
+        queue.put(None)

@@ -1,0 +1,136 @@
+"""Read experts through io_uring, straight into memory that the caller owns."""
+
+import errno
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.stores.allocation import address_of
+from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.limits import DEPTH
+from flashmoe_mlx.stores.reads import (
+    OpenFiles,
+    Read,
+    chunk_bytes,
+    open_for_reading,
+    plan_reads,
+    refuse_lost_reads,
+    refuse_unaligned,
+    total_bytes,
+)
+from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.uring import Ring, RingRead
+
+
+class UringReader:
+    """Reads of ``source``, ``depth`` at once, at most ``chunk_mib`` MiB each (None: whole extents).
+
+    ``direct`` reads past the page cache, for which everything must be aligned, as packs are. ``workers`` has threads
+    of the kernel make the reads. ``registered`` is a slab whose slots the kernel pins once, which saves it that work
+    in every read and needs as much locked memory (``ulimit -l``); experts are then read into these slots alone.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        depth: int,
+        chunk_mib: float | None = None,
+        direct: bool = False,
+        workers: bool = False,
+        registered: Slab | None = None,
+    ) -> None:
+        DEPTH.check("depth", depth)
+        self._chunk = chunk_bytes(chunk_mib)
+        if direct:
+            refuse_unaligned(source)
+        self._source = source
+        self._depth = depth
+        self._ring = Ring(depth, workers)
+        self._files = OpenFiles(partial(open_for_reading, direct=direct))
+        self._numbers: dict[Path, int] = {}
+        self._buffers: dict[int, int] = {}
+        """Registered buffers by the address at which each begins; empty if none is registered."""
+        self._registered: Sequence[memoryview] = ()
+        if registered is not None:
+            try:
+                self._register(registered)
+            except BaseException:
+                self.close()
+                raise
+
+    def _register(self, slab: Slab) -> None:
+        rows = slab.rows(range(slab.count))
+        try:
+            self._ring.register_buffers(rows)
+        except OSError as error:
+            size = sum(map(len, rows))
+            # Memory that CUDA manages is no memory to the kernel (EFAULT), whatever the limit.
+            remedy = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
+            raise BackendUnavailableError(
+                f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {remedy}set "
+                "backend.registered=false",
+                code="cannot_pin",
+            ) from error
+        self._registered = rows  # while they live no other memory has their addresses
+        self._buffers = {address_of(row): index for index, row in enumerate(rows)}
+
+    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
+
+        After this returns or raises, no row is written to.
+
+        Raises:
+            ExpertReadError: an expert could not be read; the first one that failed.
+            ExpertStoreError: the ring answered for fewer or other reads than it was given.
+            ValueError: a row is not registered, though others are: it would be read without the kernel's pins.
+        """
+        buffers = {expert: self._buffer(row) for expert, row in wanted}
+        todo = list(plan_reads(self._source, layer, wanted, self._chunk))
+        planned, nbytes = total_bytes(todo), 0
+        count = 0
+        while todo:
+            batch, todo = todo[: self._depth], todo[self._depth :]
+            handed = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
+            results = self._ring.run(handed)
+            count += len(batch)
+            nbytes += sum(max(0, done) for done in results)
+            rests = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
+            todo = [rest for rest in rests if rest] + todo
+        refuse_lost_reads(layer, planned, nbytes)
+        return count, nbytes
+
+    def _buffer(self, row: memoryview) -> int | None:
+        if not self._buffers:
+            return None
+        buffer = self._buffers.get(address_of(row))
+        if buffer is None:
+            raise ValueError("registered=true, and a row that is not registered")
+        return buffer
+
+    def _ring_read(self, layer: int, read: Read, buffer: int | None) -> RingRead:
+        number = self._numbers.get(read.path)
+        if number is None:
+            try:
+                number = self._ring.register_file(self._files[read.path])
+            except OSError as error:
+                raise read.failed(layer, error) from error
+            self._numbers[read.path] = number
+        return RingRead(number, read.offset, read.view, buffer)
+
+    def close(self) -> None:
+        """Release the ring and close the files; no read may be running. May be called again."""
+        self._ring.close()
+        self._files.close()
+
+
+def _rest(layer: int, read: Read, done: int) -> Read | None:
+    """Return the rest of ``read`` after ``done`` bytes, None if complete; a negative ``done`` is an error number."""
+    if done < 0:
+        raise read.failed(layer, OSError(-done, os.strerror(-done)))
+    if done == 0:
+        raise read.failed(layer, EOFError(read.offset))
+    if done >= len(read.view):
+        return None
+    return Read(read.expert, read.path, read.offset + done, read.view[done:])
