@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, classify_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
-from flashmoe_mlx.models.build import ResidentTensors
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.weights import ResidentTensors
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.resident import read_resident
@@ -64,7 +64,7 @@ def open_model(folder: Path) -> ModelFiles:
     if (folder / RESIDENT).exists():
         raise InputError(f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)")
     checkpoint = Checkpoint.open(folder)
-    tensors = sort_tensors(checkpoint)
+    tensors = classify_tensors(checkpoint)
     bits = tensors.experts.layout.bits
     name = "published" if bits is None else f"q{bits}"
     return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})

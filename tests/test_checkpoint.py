@@ -17,7 +17,7 @@ from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.safetensors_header import read_header
 
@@ -183,7 +183,7 @@ def folder(tmp_path: Path) -> Path:
 
 def opening_refused(folder: Path, reason: str, error: type[InputError] = CheckpointError) -> InputError:
     with pytest.raises(error, match=reason) as caught:
-        sort_tensors(Checkpoint.open(folder))
+        classify_tensors(Checkpoint.open(folder))
     assert_one_line(caught.value)
     assert str(folder) in str(caught.value)
     return caught.value
@@ -263,7 +263,7 @@ def test_shards_may_be_links(folder: Path, tmp_path: Path) -> None:
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(tmp_path / "blobs" / str(number))
         path.symlink_to(tmp_path / "blobs" / str(number))
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 2
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 2
 
 
 BESIDE = (
@@ -302,7 +302,7 @@ def test_shards_count_by_their_names_where_there_is_no_index(folder: Path) -> No
 def test_a_single_file_of_another_name(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 2
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 2
 
 
 def test_a_shard_that_lacks_what_the_index_promises_is_to_be_downloaded(folder: Path) -> None:
@@ -358,9 +358,9 @@ def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
 def test_wrapped_names_are_read(prefix: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "fused")
-    before = sort_tensors(Checkpoint.open(folder))
+    before = classify_tensors(Checkpoint.open(folder))
     edited_header(folder / "model.safetensors", lambda header: {f"{prefix}{name}": one for name, one in header.items()})
-    after = sort_tensors(Checkpoint.open(folder))
+    after = classify_tensors(Checkpoint.open(folder))
     assert [vector.name for vector in after.vectors] == [vector.name for vector in before.vectors]
     assert [vector.add_one for vector in after.vectors] == [vector.add_one for vector in before.vectors]
 
@@ -372,7 +372,7 @@ def test_a_base_model_without_its_head(tmp_path: Path) -> None:
         return {name.replace("model.language_model.", ""): one for name, one in header.items()}
 
     edited_header(folder / "model.safetensors", bare)
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 4
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 4
     edited_header(
         folder / "model.safetensors",
         lambda header: {name.replace("lm_head", "mtp.head"): one for name, one in header.items()},
@@ -417,7 +417,7 @@ def test_entries_of_single_modules(entry_of_gate: Any, code: str | None, key: st
     settings["language_model.model.layers.1.mlp.gate"] = entry_of_gate
     (folder / "config.json").write_text(json.dumps(config | {key: settings}))
     if code is None:
-        assert sort_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
+        assert classify_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
     else:
         assert refusal_of(folder) == code
 
@@ -450,7 +450,7 @@ def test_gate_and_up_fused_as_mlx_vlm_keeps_them(tmp_path: Path) -> None:
 
 def test_a_shard_that_was_replaced_after_opening(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    experts = sort_tensors(checkpoint).experts
+    experts = classify_tensors(checkpoint).experts
     other = write_checkpoint(folder.with_name("other"), replace(SMALL, vocab_size=50), 0, "mlx4", shards=3)
     for path in other.glob("*.safetensors"):
         shutil.copy(path, folder)
@@ -520,7 +520,7 @@ PREFIX = "language_model.model.layers.1.mlp."
         (retyped(f"{PREFIX}switch_mlp.up_proj.scales", dtype="I16"), "has type I16, expected BF16 or F16 or F32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.weight", dtype="I32"), "has type I32, expected U32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.biases", shape=[4, 1, 64]), "has shape"),
-        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "no supported quantisation"),
+        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "no supported quantization"),
         (retyped("language_model.model.norm.weight", shape=[1, 64]), r"has shape \[1, 64\], config.json needs \[64\]"),
     ],
 )
@@ -565,7 +565,7 @@ def test_any_change_of_the_json_files(tmp_path: Path, data: st.DataObject) -> No
     parent[key] = data.draw(NUMBERS | st.lists(NUMBERS, max_size=3) | st.text(max_size=5) | st.just({}))
     (folder / name).write_text(json.dumps(value))
     try:
-        sort_tensors(Checkpoint.open(folder))
+        classify_tensors(Checkpoint.open(folder))
     except InputError as error:
         assert_one_line(error)
     finally:

@@ -11,7 +11,7 @@ from tiny_checkpoints import write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import read_extents
 from flashmoe_mlx.pack.writer import pack_checkpoint
@@ -31,7 +31,7 @@ def single(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path) -> tuple[CheckpointTensors, Content]:
-    tensors = sort_tensors(Checkpoint.open(folder))
+    tensors = classify_tensors(Checkpoint.open(folder))
     experts = tensors.experts
     places = (experts.extents(layer, 0) for layer in range(experts.num_layers))
     return tensors, [bytes(read_extents(extents)) for extents in places]

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.published import PUBLISHED
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import resident_parameters
+from flashmoe_mlx.checkpoint.published import published_configs
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.research.estimate.sizes import expert_weights
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+PUBLISHED = published_configs()
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}
 
 
@@ -202,7 +202,7 @@ def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, *, nested: 
 @pytest.mark.parametrize("nested", [True, False])
 def test_configs(name: str, nested: bool) -> None:
     text = CONFIGS[name]
-    config = ModelConfig.from_json({"model_type": "qwen3_5_moe", "text_config": text} if nested else text)
+    config = parse_config({"model_type": "qwen3_5_moe", "text_config": text} if nested else text)
     assert (config.num_layers, config.num_experts, config.experts_per_token) == (
         text["num_hidden_layers"],
         text["num_experts"],
@@ -215,14 +215,14 @@ def test_configs(name: str, nested: bool) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_geometries_that_are_known_without_a_network(name: str) -> None:
-    known, config = (ModelConfig.from_json(one) for one in (PUBLISHED[NAMES[name]], CONFIGS[name]))
+    known, config = (parse_config(one) for one in (PUBLISHED[NAMES[name]], CONFIGS[name]))
     assert known == config
 
 
 def test_the_largest_has_as_many_weights_as_its_name_says() -> None:
     """Qwen/Qwen3.8-2.4T-A95B: 4.89 TB in bf16."""
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.8-2.4T-A95B"])
-    resident = sum(math.prod(one.shape) for one in resident_parameters(config))
+    config = parse_config(PUBLISHED["Qwen3.8-2.4T-A95B"])
+    resident = sum(math.prod(one.shape) for one in config.resident_parameters())
     routed = config.num_layers * config.num_experts * expert_weights(config)
     used = resident - config.vocab_size * config.hidden_size
     assert (resident + routed) * 2 == pytest.approx(4.89e12, rel=0.02)
@@ -240,7 +240,7 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
     }
     quantization = {"group_size": 64, "bits": 4, "mode": "affine", **(gates if gate_bits == 8 else {})}
     checkpoint = write_sparse(tmp_path, text, mlx_community(text, gate_bits), quantization=quantization)
-    tensors = sort_tensors(checkpoint)
+    tensors = classify_tensors(checkpoint)
     layout = tensors.experts.layout
     assert (layout.bits, layout.group_size, layout.dtype, layout.record_bytes) == (4, 64, "BF16", RECORDS[name])
     pieces = tensors.experts.extents(text["num_hidden_layers"] - 1, text["num_experts"] - 1)
@@ -257,7 +257,7 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
 @pytest.mark.parametrize("name", CONFIGS)
 def test_original_checkpoints(name: str, tmp_path: Path) -> None:
     text = CONFIGS[name]
-    tensors = sort_tensors(write_sparse(tmp_path, text, hugging_face(text)))
+    tensors = classify_tensors(write_sparse(tmp_path, text, hugging_face(text)))
     layout = tensors.experts.layout
     assert (layout.bits, layout.dtype) == (None, "BF16")
     assert layout.payload_bytes == 3 * 2 * text["hidden_size"] * text["moe_intermediate_size"]
@@ -272,7 +272,7 @@ def test_a_text_only_checkpoint(tmp_path: Path) -> None:
         for name, shape in hugging_face(text).items()
         if ".visual." not in name
     }
-    tensors = sort_tensors(write_sparse(tmp_path, text, shapes, nested=False))
+    tensors = classify_tensors(write_sparse(tmp_path, text, shapes, nested=False))
     assert tensors.experts.num_layers == 92
     assert {vector.add_one for vector in tensors.vectors if vector.name.endswith("layernorm.weight")} == {True}
     assert tensors.experts.layout.payload_bytes == 3 * 2 * 8192 * 2048

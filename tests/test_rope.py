@@ -16,7 +16,7 @@ import flashmoe_mlx
 from flashmoe_mlx.custom_kernels import attention, dialect, native
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.layers.rope import Rope, read_rope
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 
 OF_TRANSFORMERS = [
     # What its ROPE_INIT_FUNCTIONS["yarn"] gives: head dim, context, settings, attention factor, some frequencies.
@@ -91,7 +91,7 @@ OF_TRANSFORMERS = [
 def test_yarn_is_that_of_transformers(
     head_dim: int, context: int, settings: dict[str, Any], factor: float, expected: dict[int, float]
 ) -> None:
-    rope = read_rope({"rope_parameters": {"rope_type": "yarn", **settings}}, head_dim, context)
+    rope = read_rope({"rope_parameters": {"rope_type": "yarn", **settings}}, head_dim, context, 0.25)
     assert rope.yarn is not None
     assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-9)
     found = rope.frequencies()
@@ -102,7 +102,7 @@ def test_yarn_is_that_of_transformers(
 
 def test_plain_frequencies_are_powers_of_theta() -> None:
     for named in ({"rope_type": "default"}, {"type": "default"}, {"type": "mrope"}, {}):
-        rope = read_rope({"rope_parameters": {**named, "rope_theta": 1e4, "factor": 7}}, 32, 100)
+        rope = read_rope({"rope_parameters": {**named, "rope_theta": 1e4, "factor": 7}}, 32, 100, 0.25)
         assert rope == Rope(8, 1e4)
         np.testing.assert_allclose(rope.frequencies(), [1.0, 0.1, 0.01, 0.001])
 
@@ -134,7 +134,7 @@ def test_plain_frequencies_are_powers_of_theta() -> None:
 )
 def test_other_rotations_are_refused(settings: dict[str, Any], code: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_rope({"rope_parameters": {"rope_theta": 1e4, **settings}}, 32, 4096)
+        read_rope({"rope_parameters": {"rope_theta": 1e4, **settings}}, 32, 4096, 0.25)
     assert caught.value.code == code
     assert_one_line(caught.value)
 
@@ -144,7 +144,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.2
 
 
 def both(new: Any, old: Any, **beside: Any) -> Rope:
-    return read_rope({"rope_parameters": new, "rope_scaling": old, **beside}, 256, 262144)
+    return read_rope({"rope_parameters": new, "rope_scaling": old, **beside}, 256, 262144, 0.25)
 
 
 def test_settings_given_twice_must_agree() -> None:
@@ -203,7 +203,7 @@ NUMBERS = st.one_of(st.integers(-2, 2**25), st.floats(), st.none(), st.booleans(
 )
 def test_whatever_yarn_is_accepted_has_finite_frequencies(settings: dict[str, Any]) -> None:
     try:
-        rope = read_rope({"rope_parameters": {"rope_theta": 1e4, **settings, "rope_type": "yarn"}}, 64, 4096)
+        rope = read_rope({"rope_parameters": {"rope_theta": 1e4, **settings, "rope_type": "yarn"}}, 64, 4096, 0.25)
     except InputError as error:
         assert_one_line(error)
         return
@@ -214,9 +214,9 @@ def test_whatever_yarn_is_accepted_has_finite_frequencies(settings: dict[str, An
 
 def test_yarn_reaches_further() -> None:
     config = YARN.text_config()
-    assert ModelConfig.from_json(config).max_context == 4 * 4096
+    assert parse_config(config).max_context == 4 * 4096
     config["max_position_embeddings"] = 100_000  # stated, and more
-    assert ModelConfig.from_json(config).max_context == 100_000
+    assert parse_config(config).max_context == 100_000
 
 
 # Attention

@@ -28,7 +28,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.estimate.probe import SIZES, MachineProfile, probe
 from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
@@ -204,7 +204,7 @@ def _row(
 ) -> dict[str, Any]:
     seconds = [each.seconds for each in passes if each.others <= DISTURBED]
     published = json.loads((folder / "config.json").read_text())
-    found = SpeedModel(profile).predict(ModelConfig.from_json(published), PACKS[one.pack].bits, one.experts_k, reads)
+    found = SpeedModel(profile).predict(parse_config(published), PACKS[one.pack].bits, one.experts_k, reads)
     return {
         "setting": one.label,
         "predicted": 1 / found.seconds,

@@ -9,7 +9,7 @@ from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.family import refuse_other_family
+from flashmoe_mlx.models.registry import find_family, parse_config
 
 
 def why_not(published: Mapping[str, Any]) -> str | None:
@@ -31,7 +31,7 @@ def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelConf
     error = _error(published)
     if error is not None:
         raise CheckpointError(f"{where}: {error}", code=error.code)
-    return ModelConfig.from_json(published)
+    return parse_config(published)
 
 
 def refuse_named_format(name: str) -> None:
@@ -81,11 +81,11 @@ def is_hub_id(name: str) -> bool:
 
 def _error(published: Mapping[str, Any]) -> CheckpointError | None:
     try:
-        refuse_other_family(published)  # first: another format of another family would not help
+        find_family(published)  # first: another format of an unsupported model would not help
         said = unreadable_format(published)
         if said is not None:
             return CheckpointError(f"config.json: {said}", code="unsupported_format")
-        ModelConfig.from_json(published)
+        parse_config(published)
     except CheckpointError as error:
         return error
     return None

@@ -1,10 +1,9 @@
 """State of a sequence in every layer: keys and values, or the state of the recurrence."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
-
-from flashmoe_mlx.models.config import ModelConfig
 
 _GROWTH = 256
 
@@ -56,7 +55,7 @@ class SequenceCache:
     broken: bool = False
 
     @classmethod
-    def empty(cls, config: ModelConfig) -> "SequenceCache":
+    def empty(cls, config: Any) -> "SequenceCache":
         """Return the caches of a sequence that has not begun."""
         return cls([AttentionCache() if full else DeltaCache() for full in config.full_attention])
 

@@ -71,7 +71,7 @@ class Rope:
         return low, high + 0.001 if low == high else high
 
 
-def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
+def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int, fraction: float) -> Rope:
     """Read the rotary settings of a text model's config: nested since transformers 5, beside the sizes before.
 
     Raises:
@@ -94,7 +94,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
         )
     flat = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text.get(name) is not None}
     read = Reader({**flat, **{name: value for name, value in nested.items() if value is not None}})
-    dim = int(head_dim * read.number("partial_rotary_factor", 0.25, most=1.0))
+    dim = int(head_dim * read.number("partial_rotary_factor", fraction, most=1.0))
     if dim < 2 or dim % 2:
         raise CheckpointError(
             f"config.json: {dim} rotary dimensions of {head_dim}; they must be even, 2 or more", code="invalid_config"

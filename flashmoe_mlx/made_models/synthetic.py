@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,8 +27,8 @@ from flashmoe_mlx.formats.manifest import CHECKSUMS, MANIFEST, RESIDENT, layer_f
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import Kind, Parameter, least_bits, resident_parameters
+from flashmoe_mlx.models.parameters import EMBEDDING, HEAD, Kind, Parameter
+from flashmoe_mlx.models.qwen3_5_moe import FAMILY
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -51,43 +52,23 @@ def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: 
         with explained_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with exclusive(folder):
-                _Synthesiser(sizes, folder, progress or Silent()).write(name)
+                _Synthesizer(sizes, folder, progress or Silent()).write(name)
     return open_pack(folder)
 
 
-def synthetic_config(sizes: SyntheticSizes, vocab_size: int = BYTE_TOKENS) -> dict[str, object]:
+def synthetic_config(sizes: SyntheticSizes, vocab_size: int = BYTE_TOKENS) -> dict[str, Any]:
     """Return the ``config.json`` of a synthetic model."""
-    return {
-        "model_type": "qwen3_5_moe_text",
-        "vocab_size": vocab_size,
-        "hidden_size": sizes.hidden_size,
-        "num_hidden_layers": sizes.num_layers,
-        "num_attention_heads": sizes.num_heads,
-        "num_key_value_heads": sizes.num_kv_heads,
-        "head_dim": sizes.head_dim,
-        "full_attention_interval": 4,
-        "linear_num_key_heads": sizes.linear_key_heads,
-        "linear_num_value_heads": sizes.linear_value_heads,
-        "linear_key_head_dim": sizes.linear_key_dim,
-        "linear_value_head_dim": sizes.linear_value_dim,
-        "num_experts": sizes.num_experts,
-        "num_experts_per_tok": sizes.experts_per_token,
-        "moe_intermediate_size": sizes.expert_size,
-        "shared_expert_intermediate_size": sizes.shared_expert_size,
-        "max_position_embeddings": sizes.max_context,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
-    }
+    return FAMILY.write_config({**asdict(sizes), "vocab_size": vocab_size})
 
 
-class _Synthesiser:
+class _Synthesizer:
     def __init__(self, sizes: SyntheticSizes, folder: Path, progress: Progress) -> None:
         self._sizes = sizes
         self._folder = folder
         self._progress = progress
         self._vocab_size = write_byte_tokenizer(folder)
         published = synthetic_config(sizes, self._vocab_size)
-        self._config = ModelConfig.from_json(published)
+        self._config = FAMILY.parse_config(published)
         self._layout = RecordLayout(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
         write_atomically(folder / "config.json", json.dumps(published, indent=1).encode())
 
@@ -107,7 +88,7 @@ class _Synthesiser:
 
     def _write_resident(self) -> None:
         tensors: dict[str, mx.array] = {}
-        for index, parameter in enumerate(resident_parameters(self._config)):
+        for index, parameter in enumerate(self._config.resident_parameters()):
             tensors |= _resident_tensors(parameter, self._sizes.bits, self._random(0, index))
         partial = self._folder / f"partial-{RESIDENT}"
         with partial.open("wb") as file:  # with a name alone MLX does not say why it cannot write
@@ -151,27 +132,17 @@ def _resident_tensors(parameter: Parameter, bits: int, random: np.random.Generat
         if columns % _GROUP_SIZE:
             dense = random.normal(0, columns**-0.5, shape).astype(np.float32)
             return {f"{name}.weight": mx.array(dense).astype(mx.bfloat16)}
-        router = name.endswith(".mlp.gate")
-        bits = least_bits(name, bits)
+        bits = max(bits, parameter.least_bits)
         codes = np.frombuffer(random.bytes(rows * columns * bits // 8), "<u4").reshape(rows, -1)
-        # Logits of router and head must differ enough for choices to be clear.
-        gain = 2.0 if router or name == "lm_head" else 1.0
-        if name == "model.embed_tokens":
-            gain = math.sqrt(columns)
+        # Rows of the embedding have unit variance; logits of the head differ enough for choices to be clear.
+        gain = {EMBEDDING: math.sqrt(columns), HEAD: 2.0}.get(name, parameter.gain)
         scales, biases = _scales((rows, columns // _GROUP_SIZE), columns, bits, random, gain)
         return {
             f"{name}.weight": mx.array(codes),
             f"{name}.scales": mx.array(scales).view(mx.bfloat16),
             f"{name}.biases": mx.array(biases).view(mx.bfloat16),
         }
-    if parameter.kind is Kind.CONV:
-        values = random.normal(0, 0.5, shape)
-    elif name.endswith("A_log"):
-        values = np.log(random.uniform(0.5, 16, shape))
-    elif name.endswith("dt_bias"):
-        values = random.uniform(-6, -1, shape)
-    else:
-        values = np.ones(shape)
+    values = np.ones(shape) if parameter.draw is None else parameter.draw(random, shape)
     return {name: mx.array(values.astype(np.float32)).astype(mx.bfloat16)}
 
 

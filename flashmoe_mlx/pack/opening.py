@@ -27,6 +27,7 @@ from flashmoe_mlx.formats.record import DTYPE_BYTES, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.manifest import geometry_of, variant_name
 from flashmoe_mlx.pack.quantize import QUANTISERS
 
@@ -107,7 +108,7 @@ class _Opener:
         self._check_origin()
         self._check_file("config.json")
         try:
-            config = ModelConfig.from_json(read_object(self._folder / "config.json"))
+            config = parse_config(read_object(self._folder / "config.json"))
         except CheckpointError as error:
             raise self._refuse(str(error)) from None
         if not same_json(self._manifest.get("geometry"), geometry_of(config)):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
@@ -113,7 +113,7 @@ def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
 
 def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    sort_tensors(checkpoint)  # what cannot be packed leaves no plan behind
+    classify_tensors(checkpoint)  # what cannot be packed leaves no plan behind
     index = {
         "identity": checkpoint.identity,
         "config": checkpoint.published,

@@ -16,7 +16,6 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
 from flashmoe_mlx.formats.files import write_exactly
 from flashmoe_mlx.formats.record import DTYPE_BYTES
-from flashmoe_mlx.models.parameters import least_bits
 from flashmoe_mlx.pack.inspection import all_finite
 from flashmoe_mlx.pack.quantize import quantise
 
@@ -73,7 +72,7 @@ class ResidentPlan:
             for part in matrix.parts:
                 self._copy(part)
             return
-        bits = least_bits(matrix.name, bits)
+        bits = max(bits, matrix.least_bits)
         dtype, groups = matrix.weight.source.dtype, (rows, columns // group_size)
         outputs = (
             self._place(f"{matrix.name}.weight", "U32", (rows, columns * bits // 32)),

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.formats.files import (
     exclusive,
@@ -187,7 +187,7 @@ class _Packer:
         self._partial = out / f"{RESIDENT}.partial"
         self._progress = progress
         self._delete_source = delete_source
-        self._tensors: CheckpointTensors = sort_tensors(checkpoint)
+        self._tensors: CheckpointTensors = classify_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
             VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)

@@ -11,7 +11,7 @@ from rich.table import Table
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
-from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
 from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.custom_kernels import choose
@@ -23,7 +23,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate.prediction import (
     Estimate,
@@ -32,7 +32,7 @@ from flashmoe_mlx.research.estimate.prediction import (
     check_trace,
     estimates,
     tolerance,
-    wishes,
+    what_ifs,
 )
 from flashmoe_mlx.research.estimate.probe import MachineProfile, machine_identity, probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
@@ -75,7 +75,7 @@ def run(config: EstimateConfig, run_dir: Path) -> None:
     if profile is not None:
         machine = Machine(profile, memory)
         found = estimates(model, machine)
-        changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
+        changed = [(wish, estimates(other, on)) for wish, other, on in what_ifs(model, machine)]
         helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
         for line in _profile_lines(profile):
             show(line)
@@ -128,13 +128,14 @@ def _published_online(name: str) -> Mapping[str, Any]:
         if error.code != "hub_unreachable":
             raise
         if known is None:
-            raise FlashMoeError(f"{error}; known without it: {', '.join(PUBLISHED)}", code=error.code) from error
+            names = ", ".join(published_configs())
+            raise FlashMoeError(f"{error}; known without it: {names}", code=error.code) from error
         show(f"the hub cannot be reached: sizes are those of the model that {name} is called after")
         return known
 
 
 def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
-    geometry = ModelConfig.from_json(published)
+    geometry = parse_config(published)
     widths = ", ".join(map(str, QUANTISED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
     all_bits = [stated] if config.bits is None else config.bits

@@ -186,7 +186,7 @@ def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
         )
 
 
-def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
+def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
     """Yield possible changes, one at a time: (name, model, machine)."""
     if model.bits > 2:
         yield "bits=[2]", replace(model, bits=2), machine
