@@ -20,7 +20,7 @@ from flashmoe_mlx import Generation
 from flashmoe_mlx.console.tables import metrics_lines
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import EngineBusyError, FlashMoeError, InputError
-from flashmoe_mlx.generation import generation as generation_module
+from flashmoe_mlx.generation import sequence as sequence_module
 from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.models.decoder import Model
@@ -109,7 +109,7 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
     """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
-    context = engine._runner.exclusive()
+    context = engine.runner.exclusive()
     assert isinstance(context, type(threading.Lock()))
     assert not context.locked()
 
@@ -407,7 +407,7 @@ def test_bad_logits_are_refused_everywhere(
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """Let the model say ``tokens``."""
     said = iter(tokens)
-    monkeypatch.setattr(generation_module, "Sampler", lambda *_: lambda logits: next(said))
+    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(said))
 
 
 def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
