@@ -3,7 +3,6 @@
 import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -33,7 +32,7 @@ from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
-from flashmoe_mlx.moe.experts import RoutingObserver
+from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -82,7 +81,7 @@ def load(
     store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        prefetcher = make_prefetcher(prefetch, store, built.layers)
+        prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
         if prefetcher is not None:
             store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
         report = check_kernels(chosen, model_shapes(built))
@@ -193,8 +192,7 @@ class Engine:
             EngineBusyError: a forward pass is running.
         """
         with self._runner.exclusive():
-            layers = [replace(layer, experts=replace(layer.experts, observer=observer)) for layer in self.model.layers]
-            self._runner.model = replace(self.model, layers=layers)
+            self._runner.observer = observer
 
     def stats(self) -> dict[str, Any]:
         """Return the measurements of the latest generation and the store's counters since opening, for JSON."""

@@ -12,6 +12,7 @@ from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -23,6 +24,8 @@ class Runner:
         self.model = model
         self.store = store
         self.clock = clock
+        self.observer: RoutingObserver | None = None
+        """Receives the routing of every pass."""
         self._prefetcher = prefetcher
         self._lock = threading.Lock()
 
@@ -66,8 +69,9 @@ class Runner:
                 "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
             )
         if self._prefetcher is not None:
-            self._prefetcher.begin_pass(guesses, decoding)
-        return self.model.forward(token_ids, cache, self.clock, self._prefetcher, before_layer)
+            self._prefetcher.begin_pass((guesses,), decoding)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer)
+        return self.model.forward(token_ids, cache, context)
 
     def evaluate(self, hidden: mx.array, cache: SequenceCache) -> None:
         """Finish a pass whose logits nobody wants."""

@@ -23,7 +23,7 @@ def model_shapes(model: Model) -> ModelShapes:
         projections=tuple(_projections(model)),
         experts=expert_format(first.store.layout),
         shared=tuple(shared.values()),
-        experts_k=first.experts_k,
+        experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
         slots=first.store.slots,
     )
@@ -43,7 +43,7 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     else:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a])
         yield from _calls([mixer.out_proj], residual=True)
-    router = [layer.experts.gate, layer.experts.shared_expert_gate]
+    router = [layer.experts.router.gate, layer.experts.router.shared_gate]
     yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
     for one in router:
         yield from _calls([one])

@@ -1,6 +1,6 @@
 """The whole model: embedding, decoder layers, head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -10,10 +10,9 @@ from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.cache import AttentionCache, DeltaCache, SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
-from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
-from flashmoe_mlx.moe.prefetch import Prefetcher
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +23,22 @@ class DecoderLayer:
     eps: float
     input_norm: mx.array
     mixer: Attention | GatedDeltaNet
-    post_norm: mx.array
     experts: MixtureOfExperts
 
     def __call__(
         self,
         x: mx.array,
         cache: AttentionCache | DeltaCache,
-        clock: PhaseClock,
-        prefetcher: Prefetcher | None = None,
+        context: ForwardContext,
     ) -> mx.array:
         """Compute [T, hidden] from [T, hidden]; the end stays lazy."""
-        if prefetcher is not None:
-            prefetcher.begins(self.experts.layer, x)
+        clock = context.clock
+        if context.prefetcher is not None:
+            context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
             x = self._mixed(x, cache)
         clock.settle("attention", x)
-        with clock.computing("experts"):
-            normed = self.kernels.rms_norm(x, self.post_norm, self.eps)
-        x = self.experts(normed, x, clock, prefetcher)
+        x = self.experts(x, context)
         clock.settle("experts", x)
         return x
 
@@ -72,21 +68,18 @@ class Model:
         self,
         token_ids: Sequence[int],
         cache: SequenceCache,
-        clock: PhaseClock,
-        prefetcher: Prefetcher | None = None,
-        before_layer: Callable[[int], None] | None = None,
+        context: ForwardContext,
     ) -> mx.array:
         """Compute the hidden states [T, hidden], before the final norm, of tokens that follow those in ``cache``.
 
-        ``before_layer`` is called with the index of each layer before it runs and may raise to end the pass; a pass
-        that ended after its first layer began leaves ``cache.broken`` set.
+        A pass that ``context.before_layer`` or an error ends after its first layer began leaves ``cache.broken`` set.
         """
         x = self.embedding.rows(mx.array(list(token_ids), mx.uint32), self.norm.dtype)
         for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if before_layer is not None:
-                before_layer(index)
+            if context.before_layer is not None:
+                context.before_layer(index)
             cache.broken = True
-            x = layer(x, layer_cache, clock, prefetcher)
+            x = layer(x, layer_cache, context)
         cache.broken = False
         cache.length += len(token_ids)
         return x
