@@ -76,7 +76,7 @@ def load(
     store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        prefetcher = make_prefetcher(prefetch, store, built.layers)
+        prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
         if prefetcher is not None:
             store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
         report = check_kernels(chosen, model_shapes(built))

@@ -12,9 +12,9 @@ from tiny_checkpoints import GEOMETRIES, write_checkpoint
 import flashmoe_mlx
 from flashmoe_mlx.backends import __path__ as backends_path
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.pack.writer import pack_checkpoint
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
+from flashmoe_mlx.pack.writer import pack_checkpoint
 from flashmoe_mlx.stores.registry import backend_names, backend_settings
 
 BUDGET = {"ram_hybrid": {"budget_gib": 0.0005}}

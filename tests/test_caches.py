@@ -104,8 +104,10 @@ def append(cache: KVCache, tokens: int) -> None:
     cache.keys, cache.values, cache.length = keys, values, end
 
 
-@settings(max_examples=40)
-@given(st.lists(st.tuples(st.sampled_from(["append", "trim", "snapshot", "restore"]), st.integers(0, 600)), max_size=12))
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(["append", "trim", "snapshot", "restore"]), st.integers(0, 600)), max_size=12)
+)
 def test_a_kv_cache_holds_its_tokens(steps: list[tuple[str, int]]) -> None:
     cache, kept = KVCache(), KVCache()
     for step, number in steps:

@@ -208,7 +208,7 @@ def test_cancelling_in_the_prompt_ends_before_the_next_layer(
     pieces = list(generation)
     assert [(piece.text, piece.token_ids, piece.finish_reason) for piece in pieces] == [("", (), "cancelled")]
     assert fetched == [*range(TINY.num_layers), *range(layer)]
-    assert generation._cache.broken == (layer > 0)
+    assert generation._sequence.cache.broken == (layer > 0)
     stats = generation.stats()
     assert (stats["finish_reason"], stats["time_to_first_token"], stats["prefill"]["tokens"]) == ("cancelled", None, 4)
     assert next(iter(metrics_lines(stats))) == "interrupted before the first token"
@@ -282,9 +282,8 @@ def test_cancelled_text_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPa
     def cancel(*_: object) -> None:
         generation.cancel()
 
-    monkeypatch.setattr(
-        generation._detokenizer, "add", lambda token, add=generation._detokenizer.add: (cancel(), add(token))[1]
-    )
+    detokenizer = generation._text._detokenizer
+    monkeypatch.setattr(detokenizer, "add", lambda token, add=detokenizer.add: (cancel(), add(token))[1])
     pieces += generation
     assert [piece.token_ids for piece in pieces] == [(0x61,), (0xC3,)]
     assert "".join(piece.text for piece in pieces) == "a\ufffd"

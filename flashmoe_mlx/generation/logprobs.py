@@ -25,7 +25,7 @@ class TokenLogprobs:
 
 
 def token_logprobs(logits: Logits, token_id: int, count: int) -> TokenLogprobs:
-    """Compute the log probability of ``token_id`` and of the ``count`` likeliest tokens from ``logits`` [vocabulary]."""
+    """Compute the log probabilities of ``token_id`` and of the ``count`` likeliest tokens, from ``logits`` [vocab]."""
     scores = logits.astype(np.float64)
     highest = scores.max()
     logprobs = scores - (highest + np.log(np.exp(scores - highest).sum()))

@@ -73,10 +73,12 @@ class Generation(Iterator[Piece]):
         return self.metrics.to_json(self._runner.model.touched_bytes, self._runner.store.layout.record_bytes)
 
     def _advance(self) -> None:
-        """Run one pass, or nothing if the sequence was cancelled."""
-        if self._sequence.cancelled:
-            self._sequence.finish("cancelled")
-        elif self._sequence.status is Status.WAITING:
-            self._runner.prefill(self._sequence)
-        else:
-            self._runner.decode([self._sequence])
+        """Run one pass, or none if the sequence was cancelled."""
+        sequence = self._sequence
+        if not sequence.cancelled:
+            if sequence.status is Status.WAITING:
+                self._runner.prefill(sequence)
+            else:
+                self._runner.decode([sequence])
+        if sequence.cancelled and sequence.status is not Status.FINISHED:
+            sequence.finish("cancelled")

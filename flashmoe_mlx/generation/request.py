@@ -1,6 +1,6 @@
 """A request: everything that determines an answer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,7 +38,7 @@ class Request:
             "invalid_prefill_chunk".
     """
 
-    prompt_ids: Sequence[int]
+    prompt_ids: list[int]
     sampling: ChosenSampling
     max_tokens: int = 256
     seed: int | None = None

@@ -67,16 +67,12 @@ class TextStream:
             reasoning += thought
             content += self._stop.add(said)
             self._read += 1
-        if self._stop.found is not None:
-            sequence.finish("stop")
-        elif sequence.finish_reason is not None:
+        if sequence.finish_reason is not None and self._stop.found is None:
             thought, said = self._rest()
             reasoning += thought
-            content += self._stop.add(said)
-            if self._stop.found is not None:
-                sequence.finish("stop")
-            else:
-                content += self._stop.finish()
+            content += self._stop.add(said) + self._stop.finish()
+        if self._stop.found is not None:
+            sequence.finish("stop")
         if not (reasoning or content) and sequence.finish_reason is None:
             return None
         tokens = sequence.token_ids[self._given : self._read]

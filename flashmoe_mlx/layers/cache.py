@@ -94,8 +94,9 @@ class KVCache:
     def snapshot(self) -> "KVCache":
         """Return a copy, without capacity that no token has reached."""
         used = _rounded(self.length)
-        kept = [_copied(array[:, :, :used]) for array in self.arrays()] or [None, None]
-        return KVCache(kept[0], kept[1], self.length)
+        if self.keys is None or self.values is None:
+            return KVCache()
+        return KVCache(_copied(self.keys[:, :, :used]), _copied(self.values[:, :, :used]), self.length)
 
     def restore(self, snapshot: "KVCache") -> None:
         """Return to the state of ``snapshot``."""
@@ -135,8 +136,9 @@ class RecurrentState:
 
     def snapshot(self) -> "RecurrentState":
         """Return a copy."""
-        kept = [_copied(array) for array in self.arrays()] or [None, None]
-        return RecurrentState(kept[0], kept[1])
+        if self.conv_state is None or self.recurrent_state is None:
+            return RecurrentState()
+        return RecurrentState(_copied(self.conv_state), _copied(self.recurrent_state))
 
     def restore(self, snapshot: "RecurrentState") -> None:
         """Return to the state of ``snapshot``."""
@@ -179,7 +181,9 @@ class SequenceCache:
             InputError: a pass over the sequence failed half-way; code "broken_sequence".
         """
         if self.broken:
-            raise InputError("a pass over this sequence failed half-way: it has no state to keep", code="broken_sequence")
+            raise InputError(
+                "a pass over this sequence failed half-way: it has no state to keep", code="broken_sequence"
+            )
         copy = SequenceCache([layer.snapshot() for layer in self.layers], self.length)
         mx.eval(copy.arrays())
         return copy
@@ -204,7 +208,7 @@ class SequenceCache:
             return
         if not self.can_trim:
             raise InputError(
-                "a layer of this model keeps a recurrent state, from which tokens cannot be removed; restore a snapshot",
+                "a layer of this model keeps a recurrent state, which cannot lose tokens; restore a snapshot",
                 code="cannot_trim",
             )
         for layer in self.layers:

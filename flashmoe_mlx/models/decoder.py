@@ -34,7 +34,6 @@ class DecoderLayer:
     eps: float
     input_norm: mx.array
     mixer: Mixer
-    post_norm: mx.array
     experts: MixtureOfExperts
 
     def __call__(
@@ -54,9 +53,7 @@ class DecoderLayer:
         with clock.computing("attention"):
             x = self.mixer(self.kernels.rms_norm(x, self.input_norm, self.eps), caches, lengths, x)
         clock.settle("attention", x)
-        with clock.computing("experts"):
-            normed = self.kernels.rms_norm(x, self.post_norm, self.eps)
-        x = self.experts(normed, x, context)
+        x = self.experts(x, context)
         clock.settle("experts", x)
         return x
 
