@@ -17,6 +17,7 @@ from flashmoe_mlx.layers.rope import Rope
 from flashmoe_mlx.models.parameters import ROUTER_BITS, Kind, Parameter
 from flashmoe_mlx.models.weights import ResidentWeights
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -194,28 +195,32 @@ class GatedDeltaNetBlock:
 
 @dataclass(frozen=True, slots=True)
 class MoeBlock:
-    """A mixture of experts: softmax router, top K renormalized, and one shared expert behind a sigmoid gate.
+    """A mixture of experts behind a norm: softmax router, top K renormalized, a shared expert with a sigmoid gate.
 
     Attributes:
         hidden_size: the width of a token's vector.
         num_experts: routed experts.
         shared_expert_size: the inner width of the shared expert.
+        eps: the epsilon of the norm.
+        norm: the form in which checkpoints store the norm.
     """
 
     hidden_size: int
     num_experts: int
     shared_expert_size: int
+    eps: float
+    norm: Kind
 
     def parameters(self, prefix: str) -> Iterator[Parameter]:
         """Yield the resident parameters in the order in which a token meets them."""
-        prefix += "mlp."
         hidden, size = self.hidden_size, self.shared_expert_size
+        yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (hidden,))
         # Random logits of a router must differ enough for its choices to be clear.
-        yield Parameter(f"{prefix}gate", Kind.MATRIX, (self.num_experts, hidden), ROUTER_BITS, gain=2.0)
-        yield Parameter(f"{prefix}shared_expert.gate_proj", Kind.MATRIX, (size, hidden))
-        yield Parameter(f"{prefix}shared_expert.up_proj", Kind.MATRIX, (size, hidden))
-        yield Parameter(f"{prefix}shared_expert.down_proj", Kind.MATRIX, (hidden, size))
-        yield Parameter(f"{prefix}shared_expert_gate", Kind.MATRIX, (1, hidden), ROUTER_BITS)
+        yield Parameter(f"{prefix}mlp.gate", Kind.MATRIX, (self.num_experts, hidden), ROUTER_BITS, gain=2.0)
+        yield Parameter(f"{prefix}mlp.shared_expert.gate_proj", Kind.MATRIX, (size, hidden))
+        yield Parameter(f"{prefix}mlp.shared_expert.up_proj", Kind.MATRIX, (size, hidden))
+        yield Parameter(f"{prefix}mlp.shared_expert.down_proj", Kind.MATRIX, (hidden, size))
+        yield Parameter(f"{prefix}mlp.shared_expert_gate", Kind.MATRIX, (1, hidden), ROUTER_BITS)
 
     def build(
         self, layer: int, prefix: str, weights: ResidentWeights, kernels: Kernels, store: ExpertStore, experts_k: int
@@ -230,16 +235,17 @@ class MoeBlock:
             store: serves the routed experts.
             experts_k: routed experts of a token.
         """
-        prefix += "mlp."
-        return MixtureOfExperts(
-            layer,
+        router = Router(
+            weights.linear(f"{prefix}mlp.gate"),
+            weights.vector(f"{prefix}post_attention_layernorm.weight"),
+            self.eps,
             experts_k,
-            kernels,
-            store,
-            weights.linear(f"{prefix}gate"),
-            ExpertWeights(*(weights.linear(f"{prefix}shared_expert.{part}_proj") for part in ("gate", "up", "down"))),
-            weights.linear(f"{prefix}shared_expert_gate"),
+            weights.linear(f"{prefix}mlp.shared_expert_gate"),
+            kernels.rms_norm,
+            on_host=store.layout.bits is not None and kernels.on_host is not None,
         )
+        projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
+        return MixtureOfExperts(layer, kernels, store, router, ExpertWeights(*projections))
 
 
 def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:

@@ -41,7 +41,6 @@ def build_model(
                 config.rms_norm_eps,
                 weights.vector(f"{prefix}input_layernorm.weight"),
                 config.mixer(layer).build(prefix, weights, kernels),
-                weights.vector(f"{prefix}post_attention_layernorm.weight"),
                 config.experts(layer).build(layer, prefix, weights, kernels, store, experts_k),
             )
         )

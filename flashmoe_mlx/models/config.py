@@ -21,7 +21,7 @@ class ModelConfig(ABC):
     """The sizes of a model in elements, heads, layers or experts; a family adds its own and describes its layers."""
 
     norm: ClassVar[Kind] = Kind.PLAIN
-    """The form in which checkpoints store the norms before and after blocks."""
+    """The form in which checkpoints store the norms of the residual stream."""
 
     num_layers: int
     hidden_size: int
@@ -46,7 +46,6 @@ class ModelConfig(ABC):
         prefix = layer_prefix(layer)
         yield Parameter(f"{prefix}input_layernorm.weight", self.norm, (self.hidden_size,))
         yield from self.mixer(layer).parameters(prefix)
-        yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (self.hidden_size,))
         yield from self.experts(layer).parameters(prefix)
 
     def resident_parameters(self) -> Iterator[Parameter]:

@@ -93,7 +93,7 @@ class Qwen35MoeConfig(ModelConfig):
 
     def experts(self, layer: int) -> MoeBlock:  # noqa: ARG002  # equal in all layers
         """Return the mixture of experts."""
-        return MoeBlock(self.hidden_size, self.num_experts, self.shared_expert_size)
+        return MoeBlock(self.hidden_size, self.num_experts, self.shared_expert_size, self.rms_norm_eps, self.norm)
 
 
 def _parse_config(published: Mapping[str, Any]) -> Qwen35MoeConfig:
