@@ -1,11 +1,12 @@
 """Tool calls in what a model writes, whole or token by token."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
+from flashmoe_mlx.text import tool_formats
 from flashmoe_mlx.text.tags import END_TOOL_CALL, TOOL_CALL, Segment, TagScanner
-from flashmoe_mlx.text.tool_formats.calls import CallDelta, Output, ToolCall
-from flashmoe_mlx.text.tool_formats.qwen_xml import QwenXmlReader
+from flashmoe_mlx.text.tool_formats.calls import CallDelta, FormatReader, Output, ToolCall
 from flashmoe_mlx.text.tool_formats.schemas import ToolSchemas
 
 __all__ = ["CallDelta", "Output", "ToolCall", "ToolCallReader", "parse_tool_calls"]
@@ -14,17 +15,24 @@ __all__ = ["CallDelta", "Output", "ToolCall", "ToolCallReader", "parse_tool_call
 class ToolCallReader:
     """Separates calls from the rest of an answer as its tokens come.
 
-    ``tools`` are declarations as the chat template gets them; they decide the types of arguments. ``added_tokens`` are
-    a tokenizer's: where ``<tool_call>`` is a token, only the token opens a call. Without them its text does.
-
     The outputs of ``add`` and ``finish``, joined, do not depend on where the text is cut into pieces.
+
+    Args:
+        tools: declarations as the chat template gets them; they decide the types of arguments.
+        added_tokens: a tokenizer's added tokens. Where ``<tool_call>`` is a token, only the token opens a call, else
+            its text does.
+        tool_format: the name of a module in ``tool_formats``; ``Family.tool_format`` names the one of a model.
     """
 
     def __init__(
-        self, tools: Sequence[Mapping[str, Any]] | None = None, added_tokens: Mapping[str, int] | None = None
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
+        tool_format: str = "qwen_xml",
     ) -> None:
         self._scanner = TagScanner(added_tokens or {}, (TOOL_CALL, END_TOOL_CALL))
-        self._reader = QwenXmlReader(ToolSchemas(tools))
+        module = import_module(f"{tool_formats.__name__}.{tool_format}")
+        self._reader: FormatReader = module.READER(ToolSchemas(tools))
 
     @property
     def calls(self) -> list[ToolCall]:
