@@ -1,4 +1,4 @@
-"""Find the published model that a name or hub id stands for, so that its needs can be estimated without a network."""
+"""Find the published model that a name or hub id denotes, so that estimates need no network."""
 
 import re
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 from flashmoe_mlx.models.registry import families
 
 _OTHER_GEOMETRY = re.compile(r"(?:^|[-_./])(?:REAP|pruned?|merged?|upscaled?|tiny|draft)(?=$|[-_.\d])", re.IGNORECASE)
-"""Words in the names of models that were derived from a published one and have other sizes."""
+"""Words in the names of derived models whose sizes differ from those of the original."""
 _WIDTH = re.compile(r"[-_]([234568])-?bits?(?=$|[-_])", re.IGNORECASE)
 _SAME_WEIGHTS = re.compile(
     r"(?:[-_.](?:mlx|bf16|fp16|f16|hf|text|instruct|thinking|dwq|[234568]-?bits?))*", re.IGNORECASE
 )
-"""Endings of a model's name that change neither its sizes nor, but for the width, its format."""
+"""Endings of a model's name that change neither its sizes nor its format, except for the width."""
 
 
 def published_configs() -> Mapping[str, Mapping[str, Any]]:

@@ -24,7 +24,7 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """A tensor in the form that the model uses: ``source`` in shape ``shape``, plus 1 if ``add_one``."""
+    """A tensor in the form that the model uses: ``source`` in the shape ``shape``, plus 1 if ``add_one``."""
 
     name: str
     shape: tuple[int, ...]
@@ -118,9 +118,9 @@ class _Classifier:
             # Some conversions store the tied head too, a copy of the embedding.
             self._unused -= {f"{HEAD}.{part}" for part in ("weight", "scales", "biases")}
         if self._unused:
-            unknown = self._published[min(self._unused)]
+            unknown, count = self._published[min(self._unused)], len(self._unused)
             raise CheckpointError(
-                f"{self._where}: tensor {unknown} is not part of this kind of model ({len(self._unused)} such)"
+                f"{self._where}: tensor {unknown} is not part of this kind of model ({count} unknown tensors)"
                 f"{self._unreadable_format()}",
                 code="unknown_tensor",
             )
@@ -201,7 +201,7 @@ class _Classifier:
             )
 
     def _check_stated_quantization(self, name: str, bits: int, group_size: int) -> None:
-        """Compare with the module's entry in the config; what that leaves out, or sets to null, contradicts nothing."""
+        """Raise CheckpointError if the module's entry in the config contradicts the shapes of its tensors."""
         published = self._published[f"{name}.weight"].removesuffix(".weight")
         stated = self._settings.get(published)
         if not isinstance(stated, Mapping):
@@ -209,10 +209,10 @@ class _Classifier:
         found = {"bits": bits, "group_size": group_size}
         for key, value in found.items():
             if stated.get(key) not in (None, value):
-                said = " and ".join(f"{key} {shown(stated[key])}" for key in found if stated.get(key) is not None)
+                entry = " and ".join(f"{key} {shown(stated[key])}" for key in found if stated.get(key) is not None)
                 raise CheckpointError(
-                    f"{self._where}: config.json says of {published}: {said}; but its shape says {bits} bits in groups "
-                    f"of {group_size}",
+                    f"{self._where}: config.json states {entry} for {published}, but its shape is that of {bits} bits "
+                    f"in groups of {group_size}",
                     code="contradicting_quantisation",
                 )
 

@@ -1,4 +1,4 @@
-"""Checked access to the values of a published ``config.json``, and the fields that would change the arithmetic."""
+"""Read and check values of a published ``config.json``, and refuse fields that would change the arithmetic."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from flashmoe_mlx.errors import CheckpointError
 
 LARGEST_SIZE = 2**24
-"""No size in a config may exceed this; products of any three then fit a 128-bit integer, and a typo fails here."""
+"""The limit of all sizes in a config: products of any three fit a 128-bit integer, and a typo fails early."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
@@ -27,24 +27,27 @@ _ARITHMETIC = re.compile(
     r"act(ivation)?|gate|gated|norm|qk_norm|scal\w*|softcap\w*|cap|capping|multiplier|rout\w+|rope|rotary|bias|window"
     r"|sinks?|topk|scor\w+|index\w*|hc|hyper|residual|alpha|limit|compress\w*|ngram|ple|latent|sparse|mlp|dense|chunk"
 )
-"""Words of a field's name that speak of arithmetic."""
+"""Words in names of fields that change the arithmetic."""
 
 _HARMLESS = re.compile(
     r"^(mtp|use_cache|output_|router_(aux|z)_loss|router_jitter|initializer|no_repeat_ngram|encoder_no_repeat|chunk_size_feed"
     r"|mlx|vision|audio|image|video)|(_token_id|_dropout|_loss_coef|_dtype)$"
 )
-"""Fields that matter to training, to other modalities, to the prediction of further tokens (``mtp``), or to how a
-library behaves."""
+"""Names of fields for training, other modalities, predicting further tokens (``mtp``), or a library's behavior."""
 
 _READ_ELSEWHERE = frozenset({
     "mlp_only_layers", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta", "use_sliding_window",
 })  # fmt: skip
 _OF_WINDOWS = ("sliding_window", "max_window_layers")
-"""Without effect where ``use_sliding_window`` is false, as in most configs of Qwen that have them."""
+"""Fields without effect where ``use_sliding_window`` is false, as in most configs of Qwen."""
 
 
 class Reader:
-    """Checked access to the values of a JSON object from a ``config.json``; every failure is a CheckpointError."""
+    """Checked access to the values of a JSON object from a ``config.json``.
+
+    Methods that return a value raise CheckpointError if it is missing, mistyped or out of range. A null value counts as
+    missing.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -72,11 +75,11 @@ class Reader:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether there is a value other than null."""
+        """Return whether ``name`` has a value other than null."""
         return self._values.get(name) is not None
 
     def is_on(self, name: str) -> bool:
-        """Whether there is a value, and it is not 0, which transformers takes for none in some fields."""
+        """Return whether ``name`` has a value other than 0, which disables some fields in transformers."""
         return self.has(name) and self._values[name] != 0
 
     def _get(self, name: str, default: Any) -> Any:
@@ -125,17 +128,17 @@ def refuse_other_arithmetic(
 
 
 def _off(value: Any) -> bool:
-    """Whether a value is one that features have when they are not used."""
+    """Return whether ``value`` is one with which configs turn a feature off."""
     return value is None or value is False or value in (0, "", "none") or value in ([], {})
 
 
 def _same(value: Any, known: Any) -> bool:
-    """Equality for which true is not 1."""
+    """Return whether two values are equal; true does not equal 1."""
     return bool(value == known) and isinstance(value, bool) == isinstance(known, bool)
 
 
 def shown(value: Any) -> str:
-    """Return a value from a config as messages show it: on one line, and cut if it is long."""
+    """Format a value from a config for a message: on one line, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

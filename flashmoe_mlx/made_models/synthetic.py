@@ -1,7 +1,7 @@
-"""Packs of models with random weights: the real record sizes and as many layers as wanted, without any download.
+"""Packs of models with random weights: real record sizes and any number of layers, without a download.
 
 Weights have mean zero, so the router's choices depend on the token and are spread over all experts. Every code is drawn
-at random, so no storage or filesystem can compress what it should read.
+at random, so no storage or filesystem can compress the records.
 """
 
 import hashlib
@@ -36,15 +36,21 @@ from flashmoe_mlx.pack.progress import Progress, Silent
 
 _GROUP_SIZE = 64
 _RECIPE = 1
-"""Counts changes of what is drawn from a seed, so that packs of older recipes are not taken for new ones."""
+"""The version of the weights that a seed gives; a cached pack of an older recipe is not used."""
 
 
 def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: Progress | None = None) -> Pack:
-    """Open the pack of these sizes under ``cache_dir``, making it first if there is none.
+    """Open the pack of these sizes under ``cache_dir``; make it first if it does not exist.
+
+    Args:
+        name: the beginning of the folder's name, and the name of the source in the manifest.
+        sizes: the sizes of the model.
+        cache_dir: the folder with all synthetic packs.
+        progress: shows the progress.
 
     Raises:
-        PackError: no room for it, or another process is making it.
-        CheckpointError: the sizes do not make a model.
+        PackError: there is no space, or another process is making the pack.
+        CheckpointError: no model has these sizes.
     """
     digest = hashlib.sha256(json.dumps([_RECIPE, asdict(sizes)]).encode()).hexdigest()[:8]
     folder = cache_dir / f"{name}-{digest}"
@@ -91,7 +97,7 @@ class _Synthesizer:
         for index, parameter in enumerate(self._config.resident_parameters()):
             tensors |= _resident_tensors(parameter, self._sizes.bits, self._random(0, index))
         partial = self._folder / f"partial-{RESIDENT}"
-        with partial.open("wb") as file:  # with a name alone MLX does not say why it cannot write
+        with partial.open("wb") as file:  # given a name, MLX hides the reason why it cannot write
             mx.save_safetensors(file, tensors, {"format": "mlx"})
         publish(partial, self._folder / RESIDENT)
 
@@ -113,7 +119,7 @@ class _Synthesizer:
             for component in self._layout.components:
                 projection, part = component.name.split(".")
                 if part == "biases":
-                    continue  # written with the scales, which they follow
+                    continue  # written together with the scales before them
                 _, columns = self._layout.projection_shape(projection)
                 start, end = component.offset, component.offset + component.nbytes
                 if part == "weight":
@@ -149,7 +155,18 @@ def _resident_tensors(parameter: Parameter, bits: int, random: np.random.Generat
 def _scales(
     shape: tuple[int, int], columns: int, bits: int, random: np.random.Generator, gain: float = 1.0
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
-    """Scales and biases, the bits of bf16, that give uniform codes mean 0 and deviation gain / sqrt(columns) about."""
+    """Draw scales and biases that give weights with uniform codes a mean of 0.
+
+    Args:
+        shape: [rows, groups] of the scales.
+        columns: the weights of a row; their standard deviation is about gain / sqrt(columns).
+        bits: the width of the codes.
+        random: the generator.
+        gain: see ``columns``.
+
+    Returns:
+        The bits of the bf16 scales and biases.
+    """
     most = 2**bits - 1
     deviation = math.sqrt((most * (most + 2)) / 12)  # of a uniform code
     scales = random.uniform(0.5, 1.5, shape) * gain / deviation / math.sqrt(columns)
@@ -159,5 +176,5 @@ def _scales(
 
 
 def _bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """The upper halves of float32 words: rounding does not matter for random numbers."""
+    """Return the upper halves of float32 words; rounding does not matter for random numbers."""
     return (values.view(np.uint32) >> 16).astype(np.uint16)

@@ -1,8 +1,8 @@
-"""Turn a published checkpoint into a pack, in a stream, so that any interruption can be resumed.
+"""Convert a published checkpoint to a pack as a stream, so that any interruption can be resumed.
 
-Work is done in units, the resident tensors of one shard or one layer of one variant. A finished unit is on disk,
-synced, and has a marker beside the plan; the manifest comes last. A run that is killed anywhere leaves units that the
-same command picks up again, and no directory that could be taken for a pack.
+A unit of work is the resident tensors of one shard, or one layer of one variant. A finished unit is synced to disk and
+has a marker beside the plan; the manifest is written last. A run that is killed leaves finished units, with which the
+same command continues, and no directory that looks like a pack.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -95,7 +95,19 @@ def add_variants(
     quantiser: str | None = None,
     progress: Progress | None = None,
 ) -> Pack:
-    """Add variants to a pack, made of the experts with the most bits that it has."""
+    """Add variants to a pack, made from its variant with the most bits.
+
+    Args:
+        pack: the pack.
+        bits: the widths of the new variants.
+        group_size: the number of weights that share a scale and a bias.
+        quantiser: chooses scales and biases; None for the default of each width.
+        progress: shows the progress.
+
+    Raises:
+        InputError: a variant cannot be made from these experts.
+        FlashMoeError: no space is left.
+    """
     settings = _checked(bits, group_size, None, quantiser)
     with explained_write_errors(pack.folder), exclusive(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
@@ -104,8 +116,8 @@ def add_variants(
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
             if experts.layout.bits in settings.bits:
                 raise InputError(
-                    f"bits={experts.layout.bits}: the pack's experts with the most bits have as many, and were made "
-                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>"
+                    f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
+                    "make it from the checkpoint, with task=pack source=<checkpoint>"
                 )
             variants = [
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
@@ -136,7 +148,7 @@ def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, qu
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
-    """Return the settings without the variants that ``pack`` has already."""
+    """Return ``settings`` without the variants that ``pack`` has already."""
     missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
     return replace(settings, bits=tuple(missing))
 
@@ -169,7 +181,7 @@ def _finished(variants: Sequence[VariantWriter]) -> dict[str, RecordLayout]:
 
 
 class _Packer:
-    """One run over a checkpoint, for a new pack or for further variants of ``pack``."""
+    """One run over a checkpoint, for a new pack or for more variants of ``pack``."""
 
     def __init__(
         self,
@@ -208,7 +220,7 @@ class _Packer:
 
     def run(self) -> Pack:
         if self._pack is None and (self._out / RESIDENT).exists():
-            # A run renamed it and ended before it wrote the manifest: unfinished, and parts may be written again.
+            # An earlier run ended after this renaming and before the manifest; parts of the file may be written again.
             (self._out / RESIDENT).replace(self._partial)
         refuse_if_too_large(self._out, self._bytes_to_write(), _REMEDY)
         for shards, do in self._units():
@@ -233,7 +245,7 @@ class _Packer:
         return self._resident.shards if self._pack is None else ()
 
     def _units(self) -> Iterator[tuple[Iterable[str], Callable[[], None]]]:
-        """Yield each unit of work with its shards, so that each shard is needed once; delete those no longer needed."""
+        """Yield each unit of work with its shards, in the order of shards; delete shards that are no longer needed."""
         experts = self._tensors.experts
         layers = {layer: experts.shards(layer) for layer in range(experts.num_layers)}
         waiting: set[str] = set()
@@ -259,7 +271,7 @@ class _Packer:
         variant.write_layer(layer)
 
     def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
-        """Convert one expert again and compare it with the pack's: models of one family have equal shapes."""
+        """Raise PackError unless an expert of the checkpoint equals the pack's: different models have equal shapes."""
         known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
@@ -268,14 +280,14 @@ class _Packer:
         if not comparable or convert_record(payload, source.layout, known.layout, known.quantiser) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
-                "or give the checkpoint that it was made of"
+                "or give the checkpoint from which it was made"
             )
 
     def _marker(self, shard: str) -> Path:
         return state_folder(self._out) / f"resident-{shard}.xxh3"
 
     def _has_resident(self, shard: str) -> bool:
-        """Whether an earlier run wrote what comes from ``shard``, and it is still as that run left it."""
+        """Return whether an earlier run wrote the tensors of ``shard`` and they have not changed since."""
         if not self._marker(shard).exists() or not self._partial.exists():
             return False
         return self._marker(shard).read_text() == self._resident.shard_hash(shard, self._partial)
