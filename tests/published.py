@@ -9,7 +9,7 @@ ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "published.tar.xz"
 
 @cache
 def published_templates() -> dict[str, str]:
-    """Sources of published templates by their path in the archive; empty without the archive."""
+    """Return the sources of published templates by path in the archive; empty without the archive."""
     if not ARCHIVE.exists():
         return {}
     found = {}

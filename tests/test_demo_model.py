@@ -1,4 +1,4 @@
-"""The model that ships: what it says, what it costs to load, and that nobody writes into the package."""
+"""The demo model: its answers, its time to load, and that nothing writes into the package."""
 
 import json
 import shutil
@@ -21,18 +21,18 @@ TOOLS = Path(__file__).parent.parent / "tools" / "demo_model"
 
 
 @pytest.mark.parametrize("kernels", ["auto", "mlx"])
-def test_it_says_what_was_recorded(kernels: str) -> None:
+def test_answers_equal_the_recorded_ones(kernels: str) -> None:
     recorded = json.loads(golden.PATH.read_text())
     for now, before in zip(golden.said(kernels), recorded["said"], strict=True):
         assert now["text"] == before["text"], (
             f"recorded with {recorded['made_by']}; python tests/golden.py records anew"
         )
         assert now["token_ids"] == before["token_ids"]
-        # Far from a tie, or the record would not hold elsewhere.
+        # Logits are far from a tie, so that the record holds on other machines.
         assert before["lead"] > 1
 
 
-def test_it_is_whole_and_small(demo_pack: Path) -> None:
+def test_package_holds_a_complete_small_pack(demo_pack: Path) -> None:
     pack = open_pack(demo_pack)
     assert verify_pack(pack) == []
     assert set(pack.experts) == {"q4"}
@@ -40,7 +40,7 @@ def test_it_is_whole_and_small(demo_pack: Path) -> None:
     assert {"README.md", "LICENSE", "held_out.jsonl"} <= {path.name for path in demo_pack.iterdir()}
 
 
-def test_it_loads_in_under_a_second(demo_pack: Path) -> None:
+def test_demo_loads_in_under_a_second(demo_pack: Path) -> None:
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def test_it_loads_in_under_a_second(demo_pack: Path) -> None:
     assert min(seconds) < 1
 
 
-def test_it_is_built_like_the_large_ones(demo_pack: Path) -> None:
+def test_demo_has_the_architecture_of_large_models(demo_pack: Path) -> None:
     config = open_model(demo_pack).config
     assert config.full_attention == (False, False, False, True) * 2
     assert (config.num_experts, config.experts_per_token) == (64, 10)
@@ -69,7 +69,7 @@ def test_other_variants_are_made_in_the_cache(demo_pack: Path, tmp_path: Path) -
         assert "".join(piece.text for piece in pieces) == "Mira lives in Gorsey."
 
 
-def test_an_interrupted_copy_is_made_anew(tmp_path: Path) -> None:
+def test_an_interrupted_copy_is_made_again(tmp_path: Path) -> None:
     folder = demo_with_variants({"q2-minmax"}, tmp_path)
     (folder / "pack.json").unlink()
     (folder / "resident.safetensors").write_bytes(b"cut short")
@@ -90,8 +90,8 @@ def test_the_command_line_makes_a_variant(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "Mira lives in Gorsey.\n"), result.stderr
 
 
-def test_its_corpus_repeats_and_keeps_the_held_out_set_apart(demo_pack: Path) -> None:
-    """In its own process: the modules of the corpus have plain names."""
+def test_corpus_is_reproducible_and_excludes_the_held_out_set(demo_pack: Path) -> None:
+    """The corpus runs in a process of its own, because its modules have plain names."""
     program = """
 import json, sys
 sys.path.insert(0, sys.argv[1])

@@ -80,7 +80,7 @@ def test_recordings_are_what_transformers_says(case: Case) -> None:
     ),
 )
 @settings(max_examples=300, deadline=None)
-def test_yarn_is_that_of_transformers(
+def test_yarn_equals_transformers(
     head_dim: int, share: float, theta: float, context: int, more: dict[str, Any]
 ) -> None:
     values = {"rope_type": "yarn", "rope_theta": theta, "partial_rotary_factor": share, **more}

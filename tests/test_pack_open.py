@@ -109,7 +109,7 @@ def become_endless(path: Path) -> None:
 @pytest.mark.parametrize(
     "become", [become_nothing, become_directory, become_fifo, become_link, become_device, become_endless]
 )
-def test_files_that_are_none(folder: Path, name: str, become: Callable[[Path], None]) -> None:
+def test_paths_that_are_not_regular_files(folder: Path, name: str, become: Callable[[Path], None]) -> None:
     (folder / name).rename((folder / name).with_name("moved"))
     become(folder / name)
     error = refused(folder, re.escape(name))

@@ -1,4 +1,4 @@
-"""Packing is cut off anywhere, and the same command finishes it; what cannot be finished is refused in a line."""
+"""Packing is interrupted anywhere, and the same command finishes it, or refuses in one line."""
 
 import fcntl
 import itertools
@@ -63,7 +63,7 @@ def in_child(do):
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
-os.fsync = lambda fd: None  # takes long, and matters to a kill of the machine alone
+os.fsync = lambda fd: None  # slow, and matters only if the machine loses power
 for point in itertools.count(1):
     if point == 1 or mode == "delete":
         shutil.rmtree(copy, ignore_errors=True)
@@ -127,7 +127,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     for _ in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as packer:
             assert packer.stdout is not None
-            packer.stdout.readline()  # it has imported all and begins
+            packer.stdout.readline()  # all imports are done, and packing begins
             time.sleep(delays.uniform(0, usual))
             packer.send_signal(signal.SIGKILL)
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2])
@@ -136,7 +136,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
 
 @contextmanager
 def cut_off_before_layer(layer: int) -> Iterator[None]:
-    """Interrupt packing when it comes to ``layer``."""
+    """Interrupt packing when it reaches ``layer``."""
     write = VariantWriter.write_layer
 
     def stop(self: VariantWriter, at: int) -> None:
@@ -211,7 +211,7 @@ def test_damaged_markers_are_not_trusted(source: Path, unfinished: Path, name: s
     finishes_like_new(source, unfinished)
 
 
-def test_resident_weights_that_were_published_are_mended(
+def test_damaged_resident_weights_are_repaired_before_the_manifest(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -334,7 +334,7 @@ def test_a_lock_taken_away_by_its_holder_is_no_lock(tmp_path: Path, monkeypatch:
     lock = fcntl.flock
 
     def late(fd: int, operation: int) -> None:
-        (tmp_path / ".lock").unlink()  # the holder ends between open and flock
+        (tmp_path / ".lock").unlink()  # the holder exits between open and flock
         lock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
@@ -353,7 +353,7 @@ def test_deleting_shards_goes_on_after_an_interruption(source: Path, tmp_path: P
 
 
 def test_shards_that_are_used_up_need_not_be_there(tmp_path: Path) -> None:
-    # Each layer in a shard of its own, as in large checkpoints.
+    # Each layer has its own shard, as in large checkpoints.
     source = write_checkpoint(tmp_path / "source", replace(SMALL, layer_types="LFLF"), 0, "fused", shards=37)
     expected = pack_checkpoint(source, tmp_path / "expected")
     before = len(list(source.glob("*.safetensors")))
@@ -366,7 +366,7 @@ def test_shards_that_are_used_up_need_not_be_there(tmp_path: Path) -> None:
 
 
 def test_a_full_disk(source: Path, tmp_path: Path) -> None:
-    """A limit on the size of files fails writes as a full disk does."""
+    """A limit on the size of files makes writes fail like a full disk."""
     expected = pack_checkpoint(source, tmp_path / "expected", bits=[4, 2])
     script = """
 import resource, sys
@@ -425,7 +425,7 @@ def test_a_small_filesystem(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(PackError, match="no space: it needs"):
             pack_checkpoint(source, room)
         usage = shutil.disk_usage(tmp_path)
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # somebody else fills it meanwhile
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)  # another process fills the disk in the meantime
         with pytest.raises(FlashMoeError, match=r"no space left .* run the same command again") as caught:
             pack_checkpoint(source, room)
         assert_one_line(caught.value)

@@ -1,4 +1,4 @@
-"""Packing: every byte is what an independent reading of the checkpoint says, whatever layout it was published in."""
+"""Packing: every byte equals that of an independent reading of the checkpoint, for every published layout."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def test_published_4_bit_experts_are_copied_byte_for_byte(name: str, dtype: Dtyp
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", get_args(Dtype))
 @pytest.mark.parametrize("layout", ["fused", "per_expert"])
-def test_dense_experts_are_quantised_as_mlx_does(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
+def test_dense_experts_are_quantized_as_by_mlx(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
     geometry = replace(GEOMETRIES["wide"], layer_types="LLF", experts=6)
     source = write_checkpoint(tmp_path / "source", geometry, 1, layout, dtype=dtype, shards=2)
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32, quantiser="minmax")
@@ -88,7 +88,7 @@ def test_dense_experts_are_quantised_as_mlx_does(layout: Layout, dtype: Dtype, b
         assert layer_file(pack, name, layer) == layer_bytes(quantised_parts(dense, bits, 32))
 
 
-def test_2_bits_are_made_of_what_4_bits_stand_for(tmp_path: Path) -> None:
+def test_2_bits_are_made_from_dequantized_4_bits(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[2, 4])
     pack = add_variants(pack, [2], quantiser="minmax")
@@ -227,13 +227,13 @@ from flashmoe_mlx.pack.writer import pack_checkpoint
 resident._BLOCK_BYTES = 2 * 2**20
 
 def peak():
-    if sys.platform == "linux":  # where getrusage counts what ran before exec too
+    if sys.platform == "linux":  # here getrusage also counts the process before exec
         return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 small = replace(GEOMETRIES["pattern"], layer_types="LF")
 large = replace(small, vocab_size=80_000, experts=150)
-if not os.fork():  # its own memory is not of interest
+if not os.fork():  # the memory of the parent does not count
     write_checkpoint(Path("large"), large, 0, "fused")
     os._exit(0)
 os.wait()
@@ -269,7 +269,7 @@ def test_shards_are_deleted_once_they_are_packed(tmp_path: Path, monkeypatch: py
     assert sorted(discarded) == before  # each once
     assert sorted(path.name for path in source.iterdir()) == ["config.json", "model.safetensors.index.json"]
     assert tree(pack.folder) == expected
-    # The same command again finds its work done.
+    # The repeated command finds its work done.
     again = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2], delete_source=True)
     assert tree(again.folder) == expected
 
@@ -304,7 +304,7 @@ def test_nan_and_infinity_are_refused(part: str, layout: Layout, value: int, tmp
 
 
 def poison(path: Path, name: str, value: int) -> None:
-    """Make the last element of a bfloat16 tensor ``value``."""
+    """Set the last element of a bfloat16 tensor to ``value``."""
     data = bytearray(path.read_bytes())
     start = 8 + int.from_bytes(data[:8], "little")
     entry = json.loads(data[8:start])[name]
@@ -326,7 +326,7 @@ def poison(path: Path, name: str, value: int) -> None:
         ({"bits": [4], "quantiser": "least_squares"}, "has experts of 4 bits already, which are copied"),
     ],
 )
-def test_settings_that_make_no_sense(options: dict[str, object], reason: str, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(options: dict[str, object], reason: str, tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
     with pytest.raises(InputError, match=reason) as caught:
         pack_checkpoint(source, tmp_path / "pack", **options)
@@ -347,7 +347,7 @@ def link(path: Path, target: Path) -> Path:
     return path
 
 
-def test_places_where_no_pack_can_be(tmp_path: Path) -> None:
+def test_places_where_no_pack_can_be_made(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -364,7 +364,7 @@ def test_places_where_no_pack_can_be(tmp_path: Path) -> None:
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_space_is_reported_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4", shards=2)
     needed = sum(entry.stat().st_size for entry in pack_checkpoint(source, tmp_path / "a").folder.rglob("*.bin"))
     usage = shutil.disk_usage(tmp_path)
@@ -480,7 +480,7 @@ def test_a_variant_is_added_to_a_pack(tmp_path: Path) -> None:
     assert tree(open_pack(pack.folder).folder) == tree(expected.folder)
 
 
-def test_a_variant_is_no_copy_of_one_made_otherwise(tmp_path: Path) -> None:
+def test_a_variant_of_another_quantizer_is_no_copy(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "fused")
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[4], quantiser="least_squares")
     with pytest.raises(InputError, match=r"bits=4: .* from the checkpoint") as caught:
@@ -506,7 +506,7 @@ def test_an_interrupted_addition_is_finished(tmp_path: Path, monkeypatch: pytest
     source = write_checkpoint(tmp_path / "source", geometry, 0, "mlx4")
     expected = tree(pack_checkpoint(source, tmp_path / "both" / "pack", bits=[4, 2]).folder)
     pack = pack_checkpoint(source, tmp_path / "pack")
-    # Of the same size as with group_size=64, because both are padded.
+    # Records have the same size as with group_size=64, because both are padded.
     interrupt_at_layer(monkeypatch, 2, lambda: add_variants(pack, [2], group_size=32))
     assert list(open_pack(pack.folder).experts) == ["q4"]
     assert verify_pack(open_pack(pack.folder)) == []
@@ -574,7 +574,7 @@ def test_a_source_whose_disk_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert verify_pack(pack_checkpoint(source, tmp_path / "pack")) == []
 
 
-def test_a_config_with_another_quantisation_than_the_tensors(tmp_path: Path) -> None:
+def test_a_config_that_contradicts_the_tensors_quantization(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4")
     name = "language_model.model.layers.0.mlp.gate"
     edit_json(source / "config.json", quantization={"mode": "affine", name: {"bits": "4\n", "group_size": 64}})
@@ -597,7 +597,7 @@ def test_another_models_experts_do_not_join_a_pack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "._x", ".Spotlight-V100/x", "lost+found/x", "Thumbs.db"])
-def test_what_systems_leave_in_a_folder_does_not_count(name: str, tmp_path: Path) -> None:
+def test_files_of_operating_systems_are_ignored(name: str, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).touch()
@@ -606,7 +606,7 @@ def test_what_systems_leave_in_a_folder_does_not_count(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("layout", ["fused", "mlx4"])
-def test_the_library_of_the_format_reads_what_we_write(layout: Layout, tmp_path: Path) -> None:
+def test_safetensors_reads_our_files(layout: Layout, tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, layout, dtype="BF16")
     pack = pack_checkpoint(checkpoint, tmp_path / "pack")
     ours, _ = read_header(pack.resident_path)
@@ -618,7 +618,7 @@ def test_the_library_of_the_format_reads_what_we_write(layout: Layout, tmp_path:
 
 
 def test_a_config_with_nan_is_packed_resumed_and_extended(tmp_path: Path) -> None:
-    """NaN is not equal to itself: that must not look like another model."""
+    """NaN does not equal itself; the model must not be taken for another."""
     checkpoint = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "fused")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"for_others": [float("nan"), float("inf")]}))
@@ -628,7 +628,7 @@ def test_a_config_with_nan_is_packed_resumed_and_extended(tmp_path: Path) -> Non
 
 
 def test_a_pack_of_the_first_release_opens(demo_pack: Path) -> None:
-    """The one in the package was written by earlier code and must open for ever."""
+    """The pack in the package was written by earlier code and must open for ever."""
     pack = open_pack(demo_pack)
     assert pack.manifest["format_version"] == 1
     assert verify_pack(pack) == []

@@ -1,4 +1,4 @@
-"""What is the resident store's own: everything is read once, or refused with the numbers."""
+"""The resident store: all experts are read once, or refused with the sizes in the message."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What can be run and what cannot: one answer for every task, in a line, before anything is fetched or allocated."""
+"""Supported and unsupported models: one answer for all tasks, in one line, before anything is fetched or allocated."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ GATE = "language_model.model.layers.0.mlp.gate"
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """The config of a published model with other values in its text part."""
+    """Return the config of a published model with other values in its text part."""
     return {**PLAIN, "text_config": {**PLAIN["text_config"], **changes}}
 
 
@@ -87,7 +87,7 @@ def test_other_models_are_refused_with_names_of_models(config: dict[str, Any], c
 
 
 def test_the_family_comes_before_the_format() -> None:
-    """Another format of a model that does not run would not help."""
+    """Another format of an unsupported model would not help."""
     config = {"model_type": "qwen3_moe", "num_experts": 128, "quantization_config": {"quant_method": "fp8"}}
     assert refusal(config).code == "unsupported_model"
 
@@ -148,7 +148,7 @@ def test_formats_that_cannot_be_read_are_named(settings: dict[str, Any], says: s
         {"quantization": {**MLX, GATE: None}},
         {"quantization": {**MLX, GATE: {"bits": 8, "mode": None}}},
         {"quantization": {**MLX, "vision_tower.blocks.0.mlp": {"mode": "mxfp8"}}},  # not text
-        {"quantization": MLX, "quantization_config": {"quant_method": "fp8"}},  # what it was made of
+        {"quantization": MLX, "quantization_config": {"quant_method": "fp8"}},  # the format of the original
         {"quantization_config": {**MLX, "quant_method": "mlx"}},
     ],
 )
@@ -269,7 +269,7 @@ def test_other_names() -> None:
     assert all(is_skipped(name, NAMES) for name in skipped)
 
 
-def test_names_beside_a_missing_one_are_told() -> None:
+def test_message_about_a_missing_tensor_names_its_neighbors() -> None:
     wanted = "model.layers.0.mlp.experts.0.gate_proj.weight"
     beside = ["model.layers.0.mlp.switch_mlp.gate_up_proj.weight", "model.norm.weight"]
     assert "switch_mlp.gate_up_proj" in describe_found(wanted, beside)
@@ -304,7 +304,7 @@ def test_names_beside_a_missing_one_are_told() -> None:
         {"expert_bias": False, "hc_mult": 0, "index_topk": None},
     ],
 )
-def test_harmless_fields_are_passed_over(changes: dict[str, Any]) -> None:
+def test_harmless_fields_are_ignored(changes: dict[str, Any]) -> None:
     assert why_not(changed(**changes)) is None
 
 

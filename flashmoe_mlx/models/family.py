@@ -1,6 +1,7 @@
-"""The protocol of a model family: everything that the engine asks of one.
+"""The protocol of a model family: all that the package needs to know about it.
 
-A module of this package with a ``FAMILY`` is a family; ``registry.py`` finds it by its ``model_types``.
+A family is a module of this package with a ``FAMILY``; ``registry.py`` finds it. Its class of configurations
+(``config.py``) composes layers from blocks (``blocks.py``).
 """
 
 import re
@@ -11,25 +12,24 @@ from typing import Any, Generic, TypeVar
 from flashmoe_mlx.models.config import ModelConfig
 
 Config = TypeVar("Config", bound=ModelConfig)
-"""The family's own class of configurations."""
+"""The class of a family's configurations."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
     """Names of tensors in the published checkpoints of a family.
 
-    Names of single tensors are relative to the layer's ``experts``; those of stacked and fused experts differ between
-    layouts. A checkpoint that has ``stacked`` tensors is an MLX conversion, which stores norms and convolutions as the
-    model uses them.
+    Canonical names are those of ``parameters.py``. Routed experts have names of their own in each of three layouts:
+    stacked, as in MLX conversions, which store norms and convolutions as the model uses them; fused; and separate.
 
     Attributes:
-        prefixes: (published, canonical) prefixes of names; the first that fits is replaced.
+        prefixes: (published, canonical) prefixes; the first published prefix of a name is replaced.
         skipped: matches canonical names of tensors that text does not need.
         experts: the prefix of the names of a layer's experts, with ``{layer}``.
-        stacked: matrices of all experts of a layer, [experts, out, in], with ``{projection}``.
-        fused: gate and up [experts, 2 * size, hidden], then down [experts, hidden, size].
-        separate: a matrix of one expert, with ``{expert}`` and ``{projection}``.
-        projections: the family's names of the projections gate, up and down.
+        stacked: after that prefix, a matrix of all experts [experts, out, in], with ``{projection}``.
+        fused: after that prefix, gate and up [experts, 2 * size, hidden], and down [experts, hidden, size].
+        separate: after that prefix, a matrix of one expert [out, in], with ``{expert}`` and ``{projection}``.
+        projections: the names of the projections gate, up and down in published checkpoints.
     """
 
     prefixes: tuple[tuple[str, str], ...] = ()
@@ -50,7 +50,7 @@ class Family(Generic[Config]):
     Attributes:
         model_types: values of ``model_type`` in ``config.json``.
         series: names of its series of models, for messages.
-        example: the name of a small model of it, for messages.
+        example: the name of a small model, for messages.
         config: the class of its configurations.
         parse_config: reads a ``config.json`` of one of its ``model_types``, which is untrusted input: every number is
             checked there, once, and the rest of the package relies on it. Raises CheckpointError.

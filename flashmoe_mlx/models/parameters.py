@@ -17,7 +17,7 @@ from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head"
-"""Tensors that every family has under the same name; a model with tied embeddings has no head."""
+"""Names that all families share; a model with tied embeddings has no head."""
 
 ROUTER_BITS = 8
 """Least width of matrices that choose experts, as in mlx_lm: a wrong choice costs more than their few bytes."""

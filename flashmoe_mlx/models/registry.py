@@ -1,4 +1,4 @@
-"""The families that this package runs: the one of a given model, and the error for a model of no such family."""
+"""Find the family of a model, or explain why this package does not run the model."""
 
 import pkgutil
 import re
@@ -19,13 +19,13 @@ _COUNT_OF_EXPERTS = re.compile(r"(moe_)?n(um)?_(\w+_)?experts")
 
 @cache
 def families() -> tuple[Family[Any], ...]:
-    """Return all families: the ``FAMILY`` of every module in ``models`` that has one, by name of the module."""
+    """Return all families, sorted by module: the ``FAMILY`` of each module in ``models`` that has one."""
     modules = (import_module(f"{models.__name__}.{found.name}") for found in pkgutil.iter_modules(models.__path__))
     return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
 
 
 def family_of(config: ModelConfig) -> Family[Any]:
-    """Return the family whose ``parse_config`` made ``config``."""
+    """Return the family of the model with this configuration."""
     return next(family for family in families() if family.config is type(config))
 
 
@@ -33,7 +33,7 @@ def parse_config(published: Mapping[str, Any]) -> ModelConfig:
     """Read a ``config.json``.
 
     Raises:
-        CheckpointError: no family has such a model, a field asks for unsupported arithmetic, or a value is missing,
+        CheckpointError: the model belongs to no family, a field asks for unsupported arithmetic, or a value is missing,
             mistyped or out of range.
     """
     config: ModelConfig = find_family(published).parse_config(published)
@@ -44,7 +44,7 @@ def find_family(published: Mapping[str, Any]) -> Family[Any]:
     """Return the family of the model that a ``config.json`` describes.
 
     Raises:
-        CheckpointError: no family has such a model.
+        CheckpointError: the model belongs to no family.
     """
     kind = published.get("model_type")
     if kind is None:
@@ -60,7 +60,7 @@ def find_family(published: Mapping[str, Any]) -> Family[Any]:
 
 
 def _unsupported(published: Mapping[str, Any], kind: object) -> CheckpointError:
-    """Make the error for a model whose ``model_type`` is ``kind``."""
+    """Return the error for a model of ``model_type`` ``kind``."""
     name = kind if isinstance(kind, str) else ""
     supported = _supported()
     if name not in MIXTURES and not _has_experts(published):
@@ -77,7 +77,7 @@ def _unsupported(published: Mapping[str, Any], kind: object) -> CheckpointError:
 
 
 def _supported() -> str:
-    """Return the end of a message: the series of models that this version runs."""
+    """Return the end of a message, which names the series of models that this version runs."""
     series = [name for family in families() for name in family.series]
     example = families()[0].example
     return f"this version runs the mixture-of-experts models of {_listed(series)} ({example}, for example)"

@@ -58,7 +58,7 @@ class ResidentWeights:
                 self._vectors[parameter.name] = self._load_vector(parameter)
 
     def linear(self, name: str) -> Linear:
-        """Return the matrix ``name``, with its bias where there is one."""
+        """Return the matrix ``name``, with its bias if it has one."""
         matrix, bias = self._matrices[name], self._vectors.get(f"{name}.bias")
         return matrix if bias is None else replace(matrix, bias=bias)
 
