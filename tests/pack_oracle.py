@@ -51,7 +51,7 @@ def raw(array: mx.array) -> bytes:
     return np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
 
 
-def quantised(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
+def quantized(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
     """Codes, scales and biases as ``mlx_lm.convert`` makes them: of the whole tensor at once."""
     return list(mx.quantize(dense, group_size=group_size, bits=bits))
 
@@ -70,7 +70,7 @@ def dense_experts(tensors: Stored, geometry: Geometry, layer: int, layout: Layou
 
 
 def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
-    """The nine stacked tensors of a quantised layer in the order of a record."""
+    """The nine stacked tensors of a quantized layer in the order of a record."""
     prefix = f"language_model.model.layers.{layer}.mlp.switch_mlp"
     return [
         as_array(*tensors[f"{prefix}.{projection}_proj.{part}"])
@@ -79,9 +79,9 @@ def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
     ]
 
 
-def quantised_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
+def quantized_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
     """The nine stacked tensors of a dense layer."""
-    return [part for name in ("gate", "up", "down") for part in quantised(dense[name], bits, group_size)]
+    return [part for name in ("gate", "up", "down") for part in quantized(dense[name], bits, group_size)]
 
 
 def layer_bytes(parts: list[mx.array]) -> bytes:

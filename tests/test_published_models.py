@@ -135,7 +135,7 @@ def resident_vectors(text: dict[str, Any], conv: tuple[int, int]) -> Shapes:
     return shapes
 
 
-def quantised(name: str, shape: tuple[int, ...], bits: int) -> Shapes:
+def quantized(name: str, shape: tuple[int, ...], bits: int) -> Shapes:
     *rows, columns = shape
     return {
         f"{name}.weight": ("U32", (*rows, columns * bits // 32)),
@@ -149,12 +149,12 @@ def mlx_community(text: dict[str, Any], gate_bits: int) -> Shapes:
     shapes = resident_vectors(text, (4, 1))
     for name, shape in resident_matrices(text).items():
         gate = name.endswith((".mlp.gate", ".mlp.shared_expert_gate"))
-        shapes |= quantised(name, shape, gate_bits if gate else 4)
+        shapes |= quantized(name, shape, gate_bits if gate else 4)
     for layer in range(text["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
-        shapes |= quantised(prefix + "gate_proj", (experts, size, hidden), 4)
-        shapes |= quantised(prefix + "up_proj", (experts, size, hidden), 4)
-        shapes |= quantised(prefix + "down_proj", (experts, hidden, size), 4)
+        shapes |= quantized(prefix + "gate_proj", (experts, size, hidden), 4)
+        shapes |= quantized(prefix + "up_proj", (experts, size, hidden), 4)
+        shapes |= quantized(prefix + "down_proj", (experts, hidden, size), 4)
     return {f"language_model.{name}": shape for name, shape in shapes.items()}
 
 

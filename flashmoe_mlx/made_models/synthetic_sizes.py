@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass
 class SyntheticSizes:
-    """Sizes under the names of the model's configuration (``models.qwen3_5_moe``).
+    """Sizes under the names of the fields of the model's configuration.
 
     Attributes:
         bits: the width of routed experts and of most resident matrices.

@@ -19,8 +19,8 @@ Config = TypeVar("Config", bound=ModelConfig)
 class TensorNames:
     """Names of tensors in the published checkpoints of a family.
 
-    Canonical names are those of ``parameters.py``. Routed experts have names of their own in each of three layouts:
-    stacked, as in MLX conversions, which store norms and convolutions as the model uses them; fused; and separate.
+    Canonical names are those of ``parameters.py``. Names of routed experts differ between three layouts: stacked, as
+    in MLX conversions, which also store norms and convolutions as the model uses them; fused; and separate.
 
     Attributes:
         prefixes: (published, canonical) prefixes; the first published prefix of a name is replaced.

@@ -215,7 +215,7 @@ class _Packer:
                 variant.take_over(packed_experts)
                 return
         raise InputError(
-            f"packed_experts={packed_experts}: needs a quantised checkpoint as source=, and its width in bits="
+            f"packed_experts={packed_experts}: needs a quantized checkpoint as source=, and its width in bits="
         )
 
     def run(self) -> Pack:
