@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.layers.linear import Linear, together
+from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.phases import PhaseClock
 
 
@@ -87,7 +87,7 @@ class Router:
 
     def choose_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
         """Choose experts at once: [T, K] and all weights [T, K + 1], the shared expert's last."""
-        scores, shared = (np.array(logits, np.float32) for logits in together((self.gate, self.shared_gate), x))
+        scores, shared = (np.array(logits, np.float32) for logits in project_all((self.gate, self.shared_gate), x))
         chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = np.take_along_axis(scores, chosen, axis=-1)
         weights = np.exp(weights - weights.max(-1, keepdims=True))

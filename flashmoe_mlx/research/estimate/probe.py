@@ -26,7 +26,6 @@ from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.logits import checked_logits
-from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
@@ -284,7 +283,7 @@ class _Run:
 
     def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
         self._model, self._store, self._cold = model, store, cold
-        self._cache = SequenceCache.empty(model.config)
+        self._cache = model.new_cache()
         self._context = ForwardContext(PhaseClock())
         self._random = np.random.default_rng(0)
         self.config = model.config
@@ -301,7 +300,7 @@ class _Run:
         token = int(self._random.integers(self._model.config.vocab_size))
         before = self._store.stats().fetch_seconds
         start = time.perf_counter()
-        hidden = self._model.forward([token], self._cache, self._context)
+        hidden = self._model.forward([[token]], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)
