@@ -22,7 +22,7 @@ class MixtureOfExperts:
     Attributes:
         layer: index of the layer.
         store: serves the routed experts.
-        router: chooses them.
+        router: chooses the experts of each token.
         shared: the expert that every token uses.
         strategy: applies routed and shared experts.
     """
