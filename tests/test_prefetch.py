@@ -166,7 +166,7 @@ def test_loading_allocates_for_reads_ahead(tiny_pack: Path, backend: str, monkey
 
 def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
     with pytest.raises(
-        InputError, match="prefetch=oracle: no such policy; there are none, previous_token, next_router"
+        InputError, match="prefetch=oracle: unknown policy; choose from none, previous_token, next_router"
     ):
         flashmoe_mlx.load(tiny_pack, prefetch="oracle")
 
