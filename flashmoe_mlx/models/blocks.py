@@ -17,7 +17,10 @@ from flashmoe_mlx.layers.rope import Rope
 from flashmoe_mlx.models.parameters import ROUTER_BITS, Kind, Parameter
 from flashmoe_mlx.models.weights import ResidentWeights
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Router
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.strategies import choose_strategy
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -235,6 +238,9 @@ class MoeBlock:
             store: serves the routed experts.
             experts_k: routed experts of a token.
         """
+        projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
+        shared = SharedExpert(ExpertWeights(*projections), kernels.expert_mlp)
+        strategy = choose_strategy(kernels, store.layout, weights.dtype, shared.weights)
         router = Router(
             weights.linear(f"{prefix}mlp.gate"),
             weights.vector(f"{prefix}post_attention_layernorm.weight"),
@@ -242,10 +248,9 @@ class MoeBlock:
             experts_k,
             weights.linear(f"{prefix}mlp.shared_expert_gate"),
             kernels.rms_norm,
-            on_host=store.layout.bits is not None and kernels.on_host is not None,
+            on_host=isinstance(strategy, ExpertsOnHost),
         )
-        projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
-        return MixtureOfExperts(layer, kernels, store, router, ExpertWeights(*projections))
+        return MixtureOfExperts(layer, store, router, shared, strategy)
 
 
 def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:

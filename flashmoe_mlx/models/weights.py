@@ -46,7 +46,8 @@ class ResidentWeights:
     ) -> None:
         self._tensors = tensors
         self._kernels = kernels
-        self._dtype = dtype
+        self.dtype = dtype
+        """The type of activations."""
         self._matrices: dict[str, Linear] = {}
         self._vectors: dict[str, mx.array] = {}
         self.nbytes = 0
@@ -77,18 +78,18 @@ class ResidentWeights:
         return array
 
     def _load_vector(self, parameter: Parameter) -> mx.array:
-        array = self._take(parameter.name, mx.float32 if parameter.kind is Kind.EXACT else self._dtype)
+        array = self._take(parameter.name, mx.float32 if parameter.kind is Kind.EXACT else self.dtype)
         _check_shape(parameter.name, array, parameter.shape)
         return array
 
     def _load_matrix(self, name: str, shape: tuple[int, ...]) -> Linear:
         if f"{name}.scales" not in self._tensors.names:
-            weight = self._take(f"{name}.weight", self._dtype)
+            weight = self._take(f"{name}.weight", self.dtype)
             _check_shape(f"{name}.weight", weight, shape)
             return Linear(weight)
         weight = self._take(f"{name}.weight", None)
         # MLX converts scales in every product unless activations have their type; the kernels for CPUs take any type.
-        dtype = None if self._kernels.any_scales else self._dtype
+        dtype = None if self._kernels.accepts_any_scale_dtype else self.dtype
         scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantization_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check_shape(f"{name}.biases", biases, scales.shape)
@@ -99,7 +100,7 @@ class ResidentWeights:
                 "scales and biases one floating-point type; delete the pack and make it again",
                 code="wrong_types",
             )
-        if self._kernels.any_scales:  # kernels for CPUs read in place
+        if self._kernels.routed_experts_cpu is not None:  # kernels for CPUs read in place
             weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 
