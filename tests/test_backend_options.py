@@ -52,12 +52,12 @@ def test_every_numeric_option_has_a_limit() -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("packed"), bits=2, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("packed"), bits=2, contiguous=True)
 
 
 @pytest.fixture(scope="module")
 def scattered(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("scattered"), bits=4, in_one_piece=False)
+    return write_experts(tmp_path_factory.mktemp("scattered"), bits=4, contiguous=False)
 
 
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)

@@ -29,7 +29,7 @@ from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, contiguous=True)
 
 
 def failing(code: int) -> Any:
@@ -86,7 +86,7 @@ def test_memory_that_may_not_be_pinned(
 
 @needs_linux
 def test_direct_reads_need_a_pack(tmp_path: Path) -> None:
-    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    scattered = write_experts(tmp_path, bits=4, contiguous=False)
     with pytest.raises(InputError) as caught:
         UringStore(scattered.source)
     assert caught.value.code == "not_aligned"

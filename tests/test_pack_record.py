@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.formats.record import DTYPE_BYTES, GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import DTYPE_BYTES, GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 
 PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for part in ("weight", "scales", "biases")]
 
@@ -44,7 +44,7 @@ def test_35b_records() -> None:
 
 @st.composite
 def layouts(draw: st.DrawFn) -> RecordLayout:
-    bits = draw(st.sampled_from((None, *QUANTISED_BITS)))
+    bits = draw(st.sampled_from((None, *QUANTIZED_BITS)))
     group_size = None if bits is None else draw(st.sampled_from(GROUP_SIZES))
     hidden, inner = (draw(st.integers(1, 200)) * (group_size or 1) for _ in range(2))
     return RecordLayout(hidden, inner, bits, group_size, draw(st.sampled_from(("BF16", "F16", "F32"))))

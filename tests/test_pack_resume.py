@@ -19,7 +19,7 @@ from pack_oracle import SMALL, assert_one_line, edit_json, tree
 from tiny_checkpoints import GEOMETRIES, Layout, write_checkpoint
 
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
-from flashmoe_mlx.formats.files import exclusive
+from flashmoe_mlx.formats.folders import lock_folder
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
@@ -314,18 +314,18 @@ pack_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))
         first.communicate(b"\n")
     assert first.returncode == 0
     assert tree(out) == tree(expected.folder)
-    with exclusive(out), pytest.raises(PackError, match="another process"):
+    with lock_folder(out), pytest.raises(PackError, match="another process"):
         add_variants(open_pack(out), [2])
 
 
 def test_the_lock_of_a_killed_packer_is_no_obstacle(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
-        with exclusive(tmp_path):
+        with lock_folder(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / ".lock").exists()
-    with exclusive(tmp_path):
+    with lock_folder(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -338,7 +338,7 @@ def test_a_lock_taken_away_by_its_holder_is_no_lock(tmp_path: Path, monkeypatch:
         lock(fd, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(PackError, match="another process"), exclusive(tmp_path):
+    with pytest.raises(PackError, match="another process"), lock_folder(tmp_path):
         pytest.fail("two would hold it")
 
 

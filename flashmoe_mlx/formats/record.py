@@ -15,7 +15,7 @@ from flashmoe_mlx.errors import PackError
 
 RECORD_ALIGNMENT = 16 * 1024
 PROJECTIONS = ("gate", "up", "down")
-QUANTISED_BITS = (2, 3, 4, 5, 6, 8)
+QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPE_BYTES: Mapping[str, int] = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 """Sizes of the element types that a record may hold, under their safetensors names."""
@@ -51,8 +51,8 @@ class RecordLayout:
             raise PackError(f"expert records of type {self.dtype} are not supported: use BF16, F16 or F32")
         if self.bits is None:
             return
-        if self.bits not in QUANTISED_BITS:
-            raise PackError(f"{self.bits}-bit experts are not supported: use one of {_listed(QUANTISED_BITS)}")
+        if self.bits not in QUANTIZED_BITS:
+            raise PackError(f"{self.bits}-bit experts are not supported: use one of {_listed(QUANTIZED_BITS)}")
         if self.group_size not in GROUP_SIZES:
             raise PackError(f"group size {self.group_size} is not supported: use one of {_listed(GROUP_SIZES)}")
         for columns in (self.hidden_size, self.intermediate_size):

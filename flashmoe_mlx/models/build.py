@@ -17,7 +17,7 @@ from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.parameters import Kind, quantisation_of, resident_parameters
 from flashmoe_mlx.moe.experts import MixtureOfExperts
-from flashmoe_mlx.stores.allocation import at_cache_lines
+from flashmoe_mlx.stores.allocation import align_to_cache_line
 from flashmoe_mlx.stores.contract import ExpertStore
 
 _EXACT = ("A_log", "dt_bias")
@@ -191,7 +191,7 @@ class _Resident:
                 code="wrong_types",
             )
         if self._kernels.any_scales:  # those for CPUs, which read in place
-            weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
+            weight, scales, biases = map(align_to_cache_line, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS
 from flashmoe_mlx.models.config import ModelConfig
 
 
@@ -109,7 +109,7 @@ def quantisation_of(
         InputError: the shapes fit no supported quantisation of a ``dense`` [..., out, in] matrix.
     """
     columns = dense[-1]
-    for bits in QUANTISED_BITS:
+    for bits in QUANTIZED_BITS:
         for group_size in GROUP_SIZES:
             packed = (*dense[:-1], columns * bits // 32)
             groups = (*dense[:-1], columns // group_size)

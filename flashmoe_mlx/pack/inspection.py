@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.formats.extents import read_exactly
 from flashmoe_mlx.formats.record import RecordLayout
 
 _READERS = 4
@@ -27,7 +27,7 @@ class RecordReport:
 
 def inspect_record(record: memoryview, layout: RecordLayout) -> RecordReport:
     """Hash a record and look for values that no healthy model has."""
-    return RecordReport(xxhash.xxh3_64_intdigest(record), not_finite(record, layout))
+    return RecordReport(xxhash.xxh3_64_intdigest(record), find_nonfinite(record, layout))
 
 
 def inspect_layer(path: Path, layout: RecordLayout, num_experts: int) -> Iterator[RecordReport]:
@@ -57,7 +57,7 @@ def inspect_layer(path: Path, layout: RecordLayout, num_experts: int) -> Iterato
         os.close(fd)
 
 
-def not_finite(payload: bytearray | memoryview, layout: RecordLayout) -> str | None:
+def find_nonfinite(payload: bytearray | memoryview, layout: RecordLayout) -> str | None:
     """Describe the first component of a record that holds NaN or infinity; None if there is none."""
     for component in layout.components:
         data = memoryview(payload)[component.offset : component.offset + component.nbytes]

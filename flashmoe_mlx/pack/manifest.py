@@ -20,12 +20,12 @@ from flashmoe_mlx.formats.manifest import (
 )
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.pack.quantize import default_quantiser
+from flashmoe_mlx.pack.quantize import default_quantizer
 
 
 def variant_name(bits: int, quantiser: str | None = None) -> str:
     """Return the name of the variant with experts of ``bits`` bits, made by ``quantiser``."""
-    return f"q{bits}" if quantiser in (None, default_quantiser(bits)) else f"q{bits}-{quantiser}"
+    return f"q{bits}" if quantiser in (None, default_quantizer(bits)) else f"q{bits}-{quantiser}"
 
 
 def geometry_of(config: ModelConfig) -> dict[str, int]:

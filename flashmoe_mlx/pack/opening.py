@@ -28,7 +28,7 @@ from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.pack.manifest import geometry_of, variant_name
-from flashmoe_mlx.pack.quantize import QUANTISERS
+from flashmoe_mlx.pack.quantize import QUANTIZERS
 
 _SMALL = 64 * 2**20
 """Files up to this size are hashed whenever a pack is opened, larger ones only by ``verify``."""
@@ -188,7 +188,7 @@ class _Opener:
     def _variant(self, name: str, entry: Any, config: ModelConfig) -> PackedExperts:
         entry = dict(self._object(entry, f"variant {name!r}"))
         quantiser = entry.pop("quantiser", None)
-        if quantiser is not None and quantiser not in tuple(QUANTISERS):
+        if quantiser is not None and quantiser not in tuple(QUANTIZERS):
             raise self._refuse(f"{MANIFEST}: variant {name!r} was made by {quantiser!r}, which is not known here")
         bits, group_size, dtype = (entry.get(key) for key in ("bits", "group_size", "dtype"))
         if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):

@@ -20,13 +20,13 @@ def quantise(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.
     return codes, scales, biases
 
 
-QUANTISERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array, mx.array]]] = MappingProxyType(
+QUANTIZERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array, mx.array]]] = MappingProxyType(
     {"least_squares": least_squares, "minmax": quantise}
 )
 """Ways to choose scales and biases of routed experts."""
 
 
-def default_quantiser(bits: int) -> str:
+def default_quantizer(bits: int) -> str:
     """Return "least_squares" where min-max wastes codes, else "minmax", as in most conversions."""
     return "least_squares" if bits == 2 else "minmax"
 
@@ -36,7 +36,7 @@ def convert_record(
 ) -> memoryview:
     """Convert the payload of a record from layout ``source`` to ``target``; equal layouts are copied.
 
-    ``quantiser`` is one of ``QUANTISERS``; None for the default of the target's width.
+    ``quantiser`` is one of ``QUANTIZERS``; None for the default of the target's width.
     """
     record = memoryview(bytearray(target.record_bytes))
     if source == target:
@@ -44,7 +44,7 @@ def convert_record(
         return record
     assert target.bits is not None
     assert target.group_size is not None
-    quantised_by = QUANTISERS[quantiser or default_quantiser(target.bits)]
+    quantised_by = QUANTIZERS[quantiser or default_quantizer(target.bits)]
     parts = record_views(array_from(payload, "U8", (len(payload),)), source)
     made: dict[str, mx.array] = {}
     for projection in PROJECTIONS:

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.formats.extents import ExpertSource, read_extents
+from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
 from flashmoe_mlx.formats.record import RecordLayout
-from flashmoe_mlx.pack.inspection import RecordReport, inspect_layer, inspect_record, not_finite
+from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import variant_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantize import convert_record, default_quantiser
+from flashmoe_mlx.pack.quantize import convert_record, default_quantizer
 
 _READ_AHEAD = 4
 
@@ -50,7 +50,7 @@ class VariantWriter:
                 f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
                 f"leave out quantiser=, or {bits} of bits="
             )
-        self.quantiser = None if copied else quantiser or default_quantiser(bits)
+        self.quantiser = None if copied else quantiser or default_quantizer(bits)
         """The quantiser; None if records are copies."""
 
     @property
@@ -117,7 +117,7 @@ class VariantWriter:
         source = self._experts.layout
         for expert, payload in enumerate(self._payloads(layer)):
             # MLX quantises a NaN to an ordinary number, so it must be found before.
-            fault = None if source == self.layout else not_finite(payload, source)
+            fault = None if source == self.layout else find_nonfinite(payload, source)
             if fault:
                 raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
             yield convert_record(payload, source, self.layout, self.quantiser)
@@ -140,7 +140,7 @@ class VariantWriter:
                 f"{theirs}: cannot be linked into {path.parent} ({error.strerror}); "
                 "choose an out= on the same filesystem as packed_experts="
             ) from None
-        sync_directory(path.parent)
+        sync(path.parent)
         with theirs.open("rb") as file:
             for expert, payload in enumerate(self._payloads(layer)):
                 record = file.read(self.layout.record_bytes)

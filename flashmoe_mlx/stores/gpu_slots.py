@@ -17,22 +17,22 @@ class GpuSlots:
     MLX would move the slots to the CPU's memory for any access to their bytes, so ``host`` of a batch is a copy.
     """
 
-    def __init__(self, count: int, record_bytes: int, arrivals: "Arrivals") -> None:
+    def __init__(self, count: int, record_bytes: int, staging: "StagingArea") -> None:
         self.count = count
-        self._arrivals = arrivals
+        self._staging = staging
         self._array = mx.zeros((count, record_bytes), mx.uint8)
         mx.eval(self._array)
 
     def fill(self, slots: Sequence[int]) -> Filling:
         """Begin a filling of distinct ``slots``; ``commit`` copies its rows to the GPU."""
-        return self._arrivals.fill(self._array, slots)
+        return self._staging.fill(self._array, slots)
 
     def batch(self, slots: Sequence[int]) -> "GpuBatch":
         """Return the records in ``slots``."""
         return GpuBatch(self._array, tuple(slots))
 
 
-class Arrivals:
+class StagingArea:
     """Memory that the CPU can write, for at most ``at_once`` records on their way to a GPU.
 
     All slots of a store share it, so only the latest filling is valid.

@@ -7,10 +7,10 @@ from functools import cached_property
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.stores.allocation import own_memory
+from flashmoe_mlx.stores.allocation import allocate_huge_pages
 from flashmoe_mlx.stores.filling import Filling, Rows
-from flashmoe_mlx.stores.memory import GIB, refuse_if_too_large
-from flashmoe_mlx.stores.slab import Slab, refuse_what_cannot_be_allocated
+from flashmoe_mlx.stores.memory import GIB, check_memory
+from flashmoe_mlx.stores.slab import Slab, check_allocation
 
 
 class HostSlots:
@@ -20,12 +20,12 @@ class HostSlots:
     are copies, made in ``copies`` when they are asked for; the CPU kernels ask for none.
     """
 
-    def __init__(self, count: int, record_bytes: int, copies: "Copies") -> None:
+    def __init__(self, count: int, record_bytes: int, copies: "CopyBuffer") -> None:
         size = count * record_bytes
-        refuse_what_cannot_be_allocated(count, size)
+        check_allocation(count, size)
         self.count = count
         try:
-            host = own_memory(size)
+            host = allocate_huge_pages(size)
         except OSError as error:
             raise InputError(
                 f"{count} slots: {size / GIB:.1f} GiB are refused here ({error}); choose fewer",
@@ -69,7 +69,7 @@ class _HostFilling(Filling):
             super().move(slot, source, place)
 
 
-class Copies:
+class CopyBuffer:
     """Memory for the copies of one batch of a store, allocated at the first use and shared by all later batches.
 
     All slots of a store share it: a batch is valid only until the store's next fetch.
@@ -87,7 +87,7 @@ class Copies:
         """
         if self._slab is None or self._slab.count < count:
             self._slab = None  # the memory of the smaller one is free for the larger one
-            refuse_if_too_large(
+            check_memory(
                 f"copying {count} experts for MLX",
                 count * self._record_bytes,
                 "use kernels=auto, which reads them in place, or smaller prompts",
@@ -110,7 +110,7 @@ class HostBatch:
 
     @cached_property
     def slab(self) -> mx.array:
-        """Copies."""
+        """CopyBuffer."""
         views = dict(zip(self.slots, self._views, strict=True))
         slab = self._room(len(views))
         for row, view in zip(slab.rows(list(views)), views.values(), strict=True):

@@ -47,7 +47,7 @@ def slot_memory() -> tuple[int, str]:
     return total_memory(), "which has"
 
 
-def refuse_if_too_large(what: str, nbytes: int, remedy: str) -> None:
+def check_memory(what: str, nbytes: int, remedy: str) -> None:
     """Raise InputError, with the numbers and the ``remedy``, unless slots can take ``nbytes`` now."""
     available = available_memory()
     if nbytes > available:

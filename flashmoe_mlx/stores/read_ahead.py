@@ -8,13 +8,12 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread
 
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.host_slots import Copies, HostSlots
+from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.readers import ExpertReader
-from flashmoe_mlx.stores.reads import OpenFiles, Read, open_for_reading, plan_reads, total_bytes
+from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
 
 _log = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class ReadAhead:
         self._reader = reader
         self._slots = slots
         self._count = min(threads, MOST_THREADS)
-        self._files = OpenFiles(partial(open_for_reading, direct=direct))
+        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._in_place = slab is not None
         self._slab: Slab | HostSlots | None = slab
         self._in_use: Collection[int] = ()
@@ -78,7 +77,7 @@ class ReadAhead:
         free = (slot for slot in range(slab.count) if slot not in taken)
         slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
         self._in_use = frozenset(slots.values())
-        done = self._bring(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
+        done = self._load(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
         return slab, slots, done
 
     def read(self, layer: int, places: Mapping[int, int], filling: Filling) -> StoreStats:
@@ -96,7 +95,7 @@ class ReadAhead:
             filling.move(places[expert], self._slab, job.slot)
 
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
-        return self._bring(layer, wanted, self._claim(layer, places), move)
+        return self._load(layer, wanted, self._claim(layer, places), move)
 
     def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Ahead]":
         """Return the prefetches of ``experts`` that have begun, by expert; cancel all other prefetches."""
@@ -108,7 +107,7 @@ class ReadAhead:
         self._hinted = {}
         return ahead
 
-    def _bring(
+    def _load(
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
@@ -174,7 +173,7 @@ class ReadAhead:
     def _started(self) -> Slab | HostSlots:
         record = self._source.layout.record_bytes
         if self._slab is None:
-            self._slab = HostSlots(self._slots, record, Copies(record))
+            self._slab = HostSlots(self._slots, record, CopyBuffer(record))
         elif self._in_place and self._slab.count < 2 * self._slots:
             self._slab = Slab(2 * self._slots, record)
         try:
@@ -227,7 +226,7 @@ class _Ahead:
         """Whether the slot may still be written to; a read cancelled before it began does not write."""
         return not self.finished.is_set() and (self.begun or not self.cancelled)
 
-    def run(self, files: OpenFiles) -> None:
+    def run(self, files: FileDescriptorCache) -> None:
         """Read, unless cancelled; an error leaves it incomplete, and the fetch that wants the expert reads again."""
         self.begun = True
         try:
@@ -243,7 +242,7 @@ class _Ahead:
             self.finished.set()
 
 
-def _serve(queue: "SimpleQueue[_Ahead | None]", files: OpenFiles) -> None:
+def _serve(queue: "SimpleQueue[_Ahead | None]", files: FileDescriptorCache) -> None:
     while (job := queue.get()) is not None:
         job.run(files)
         del job  # while this waits, it must not keep alive what will end it

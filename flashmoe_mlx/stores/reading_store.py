@@ -37,11 +37,11 @@ class ReadingStore(ExpertStore):
         slab = Slab(2 * slots if keep_slab else slots, source.layout.record_bytes)
         self._reader = ReadAhead(source, make_reader(slab), slots, threads, direct, slab)
 
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         slab, slots, done = self._reader.fetch(layer, list(dict.fromkeys(experts)))
         return slab.batch([slots[expert] for expert in experts]), replace(done, misses=len(slots))
 
-    def _hint(self, layer: int, experts: Sequence[int]) -> None:
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
         self._reader.advise(layer, experts)
 
     def _release(self) -> None:

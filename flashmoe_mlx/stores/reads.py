@@ -68,7 +68,7 @@ def total_bytes(reads: Iterable[Read]) -> int:
     return sum(len(read.view) for read in reads)
 
 
-def refuse_lost_reads(layer: int, planned: int, done: int) -> None:
+def check_all_read(layer: int, planned: int, done: int) -> None:
     """Raise ExpertStoreError, code "lost_read", unless ``done`` equals the ``planned`` bytes of ``layer``."""
     if done != planned:
         raise ExpertStoreError(
@@ -128,7 +128,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
     return fd
 
 
-def refuse_unaligned(source: ExpertSource) -> None:
+def check_alignment(source: ExpertSource) -> None:
     """Raise InputError unless ``source`` is aligned for direct reads, as packs are."""
     extents = source.extents(0, 0)
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
@@ -139,7 +139,7 @@ def refuse_unaligned(source: ExpertSource) -> None:
         )
 
 
-class OpenFiles:
+class FileDescriptorCache:
     """Descriptors by path, opened by ``opener`` at the first request; several threads may share it.
 
     ``close`` closes them, and so does the end of the last reference to this object.

@@ -9,8 +9,9 @@ import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
-from flashmoe_mlx.stores.allocation import address_of, use_huge_pages
+from flashmoe_mlx.stores.allocation import use_huge_pages
 from flashmoe_mlx.stores.filling import Filling
+from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.memory import GIB, total_memory
 
 _COLLAPSED = 2**29
@@ -28,7 +29,7 @@ class Slab:
 
     def __init__(self, count: int, record_bytes: int) -> None:
         size = count * record_bytes
-        refuse_what_cannot_be_allocated(count, size + RECORD_ALIGNMENT)
+        check_allocation(count, size + RECORD_ALIGNMENT)
         self.count = count
         # In words, because MLX counts along a dimension with 31 bits.
         everything = mx.zeros(((size + RECORD_ALIGNMENT) // _WORD, _WORD), mx.uint8)
@@ -74,7 +75,7 @@ class SlabBatch:
         return [self._rows[slot].toreadonly() for slot in self.slots]
 
 
-def refuse_what_cannot_be_allocated(count: int, size: int) -> None:
+def check_allocation(count: int, size: int) -> None:
     """Raise InputError unless the system grants ``size`` bytes for ``count`` slots.
 
     MLX crashes where memory is refused, so the system is asked first, without touching the memory.

@@ -13,8 +13,8 @@ from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.contract import ExpertBatch
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.gpu_slots import Arrivals, GpuSlots
-from flashmoe_mlx.stores.host_slots import Copies, HostSlots
+from flashmoe_mlx.stores.gpu_slots import GpuSlots, StagingArea
+from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.slab import Slab
 
 
@@ -32,7 +32,7 @@ class Slots(Protocol):
         ...
 
 
-class Home(Enum):
+class MemoryKind(Enum):
     """A kind of memory for slots."""
 
     GPU = "the memory of an NVIDIA GPU"
@@ -57,32 +57,32 @@ def slots_for(host_kernels: bool | None) -> Iterator[None]:
         _host_kernels.reset(token)
 
 
-def home_of_slots() -> Home:
+def choose_memory_kind() -> MemoryKind:
     """Return the kind of memory for a store opened now; without ``slots_for``, the kind for ``kernels=auto``."""
     if memory.slots_on_gpu():
-        return Home.GPU
+        return MemoryKind.GPU
     if mx.metal.is_available():  # reads MLX's memory in place, and so does the CPU
-        return Home.SHARED
+        return MemoryKind.SHARED
     host_kernels = _host_kernels.get()
     if host_kernels is None:
         host_kernels = native.extension() is not None
-    return Home.HOST if host_kernels else Home.SHARED
+    return MemoryKind.HOST if host_kernels else MemoryKind.SHARED
 
 
 class SlotMaker:
     """A factory of the slots of one store, for records of ``record_bytes``, at most ``at_once`` filled at a time.
 
-    What all of them use beside their own memory exists once: room for copies or for arrivals. ``beside`` is its size in
+    What all of them use shared_bytes their own memory exists once: room for copies or for arrivals. ``shared_bytes`` is its size in
     bytes where it is sure to be needed or bounded by ``at_once``.
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
-        self.home = home_of_slots()
-        self.beside = 0 if self.home is Home.SHARED else at_once * record_bytes + RECORD_ALIGNMENT
+        self.kind = choose_memory_kind()
+        self.shared_bytes = 0 if self.kind is MemoryKind.SHARED else at_once * record_bytes + RECORD_ALIGNMENT
         self._record_bytes = record_bytes
         self._at_once = at_once
-        self._copies = Copies(record_bytes)
-        self._arrivals: Arrivals | None = None
+        self._copies = CopyBuffer(record_bytes)
+        self._staging: StagingArea | None = None
 
     def make(self, count: int) -> Slots:
         """Make ``count`` slots.
@@ -90,10 +90,10 @@ class SlotMaker:
         Raises:
             InputError: there is no memory for them.
         """
-        if self.home is Home.GPU:
-            if self._arrivals is None:
-                self._arrivals = Arrivals(self._at_once, self._record_bytes)
-            return GpuSlots(count, self._record_bytes, self._arrivals)
-        if self.home is Home.SHARED:
+        if self.kind is MemoryKind.GPU:
+            if self._staging is None:
+                self._staging = StagingArea(self._at_once, self._record_bytes)
+            return GpuSlots(count, self._record_bytes, self._staging)
+        if self.kind is MemoryKind.SHARED:
             return Slab(count, self._record_bytes)
         return HostSlots(count, self._record_bytes, self._copies)

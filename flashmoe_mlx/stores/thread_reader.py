@@ -7,18 +7,17 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError
 from flashmoe_mlx.stores.limits import THREADS
 from flashmoe_mlx.stores.reads import (
-    OpenFiles,
+    FileDescriptorCache,
     Read,
+    check_alignment,
+    check_all_read,
     chunk_bytes,
     open_for_reading,
     plan_reads,
-    refuse_lost_reads,
-    refuse_unaligned,
     total_bytes,
 )
 
@@ -44,9 +43,9 @@ class ThreadReader:
         THREADS.check("threads", threads)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
-            refuse_unaligned(source)
+            check_alignment(source)
         self._source = source
-        self._files = OpenFiles(partial(open_for_reading, direct=direct, readahead=readahead))
+        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct, readahead=readahead))
         self._queues: list[_Jobs] = []
         self._threads: list[Thread] = []
         self._end = weakref.finalize(self, _end, self._queues)
@@ -86,7 +85,7 @@ class ThreadReader:
         if batch.errors:
             raise batch.errors[0]
         count, nbytes = sum(count for count, _ in done), sum(nbytes for _, nbytes in done)
-        refuse_lost_reads(layer, total_bytes(reads), nbytes)
+        check_all_read(layer, total_bytes(reads), nbytes)
         return count, nbytes
 
     def _settle(self) -> None:

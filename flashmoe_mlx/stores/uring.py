@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from flashmoe_mlx.stores.allocation import address_of
 from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.libc import address_of
 
 # System calls have these numbers on every architecture that got them after they were unified (all but Alpha).
 _SETUP, _ENTER, _REGISTER = 425, 426, 427

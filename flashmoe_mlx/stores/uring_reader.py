@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.allocation import address_of
 from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.limits import DEPTH
 from flashmoe_mlx.stores.reads import (
-    OpenFiles,
+    FileDescriptorCache,
     Read,
+    check_alignment,
+    check_all_read,
     chunk_bytes,
     open_for_reading,
     plan_reads,
-    refuse_lost_reads,
-    refuse_unaligned,
     total_bytes,
 )
 from flashmoe_mlx.stores.slab import Slab
@@ -44,11 +44,11 @@ class UringReader:
         DEPTH.check("depth", depth)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
-            refuse_unaligned(source)
+            check_alignment(source)
         self._source = source
         self._depth = depth
         self._ring = Ring(depth, workers)
-        self._files = OpenFiles(partial(open_for_reading, direct=direct))
+        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._buffers: dict[int, int] = {}
         """Registered buffers by the address at which each begins; empty if none is registered."""
@@ -98,7 +98,7 @@ class UringReader:
             nbytes += sum(max(0, done) for done in results)
             rests = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
             todo = [rest for rest in rests if rest] + todo
-        refuse_lost_reads(layer, planned, nbytes)
+        check_all_read(layer, planned, nbytes)
         return count, nbytes
 
     def _buffer(self, row: memoryview) -> int | None:
