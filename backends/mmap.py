@@ -147,11 +147,9 @@ class _Mapping:
         """
         if sys.platform != "linux":
             return
-        while (code := madvise(self._address(extent), extent.nbytes, MADV_POPULATE_READ)) in (
-            errno.EINTR,
-            errno.EAGAIN,
-        ):
-            pass
+        code = errno.EAGAIN
+        while code in (errno.EINTR, errno.EAGAIN):
+            code = madvise(self._address(extent), extent.nbytes, MADV_POPULATE_READ)
         if code not in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14, which reads pages when they are touched
             raise OSError(code, "the pages cannot be read (I/O error, or the file was cut short)")
 

@@ -126,7 +126,7 @@ class RamHybridStore(ExpertStore):
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
         # Hinted experts get separate slots: a guess evicts no expert, and hits do not depend on hints.
-        self._reader.advise(layer, [expert for expert in experts if expert not in self._caches[layer]])
+        self._reader.prefetch(layer, [expert for expert in experts if expert not in self._caches[layer]])
 
     def _fill(self, layer: int, places: Mapping[int, int]) -> StoreStats:
         """Read each expert of ``places``, a map from experts to slots, into its slot."""

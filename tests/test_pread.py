@@ -98,7 +98,7 @@ def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     original = os.preadv
 
     def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if threading.current_thread().name.startswith("expert-read-ahead"):
+        if threading.current_thread().name.startswith("expert-prefetch"):
             begun.set()
             go.wait(10)
         return original(fd, buffers, offset)
@@ -219,14 +219,14 @@ def test_a_part_that_is_never_read_ahead(tmp_path: Path, monkeypatch: pytest.Mon
     """The record counts as not read, and the fetch reads it."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
     monkeypatch.setattr(read_ahead, "_CHUNK", stored.source.layout.record_bytes // 4)
-    original = read_ahead._Ahead.run
+    original = read_ahead._Prefetch.run
 
     def lose_the_last(job: Any, files: Any) -> None:
         monkeypatch.setattr(read_ahead, "total_bytes", lambda _: stored.source.layout.record_bytes)
         job.plan = job.plan[:-1]
         original(job, files)
 
-    monkeypatch.setattr(read_ahead._Ahead, "run", lose_the_last)
+    monkeypatch.setattr(read_ahead._Prefetch, "run", lose_the_last)
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
         _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
@@ -263,7 +263,7 @@ def test_a_read_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch
             asked.append(True)
             return len(asked) == 1
 
-        monkeypatch.setattr(read_ahead._Ahead, "writing", property(ends_after_the_first_question))
+        monkeypatch.setattr(read_ahead._Prefetch, "writing", property(ends_after_the_first_question))
         reader = store._reader
         reader._cancel(reader._hinted.values())
         reader._hinted = {}

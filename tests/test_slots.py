@@ -89,7 +89,7 @@ def test_a_commit_twice(maker: SlotMaker) -> None:
     slots = maker.make(COUNT)
     filling = slots.fill([1])
     filling.commit()
-    with pytest.raises(RuntimeError, match="before"):
+    with pytest.raises(RuntimeError, match="already committed"):
         filling.commit()
 
 
@@ -134,12 +134,12 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     first, second = maker.make(COUNT), maker.make(COUNT)
     early = first.fill([1])
     late = second.fill([2])
-    with pytest.raises(RuntimeError, match="handed out again"):
+    with pytest.raises(RuntimeError, match="a later filling"):
         early.commit()
     late.rows[2][:] = record(2)
     late.commit()
     assert contents(second, [2]) == [record(2)]
-    with pytest.raises(ValueError, match="5 slots to fill at once, there is room for 4"):
+    with pytest.raises(ValueError, match="5 slots to fill at once, but there is memory for 4"):
         first.fill(range(AT_ONCE + 1))
     late = second.fill([3])  # the refusal has not ended anything
     late.rows[3][:] = record(3)

@@ -3,9 +3,9 @@
 The engine asks a store for the experts that the router of a layer chose, and receives them in the slots of one buffer.
 Engine and store share nothing else, so any store can serve any engine, and all stores can be compared fairly.
 
-A batch stays valid until the next ``fetch`` of the same store. The router of layer n+1 depends on the output of layer n,
-so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does not
-protect a buffer from being overwritten while a kernel reads it.
+A batch stays valid until the next ``fetch`` of the same store. The router of layer n+1 depends on the output of layer
+n, so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does
+not protect a buffer from being overwritten while a kernel reads it.
 """
 
 import operator
@@ -195,9 +195,10 @@ class ExpertStore(ABC):
         return batch
 
     def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
-        """Hint that ``experts`` of ``layer``, most likely first, may be fetched soon. The results of ``fetch`` stay the same.
+        """Hint that ``experts`` of ``layer``, most likely first, may be fetched soon.
 
-        Only the latest hint counts: a store may cancel the reads that an earlier hint started.
+        A hint never changes the results of ``fetch``. Only the latest hint counts: a store may cancel the reads that an
+        earlier hint started.
 
         Raises:
             ExpertRequestError: an index is out of range or not an integer.

@@ -1,4 +1,4 @@
-"""Slots for records that stay in memory, in the kind of memory that suits the kernels."""
+"""Slots for records that stay in memory, in the kind of memory that the kernels read fastest."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,12 +19,12 @@ from flashmoe_mlx.stores.slab import Slab
 
 
 class Slots(Protocol):
-    """Memory for ``count`` records, at a place where kernels can read them."""
+    """Memory for ``count`` records that kernels can read."""
 
     count: int
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Return memory for new records of distinct ``slots``; ``commit`` makes them the content of the slots."""
+        """Begin to refill ``slots``, all different."""
         ...
 
     def batch(self, slots: Sequence[int]) -> ExpertBatch:
@@ -37,7 +37,7 @@ class MemoryKind(Enum):
 
     GPU = "the memory of an NVIDIA GPU"
     SHARED = "memory of MLX, which the CPU and MLX both use in place"
-    HOST = "memory in large pages, which kernels of the CPU use in place and MLX copies"
+    HOST = "large pages, which CPU kernels use in place and MLX copies"
 
 
 _host_kernels: ContextVar[bool | None] = ContextVar("host_kernels", default=None)
@@ -45,10 +45,10 @@ _host_kernels: ContextVar[bool | None] = ContextVar("host_kernels", default=None
 
 @contextmanager
 def slots_for(host_kernels: bool | None) -> Iterator[None]:
-    """Make stores that are opened inside choose slots for the kernels in use.
+    """Make stores that are opened in this context choose memory for the kernels in use.
 
     Args:
-        host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
+        host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
     """
     token = _host_kernels.set(host_kernels)
     try:
@@ -58,10 +58,10 @@ def slots_for(host_kernels: bool | None) -> Iterator[None]:
 
 
 def choose_memory_kind() -> MemoryKind:
-    """Return the kind of memory for a store opened now; without ``slots_for``, the kind for ``kernels=auto``."""
+    """Return the kind of memory for the slots of a store that is opened now."""
     if memory.slots_on_gpu():
         return MemoryKind.GPU
-    if mx.metal.is_available():  # reads MLX's memory in place, and so does the CPU
+    if mx.metal.is_available():  # both Metal and the CPU access the memory of MLX in place
         return MemoryKind.SHARED
     host_kernels = _host_kernels.get()
     if host_kernels is None:
@@ -70,10 +70,16 @@ def choose_memory_kind() -> MemoryKind:
 
 
 class SlotMaker:
-    """A factory of the slots of one store, for records of ``record_bytes``, at most ``at_once`` filled at a time.
+    """A factory for the slots of one store.
 
-    What all of them use shared_bytes their own memory exists once: room for copies or for arrivals. ``shared_bytes`` is its size in
-    bytes where it is sure to be needed or bounded by ``at_once``.
+    Args:
+        record_bytes: size of a slot.
+        at_once: maximum number of slots that one filling refills.
+
+    Attributes:
+        kind: the kind of memory of the slots.
+        shared_bytes: size of the memory that all slots share, for copies or for records on their way to a GPU. Copies
+            of more than ``at_once`` experts are not included.
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
@@ -88,7 +94,7 @@ class SlotMaker:
         """Make ``count`` slots.
 
         Raises:
-            InputError: there is no memory for them.
+            InputError: there is not enough memory (code "not_enough_memory").
         """
         if self.kind is MemoryKind.GPU:
             if self._staging is None:
