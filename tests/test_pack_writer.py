@@ -93,7 +93,7 @@ def test_2_bits_are_made_of_what_4_bits_stand_for(tmp_path: Path) -> None:
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[2, 4])
     pack = add_variants(pack, [2], quantiser="minmax")
     tensors = read_checkpoint(source)
-    assert {name: experts.quantiser for name, experts in pack.experts.items()} == {
+    assert {name: experts.quantizer for name, experts in pack.experts.items()} == {
         "q4": None,
         "q2": "least_squares",
         "q2-minmax": "minmax",

@@ -148,7 +148,7 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
-    quantisers = {name: experts.quantiser for name, experts in pack.experts.items()} | _quantisers(variants)
+    quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
     write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
 
@@ -260,7 +260,7 @@ class _Packer:
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
         payload = read_extents(source.extents(layer, 0))
         there = read_extents(known.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout, known.layout, known.quantiser) != there:
+        if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
                 "or give the checkpoint that it was made of"
