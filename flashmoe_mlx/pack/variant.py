@@ -48,7 +48,8 @@ class VariantWriter:
         if copied and self.name != variant_name(bits):
             raise InputError(
                 f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
-                f"leave out quantiser=, or {bits} of bits="
+                f"leave out quantiser=, or {bits} of bits=",
+                code="contradiction",
             )
         self.quantiser = None if copied else quantiser or default_quantizer(bits)
         """The quantiser; None if records are copies."""
@@ -73,7 +74,10 @@ class VariantWriter:
             size = regular_file_size(path)
             if size != self._layer_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise PackError(f"{path}: {found}; this model's layers have {self._layer_bytes} bytes")
+                raise PackError(
+                    f"{path}: {found}; this model's layers have {self._layer_bytes} bytes",
+                    code="invalid_packed_experts",
+                )
         self._linked = folder
 
     def has_layer(self, layer: int) -> bool:
@@ -104,7 +108,7 @@ class VariantWriter:
         digests: list[int] = []
         for expert, report in enumerate(reports):
             if report.fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}", code="not_finite")
             digests.append(report.digest)
         write_atomically(self._hashes(layer), np.array(digests, "<u8").tobytes())
 
@@ -119,7 +123,7 @@ class VariantWriter:
             # MLX quantises a NaN to an ordinary number, so it must be found before.
             fault = None if source == self.layout else find_nonfinite(payload, source)
             if fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}", code="not_finite")
             yield convert_record(payload, source, self.layout, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
@@ -138,7 +142,8 @@ class VariantWriter:
         except OSError as error:
             raise PackError(
                 f"{theirs}: cannot be linked into {path.parent} ({error.strerror}); "
-                "choose an out= on the same filesystem as packed_experts="
+                "choose an out= on the same filesystem as packed_experts=",
+                code="cannot_link",
             ) from None
         sync(path.parent)
         with theirs.open("rb") as file:
@@ -147,7 +152,8 @@ class VariantWriter:
                 if record != payload.ljust(self.layout.record_bytes, b"\0"):
                     path.unlink()
                     raise PackError(
-                        f"{theirs}: expert {expert} is not that of the checkpoint: unfinished, damaged or foreign"
+                        f"{theirs}: expert {expert} is not that of the checkpoint: unfinished, damaged or foreign",
+                        code="invalid_packed_experts",
                     )
                 self._progress.advance(self.layout.record_bytes)
                 yield inspect_record(memoryview(record), self.layout)
@@ -162,5 +168,7 @@ def _layout(source: RecordLayout, bits: int, group_size: int) -> RecordLayout:
     if source.bits == bits:
         return source
     if source.bits is not None and source.bits < bits:
-        raise InputError(f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing")
+        raise InputError(
+            f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing", code="invalid_value"
+        )
     return RecordLayout(source.hidden_size, source.intermediate_size, bits, group_size, source.dtype)

@@ -100,7 +100,8 @@ def add_variants(
             if experts.layout.bits in settings.bits:
                 raise InputError(
                     f"bits={experts.layout.bits}: the pack's experts with the most bits have as many, and were made "
-                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>"
+                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>",
+                    code="source_needed",
                 )
             variants = [
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
@@ -120,13 +121,15 @@ def add_variants(
 def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
     choices = ", ".join(map(str, QUANTIZED_BITS))
     if not bits or any(width not in QUANTIZED_BITS for width in bits):
-        raise InputError(f"bits={list(bits)}: choose from {choices}")
+        raise InputError(f"bits={list(bits)}: choose from {choices}", code="invalid_value")
     if group_size not in GROUP_SIZES:
-        raise InputError(f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
+        raise InputError(
+            f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}", code="invalid_value"
+        )
     if resident_bits is not None and resident_bits not in QUANTIZED_BITS:
-        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null")
+        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null", code="invalid_value")
     if quantiser is not None and quantiser not in QUANTIZERS:
-        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTIZERS)}, or null")
+        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTIZERS)}, or null", code="invalid_value")
     return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits, quantiser)
 
 
@@ -142,7 +145,7 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
     if isinstance(source, Checkpoint):
         revisions.add(source.identity.get("revision"))
     if not same_json(published, read_object(pack.folder / "config.json")) or len(revisions - {None}) > 1:
-        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=")
+        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=", code="another_model")
 
 
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
@@ -198,7 +201,8 @@ class _Packer:
                 variant.take_over(packed_experts)
                 return
         raise InputError(
-            f"packed_experts={packed_experts}: needs a quantised checkpoint as source=, and its width in bits="
+            f"packed_experts={packed_experts}: needs a quantised checkpoint as source=, and its width in bits=",
+            code="contradiction",
         )
 
     def run(self) -> Pack:
@@ -263,7 +267,8 @@ class _Packer:
         if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
-                "or give the checkpoint that it was made of"
+                "or give the checkpoint that it was made of",
+                code="another_model",
             )
 
     def _marker(self, shard: str) -> Path:
