@@ -71,9 +71,14 @@ def open_model(folder: Path) -> ModelFiles:
         pack = open_pack(folder)
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():
-        raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
+        raise InputError(
+            f"{folder}: packing did not finish; run the same task=pack command again, it resumes",
+            code="unfinished_pack",
+        )
     if (folder / RESIDENT).exists():
-        raise InputError(f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)")
+        raise InputError(
+            f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)", code="no_pack"
+        )
     checkpoint = Checkpoint.open(folder)
     tensors = classify_tensors(checkpoint)
     bits = tensors.experts.layout.bits

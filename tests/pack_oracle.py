@@ -1,4 +1,4 @@
-"""The content of a pack of a tiny checkpoint, derived from the safetensors files alone."""
+"""The expected content of a pack of a tiny checkpoint, computed from the safetensors files alone."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ def read_checkpoint(folder: Path) -> Stored:
 
 
 def as_array(dtype: str, shape: tuple[int, ...], data: bytes) -> mx.array:
-    """Return a tensor as an array of MLX."""
+    """Return a stored tensor as an MLX array."""
     return mx.array(np.frombuffer(data, np.uint8)).view(_MLX[dtype]).reshape(shape)
 
 
@@ -51,13 +51,13 @@ def raw(array: mx.array) -> bytes:
     return np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
 
 
-def quantized(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
-    """Return codes, scales and biases as ``mlx_lm.convert`` makes them, from the whole tensor at once."""
+def quantised(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
+    """Return codes, scales, and biases of the whole tensor, as ``mlx_lm.convert`` computes them."""
     return list(mx.quantize(dense, group_size=group_size, bits=bits))
 
 
 def dense_experts(tensors: Stored, geometry: Geometry, layer: int, layout: Layout) -> dict[str, mx.array]:
-    """Return gate, up and down [experts, out, in] of a layer, in their stored type."""
+    """Return gate, up, and down [experts, out, in] of a layer in their stored type."""
     prefix = f"{'model.language_model.' if geometry.nested else 'model.'}layers.{layer}.mlp.experts"
     if layout == "fused":
         gate_up = as_array(*tensors[f"{prefix}.gate_up_proj"])
@@ -79,13 +79,13 @@ def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
     ]
 
 
-def quantized_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
-    """Quantize a dense layer to its nine stacked tensors."""
-    return [part for name in ("gate", "up", "down") for part in quantized(dense[name], bits, group_size)]
+def quantised_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
+    """Quantize a dense layer; return its nine stacked tensors in the order of a record."""
+    return [part for name in ("gate", "up", "down") for part in quantised(dense[name], bits, group_size)]
 
 
 def layer_bytes(parts: list[mx.array]) -> bytes:
-    """Return the layer file of stacked tensors: the slices of each expert, padded to a record."""
+    """Return the layer file of stacked tensors: the slices of one expert after another, each record padded."""
     records = []
     for expert in range(parts[0].shape[0]):
         record = b"".join(raw(part[expert]) for part in parts)
@@ -94,7 +94,7 @@ def layer_bytes(parts: list[mx.array]) -> bytes:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Return the hash of the content of every file below ``folder``."""
+    """Return the hash of every file below ``folder`` by its relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -103,12 +103,12 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Replace top-level values of a JSON file."""
+    """Replace top-level values in a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def assert_one_line(error: BaseException) -> None:
-    """Check that the message of ``error`` is one printable line."""
+    """Assert that the message is one printable line."""
     text = str(error)
     assert text
     assert text.isprintable()

@@ -17,12 +17,13 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.bench import io_bench
 from flashmoe_mlx.research.bench.fio import FioContender, fio_command, fio_pass
 from flashmoe_mlx.research.bench.io_bench import Pass, StoreContender, best_over, repeats, replay, summarise
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.stores.contract import StoreStats
 
 LAYERS, EXPERTS = 4, 16

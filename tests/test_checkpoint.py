@@ -119,7 +119,7 @@ def test_files_cut_short_anywhere_or_extended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "nothing", "device", "broken link"])
-def test_paths_that_are_not_regular_files(kind: str, tmp_path: Path) -> None:
+def test_missing_and_irregular_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     if kind == "fifo":
         os.mkfifo(path)

@@ -13,7 +13,7 @@ import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.files import read_extents
+from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 INDEX = "model.safetensors.index.json"

@@ -21,7 +21,6 @@ from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.formats.trace import uniform_trace
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
@@ -46,6 +45,7 @@ from flashmoe_mlx.research.estimate.sizes import (
     touched_weights,
 )
 from flashmoe_mlx.research.estimate.speed_model import SpeedModel, certainly
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.tasks import estimate as estimate_module
 
 PUBLISHED = published_configs()

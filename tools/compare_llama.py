@@ -80,7 +80,7 @@ def main() -> None:
             evict(path for path in arguments.folder.rglob("*") if path.is_file())
             # The host of a virtual machine may reclaim free memory and return it slowly (2026-11-25-cold.md), so touch
             # it first, in another process that frees it again.
-            touch = "from flashmoe_mlx.stores.memory import *; own_memory(available_memory() - GIB)"
+            touch = "from flashmoe_mlx.stores.memory import *; allocate_huge_pages(available_memory() - GIB)"
             subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         found = _run(arguments, side)
         if arguments.cold and side == "peer":

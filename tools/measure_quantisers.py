@@ -18,7 +18,7 @@ from flashmoe_mlx.formats.components import dense_projection, record_views
 from flashmoe_mlx.formats.manifest import PackedExperts
 from flashmoe_mlx.formats.record import PROJECTIONS
 from flashmoe_mlx.pack.opening import open_pack
-from flashmoe_mlx.pack.quantize import QUANTISERS
+from flashmoe_mlx.pack.quantize import QUANTIZERS
 from flashmoe_mlx.pack.writer import add_variants
 
 GROUP_SIZE = 64
@@ -42,7 +42,7 @@ def main(demo: Path, scratch: Path) -> None:
             found = [_errors(dense, quantiser, bits) for quantiser in ("minmax", "least_squares")]
             (w0, y0), (w1, y1) = found
             print(f"{name:26} {bits:4}  {w0:16.4f}  {w1:13.4f}  {y0:15.4f}  {y1:13.4f}")
-    for quantiser, quantise in QUANTISERS.items():
+    for quantiser, quantise in QUANTIZERS.items():
         start = time.perf_counter()
         for weight in experts["normal, 397B size"].values():
             mx.eval(quantise(weight, 2, GROUP_SIZE))
@@ -71,7 +71,7 @@ def _errors(dense: dict[str, mx.array], quantiser: str, bits: int) -> tuple[floa
     exact = {name: weight.astype(mx.float32) for name, weight in dense.items()}
     rough = {}
     for name, weight in dense.items():
-        codes, scales, biases = QUANTISERS[quantiser](weight, bits, GROUP_SIZE)
+        codes, scales, biases = QUANTIZERS[quantiser](weight, bits, GROUP_SIZE)
         wide = (scales.astype(mx.float32), biases.astype(mx.float32))
         rough[name] = mx.dequantize(codes, *wide, group_size=GROUP_SIZE, bits=bits)
     x = mx.array(np.random.default_rng(1).standard_normal((32, exact["gate"].shape[1])).astype(np.float32))

@@ -9,8 +9,7 @@ from typing import Any
 from flashmoe_mlx.checkpoint.shards import INDEX, broken_link, find_shards, nothing_here
 from flashmoe_mlx.checkpoint.support import refuse_gguf_file, refuse_hub_id_of_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.formats.extents import Extent
-from flashmoe_mlx.formats.files import read_extents
+from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.safetensors_header import TensorInfo, read_header
 from flashmoe_mlx.formats.untrusted import read_object
 

@@ -18,7 +18,7 @@ from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
 from flashmoe_mlx.checkpoint.shards import is_shard_name
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
-from flashmoe_mlx.formats.files import WRITE_ERRORS, explained_write_errors
+from flashmoe_mlx.formats.folders import WRITE_ERRORS, explain_write_errors
 from flashmoe_mlx.formats.manifest import TEXT_FILES
 from flashmoe_mlx.formats.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.formats.untrusted import read_object
@@ -57,7 +57,7 @@ class HubCheckpoint(Checkpoint):
         api = HfApi()
         with _explained(name):
             commit, present = _listing(api, name, revision, "source")
-        with explained_write_errors(folder), _explained(name):
+        with explain_write_errors(folder), _explained(name):
             hf_hub_download(name, _CONFIG, revision=commit, local_dir=folder)
             published = read_object(folder / _CONFIG)
             refuse_unsupported(published, f"source={name}")

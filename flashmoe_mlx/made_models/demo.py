@@ -6,12 +6,13 @@ from importlib.resources import files as package_files
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.files import exclusive, explained_write_errors, write_atomically
+from flashmoe_mlx.formats.files import write_atomically
+from flashmoe_mlx.formats.folders import explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.pack.manifest import variant_name
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantize import QUANTISERS
+from flashmoe_mlx.pack.quantize import QUANTIZERS
 from flashmoe_mlx.pack.writer import add_variants
 
 _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
@@ -47,10 +48,10 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
     wanted = {name: _recipe(name) for name in sorted(variants)}
     digest = hashlib.sha256((shipped.folder / MANIFEST).read_bytes()).hexdigest()[:8]
     folder = cache_dir / f"demo-{digest}"
-    with explained_write_errors(folder):
+    with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not _is_whole(folder):
-            with exclusive(folder):
+            with lock_folder(folder):
                 if not _is_whole(folder):  # another process may have made it in the meantime
                     _copy(shipped.folder, folder)
     (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
@@ -84,7 +85,7 @@ def _copy(source: Path, target: Path) -> None:
 def _recipe(variant: str) -> tuple[int, str | None]:
     """Return the width and the quantizer of a variant; raise InputError if it cannot be made."""
     match = _VARIANT.fullmatch(variant)
-    if not match or (match[2] is not None and match[2] not in QUANTISERS):
+    if not match or (match[2] is not None and match[2] not in QUANTIZERS):
         raise InputError(
             f"variant {variant!r} cannot be made; name for example q2, q3 or q2-minmax",
             code="unknown_variant",

@@ -16,13 +16,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.formats.files import (
-    exclusive,
-    explained_write_errors,
-    publish,
-    refuse_if_too_large,
-    write_atomically,
-)
+from flashmoe_mlx.formats.files import publish, write_atomically
+from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import CHECKSUMS, MANIFEST, RESIDENT, layer_file, variant_directory
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
@@ -55,9 +50,9 @@ def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: 
     digest = hashlib.sha256(json.dumps([_RECIPE, asdict(sizes)]).encode()).hexdigest()[:8]
     folder = cache_dir / f"{name}-{digest}"
     if not (folder / MANIFEST).is_file():
-        with explained_write_errors(folder):
+        with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            with exclusive(folder):
+            with lock_folder(folder):
                 _Synthesizer(sizes, folder, progress or Silent()).write(name)
     return open_pack(folder)
 
@@ -80,7 +75,7 @@ class _Synthesizer:
 
     def write(self, name: str) -> None:
         needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes
-        refuse_if_too_large(
+        check_free_space(
             self._folder, needed, "choose fewer layers (model.synthetic.num_layers) or another model.cache_dir"
         )
         self._write_resident()

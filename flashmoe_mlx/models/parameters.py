@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS
 
 EMBEDDING = "model.embed_tokens"
 FINAL_NORM = "model.norm.weight"
@@ -80,7 +80,7 @@ def quantization_of(
         InputError: the shapes fit no supported quantization of the matrix.
     """
     columns = dense[-1]
-    for bits in QUANTISED_BITS:
+    for bits in QUANTIZED_BITS:
         for group_size in GROUP_SIZES:
             packed = (*dense[:-1], columns * bits // 32)
             groups = (*dense[:-1], columns // group_size)

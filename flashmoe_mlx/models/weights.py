@@ -10,7 +10,7 @@ from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.layers.linear import Linear
 from flashmoe_mlx.models.parameters import Kind, Parameter, quantization_of
-from flashmoe_mlx.stores.allocation import at_cache_lines
+from flashmoe_mlx.stores.allocation import align_to_cache_line
 
 _SCALES = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -101,7 +101,7 @@ class ResidentWeights:
                 code="wrong_types",
             )
         if self._kernels.routed_experts_cpu is not None:  # kernels for CPUs read in place
-            weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
+            weight, scales, biases = map(align_to_cache_line, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 
 

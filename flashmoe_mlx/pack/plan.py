@@ -76,21 +76,32 @@ def begin_or_resume(
     """
     folder = source.folder if isinstance(source, Checkpoint) else source
     if folder.resolve() == out.resolve():
-        raise PackError(f"{out}: out= must not be the checkpoint's own folder")
+        raise PackError(f"{out}: out= must not be the checkpoint's own folder", code="contradiction")
     # Operating systems leave hidden files and the files in _OF_SYSTEMS in every folder that a user opens.
     inside = [path for path in out.iterdir() if not path.name.startswith(".") and path.name not in _OF_SYSTEMS]
     present = [path.name for path in inside if ignored is None or not ignored(path)]
     if not present:
         return _begin(source, out, settings)
     if not (state_folder(out) / _PLAN).is_file():
-        raise PackError(f"{out}: not empty (it holds {min(present)}), and not a pack begun by this tool")
+        raise PackError(
+            f"{out}: not empty (it holds {min(present)}), and not a pack begun by this tool", code="folder_not_empty"
+        )
     plan = _read_plan(out)
     if plan is None:
-        raise PackError(f"{out}: begun by another version of this tool; delete it, or finish it with that version")
+        raise PackError(
+            f"{out}: begun by another version of this tool; delete it, or finish it with that version",
+            code="unsupported_pack_version",
+        )
     if plan["source"] != str(folder.resolve()):
-        raise PackError(f"{out}: holds an unfinished pack of {plan['source']}; delete it or choose another out=")
+        raise PackError(
+            f"{out}: holds an unfinished pack of {plan['source']}; delete it or choose another out=",
+            code="another_plan",
+        )
     if plan["settings"] != _listed(settings):
-        raise PackError(f"{out}: this pack was begun with {_shown(plan['settings'])}; repeat these, or delete it")
+        raise PackError(
+            f"{out}: this pack was begun with {_shown(plan['settings'])}; repeat these, or delete it",
+            code="another_plan",
+        )
     return _resume(source, out, plan)
 
 
@@ -117,7 +128,8 @@ def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
     for shard, stamp in checkpoint.stamps().items():
         if plan["stamps"].get(shard) != stamp:
             raise CheckpointError(
-                f"{checkpoint.folder / shard}: changed since packing began; delete {out} and pack again"
+                f"{checkpoint.folder / shard}: changed since packing began; delete {out} and pack again",
+                code="source_changed",
             )
 
 
@@ -161,10 +173,14 @@ def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Ch
         )
     if checkpoint.identity != plan["identity"]:
         began, now = (" at ".join(identity.values()) for identity in (plan["identity"], checkpoint.identity))
-        raise PackError(f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it")
+        raise PackError(
+            f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it",
+            code="another_plan",
+        )
     if not same_json(checkpoint.published, plan["config"]):
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again"
+            f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again",
+            code="source_changed",
         )
     refuse_if_changed(checkpoint, out)
     return checkpoint

@@ -17,7 +17,7 @@ from flashmoe_mlx.formats.arrays import array_from, bytes_of
 from flashmoe_mlx.formats.files import write_exactly
 from flashmoe_mlx.formats.record import DTYPE_BYTES
 from flashmoe_mlx.pack.inspection import all_finite
-from flashmoe_mlx.pack.quantize import quantise
+from flashmoe_mlx.pack.quantize import quantize
 
 _BLOCK_BYTES = 32 * 2**20
 
@@ -179,7 +179,7 @@ def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, m
         data = checkpoint.read(source, row * row_bytes, count * row_bytes)
         _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantizes a NaN to an ordinary number
         dense = array_from(data, source.dtype, (count, columns))
-        for output, made in zip(job.outputs, quantise(dense, job.bits, job.group_size), strict=True):
+        for output, made in zip(job.outputs, quantize(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
 
 

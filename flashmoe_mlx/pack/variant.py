@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.formats.extents import ExpertSource, read_extents
+from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
 from flashmoe_mlx.formats.record import RecordLayout
-from flashmoe_mlx.pack.inspection import RecordReport, inspect_layer, inspect_record, not_finite
+from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import variant_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantize import convert_record, default_quantiser
+from flashmoe_mlx.pack.quantize import convert_record, default_quantizer
 
 _READ_AHEAD = 4
 
@@ -57,9 +57,10 @@ class VariantWriter:
         if copied and self.name != variant_name(bits):
             raise InputError(
                 f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
-                f"leave out quantiser=, or {bits} of bits="
+                f"leave out quantiser=, or {bits} of bits=",
+                code="contradiction",
             )
-        self.quantiser = None if copied else quantiser or default_quantiser(bits)
+        self.quantiser = None if copied else quantiser or default_quantizer(bits)
         """The quantiser; None if records are copies."""
 
     @property
@@ -86,7 +87,10 @@ class VariantWriter:
             size = regular_file_size(path)
             if size != self._layer_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise PackError(f"{path}: {found}; this model's layers have {self._layer_bytes} bytes")
+                raise PackError(
+                    f"{path}: {found}; this model's layers have {self._layer_bytes} bytes",
+                    code="invalid_packed_experts",
+                )
         self._linked = folder
 
     def has_layer(self, layer: int) -> bool:
@@ -117,7 +121,7 @@ class VariantWriter:
         digests: list[int] = []
         for expert, report in enumerate(reports):
             if report.fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}", code="not_finite")
             digests.append(report.digest)
         write_atomically(self._hashes(layer), np.array(digests, "<u8").tobytes())
 
@@ -130,9 +134,9 @@ class VariantWriter:
         source = self._experts.layout
         for expert, payload in enumerate(self._payloads(layer)):
             # MLX quantizes a NaN to an ordinary number, so it must be found before.
-            fault = None if source == self.layout else not_finite(payload, source)
+            fault = None if source == self.layout else find_nonfinite(payload, source)
             if fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}", code="not_finite")
             yield convert_record(payload, source, self.layout, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
@@ -151,9 +155,10 @@ class VariantWriter:
         except OSError as error:
             raise PackError(
                 f"{theirs}: cannot be linked into {path.parent} ({error.strerror}); "
-                "choose an out= on the same filesystem as packed_experts="
+                "choose an out= on the same filesystem as packed_experts=",
+                code="cannot_link",
             ) from None
-        sync_directory(path.parent)
+        sync(path.parent)
         with theirs.open("rb") as file:
             for expert, payload in enumerate(self._payloads(layer)):
                 record = file.read(self.layout.record_bytes)
@@ -161,7 +166,8 @@ class VariantWriter:
                     path.unlink()
                     raise PackError(
                         f"{theirs}: expert {expert} differs from the checkpoint: the file is unfinished, damaged or of "
-                        "another model"
+                        "another model",
+                        code="invalid_packed_experts",
                     )
                 self._progress.advance(self.layout.record_bytes)
                 yield inspect_record(memoryview(record), self.layout)
@@ -176,5 +182,7 @@ def _layout(source: RecordLayout, bits: int, group_size: int) -> RecordLayout:
     if source.bits == bits:
         return source
     if source.bits is not None and source.bits < bits:
-        raise InputError(f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing")
+        raise InputError(
+            f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing", code="invalid_value"
+        )
     return RecordLayout(source.hidden_size, source.intermediate_size, bits, group_size, source.dtype)

@@ -13,16 +13,11 @@ from pathlib import Path
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.formats.files import (
-    exclusive,
-    explained_write_errors,
-    publish,
-    read_extents,
-    refuse_if_too_large,
-    write_atomically,
-)
+from flashmoe_mlx.formats.extents import read_extents
+from flashmoe_mlx.formats.files import publish, write_atomically
+from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.pack.manifest import variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -36,7 +31,7 @@ from flashmoe_mlx.pack.plan import (
     state_folder,
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
-from flashmoe_mlx.pack.quantize import QUANTISERS, convert_record
+from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
 
@@ -59,7 +54,7 @@ def pack_checkpoint(
     """Make, finish or extend the pack in ``out`` from the checkpoint ``source``.
 
     Experts that the checkpoint already has in one of ``bits`` are copied byte for byte, others quantised in groups of
-    ``group_size`` by ``quantiser`` (one of ``QUANTISERS``; None for the default of each width). ``packed_experts`` is a
+    ``group_size`` by ``quantiser`` (one of ``QUANTIZERS``; None for the default of each width). ``packed_experts`` is a
     flash-moe folder of the same model, taken over as the variant of its width by hard links. ``delete_source`` removes
     every shard once nothing more is needed from it.
 
@@ -70,9 +65,9 @@ def pack_checkpoint(
     """
     settings = _checked(bits, group_size, resident_bits, quantiser)
     progress = progress or Silent()
-    with explained_write_errors(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        with exclusive(out):
+        with lock_folder(out):
             if not (out / MANIFEST).exists():
                 checkpoint = begin_or_resume(source, out, settings, ignored)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
@@ -109,7 +104,7 @@ def add_variants(
         FlashMoeError: no space is left.
     """
     settings = _checked(bits, group_size, None, quantiser)
-    with explained_write_errors(pack.folder), exclusive(pack.folder):
+    with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
         settings = _missing(pack, settings)
         if settings.bits:
@@ -117,14 +112,15 @@ def add_variants(
             if experts.layout.bits in settings.bits:
                 raise InputError(
                     f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
-                    "make it from the checkpoint, with task=pack source=<checkpoint>"
+                    "make it from the checkpoint, with task=pack source=<checkpoint>",
+                    code="source_needed",
                 )
             variants = [
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
                 for width in settings.bits
             ]
             restart_unless_same(pack.folder, settings)
-            refuse_if_too_large(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
+            check_free_space(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
             for variant in variants:
                 for layer in range(experts.num_layers):
                     if not variant.has_layer(layer):
@@ -135,15 +131,17 @@ def add_variants(
 
 
 def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
-    choices = ", ".join(map(str, QUANTISED_BITS))
-    if not bits or any(width not in QUANTISED_BITS for width in bits):
-        raise InputError(f"bits={list(bits)}: choose from {choices}")
+    choices = ", ".join(map(str, QUANTIZED_BITS))
+    if not bits or any(width not in QUANTIZED_BITS for width in bits):
+        raise InputError(f"bits={list(bits)}: choose from {choices}", code="invalid_value")
     if group_size not in GROUP_SIZES:
-        raise InputError(f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
-    if resident_bits is not None and resident_bits not in QUANTISED_BITS:
-        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null")
-    if quantiser is not None and quantiser not in QUANTISERS:
-        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTISERS)}, or null")
+        raise InputError(
+            f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}", code="invalid_value"
+        )
+    if resident_bits is not None and resident_bits not in QUANTIZED_BITS:
+        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null", code="invalid_value")
+    if quantiser is not None and quantiser not in QUANTIZERS:
+        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTIZERS)}, or null", code="invalid_value")
     return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits, quantiser)
 
 
@@ -159,13 +157,13 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
     if isinstance(source, Checkpoint):
         revisions.add(source.identity.get("revision"))
     if not same_json(published, read_object(pack.folder / "config.json")) or len(revisions - {None}) > 1:
-        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=")
+        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=", code="another_model")
 
 
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
-    quantisers = {name: experts.quantiser for name, experts in pack.experts.items()} | _quantisers(variants)
+    quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
     write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
 
@@ -215,14 +213,15 @@ class _Packer:
                 variant.take_over(packed_experts)
                 return
         raise InputError(
-            f"packed_experts={packed_experts}: needs a quantized checkpoint as source=, and its width in bits="
+            f"packed_experts={packed_experts}: needs a quantized checkpoint as source=, and its width in bits=",
+            code="contradiction",
         )
 
     def run(self) -> Pack:
         if self._pack is None and (self._out / RESIDENT).exists():
             # An earlier run ended after this renaming and before the manifest; parts of the file may be written again.
             (self._out / RESIDENT).replace(self._partial)
-        refuse_if_too_large(self._out, self._bytes_to_write(), _REMEDY)
+        check_free_space(self._out, self._bytes_to_write(), _REMEDY)
         for shards, do in self._units():
             for shard in shards:
                 self._checkpoint.ensure(shard)
@@ -277,10 +276,11 @@ class _Packer:
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
         payload = read_extents(source.extents(layer, 0))
         there = read_extents(known.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout, known.layout, known.quantiser) != there:
+        if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
-                "or give the checkpoint from which it was made"
+                "or give the checkpoint from which it was made",
+                code="another_model",
             )
 
     def _marker(self, shard: str) -> Path:

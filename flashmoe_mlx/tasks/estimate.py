@@ -18,7 +18,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.made_models.synthetic import synthetic_config
@@ -136,16 +136,16 @@ def _published_online(name: str) -> Mapping[str, Any]:
 
 def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = parse_config(published)
-    widths = ", ".join(map(str, QUANTISED_BITS))
+    widths = ", ".join(map(str, QUANTIZED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
-    if len(all_bits) != 1 or all_bits[0] not in QUANTISED_BITS:
+    if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
             f"bits=[{','.join(map(str, all_bits))}]: choose from {widths}, one at a time: -m bits=[4],[2]",
             code="unknown_choice",
         )
     resident_bits = stated if config.resident_bits is None else config.resident_bits
-    if resident_bits not in QUANTISED_BITS:
+    if resident_bits not in QUANTIZED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
@@ -176,7 +176,7 @@ def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> t
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
     bits, group_size = settings.get("bits"), settings.get("group_size")
-    if type(bits) is not int or bits not in QUANTISED_BITS:
+    if type(bits) is not int or bits not in QUANTIZED_BITS:
         return _BITS, GROUP_SIZE
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
