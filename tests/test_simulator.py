@@ -17,7 +17,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.traces.curves import curves
 from flashmoe_mlx.research.traces.recorder import prompt_hash, recorded
-from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarise
+from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarize
 from flashmoe_mlx.research.traces.simulator import (
     Belady,
     CacheDesign,
@@ -284,7 +284,7 @@ def test_statistics_by_hand() -> None:
 
 
 def test_statistics_of_even_choices() -> None:
-    summary = summarise(uniform_trace(tokens=2000, layers=2, num_experts=32, k=4, seed=0))
+    summary = summarize(uniform_trace(tokens=2000, layers=2, num_experts=32, k=4, seed=0))
     assert summary.effective_experts == pytest.approx(32, rel=0.01)
     assert summary.overlap == pytest.approx(summary.chance_overlap, abs=0.01)
     assert summary.reuse is not None
@@ -292,4 +292,4 @@ def test_statistics_of_even_choices() -> None:
 
 
 def test_one_token_has_no_overlap() -> None:
-    assert summarise(uniform_trace(1, 2, 8, 2, 0)).overlap is None
+    assert summarize(uniform_trace(1, 2, 8, 2, 0)).overlap is None

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    from flashmoe_mlx.research.bench.engine_bench import Summary
+    from flashmoe_mlx.research.bench.engine_summary import Summary
 
-COLOURS = {
+COLORS = {
     "lru": "tab:blue",
     "lfu": "tab:orange",
     "s3fifo": "tab:green",
@@ -55,7 +55,7 @@ def hit_rate_figure(curves: Sequence[Curve], title: str = "", layer_record_bytes
         axes.plot(
             curve.slots,
             [100 * rate for rate in curve.hit_rates],
-            color=COLOURS.get(curve.policy),
+            color=COLORS.get(curve.policy),
             linestyle="--" if curve.scope == "global" else "-",
             marker="o",
             markersize=3,
@@ -95,7 +95,7 @@ def bench_figure(summaries: "Sequence[Summary]", title: str = "") -> "Figure":
         axes.set_title(condition, loc="left", fontsize="medium")
     shades = {"share of the time for reading experts": "tab:blue", "for everything else": "lightsteelblue"}
     figure.legend(
-        handles=[_patch(colour, label) for label, colour in shades.items()],
+        handles=[_patch(color, label) for label, color in shades.items()],
         loc="outside lower left", ncols=2, frameon=False, fontsize="small",
     )  # fmt: skip
     intervals = "; black: 95 % intervals of the median" if any(one.interval for one in summaries) else ""
@@ -115,10 +115,10 @@ def _bench_bar(axes: "Axes", row: int, one: "Summary", fastest: float) -> None:
     axes.text(end + 0.015 * fastest, row, f"{rate:.3g}", va="center", fontsize="small")
 
 
-def _patch(colour: str, label: str) -> "Patch":
+def _patch(color: str, label: str) -> "Patch":
     from matplotlib.patches import Patch
 
-    return Patch(color=colour, label=label)
+    return Patch(color=color, label=label)
 
 
 def save(figure: "Figure", path: Path) -> None:

@@ -14,7 +14,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.figures import hit_rate_figure, save
 from flashmoe_mlx.research.traces.curves import Curve, curves
-from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
+from flashmoe_mlx.research.traces.routing import RoutingSummary, summarize
 from flashmoe_mlx.research.traces.simulator import (
     CacheDesign,
     Predictor,
@@ -53,7 +53,7 @@ def run(config: SimulateConfig, run_dir: Path) -> None:
         beside = min((number for number in slots if number >= 2 * k), default=slots[-1])
         design = CacheDesign("lru", beside)
         prefetches = [(name, replay(trace, design, predictor)) for name, predictor in predictors]
-    summary = summarise(trace)
+    summary = summarize(trace)
     write_json(run_dir / "simulate.json", _record(config, trace, summary, found, beside, prefetches))
     show(trace.model)
     for line in summary_lines(summary, trace.prompt_tokens):

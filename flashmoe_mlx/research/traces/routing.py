@@ -89,7 +89,7 @@ class RoutingSummary:
     first_time: float
 
 
-def summarise(trace: RoutingTrace) -> RoutingSummary:
+def summarize(trace: RoutingTrace) -> RoutingSummary:
     """Summarize ``trace``, prompt included."""
     tokens, layers, k = trace.experts.shape
     distances = reuse_distances(trace)
