@@ -26,17 +26,16 @@ from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate import probe as probe_module
-from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, wishes
-from flashmoe_mlx.research.estimate.probe import (
-    EXPERTS,
+from flashmoe_mlx.research.estimate.machine_profile import (
     MEMORY,
-    SIZES,
     WAYS,
     MachineProfile,
     Point,
     machine_identity,
-    probe,
 )
+from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, wishes
+from flashmoe_mlx.research.estimate.probe import EXPERTS, probe
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import (
     expert_weights,
     memory_need,

@@ -30,7 +30,9 @@ from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.research.estimate.probe import SIZES, MachineProfile, probe
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
+from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.simulator import CacheDesign, replay

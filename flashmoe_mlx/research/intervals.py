@@ -47,7 +47,7 @@ def share_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % percentile-bootstrap interval of sum(numerators) / sum(denominators); None for fewer than 3 items.
+    """Return the 95 % percentile-bootstrap interval of a ratio of sums over items; None for fewer than 3 items.
 
     Each item, such as a text, contributes one numerator and one denominator. Items are resampled rather than their
     tokens, because the tokens of a text are not independent. The random seed is fixed, so the result is repeatable.

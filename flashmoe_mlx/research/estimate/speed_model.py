@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.research.estimate.probe import MEMORY, MachineProfile, Point
+from flashmoe_mlx.research.estimate.machine_profile import MEMORY, MachineProfile, Point
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
