@@ -15,18 +15,13 @@ from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
 from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.research.traces.belady import Belady
+from flashmoe_mlx.research.traces.cache_design import CacheDesign, capacities
 from flashmoe_mlx.research.traces.curves import curves
+from flashmoe_mlx.research.traces.predictors import FixedAccuracyPredictor, PreviousTokenPredictor
 from flashmoe_mlx.research.traces.recorder import prompt_hash, recorded
 from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarize
-from flashmoe_mlx.research.traces.simulator import (
-    Belady,
-    CacheDesign,
-    SameAsLast,
-    StatedAccuracy,
-    capacities,
-    replay,
-    requests,
-)
+from flashmoe_mlx.research.traces.simulator import replay, requests
 from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.policies import POLICIES
 from flashmoe_mlx.stores.registry import open_store
@@ -185,7 +180,7 @@ def test_one_pool_below_a_token_gives_lru_nothing() -> None:
 
 def test_a_right_guess_leaves_nothing_to_wait_for() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
-    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(1.0, 16))
+    found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(1.0, 16))
     assert found.decode.misses == 0
     assert found.right == found.guessed == found.decode.requests
     assert found.useful == found.prefetched > 0
@@ -193,18 +188,18 @@ def test_a_right_guess_leaves_nothing_to_wait_for() -> None:
 
 def test_a_wrong_guess_costs_reads() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
-    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(0.0, 16))
+    found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(0.0, 16))
     assert found.right == found.useful == 0 < found.prefetched
 
 
 def test_the_stated_accuracy_is_reached() -> None:
     trace = uniform_trace(tokens=300, layers=2, num_experts=64, k=8, seed=0)
-    found = replay(trace, CacheDesign("lru", 16), StatedAccuracy(0.7, 64))
+    found = replay(trace, CacheDesign("lru", 16), FixedAccuracyPredictor(0.7, 64))
     assert found.right / found.guessed == pytest.approx(0.7, abs=0.02)
 
 
 def test_the_last_token_is_guessed() -> None:
-    guesser = SameAsLast()
+    guesser = PreviousTokenPredictor()
     assert guesser.guess(0, [1, 2]) == []
     assert guesser.guess(1, [3]) == []
     assert guesser.guess(0, [5, 6]) == [1, 2]
@@ -245,7 +240,7 @@ def test_bad_designs_are_refused(options: dict[str, object], code: str) -> None:
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, float("nan")])
 def test_accuracies_that_are_no_probability(accuracy: float) -> None:
     with pytest.raises(InputError) as caught:
-        StatedAccuracy(accuracy, 8)
+        FixedAccuracyPredictor(accuracy, 8)
     assert caught.value.code == "out_of_range"
 
 
@@ -255,7 +250,7 @@ def test_a_pinned_cache_takes_no_trace_of_another_model() -> None:
         replay(trace, CacheDesign("pinned", 4), hot=uniform_trace(4, 3, 8, 2, 0))
     assert caught.value.code == "trace_of_another_model"
     with pytest.raises(InputError) as caught:
-        replay(trace, CacheDesign("belady", 4), SameAsLast())
+        replay(trace, CacheDesign("belady", 4), PreviousTokenPredictor())
     assert caught.value.code == "contradiction"
 
 

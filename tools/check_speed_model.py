@@ -34,8 +34,9 @@ from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.probe import probe
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
 from flashmoe_mlx.research.traces.recorder import recorded
-from flashmoe_mlx.research.traces.simulator import CacheDesign, replay
+from flashmoe_mlx.research.traces.simulator import replay
 
 _LARGE = SIZES["large"]
 PACKS = {
