@@ -1,6 +1,6 @@
 """Every published chat template against the renderer of transformers: ``pytest -m oracle``, with the ``oracle`` extra.
 
-transformers is given the messages as ``plain_messages`` makes them, which is what templates are given here; where a
+transformers is given the messages as ``normalize_messages`` makes them, which is what templates are given here; where a
 template takes no lists of parts, the joined ones.
 """
 
@@ -15,7 +15,7 @@ from published import ARCHIVE, published_templates
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.text.chat_template import ChatTemplate
-from flashmoe_mlx.text.messages import joined_parts, plain_messages, unusual_content
+from flashmoe_mlx.text.messages import find_non_text_content, join_text_parts, normalize_messages
 
 pytestmark = pytest.mark.oracle
 
@@ -157,12 +157,12 @@ def rendered(source: str, messages: Messages, **options: Any) -> str | None:
 
 def expected(source: str, messages: Messages, takes_json_text: bool, **options: Any) -> str | None:
     try:
-        given = plain_messages(messages, takes_json_text)
+        given = normalize_messages(messages, takes_json_text)
     except InputError:
         return None
-    joined = joined_parts(given)
+    joined = join_text_parts(given)
     whole = rendered(source, given, **options)
-    if whole is not None or joined is None or unusual_content(given):
+    if whole is not None or joined is None or find_non_text_content(given):
         return whole
     return rendered(source, joined, **options)
 
