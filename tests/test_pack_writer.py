@@ -370,9 +370,7 @@ def test_unusable_output_folders(tmp_path: Path) -> None:
     assert [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
-def test_too_little_space_is_reported_before_packing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_reported_before_packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_checkpoint(tmp_path / "source", SMALL, 0, "mlx4", shards=2)
     needed = sum(entry.stat().st_size for entry in pack_checkpoint(source, tmp_path / "a").folder.rglob("*.bin"))
     usage = shutil.disk_usage(tmp_path)
