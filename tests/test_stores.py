@@ -31,7 +31,7 @@ SERVING = frozenset(
         "test_the_three_views_are_the_same_bytes",
         "test_duplicates_share_a_slot",
         "test_a_batch_stays_valid_until_the_next_fetch",
-        "test_slots_are_refilled_whatever_they_held",
+        "test_slots_are_refilled_completely",
         "test_a_hint_never_changes_results",
     }
 )
@@ -39,8 +39,8 @@ SERVING = frozenset(
 FILLING = SERVING | {
     "test_short_reads",
     "test_an_error_at_the_nth_read",
-    "test_reads_ahead_that_fail_are_met_when_asked_for",
-    "test_interrupts_anywhere_neither_hang_nor_spoil",
+    "test_failed_prefetches_are_reported_by_the_fetch",
+    "test_interrupts_at_any_point",
     "test_any_sequence_of_calls",
 }
 """Tests that depend on the memory of the slots and on the reader."""
