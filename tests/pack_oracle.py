@@ -51,7 +51,7 @@ def raw(array: mx.array) -> bytes:
     return np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
 
 
-def quantised(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
+def quantized(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
     """Return codes, scales, and biases of the whole tensor, as ``mlx_lm.convert`` computes them."""
     return list(mx.quantize(dense, group_size=group_size, bits=bits))
 
@@ -79,9 +79,9 @@ def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
     ]
 
 
-def quantised_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
+def quantized_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
     """Quantize a dense layer; return its nine stacked tensors in the order of a record."""
-    return [part for name in ("gate", "up", "down") for part in quantised(dense[name], bits, group_size)]
+    return [part for name in ("gate", "up", "down") for part in quantized(dense[name], bits, group_size)]
 
 
 def layer_bytes(parts: list[mx.array]) -> bytes:

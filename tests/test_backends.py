@@ -31,7 +31,7 @@ def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backends_except(excluded: str) -> list[Any]:
-    """Return all backends but one; those that need io_uring are marked."""
+    """Return the names of all backends except ``excluded``, with a mark on io_uring."""
     names = [name for name in backend_names() if name != excluded]
     return [pytest.param(name, marks=needs_io_uring) if name == "io_uring" else name for name in names]
 

@@ -302,7 +302,7 @@ def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
 def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
     """Small ones are copied into MLX's memory, large ones are written there in place."""
     inputs = Inputs(F32, 0)
-    weight, x = inputs.quantised(512, 64, 4, 32), inputs.normal(tokens, 64)
+    weight, x = inputs.quantized(512, 64, 4, 32), inputs.normal(tokens, 64)
     before = inputs.normal(tokens, 512) if residual else None
     (got,) = native.quantised_products(x, [weight], before)
     expected = x @ weight.dense().T + (0 if before is None else before)

@@ -24,8 +24,8 @@ from pack_oracle import (
     edit_json,
     layer_bytes,
     published_parts,
-    quantised,
-    quantised_parts,
+    quantized,
+    quantized_parts,
     raw,
     read_checkpoint,
     read_safetensors,
@@ -85,7 +85,7 @@ def test_dense_experts_are_quantized_as_by_mlx(layout: Layout, dtype: Dtype, bit
     assert pack.experts[name].layout.dtype == dtype
     for layer in layers(geometry):
         dense = dense_experts(tensors, geometry, layer, layout)
-        assert read_layer(pack, name, layer) == layer_bytes(quantised_parts(dense, bits, 32))
+        assert read_layer(pack, name, layer) == layer_bytes(quantized_parts(dense, bits, 32))
 
 
 def test_2_bits_are_made_from_dequantized_4_bits(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_2_bits_are_made_from_dequantized_4_bits(tmp_path: Path) -> None:
             for i, name in enumerate(("gate", "up", "down"))
         }
         assert read_layer(pack, "q4", layer) == layer_bytes(parts)
-        assert read_layer(pack, "q2-minmax", layer) == layer_bytes(quantised_parts(dense, 2, 64))
+        assert read_layer(pack, "q2-minmax", layer) == layer_bytes(quantized_parts(dense, 2, 64))
         better = [part for name in dense for part in least_squares(dense[name], 2, 64)]
         assert read_layer(pack, "q2", layer) == layer_bytes(better)
 
@@ -128,7 +128,7 @@ def test_resident_weights_of_a_dense_checkpoint(name: str, dtype: Dtype, tmp_pat
             assert stored.pop(name) == ("F32", shape, factor.tobytes())
         elif len(shape) == 2:
             bits = 8 if module.endswith(SENSITIVE) else 4
-            made = quantised(as_array(source_dtype, shape, data), bits, 32)
+            made = quantized(as_array(source_dtype, shape, data), bits, 32)
             for part, dtype_, array in zip(("weight", "scales", "biases"), ("U32", dtype, dtype), made, strict=True):
                 assert stored.pop(f"{module}.{part}") == (dtype_, array.shape, raw(array))
         else:
