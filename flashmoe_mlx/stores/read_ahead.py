@@ -123,9 +123,13 @@ class ReadAhead:
         ahead: "Mapping[int, _Prefetch]",
         move: "Callable[[int, _Prefetch], None] | None" = None,
     ) -> StoreStats:
-        """Read the experts of ``wanted`` that were not prefetched.
+        """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
-        ``move`` brings a prefetched expert to its row; None if batches are served in place.
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            ahead: the prefetch of each expert that has one; all other experts are read now.
+            move: brings a prefetched expert to its row; None if batches are served in place.
         """
         done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
@@ -186,6 +190,7 @@ class ReadAhead:
         return StoreStats(bytes_wasted=self._wasted())
 
     def _started(self) -> Slab | HostSlots:
+        """Allocate the slots for prefetches and start the threads, once; return the slots."""
         record = self._source.layout.record_bytes
         if self._slab is None:
             self._slab = HostSlots(self._slots, record, CopyBuffer(record))
