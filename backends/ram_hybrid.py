@@ -149,10 +149,10 @@ def _budget(budget_gib: float | None, memory_share: float) -> int:
     MEMORY_SHARE.check("memory_share", memory_share)
     if budget_gib is not None:
         BUDGET_GIB.check("budget_gib", budget_gib)
-        most, where = slot_memory()
-        if budget_gib * GIB > most:
+        largest, name = slot_memory()
+        if budget_gib * GIB > largest:
             raise InputError(
-                f"backend.budget_gib={budget_gib:g}: too large for this machine, {where} {most / GIB:.3g} GiB",
+                f"backend.budget_gib={budget_gib:g}: too large for this machine: {name} is {largest / GIB:.3g} GiB",
                 code="budget_too_large",
             )
         return int(budget_gib * GIB)
