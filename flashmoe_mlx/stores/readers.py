@@ -48,7 +48,7 @@ def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = Fals
     """
     if name not in READERS:
         raise InputError(
-            f"backend.reader={name}: no such reader; choose from {', '.join(READERS)}", code="unknown_reader"
+            f"backend.reader={name}: no such reader; there are {', '.join(READERS)}", code="unknown_reader"
         )
     if name == "io_uring":
         return UringReader(source, depth, direct=direct)

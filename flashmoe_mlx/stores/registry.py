@@ -30,7 +30,7 @@ def backend_settings(name: str) -> dict[str, Any]:
     """
     if name not in backend_names():
         raise InputError(
-            f"backend={name}: no such backend; choose from {', '.join(backend_names())}", code="unknown_backend"
+            f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
         )
     text = package_files("flashmoe_mlx.configs").joinpath("backend", f"{name}.yaml").read_text()
     settings = yaml.safe_load(text)
