@@ -18,7 +18,7 @@ from flashmoe_mlx.pack.writer import add_variants
 from flashmoe_mlx.research.bench import engine_bench as bench
 from flashmoe_mlx.research.bench.engine_bench import Pass, Plan, Setting, run_passes, summarise
 from flashmoe_mlx.stores.contract import ExpertReadError
-from flashmoe_mlx.tasks.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 
 FAST = ["raw=true", "prompt=Hello", "tokens=4"]
 

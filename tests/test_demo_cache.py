@@ -12,9 +12,9 @@ from flashmoe_mlx.formats.files import exclusive
 from flashmoe_mlx.made_models.demo import demo_with_variants
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
-from flashmoe_mlx.tasks import model
-from flashmoe_mlx.tasks.keys import ModelChoice
-from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.shared import model
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.model import model_folder
 
 Q2 = {"q2-minmax"}
 

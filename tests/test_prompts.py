@@ -11,8 +11,8 @@ from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.research.traces.recorder import prompt_hash
-from flashmoe_mlx.tasks.keys import BenchConfig, Config
-from flashmoe_mlx.tasks.prompts import with_prompt
+from flashmoe_mlx.tasks import bench, generate
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 LINE = "Grüße, «it's» ${x} [v2]\nand 'more'"
@@ -25,7 +25,7 @@ class Stdin(io.TextIOWrapper):
 
 def read(tiny_pack: Path, path: Path, data: bytes) -> str:
     path.write_bytes(data)
-    config = with_prompt(Config(prompt_file=str(path)), tiny_pack)
+    config = with_prompt(generate.Config(prompt_file=str(path)), tiny_pack)
     assert config.prompt_file is None
     return config.prompt
 
@@ -48,15 +48,19 @@ def test_a_file_is_taken_as_it_stands(tiny_pack: Path, tmp_path: Path, data: byt
     assert read(tiny_pack, tmp_path / "prompt.txt", data) == text
 
 
-@pytest.mark.parametrize("config", [Config(prompt="-"), Config(prompt_file="-"), BenchConfig(prompt="-")])
-def test_stdin_is_read_once(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, config: Config | BenchConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [generate.Config(prompt="-"), generate.Config(prompt_file="-"), bench.Config(prompt="-")]
+)
+def test_stdin_is_read_once(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, config: generate.Config | bench.Config
+) -> None:
     monkeypatch.setattr("sys.stdin", Stdin(LINE.encode()))
     assert with_prompt(config, tiny_pack).prompt == LINE
     assert with_prompt(config, tiny_pack).prompt == LINE  # the next job of a sweep
 
 
 def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
-    config = Config(prompt="- not stdin")
+    config = generate.Config(prompt="- not stdin")
     assert with_prompt(config, tiny_pack) is config
 
 
@@ -83,11 +87,11 @@ def test_endless_and_missing_files(tiny_pack: Path, tmp_path: Path, monkeypatch:
         ("/dev/zero", "prompt_too_long"),
     ):
         with pytest.raises(InputError) as raised:
-            with_prompt(Config(prompt_file=str(path)), tiny_pack)
+            with_prompt(generate.Config(prompt_file=str(path)), tiny_pack)
         assert raised.value.code == code
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="stdin is closed"):
-        with_prompt(Config(prompt="-"), tiny_pack)
+        with_prompt(generate.Config(prompt="-"), tiny_pack)
 
 
 def test_every_task_with_a_prompt_takes_a_file(
@@ -140,6 +144,6 @@ def test_stdin_without_an_end(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(endless)))
     for _ in range(2):
         with pytest.raises(InputError) as raised:
-            with_prompt(Config(prompt="-"), tiny_pack)
+            with_prompt(generate.Config(prompt="-"), tiny_pack)
         assert raised.value.code == "prompt_too_long"
     assert endless.count < 2**18

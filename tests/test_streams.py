@@ -118,10 +118,10 @@ def test_no_room_for_other_output(
 
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    remedy = "make room there; hydra.run.dir=<folder> puts the record of the run elsewhere"
+    remedy = "free some space there; hydra.run.dir=<folder> puts the record of the run elsewhere"
     assert message(full, tmp_path) == f"{tmp_path}: No space left on device; {remedy}"
     full.filename = "/elsewhere/x"
-    assert message(full, tmp_path) == "/elsewhere/x: No space left on device; make room there"
+    assert message(full, tmp_path) == "/elsewhere/x: No space left on device; free some space there"
     refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     assert message(refused, tmp_path).endswith(remedy.partition("; ")[2])
 
@@ -152,7 +152,7 @@ def test_no_room_for_the_record_of_a_run(tiny_pack: Path, tmp_path: Path) -> Non
     lines = result.stderr.splitlines()
     assert result.returncode == 0, lines
     for line, folder in zip(lines, ("run0", "sweep1", "run2", "run3", "run4"), strict=True):
-        assert line.startswith(f"flashmoe_mlx: {folder}: File too large; make room there; hydra.run.dir=<folder>")
+        assert line.startswith(f"flashmoe_mlx: {folder}: File too large; free some space there; hydra.run.dir=<folder>")
 
 
 @pytest.mark.parametrize("place", ["deleted", "${d}"])

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,11 @@ from flashmoe_mlx.research.bench.engine_bench import (
 from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
-from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.keys import BenchConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder
-from flashmoe_mlx.tasks.prompts import with_prompt
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
@@ -47,7 +47,25 @@ _OTHER_PROMPTS = (
 """What rotating rounds use beside the one prompt that was given."""
 
 
-def run(config: BenchConfig, run_dir: Path) -> None:
+@dataclass
+class Config(PromptConfig):
+    """Keys of ``task=bench``."""
+
+    prefetch: str = "none"
+    backends: list[Any] | None = None
+    experts_ks: list[int] | None = None
+    prefetches: list[str] | None = None
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    prompts: list[str] | None = field(default=None, metadata=TEXT)
+    tokens: int = 16
+    rounds: int = 4
+    memory_gib: float | None = None
+    skip_unavailable: bool = False
+    resume: str | None = field(default=None, metadata=TEXT)
+    plot: bool = True
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Measure, show tables, and leave ``bench.json`` and ``bench.png`` in ``run_dir``, also of what was done before an
     error or an interrupt; ``resume=<run_dir>`` goes on from there.
     """
@@ -79,7 +97,7 @@ def run(config: BenchConfig, run_dir: Path) -> None:
         raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} settings failed: {_listed(failures)}")
 
 
-def _check(config: BenchConfig) -> None:
+def _check(config: Config) -> None:
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
@@ -89,7 +107,7 @@ def _check(config: BenchConfig) -> None:
         check_choices(name, getattr(config, name))
 
 
-def _plan(config: BenchConfig) -> Plan:
+def _plan(config: Config) -> Plan:
     settings = []
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
     policies = [config.prefetch] if config.prefetches is None else config.prefetches
@@ -110,7 +128,7 @@ def _plan(config: BenchConfig) -> Plan:
     return Plan(folder, settings, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels)
 
 
-def _setup(config: BenchConfig, plan: Plan, cap: str | None) -> dict[str, Any]:
+def _setup(config: Config, plan: Plan, cap: str | None) -> dict[str, Any]:
     """Return what was asked for, as it reads after a trip through JSON."""
     asked = {key: value for key, value in asdict(plan).items() if key != "rounds"}
     stated = {**asked, "folder": str(plan.folder), "memory_cap": cap, "memory_gib": config.memory_gib}
@@ -119,7 +137,7 @@ def _setup(config: BenchConfig, plan: Plan, cap: str | None) -> dict[str, Any]:
     return parsed
 
 
-def _earlier(config: BenchConfig, setup: Mapping[str, Any]) -> list[Pass]:
+def _earlier(config: Config, setup: Mapping[str, Any]) -> list[Pass]:
     """Return the passes of the run that ``resume`` names, which must have had the same plan."""
     if config.resume is None:
         return []
@@ -165,7 +183,7 @@ def _write(
     write_atomically(run_dir / RECORD, json.dumps(record, indent=1, default=str).encode())
 
 
-def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | None, run_dir: Path) -> None:
+def _show(config: Config, plan: Plan, passes: Sequence[Pass], cap: str | None, run_dir: Path) -> None:
     summaries = summarise(passes)
     rounds = max(one.round for one in passes) + 1
     show(

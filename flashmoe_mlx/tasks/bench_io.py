@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,17 +34,32 @@ from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.intervals import median_interval
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
-from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.keys import BenchIoConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 _REQUESTS = ("uniform", "zipf", "trace")
 
 
-def run(config: BenchIoConfig, run_dir: Path) -> None:
+@dataclass
+class Config(StoreConfig):
+    """Keys of ``task=bench_io``."""
+
+    seed: int | None = None
+    backends: list[Any] | None = None
+    requests: str = "uniform"
+    zipf_exponent: float = 1.0
+    trace: str | None = field(default=None, metadata=TEXT)
+    tokens: int = 8
+    rounds: int = 6
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    fio: bool = False
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Measure, show tables, and leave ``bench_io.json`` in ``run_dir``, also of what was done before an error."""
     _check(config)
     files = open_model(model_folder(config.model))
@@ -75,7 +90,7 @@ def run(config: BenchIoConfig, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
-def _check(config: BenchIoConfig) -> None:
+def _check(config: Config) -> None:
     if config.requests not in _REQUESTS:
         raise InputError(f"requests={config.requests}: choose from {', '.join(_REQUESTS)}")
     if (config.requests == "trace") != (config.trace is not None):
@@ -87,7 +102,7 @@ def _check(config: BenchIoConfig) -> None:
         raise InputError(f"seed={config.seed}: must be at least 0", code="out_of_range")
     if not 0 <= config.zipf_exponent <= 10:
         raise InputError(f"zipf_exponent={config.zipf_exponent}: must be from 0 to 10")
-    if config.requests != "zipf" and config.zipf_exponent != BenchIoConfig.zipf_exponent:
+    if config.requests != "zipf" and config.zipf_exponent != Config.zipf_exponent:
         raise InputError("zipf_exponent= belongs to requests=zipf", code="contradiction")
     if config.requests == "trace" and config.seed is not None:
         raise InputError(
@@ -98,7 +113,7 @@ def _check(config: BenchIoConfig) -> None:
         raise InputError("fio=true reads past the page cache: conditions= must have cold")
 
 
-def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contender], ExpertSource]:
+def _contenders(files: ModelFiles, config: Config) -> tuple[list[Contender], ExpertSource]:
     """Return the stores to measure, and the experts that all of them serve."""
     made: dict[str, Contender] = {}
     sources: list[ExpertSource] = []
@@ -114,7 +129,7 @@ def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
     return open_store(files, settings, {})[0]
 
 
-def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
+def _requests(config: Config, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
     """Return the requests of each round; rounds differ, unless a recorded trace is too short for that."""
     if config.trace is not None:
         path = expand_path(config.trace)
@@ -146,7 +161,7 @@ def _part(trace: RoutingTrace, start: int, tokens: int) -> RoutingTrace:
 
 
 def _record(
-    config: BenchIoConfig,
+    config: Config,
     files: ModelFiles,
     source: ExpertSource,
     requests: Sequence[RoutingTrace],

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ from flashmoe_mlx.research.estimate.prediction import (
 from flashmoe_mlx.research.estimate.probe import MachineProfile, machine_identity, probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
 from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
-from flashmoe_mlx.tasks.keys import EstimateConfig, ModelChoice
-from flashmoe_mlx.tasks.model import cache_folder, model_folder
+from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice
+from flashmoe_mlx.tasks.shared.model import cache_folder, model_folder
 
 ESTIMATE_VERSION = 1
 _BITS = 4
@@ -56,7 +56,22 @@ _NOT_YET_WHOLE = ("no_weights", "missing_shards", "damaged_shard", "incomplete_s
 """Codes of a download that has not finished: the config is enough for an estimate."""
 
 
-def run(config: EstimateConfig, run_dir: Path) -> None:
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=estimate``."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    experts_k: int | None = None
+    bits: list[int] | None = None
+    resident_bits: int | None = None
+    context: int | None = None
+    trace: str | None = field(default=None, metadata=TEXT)
+    memory_gib: float | None = None
+    probe: bool | None = None
+    probe_seconds: float = 90
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Show the answer and leave ``estimate.json`` in ``run_dir``."""
     if not 0 < config.probe_seconds < _MOST_SECONDS:
         raise InputError(
@@ -133,7 +148,7 @@ def _published_online(name: str) -> Mapping[str, Any]:
         return known
 
 
-def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
+def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = ModelConfig.from_json(published)
     widths = ", ".join(map(str, QUANTISED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
@@ -195,7 +210,7 @@ def _layout_on_disk(folder: Path) -> RecordLayout | None:
         return None
 
 
-def _memory(config: EstimateConfig) -> int:
+def _memory(config: Config) -> int:
     """Return the bytes that a run may use; a tenth, or 2 GiB, is left to the system."""
     if config.memory_gib is not None:
         if not 0 < config.memory_gib < _MOST_GIB:
@@ -209,7 +224,7 @@ def _memory(config: EstimateConfig) -> int:
     return total_memory() - max(2 * GIB, total_memory() // 10)
 
 
-def _profile(config: EstimateConfig) -> MachineProfile | None:
+def _profile(config: Config) -> MachineProfile | None:
     """Return the profile of this machine, measured now if need be; None if that is not allowed."""
     folder = cache_folder(config.model)
     path = folder / "probe.json"

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
-from flashmoe_mlx.tasks.keys import EvaluateConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder, model_identity
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
+from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
 EVALUATE_VERSION = 1
@@ -33,7 +34,21 @@ _HEADINGS = (
 )  # fmt: skip
 
 
-def run(config: EvaluateConfig, run_dir: Path) -> None:
+@dataclass
+class Config(EngineConfig):
+    """Keys of ``task=evaluate``."""
+
+    variants: list[str] | None = None
+    experts_ks: list[int] | None = None
+    items: str | None = field(default=None, metadata=TEXT)
+    kinds: list[str] | None = None
+    limit: int | None = None
+    answers: bool = True
+    reference: str | None = field(default=None, metadata=TEXT)
+    reference_kernels: str = "auto"
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Evaluate each combination in turn, show a table, and leave ``evaluate.json`` and, of several K, a figure."""
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit={config.limit}: must be at least 1", code="out_of_range")
@@ -72,7 +87,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
-def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]:
+def _settings(config: Config) -> list[tuple[dict[str, Any], int | None]]:
     variants = [config.backend.get("variant")] if config.variants is None else config.variants
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
     if not variants or not ks:
@@ -83,7 +98,7 @@ def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]
 
 
 @contextmanager
-def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
+def _reference(config: Config, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
     if config.reference is not None:
         folder = expand_path(config.reference)
     backend = {key: value for key, value in config.backend.items() if key != "variant"}

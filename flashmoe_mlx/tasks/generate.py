@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,21 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.keys import Config
-from flashmoe_mlx.tasks.model import model_folder
-from flashmoe_mlx.tasks.prompts import with_prompt
-from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
+from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class Config(GenerationConfig):
+    """Keys of ``task=generate``."""
+
+    prefetch: str = "none"
+    profile: bool = False
 
 
 def run(config: Config, run_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import filesize
@@ -10,7 +11,6 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.checkpoint.support import is_hub_id
 from flashmoe_mlx.console.output import byte_progress, show
-from flashmoe_mlx.console.run_folder import holds_only_records
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -18,13 +18,30 @@ from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.paths import as_argument, expand_path
-from flashmoe_mlx.tasks.keys import PackConfig
+from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
+from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
 log = logging.getLogger(__name__)
 _SHOWN = 20
 
 
-def run(config: PackConfig, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=pack``."""
+
+    source: str | None = field(default=None, metadata=TEXT)
+    out: str | None = field(default=None, metadata=TEXT)
+    revision: str | None = field(default=None, metadata=TEXT)
+    bits: list[int] = field(default_factory=lambda: [4])
+    group_size: int = 64
+    resident_bits: int | None = 4
+    quantiser: str | None = None
+    packed_experts: str | None = field(default=None, metadata=TEXT)
+    delete_source: bool = False
+    verify: bool = False
+
+
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
     """Pack ``source`` into ``out``, or verify ``out``."""
     if config.verify:
         _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true only reads out=")
@@ -37,7 +54,7 @@ def run(config: PackConfig, run_dir: Path) -> None:  # noqa: ARG001  # every tas
     show(f"run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 
 
-def _make(config: PackConfig) -> Pack:
+def _make(config: Config) -> Pack:
     if config.source is None:
         raise InputError("task=pack needs source=<checkpoint folder, hub id or pack>")
     folder = expand_path(config.source)
@@ -78,14 +95,14 @@ def _make(config: PackConfig) -> Pack:
         )
 
 
-def _refuse(config: PackConfig, keys: Sequence[str], reason: str) -> None:
+def _refuse(config: Config, keys: Sequence[str], reason: str) -> None:
     """Refuse keys that would be ignored."""
     for key in keys:
         if getattr(config, key):
             raise InputError(f"{key}={getattr(config, key)}: has no meaning here: {reason}", code="contradiction")
 
 
-def _verify(config: PackConfig) -> None:
+def _verify(config: Config) -> None:
     if config.out is None:
         raise InputError("verify=true needs out=<folder of the pack>")
     pack = open_pack(expand_path(config.out))

@@ -1,7 +1,7 @@
 """``task=simulate``: what caches of any size would do with a recorded trace, and what the best possible one would."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,27 @@ from flashmoe_mlx.research.traces.simulator import (
     replay,
 )
 from flashmoe_mlx.stores.memory import GIB
-from flashmoe_mlx.tasks.keys import SimulateConfig
-from flashmoe_mlx.tasks.lists import check_choices
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
 from flashmoe_mlx.tasks.trace import summary_lines
 
 SIMULATION_VERSION = 1
 Prefetches = Sequence[tuple[str, Replay]]
 
 
-def run(config: SimulateConfig, run_dir: Path) -> None:
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=simulate``."""
+
+    trace: str | None = field(default=None, metadata=TEXT)
+    policies: list[str] = field(default_factory=lambda: ["lru", "lfu", "s3fifo", "pinned", "belady"])
+    scopes: list[str] = field(default_factory=lambda: ["layer"])
+    slots: list[int] | None = None
+    hot: str | None = field(default=None, metadata=TEXT)
+    prefetch_accuracy: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Replay, show tables, and leave ``simulate.json`` and ``hit_rates.png`` in ``run_dir``."""
     if config.trace is None:
         raise InputError("task=simulate needs trace=<file>; record one: task=trace")
@@ -66,7 +78,7 @@ def run(config: SimulateConfig, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
-def _check(config: SimulateConfig) -> None:
+def _check(config: Config) -> None:
     """Refuse lists of nothing, and a trace that no policy would read."""
     for key in ("policies", "scopes", "slots"):
         check_choices(key, getattr(config, key))
@@ -80,7 +92,7 @@ def _predictors(trace: RoutingTrace, accuracies: Sequence[float]) -> list[tuple[
 
 
 def _record(
-    config: SimulateConfig,
+    config: Config,
     trace: RoutingTrace,
     summary: RoutingSummary,
     found: Sequence[Curve],

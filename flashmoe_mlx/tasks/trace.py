@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flashmoe_mlx.console.output import print_notes, show
@@ -13,15 +13,22 @@ from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
-from flashmoe_mlx.tasks.keys import TraceConfig
-from flashmoe_mlx.tasks.model import model_folder, model_identity
-from flashmoe_mlx.tasks.prompts import with_prompt
-from flashmoe_mlx.tasks.streaming import prompt_options, stream
+from flashmoe_mlx.tasks.shared.keys import TEXT, GenerationConfig
+from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
+from flashmoe_mlx.tasks.shared.streaming import prompt_options, stream
 
 log = logging.getLogger(__name__)
 
 
-def run(config: TraceConfig, run_dir: Path) -> None:
+@dataclass
+class Config(GenerationConfig):
+    """Keys of ``task=trace``."""
+
+    out: str | None = field(default=None, metadata=TEXT)
+
+
+def run(config: Config, run_dir: Path) -> None:
     """Generate, and leave the trace in ``out``, or as ``routing.moetrace`` in ``run_dir``."""
     path = run_dir / "routing.moetrace" if config.out is None else expand_path(config.out)
     if path.exists():

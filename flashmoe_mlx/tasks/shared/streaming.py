@@ -19,7 +19,7 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.generation import Piece
 from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.keys import GenerationConfig
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Characters with which a model could command a person's terminal."""

@@ -10,13 +10,13 @@ from flashmoe_mlx.console.streams import say
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.keys import BenchConfig, GenerationConfig
+from flashmoe_mlx.tasks.shared.keys import PromptConfig
 
 _STDIN = "-"
 _BLOCK = 2**20
 _BYTES_PER_TOKEN = 256
 """No token of a published vocabulary is longer, so a prompt of more bytes than that for each token cannot fit."""
-AnyConfig = TypeVar("AnyConfig", bound=GenerationConfig | BenchConfig)
+AnyConfig = TypeVar("AnyConfig", bound=PromptConfig)
 
 
 def with_prompt(config: AnyConfig, folder: Path) -> AnyConfig:

@@ -9,9 +9,10 @@ import pytest
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.cli.application import run
-from flashmoe_mlx.console.run_folder import Claims, claims, holds_only_records
+from flashmoe_mlx.cli.claims import Claims, claims
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
 FAST = ["raw=true", "prompt=Hello", "max_tokens=2"]
 
@@ -33,7 +34,7 @@ def test_two_runs_at_once_with_one_folder(
     key: str, more: list[str], tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"model.path={tiny_pack}", *FAST, *more, f"{key}={tmp_path / 'run'}"]
-    program = "import sys; from pathlib import Path; from flashmoe_mlx.console.run_folder import Claims; "
+    program = "import sys; from pathlib import Path; from flashmoe_mlx.cli.claims import Claims; "
     program += "Claims().take(Path(sys.argv[1]), ''); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE

@@ -14,7 +14,7 @@ from flashmoe_mlx.made_models.demo import demo_folder, demo_has, demo_with_varia
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
 
 _PATIENCE = 600.0
 """Seconds to wait for another process that makes the same model."""
