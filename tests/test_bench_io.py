@@ -292,7 +292,7 @@ def test_a_recorded_trace(tiny_pack: Path, tmp_path: Path) -> None:
         (["backends=[nosuch]"], "backend=nosuch: no such backend"),
         (["backends=[3]"], "backends: 3 is neither a name nor a mapping"),
         (["backends=[{threads:3}]"], "is neither a name nor a mapping"),
-        (["backends=[pread,pread]"], "backends: pread is named twice"),
+        (["backends=[pread,pread]"], "backends: pread is repeated"),
         (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
         (["backends=[pread,{name:resident,variant:q2}]"], "no variant 'q2'; it has q4"),
         (["backends=[checkpoint]"], "is a pack; give the folder of a checkpoint"),

@@ -94,7 +94,7 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
         (["--nosuch"], "--nosuch: no such option; --help lists keys and options"),
         (["experts_k=2,4"], "experts_k=2,4: several values are a sweep, which needs -m"),
         (["task=pack", "out=x"], "task=pack needs source="),
-        (["task=pack", "source=nowhere", "out=x"], "source=nowhere: no such folder, and not a hub id"),
+        (["task=pack", "source=nowhere", "out=x"], "source=nowhere: neither a folder nor a hub id"),
         (["task=pack", "verify=true"], "verify=true needs out="),
     ],
 )

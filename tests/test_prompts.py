@@ -70,7 +70,7 @@ def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
         (b"", "invalid_prompt", "is empty"),
         (b"\n", "invalid_prompt", "is empty"),
         (b"good \xff", "invalid_prompt", "byte 5 is not UTF-8"),
-        (b"x" * (256 * 256 + 1), "prompt_too_long", "more than 65,536 bytes; this model's context holds 256 tokens"),
+        (b"x" * (256 * 256 + 1), "prompt_too_long", "larger than 65,536 bytes; this model's context holds 256 tokens"),
     ],
 )
 def test_files_that_are_no_prompt(tiny_pack: Path, tmp_path: Path, data: bytes, code: str, reason: str) -> None:

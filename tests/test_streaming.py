@@ -205,8 +205,8 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     shown = capsys.readouterr()
     assert shown.out == "\n"
     assert (
-        "max_tokens=11 ended inside the model's thinking, before an answer; max_tokens=4096 leaves room for both; "
-        "thinking=false asks for an answer at once\n"
+        "no answer: max_tokens=11 was reached while the model was thinking; "
+        "max_tokens=4096 leaves room for thinking and an answer; thinking=false skips thinking\n"
     ) in shown.err
     found = record(tmp_path)
     assert (found["reasoning"], found["text"], found["ended_in_thinking"]) == ("Hm, this is", "", True)
@@ -215,7 +215,7 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     assert run(tmp_path / "2", f"model.path={thinking_model}", "prompt=Hi", "max_tokens=4", "thinking=false") == 0
     shown = capsys.readouterr()
     assert shown.out == "Yes.\n"
-    assert "inside the model's thinking" not in shown.err
+    assert "no answer" not in shown.err
 
 
 def test_advice_about_thinking_is_only_what_helps(
@@ -226,7 +226,7 @@ def test_advice_about_thinking_is_only_what_helps(
     scripted(monkeypatch, b"Hm")
     assert run(tmp_path, f"model.path={folder}", "prompt=Hi", "max_tokens=2") == 0
     shown = capsys.readouterr().err
-    assert "max_tokens=2 ended inside the model's thinking" in shown
+    assert "no answer: max_tokens=2 was reached" in shown
     assert "thinking=false" not in shown
 
 

@@ -1,6 +1,7 @@
 """Quoting of texts in Hydra's grammar, so that none of their characters has a special meaning.
 
-Sources: https://hydra.cc/docs/advanced/override_grammar/basic/#quoted-values, and OmegaConf's escapes of interpolations.
+Sources: https://hydra.cc/docs/advanced/override_grammar/basic/#quoted-values, and OmegaConf's escapes of
+interpolations.
 """
 
 import re

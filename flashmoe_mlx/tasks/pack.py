@@ -1,4 +1,4 @@
-"""``task=pack``: make a pack of a published checkpoint, add variants to a pack, or verify one."""
+"""``task=pack``: convert a published checkpoint into a pack, add variants to a pack, or verify a pack."""
 
 import logging
 from collections.abc import Sequence
@@ -41,17 +41,17 @@ class Config(CommonConfig):
     verify: bool = False
 
 
-def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature of a task
     """Pack ``source`` into ``out``, or verify ``out``."""
     if config.verify:
-        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true only reads out=")
+        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true reads only out=")
         _verify(config)
         return
     pack = _make(config)
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
-    show(f"run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
+    show(f"to run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 
 
 def _make(config: Config) -> Pack:
@@ -61,7 +61,7 @@ def _make(config: Config) -> Pack:
     with byte_progress() as progress:
         if (folder / MANIFEST).is_file():
             if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
-                raise InputError(f"source={folder} is a pack: variants are added in place; leave out out=")
+                raise InputError(f"source={folder} is a pack, and variants are added in place; remove out=")
             _refuse(config, ("revision", "packed_experts", "delete_source"), f"source={folder} is a pack")
             return add_variants(
                 open_pack(folder),
@@ -78,7 +78,7 @@ def _make(config: Config) -> Pack:
             _refuse(config, ("revision",), f"source={folder} is a folder")
         else:
             if not is_hub_id(config.source):
-                raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
+                raise InputError(f"source={config.source}: neither a folder nor a hub id (<org>/<name>)")
             source = HubCheckpoint.open_remote(config.source, config.revision, downloads_folder(out))
         return pack_checkpoint(
             source,
@@ -88,10 +88,10 @@ def _make(config: Config) -> Pack:
             resident_bits=config.resident_bits,
             quantiser=config.quantiser,
             packed_experts=None if config.packed_experts is None else expand_path(config.packed_experts),
-            # What was downloaded for packing alone is of no further use.
+            # Shards downloaded only for packing are not needed afterwards.
             delete_source=config.delete_source or isinstance(source, HubCheckpoint),
             progress=progress,
-            ignored=holds_only_records,  # this run may write its own below out=
+            ignored=holds_only_records,  # the record of this run may lie below out=
         )
 
 
@@ -99,7 +99,7 @@ def _refuse(config: Config, keys: Sequence[str], reason: str) -> None:
     """Refuse keys that would be ignored."""
     for key in keys:
         if getattr(config, key):
-            raise InputError(f"{key}={getattr(config, key)}: has no meaning here: {reason}", code="contradiction")
+            raise InputError(f"{key}={getattr(config, key)}: has no effect: {reason}", code="contradiction")
 
 
 def _verify(config: Config) -> None:
@@ -111,5 +111,7 @@ def _verify(config: Config) -> None:
     for damage in damages[:_SHOWN]:
         show(str(damage))
     if damages:
-        raise FlashMoeError(f"{pack.folder}: {len(damages)} damaged, as listed; delete the pack and make it again")
-    show(f"{pack.folder}: every byte is as it was packed")
+        raise FlashMoeError(
+            f"{pack.folder}: {len(damages)} parts are damaged, as listed above; delete the pack and make it again"
+        )
+    show(f"{pack.folder}: verified, every byte is intact")
