@@ -27,7 +27,7 @@ def test_impossible_caps(gib: float) -> None:
 
 
 def test_a_ballast_takes_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_own_group", lambda _: None)
+    monkeypatch.setattr(module, "_enter_group", lambda _: None)
     monkeypatch.setattr(module, "available_memory", lambda: 2 * GIB)
     process = psutil.Process()
     before = process.memory_info().rss
@@ -46,7 +46,7 @@ def test_a_ballast_that_could_be_swapped_out_is_none(monkeypatch: pytest.MonkeyP
         def mlock(self, *_: object) -> int:
             return -1
 
-    monkeypatch.setattr(module, "_own_group", lambda _: None)
+    monkeypatch.setattr(module, "_enter_group", lambda _: None)
     monkeypatch.setattr(module, "available_memory", lambda: GIB)
     monkeypatch.setattr(module.ctypes, "CDLL", Libc)
     monkeypatch.setattr(module.psutil, "swap_memory", lambda: type("Swap", (), {"total": GIB}))

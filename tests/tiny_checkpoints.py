@@ -280,10 +280,10 @@ def random_words(count: int, *key: object) -> np.ndarray:
 def dense_weights(geometry: Geometry, seed: int, dtype: Dtype = "F32") -> Tensors:
     """The float32 weights by canonical names; for "BF16" those that a bfloat16 checkpoint can hold."""
     weights: Tensors = {}
-    for name, shape, centre, spread in _specification(geometry):
+    for name, shape, center, spread in _specification(geometry):
         words = random_words(math.prod(shape), geometry.name, seed, name)
         uniform = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-        values = (np.float32(centre) + np.float32(spread) * uniform).reshape(shape)
+        values = (np.float32(center) + np.float32(spread) * uniform).reshape(shape)
         weights[name] = values if dtype == "F32" or _stays_f32(name) else _from_bf16(_to_bf16(values))
     return weights
 
@@ -353,7 +353,7 @@ def write_checkpoint(
 
 
 def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
-    """Name, shape, centre and half width of every tensor; values are uniform.
+    """Name, shape, center and half width of every tensor; values are uniform.
 
     Widths are chosen so that every part matters: each layer adds a good fraction of what is already in the residual
     stream, attention and router are neither flat nor one-hot, decays range from a few tokens to hundreds.

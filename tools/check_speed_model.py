@@ -30,10 +30,13 @@ from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.research.estimate.probe import SIZES, MachineProfile, probe
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
+from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
 from flashmoe_mlx.research.traces.recorder import recorded
-from flashmoe_mlx.research.traces.simulator import CacheDesign, replay
+from flashmoe_mlx.research.traces.simulator import replay
 
 _LARGE = SIZES["large"]
 PACKS = {
@@ -49,7 +52,7 @@ SEED, OTHER_SEED = 1, 2
 
 
 @dataclass(frozen=True)
-class Setting:
+class Configuration:
     """A configuration to run, the way of reading that predicts it, and the slots per layer of ram_hybrid."""
 
     pack: str
@@ -69,21 +72,21 @@ class Setting:
 
 _URING = {"reader": "io_uring", "depth": 64, "direct": True}
 SETTINGS = (
-    Setting("397B", "resident", 6, None),
-    Setting("397B", "pread", 8, "pread warm"),
-    Setting("397B", "mmap", 6, "mmap warm"),
-    Setting("397B", "pread", 6, "pread direct", {"direct": True}),
-    Setting("397B", "io_uring", 8, "io_uring direct"),
-    Setting("397B", "ram_hybrid", 6, "io_uring direct", _URING, 36),
-    Setting("397B", "ram_hybrid", 8, "pread direct", {"direct": True}, 72),
-    Setting("122B", "io_uring", 7, "io_uring direct"),
-    Setting("122B", "ram_hybrid", 5, "pread direct", {"direct": True}, 32),
-    Setting("397B 2 bits", "pread", 6, "pread direct", {"direct": True}),
+    Configuration("397B", "resident", 6, None),
+    Configuration("397B", "pread", 8, "pread warm"),
+    Configuration("397B", "mmap", 6, "mmap warm"),
+    Configuration("397B", "pread", 6, "pread direct", {"direct": True}),
+    Configuration("397B", "io_uring", 8, "io_uring direct"),
+    Configuration("397B", "ram_hybrid", 6, "io_uring direct", _URING, 36),
+    Configuration("397B", "ram_hybrid", 8, "pread direct", {"direct": True}, 72),
+    Configuration("122B", "io_uring", 7, "io_uring direct"),
+    Configuration("122B", "ram_hybrid", 5, "pread direct", {"direct": True}, 32),
+    Configuration("397B 2 bits", "pread", 6, "pread direct", {"direct": True}),
 )
 
 
 @dataclass(frozen=True)
-class Pass:
+class Trial:
     """Mean seconds of a decoded token, and the share of the processors that other processes took meanwhile."""
 
     seconds: float
@@ -131,7 +134,7 @@ def main() -> None:
         others = Others()
         profile = probe(asked.folder, asked.probe_seconds, status.update)
         others_of_probe = others.share()
-        measured: dict[Setting, list[Pass]] = {one: [] for one in SETTINGS}
+        measured: dict[Configuration, list[Trial]] = {one: [] for one in SETTINGS}
         start = time.perf_counter()
         for number in range(asked.rounds):
             if time.perf_counter() - start > asked.seconds:
@@ -152,14 +155,14 @@ def main() -> None:
     console.print(f"other processes took {others_of_probe:.0%} of the processors during the probe")
 
 
-def _options(one: Setting, folder: Path) -> dict[str, Any]:
+def _options(one: Configuration, folder: Path) -> dict[str, Any]:
     if one.slots is None:
         return dict(one.options)
     source = open_model(folder).variant(None)
     return {"budget_gib": one.slots * source.num_layers * source.layout.record_bytes / GIB, **one.options}
 
 
-def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
+def _reads(one: Configuration, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
     """Yield the way of reading with the distribution of reads in a layer; simulates ram_hybrid on another prompt."""
     if one.way is None:
         return
@@ -175,7 +178,7 @@ def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tup
     yield one.way, misses / misses.sum()
 
 
-def _run(one: Setting, folder: Path, tokens: int) -> Pass:
+def _run(one: Configuration, folder: Path, tokens: int) -> Trial:
     """Run one generation; the store starts empty, as in the simulation."""
     if one.way is not None and one.way.endswith("warm"):
         for path in folder.rglob("*.bin"):
@@ -185,7 +188,7 @@ def _run(one: Setting, folder: Path, tokens: int) -> Pass:
     with load(folder, one.backend, experts_k=one.experts_k, **_options(one, folder)) as engine:
         others = Others()
         _, seconds = _decoded(engine, tokens, SEED)
-        return Pass(seconds / tokens, others.share())
+        return Trial(seconds / tokens, others.share())
 
 
 def _decoded(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
@@ -200,7 +203,7 @@ def _decoded(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
 
 
 def _row(
-    one: Setting, folder: Path, profile: MachineProfile, reads: Mapping[str, Distribution], passes: list[Pass]
+    one: Configuration, folder: Path, profile: MachineProfile, reads: Mapping[str, Distribution], passes: list[Trial]
 ) -> dict[str, Any]:
     seconds = [each.seconds for each in passes if each.others <= DISTURBED]
     published = json.loads((folder / "config.json").read_text())

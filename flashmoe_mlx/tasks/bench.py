@@ -17,14 +17,13 @@ from flashmoe_mlx.moe.prefetch import check_policy
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.bench.engine_bench import (
     CONDITIONS,
-    Pass,
+    Configuration,
     Plan,
-    Setting,
-    Summary,
+    Trial,
     find_unavailable,
-    run_passes,
-    summarise,
+    run_trials,
 )
+from flashmoe_mlx.research.bench.engine_summary import Summary, summarize
 from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
@@ -83,7 +82,7 @@ def run(config: Config, run_dir: Path) -> None:
         failures: dict[str, str] = {}
         try:
             with activity() as announce:
-                for one in run_passes(plan, list(passes), announce, failures):
+                for one in run_trials(plan, list(passes), announce, failures):
                     passes.append(one)
                     log.info("%s %s round %d: %.3f tokens/s", one.setting, one.condition, one.round, one.rate)
                     _write(run_dir, setup, passes, left_out, failures)
@@ -117,7 +116,7 @@ def _plan(config: Config) -> Plan:
         for label, backend in listed_backends(config.backends, config.backend).items():
             for policy in policies:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
-                settings.append(Setting(" ".join(filter(None, parts)), backend, k, policy))
+                settings.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     backends = [one.backend for one in settings]
     folder = model_folder(config.model, *backends)
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
@@ -137,7 +136,7 @@ def _setup(config: Config, plan: Plan, cap: str | None) -> dict[str, Any]:
     return parsed
 
 
-def _earlier(config: Config, setup: Mapping[str, Any]) -> list[Pass]:
+def _earlier(config: Config, setup: Mapping[str, Any]) -> list[Trial]:
     """Return the passes of the run that ``resume`` names, which must have had the same plan."""
     if config.resume is None:
         return []
@@ -146,10 +145,10 @@ def _earlier(config: Config, setup: Mapping[str, Any]) -> list[Pass]:
         record = json.loads(path.read_text(encoding="utf-8"))
         before = record["setup"]
         passes = [
-            Pass(**{**one, "token_ids": tuple(one["token_ids"]), "decode_steps": tuple(one["decode_steps"])})
+            Trial(**{**one, "token_ids": tuple(one["token_ids"]), "decode_steps": tuple(one["decode_steps"])})
             for one in record["passes"]
         ]
-        summarise(passes)  # reads everything that is read of a record
+        summarize(passes)  # reads everything that is read of a record
         changed = [key for key in setup if key != "memory_cap" and before.get(key) != setup[key]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
@@ -167,7 +166,7 @@ def _earlier(config: Config, setup: Mapping[str, Any]) -> list[Pass]:
 def _write(
     run_dir: Path,
     setup: Mapping[str, Any],
-    passes: Sequence[Pass],
+    passes: Sequence[Trial],
     left_out: Mapping[str, str],
     failures: Mapping[str, str],
 ) -> None:
@@ -176,15 +175,15 @@ def _write(
         "setup": setup,
         "environment": environment(),
         "passes": [asdict(one) for one in passes],
-        "summary": [one.to_json() for one in summarise(passes)],
+        "summary": [one.to_json() for one in summarize(passes)],
         "left_out": left_out,
         "failures": failures,
     }
     write_atomically(run_dir / RECORD, json.dumps(record, indent=1, default=str).encode())
 
 
-def _show(config: Config, plan: Plan, passes: Sequence[Pass], cap: str | None, run_dir: Path) -> None:
-    summaries = summarise(passes)
+def _show(config: Config, plan: Plan, passes: Sequence[Trial], cap: str | None, run_dir: Path) -> None:
+    summaries = summarize(passes)
     rounds = max(one.round for one in passes) + 1
     show(
         f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'not capped'}",

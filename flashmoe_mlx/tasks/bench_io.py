@@ -17,19 +17,17 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.bench.fio import LABEL, FioContender
+from flashmoe_mlx.research.bench.fio import LABEL, FioCandidate
 from flashmoe_mlx.research.bench.io_bench import (
     CONDITIONS,
-    Contender,
-    Pass,
-    StoreContender,
-    Summary,
-    best_over,
+    Candidate,
+    StoreCandidate,
+    Trial,
     check_fits,
     repeats,
     replay,
-    summarise,
 )
+from flashmoe_mlx.research.bench.io_summary import Summary, compare_fastest, summarize
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.intervals import median_interval
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -67,8 +65,8 @@ def run(config: Config, run_dir: Path) -> None:
     requests = _requests(config, source, files)
     k = requests[0].experts.shape[2]
     if config.fio:
-        contenders += [FioContender(source, k, registered) for registered in (False, True)]
-    passes: list[Pass] = []
+        contenders += [FioCandidate(source, k, registered) for registered in (False, True)]
+    passes: list[Trial] = []
     try:
         with activity() as announce:
             for one in replay(source, contenders, requests, config.conditions, announce):
@@ -83,7 +81,7 @@ def run(config: Config, run_dir: Path) -> None:
         f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts a fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} asked for again",
     )
-    summaries = summarise(passes)
+    summaries = summarize(passes)
     for condition in config.conditions:
         print_table(_table(condition, [one for one in summaries if one.condition == condition]))
     _compare_with_fio(passes)
@@ -113,13 +111,13 @@ def _check(config: Config) -> None:
         raise InputError("fio=true reads past the page cache: conditions= must have cold")
 
 
-def _contenders(files: ModelFiles, config: Config) -> tuple[list[Contender], ExpertSource]:
+def _contenders(files: ModelFiles, config: Config) -> tuple[list[Candidate], ExpertSource]:
     """Return the stores to measure, and the experts that all of them serve."""
-    made: dict[str, Contender] = {}
+    made: dict[str, Candidate] = {}
     sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
         sources.append(files.variant(settings.get("variant")))
-        made[label] = StoreContender(label, partial(_opened, files, settings))
+        made[label] = StoreCandidate(label, partial(_opened, files, settings))
     if any(source != sources[0] for source in sources):
         raise InputError("backends: they read different variants; compare one at a time: {name:pread,variant:q2}")
     return list(made.values()), sources[0]
@@ -165,7 +163,7 @@ def _record(
     files: ModelFiles,
     source: ExpertSource,
     requests: Sequence[RoutingTrace],
-    passes: Sequence[Pass],
+    passes: Sequence[Trial],
 ) -> dict[str, Any]:
     return {
         "bench_version": BENCH_VERSION,
@@ -177,7 +175,7 @@ def _record(
         "config": asdict(config),
         "environment": environment(),
         "passes": [asdict(one) for one in passes],
-        "summary": [one.to_json() for one in summarise(passes)],
+        "summary": [one.to_json() for one in summarize(passes)],
     }
 
 
@@ -208,8 +206,8 @@ def _bracketed(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def _compare_with_fio(passes: Sequence[Pass]) -> None:
-    found = best_over(passes, lambda label: label.startswith(LABEL))
+def _compare_with_fio(passes: Sequence[Trial]) -> None:
+    found = compare_fastest(passes, lambda label: label.startswith(LABEL))
     if found is None:
         return
     store, reference, ratios = found

@@ -25,6 +25,7 @@ from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import (
     Estimate,
     Machine,
@@ -34,7 +35,7 @@ from flashmoe_mlx.research.estimate.prediction import (
     tolerance,
     wishes,
 )
-from flashmoe_mlx.research.estimate.probe import MachineProfile, machine_identity, probe
+from flashmoe_mlx.research.estimate.probe import probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
 from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice

@@ -17,8 +17,9 @@ from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import quality_figure, save
-from flashmoe_mlx.research.items import Item, load_items, shipped_items
-from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
+from flashmoe_mlx.research.quality.evaluation import Quality, evaluate
+from flashmoe_mlx.research.quality.items import Item, load_items, shipped_items
+from flashmoe_mlx.research.quality.reference import Progress, Reference
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity

@@ -13,17 +13,11 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.figures import hit_rate_figure, save
+from flashmoe_mlx.research.traces.cache_design import CacheDesign, capacities
 from flashmoe_mlx.research.traces.curves import Curve, curves
-from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
-from flashmoe_mlx.research.traces.simulator import (
-    CacheDesign,
-    Predictor,
-    Replay,
-    SameAsLast,
-    StatedAccuracy,
-    capacities,
-    replay,
-)
+from flashmoe_mlx.research.traces.predictors import FixedAccuracyPredictor, Predictor, PreviousTokenPredictor
+from flashmoe_mlx.research.traces.routing import RoutingSummary, summarize
+from flashmoe_mlx.research.traces.simulator import Replay, replay
 from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
@@ -65,7 +59,7 @@ def run(config: Config, run_dir: Path) -> None:
         beside = min((number for number in slots if number >= 2 * k), default=slots[-1])
         design = CacheDesign("lru", beside)
         prefetches = [(name, replay(trace, design, predictor)) for name, predictor in predictors]
-    summary = summarise(trace)
+    summary = summarize(trace)
     write_json(run_dir / "simulate.json", _record(config, trace, summary, found, beside, prefetches))
     show(trace.model)
     for line in summary_lines(summary, trace.prompt_tokens):
@@ -87,8 +81,8 @@ def _check(config: Config) -> None:
 
 
 def _predictors(trace: RoutingTrace, accuracies: Sequence[float]) -> list[tuple[str, Predictor | None]]:
-    stated = [(f"right {accuracy:.0%}", StatedAccuracy(accuracy, trace.num_experts)) for accuracy in accuracies]
-    return [("none", None), ("same as the last token", SameAsLast()), *stated]
+    stated = [(f"right {accuracy:.0%}", FixedAccuracyPredictor(accuracy, trace.num_experts)) for accuracy in accuracies]
+    return [("none", None), ("same as the last token", PreviousTokenPredictor()), *stated]
 
 
 def _record(

@@ -12,7 +12,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.traces.recorder import recorded
-from flashmoe_mlx.research.traces.routing import RoutingSummary, summarise
+from flashmoe_mlx.research.traces.routing import RoutingSummary, summarize
 from flashmoe_mlx.tasks.shared.keys import TEXT, GenerationConfig
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
@@ -53,7 +53,7 @@ def run(config: Config, run_dir: Path) -> None:
     trace.save(path)
     log.info("%s: %d tokens", path, len(trace.experts))
     show()
-    for line in summary_lines(summarise(trace), trace.prompt_tokens):
+    for line in summary_lines(summarize(trace), trace.prompt_tokens):
         show(line)
     show(f"trace: {path}\nlook at it: task=simulate {as_argument('trace', path)}")
     if stopped is not None:

@@ -12,8 +12,8 @@ from flashmoe_mlx import load
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.research.figures import new_figure, save
-from flashmoe_mlx.research.items import load_items, shipped_items
-from flashmoe_mlx.research.quality import passage
+from flashmoe_mlx.research.quality.items import load_items, shipped_items
+from flashmoe_mlx.research.quality.passages import passage
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.routing import overlap, use_counts
 

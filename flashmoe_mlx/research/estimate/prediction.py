@@ -8,10 +8,11 @@ import numpy as np
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import RoutingTrace, zipf_trace
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.research.estimate.probe import MachineProfile
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
 from flashmoe_mlx.research.estimate.speed_model import Distribution, Prediction, SpeedModel, certainly
-from flashmoe_mlx.research.traces.simulator import CacheDesign, Replay
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
+from flashmoe_mlx.research.traces.simulator import Replay
 from flashmoe_mlx.research.traces.simulator import replay as replayed
 
 ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
