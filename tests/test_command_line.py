@@ -198,7 +198,7 @@ def test_help_explains_the_keys_of_a_task_and_no_others(task: str, capsys: pytes
 def test_help_without_a_task_is_about_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-h", "backend=mmap"]) == 0
     shown = capsys.readouterr().out
-    assert "task=generate: Continue a prompt" in shown
+    assert "task=generate: Answer a prompt" in shown
     assert "backend.populate=true" in shown
     assert all(f"  task={task} " in shown for task in task_names())
 

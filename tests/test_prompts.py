@@ -120,7 +120,7 @@ def test_every_task_with_a_prompt_takes_a_file(
         "bench", "task=bench", f"prompt_file={path}", "tokens=1", "rounds=1", "plot=false", "conditions=[warm]"
     )
     assert json.loads((bench / "bench.json").read_text())["passes"][0]["prompt"] == LINE
-    assert "the prompt alone" in capsys.readouterr().err
+    assert "prefill only" in capsys.readouterr().err
     assert run([*common, f"prompt_file={path}.none", f"hydra.run.dir={tmp_path / 'none'}"]) == 2
     assert json.loads((tmp_path / "none" / "failure.json").read_text())["code"] == "invalid_prompt"
 

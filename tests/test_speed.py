@@ -263,7 +263,13 @@ def estimate(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_a_known_model_is_estimated_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32", "experts_k=4")
     shown = capsys.readouterr().err
-    for text in ("a pack takes 223.0 GB", "it fits", "this machine was measured just now", "would help: ", "bits=[2]"):
+    for text in (
+        "a pack takes 223.0 GB",
+        "the model fits",
+        "this machine was measured just now",
+        "would help: ",
+        "bits=[2]",
+    ):
         assert text in shown
     assert found["estimates"][0]["low"] < found["estimates"][0]["tokens_per_second"]
     assert found["expert_bytes"] == 60 * 512 * 7_077_888
@@ -272,7 +278,7 @@ def test_a_known_model_is_estimated_without_a_network(tmp_path: Path, capsys: py
 @pytest.mark.usefixtures("cache")
 def test_a_model_that_does_not_fit_gets_no_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimates" not in estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=4")
-    assert "it does not fit: 4.0 GiB can be used here" in capsys.readouterr().err
+    assert "the model does not fit: 4.0 GiB are usable" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cache")
