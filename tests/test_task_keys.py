@@ -2,6 +2,9 @@
 
 import ast
 import inspect
+import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -124,3 +127,31 @@ def test_a_run_imports_its_own_task_alone(tiny_pack: Path, tmp_path: Path) -> No
         command = [sys.executable, "-c", program, f"model.path={tiny_pack}", *arguments]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
         assert done.stdout.splitlines()[-1] == shown, done.stderr
+
+
+def test_the_example_in_contributing(tmp_path: Path) -> None:
+    """The task and its YAML, as CONTRIBUTING.md shows them, run in a copy of the package."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a key, or a task")[2].partition("\n## ")[0]
+    blocks = dict(re.findall(r"^```(python|yaml)\n(.*?)^```", section, re.DOTALL | re.MULTILINE))
+    package = tmp_path / "flashmoe_mlx"
+    shutil.copytree(ROOT / "flashmoe_mlx", package, ignore=shutil.ignore_patterns("demo_model", "__pycache__"))
+    for name in ("configs", "backends", "custom_kernels"):
+        shutil.copytree(ROOT / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "tasks" / "hello.py").write_text(blocks["python"])
+    (package / "configs" / "task" / "hello.yaml").write_text(blocks["yaml"])
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def flashmoe(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flashmoe_mlx", "task=hello", *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    done = flashmoe("name=it's, [Ada]", "hydra.run.dir=run")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.strip() == "Hello, it's, [Ada]!"
+    assert (tmp_path / "run" / "hello.txt").read_text() == "it's, [Ada]"
+    shown = flashmoe("--help").stdout
+    assert "name=world                text             whom to greet" in shown
+    assert 'python -m flashmoe_mlx task=hello name="Ada Lovelace"' in shown
+    assert flashmoe("nam=x").stderr == "flashmoe_mlx: nam: no such key; did you mean name?\n"
