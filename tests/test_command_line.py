@@ -1,4 +1,4 @@
-"""What people type means what they mean, whatever Hydra's grammar thinks of it."""
+"""Tests of the command line: values reach the task as typed, despite Hydra's grammar."""
 
 import re
 import subprocess
@@ -48,7 +48,7 @@ def test_every_spelling_sets_backend_and_k(arguments: list[str]) -> None:
     assert config.experts_k == 4
 
 
-def test_nothing_said() -> None:
+def test_no_arguments() -> None:
     config = composed()
     assert (config.task.name, config.model.name, config.experts_k) == ("generate", "demo", None)
     assert config.backend["_target_"].endswith("PreadStore")
@@ -66,7 +66,7 @@ def test_options_keep_their_values() -> None:
     assert normalize_argv(["--cfg", "job", "seed=1", "-p", "model"]) == ["++seed=1", "--cfg", "job", "-p", "model"]
 
 
-def test_a_folder_of_configurations_may_be_at_home() -> None:
+def test_a_tilde_in_an_option_is_expanded() -> None:
     assert normalize_argv(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
 
 
@@ -77,7 +77,7 @@ def test_hydras_own_keys_are_left_alone() -> None:
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
 @pytest.mark.parametrize(
-    ("typed_in", "folder"),
+    ("value", "folder"),
     [
         ("x", "x"),
         ("/data/josé/run", "/data/josé/run"),
@@ -91,13 +91,13 @@ def test_hydras_own_keys_are_left_alone() -> None:
         ("???", "./???"),
     ],
 )
-def test_folders_of_runs_are_taken_as_they_stand(key: str, typed_in: str, folder: str) -> None:
-    (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"{key}={typed_in}"]))
+def test_run_directories_are_taken_literally(key: str, value: str, folder: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"{key}={value}"]))
     assert override.value() == folder
 
 
 @given(text=TEXT)
-def test_any_text_is_taken_as_it_stands(text: str) -> None:
+def test_any_text_is_taken_literally(text: str) -> None:
     (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"+prompt={text}"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
 
@@ -182,7 +182,7 @@ def test_every_yaml_satisfies_the_types(group: str) -> None:
 
 
 @pytest.mark.parametrize("task", task_names())
-def test_help_explains_the_keys_of_a_task_and_no_others(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_exactly_the_keys_of_a_task(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([f"task={task}", "--help"]) == 0
     shown = capsys.readouterr().out
     own = shown[shown.index(f"\ntask={task}:") : shown.index("\nExamples")]
@@ -249,8 +249,8 @@ def test_keys_of_other_tasks_are_explained(arguments: list[str], reason: str) ->
     assert str(raised.value).startswith(reason)
 
 
-def test_keys_are_checked_again_when_all_is_composed() -> None:
-    """A study from elsewhere may choose the task."""
+def test_keys_are_checked_again_after_composition() -> None:
+    """An experiment outside the package may choose the task."""
     assert parse(["experiment=mine"]).tasks() is None
     assert normalize_argv(["experiment=mine", "max_tokens=3"]) == ["experiment=mine", "++max_tokens=3"]
     with pytest.raises(InputError) as raised:
@@ -278,7 +278,7 @@ def test_keys_are_checked_again_when_all_is_composed() -> None:
         (["hydra.sweep.dir="], "invalid_path"),
     ],
 )
-def test_what_hydra_would_stumble_over(arguments: list[str], code: str) -> None:
+def test_mistakes_that_hydra_would_not_explain(arguments: list[str], code: str) -> None:
     with pytest.raises(InputError) as raised:
         normalize_argv(arguments)
     assert raised.value.code == code
@@ -294,7 +294,7 @@ def test_a_target_in_a_configuration_is_refused() -> None:
     assert raised.value.code == "unknown_task"
 
 
-def test_question_marks_are_a_text() -> None:
+def test_question_marks_are_text() -> None:
     config = composed("prompt=???", "model.path=???", "backend=ram_hybrid", "backend.trace=???")
     assert isinstance(config, generate.Config)
     assert (config.prompt, config.model.path, config.backend["trace"]) == ("???", "???", "???")
@@ -305,7 +305,7 @@ def test_question_marks_are_a_text() -> None:
 
 
 @pytest.mark.parametrize("text", ["costs ${5}", "a, b", "it's", "[x]", "null", "5", "\\", "\\\\${x}", ""])
-def test_texts_in_a_list_are_taken_as_they_stand(text: str) -> None:
+def test_texts_in_a_list_are_taken_literally(text: str) -> None:
     quoted = text.replace("\\", "\\\\").replace('"', '\\"') if text.endswith("\\") else text
     config = composed("task=bench", f'prompts=["{quoted}",other]')
     assert isinstance(config, bench.Config)
@@ -407,7 +407,7 @@ def test_options_with_and_without_a_value(options: list[str]) -> None:
         ["model=a/b", "model.synthetic.num_layers=2"],
     ],
 )
-def test_nothing_is_ignored_for_another_key(arguments: list[str]) -> None:
+def test_alternative_keys_are_refused(arguments: list[str]) -> None:
     for order in (arguments, arguments[::-1]):
         with pytest.raises(InputError) as raised:
             normalize_argv(order)
@@ -424,7 +424,7 @@ def test_nothing_is_ignored_for_another_key(arguments: list[str]) -> None:
         ["model=demo", "model.path=x"],
     ],
 )
-def test_keys_that_go_together(arguments: list[str]) -> None:
+def test_compatible_keys(arguments: list[str]) -> None:
     assert len(normalize_argv(arguments)) == len(arguments)
 
 
@@ -452,7 +452,7 @@ def test_every_list_of_prompts_is_texts(value: str, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("value", ["[[a],b]", "{a:b}", "[a", "x"])
-def test_what_is_no_list_of_texts(value: str) -> None:
+def test_invalid_lists_of_texts(value: str) -> None:
     with pytest.raises((InputError, HydraException)):
         composed("task=bench", f"prompts={value}")
 
@@ -480,7 +480,7 @@ def test_paths_in_a_list_of_backends(path: str) -> None:
         (["template_options=3"], "template_options=3: must be a mapping such as {a:b}"),
     ],
 )
-def test_values_of_another_kind_are_shown_as_typed(arguments: list[str], shown: str) -> None:
+def test_values_of_the_wrong_type_are_shown_as_typed(arguments: list[str], shown: str) -> None:
     with pytest.raises(InputError) as raised:
         composed(*arguments)
     assert raised.value.code == "invalid_value"
@@ -488,7 +488,7 @@ def test_values_of_another_kind_are_shown_as_typed(arguments: list[str], shown: 
 
 
 @pytest.mark.parametrize("sweep", ["experts_k=glob(*)", "backend=glob(nosuch*)", "seed=range(3,1)"])
-def test_a_sweep_of_nothing_is_a_mistake(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_sweep_is_refused(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-m", sweep, f"hydra.sweep.dir={tmp_path}"]) == 2
     assert "nothing ran" in capsys.readouterr().err
 
@@ -502,7 +502,7 @@ def test_a_sweep_of_nothing_is_a_mistake(sweep: str, tmp_path: Path, capsys: pyt
         (["--cfg", "job", "--package", "nosuch"], "package 'nosuch' not found"),
     ],
 )
-def test_what_hydra_refuses(
+def test_errors_of_hydra_are_one_line(
     arguments: list[str],
     shown: str,
     tmp_path: Path,

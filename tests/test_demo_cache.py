@@ -1,4 +1,4 @@
-"""The copy of the demo model in the user's cache: whole or made again, and made by one process at a time."""
+"""Tests of the demo model's copy in the cache: complete or made again, and made by one process at a time."""
 
 import subprocess
 import sys
@@ -25,15 +25,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "kept"), [("pack.json", 0), ("pack.json", 2000), ("resident.safetensors", 100)])
-def test_a_copy_that_was_cut_short_is_made_again(name: str, kept: int, made: Path, tmp_path: Path) -> None:
-    """Older versions wrote the manifest in place, so a kill left a part of it, and every later start failed."""
+def test_a_truncated_copy_is_made_again(name: str, kept: int, made: Path, tmp_path: Path) -> None:
+    """Older versions wrote the manifest in place, so a kill left a truncated file that broke every later start."""
     folder = tmp_path / made.name
     folder.mkdir()
     for path in made.iterdir():
         (folder / path.name).symlink_to(path)
     (folder / name).unlink()
     (folder / name).write_bytes((made / name).read_bytes()[:kept])
-    (folder / "experts-q4").unlink()  # the variants are links, and must not be written through
+    (folder / "experts-q4").unlink()  # the variants are links to the package, which must not be modified
     (folder / "experts-q2-minmax").unlink()
     if name != "pack.json":
         (folder / "pack.json").unlink()
@@ -83,12 +83,12 @@ def test_the_second_user_waits(
     waiting.join(60)
     assert found == [folder]
     assert "q3" in open_pack(folder).experts
-    assert capsys.readouterr().err.count("waiting for another process") == 1
+    assert capsys.readouterr().err.count("another process that is making this model") == 1
 
 
-def test_waiting_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_times_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_INTERVAL", 0.01)
-    monkeypatch.setattr(model, "_PATIENCE", 0.1)
+    monkeypatch.setattr(model, "_TIMEOUT", 0.1)
     choice = ModelChoice(name="demo", shipped=True, cache_dir=str(tmp_path))
     folder = demo_with_variants(Q2, tmp_path)
     with exclusive(folder), pytest.raises(PackError) as raised:

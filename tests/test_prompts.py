@@ -1,4 +1,4 @@
-"""Prompts from files and from stdin, in every task that has a prompt."""
+"""Tests of prompts from files and stdin in every task with a prompt."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def read(tiny_pack: Path, path: Path, data: bytes) -> str:
         (b"a\0b", "a\0b"),
     ],
 )
-def test_a_file_is_taken_as_it_stands(tiny_pack: Path, tmp_path: Path, data: bytes, text: str) -> None:
+def test_a_file_is_taken_literally(tiny_pack: Path, tmp_path: Path, data: bytes, text: str) -> None:
     assert read(tiny_pack, tmp_path / "prompt.txt", data) == text
 
 
@@ -59,7 +59,7 @@ def test_stdin_is_read_once(
     assert with_prompt(config, tiny_pack).prompt == LINE  # the next job of a sweep
 
 
-def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
+def test_a_prompt_on_the_command_line_is_unchanged(tiny_pack: Path) -> None:
     config = generate.Config(prompt="- not stdin")
     assert with_prompt(config, tiny_pack) is config
 
@@ -73,7 +73,7 @@ def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
         (b"x" * (256 * 256 + 1), "prompt_too_long", "larger than 65,536 bytes; this model's context holds 256 tokens"),
     ],
 )
-def test_files_that_are_no_prompt(tiny_pack: Path, tmp_path: Path, data: bytes, code: str, reason: str) -> None:
+def test_invalid_prompt_files(tiny_pack: Path, tmp_path: Path, data: bytes, code: str, reason: str) -> None:
     with pytest.raises(InputError) as raised:
         read(tiny_pack, tmp_path / "prompt.txt", data)
     assert raised.value.code == code
@@ -126,7 +126,7 @@ def test_every_task_with_a_prompt_takes_a_file(
 
 
 class Endless(io.RawIOBase):
-    """Bytes without an end; counts those that were read."""
+    """Endless stream that counts the bytes read from it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -139,7 +139,7 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def test_stdin_without_an_end(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_stdin(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = Endless()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(endless)))
     for _ in range(2):
