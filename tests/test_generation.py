@@ -20,7 +20,7 @@ from flashmoe_mlx import Generation
 from flashmoe_mlx.console.tables import metrics_lines
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import EngineBusyError, FlashMoeError, InputError
-from flashmoe_mlx.generation import generation as generation_module
+from flashmoe_mlx.generation import sequence as sequence_module
 from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.models.decoder import Model
@@ -109,7 +109,7 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
     """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
-    context = engine._runner.exclusive()
+    context = engine.runner.exclusive()
     assert isinstance(context, type(threading.Lock()))
     assert not context.locked()
 
@@ -208,7 +208,7 @@ def test_cancelling_in_the_prompt_ends_before_the_next_layer(
     pieces = list(generation)
     assert [(piece.text, piece.token_ids, piece.finish_reason) for piece in pieces] == [("", (), "cancelled")]
     assert fetched == [*range(TINY.num_layers), *range(layer)]
-    assert generation._cache.broken == (layer > 0)
+    assert generation._sequence.cache.broken == (layer > 0)
     stats = generation.stats()
     assert (stats["finish_reason"], stats["time_to_first_token"], stats["prefill"]["tokens"]) == ("cancelled", None, 4)
     assert next(iter(metrics_lines(stats))) == "interrupted before the first token"
@@ -282,9 +282,8 @@ def test_cancelled_text_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPa
     def cancel(*_: object) -> None:
         generation.cancel()
 
-    monkeypatch.setattr(
-        generation._detokenizer, "add", lambda token, add=generation._detokenizer.add: (cancel(), add(token))[1]
-    )
+    detokenizer = generation._text._detokenizer
+    monkeypatch.setattr(detokenizer, "add", lambda token, add=detokenizer.add: (cancel(), add(token))[1])
     pieces += generation
     assert [piece.token_ids for piece in pieces] == [(0x61,), (0xC3,)]
     assert "".join(piece.text for piece in pieces) == "a\ufffd"
@@ -406,23 +405,23 @@ def test_bad_logits_are_refused_everywhere(
 
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """Let the model say ``tokens``."""
-    said = iter(tokens)
-    monkeypatch.setattr(generation_module, "Sampler", lambda *_: lambda logits: next(said))
+    spoken = iter(tokens)
+    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(spoken))
 
 
 def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with flashmoe_mlx.load(thinking_model) as engine:
         text = "Let me see.\n</think>\n\nIt is 4."
-        said = engine.tokenizer.encode(text)
-        scripted(monkeypatch, said)
-        generation = engine.generate("2 + 2?", max_tokens=len(said))
+        spoken = engine.tokenizer.encode(text)
+        scripted(monkeypatch, spoken)
+        generation = engine.generate("2 + 2?", max_tokens=len(spoken))
         pieces = list(generation)
         assert "".join(piece.reasoning for piece in pieces).strip() == "Let me see."
         assert "".join(piece.text for piece in pieces) == "It is 4."
-        assert [token for piece in pieces for token in piece.token_ids] == said
+        assert [token for piece in pieces for token in piece.token_ids] == spoken
         assert not generation.thinking
 
-        scripted(monkeypatch, said)
+        scripted(monkeypatch, spoken)
         generation = engine.generate("2 + 2?", max_tokens=8)
         pieces = list(generation)
         assert generation.thinking
@@ -430,8 +429,8 @@ def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch:
         assert "".join(piece.text for piece in pieces) == ""
         assert "".join(piece.reasoning for piece in pieces) == "Let me s"
 
-        scripted(monkeypatch, said)  # raw text is not looked into
-        pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(said)))
+        scripted(monkeypatch, spoken)  # raw text is not looked into
+        pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(spoken)))
         assert "".join(piece.text for piece in pieces) == text
 
 
@@ -464,7 +463,7 @@ def test_thinking_is_switched_by_the_template(thinking_model: Path) -> None:
     ],
 )
 def test_a_template_that_does_not_read_enable_thinking(tmp_path: Path, template: str, fulfilled: set[bool]) -> None:
-    """Asking for what it does anyway is no mistake; anything else would have no effect."""
+    """A request for the template's own behavior is no mistake; any other value would have no effect."""
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", template)) as engine:
         for thinking in (False, True):
             options: dict[str, Any]
@@ -578,16 +577,16 @@ def test_a_model_samples_as_it_publishes(tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95}
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", settings=settings)) as engine:
 
-        def said(**options: Any) -> list[int]:
+        def spoken(**options: Any) -> list[int]:
             return tokens_of(engine.generate("hello", max_tokens=12, ignore_eos=True, **options))
 
-        assert len({tuple(said(seed=seed)) for seed in range(4)}) > 1
-        assert said(seed=1) == said(seed=1)
+        assert len({tuple(spoken(seed=seed)) for seed in range(4)}) > 1
+        assert spoken(seed=1) == spoken(seed=1)
         sampling = engine.stats()["sampling"]
         assert sampling["description"] == "temperature 1.0, top_k 20, top_p 0.95 (model's own)"
-        assert said(temperature=0) == said(temperature=0)
+        assert spoken(temperature=0) == spoken(temperature=0)
         assert engine.stats()["sampling"]["description"] == "greedy"
-        assert said(temperature=0) == said(top_k=1)
+        assert spoken(temperature=0) == spoken(top_k=1)
 
 
 # Caches that grow

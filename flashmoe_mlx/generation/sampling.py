@@ -1,4 +1,4 @@
-"""Choose the next token from logits: what a model publishes, what a person asks for, and the draw."""
+"""Choose the next token from logits: published and requested options, and the draw."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.logits import (
     CountPenalty,
@@ -30,13 +30,13 @@ _ABSENT = {"temperature": 1.0, "top_k": _TRANSFORMERS_TOP_K}
 class SamplingOptions:
     """How tokens are chosen: penalties, then temperature, top_k, top_p and min_p, in the order of transformers.
 
-    Each filter applies to the tokens that the one before it kept.
+    Each filter applies to the tokens that the previous filter kept.
 
     Attributes:
         temperature: 0 for greedy decoding: the most probable token.
         top_k: the number of most probable tokens to keep; 0 for all.
         top_p: the probability that the kept tokens must reach together; 1 for all.
-        min_p: the least probability of a token, relative to the most probable one; 0 for all.
+        min_p: the least probability of a token, relative to the most probable token; 0 for all.
         repetition_penalty: see ``RepetitionPenalty``; 1 for none.
         presence_penalty: see ``CountPenalty``; from -2 to 2, 0 for none.
         frequency_penalty: see ``CountPenalty``; from -2 to 2, 0 for none.
@@ -77,7 +77,7 @@ _OFF: Mapping[str, Any] = {item.name: item.default for item in fields(SamplingOp
 
 
 def _problem(name: str, value: object) -> str | None:
-    """Say what is wrong with the value of an option, or return None."""
+    """Return the fault of an option's value; None if there is no fault."""
     if name == "top_k":
         if type(value) is not int:
             return "must be a whole number"
@@ -105,7 +105,7 @@ class ChosenSampling:
 
     options: SamplingOptions
     published: frozenset[str] = frozenset()
-    """Names of the options whose values come from the model's generation_config.json."""
+    """Names of the options that come from the model's generation_config.json."""
 
     def describe(self) -> str:
         """Return a line such as "temperature 1.0, top_k 20, top_p 0.95 (model's own)", or "greedy"."""
@@ -118,7 +118,7 @@ class ChosenSampling:
         return f"{text} (model's own)" if len(own) == len(stated) else f"{text} (model's own: {', '.join(own)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all options, the names of the model's own ones, and the description."""
+        """Return all options, the names of the published ones, and the description."""
         return {**asdict(self.options), "published": sorted(self.published), "description": self.describe()}
 
 
@@ -153,9 +153,9 @@ class PublishedSampling:
         return cls(values, bool(samples))
 
     def choose(self, **asked: float | None) -> ChosenSampling:
-        """Combine these options with those asked for, of which None means the model's own.
+        """Combine the published options with the requested options, of which None means "as published".
 
-        ``temperature=0`` asks for greedy decoding: the model's own penalties do not apply then.
+        ``temperature=0`` asks for greedy decoding; published penalties do not apply then.
 
         Raises:
             InputError: an option is out of range; code "invalid_sampling".
@@ -174,9 +174,18 @@ class PublishedSampling:
 
 
 class Sampler:
-    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens."""
+    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
 
-    def __init__(self, options: SamplingOptions, seed: int | None = None, prompt: Sequence[int] = ()) -> None:
+    ``processors`` change the logits after the penalties of ``options`` and before its temperature, as in transformers.
+    """
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        seed: int | None = None,
+        prompt: Sequence[int] = (),
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise InputError(
                 f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time",
@@ -184,7 +193,7 @@ class Sampler:
             )
         self._options = options
         self._random = np.random.default_rng(seed)
-        self._processors = options.processors()
+        self._processors = [*options.processors(), *processors]
         self._prompt = prompt
         self._history: TokenHistory | None = None
 
@@ -192,7 +201,8 @@ class Sampler:
         """Return the next token for ``logits`` [vocabulary], and count it as generated.
 
         Raises:
-            FlashMoeError: no token can be chosen; see ``checked_logits``.
+            FlashMoeError: no token can be chosen; see ``checked_logits``. Code "no_token_left" if the logits
+                processors exclude every token.
         """
         logits = checked_logits(logits)
         if not self._processors:
@@ -202,6 +212,8 @@ class Sampler:
             self._history = TokenHistory(self._prompt, len(logits))
         for process in self._processors:
             scores = process(scores, self._history)
+        if not np.isfinite(scores.max()):
+            raise FlashMoeError("the logits processors leave no token to choose", code="no_token_left")
         token = self._drawn(scores)
         self._history.add(token)
         return token
@@ -223,7 +235,7 @@ class Sampler:
             tokens = np.argpartition(-scaled, options.top_k - 1)[: options.top_k]
         if options.top_p < 1:
             tokens = tokens[np.argsort(-scaled[tokens])]
-            # The token that crosses the line is kept, so there is always one.
+            # The token that crosses the threshold is kept, so at least one token remains.
             tokens = tokens[: int(np.searchsorted(np.cumsum(_probabilities(scaled[tokens])), options.top_p)) + 1]
         if options.min_p > 0:
             tokens = tokens[scaled[tokens] >= np.log(options.min_p)]

@@ -1,4 +1,4 @@
-"""Tool calls in what a model writes, whole or token by token."""
+"""Read tool calls in the output of a model, as a whole or token by token."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,12 +12,14 @@ __all__ = ["CallDelta", "Output", "ToolCall", "ToolCallReader", "parse_tool_call
 
 
 class ToolCallReader:
-    """Separates calls from the rest of an answer as its tokens come.
+    """An incremental reader that separates tool calls from the rest of an answer.
 
-    ``tools`` are declarations as the chat template gets them; they decide the types of arguments. ``added_tokens`` are
-    a tokenizer's: where ``<tool_call>`` is a token, only the token opens a call. Without them its text does.
+    The concatenated outputs of ``add`` and ``finish`` do not depend on how the text is divided into tokens.
 
-    The outputs of ``add`` and ``finish``, joined, do not depend on where the text is cut into pieces.
+    Args:
+        tools: declarations, as for the chat template; they determine the types of arguments.
+        added_tokens: ids of a tokenizer's added tokens by their text. If ``<tool_call>`` is among them, only this token
+            begins a call, otherwise its text does.
     """
 
     def __init__(
@@ -28,28 +30,31 @@ class ToolCallReader:
 
     @property
     def calls(self) -> list[ToolCall]:
-        """The calls found so far; the last may be incomplete."""
+        """The calls read so far; the last call may be incomplete."""
         return self._reader.calls
 
     def add(self, token_id: int | None, text: str) -> Output:
-        """Take a token and the text that the detokenizer gave for it; None stands for text without tokens."""
-        return self._reader.feed(self._scanner.add(token_id, text))
+        """Add a token and the text that it completed; ``token_id`` is None for text that does not come from a token."""
+        return self._reader.add(self._scanner.add(token_id, text))
 
     def add_segments(self, segments: Sequence[Segment]) -> Output:
-        """Take segments of ``ReasoningSplitter.split`` instead."""
-        return self._reader.feed(segments)
+        """Add segments from ``ReasoningSplitter.split``, instead of a token."""
+        return self._reader.add(segments)
 
     def finish(self) -> Output:
-        """End the answer; returns what was held back."""
+        """End the answer and return the output that was held back."""
         return self._reader.finish("".join(segment.text for segment in self._scanner.finish()))
 
 
 def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
-    """Return what a model said besides its calls, and the calls, in order.
+    """Return the text of an answer without its tool calls, and the calls in order.
 
-    ``text`` is an answer without its reasoning, ``tools`` are declarations as the chat template gets them. A value is
-    read by its schema: as text for a string, otherwise as JSON or a Python literal; it stays text if it is neither.
-    A call that the text ends in is among the calls, with ``complete`` false.
+    A value is read according to its schema: as text for a string, otherwise as JSON or a Python literal; a value that
+    is neither stays text. If the text ends inside a call, the call is included with ``complete`` set to False.
+
+    Args:
+        text: answer without reasoning.
+        tools: declarations, as for the chat template.
     """
     reader = ToolCallReader(tools)
     first, rest = reader.add(None, text), reader.finish()

@@ -22,13 +22,13 @@ from flashmoe_mlx.custom_kernels import check_kernels
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.logits import checked_logits
-from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.research.bench.files import expert_files
 from flashmoe_mlx.research.estimate.machine_profile import MEMORY, WAYS, MachineProfile, Point, machine_identity
 from flashmoe_mlx.research.estimate.probe_models import SIZES
@@ -160,8 +160,8 @@ class _Decoder:
 
     def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
         self._model, self._store, self._cold = model, store, cold
-        self._cache = SequenceCache.empty(model.config)
-        self._clock = PhaseClock()
+        self._cache = model.new_cache()
+        self._context = ForwardContext(PhaseClock())
         self._random = np.random.default_rng(0)
         self.config = model.config
         self.seconds: list[float] = []
@@ -177,7 +177,7 @@ class _Decoder:
         token = int(self._random.integers(self._model.config.vocab_size))
         fetch_seconds = self._store.stats().fetch_seconds
         start = time.perf_counter()
-        hidden = self._model.forward([token], self._cache, self._clock)
+        hidden = self._model.forward([[token]], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)
@@ -199,7 +199,5 @@ def _memory_bandwidth() -> float:
 
 def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
     """Return a copy of ``model`` that uses ``experts_k`` routed experts per token from ``store``; it shares weights."""
-    layers = [
-        replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
-    ]
+    layers = [replace(layer, experts=layer.experts.with_store(store, experts_k)) for layer in model.layers]
     return replace(model, layers=layers)
