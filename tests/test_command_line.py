@@ -1,5 +1,6 @@
 """Tests of the command line: values reach the task as typed, despite Hydra's grammar."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -100,6 +101,29 @@ def test_run_directories_are_taken_literally(key: str, value: str, folder: str) 
 def test_any_text_is_taken_literally(text: str) -> None:
     (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"+prompt={text}"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+KEYS = (
+    "task", "model", "model.path", "model.x", "backend", "backend.slots", "backend.trace", "backends", "experiment",
+    "experts_k", "prompt", "prompts", "hydra", "hydra.run.dir", "nosuch", "task.name",
+)  # fmt: skip
+VALUES = ("null", "???", "[a,b]", "{a:b}", "a,b", "'a','b'", "bench", "4", "~/x", "[", "")
+ARGUMENT = st.one_of(
+    TEXT,
+    st.sampled_from(["-m", "--help", "--cfg", "job", "--info", "-p", "--resolve", "--experts_k=4"]),
+    st.builds(
+        "{}{}={}".format,
+        st.sampled_from(["", "+", "++", "~"]),
+        st.sampled_from(KEYS),
+        st.one_of(TEXT, st.sampled_from(VALUES)),
+    ),
+)
+
+
+@given(arguments=st.lists(ARGUMENT, max_size=4))
+def test_any_command_line_is_normalized_or_refused(arguments: list[str]) -> None:
+    with contextlib.suppress(InputError):
+        assert all(isinstance(argument, str) for argument in normalize_argv(arguments))
 
 
 @pytest.mark.parametrize(

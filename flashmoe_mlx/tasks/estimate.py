@@ -105,11 +105,11 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None]:
-    """Return the model's name, its config.json, and its folder if it is here; nothing else is downloaded.
+    """Return the model's name, its config.json, and its folder if it has one; download at most config.json.
 
     Raises:
-        InputError: there is no such model, or none that can be run.
-        FlashMoeError: it is not known here, and the hub cannot be reached.
+        InputError: there is no such model, or it is not supported.
+        FlashMoeError: the hub cannot be reached, and there is no built-in configuration.
     """
     if choice.path is None:
         if choice.synthetic is None:
@@ -240,6 +240,14 @@ def _profile(config: Config) -> MachineProfile | None:
 
 
 def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
+    """Yield lines about the model's sizes, on disk and in memory.
+
+    Args:
+        name: the model as the user named it.
+        model: the model as it would run.
+        memory: usable bytes of memory.
+        folder: the cache folder, on whose file system free space is counted.
+    """
     geometry, need = model.config, model.need
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
@@ -299,10 +307,10 @@ def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, fl
     routing = "even or skewed routing, since there is no trace (task=trace records one, trace= uses it)"
     unknown = f", and {routing}" if model.trace is None and best.backend != "resident" else ""
     yield f"range: {tolerance(best.backend):.0%} error of the speed model, spread of the measurement{unknown}"
-    gains = {wish: rate / best.tokens_per_second for wish, rate in helps.items()}
-    worth = sorted((wish for wish in gains if gains[wish] >= _MIN_GAIN), key=lambda wish: -gains[wish])
-    shown = [f"{wish} {helps[wish]:.3g} tok/s (x{gains[wish]:.2f})" for wish in worth]
-    rest = [wish for wish in helps if wish not in worth]
+    gains = {change: rate / best.tokens_per_second for change, rate in helps.items()}
+    helpful = sorted((change for change in gains if gains[change] >= _MIN_GAIN), key=lambda change: -gains[change])
+    shown = [f"{change} {helps[change]:.3g} tok/s (x{gains[change]:.2f})" for change in helpful]
+    rest = [change for change in helps if change not in helpful]
     yield "would help: " + (", ".join(shown) or "none of the changes considered")
     if rest:
         yield f"would not help: {', '.join(rest)}"

@@ -22,7 +22,7 @@ from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
 from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
 log = logging.getLogger(__name__)
-_SHOWN = 20
+_MAX_SHOWN = 20
 
 
 @dataclass
@@ -108,7 +108,7 @@ def _verify(config: Config) -> None:
     pack = open_pack(expand_path(config.out))
     with byte_progress() as progress:
         damages = verify_pack(pack, progress)
-    for damage in damages[:_SHOWN]:
+    for damage in damages[:_MAX_SHOWN]:
         show(str(damage))
     if damages:
         raise FlashMoeError(
