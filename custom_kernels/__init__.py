@@ -57,16 +57,15 @@ class Kernels:
         attention: as ``attention.reference.gated_attention``.
         gated_delta_net: as ``gated_delta_net.reference.gated_delta_net``.
         expert_mlp: as ``expert_mlp.reference.expert_mlp``.
-        routed_experts: as ``routed_experts.reference.routed_experts``, for calls that ``takes_routed`` allows.
-        takes_routed: whether ``routed_experts`` serves this many tokens of these experts. Where it does not, the model
-            makes experts dense and applies several at a time (``dense_experts``) or, where that is None, applies
-            ``expert_mlp`` to each.
         products: products with resident matrices.
         names: what runs where no custom kernel does, by operation; ``check_kernels`` reports the kernels.
-        dense_experts: as ``dense_experts.reference.dense_experts``, or None.
-        on_host: in place of both, for any number of tokens, where experts are best read where the CPU sees them; as
-            ``native.routed_experts``.
-        any_scales: whether ``products`` takes scales and biases of any type.
+        routed_experts_cpu: as ``native.routed_experts``, for any number of tokens; None except among the extension's
+            kernels for CPUs, which read weights where the CPU has them.
+        routed_experts_gpu: as ``routed_experts.reference.routed_experts``, for a few tokens; None where there is no
+            kernel.
+        most_gpu_tokens: most tokens for which ``routed_experts_gpu`` is the best choice.
+        dense_experts: as ``dense_experts.reference.dense_experts``, for more tokens; None where there is no kernel.
+        accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose dtype is not that of activations.
         rms_norm: x / rms(x) * weight.
         operations: those of the above that have a custom kernel.
         note: what a person should know of the choice.
@@ -75,13 +74,13 @@ class Kernels:
     attention: Callable[..., tuple[mx.array, mx.array, mx.array]]
     gated_delta_net: Callable[..., tuple[mx.array, mx.array, mx.array]]
     expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
-    routed_experts: Callable[..., mx.array]
-    takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
     products: Products
     names: Mapping[str, str]
+    routed_experts_cpu: Callable[..., mx.array] | None = None
+    routed_experts_gpu: Callable[..., mx.array] | None = None
+    most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
-    on_host: Callable[..., mx.array] | None = None
-    any_scales: bool = False
+    accepts_any_scale_dtype: bool = False
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
     operations: tuple[Operation[Any, Any], ...] = ()
     note: str | None = None
@@ -109,8 +108,6 @@ def choose(preference: str) -> Kernels:
             attention=attention.reference.gated_attention,
             gated_delta_net=gated_delta_net.reference.gated_delta_net,
             expert_mlp=expert_mlp.reference.expert_mlp,
-            routed_experts=routed_experts.reference.routed_experts,
-            takes_routed=_never,
             products=one_by_one(quantised_matvec.reference.quantised_matvec),
             names=dict.fromkeys(_MLX, "reference"),
         )
@@ -139,8 +136,6 @@ def _by_mlx(in_chunks: bool, note: str | None = None) -> Kernels:
         attention=attention.gated_attention,
         gated_delta_net=gated_delta_net.in_chunks if in_chunks else gated_delta_net.gated_delta_net,
         expert_mlp=expert_mlp.expert_mlp,
-        routed_experts=routed_experts.reference.routed_experts,
-        takes_routed=_never,
         products=one_by_one(quantised_matvec.by_mlx),
         names=_MLX | ({"gated_delta_net of prompts": gated_delta_net.rule_of_prompts()} if in_chunks else {}),
         note=note,
@@ -161,10 +156,8 @@ def _for_gpu(device: str) -> Kernels:
         attention=made["attention"],
         gated_delta_net=made["gated_delta_net"],
         expert_mlp=expert_mlp.expert_mlp,
-        routed_experts=made["routed_experts"],
-        takes_routed=lambda tokens, form, dtype: (
-            form is not None and tokens <= routed_experts.MOST_TOKENS[device] and routed_experts.fits(form, dtype)
-        ),
+        routed_experts_gpu=made["routed_experts"],
+        most_gpu_tokens=routed_experts.MOST_TOKENS[device],
         products=one_by_one(made["quantised_matvec"]),
         names=names,
         dense_experts=made.get("dense_experts"),
@@ -179,19 +172,13 @@ def _for_cpu() -> Kernels:
         attention=made["attention"],
         gated_delta_net=made["gated_delta_net"],
         expert_mlp=expert_mlp.expert_mlp,
-        routed_experts=routed_experts.reference.routed_experts,
-        takes_routed=_never,
         products=made["quantised_matvec"],
         names={name: runs for name, runs in _MLX.items() if name not in of_prompts} | {"rms_norm": "mx.fast.rms_norm"},
-        on_host=made["routed_experts"],
-        any_scales=True,
+        routed_experts_cpu=made["routed_experts"],
+        accepts_any_scale_dtype=True,
         rms_norm=made["rms_norm"],
         operations=tuple(made.values()),
     )
-
-
-def _never(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:  # noqa: ARG001
-    return False
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from flashmoe_mlx import engine as engine_module
 from flashmoe_mlx.custom_kernels import choose, dense_experts
 from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.moe.experts import expert_weights
+from flashmoe_mlx.moe.by_expert import expert_weights
 from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
 
 PROMPT = "Hello, store"

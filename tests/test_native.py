@@ -22,9 +22,10 @@ from pack_oracle import assert_one_line
 
 import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import cases, choose, native
+from flashmoe_mlx.custom_kernels import cases, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.inputs import Inputs
+from flashmoe_mlx.custom_kernels.routed_experts import reference
 from flashmoe_mlx.errors import InputError
 
 SMALL = GEOMETRIES["small"]
@@ -111,7 +112,7 @@ def test_routed_experts_add_to_what_is_there_and_a_shared_expert_may_differ() ->
     two, four = (cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
     before = mx.random.normal(two.x.shape)
     got = native.routed_experts(two.x, two.records, two.rows, two.shares, two.form, four.shared, before)
-    expected = choose("reference").routed_experts(two.x, two.slab, two.rows, two.shares, two.form, four.shared)
+    expected = reference.routed_experts(two.x, two.slab, two.rows, two.shares, two.form, four.shared)
     assert cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 

@@ -116,7 +116,7 @@ def test_sizes_equal_those_of_a_pack(tiny_pack: Path) -> None:
         stored = resident_bytes(config, 4)
         on_disk = (tiny_pack / "resident.safetensors").stat().st_size
         assert stored <= on_disk <= 1.1 * stored + 20_000  # names and shapes
-        in_memory = resident_bytes(config, 4, 2 if choose("auto").any_scales else 4)
+        in_memory = resident_bytes(config, 4, 2 if choose("auto").accepts_any_scale_dtype else 4)
         assert engine.model.touched_bytes == pytest.approx(in_memory - engine.model.embedding.nbytes, rel=0.05)
         assert record_bytes(config, 4) == files.variant(None).layout.record_bytes
 
@@ -301,7 +301,7 @@ def test_configs_packs_and_synthetic_models_are_estimated(tiny_pack: Path, tmp_p
         (("model=Qwen/Qwen3.5-35B-A3B", "experts_k=0"), 2, "from 1 to 256"),
         (("model=Qwen/Qwen3.5-35B-A3B", "resident_bits=0"), 2, "resident_bits=0: choose from"),
         (("model=Qwen/Qwen3.5-35B-A3B", "context=0"), 2, "from 1 to 262144"),
-        (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "greater than 0"),
         (("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=-1"), 2, "probe_seconds=-1.0: must be"),
         (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),
     ],
@@ -421,7 +421,7 @@ def test_without_a_profile_only_sizes_are_shown(tmp_path: Path, capsys: pytest.C
     assert found["need_bytes"]
     shown = capsys.readouterr().err
     assert "a pack takes 19.5 GB" in shown
-    assert "leave out probe=false" in shown
+    assert "remove probe=false" in shown
 
 
 def test_a_machine_is_measured_once(
