@@ -171,7 +171,7 @@ class _Decoder:
         self.fetching.clear()
 
     def step(self) -> None:
-        """Decode one more token, random rather than the most probable one."""
+        """Decode one more token, chosen at random."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
