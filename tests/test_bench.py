@@ -19,7 +19,7 @@ from flashmoe_mlx.research.bench import engine_bench as bench
 from flashmoe_mlx.research.bench.engine_bench import Configuration, Plan, Trial, run_trials
 from flashmoe_mlx.research.bench.engine_summary import summarize
 from flashmoe_mlx.stores.contract import ExpertReadError
-from flashmoe_mlx.tasks.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 
 FAST = ["raw=true", "prompt=Hello", "tokens=4"]
 
@@ -204,7 +204,7 @@ def test_resuming_keeps_earlier_rounds(
     assert not (tmp_path / "second" / "bench.png").exists()
     capsys.readouterr()
     assert run_command_line([*arguments, "tokens=5", f"hydra.run.dir={tmp_path / 'third'}"]) == 2
-    assert "was asked for other tokens; only rounds= may change" in capsys.readouterr().err
+    assert "that run had different tokens; only rounds= may change" in capsys.readouterr().err
     assert run_command_line([*arguments, f"hydra.run.dir={tmp_path}"]) == 2
     assert "holds the record of another run" in capsys.readouterr().err
 
@@ -231,20 +231,23 @@ def test_two_bits_and_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["rounds=0"], "rounds=0: must be at least 1"),
         (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm, rotating"),
         (["conditions=[]"], "conditions=[]: choose from"),
-        (["conditions=[rotating]", "prompts=[a]"], "prompts= needs at least one text, two for conditions=[rotating]"),
-        (["backends=[pread,pread]"], "backends: pread is named twice"),
+        (
+            ["conditions=[rotating]", "prompts=[a]"],
+            "prompts= needs at least one text, or two for conditions=[rotating]",
+        ),
+        (["backends=[pread,pread]"], "backends: pread is repeated"),
         (["backends=[]"], "backends=[]: name at least one"),
         (["backends=[pred]"], "backend=pred: no such backend"),
         (["backends=[{threads:3}]"], "is neither a name nor a mapping"),
         (["backends=[pread,pack2]"], "pack2: "),
-        (["backends=[pack2]", "skip_unavailable=true"], "nothing can run here: pack2: "),
-        (["experts_ks=[2,2]"], "has a value twice"),
+        (["backends=[pack2]", "skip_unavailable=true"], "no configuration can run here: pack2: "),
+        (["experts_ks=[2,2]"], "a value is repeated"),
         (["experts_ks=[2,99]"], "experts_k=99: there are 16 experts"),
         (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
         (["prefetches=[oracle]"], "prefetch=oracle: unknown policy"),
         (["memory_gib=0"], "memory_gib=0: must be more than 0 and less than"),
         (["memory_gib=100000"], "memory_gib=100000: must be"),
-        (["resume=/nowhere"], "resume=/nowhere: there is no record"),
+        (["resume=/nowhere"], "resume=/nowhere: no readable record"),
         (["experts_ks=2"], "experts_ks=2: must be a list such as [4,2]"),
     ],
 )

@@ -12,9 +12,9 @@ from flashmoe_mlx.formats.folders import lock_folder
 from flashmoe_mlx.made_models.demo import demo_with_variants
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
-from flashmoe_mlx.tasks import model
-from flashmoe_mlx.tasks.keys import ModelChoice
-from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.shared import model
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.model import model_folder
 
 Q2 = {"q2-minmax"}
 
@@ -83,12 +83,12 @@ def test_a_second_process_waits(
     waiting.join(60)
     assert found == [folder]
     assert "q3" in open_pack(folder).experts
-    assert capsys.readouterr().err.count("waiting for another process") == 1
+    assert capsys.readouterr().err.count("another process that is making this model") == 1
 
 
 def test_waiting_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_INTERVAL", 0.01)
-    monkeypatch.setattr(model, "_PATIENCE", 0.1)
+    monkeypatch.setattr(model, "_TIMEOUT", 0.1)
     choice = ModelChoice(name="demo", shipped=True, cache_dir=str(tmp_path))
     folder = demo_with_variants(Q2, tmp_path)
     with lock_folder(folder), pytest.raises(PackError) as raised:

@@ -295,4 +295,4 @@ def test_task_evaluate(tmp_path: Path) -> None:
     assert cells[3]["text"]["kl"] > 0.001
     assert "q4" in result.stderr
     assert "limit=0: must be" in mistake(flashmoe("task=evaluate", "limit=0", cwd=tmp_path))
-    assert "variants= and experts_ks= need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))
+    assert "variants= and experts_ks= each need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))

@@ -67,7 +67,7 @@ def test_a_sweep_lists_failed_jobs(tiny_pack: Path, tmp_path: Path, capsys: pyte
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     assert run([*arguments, folder]) == 2
     *_, title, first, second = capsys.readouterr().err.splitlines()
-    assert title == "flashmoe_mlx: 2 of 4 jobs failed; the records of the others are complete:"
+    assert title == "flashmoe_mlx: 2 of 4 jobs failed; the records of all other jobs are complete:"
     assert first.startswith("  2 experts_k=99 backend=pread: experts_k=99: must be from 1 to 16")
     assert second.startswith("  3 experts_k=99 backend=mmap: ")
     assert [(tmp_path / "sweep" / str(job) / "metrics.json").exists() for job in range(4)] == [True, True, False, False]

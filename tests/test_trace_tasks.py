@@ -50,9 +50,9 @@ def test_a_trace_is_saved_in_the_run_directory_by_default(
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (("task=trace", "out=no-such-folder/a.moetrace"), "there is no folder"),
-        (("task=trace", "out={trace}"), "is there already"),
-        (("task=simulate",), "record one: task=trace"),
+        (("task=trace", "out=no-such-folder/a.moetrace"), "no such folder"),
+        (("task=trace", "out={trace}"), "already exists"),
+        (("task=simulate",), "task=trace records one"),
         (("task=simulate", "trace=no-such-file"), "cannot be read"),
         (("task=simulate", "trace={trace}", "policies=[fifo]"), "no such policy"),
         (("task=simulate", "trace={trace}", "policies=[]"), "name at least one"),
@@ -82,7 +82,7 @@ def simulated(trace_path: Path, folder: Path, *arguments: str) -> dict[str, Any]
 def test_simulate_shows_curves(trace_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = simulated(trace_path, tmp_path, "scopes=[layer,global]")
     shown = capsys.readouterr().err
-    for text in ("hit rate of decode", "belady", "belady pool", "same as the last token", "right 70%", "GiB"):
+    for text in ("hit rate in decode", "belady", "belady global", "same as the last token", "right 70%", "GiB"):
         assert text in shown
     assert (tmp_path / "run" / "hit_rates.png").read_bytes().startswith(b"\x89PNG")
     curve = {(point["policy"], point["scope"], point["slots"]): point for point in record["curves"]}

@@ -83,13 +83,13 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         result = _run(arguments, side)
         if arguments.cold and side == "peer":
-            result["what"] += (
+            result["note"] += (
                 f", {cached_bytes(_gguf(arguments)) / 1e9:.1f} GB of its file in the page cache at the end"
             )
         results[side].append(result)
         print(
             f"{side}: open after {result['open']:.1f} s, median {median(result['ms']):.1f} ms per token, "
-            f"peak memory {result['peak'] / 1e9:.1f} GB; {result['what']}",
+            f"peak memory {result['peak'] / 1e9:.1f} GB; {result['note']}",
             file=sys.stderr,
         )
     spans = {"all": slice(None)}
@@ -161,8 +161,8 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
         experts = {
             runs for path, runs in engine.setup["kernels"].items() if path.startswith("routed_experts: one token")
         }
-        what = f"{', '.join(experts)}, hits {stats.hits / max(1, stats.requests):.0%}"
-        return {"ms": times, "open": opened, "peak": _peak(), "what": what}
+        note = f"{', '.join(experts)}, hits {stats.hits / max(1, stats.requests):.0%}"
+        return {"ms": times, "open": opened, "peak": _peak(), "note": note}
 
 
 def _gguf(arguments: argparse.Namespace) -> Path:
@@ -191,8 +191,8 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     opened = time.perf_counter() - start
     times = _time_tokens(arguments, lambda token: llama.eval([token]))
-    what = llama_cpp.llama_print_system_info().decode().split("|")[0]
-    return {"ms": times, "open": opened, "peak": _peak(), "what": what}
+    note = llama_cpp.llama_print_system_info().decode().split("|")[0]
+    return {"ms": times, "open": opened, "peak": _peak(), "note": note}
 
 
 def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -213,7 +213,11 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
 
 
 def _check_tokens(trial: Trial, first_trials: dict[tuple[Any, ...], Trial]) -> None:
-    """Compare the tokens with those of the first trial of the same experts, K and prompt, which is kept by this key."""
+    """Compare the tokens of ``trial`` with those of the first trial with the same experts, K and prompt.
+
+    Raises:
+        FlashMoeError: they differ (code "different_tokens").
+    """
     first = first_trials.setdefault((trial.experts, trial.record["experts_k"], trial.prompt), trial)
     if first.token_ids != trial.token_ids:
         pairs = enumerate(zip(first.token_ids, trial.token_ids, strict=False))

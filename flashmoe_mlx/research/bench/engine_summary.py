@@ -82,7 +82,7 @@ def summarize(trials: Sequence[Trial]) -> list[Summary]:
 
 
 def _summarize_group(trials: Sequence[Trial], first: Sequence[Trial]) -> Summary:
-    """Summarize the trials of one configuration; ``first`` are those of the configuration to compare it with."""
+    """Summarize the trials of a configuration, relative to ``first``, the trials of the first configuration."""
     base = {trial.round: trial.rate for trial in first}
     rates = [trial.rate for trial in trials]
     ratios = [trial.rate / base[trial.round] for trial in trials if trial.round in base]

@@ -64,7 +64,7 @@ def summarize(trials: Sequence[Trial]) -> list[Summary]:
 
 
 def _summarize_group(trials: Sequence[Trial], first: Sequence[Trial]) -> Summary:
-    """Summarize the trials of one candidate; ``first`` are those of the candidate to compare it with."""
+    """Summarize the trials of a candidate, relative to ``first``, the trials of the first candidate."""
     rates = [trial.rate / 1e9 for trial in trials]
     base = {trial.round: trial.rate for trial in first}
     ratios = [trial.rate / base[trial.round] for trial in trials if trial.round in base]

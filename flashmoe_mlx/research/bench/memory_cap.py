@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores.memory import GIB, available_memory
-
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 @contextmanager
@@ -63,17 +61,16 @@ def _enter_group(limit: int) -> tuple[Path, Path] | None:
     Returns:
         The directories of the new and the previous cgroup; None if the system does not allow the move.
     """
+    groups = cgroups.own_groups()
+    if not groups or not (groups[0] / "cgroup.procs").exists():
+        return None
+    previous = groups[0]
+    # Only the root, or a cgroup without processes, may delegate the memory controller to its children.
+    parent = previous if previous == cgroups.root() else previous.parent
+    group = parent / f"flashmoe-{os.getpid()}"
     try:
-        lines = _OWN_CGROUP.read_text().splitlines()
-        name = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
-        previous = _CGROUPS / name
-        if not (previous / "cgroup.procs").exists():
-            return None
-        # Only the root, or a cgroup without processes, may delegate the memory controller to its children.
-        parent = previous if previous == _CGROUPS else previous.parent
-        group = parent / f"flashmoe-{os.getpid()}"
         group.mkdir()
-    except (OSError, StopIteration):
+    except OSError:
         return None
     try:
         if not (group / "memory.max").exists():

@@ -1,8 +1,8 @@
 """Probe this machine for the speed model: the time of a layer, and the time that reading adds to it.
 
-The probe makes two small models with random weights, decodes tokens with them, and deletes them. Configurations that
-are compared with each other run in turns. Whole tokens are measured, because a loop of reads would be too optimistic:
-in a running model, the weights used between two reads evict the pages from the processor's caches.
+The probe makes two small models with random weights, decodes tokens with them, and deletes them. Ways of reading that
+are compared with each other are interleaved. Whole tokens are measured, because a loop of reads would be too
+optimistic: in a running model, the weights used between two reads evict the pages from the processor's caches.
 """
 
 import shutil
@@ -171,7 +171,7 @@ class _Decoder:
         self.fetching.clear()
 
     def step(self) -> None:
-        """Decode one more token, random rather than the most probable one."""
+        """Decode one more token, chosen at random."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
