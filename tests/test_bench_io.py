@@ -17,13 +17,14 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.bench import io_bench
 from flashmoe_mlx.research.bench.fio import FioCandidate, fio_command, fio_trial
 from flashmoe_mlx.research.bench.io_bench import StoreCandidate, Trial, repeats, replay
 from flashmoe_mlx.research.bench.io_summary import compare_fastest, summarize
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.stores.contract import StoreStats
 
 LAYERS, EXPERTS = 4, 16

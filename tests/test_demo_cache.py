@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.formats.files import exclusive
+from flashmoe_mlx.formats.folders import lock_folder
 from flashmoe_mlx.made_models.demo import demo_with_variants
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
@@ -73,7 +73,7 @@ def test_a_second_process_waits(
     monkeypatch.setattr(model, "_INTERVAL", 0.01)
     choice = ModelChoice(name="demo", shipped=True, cache_dir=str(tmp_path))
     folder = demo_with_variants(Q2, tmp_path)
-    with exclusive(folder):
+    with lock_folder(folder):
         found: list[Path] = []
         waiting = threading.Thread(target=lambda: found.append(model_folder(choice, {"variant": "q3"})))
         waiting.start()
@@ -91,13 +91,14 @@ def test_waiting_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(model, "_TIMEOUT", 0.1)
     choice = ModelChoice(name="demo", shipped=True, cache_dir=str(tmp_path))
     folder = demo_with_variants(Q2, tmp_path)
-    with exclusive(folder), pytest.raises(PackError) as raised:
+    with lock_folder(folder), pytest.raises(PackError) as raised:
         model_folder(choice, {"variant": "q3"})
     assert raised.value.code == "pack_in_use"
 
 
 def test_no_waiting_for_an_impossible_variant(tmp_path: Path) -> None:
     choice = ModelChoice(name="demo", shipped=True, cache_dir=str(tmp_path))
-    for name, reason in (("nosuch", "not one that can be made"), ("q3-minmax", "is called q3")):
-        with pytest.raises(InputError, match=reason):
+    for name in ("nosuch", "q3-minmax"):
+        with pytest.raises(InputError) as caught:
             model_folder(choice, {"variant": name})
+        assert caught.value.code == "unknown_variant"

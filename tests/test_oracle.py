@@ -88,7 +88,7 @@ def test_yarn_equals_transformers(
         head_dim=head_dim, max_position_embeddings=context, rope_parameters=dict(values)
     )
     frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
-    rope = read_rope({"rope_parameters": values}, head_dim, context)
+    rope = read_rope({"rope_parameters": values}, head_dim, context, 0.25)
     assert rope.yarn is not None
     assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-6)
     # transformers computes in f32, including the ramp between the bounds.

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.traces.belady import Belady
 from flashmoe_mlx.research.traces.cache_design import CacheDesign, capacities
 from flashmoe_mlx.research.traces.curves import curves
 from flashmoe_mlx.research.traces.predictors import FixedAccuracyPredictor, PreviousTokenPredictor
+from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.research.traces.recorder import prompt_hash, recorded
 from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarize
 from flashmoe_mlx.research.traces.simulator import replay, requests

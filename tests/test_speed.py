@@ -16,15 +16,15 @@ from pack_oracle import assert_one_line
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.checkpoint import hub
-from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.formats.trace import uniform_trace
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.estimate import probe as probe_module
 from flashmoe_mlx.research.estimate.machine_profile import (
     MEMORY,
@@ -33,7 +33,7 @@ from flashmoe_mlx.research.estimate.machine_profile import (
     Point,
     machine_identity,
 )
-from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, wishes
+from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, what_ifs
 from flashmoe_mlx.research.estimate.probe import EXPERTS, probe
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import (
@@ -44,8 +44,10 @@ from flashmoe_mlx.research.estimate.sizes import (
     touched_weights,
 )
 from flashmoe_mlx.research.estimate.speed_model import SpeedModel, certainly
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.tasks import estimate as estimate_module
 
+PUBLISHED = published_configs()
 GIB = 2**30
 LAYER, WEIGHT, EXPERT, EXPERT_WEIGHT = 200e-6, 3e-11, 50e-6, 4e-11
 SETUP, BYTE = 300e-6, 1 / 4e9
@@ -67,7 +69,7 @@ def profile() -> MachineProfile:
     """A profile of a machine whose times equal those of the speed model."""
     points = []
     for name, sizes in SIZES.items():
-        config = ModelConfig.from_json(synthetic_config(sizes))
+        config = parse_config(synthetic_config(sizes))
         shape = (config.num_layers, touched_weights(config), expert_weights(config))
         for bits in (4, 2) if name == "large" else (4,):
             size = record_bytes(config, bits)
@@ -84,7 +86,7 @@ def profile() -> MachineProfile:
 @pytest.mark.parametrize("k", [2, 6, 10])
 @pytest.mark.parametrize("bits", [4, 2])
 def test_costs_are_recovered_from_the_profile(name: str, k: int, bits: int, profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED[name])
+    config = parse_config(PUBLISHED[name])
     found = SpeedModel(profile).predict(config, bits, k, {"io_uring direct": certainly(k)})
     assert found.reading == pytest.approx(reading(config, k, "io_uring direct", bits), rel=1e-6)
     assert found.seconds == pytest.approx(computing(config, k, bits) + found.reading, rel=1e-6)
@@ -92,14 +94,14 @@ def test_costs_are_recovered_from_the_profile(name: str, k: int, bits: int, prof
 
 
 def test_predictions_from_distributions_of_misses(profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
+    config = parse_config(PUBLISHED["Qwen3.5-35B-A3B"])
     halves = {"pread cold": np.array([0.5, 0, 0.5]), "pread warm": np.array([0.0, 0.0, 0.5, 0.0, 0.5])}
     found = SpeedModel(profile, faster_reads=2).predict(config, 4, 4, halves)
     assert found.reading == pytest.approx((reading(config, 1, "pread cold") + reading(config, 3, "pread warm")) / 2)
 
 
 def test_a_missing_way_of_reading_is_an_error(profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
+    config = parse_config(PUBLISHED["Qwen3.5-35B-A3B"])
     points = tuple(point for point in profile.points if point.way != "io_uring direct")
     without = replace(profile, points=points, missing={"io_uring direct": "no io_uring on this system"})
     with pytest.raises(ValueError, match="no io_uring on this system"):
@@ -122,7 +124,7 @@ def test_sizes_equal_those_of_a_pack(tiny_pack: Path) -> None:
 
 
 def test_sizes_of_a_published_model() -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-397B-A17B"])
+    config = parse_config(PUBLISHED["Qwen3.5-397B-A17B"])
     assert record_bytes(config, 4) == 7_077_888
     assert record_bytes(config, 2) == 3_932_160
     # 15 attention layers, 2 heads of 256 for keys and for values, in bf16.
@@ -153,7 +155,7 @@ def test_names_of_known_models(name: str, known: bool) -> None:
 
 
 def model(name: str = "Qwen3.5-397B-A17B", **changes: Any) -> Model:
-    made = Model(ModelConfig.from_json(PUBLISHED[name]), 4, 4, 10, 8192, 2, 2)
+    made = Model(parse_config(PUBLISHED[name]), 4, 4, 10, 8192, 2, 2)
     return replace(made, **changes)
 
 
@@ -176,10 +178,10 @@ def test_a_trace_replaces_assumptions_about_routing(profile: MachineProfile) -> 
     assert known.high / known.low < ranged.high / ranged.low
 
 
-def test_wishes_are_worth_what_they_say(profile: MachineProfile) -> None:
+def test_changes_make_the_model_faster(profile: MachineProfile) -> None:
     machine = Machine(profile, 32 * GIB)
     now = estimates(model(), machine)[0].tokens_per_second
-    gains = {wish: estimates(*changes)[0].tokens_per_second / now for wish, *changes in wishes(model(), machine)}
+    gains = {change: estimates(*changed)[0].tokens_per_second / now for change, *changed in what_ifs(model(), machine)}
     assert all(gain > 1 for gain in gains.values())
     assert gains["experts_k=2"] > gains["experts_k=4"] > gains["bits=[2]"]
 

@@ -16,9 +16,9 @@ from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.cli.error_reports import message
 from flashmoe_mlx.console.output import activity, byte_progress, console, print_table, show
 from flashmoe_mlx.console.streams import Notes, OutputError, print_answer, say
-from flashmoe_mlx.formats.trace import uniform_trace
 from flashmoe_mlx.research.figures import hit_rate_figure, save
 from flashmoe_mlx.research.traces.curves import curves
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 
 ODD = ["[v2]", "qwen [mlx]", "x[/y]z", ":100:", "[bold]b[/bold]", "http://[::1]/x", "\\[a]", "[link=x]"]
 

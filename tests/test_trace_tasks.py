@@ -9,7 +9,8 @@ import pytest
 from pack_oracle import assert_one_line
 
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.research.traces.recorder import prompt_hash
 
 

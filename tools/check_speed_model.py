@@ -28,7 +28,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.probe import probe
@@ -239,7 +239,7 @@ def _row(
     seconds = [trial.seconds for trial in trials if trial.others <= DISTURBED]
     published = json.loads((folder / "config.json").read_text())
     predicted = SpeedModel(profile).predict(
-        ModelConfig.from_json(published), PACKS[configuration.pack].bits, configuration.experts_k, reads
+        parse_config(published), PACKS[configuration.pack].bits, configuration.experts_k, reads
     )
     return {
         "setting": configuration.label,

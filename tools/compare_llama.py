@@ -76,9 +76,9 @@ def main() -> None:
             # The host of a virtual machine may reclaim free memory and return it slowly (2026-11-25-cold.md). Touch the
             # memory first, in a separate process that frees it again.
             touch = (
-                "from flashmoe_mlx.stores.allocation import own_memory\n"
+                "from flashmoe_mlx.stores.allocation import allocate_huge_pages\n"
                 "from flashmoe_mlx.stores.memory import GIB, available_memory\n"
-                "own_memory(available_memory() - GIB)"
+                "allocate_huge_pages(available_memory() - GIB)"
             )
             subprocess.run([sys.executable, "-c", touch], check=True)  # noqa: S603
         result = _run(arguments, side)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import Kind, resident_parameters
+from flashmoe_mlx.models.parameters import Kind
+from flashmoe_mlx.models.registry import parse_config
 
 PACK = [sys.executable, "-m", "flashmoe_mlx", "task=pack"]
 
@@ -46,9 +46,9 @@ def published_config(layers: int, experts: int) -> dict[str, object]:
 
 def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
     """Write one safetensors file of random bf16 weights in Hugging Face's fused layout; return its size in bytes."""
-    model = ModelConfig.from_json(config)
+    model = parse_config(config)
     shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in resident_parameters(model):
+    for parameter in model.resident_parameters():
         rows, *rest = parameter.shape
         name = f"{parameter.name}.weight" if parameter.kind is Kind.MATRIX else parameter.name
         shapes[name] = (rows, 1, rest[0]) if parameter.kind is Kind.CONV else parameter.shape

@@ -15,7 +15,7 @@ from statistics import median
 import numpy as np
 
 from flashmoe_mlx.pack.opening import open_pack
-from flashmoe_mlx.stores.allocation import own_memory
+from flashmoe_mlx.stores.allocation import allocate_huge_pages
 from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.thread_reader import ThreadReader
@@ -46,7 +46,7 @@ def _touch(nbytes: int) -> None:
         if wait != "first":
             time.sleep(float(wait))
         start = time.perf_counter()
-        own_memory(nbytes)  # freed immediately
+        allocate_huge_pages(nbytes)  # freed immediately
         print(f"| {wait} | {nbytes / (time.perf_counter() - start) / 1e9:.2f} |")
 
 
@@ -58,7 +58,7 @@ def _read(pack: Path, rounds: int) -> None:
     small = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     small.madvise(mmap.MADV_NOHUGEPAGE)
     ctypes.memset(np.frombuffer(small, np.uint8).ctypes.data, 1, size)
-    pages = {"small": memoryview(small), "large": own_memory(size)}
+    pages = {"small": memoryview(small), "large": allocate_huge_pages(size)}
     readers: dict[str, ExpertReader] = {"4 threads, whole records": ThreadReader(source, 4, direct=True)}
     for pieces in (None, 1, 0.5):
         title = "whole records" if pieces is None else f"pieces of {pieces} MiB"

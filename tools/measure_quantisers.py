@@ -18,7 +18,7 @@ from flashmoe_mlx.formats.components import dense_projection, record_views
 from flashmoe_mlx.formats.manifest import PackedExperts
 from flashmoe_mlx.formats.record import PROJECTIONS
 from flashmoe_mlx.pack.opening import open_pack
-from flashmoe_mlx.pack.quantize import QUANTISERS
+from flashmoe_mlx.pack.quantize import QUANTIZERS
 from flashmoe_mlx.pack.writer import add_variants
 
 GROUP_SIZE = 64
@@ -41,7 +41,7 @@ def main(demo: Path, scratch: Path) -> None:
                 continue
             (w0, y0), (w1, y1) = (_errors(dense, quantizer, bits) for quantizer in ("minmax", "least_squares"))
             print(f"{name:26} {bits:4}  {w0:16.4f}  {w1:13.4f}  {y0:15.4f}  {y1:13.4f}")
-    for quantizer, quantize in QUANTISERS.items():
+    for quantizer, quantize in QUANTIZERS.items():
         start = time.perf_counter()
         for weight in experts["normal, 397B size"].values():
             mx.eval(quantize(weight, 2, GROUP_SIZE))
@@ -72,7 +72,7 @@ def _errors(dense: dict[str, mx.array], quantizer: str, bits: int) -> tuple[floa
     exact = {name: weight.astype(mx.float32) for name, weight in dense.items()}
     quantized = {}
     for name, weight in dense.items():
-        codes, scales, biases = QUANTISERS[quantizer](weight, bits, GROUP_SIZE)
+        codes, scales, biases = QUANTIZERS[quantizer](weight, bits, GROUP_SIZE)
         scales_f32, biases_f32 = scales.astype(mx.float32), biases.astype(mx.float32)
         quantized[name] = mx.dequantize(codes, scales_f32, biases_f32, group_size=GROUP_SIZE, bits=bits)
     x = mx.array(np.random.default_rng(1).standard_normal((32, exact["gate"].shape[1])).astype(np.float32))

@@ -14,7 +14,7 @@ from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.bench.fio import LABEL, FioCandidate
@@ -30,6 +30,7 @@ from flashmoe_mlx.research.bench.io_bench import (
 from flashmoe_mlx.research.bench.io_summary import Summary, compare_fastest, summarize
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends

@@ -11,19 +11,19 @@ from rich.table import Table
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
-from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
 from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import (
@@ -33,7 +33,7 @@ from flashmoe_mlx.research.estimate.prediction import (
     check_trace,
     estimates,
     tolerance,
-    wishes,
+    what_ifs,
 )
 from flashmoe_mlx.research.estimate.probe import probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
@@ -90,7 +90,7 @@ def run(config: Config, run_dir: Path) -> None:
     if profile is not None:
         machine = Machine(profile, memory)
         found = estimates(model, machine)
-        changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
+        changed = [(wish, estimates(other, on)) for wish, other, on in what_ifs(model, machine)]
         helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
         for line in _profile_lines(profile):
             show(line)
@@ -143,23 +143,24 @@ def _published_online(name: str) -> Mapping[str, Any]:
         if error.code != "hub_unreachable":
             raise
         if known is None:
-            raise FlashMoeError(f"{error}; built-in configurations: {', '.join(PUBLISHED)}", code=error.code) from error
+            names = ", ".join(published_configs())
+            raise FlashMoeError(f"{error}; built-in configurations: {names}", code=error.code) from error
         show(f"the hub cannot be reached; using the sizes of the published model with the same name as {name}")
         return known
 
 
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
-    geometry = ModelConfig.from_json(published)
-    widths = ", ".join(map(str, QUANTISED_BITS))
+    geometry = parse_config(published)
+    widths = ", ".join(map(str, QUANTIZED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
-    if len(all_bits) != 1 or all_bits[0] not in QUANTISED_BITS:
+    if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
             f"bits=[{','.join(map(str, all_bits))}]: choose from {widths}, one at a time: -m bits=[4],[2]",
             code="unknown_choice",
         )
     resident_bits = stated if config.resident_bits is None else config.resident_bits
-    if resident_bits not in QUANTISED_BITS:
+    if resident_bits not in QUANTIZED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
@@ -190,7 +191,7 @@ def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> t
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
     bits, group_size = settings.get("bits"), settings.get("group_size")
-    if type(bits) is not int or bits not in QUANTISED_BITS:
+    if type(bits) is not int or bits not in QUANTIZED_BITS:
         return _BITS, GROUP_SIZE
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 

@@ -1,11 +1,12 @@
 """Read tool calls in the output of a model, as a whole or token by token."""
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
+from flashmoe_mlx.text import tool_formats
 from flashmoe_mlx.text.tags import END_TOOL_CALL, TOOL_CALL, Segment, TagScanner
-from flashmoe_mlx.text.tool_formats.calls import CallDelta, Output, ToolCall
-from flashmoe_mlx.text.tool_formats.qwen_xml import QwenXmlReader
+from flashmoe_mlx.text.tool_formats.calls import CallDelta, FormatReader, Output, ToolCall
 from flashmoe_mlx.text.tool_formats.schemas import ToolSchemas
 
 __all__ = ["CallDelta", "Output", "ToolCall", "ToolCallReader", "parse_tool_calls"]
@@ -20,13 +21,18 @@ class ToolCallReader:
         tools: declarations, as for the chat template; they determine the types of arguments.
         added_tokens: ids of a tokenizer's added tokens by their text. If ``<tool_call>`` is among them, only this token
             begins a call, otherwise its text does.
+        tool_format: the name of a module in ``tool_formats``; ``Family.tool_format`` names the one of a model.
     """
 
     def __init__(
-        self, tools: Sequence[Mapping[str, Any]] | None = None, added_tokens: Mapping[str, int] | None = None
+        self,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
+        tool_format: str = "qwen_xml",
     ) -> None:
         self._scanner = TagScanner(added_tokens or {}, (TOOL_CALL, END_TOOL_CALL))
-        self._reader = QwenXmlReader(ToolSchemas(tools))
+        module = import_module(f"{tool_formats.__name__}.{tool_format}")
+        self._reader: FormatReader = module.READER(ToolSchemas(tools))
 
     @property
     def calls(self) -> list[ToolCall]:

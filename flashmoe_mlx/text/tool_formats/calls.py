@@ -2,8 +2,11 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from flashmoe_mlx.text.tags import Segment
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -40,6 +43,20 @@ class Output:
 
     content: str = ""
     calls: list[CallDelta] = field(default_factory=list)
+
+
+class FormatReader(Protocol):
+    """Reads an answer in one format; the module of a format names its reader ``READER``, made from ``ToolSchemas``."""
+
+    calls: list[ToolCall]
+
+    def add(self, segments: Iterable[Segment]) -> Output:
+        """Read the next segments of the answer and return the output that is now certain."""
+        ...
+
+    def finish(self, rest: str = "") -> Output:
+        """End the answer with ``rest`` and return the output that was held back."""
+        ...
 
 
 def json_text(value: Any) -> str:

@@ -372,3 +372,6 @@ def _name(text: str) -> str:
     name = text.strip()
     quoted = len(name) > 1 and name[0] == name[-1] and name[0] in "\"'"
     return name[1:-1].strip() if quoted else name
+
+
+READER = QwenXmlReader
