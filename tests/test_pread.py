@@ -19,7 +19,7 @@ from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import read_ahead, slab, thread_reader
 from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
@@ -337,7 +337,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_record_of_nine_extents(checkpoint: Path) -> None:
-    experts = sort_tensors(Checkpoint.open(checkpoint)).experts
+    experts = classify_tensors(Checkpoint.open(checkpoint)).experts
     tensors, size, payload = read_checkpoint(checkpoint), experts.layout.record_bytes, experts.layout.payload_bytes
     assert len(experts.extents(0, 0)) == 9
     assert len({extent.path for extent in experts.extents(0, 0)}) > 1
@@ -352,7 +352,7 @@ def test_a_record_of_nine_extents(checkpoint: Path) -> None:
 def test_adjacent_extents_are_one_read(tmp_path: Path) -> None:
     """Dense checkpoints fuse gate and up, so both are one read."""
     folder = write_checkpoint(tmp_path / "checkpoint", GEOMETRY, 0, "fused")
-    experts = sort_tensors(Checkpoint.open(folder)).experts
+    experts = classify_tensors(Checkpoint.open(folder)).experts
     assert len(experts.extents(0, 0)) == 3
     with PreadStore(experts, 6) as store:
         host = store.fetch(1, [4]).host[0]
@@ -365,7 +365,7 @@ def test_adjacent_extents_are_one_read(tmp_path: Path) -> None:
 
 def test_a_checkpoint_truncated_while_open(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    with PreadStore(sort_tensors(Checkpoint.open(folder)).experts) as store:
+    with PreadStore(classify_tensors(Checkpoint.open(folder)).experts) as store:
         store.fetch(0, [0])
         for path in folder.glob("*.safetensors"):
             os.truncate(path, 8)

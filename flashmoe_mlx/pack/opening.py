@@ -26,6 +26,7 @@ from flashmoe_mlx.formats.record import DTYPE_BYTES, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
 from flashmoe_mlx.pack.manifest import geometry_of, variant_name
 from flashmoe_mlx.pack.quantize import QUANTIZERS
@@ -124,7 +125,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) -> ModelConfig:
     files.check("config.json")
     try:
-        config = ModelConfig.from_json(read_object(folder / "config.json"))
+        config = parse_config(read_object(folder / "config.json"))
     except CheckpointError as error:
         raise PackError(f"{folder}: {error}", code=error.code) from None
     if not same_json(manifest.get("geometry"), geometry_of(config)):

@@ -1,8 +1,8 @@
-"""Turn a published checkpoint into a pack, in a stream, so that any interruption can be resumed.
+"""Convert a published checkpoint to a pack as a stream, so that any interruption can be resumed.
 
-Work is done in units, the resident tensors of one shard or one layer of one variant. A finished unit is on disk,
-synced, and has a marker beside the plan; the manifest comes last. A run that is killed anywhere leaves units that the
-same command picks up again, and no directory that could be taken for a pack.
+A unit of work is the resident tensors of one shard, or one layer of one variant. A finished unit is synced to disk and
+has a marker beside the plan; the manifest is written last. A run that is killed leaves finished units, with which the
+same command continues, and no directory that looks like a pack.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import publish, write_atomically
@@ -90,7 +90,19 @@ def add_variants(
     quantiser: str | None = None,
     progress: Progress | None = None,
 ) -> Pack:
-    """Add variants to a pack, made of the experts with the most bits that it has."""
+    """Add variants to a pack, made from its variant with the most bits.
+
+    Args:
+        pack: the pack.
+        bits: the widths of the new variants.
+        group_size: the number of weights that share a scale and a bias.
+        quantiser: chooses scales and biases; None for the default of each width.
+        progress: shows the progress.
+
+    Raises:
+        InputError: a variant cannot be made from these experts.
+        FlashMoeError: no space is left.
+    """
     settings = _checked(bits, group_size, None, quantiser)
     with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
@@ -99,8 +111,8 @@ def add_variants(
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
             if experts.layout.bits in settings.bits:
                 raise InputError(
-                    f"bits={experts.layout.bits}: the pack's experts with the most bits have as many, and were made "
-                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>",
+                    f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
+                    "make it from the checkpoint, with task=pack source=<checkpoint>",
                     code="source_needed",
                 )
             variants = [
@@ -134,7 +146,7 @@ def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, qu
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
-    """Return the settings without the variants that ``pack`` has already."""
+    """Return ``settings`` without the variants that ``pack`` has already."""
     missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
     return replace(settings, bits=tuple(missing))
 
@@ -167,7 +179,7 @@ def _finished(variants: Sequence[VariantWriter]) -> dict[str, RecordLayout]:
 
 
 class _Packer:
-    """One run over a checkpoint, for a new pack or for further variants of ``pack``."""
+    """One run over a checkpoint, for a new pack or for more variants of ``pack``."""
 
     def __init__(
         self,
@@ -185,7 +197,7 @@ class _Packer:
         self._partial = out / f"{RESIDENT}.partial"
         self._progress = progress
         self._delete_source = delete_source
-        self._tensors: CheckpointTensors = sort_tensors(checkpoint)
+        self._tensors: CheckpointTensors = classify_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
             VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
@@ -201,13 +213,13 @@ class _Packer:
                 variant.take_over(packed_experts)
                 return
         raise InputError(
-            f"packed_experts={packed_experts}: needs a quantised checkpoint as source=, and its width in bits=",
+            f"packed_experts={packed_experts}: needs a quantized checkpoint as source=, and its width in bits=",
             code="contradiction",
         )
 
     def run(self) -> Pack:
         if self._pack is None and (self._out / RESIDENT).exists():
-            # A run renamed it and ended before it wrote the manifest: unfinished, and parts may be written again.
+            # An earlier run ended after this renaming and before the manifest; parts of the file may be written again.
             (self._out / RESIDENT).replace(self._partial)
         check_free_space(self._out, self._bytes_to_write(), _REMEDY)
         for shards, do in self._units():
@@ -232,7 +244,7 @@ class _Packer:
         return self._resident.shards if self._pack is None else ()
 
     def _units(self) -> Iterator[tuple[Iterable[str], Callable[[], None]]]:
-        """Yield each unit of work with its shards, so that each shard is needed once; delete those no longer needed."""
+        """Yield each unit of work with its shards, in the order of shards; delete shards that are no longer needed."""
         experts = self._tensors.experts
         layers = {layer: experts.shards(layer) for layer in range(experts.num_layers)}
         waiting: set[str] = set()
@@ -258,7 +270,7 @@ class _Packer:
         variant.write_layer(layer)
 
     def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
-        """Convert one expert again and compare it with the pack's: models of one family have equal shapes."""
+        """Raise PackError unless an expert of the checkpoint equals the pack's: different models have equal shapes."""
         known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
@@ -267,7 +279,7 @@ class _Packer:
         if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
-                "or give the checkpoint that it was made of",
+                "or give the checkpoint from which it was made",
                 code="another_model",
             )
 
@@ -275,7 +287,7 @@ class _Packer:
         return state_folder(self._out) / f"resident-{shard}.xxh3"
 
     def _has_resident(self, shard: str) -> bool:
-        """Whether an earlier run wrote what comes from ``shard``, and it is still as that run left it."""
+        """Return whether an earlier run wrote the tensors of ``shard`` and they have not changed since."""
         if not self._marker(shard).exists() or not self._partial.exists():
             return False
         return self._marker(shard).read_text() == self._resident.shard_hash(shard, self._partial)
