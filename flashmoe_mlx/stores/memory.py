@@ -59,7 +59,7 @@ def check_memory(what: str, nbytes: int, remedy: str) -> None:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """Return (limit, used) in bytes for each limited control group of this process.
+    """Return (limit, used) in bytes for each version 2 control group around this process.
 
     ``used`` leaves out cached files, which the system can drop.
     """
