@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors",),
-    ("paths",),
+    ("cgroups", "paths"),
     ("formats",),
     ("custom_kernels",),
     ("stores",),

@@ -6,6 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.bench import memory_cap as module
 from flashmoe_mlx.research.bench.memory_cap import memory_cap
@@ -61,8 +62,8 @@ def test_a_control_group_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (own / "cgroup.procs").touch()
     about = tmp_path / "self"
     about.write_text("0::/session/shell\n")
-    monkeypatch.setattr(module, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(module, "_OWN_CGROUP", about)
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
+    monkeypatch.setattr(cgroups, "_MEMBERSHIP", about)
     original, original_rmdir = Path.mkdir, Path.rmdir
 
     def mkdir(path: Path) -> None:  # the kernel puts files into a new group, and takes them away with it

@@ -406,33 +406,6 @@ def test_every_task_names_a_wrong_environment_variable(
     assert line.startswith(f"flashmoe_mlx: {variable[0]}={variable[1]}: ")
 
 
-@pytest.mark.parametrize(
-    ("membership", "files", "cores"),
-    [
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),
-        ("0::/a\n", {"a/cpu.max": "50000 100000"}, 1),
-        ("0::/\n", {}, None),
-        (
-            "4:cpu,cpuacct:/d\n",
-            {"cpu,cpuacct/d/cpu.cfs_quota_us": "300000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"},
-            3,
-        ),
-        ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, None),
-    ],
-)
-def test_quotas_of_control_groups(membership: str, files: dict[str, str], cores: int | None, tmp_path: Path) -> None:
-    (tmp_path / "cgroup").write_text(membership)
-    for name, text in files.items():
-        path = tmp_path / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert native._quota(tmp_path / "cgroup", tmp_path / "root") == cores
-
-
-def test_quota_where_there_are_no_control_groups(tmp_path: Path) -> None:
-    assert native._quota(tmp_path / "none", tmp_path) is None
-
-
 def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack) as engine:
         engine.logits(list(range(30)))

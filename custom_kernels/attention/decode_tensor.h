@@ -84,8 +84,8 @@ float2 cosines[TURNED], sines[TURNED];
 #pragma unroll
 for (int piece = 0; piece < TURNED; piece++) {
   const float position = float(length - 1);
-  sincospif(2.0f * rotary_turns(position, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
-  sincospif(2.0f * rotary_turns(position, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
+  sincospif(2.0f * rotary_revolutions(position, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
+  sincospif(2.0f * rotary_revolutions(position, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
 }
 #pragma unroll
 for (int round = 0; round < ROUNDS; round++) {

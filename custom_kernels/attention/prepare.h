@@ -38,8 +38,8 @@ for (int c = lane; c < DIM; c += 32) {
   float value = row[c];
   if (c < ROTARY) {
     const int pair = c % pairs;
-    const float turns = rotary_turns(float(start + token), frequencies[pair], frequencies[pairs + pair]);
-    const float angle = 6.283185307179586f * turns;
+    const float revolutions = rotary_revolutions(float(start + token), frequencies[pair], frequencies[pairs + pair]);
+    const float angle = 6.283185307179586f * revolutions;
     const float partner = c < pairs ? -row[c + pairs] : row[c - pairs];
     value = value * cosine(angle) + partner * sine(angle);
   }

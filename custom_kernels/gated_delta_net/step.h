@@ -1,4 +1,4 @@
-// A few tokens through GatedDeltaNet, one value head a threadgroup: convolution and SiLU, normalised q and k, decay and
+// A few tokens through GatedDeltaNet, one value head a threadgroup: convolution and SiLU, normalized q and k, decay and
 // beta, the recurrence with its state in registers, gated RMSNorm. Grid: x = value heads.
 //
 // A simdgroup holds ROWS rows of the state; lane l its columns l, l + 32, ...
@@ -21,7 +21,7 @@ float memory[ROWS * COLUMNS];
 for (int i = 0; i < ROWS; i++) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
-    memory[i * COLUMNS + j] = state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j];
+    memory[i * COLUMNS + j] = recurrent_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j];
   }
 }
 
@@ -33,7 +33,7 @@ for (int token = 0; token < tokens; token++) {
 #pragma unroll
     for (int tap = 0; tap < TAPS; tap++) {
       const int at = token + tap - (TAPS - 1);
-      const float value = at < 0 ? float(past[(long)(at + TAPS - 1) * channels + channel])
+      const float value = at < 0 ? float(conv_state[(long)(at + TAPS - 1) * channels + channel])
                                  : float(qkv[(long)at * channels + channel]);
       sum += value * float(convolution[channel * TAPS + tap]);
     }
@@ -102,7 +102,7 @@ for (int token = 0; token < tokens; token++) {
 for (int i = 0; i < ROWS; i++) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
-    new_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j] = memory[i * COLUMNS + j];
+    new_recurrent_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j] = memory[i * COLUMNS + j];
   }
 }
 // The last inputs of the convolution; q and k are shared by several value heads, and the first of them writes.
@@ -115,7 +115,7 @@ for (int c = mine; c < mixed_size; c += THREADS) {
                                       : 2 * key_width + head * VALUE_DIM + c - 2 * KEY_DIM;
   for (int place = 0; place < TAPS - 1; place++) {
     const int at = tokens + place - (TAPS - 1);
-    new_past[(long)place * channels + channel] =
-        at < 0 ? past[(long)(at + TAPS - 1) * channels + channel] : qkv[(long)at * channels + channel];
+    new_conv_state[(long)place * channels + channel] =
+        at < 0 ? conv_state[(long)(at + TAPS - 1) * channels + channel] : qkv[(long)at * channels + channel];
   }
 }

@@ -32,7 +32,7 @@ for (int choice = simdgroup_index_in_threadgroup; choice < CHOICES; choice += SI
     biases = shared_down_biases;
   }
 #endif
-  const float share = shares[token * CHOICES + choice];
+  const float share = routing_weights[token * CHOICES + choice];
   const device float* input = hidden + (long)(token * CHOICES + choice) * INTERMEDIATE;
   for (int chunk = int(lane) % TEAM; chunk < INTERMEDIATE / CHUNK; chunk += TEAM) {
     float values[CHUNK], found[ROWS];

@@ -43,7 +43,7 @@ for (int choice = simdgroup; choice < CHOICES; choice += SIMDGROUPS) {
   __syncwarp();
   float results[2] = {0.0f, 0.0f};
   products.finish(pairs, sums[simdgroup], results);
-  const float share = shares[token * CHOICES + choice];
+  const float share = routing_weights[token * CHOICES + choice];
   total[0] += share * results[0];
   total[1] += share * results[1];
 }

@@ -11,7 +11,7 @@
 // multiply, in teams of as many as a row of gate has chunks; a slot belongs to one team. One adds up what the workers of
 // a slot found, and hands hidden values to all threadgroups. STAGERS take them as they come.
 //
-// `turns`: two words 128 bytes apart, units drawn and the tag of the call before; then COPIES times all hidden values, in
+// `tickets`: two words 128 bytes apart, units drawn and the tag of the call before; then COPIES times all hidden values, in
 // words that carry the tag of the call, so that those of earlier calls do not count. Several copies, or all threadgroups
 // would read the same lines of cache at once.
 // Grid: x = any number of threadgroups of WORKERS + 2 + STAGERS simdgroups.
@@ -47,7 +47,7 @@ uint* tag = (uint*)(step_of + SLOTS);
 
 const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
 const int mine = thread_index_in_threadgroup, group = threadgroup_position_in_grid.x, groups = gridDim.x;
-uint* counters = const_cast<uint*>(turns);
+uint* counters = const_cast<uint*>(tickets);
 uint2* hidden = (uint2*)(counters + 64);
 
 // Every simdgroup begins with what takes long to come. x first of all: behind weights it would wait for all of theirs.
@@ -62,7 +62,7 @@ if (simdgroup == ASKS) {
 } else if (simdgroup == ADDS) {
   for (int i = lane; i < CHOICES; i += 32) {
     row_of[i] = i < ROUTED ? rows[i] : 0;
-    share_of[i] = shares[i];
+    share_of[i] = routing_weights[i];
   }
 } else {
   // A few barriers by each: all of them by one would take half a microsecond.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import AttentionWeights, Kernels
+from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
 from flashmoe_mlx.layers.cache import AttentionCache
 from flashmoe_mlx.layers.linear import Linear, together
 
@@ -27,8 +27,9 @@ class Attention:
         """[T, hidden] -> [T, hidden] after the tokens already in ``cache``, added to ``before``."""
         length, weights = x.shape[0], self.weights
         keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, x.dtype)
+        q_and_gate, k, v = together((self.q_proj, self.k_proj, self.v_proj), x)
         y, cache.keys, cache.values = self.kernels.attention(
-            *together((self.q_proj, self.k_proj, self.v_proj), x), weights, keys, values, cache.length
+            AttentionInputs(q_and_gate, k, v, weights, keys, values, cache.length)
         )
         cache.length += length
         return self.o_proj(y, before)

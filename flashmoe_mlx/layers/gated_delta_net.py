@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels import DeltaInputs, DeltaWeights, Kernels
 from flashmoe_mlx.layers.cache import DeltaCache
 from flashmoe_mlx.layers.linear import Linear, together
 
@@ -28,10 +28,8 @@ class GatedDeltaNet:
         """[T, hidden] -> [T, hidden] after the tokens already in ``cache``, added to ``before``."""
         if cache.conv is None or cache.state is None:
             cache.conv, cache.state = self.weights.empty(x.dtype)
+        qkv, z, b, a = together((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x)
         y, cache.conv, cache.state = self.kernels.gated_delta_net(
-            *together((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x),
-            self.weights,
-            cache.conv,
-            cache.state,
+            DeltaInputs(qkv, z, b, a, self.weights, cache.conv, cache.state)
         )
         return self.out_proj(y, before)

@@ -6,8 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
+from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, ExpertWeights, Kernels
 from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet

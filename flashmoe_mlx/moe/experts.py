@@ -10,10 +10,9 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import ExpertFormat, Kernels, native
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
-from flashmoe_mlx.custom_kernels.routed_experts import joins
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels import ExpertFormat, ExpertWeights, Kernels, QuantizedWeight
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
+from flashmoe_mlx.custom_kernels.routed_experts import cpu, gpu
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
 from flashmoe_mlx.formats.components import record_views
 from flashmoe_mlx.formats.record import RecordLayout
@@ -124,7 +123,7 @@ class MixtureOfExperts:
     ) -> mx.array:
         """All experts of any number of tokens, from where the CPU sees them; computes at once."""
         assert self.kernels.on_host is not None
-        joined = native.joins(self.shared)
+        joined = cpu.can_fuse_shared_expert(self.shared)
         y = residual if joined else residual + mx.array(shares[:, -1:]) * self.kernels.expert_mlp(x, self.shared)
         shared, weights = None, mx.array(shares[:, :-1])
         groups = list(self._groups(chosen))
@@ -150,7 +149,7 @@ class MixtureOfExperts:
         clock: PhaseClock,
     ) -> mx.array:
         """All experts of a few tokens at once, from the store's slab."""
-        shared = self.shared if joins(self.shared, form) else None
+        shared = self.shared if gpu.can_fuse_shared_expert(self.shared, form) else None
         shares = weights if shared is None else mx.concatenate([weights, shared_share.astype(mx.float32)], axis=-1)
         y: mx.array | None = None
         for group in self._groups(chosen):
@@ -164,7 +163,7 @@ class MixtureOfExperts:
             shared, shares = None, weights
         assert y is not None
         y = y.astype(x.dtype)
-        if joins(self.shared, form):
+        if gpu.can_fuse_shared_expert(self.shared, form):
             return y
         return y + shared_share * self.kernels.expert_mlp(x, self.shared)
 
@@ -235,8 +234,8 @@ def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:
     """The matrices inside a record, uint8 [record bytes], as views."""
     parts = record_views(record, layout)
 
-    def weight(projection: str) -> Weight:
-        return Weight(
+    def weight(projection: str) -> QuantizedWeight:
+        return QuantizedWeight(
             parts[f"{projection}.weight"],
             parts.get(f"{projection}.scales"),
             parts.get(f"{projection}.biases"),

@@ -1,14 +1,11 @@
 """Measure the available memory, refuse larger allocations before they happen, and allocate large pages."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import psutil
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 
-_OWN_CGROUP = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
 GIB = 2**30
 
 
@@ -59,18 +56,9 @@ def refuse_if_too_large(what: str, nbytes: int, remedy: str) -> None:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """(limit, used less what can be reclaimed) in bytes of every version 2 control group around this process."""
-    try:
-        lines = _OWN_CGROUP.read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if own is None:
-        return []
+    """Return (limit, used memory that cannot be reclaimed) in bytes of every limited control group of this process."""
     found = []
-    for folder in (_CGROUPS / own, *(_CGROUPS / own).parents):
-        if not folder.is_relative_to(_CGROUPS):
-            break
+    for folder in cgroups.own_groups():
         try:
             limit = (folder / "memory.max").read_text().strip()
             if limit == "max":

@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores.memory import GIB, available_memory
-
-_CGROUPS = Path("/sys/fs/cgroup")
-_OWN_CGROUP = Path("/proc/self/cgroup")
 
 
 @contextmanager
@@ -56,17 +54,16 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
 
 def _own_group(limit: int) -> tuple[Path, Path] | None:
     """Move this process into a new control group; return the new and the previous group, or None where impossible."""
+    groups = cgroups.own_groups()
+    if not groups or not (groups[0] / "cgroup.procs").exists():
+        return None
+    before = groups[0]
+    # Only a group without processes, or the root, may hand the memory controller to groups inside it.
+    parent = before if before == cgroups.root() else before.parent
+    here = parent / f"flashmoe-{os.getpid()}"
     try:
-        lines = _OWN_CGROUP.read_text().splitlines()
-        own = next(line.removeprefix("0::/") for line in lines if line.startswith("0::/"))
-        before = _CGROUPS / own
-        if not (before / "cgroup.procs").exists():
-            return None
-        # Only a group without processes, or the root, may hand the memory controller to groups inside it.
-        parent = before if before == _CGROUPS else before.parent
-        here = parent / f"flashmoe-{os.getpid()}"
         here.mkdir()
-    except (OSError, StopIteration):
+    except OSError:
         return None
     try:
         if not (here / "memory.max").exists():
