@@ -139,11 +139,7 @@ def _target(preference: str) -> Target:
 
 
 def _few_tokens(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:
-    return (
-        form is not None
-        and tokens <= routed_experts_gpu.most_tokens()
-        and routed_experts_gpu.supports(form, dtype)
-    )
+    return form is not None and tokens <= routed_experts_gpu.most_tokens() and routed_experts_gpu.supports(form, dtype)
 
 
 def _never(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:  # noqa: ARG001

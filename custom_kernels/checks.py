@@ -220,9 +220,7 @@ def check_kernels(
 def _failures(kernels: Sequence[CheckedKernel[Any, Any]], verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield one line for each kernel with replaced paths."""
     for kernel in kernels:
-        failed = [
-            verdict for verdict in verdicts if verdict.operation == kernel.name and verdict.replaced is not None
-        ]
+        failed = [verdict for verdict in verdicts if verdict.operation == kernel.name and verdict.replaced is not None]
         if failed:
             paths = "; ".join(", ".join(filter(None, verdict.path)) for verdict in failed)
             yield (

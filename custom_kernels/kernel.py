@@ -126,7 +126,7 @@ def _text(package: str, *path: str) -> str:
 
 
 def bits_of(value: float) -> int:
-    """Return the bits of ``value`` in f32 as an int32, for a template argument that a body reads by ``as_type<float>``."""
+    """Return the bits of ``value`` in f32 as an int32, for a body that reads it by ``as_type<float>``."""
     return int(np.float32(value).view(np.int32))
 
 

@@ -21,10 +21,11 @@ from gpu_on_cpu import Launches
 from systems import needs_linux
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import choose, nvidia, routed_experts
+from flashmoe_mlx.custom_kernels import choose, nvidia
 from flashmoe_mlx.custom_kernels.cases import Geometry
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.estimate import probe
@@ -113,7 +114,7 @@ def ran(launches: Launches, *kernels: str) -> bool:
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
 SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
 MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
-PRODUCTS = ("quantised_matvec_body",)
+PRODUCTS = ("quantized_matvec_body",)
 RECORD_BYTES = 32768
 
 
@@ -181,11 +182,11 @@ def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tin
     [
         (
             gpu_on_cpu.HOPPER,
-            ("routed_experts_fused_with_shared_expert", "quantised_matvec_stream", "attention_decode_tensor"),
+            ("routed_experts_fused_with_shared_expert", "quantized_matvec_stream", "attention_decode_tensor"),
         ),
         (
             gpu_on_cpu.AMPERE,
-            ("routed_experts_gate_up_tensor_with_shared_expert", "quantised_matvec_tensor", "attention_decode_tensor"),
+            ("routed_experts_gate_up_tensor_with_shared_expert", "quantized_matvec_tensor", "attention_decode_tensor"),
         ),
     ],
     ids=["hopper", "ampere"],
@@ -273,7 +274,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     record = json.loads((tmp_path / "doctor.json").read_text())
     assert record["dialect"] == record["kernels"] == "metal"
     found = {(one["kernel"], one["geometry"], one["dtype"]) for one in record["findings"] if one["passed"]}
-    operations = ("routed_experts", "gated_delta_net", "attention", "quantised_matvec")
+    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
     assert "Custom kernels: metal." in capsys.readouterr().err
 

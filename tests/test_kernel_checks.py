@@ -22,9 +22,9 @@ from systems import needs_linux
 import flashmoe_mlx
 from flashmoe_mlx import custom_kernels
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import UncheckedPathWarning, kernel, native
-from flashmoe_mlx.custom_kernels.native import operations as native_operations
-from flashmoe_mlx.custom_kernels.operation import CodePath, Operation, Sample, check_operations
+from flashmoe_mlx.custom_kernels import AttentionInputs, DeltaInputs, UncheckedPathWarning, kernel, native
+from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample, check_kernels
+from flashmoe_mlx.custom_kernels.routed_experts import cpu as routed_experts_cpu
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
@@ -32,21 +32,15 @@ from flashmoe_mlx.models import build
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.research.bench import engine_bench as bench
 
-KERNELS = {
-    "attention": "gated_attention",
-    "gated_delta_net": "gated_delta_net",
-    "routed_experts": "routed_experts",
-    "quantised_matvec": "quantised_products",
-    "rms_norm": "rms_norm",
-}
-"""Operations, and the functions of ``native`` that are their kernels."""
+KERNELS = ("attention", "gated_delta_net", "routed_experts", "quantized_matvec", "rms_norm")
+"""Operations with kernels in the extension."""
 
 NO_MODEL: Any = None
 
 # --- one operation ----------------------------------------------------------------------------------------------------
 
 
-def doubling(custom: Callable[[mx.array], mx.array]) -> Operation[[mx.array], mx.array]:
+def doubling(custom: Callable[[mx.array], mx.array]) -> CheckedKernel[[mx.array], mx.array]:
     """Doubles vectors; one path for an element alone, another for several, none for matrices."""
 
     def path(x: mx.array) -> CodePath | None:
@@ -57,11 +51,11 @@ def doubling(custom: Callable[[mx.array], mx.array]) -> Operation[[mx.array], mx
             x = mx.arange(1, size + 1, dtype=mx.float32)
             yield Sample((x,), (x[:2],), lambda results: [results[0][:2]])
 
-    return Operation("doubling", lambda x: 2 * x, lambda x: x + x, custom, path, samples)
+    return CheckedKernel("doubling", lambda x: 2 * x, lambda x: x + x, custom, path, samples)
 
 
-def report_of(operation: Operation[Any, Any]) -> custom_kernels.KernelReport:
-    return check_operations([operation], NO_MODEL, [("doubling", "mx.add"), ("other", "mx.multiply")], None)
+def report_of(kernel: CheckedKernel[Any, Any]) -> custom_kernels.KernelReport:
+    return check_kernels([kernel], NO_MODEL, {"doubling": "mx.add", "other": "mx.multiply"}, None)
 
 
 def test_a_kernel_that_agrees_runs_on_every_path() -> None:
@@ -135,7 +129,7 @@ def test_checks_for_several_models_add_up() -> None:
     def none_of_several(_: ModelShapes) -> Iterator[Sample]:
         yield Sample((mx.array([1.0]),), (mx.array([1.5]),))
 
-    operation.code_paths = none_of_several
+    operation.samples = none_of_several
     report = report_of(operation)
     assert report.replaced == ["doubling: one"]
     assert "doubling: several" not in report.names
@@ -153,8 +147,11 @@ def test_an_unchecked_path_runs_mlx_and_says_so_once() -> None:
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(operation: str, arguments: Sequence[Any]) -> int:
-    return len(arguments[0])
+def tokens_of(arguments: Sequence[Any]) -> int:
+    (first, *_) = arguments
+    if isinstance(first, AttentionInputs):
+        return len(first.k)
+    return len(first.qkv if isinstance(first, DeltaInputs) else first)
 
 
 def most_tokens_of_an_expert(arguments: Sequence[Any]) -> int:
@@ -167,12 +164,13 @@ def spoiled(
     operation: str, when: Callable[[Sequence[Any]], bool], calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
     """Make the kernel of ``operation`` wrong by half ``when`` its arguments say so, and count its calls by tokens."""
-    original = getattr(native, KERNELS[operation])
+    folder = getattr(custom_kernels, operation)
+    original = folder.OPERATION.cpu
 
     def wrong(*arguments: Any) -> Any:
-        calls["one token" if tokens_of(operation, arguments) == 1 else "several"] += 1
+        calls["one token" if tokens_of(arguments) == 1 else "several"] += 1
         spoil = when(arguments)
-        result = original(*arguments)
+        result = original.run(*arguments)
         if not spoil:
             return result
         parts = [result] if isinstance(result, mx.array) else list(result)
@@ -180,7 +178,7 @@ def spoiled(
         return parts[0] if isinstance(result, mx.array) else tuple(parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(native, KERNELS[operation], wrong)
+        patched.setattr(folder, "OPERATION", replace(folder.OPERATION, cpu=replace(original, run=wrong)))
         yield
 
 
@@ -216,7 +214,7 @@ def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     calls: Counter[str] = Counter()
 
     def when(arguments: Sequence[Any]) -> bool:
-        several = tokens_of(operation, arguments) > 1
+        several = tokens_of(arguments) > 1
         if operation == "routed_experts" and several:
             several = most_tokens_of_an_expert(arguments) > 8
         return fault != RIGHT and several == (fault == PROMPT)
@@ -224,7 +222,7 @@ def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     if operation == "routed_experts" and fault == DECODE:
 
         def when(arguments: Sequence[Any]) -> bool:
-            return tokens_of(operation, arguments) == 1
+            return tokens_of(arguments) == 1
 
     with spoiled(operation, when, calls, monkeypatch), flashmoe_mlx.load(tiny_pack) as engine:
         calls.clear()
@@ -292,11 +290,11 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
     experts: int, k: int, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For every number of tokens and of slots: all groups but the last go without the shared expert."""
-    monkeypatch.setattr(Operation, "_disagreement", lambda *_: None)
+    monkeypatch.setattr(CheckedKernel, "_disagreement", lambda *_: None)
     with flashmoe_mlx.load(tiny_pack) as engine:
         shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
         operation = engine.model.kernels.on_host
-    assert isinstance(operation, Operation)
+    assert isinstance(operation, CheckedKernel)
     form = shapes.experts
     assert form is not None
     for slots in range(k, experts + 1):
@@ -304,7 +302,7 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
         checked = {verdict.path for verdict in operation.check(replace(shapes, slots=slots))}
         for tokens in range(1, 2 * experts):
             if min(experts, tokens * k) > slots:
-                path = native_operations.experts_path(mx.zeros((tokens, 1)), [], *[mx.zeros(0)] * 2, form)
+                path = routed_experts_cpu.code_path(mx.zeros((tokens, 1)), [], *[mx.zeros(0)] * 2, form)
                 assert path in checked, (tokens, slots)
 
 
@@ -334,9 +332,11 @@ def test_a_check_leaves_the_store_and_its_counters_alone(tiny_pack: Path) -> Non
 def test_a_program_that_loads_a_model_sees_a_warning_on_stderr(tiny_pack: Path) -> None:
     script = f"""
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import native
-right = native.routed_experts
-native.routed_experts = lambda x, *rest: right(x, *rest) * 1.5
+from dataclasses import replace
+from flashmoe_mlx.custom_kernels import routed_experts
+right = routed_experts.OPERATION
+wrong = replace(right.cpu, run=lambda *arguments: right.cpu.run(*arguments) * 1.5)
+routed_experts.OPERATION = replace(right, cpu=wrong)
 flashmoe_mlx.load({str(tiny_pack)!r}).close()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -383,7 +383,7 @@ def test_a_person_is_told_that_a_kernel_was_replaced(
 def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checks and references run while a pass loads its engine, and none while it generates."""
     events: list[str] = []
-    check, generate = Operation._disagreement, bench._generate
+    check, generate = CheckedKernel._disagreement, bench._generate
 
     def checked(self: Any, sample: Any) -> Any:
         events.append("check")
@@ -395,7 +395,7 @@ def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypa
         events.append("clock stops")
         return result
 
-    monkeypatch.setattr(Operation, "_disagreement", checked)
+    monkeypatch.setattr(CheckedKernel, "_disagreement", checked)
     monkeypatch.setattr(bench, "_generate", generated)
     setting = bench.Setting("pread", {"_target_": "flashmoe_mlx.backends.pread.PreadStore"}, 2, "none")
     plan = bench.Plan(tiny_pack, [setting], ["cold"], ["Hello, experts"], True, 5, 2, "auto")
@@ -421,8 +421,9 @@ def _running(events: Sequence[str]) -> Iterator[bool]:
 def test_metal_kernels_pass_their_check_and_every_path_was_checked(
     tiny_pack: Path, expected_logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (kernel, custom_kernels, custom_kernels.attention, custom_kernels.gated_delta_net,
-                   custom_kernels.quantised_matvec, custom_kernels.routed_experts):  # fmt: skip
+    folders = ("attention", "gated_delta_net", "quantized_matvec", "routed_experts")
+    gpus = (getattr(custom_kernels, folder).gpu for folder in folders)
+    for module in (kernel, custom_kernels, custom_kernels.gated_delta_net.mlx, *gpus):
         monkeypatch.setattr(module, "dialect", lambda: "metal")
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
     kernel.compiled.cache_clear()
@@ -433,6 +434,6 @@ def test_metal_kernels_pass_their_check_and_every_path_was_checked(
     finally:
         kernel.compiled.cache_clear()
     assert setup["replaced_kernels"] == []
-    for operation in ("attention", "gated_delta_net", "routed_experts", "quantised_matvec"):
+    for operation in ("attention", "gated_delta_net", "routed_experts", "quantized_matvec"):
         assert any(path.startswith(f"{operation}: one token") for path in setup["kernels"])
     np.testing.assert_allclose(got, expected_logits, rtol=0, atol=1e-3)

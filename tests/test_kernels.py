@@ -13,23 +13,19 @@ import pytest
 from nvrtc import compile_for_cuda, registers
 from systems import needs_linux, needs_nvrtc
 
-from flashmoe_mlx.custom_kernels import (
-    attention,
-    cases,
-    choose,
-    dense_experts,
-    gated_delta_net,
-    kernel,
-    native,
-    quantised_matvec,
-    routed_experts,
-)
+from flashmoe_mlx.custom_kernels import DeltaInputs, ExpertWeights, QuantizedWeight, cases, choose, kernel, native
+from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, relative_error
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
+from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
+from flashmoe_mlx.custom_kernels.gated_delta_net import gpu as gated_delta_net
+from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
 
@@ -111,7 +107,7 @@ def test_grouped_experts_out_of_the_kernel(dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 4, 6), (100, 5, 40), (3, 20, 33)])
 def test_grouped_experts(tokens: int, k: int, experts: int) -> None:
-    dense = dense_experts.reference.dense_experts
+    dense = dense_reference.dense_experts
     check(cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
 
 
@@ -168,7 +164,7 @@ def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDel
         mx.array(random.standard_normal((1, heads, 16, size)), mx.float32),
     ]
     with mx.stream(mx.cpu):
-        expected = gated_delta_net.reference.gated_delta(*(array.astype(mx.float64) for array in inputs))
+        expected = delta_reference.gated_delta(*(array.astype(mx.float64) for array in inputs))
         mx.eval(expected)
     for found, exact in zip(rule(*inputs), expected, strict=True):
         assert relative_error(found, exact) <= TOLERANCE[mx.float32]
@@ -177,13 +173,13 @@ def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDel
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_a_prompt_in_pieces_equals_the_whole(rule: GatedDelta) -> None:
     made = cases.delta_inputs(SMALL, mx.float32, tokens=150)
-    whole = gated_delta_net.reference.gated_delta_net(*made.arrays, made.weights, made.past, made.state, rule)
-    outputs, past, state = [], made.past, made.state
+    whole = delta_reference.gated_delta_net(made, rule)
+    outputs, states = [], (made.conv_state, made.recurrent_state)
     for piece in (slice(0, 70), slice(70, 71), slice(71, 150)):
-        arrays = [array[piece] for array in made.arrays]
-        y, past, state = gated_delta_net.reference.gated_delta_net(*arrays, made.weights, past, state, rule)
+        arrays = [array[piece] for array in (made.qkv, made.z, made.b, made.a)]
+        y, *states = delta_reference.gated_delta_net(DeltaInputs(*arrays, made.weights, *states), rule)
         outputs.append(y)
-    for found, expected in zip((mx.concatenate(outputs), past, state), whole, strict=True):
+    for found, expected in zip((mx.concatenate(outputs), *states), whole, strict=True):
         assert relative_error(found, expected.astype(mx.float64, stream=mx.cpu)) <= TOLERANCE[mx.float32]
 
 
@@ -221,9 +217,9 @@ def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
-def test_quantised_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype, target: str) -> None:
+def test_quantized_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype, target: str) -> None:
     only_on_a_gpu(target, dtype == mx.bfloat16 and group_size != 64, "f32, which is exact, shows groups of every size")
-    check(cases.quantised_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
+    check(cases.quantized_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,8 +269,8 @@ def test_routed_experts_called_again_and_again() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize(("rows", "columns"), [(16, 1024), (208, 3072), (4096, 4096), (1024, 8192)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
-    check(cases.quantised_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
+def test_quantized_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
+    check(cases.quantized_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
 
 
 @pytest.mark.usefixtures("target")
@@ -291,13 +287,13 @@ def test_the_checks_notice_an_unwritten_element() -> None:
     assert relative_error(mx.ones((3,)), whole.astype(mx.float64)) == float("inf")
 
 
-@pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantised_matvec"])
+@pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantized_matvec"])
 def test_mlx_operations_equal_the_references(operation: str) -> None:
     make = {
         "routed_experts": partial(cases.routed_experts, SMALL, group_size=32),
         "gated_delta_net": partial(cases.gated_delta_net, SMALL, tokens=3),
         "attention": partial(cases.attention, SMALL, context=70, tokens=9),
-        "quantised_matvec": partial(cases.quantised_matvec, 64, 128),
+        "quantized_matvec": partial(cases.quantized_matvec, 64, 128),
     }[operation]
     case = make(mx.float32)
     for found, expected in zip(case.standard(), case.reference(), strict=True):
@@ -309,9 +305,10 @@ def test_mlx_operations_equal_the_references(operation: str) -> None:
 def test_expert_mlp_by_mlx_equals_the_reference(bits: int | None, tokens: int) -> None:
     random = np.random.default_rng(0)
 
-    def weight(rows: int, columns: int) -> Weight:
+    def weight(rows: int, columns: int) -> QuantizedWeight:
         dense = mx.array(random.standard_normal((rows, columns)) * columns**-0.5, mx.float32)
-        return Weight(dense) if bits is None else Weight(*mx.quantize(dense, group_size=64, bits=bits), bits, 64)
+        quantized = mx.quantize(dense, group_size=64, bits=bits or 4)
+        return QuantizedWeight(dense) if bits is None else QuantizedWeight(*quantized, bits, 64)
 
     expert = ExpertWeights(weight(192, 128), weight(192, 128), weight(128, 192))
     x = mx.array(random.standard_normal((tokens, 128)), mx.float32)
@@ -352,7 +349,7 @@ def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_siz
     assert compile_for_cuda(down, [BF16, U8, I32, F32, *own], [BF16], template | parts)
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
     template |= {"SIMDGROUPS": 4, "DEPTH": 4}
-    assert compile_for_cuda(quantised_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
+    assert compile_for_cuda(quantized_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
 
 
 H200 = Gpu(multiprocessors=132, capability=9, shared_memory=232448)
@@ -377,10 +374,10 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
     fused = routed_experts.fused_kernel(shared, plan.shared_memory)
     code = compile_for_cuda(fused, inputs, [BF16], template)
     assert launches(registers(code), plan.threads)
-    matvec = quantised_matvec.stream_plan(1024, 4096, bits, group_size, H200)
+    matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
     assert matvec is not None
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size} | dict(matvec.template)
-    stream = quantised_matvec.stream_kernel(matvec.shared_memory)
+    stream = quantized_matvec.stream_kernel(matvec.shared_memory)
     assert compile_for_cuda(stream, [BF16, U32, BF16, BF16], [BF16], template)
 
 
@@ -397,7 +394,7 @@ def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None
     else:
         assert plan.template["SLOTS"] >= 2
         assert plan.shared_memory <= device.shared_memory
-    matvec = quantised_matvec.stream_plan(geometry.hidden, geometry.intermediate, bits, 64, device)
+    matvec = quantized_matvec.stream_plan(geometry.hidden, geometry.intermediate, bits, 64, device)
     assert matvec is not None
     assert matvec.shared_memory <= device.shared_memory
 
@@ -407,7 +404,7 @@ def test_older_gpus_keep_two_dispatches() -> None:
     assert form is not None
     older = Gpu(multiprocessors=108, capability=8, shared_memory=166912)
     assert routed_experts.fused_plan(form, BF16, 1, 4, older) is None
-    assert quantised_matvec.stream_plan(4096, 4096, 4, 64, older) is None
+    assert quantized_matvec.stream_plan(4096, 4096, 4, 64, older) is None
 
 
 @pytest.mark.parametrize(
@@ -464,10 +461,10 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_quantised_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
+def test_quantized_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
     template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
     template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}
-    assert compile_for_cuda(quantised_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
+    assert compile_for_cuda(quantized_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
 
 
 def test_unknown_preference() -> None:

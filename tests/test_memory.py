@@ -10,6 +10,7 @@ import pytest
 
 from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.allocation import at_cache_lines, own_memory, use_huge_pages
 from flashmoe_mlx.stores.memory import GIB, available_memory, refuse_if_too_large, total_memory
 

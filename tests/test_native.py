@@ -24,7 +24,9 @@ import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import cases, choose, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
-from flashmoe_mlx.custom_kernels.inputs import Inputs
+from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts.cpu import routed_experts
 from flashmoe_mlx.errors import InputError
 
 SMALL = GEOMETRIES["small"]
@@ -72,7 +74,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
     for columns in (group_size, 3 * group_size, 19 * group_size):
         for tokens in (1, 2, 7, 9):
             check(
-                cases.quantised_matvec(
+                cases.quantized_matvec(
                     29, columns, F32, bits=bits, group_size=group_size, tokens=tokens, scales=scales, on_cpu=True
                 )
             )
@@ -81,7 +83,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 16, 18, 33, 64, 65, 130])
 def test_products_of_several_vectors(tokens: int) -> None:
-    check(cases.quantised_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
+    check(cases.quantized_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
 
 
 @pytest.mark.usefixtures("instructions")
@@ -110,8 +112,8 @@ def test_routed_experts_add_to_what_is_there_and_a_shared_expert_may_differ() ->
     """Groups of experts come one after the other, and a 2-bit variant keeps its shared expert at 4 bits."""
     two, four = (cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
     before = mx.random.normal(two.x.shape)
-    got = native.routed_experts(two.x, two.records, two.rows, two.shares, two.form, four.shared, before)
-    expected = choose("reference").routed_experts(two.x, two.slab, two.rows, two.shares, two.form, four.shared)
+    got = routed_experts(two.x, two.records, two.rows, two.routing_weights, two.form, four.shared, before)
+    expected = choose("reference").routed_experts(two.x, two.slab, two.rows, two.routing_weights, two.form, four.shared)
     assert cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
@@ -162,7 +164,7 @@ def test_instruction_sets_agree_to_the_last_bits(extension: ModuleType) -> None:
     for name in extension.instruction_sets():
         extension.use_instruction_set(name)
         results[name] = np.array(
-            native.routed_experts(inputs.x, inputs.records, inputs.rows, inputs.shares, inputs.form, inputs.shared)
+            routed_experts(inputs.x, inputs.records, inputs.rows, inputs.routing_weights, inputs.form, inputs.shared)
         )
     extension.use_instruction_set("auto")
     others = [results.pop(name) for name in ("portable", "avx512_vnni") if name in results]
@@ -189,7 +191,7 @@ def test_vectors_of_any_magnitude(bits: int) -> None:
     dense = np.array(mx.dequantize(weight, scales, biases, group_size=64, bits=bits), np.float64)
     for end in (640, 448, 128, 64):
         x[0, end:] = 0
-        got = np.array(native.quantised_product(mx.array(x), weight, scales, biases, bits, 64))
+        got = np.array(quantized_matvec(mx.array(x), weight, scales, biases, bits, 64))
         np.testing.assert_allclose(got[0], dense @ x[0].astype(np.float64), atol=1e-6 * np.abs(dense * x).sum(-1).max())
 
 
@@ -199,14 +201,14 @@ def test_what_is_no_number_does_not_become_one(value: float) -> None:
     x = np.ones((1, 192), np.float32)
     x[0, 100] = value
     weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (5, 24), np.uint32))
-    got = native.quantised_product(mx.array(x), weight, mx.ones((5, 3)), mx.zeros((5, 3)), 4, 64)
+    got = quantized_matvec(mx.array(x), weight, mx.ones((5, 3)), mx.zeros((5, 3)), 4, 64)
     assert not np.isfinite(np.array(got)).any()
 
 
 def test_many_threads_at_once(extension: ModuleType) -> None:
     """Whoever finds the pool busy computes alone: all are right."""
     extension.use_threads(4)
-    case = cases.quantised_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
+    case = cases.quantized_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
     expected = np.array(case.custom()[0])
     with ThreadPoolExecutor(8) as pool:
         for result in pool.map(lambda _: np.array(case.custom()[0]), range(400)):
@@ -294,17 +296,17 @@ def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
     made = cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=2, k=2)
     rows = mx.maximum(made.rows, 0).astype(dtype)
     with pytest.raises(ValueError, match="rows: elements of type int32 are needed"):
-        native.routed_experts(made.x, made.records, rows, made.shares, made.form, made.shared)
+        routed_experts(made.x, made.records, rows, made.routing_weights, made.form, made.shared)
 
 
 @pytest.mark.parametrize("tokens", [8, 600])
 @pytest.mark.parametrize("residual", [False, True])
 def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
     """Small ones are copied into MLX's memory, large ones are written there in place."""
-    inputs = Inputs(F32, 0)
-    weight, x = inputs.quantised(512, 64, 4, 32), inputs.normal(tokens, 64)
+    inputs = RandomInputs(F32, 0)
+    weight, x = inputs.quantized(512, 64, 4, 32), inputs.normal(tokens, 64)
     before = inputs.normal(tokens, 512) if residual else None
-    (got,) = native.quantised_products(x, [weight], before)
+    (got,) = products(x, [weight], before)
     expected = x @ weight.dense().T + (0 if before is None else before)
     assert cases.relative_error(got, expected.astype(mx.float64, stream=mx.cpu)) < 1e-5
 
@@ -329,11 +331,11 @@ def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
 
 
 def test_an_input_with_gaps_is_read_as_it_means() -> None:
-    case = cases.quantised_matvec(40, 128, F32, tokens=3, on_cpu=True)
+    case = cases.quantized_matvec(40, 128, F32, tokens=3, on_cpu=True)
     weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (40, 16), np.uint32))
     scales = mx.random.normal((40, 2))
     x = mx.random.normal((128, 3)).T
-    got = native.quantised_product(x, weight, scales, scales, 4, 64)
+    got = quantized_matvec(x, weight, scales, scales, 4, 64)
     np.testing.assert_allclose(
         got, mx.quantized_matmul(x, weight, scales, scales, group_size=64, bits=4), rtol=1e-4, atol=1e-4
     )
@@ -414,7 +416,7 @@ def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> N
         "attention": ["one token", "several tokens"],
         "gated_delta_net": ["one token", "several tokens"],
         "routed_experts": ["one token", "2 to 8 tokens", "more than 8 tokens"],
-        "quantised_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
+        "quantized_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
         "rms_norm": ["one token", "several tokens"],
     }.items():
         for path in paths:

@@ -21,9 +21,7 @@ def code_path(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.arra
     return native.tokens_phrase(len(x)), formats, how
 
 
-def products(
-    x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None
-) -> tuple[mx.array, ...]:
+def products(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None) -> tuple[mx.array, ...]:
     """Compute ``Products`` for ``x`` in f32 and any number of vectors."""
     tokens = len(x)
     matrices = tuple(native.matrix(weight) for weight in weights)

@@ -51,7 +51,7 @@ _SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")
 
 @cache
 def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
-    """Return the kernels of the two dispatches, with or without a shared expert; ``tensor``: on NVIDIA's tensor cores."""
+    """Return the kernels of the two dispatches, with or without a shared expert, on tensor cores or not."""
     switches = {"WITH_SHARED_EXPERT": with_shared}
     gate_up = ["x", "slab", "rows", *(_SHARED_UP if with_shared else ())]
     down = ["hidden", "slab", "rows", "routing_weights", *(_SHARED_DOWN if with_shared else ())]

@@ -83,8 +83,8 @@ def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype
             partial(cases.gated_delta_net, geometry, tokens=5),
             partial(cases.attention, geometry, context=1000),
             partial(cases.attention, geometry, context=100, tokens=7),
-            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden),
-            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
+            partial(cases.quantized_matvec, geometry.hidden, geometry.hidden),
+            partial(cases.quantized_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
         ]
         for make in makers:
             yield name, partial(make, on_cpu=on_cpu)
