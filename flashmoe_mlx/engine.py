@@ -3,7 +3,6 @@
 import operator
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -14,33 +13,28 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.generation.generation import (
-    Generation,
-    Piece,
-    PrefillProgress,
-    Request,
-    checked_chunk,
-    checked_max_tokens,
-)
-from flashmoe_mlx.generation.logits import Logits
+from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
+from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompting import Messages, Tools, render_prompt
+from flashmoe_mlx.generation.request import PrefillProgress, Request, checked_chunk
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import PublishedSampling
+from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
-from flashmoe_mlx.moe.experts import RoutingObserver
+from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Generation", "Piece", "load"]
+__all__ = ["Engine", "Generation", "Piece", "Request", "load"]
 _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
@@ -82,7 +76,7 @@ def load(
     store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        prefetcher = make_prefetcher(prefetch, store, built.layers)
+        prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
         if prefetcher is not None:
             store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
         report = check_kernels(chosen, model_shapes(built))
@@ -141,8 +135,8 @@ class Engine:
         self.metrics = RunMetrics()
         """Measurements of the generation that was begun last; each ``Generation`` has its own."""
         self._tokenizer = tokenizer
-        self._prefetcher = prefetcher
-        self._runner = Runner(model, store, PhaseClock(profile), prefetcher)
+        self.runner = Runner(model, store, PhaseClock(profile), prefetcher)
+        """Runs several sequences together, for callers that schedule them."""
         self._guesses = Guesses()
         """Guesses about sequences that ``forward`` runs."""
 
@@ -164,13 +158,13 @@ class Engine:
         Raises:
             EngineBusyError: a forward pass is running.
         """
-        with self._runner.exclusive():
+        with self.runner.exclusive():
             self.store.close()
 
     @property
     def model(self) -> Model:
         """The model itself, for inspection."""
-        return self._runner.model
+        return self.runner.model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -192,9 +186,8 @@ class Engine:
         Raises:
             EngineBusyError: a forward pass is running.
         """
-        with self._runner.exclusive():
-            layers = [replace(layer, experts=replace(layer.experts, observer=observer)) for layer in self.model.layers]
-            self._runner.model = replace(self.model, layers=layers)
+        with self.runner.exclusive():
+            self.runner.observer = observer
 
     def stats(self) -> dict[str, Any]:
         """Return the measurements of the latest generation and the store's counters since opening, for JSON."""
@@ -206,7 +199,7 @@ class Engine:
 
     def new_cache(self) -> SequenceCache:
         """Return the state of a sequence that has not begun."""
-        return SequenceCache.empty(self.model.config)
+        return self.model.new_cache()
 
     def forward(self, token_ids: Sequence[SupportsIndex], cache: SequenceCache) -> Logits:
         """Compute the logits f32 [T, vocabulary] of ``token_ids`` after the tokens in ``cache``, which they join.
@@ -244,6 +237,9 @@ class Engine:
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
         prefill_chunk: int | None = None,
         raw: bool = False,
         system: str | None = None,
@@ -259,7 +255,7 @@ class Engine:
 
         Args:
             prompt: a user's message, or messages with "role" and "content".
-            max_tokens: most tokens to generate, those of the model's thinking included.
+            max_tokens: the largest number of tokens to generate, those of the model's thinking included.
             temperature: 0 for greedy decoding; None, here and below, for the value in the model's
                 generation_config.json. See ``SamplingOptions`` for this and the next six.
             top_p: as in ``SamplingOptions``.
@@ -269,7 +265,11 @@ class Engine:
             presence_penalty: as in ``SamplingOptions``.
             frequency_penalty: as in ``SamplingOptions``.
             seed: makes the draws repeatable.
-            prefill_chunk: tokens of the prompt that go through the model together; None for 1024.
+            stop: one text or several that end the answer and are not part of it.
+            logprobs: the number of alternatives to report for each token, with log probabilities; None for none.
+            logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each
+                returns changed logits.
+            prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
             raw: send a string without the chat template, and return the text without looking for thinking in it.
             system: as in ``render_prompt``, like the next three.
             tools: declarations of functions, in the form of the OpenAI API.
@@ -291,8 +291,6 @@ class Engine:
             presence_penalty=presence_penalty,
             frequency_penalty=frequency_penalty,
         )
-        chunk = checked_chunk(prefill_chunk)
-        checked_max_tokens(max_tokens)
         token_ids = self.encode(
             prompt,
             raw=raw,
@@ -301,9 +299,19 @@ class Engine:
             enable_thinking=enable_thinking,
             template_options=template_options,
         )
-        ends = frozenset[int]() if ignore_eos else self.tokenizer.eos_token_ids
-        request = Request(self._checked_tokens(token_ids, 0), max_tokens, sampling, seed, chunk, ends, not raw)
-        generation = Generation(self._runner, self.tokenizer, request, on_prefill, start)
+        request = Request(
+            prompt_ids=self._checked_tokens(token_ids, 0),
+            sampling=sampling,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop_ids=frozenset() if ignore_eos else self.tokenizer.eos_token_ids,
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=logprobs,
+            prefill_chunk=checked_chunk(prefill_chunk),
+            split_reasoning=not raw,
+            processors=tuple(logits_processors),
+        )
+        generation = Generation(self.runner, self.runner.begin(request, on_prefill, start), self.tokenizer)
         self.metrics = generation.metrics
         return generation
 
@@ -329,12 +337,11 @@ class Engine:
         )
         return self.tokenizer.encode(text)
 
-    def _forward(self, tokens: Sequence[int], cache: SequenceCache, decoding: bool) -> Logits:
-        with self._runner.exclusive():
+    def _forward(self, tokens: list[int], cache: SequenceCache, decoding: bool) -> Logits:
+        with self.runner.exclusive():
             if not cache.length:
                 self._guesses = Guesses()
-            hidden = self._runner.hidden(tokens, cache, self._guesses, decoding=decoding and cache.length > 0)
-            return self._runner.logits(hidden, cache)
+            return self.runner.logits(tokens, cache, self._guesses, decoding=decoding and cache.length > 0)
 
     def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:
         config = self.model.config

@@ -1,5 +1,6 @@
 """All backends serve the same model: the same tokens, whatever reads them; and what there is can be listed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from tiny_checkpoints import GEOMETRIES, write_checkpoint
 import flashmoe_mlx
 from flashmoe_mlx.backends import __path__ as backends_path
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.request import Request
+from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.pack.writer import pack_checkpoint
 from flashmoe_mlx.stores.registry import backend_names, backend_settings
 
@@ -72,6 +75,27 @@ def test_also_those_of_the_2_bit_variant(
     named = {} if backend == "pack2" else {"variant": "q2"}
     assert tokens(pack, backend, **named) == expected_q2
     assert expected_q2[1] != expected_q4[1]
+
+
+@pytest.mark.parametrize("backend", backends_but(""))
+def test_sequences_decoded_together_have_the_tokens_that_each_has_alone(
+    backend: str, pack: Path, checkpoint: Path
+) -> None:
+    folder = checkpoint if backend == "checkpoint" else pack
+    prompts = ([5, 17, 42, 8, 3, 99, 23], [64, 12], list(range(1, 40)))
+    with flashmoe_mlx.load(folder, backend, 3, **BUDGET.get(backend, {})) as engine:
+        runner = engine.runner
+
+        def answers(prompts: Sequence[list[int]]) -> list[list[int]]:
+            sequences = [runner.begin(Request(prompt, ChosenSampling(SamplingOptions()), 12)) for prompt in prompts]
+            with runner.exclusive():
+                for sequence in sequences:
+                    runner.prefill(sequence)
+                while all(sequence.finish_reason is None for sequence in sequences):
+                    runner.decode(sequences)
+            return [sequence.token_ids for sequence in sequences]
+
+        assert answers(prompts) == [answers([prompt])[0] for prompt in prompts]
 
 
 def test_one_file_and_one_yaml_each() -> None:

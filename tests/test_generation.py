@@ -20,7 +20,7 @@ from flashmoe_mlx import Generation
 from flashmoe_mlx.console.tables import metrics_lines
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import EngineBusyError, FlashMoeError, InputError
-from flashmoe_mlx.generation import generation as generation_module
+from flashmoe_mlx.generation import sequence as sequence_module
 from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.models.decoder import Model
@@ -109,7 +109,7 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
     """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
-    context = engine._runner.exclusive()
+    context = engine.runner.exclusive()
     assert isinstance(context, type(threading.Lock()))
     assert not context.locked()
 
@@ -208,7 +208,7 @@ def test_cancelling_in_the_prompt_ends_before_the_next_layer(
     pieces = list(generation)
     assert [(piece.text, piece.token_ids, piece.finish_reason) for piece in pieces] == [("", (), "cancelled")]
     assert fetched == [*range(TINY.num_layers), *range(layer)]
-    assert generation._cache.broken == (layer > 0)
+    assert generation._sequence.cache.broken == (layer > 0)
     stats = generation.stats()
     assert (stats["finish_reason"], stats["time_to_first_token"], stats["prefill"]["tokens"]) == ("cancelled", None, 4)
     assert next(iter(metrics_lines(stats))) == "interrupted before the first token"
@@ -282,9 +282,8 @@ def test_cancelled_text_is_not_lost(engine: Engine, monkeypatch: pytest.MonkeyPa
     def cancel(*_: object) -> None:
         generation.cancel()
 
-    monkeypatch.setattr(
-        generation._detokenizer, "add", lambda token, add=generation._detokenizer.add: (cancel(), add(token))[1]
-    )
+    detokenizer = generation._text._detokenizer
+    monkeypatch.setattr(detokenizer, "add", lambda token, add=detokenizer.add: (cancel(), add(token))[1])
     pieces += generation
     assert [piece.token_ids for piece in pieces] == [(0x61,), (0xC3,)]
     assert "".join(piece.text for piece in pieces) == "a\ufffd"
@@ -407,7 +406,7 @@ def test_bad_logits_are_refused_everywhere(
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """Let the model say ``tokens``."""
     said = iter(tokens)
-    monkeypatch.setattr(generation_module, "Sampler", lambda *_: lambda logits: next(said))
+    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(said))
 
 
 def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

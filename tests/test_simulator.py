@@ -100,7 +100,7 @@ def test_recording_sees_what_the_store_is_asked_for(recording: RoutingTrace, tin
         prompt = engine.encode(PROMPT)
         with recorded(engine) as recorder:
             again = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60))
-        assert all(layer.experts.observer is None for layer in engine.model.layers)
+        assert engine._runner.observer is None
     assert again == text
     other = recorder.trace(16, prompt)
     np.testing.assert_array_equal(other.experts, recording.experts)  # however the prompt is cut

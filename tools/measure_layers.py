@@ -21,6 +21,7 @@ import mlx.core as mx
 import flashmoe_mlx
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.research.estimate.probe import SIZES
 
 _BIG = replace(SIZES["large"], num_experts=16, experts_per_token=4, max_context=2048)
@@ -88,7 +89,7 @@ class Models:
                 for kernels in order:
                     layer, cache = engines[kernels].model.layers[number], caches[kernels].layers[number]
                     start = time.perf_counter()
-                    mx.eval(layer(x, cache, PhaseClock()))
+                    mx.eval(layer(x, cache, ForwardContext(PhaseClock())))
                     times[kernels].append(1e3 * (time.perf_counter() - start))
             ours, mlx = (statistics.median(times[kernels][10:]) for kernels in ("auto", "mlx"))
             yield f"| {title} | {self.k} | {ours:.2f} | {mlx:.2f} | {mlx / ours:.2f} |"

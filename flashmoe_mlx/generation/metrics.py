@@ -3,7 +3,7 @@
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -21,26 +21,21 @@ METRICS_VERSION = 1
 
 @dataclass
 class Stage:
-    """Measurements of prefill or decode: wall time in ``seconds``, and of each forward pass in ``steps``."""
+    """Measurements of prefill or decode of one sequence.
+
+    Attributes:
+        tokens: the number of tokens processed.
+        seconds: the wall time of all passes.
+        steps: the wall time of each pass, in seconds.
+        store: the store's counters over the passes.
+        phases: seconds by phase, as of ``PhaseClock``.
+    """
 
     tokens: int = 0
     seconds: float = 0.0
     steps: list[float] = field(default_factory=list)
     store: StoreStats = field(default_factory=StoreStats)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @contextmanager
-    def step(self, tokens: int, store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
-        """Count the enclosed code as one forward pass of ``tokens`` tokens; a pass that fails counts nothing."""
-        before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
-        yield
-        seconds = perf_counter() - start
-        self.tokens += tokens
-        self.seconds += seconds
-        self.steps.append(seconds)
-        self.store += store.stats() - before
-        for name, total in dict(clock.seconds).items():
-            self.phases[name] += total - phases.get(name, 0.0)
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
         """Return rates and counters; None where nothing was measured.
@@ -72,6 +67,29 @@ class Stage:
             "weights_gb_per_second": ratio(touched / 1e9, self.seconds),
             "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
         }
+
+
+@contextmanager
+def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
+    """Count the enclosed code as one forward pass; a pass that fails counts nothing.
+
+    Args:
+        stages: the stage of each sequence in the pass, with its number of tokens. The time and the store's counters of
+            a pass that several sequences share count in full for each of them.
+        store: the store whose counters are read.
+        clock: the clock whose phases are read.
+    """
+    before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
+    yield
+    seconds = perf_counter() - start
+    delta = store.stats() - before
+    for stage, tokens in stages:
+        stage.tokens += tokens
+        stage.seconds += seconds
+        stage.steps.append(seconds)
+        stage.store += delta
+        for name, total in clock.seconds.items():
+            stage.phases[name] += total - phases.get(name, 0.0)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.logits import (
     CountPenalty,
@@ -174,9 +174,18 @@ class PublishedSampling:
 
 
 class Sampler:
-    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens."""
+    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
 
-    def __init__(self, options: SamplingOptions, seed: int | None = None, prompt: Sequence[int] = ()) -> None:
+    ``processors`` change the logits after the penalties of ``options`` and before its temperature, as in transformers.
+    """
+
+    def __init__(
+        self,
+        options: SamplingOptions,
+        seed: int | None = None,
+        prompt: Sequence[int] = (),
+        processors: Sequence[LogitsProcessor] = (),
+    ) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise InputError(
                 f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time",
@@ -184,7 +193,7 @@ class Sampler:
             )
         self._options = options
         self._random = np.random.default_rng(seed)
-        self._processors = options.processors()
+        self._processors = [*options.processors(), *processors]
         self._prompt = prompt
         self._history: TokenHistory | None = None
 
@@ -192,7 +201,8 @@ class Sampler:
         """Return the next token for ``logits`` [vocabulary], and count it as generated.
 
         Raises:
-            FlashMoeError: no token can be chosen; see ``checked_logits``.
+            FlashMoeError: no token can be chosen; see ``checked_logits``. Code "no_token_left" if the logits
+                processors exclude every token.
         """
         logits = checked_logits(logits)
         if not self._processors:
@@ -202,6 +212,8 @@ class Sampler:
             self._history = TokenHistory(self._prompt, len(logits))
         for process in self._processors:
             scores = process(scores, self._history)
+        if not np.isfinite(scores.max()):
+            raise FlashMoeError("the logits processors leave no token to choose", code="no_token_left")
         token = self._drawn(scores)
         self._history.add(token)
         return token

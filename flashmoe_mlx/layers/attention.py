@@ -1,20 +1,22 @@
-"""Full attention of Qwen3.5: an output gate beside every query, q/k norms, rotary embedding of part of each head.
+"""Full attention of Qwen3.5: a gate beside every query, norms of queries and keys, rotation of a part of each head.
 
-Source: transformers ``Qwen3_5MoeAttention``. Position sections for images collapse to plain positions in text.
+Source: transformers ``Qwen3_5MoeAttention``. Position sections for images are plain positions in text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
-from flashmoe_mlx.layers.cache import AttentionCache
-from flashmoe_mlx.layers.linear import Linear, together
+from flashmoe_mlx.layers.cache import KVCache
+from flashmoe_mlx.layers.linear import Linear, project_all
+from flashmoe_mlx.layers.sequences import by_sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """One layer's weights; ``q_proj`` gives [query | gate] for each head."""
+    """The weights of one layer; ``q_proj`` gives [query | gate] for each head."""
 
     weights: AttentionWeights
     kernels: Kernels
@@ -23,13 +25,31 @@ class Attention:
     v_proj: Linear
     o_proj: Linear
 
-    def __call__(self, x: mx.array, cache: AttentionCache, before: mx.array) -> mx.array:
-        """[T, hidden] -> [T, hidden] after the tokens already in ``cache``, added to ``before``."""
-        length, weights = x.shape[0], self.weights
-        keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, x.dtype)
-        q_and_gate, k, v = together((self.q_proj, self.k_proj, self.v_proj), x)
+    def __call__(self, x: mx.array, caches: Sequence[KVCache], lengths: Sequence[int], residual: mx.array) -> mx.array:
+        """Attend from each token to the tokens of its sequence up to itself.
+
+        Args:
+            x: normalized hidden states [T, hidden] of the new tokens of all sequences, one sequence after the other.
+            caches: the cache of each sequence, which the new tokens join.
+            lengths: the number of new tokens of each sequence.
+            residual: [T, hidden], added to the result.
+
+        Returns:
+            [T, hidden].
+        """
+        projected = project_all((self.q_proj, self.k_proj, self.v_proj), x)
+        return self.o_proj(by_sequence(self._attend, projected, caches, lengths), residual)
+
+    def new_cache(self) -> KVCache:
+        """Return the cache of a sequence without tokens."""
+        return KVCache()
+
+    def _attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
+        """Attend within one sequence; all arrays are [T, ...] of its new tokens."""
+        length, weights = q_and_gate.shape[0], self.weights
+        keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
         y, cache.keys, cache.values = self.kernels.attention(
             AttentionInputs(q_and_gate, k, v, weights, keys, values, cache.length)
         )
         cache.length += length
-        return self.o_proj(y, before)
+        return y

@@ -1,27 +1,84 @@
-"""State of a sequence in every layer: keys and values, or the state of the recurrence."""
+"""The state of a sequence in every layer: keys and values of attention, or the state of a recurrence."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, Self
 
 import mlx.core as mx
 
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.errors import InputError
 
 _GROWTH = 256
+"""Tokens by which a KV cache grows."""
+
+
+class LayerCache(Protocol):
+    """The state of one sequence in one layer.
+
+    Kernels may update its arrays in place, so a second reference to an array is no copy; ``snapshot`` makes one.
+    """
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its arrays in bytes."""
+        ...
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether the latest tokens can be removed."""
+        ...
+
+    def arrays(self) -> list[mx.array]:
+        """Return its arrays, so that they can be evaluated."""
+        ...
+
+    def snapshot(self) -> Self:
+        """Return an independent copy."""
+        ...
+
+    def restore(self, snapshot: Self) -> None:
+        """Return to the state of ``snapshot``, which stays as it is."""
+        ...
+
+    def trim(self, length: int) -> None:
+        """Keep the first ``length`` tokens; only where ``can_trim``."""
+        ...
 
 
 @dataclass(slots=True)
-class AttentionCache:
-    """Keys and values of a full-attention layer, [1, kv heads, capacity, head dim], filled up to ``length``.
+class KVCache:
+    """Keys and values of an attention layer, [1, kv heads, capacity, head dim], of which ``length`` tokens are filled.
 
-    The capacity grows in steps of 256 tokens.
+    The capacity grows by 256 tokens at a time.
     """
 
     keys: mx.array | None = None
     values: mx.array | None = None
     length: int = 0
 
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes, unused capacity included."""
+        return sum(array.nbytes for array in self.arrays())
+
+    @property
+    def can_trim(self) -> bool:
+        """True: keys and values of the tokens that stay do not depend on later ones."""
+        return True
+
+    def arrays(self) -> list[mx.array]:
+        """Return the keys and the values, if there are any yet."""
+        return [array for array in (self.keys, self.values) if array is not None]
+
     def reserve(self, tokens: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Return both arrays with room for ``tokens`` more, evaluated when they are new: kernels write into them."""
+        """Return keys and values with room for ``tokens`` more; new arrays are evaluated, since kernels write to them.
+
+        Args:
+            tokens: the number of tokens to append.
+            kv_heads: heads of keys and values.
+            head_dim: the size of a head.
+            dtype: the type of new arrays.
+        """
         end = self.length + tokens
         if self.keys is None or self.values is None:
             self.keys, self.values = (_room(kv_heads, end, head_dim, dtype) for _ in range(2))
@@ -34,41 +91,143 @@ class AttentionCache:
             mx.eval(self.keys, self.values)
         return self.keys, self.values
 
+    def snapshot(self) -> "KVCache":
+        """Return a copy, without capacity that no token has reached."""
+        used = _rounded(self.length)
+        if self.keys is None or self.values is None:
+            return KVCache()
+        return KVCache(_copied(self.keys[:, :, :used]), _copied(self.values[:, :, :used]), self.length)
+
+    def restore(self, snapshot: "KVCache") -> None:
+        """Return to the state of ``snapshot``."""
+        copy = snapshot.snapshot()
+        self.keys, self.values, self.length = copy.keys, copy.values, copy.length
+
+    def trim(self, length: int) -> None:
+        """Keep the first ``length`` tokens; later ones are overwritten."""
+        self.length = length
+
 
 @dataclass(slots=True)
-class DeltaCache:
-    """Latest inputs of a convolution [kernel - 1, channels] and the recurrent state f32 [1, heads, Dv, Dk]."""
+class RecurrentState:
+    """The state of a GatedDeltaNet layer.
 
-    conv: mx.array | None = None
-    state: mx.array | None = None
+    Attributes:
+        conv_state: the latest inputs of the convolution, [kernel - 1, channels].
+        recurrent_state: f32 [1, heads, Dv, Dk].
+    """
+
+    conv_state: mx.array | None = None
+    recurrent_state: mx.array | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes, which does not depend on the number of tokens."""
+        return sum(array.nbytes for array in self.arrays())
+
+    @property
+    def can_trim(self) -> bool:
+        """False once there is a state: tokens cannot be taken out of a sum again."""
+        return self.recurrent_state is None
+
+    def arrays(self) -> list[mx.array]:
+        """Return both states, if there are any yet."""
+        return [array for array in (self.conv_state, self.recurrent_state) if array is not None]
+
+    def snapshot(self) -> "RecurrentState":
+        """Return a copy."""
+        if self.conv_state is None or self.recurrent_state is None:
+            return RecurrentState()
+        return RecurrentState(_copied(self.conv_state), _copied(self.recurrent_state))
+
+    def restore(self, snapshot: "RecurrentState") -> None:
+        """Return to the state of ``snapshot``."""
+        copy = snapshot.snapshot()
+        self.conv_state, self.recurrent_state = copy.conv_state, copy.recurrent_state
+
+    def trim(self, length: int) -> None:
+        """Do nothing: only an empty state can be trimmed."""
 
 
 @dataclass(slots=True)
 class SequenceCache:
-    """Caches of all layers; ``length`` is the number of tokens that went through them.
+    """The caches of all layers; ``length`` is the number of tokens that went through them.
 
-    Arrays inside are updated in place, so a copy needs copies of them. ``broken`` means that a pass failed or was
-    cancelled half-way: some layers have seen tokens that others have not.
+    ``broken`` means that a pass failed or was cancelled half-way: some layers have seen tokens that others have not.
     """
 
-    layers: list[AttentionCache | DeltaCache] = field(default_factory=list)
+    layers: Sequence[LayerCache] = field(default_factory=list)
     length: int = 0
     broken: bool = False
 
-    @classmethod
-    def empty(cls, config: ModelConfig) -> "SequenceCache":
-        """Return the caches of a sequence that has not begun."""
-        return cls([AttentionCache() if full else DeltaCache() for full in config.full_attention])
+    @property
+    def nbytes(self) -> int:
+        """The size of all layers in bytes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def can_trim(self) -> bool:
+        """Whether every layer can remove its latest tokens."""
+        return all(layer.can_trim for layer in self.layers)
 
     def arrays(self) -> list[mx.array]:
-        """Return every array in the caches, so that they can be evaluated together."""
-        found: list[mx.array | None] = []
+        """Return the arrays of all layers, so that they can be evaluated together."""
+        return [array for layer in self.layers for array in layer.arrays()]
+
+    def snapshot(self) -> "SequenceCache":
+        """Return an independent copy, with which the sequence can also be continued in another way.
+
+        Raises:
+            InputError: a pass over the sequence failed half-way; code "broken_sequence".
+        """
+        if self.broken:
+            raise InputError(
+                "a pass over this sequence failed half-way: it has no state to keep", code="broken_sequence"
+            )
+        copy = SequenceCache([layer.snapshot() for layer in self.layers], self.length)
+        mx.eval(copy.arrays())
+        return copy
+
+    def restore(self, snapshot: "SequenceCache") -> None:
+        """Return to the state of ``snapshot``, which stays as it is; a broken sequence is whole again."""
+        for layer, kept in zip(self.layers, snapshot.layers, strict=True):
+            layer.restore(kept)
+        mx.eval(self.arrays())
+        self.length, self.broken = snapshot.length, False
+
+    def trim(self, length: int) -> None:
+        """Keep the first ``length`` tokens.
+
+        Raises:
+            InputError: there are fewer tokens, or a layer cannot remove any; code "cannot_trim".
+        """
+        if not 0 <= length <= self.length or self.broken:
+            state = "is broken" if self.broken else f"has {self.length} tokens"
+            raise InputError(f"the sequence cannot be cut to {length} tokens: it {state}", code="cannot_trim")
+        if length == self.length:
+            return
+        if not self.can_trim:
+            raise InputError(
+                "a layer of this model keeps a recurrent state, which cannot lose tokens; restore a snapshot",
+                code="cannot_trim",
+            )
         for layer in self.layers:
-            found += (layer.keys, layer.values) if isinstance(layer, AttentionCache) else (layer.conv, layer.state)
-        return [array for array in found if array is not None]
+            layer.trim(length)
+        self.length = length
+
+
+def _rounded(tokens: int) -> int:
+    return -(-tokens // _GROWTH) * _GROWTH
 
 
 def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.array:
-    room = mx.contiguous(mx.zeros((1, kv_heads, -(-tokens // _GROWTH) * _GROWTH, head_dim), dtype))
+    room = mx.contiguous(mx.zeros((1, kv_heads, _rounded(tokens), head_dim), dtype))
     mx.eval(room)
     return room
+
+
+def _copied(array: mx.array) -> mx.array:
+    """Return a contiguous array in memory of its own; a selection is exact for every bit pattern."""
+    copy = mx.where(mx.array(True), array, array)
+    mx.eval(copy)
+    return copy

@@ -16,6 +16,7 @@ from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.parameters import Kind, quantisation_of, resident_parameters
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.stores.allocation import at_cache_lines
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -109,23 +110,23 @@ def build_model(
                 linear(f"{own}.in_proj_a"),
                 linear(f"{own}.out_proj"),
             )
-        experts = MixtureOfExperts(
-            layer,
-            experts_k,
-            kernels,
-            store,
+        router = Router(
             linear(f"{prefix}.mlp.gate"),
-            ExpertWeights(*(linear(f"{prefix}.mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))),
+            vectors[f"{prefix}.post_attention_layernorm.weight"],
+            config.rms_norm_eps,
+            experts_k,
             linear(f"{prefix}.mlp.shared_expert_gate"),
+            kernels.rms_norm,
+            on_host=store.layout.bits is not None and kernels.on_host is not None,
         )
+        shared = ExpertWeights(*(linear(f"{prefix}.mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down")))
         layers.append(
             DecoderLayer(
                 kernels,
                 config.rms_norm_eps,
                 vectors[f"{prefix}.input_layernorm.weight"],
                 mixer,
-                vectors[f"{prefix}.post_attention_layernorm.weight"],
-                experts,
+                MixtureOfExperts(layer, kernels, store, router, shared),
             )
         )
     embedding = linear("model.embed_tokens")

@@ -6,6 +6,7 @@ from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 from flashmoe_mlx.layers.attention import Attention
+from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 
@@ -19,11 +20,11 @@ def model_shapes(model: Model) -> ModelShapes:
         dtype=model.norm.dtype,
         hidden_size=model.norm.size,
         attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
-        delta=tuple(mixer.weights for mixer in mixers if not isinstance(mixer, Attention))[:1],
+        delta=tuple(mixer.weights for mixer in mixers if isinstance(mixer, GatedDeltaNet))[:1],
         projections=tuple(_projections(model)),
         experts=expert_format(first.store.layout),
         shared=tuple(shared.values()),
-        experts_k=first.experts_k,
+        experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
         slots=first.store.slots,
     )
@@ -40,10 +41,10 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     if isinstance(mixer, Attention):
         yield from _calls([mixer.q_proj, mixer.k_proj, mixer.v_proj])
         yield from _calls([mixer.o_proj], residual=True)
-    else:
+    elif isinstance(mixer, GatedDeltaNet):
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a])
         yield from _calls([mixer.out_proj], residual=True)
-    router = [layer.experts.gate, layer.experts.shared_expert_gate]
+    router = [layer.experts.router.gate, layer.experts.router.shared_gate]
     yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
     for linear in router:
         yield from _calls([linear])

@@ -1,19 +1,29 @@
 """The whole model: embedding, decoder layers, head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import Kernels
-from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import AttentionCache, DeltaCache, SequenceCache
-from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.cache import LayerCache, SequenceCache
 from flashmoe_mlx.layers.linear import Linear
-from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
-from flashmoe_mlx.moe.prefetch import Prefetcher
+
+
+class Mixer(Protocol):
+    """The part of a layer in which tokens of a sequence meet: attention, or a recurrence."""
+
+    def __call__(self, x: mx.array, caches: Sequence[Any], lengths: Sequence[int], residual: mx.array) -> mx.array:
+        """Mix new tokens of several sequences; see ``layers.attention.Attention``."""
+        ...
+
+    def new_cache(self) -> LayerCache:
+        """Return the cache of a sequence without tokens."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,36 +33,29 @@ class DecoderLayer:
     kernels: Kernels
     eps: float
     input_norm: mx.array
-    mixer: Attention | GatedDeltaNet
-    post_norm: mx.array
+    mixer: Mixer
     experts: MixtureOfExperts
 
     def __call__(
-        self,
-        x: mx.array,
-        cache: AttentionCache | DeltaCache,
-        clock: PhaseClock,
-        prefetcher: Prefetcher | None = None,
+        self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
     ) -> mx.array:
-        """Compute [T, hidden] from [T, hidden]; the end stays lazy."""
-        if prefetcher is not None:
-            prefetcher.begins(self.experts.layer, x)
+        """Compute [T, hidden] from [T, hidden]; the end stays lazy.
+
+        Args:
+            x: the residual of the new tokens of all sequences, one sequence after the other.
+            caches: the cache of each sequence in this layer.
+            lengths: the number of new tokens of each sequence.
+            context: shared by all layers of a pass.
+        """
+        clock = context.clock
+        if context.prefetcher is not None:
+            context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
-            x = self._mixed(x, cache)
+            x = self.mixer(self.kernels.rms_norm(x, self.input_norm, self.eps), caches, lengths, x)
         clock.settle("attention", x)
-        with clock.computing("experts"):
-            normed = self.kernels.rms_norm(x, self.post_norm, self.eps)
-        x = self.experts(normed, x, clock, prefetcher)
+        x = self.experts(x, context)
         clock.settle("experts", x)
         return x
-
-    def _mixed(self, x: mx.array, cache: AttentionCache | DeltaCache) -> mx.array:
-        normed = self.kernels.rms_norm(x, self.input_norm, self.eps)
-        if isinstance(self.mixer, Attention):
-            assert isinstance(cache, AttentionCache)
-            return self.mixer(normed, cache, x)
-        assert isinstance(cache, DeltaCache)
-        return self.mixer(normed, cache, x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,29 +69,40 @@ class Model:
     norm: mx.array
     head: Linear
     touched_bytes: int
-    """Size of the resident weights that every pass reads: all but an embedding that is not the head as well."""
+    """The size of the resident weights that every pass reads: all but an embedding that is not also the head."""
+
+    def new_cache(self) -> SequenceCache:
+        """Return the caches of a sequence without tokens."""
+        return SequenceCache([layer.mixer.new_cache() for layer in self.layers])
 
     def forward(
-        self,
-        token_ids: Sequence[int],
-        cache: SequenceCache,
-        clock: PhaseClock,
-        prefetcher: Prefetcher | None = None,
-        before_layer: Callable[[int], None] | None = None,
+        self, token_ids: Sequence[Sequence[int]], caches: Sequence[SequenceCache], context: ForwardContext
     ) -> mx.array:
-        """Compute the hidden states [T, hidden], before the final norm, of tokens that follow those in ``cache``.
+        """Compute the hidden states [T, hidden], before the final norm, of new tokens of one or several sequences.
 
-        ``before_layer`` is called with the index of each layer before it runs and may raise to end the pass; a pass
-        that ended after its first layer began leaves ``cache.broken`` set.
+        A pass that ends after its first layer began, by an error or by ``context.before_layer``, leaves
+        ``broken`` set in all ``caches``.
+
+        Args:
+            token_ids: the new tokens of each sequence, T in all.
+            caches: the caches of each sequence, which its new tokens join.
+            context: the clock, the prefetcher and the observers of the pass.
+
+        Returns:
+            One row for each token, one sequence after the other; lazy at its end.
         """
-        x = self.embedding.rows(mx.array(list(token_ids), mx.uint32), self.norm.dtype)
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            if before_layer is not None:
-                before_layer(index)
-            cache.broken = True
-            x = layer(x, layer_cache, clock, prefetcher)
-        cache.broken = False
-        cache.length += len(token_ids)
+        lengths = [len(tokens) for tokens in token_ids]
+        joined = mx.array([token for tokens in token_ids for token in tokens], mx.uint32)
+        x = self.embedding.rows(joined, self.norm.dtype)
+        for index, layer in enumerate(self.layers):
+            if context.before_layer is not None:
+                context.before_layer(index)
+            for cache in caches:
+                cache.broken = True
+            x = layer(x, [cache.layers[index] for cache in caches], lengths, context)
+        for cache, length in zip(caches, lengths, strict=True):
+            cache.broken = False
+            cache.length += length
         return x
 
     def logits(self, hidden: mx.array) -> mx.array:

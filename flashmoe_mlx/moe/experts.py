@@ -4,7 +4,7 @@ Source: transformers ``Qwen3_5MoeSparseMoeBlock``: softmax over all experts, the
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -16,73 +16,61 @@ from flashmoe_mlx.custom_kernels.routed_experts import cpu, gpu
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
 from flashmoe_mlx.formats.components import record_views
 from flashmoe_mlx.formats.record import RecordLayout
-from flashmoe_mlx.layers.linear import Linear, together
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.moe.prefetch import Prefetcher
+from flashmoe_mlx.moe.context import ForwardContext
+from flashmoe_mlx.moe.router import Router, Routing
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
-
-RoutingObserver = Callable[[int, npt.NDArray[np.uint32]], None]
-"""Told of every layer's choices: the layer, and the experts [T, K] of each token, ascending."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """One layer's resident weights and the store with the others."""
+    """One layer's MoE block: router, shared expert, and the store that serves its routed experts."""
 
     layer: int
-    experts_k: int
     kernels: Kernels
     store: ExpertStore
-    gate: Linear
+    router: Router
     shared: ExpertWeights
-    shared_expert_gate: Linear
-    observer: RoutingObserver | None = None
 
-    def __call__(
-        self, x: mx.array, residual: mx.array, clock: PhaseClock, prefetcher: Prefetcher | None = None
-    ) -> mx.array:
-        """[T, hidden], added to ``residual``, which is ``x`` before its norm.
+    def __call__(self, residual: mx.array, context: ForwardContext) -> mx.array:
+        """Return the residual stream [T, hidden] plus the output of its experts.
 
-        Evaluates the router's choice, reads those experts, and leaves the rest lazy.
-
-        With a ``prefetcher`` the store is told which experts the next layer may want.
+        Evaluates the router's choice, reads the chosen experts, and leaves the rest lazy.
         """
+        clock, prefetcher = context.clock, context.prefetcher
         form = expert_format(self.store.layout)
-        on_host = form is not None and self.kernels.on_host is not None
+        with clock.computing("experts"):
+            x = self.router.normalize(residual)
         guess = None if prefetcher is None else prefetcher.guess(self.layer, residual)
-        wanted = () if guess is None else (guess,)
-        if on_host:
-            with clock.computing("router_wait"):
-                indices, shares = self._routed_on_host(x)
-                mx.eval(*wanted)
-        else:
-            chosen, weights = self.route(x)
-            clock.evaluate("router_wait", chosen, weights, *wanted)
-            indices = np.array(chosen)
-        if self.observer is not None:
-            self.observer(self.layer, indices)
+        routing = self.router.route(x, clock, *(() if guess is None else (guess,)))
+        indices = routing.experts
+        if context.observer is not None:
+            context.observer(self.layer, indices)
 
         def fetched() -> None:  # the experts of this layer are there, and nothing was computed with the last of them
             if prefetcher is not None:
                 with clock.phase("io"):
                     prefetcher.chosen(self.layer, indices, guess)
 
-        if on_host:
-            assert form is not None
-            return self._on_host(x, residual, indices, shares, form, clock, fetched)
-        y = self._combined(x, indices, weights, form, clock)
+        if form is not None and self.kernels.on_host is not None:
+            return self._on_host(x, residual, routing, form, clock, fetched)
+        y = self._combined(x, indices, routing.weights, routing.shared_weight, form, clock)
         fetched()
         return residual + y
+
+    def with_store(self, store: ExpertStore, experts_k: int) -> "MixtureOfExperts":
+        """Return this block with ``experts_k`` routed experts for each token, served by ``store``."""
+        return replace(self, store=store, router=replace(self.router, experts_k=experts_k))
 
     def _combined(
         self,
         x: mx.array,
         indices: npt.NDArray[np.uint32],
         weights: mx.array,
+        shared_share: mx.array,
         form: ExpertFormat | None,
         clock: PhaseClock,
     ) -> mx.array:
-        shared_share = mx.sigmoid(self.shared_expert_gate(x))
         if form is not None and self.kernels.takes_routed(len(x), form, x.dtype):
             return self._in_place(x, indices, weights, shared_share, form, clock)
         if form is not None and self.kernels.dense_experts is not None:
@@ -91,32 +79,11 @@ class MixtureOfExperts:
             y = self._by_expert(x, indices, weights, clock)
         return y + shared_share * self.kernels.expert_mlp(x, self.shared)
 
-    def route(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """The experts of each token, int [T, K], and their weights, f32 [T, K], which sum to 1."""
-        scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
-        # In ascending order, so that a token's sum does not depend on how its prompt was cut into chunks.
-        chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
-        weights = mx.take_along_axis(scores, chosen, axis=-1)
-        return chosen, weights / weights.sum(-1, keepdims=True)
-
-    def _routed_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-        """As ``route``, with the shared expert's share as the last weight: [T, K + 1]. MLX starts a thread's work for
-        each of these operations, which takes longer than they do.
-        """
-        scores, shared = (np.array(one, np.float32) for one in together((self.gate, self.shared_expert_gate), x))
-        chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
-        weights = np.take_along_axis(scores, chosen, axis=-1)
-        weights = np.exp(weights - weights.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        share = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
-        return chosen.astype(np.uint32), np.concatenate([weights, share], axis=-1)
-
     def _on_host(
         self,
         x: mx.array,
         residual: mx.array,
-        chosen: npt.NDArray[np.uint32],
-        shares: npt.NDArray[np.float32],
+        routing: Routing,
         form: ExpertFormat,
         clock: PhaseClock,
         fetched: Callable[[], None],
@@ -124,15 +91,16 @@ class MixtureOfExperts:
         """All experts of any number of tokens, from where the CPU sees them; computes at once."""
         assert self.kernels.on_host is not None
         joined = cpu.can_fuse_shared_expert(self.shared)
-        y = residual if joined else residual + mx.array(shares[:, -1:]) * self.kernels.expert_mlp(x, self.shared)
-        shared, weights = None, mx.array(shares[:, :-1])
+        chosen = routing.experts
+        y = residual if joined else residual + routing.shared_weight * self.kernels.expert_mlp(x, self.shared)
+        shared, weights = None, routing.weights
         groups = list(self._groups(chosen))
         for group in groups:
             batch = self._fetch(group, clock)
             if group is groups[-1]:
                 fetched()
                 if joined:  # last, so that sums do not depend on the number of slots
-                    shared, weights = self.shared, mx.array(shares)
+                    shared, weights = self.shared, routing.all_weights
             rows = np.full(int(chosen.max()) + 1, -1, np.int32)
             rows[group] = np.arange(len(group))
             with clock.computing("experts"):

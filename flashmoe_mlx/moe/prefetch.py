@@ -1,33 +1,34 @@
-"""Guess which experts the next layer will choose, and tell the store, so that it can read while this layer computes.
+"""Guess which experts the next layer will choose, and hint them to the store, which reads while this layer computes.
 
-A guess never changes what is computed. Guesses are made while decoding: a prompt asks for most experts anyway.
+A guess never changes results. Guesses are made while decoding: a prompt uses most experts anyway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from itertools import zip_longest
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.stores.contract import ExpertStore
 
-if TYPE_CHECKING:
-    from flashmoe_mlx.models.decoder import DecoderLayer
-
 POLICIES = ("none", "previous_token", "next_router", "early_router")
+
+Likely = Sequence[Sequence[int]]
+"""Experts that a layer may choose for each sequence, the likeliest first."""
 
 
 @dataclass
 class Guesses:
-    """Guesses about one sequence: their counts, and the state from which the next ones are made."""
+    """Guesses for one sequence: their counts, and the state from which the next guesses are made."""
 
     predicted: int = 0
     """Experts that were hinted before a layer of a decode step chose."""
-    right: int = 0
-    """Experts among them that the layer then chose."""
+    correct: int = 0
+    """Hinted experts that the layer then chose."""
     hinted: dict[int, frozenset[int]] = field(default_factory=dict, repr=False)
     """Experts hinted for each layer that has not chosen since."""
     last: dict[int, Sequence[int]] = field(default_factory=dict, repr=False)
@@ -35,27 +36,33 @@ class Guesses:
 
     def to_json(self) -> dict[str, float | None]:
         """Return both counts and their ratio, which is None without a guess."""
-        accuracy = self.right / self.predicted if self.predicted else None
-        return {"predicted": self.predicted, "right": self.right, "accuracy": accuracy}
+        accuracy = self.correct / self.predicted if self.predicted else None
+        return {"predicted": self.predicted, "right": self.correct, "accuracy": accuracy}
 
 
 class Prefetcher:
     """Hints experts of the following layer to ``store``.
 
-    Before every forward pass ``begin_pass`` names the sequence and the phase: only decode steps are guessed and
-    counted, however many tokens a pass has. ``DecoderLayer`` and ``MixtureOfExperts`` report every layer: ``begins``,
-    ``guess`` before the router's choice is evaluated, and ``chosen`` when the experts of this layer are in their slots.
+    ``begin_pass`` names the sequences of each forward pass and its phase. Only decode steps are guessed and counted.
+    ``DecoderLayer`` and ``MixtureOfExperts`` report every layer: ``begins``, ``guess`` before the router's choice is
+    evaluated, and ``chosen`` when the experts of this layer are in their slots.
     """
 
     def __init__(self, store: ExpertStore, num_layers: int) -> None:
         self._store = store
         self._num_layers = num_layers
-        self._guesses = Guesses()
+        self._sequences: Sequence[Guesses] = (Guesses(),)
         self._decoding = False
 
-    def begin_pass(self, guesses: Guesses, decoding: bool) -> None:
-        """Begin a forward pass of the sequence that ``guesses`` belongs to; ``decoding``: it is a decode step."""
-        self._guesses = guesses
+    def begin_pass(self, sequences: Sequence[Guesses], decoding: bool) -> None:
+        """Begin a forward pass.
+
+        Args:
+            sequences: the guesses of each sequence in the pass. In a decode step, row i of every array [T, ...]
+                belongs to sequence i. A prefill has one sequence, and its last row is the latest token.
+            decoding: whether the pass is a decode step.
+        """
+        self._sequences = sequences
         self._decoding = decoding
 
     def begins(self, layer: int, x: mx.array) -> None:
@@ -64,94 +71,97 @@ class Prefetcher:
             self._hint(layer, self._likely_now(layer, x))
 
     def guess(self, layer: int, x: mx.array) -> mx.array | None:
-        """Guess, lazily, the experts [K] of the layer after ``layer``, from the residual ``x`` [T, hidden]."""
+        """Guess, lazily, the experts [T, K] of the layer after ``layer``, from the residual ``x`` [T, hidden]."""
         return self._guess(layer, x) if self._decoding else None
 
     def chosen(self, layer: int, experts: npt.NDArray[np.uint32], guess: mx.array | None) -> None:
         """Take the ``experts`` [T, K] that ``layer`` chose; ``guess`` came from ``guess`` and is evaluated."""
-        mine = experts[-1].tolist()
-        self._guesses.last[layer] = mine
-        hinted = self._guesses.hinted.pop(layer, frozenset())
-        if not self._decoding:
-            return
-        self._guesses.predicted += len(hinted)
-        self._guesses.right += len(hinted.intersection(mine))
-        following = (layer + 1) % self._num_layers
-        self._hint(following, self._likely(following, guess))
+        latest = experts if self._decoding else experts[-1:]
+        for guesses, chosen in zip(self._sequences, latest.tolist(), strict=True):
+            guesses.last[layer] = chosen
+            hinted = guesses.hinted.pop(layer, frozenset())
+            if self._decoding:
+                guesses.predicted += len(hinted)
+                guesses.correct += len(hinted.intersection(chosen))
+        if self._decoding:
+            following = (layer + 1) % self._num_layers
+            self._hint(following, self._likely(following, guess))
 
-    def _hint(self, layer: int, likely: Sequence[int]) -> None:
-        if likely:
-            self._guesses.hinted[layer] = frozenset(likely)
-            self._store.prefetch(layer, likely)
+    def _hint(self, layer: int, likely: Likely) -> None:
+        """Hint the union over all sequences, by rank: first the likeliest expert of each sequence."""
+        union = _by_rank(likely)
+        if union:
+            for guesses, experts in zip(self._sequences, likely, strict=True):
+                guesses.hinted[layer] = frozenset(experts)
+            self._store.prefetch(layer, union)
 
-    def _likely_now(self, layer: int, x: mx.array) -> Sequence[int]:  # noqa: ARG002  # a policy may guess here
-        """Experts that ``layer`` itself may choose, the likeliest first, from the residual ``x`` it begins with."""
+    def _likely_now(self, layer: int, x: mx.array) -> Likely:  # noqa: ARG002  # a policy may guess here
+        """Guess which experts ``layer`` itself will choose, from the residual ``x`` that it begins with."""
         return ()
 
     def _guess(self, layer: int, x: mx.array) -> mx.array | None:  # noqa: ARG002  # a policy may guess here
         return None
 
-    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002  # or here
-        """Experts that the layer ``following`` may choose, the likeliest first; ``guess`` is that of ``_guess``."""
+    def _likely(self, following: int, guess: mx.array | None) -> Likely:  # noqa: ARG002  # a policy may guess here
+        """Guess which experts the layer ``following`` will choose; ``guess`` is the result of ``_guess``."""
         return ()
 
 
 class PreviousToken(Prefetcher):
     """Guesses that every layer chooses the same experts as for the token before."""
 
-    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
-        return self._guesses.last.get(following, ())
+    def _likely(self, following: int, guess: mx.array | None) -> Likely:  # noqa: ARG002
+        return [guesses.last.get(following, ()) for guesses in self._sequences]
 
 
 class NextRouter(Prefetcher):
     """Guesses by applying layer L+1's router to layer L's residual.
 
-    Between the two lie layer L's experts and layer L+1's mixer. After the last layer comes the first one of a token
-    that is not known yet: no guess.
+    The residual still lacks layer L's experts and layer L+1's mixer. The last layer is followed by the first layer of a
+    token that is not known yet: no guess.
     """
 
-    def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
-        super().__init__(store, len(layers))
-        self._layers = layers
+    def __init__(self, store: ExpertStore, routers: Sequence[Router]) -> None:
+        super().__init__(store, len(routers))
+        self._routers = routers
 
     def _guess(self, layer: int, x: mx.array) -> mx.array | None:
         if layer + 1 == self._num_layers:
             return None
-        following = self._layers[layer + 1]
-        scores = following.experts.gate(mx.fast.rms_norm(x, following.post_norm, following.eps))[0]
-        return mx.argsort(-scores)[: following.experts.experts_k]
+        following = self._routers[layer + 1]
+        return mx.argsort(-following.scores(x), axis=-1)[:, : following.experts_k]
 
-    def _likely(self, following: int, guess: mx.array | None) -> Sequence[int]:  # noqa: ARG002
-        return [] if guess is None else np.array(guess).tolist()
+    def _likely(self, following: int, guess: mx.array | None) -> Likely:  # noqa: ARG002
+        return () if guess is None else np.array(guess).tolist()
 
 
 class EarlyRouter(Prefetcher):
     """Guesses by applying a layer's router to the residual before the layer's mixer.
 
-    Nearer to the choice than ``NextRouter``, and so right more often; only the mixer's time is left to read in. The
-    guess is evaluated at once, one more synchronization a layer: made for CPUs.
+    The guess is closer to the choice than the guess of ``NextRouter`` and more often correct, but reads have only the
+    mixer's time. It is evaluated at once, one more synchronization for each layer: made for CPUs.
     """
 
-    def __init__(self, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> None:
-        super().__init__(store, len(layers))
-        self._layers = layers
+    def __init__(self, store: ExpertStore, routers: Sequence[Router]) -> None:
+        super().__init__(store, len(routers))
+        self._routers = routers
 
-    def _likely_now(self, layer: int, x: mx.array) -> Sequence[int]:
-        own = self._layers[layer]
-        scores = own.experts.gate(own.kernels.rms_norm(x, own.post_norm, own.eps))[0]
+    def _likely_now(self, layer: int, x: mx.array) -> Likely:
+        router = self._routers[layer]
+        scores = np.array(router.scores(x))
         # Not by MLX, where evaluating a sort takes longer than the product.
-        likely: list[int] = np.argsort(-np.array(scores.astype(mx.float32)))[: own.experts.experts_k].tolist()
+        likely: list[list[int]] = np.argsort(-scores, axis=-1)[:, : router.experts_k].tolist()
         return likely
 
 
 def check_policy(policy: str) -> None:
-    """Raise InputError unless there is such a policy."""
+    """Raise InputError unless ``policy`` is in ``POLICIES``."""
     if policy not in POLICIES:
         raise InputError(f"prefetch={policy}: no such policy; there are {', '.join(POLICIES)}")
 
 
-def make_prefetcher(policy: str, store: ExpertStore, layers: Sequence["DecoderLayer"]) -> Prefetcher | None:
-    """Make the prefetcher of ``policy``; None for "none".
+def make_prefetcher(policy: str, store: ExpertStore, routers: Sequence[Router]) -> Prefetcher | None:
+    """Make the prefetcher of ``policy`` for the ``routers`` of all layers; None for "none".
 
     Raises:
         InputError: there is no such policy.
@@ -160,5 +170,10 @@ def make_prefetcher(policy: str, store: ExpertStore, layers: Sequence["DecoderLa
     if policy == "none":
         return None
     if policy == "previous_token":
-        return PreviousToken(store, len(layers))
-    return NextRouter(store, layers) if policy == "next_router" else EarlyRouter(store, layers)
+        return PreviousToken(store, len(routers))
+    return NextRouter(store, routers) if policy == "next_router" else EarlyRouter(store, routers)
+
+
+def _by_rank(likely: Iterable[Sequence[int]]) -> list[int]:
+    ranks = zip_longest(*likely)
+    return list(dict.fromkeys(expert for rank in ranks for expert in rank if expert is not None))

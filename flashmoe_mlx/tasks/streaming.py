@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flashmoe_mlx.console.output import console, literal_console, show
 from flashmoe_mlx.console.streams import OutputError, print_answer
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.generation.generation import Piece
 from flashmoe_mlx.generation.prompting import load_tools
+from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.tasks.keys import GenerationConfig
 

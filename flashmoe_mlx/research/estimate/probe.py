@@ -26,13 +26,13 @@ from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.logits import checked_logits
-from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -283,8 +283,8 @@ class _Run:
 
     def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
         self._model, self._store, self._cold = model, store, cold
-        self._cache = SequenceCache.empty(model.config)
-        self._clock = PhaseClock()
+        self._cache = model.new_cache()
+        self._context = ForwardContext(PhaseClock())
         self._random = np.random.default_rng(0)
         self.config = model.config
         self.seconds: list[float] = []
@@ -300,7 +300,7 @@ class _Run:
         token = int(self._random.integers(self._model.config.vocab_size))
         before = self._store.stats().fetch_seconds
         start = time.perf_counter()
-        hidden = self._model.forward([token], self._cache, self._clock)
+        hidden = self._model.forward([[token]], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)
@@ -332,7 +332,5 @@ def _memory_rate() -> float:
 
 def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
     """Return ``model`` with routed experts from ``store``, ``experts_k`` a token; weights are shared."""
-    layers = [
-        replace(layer, experts=replace(layer.experts, store=store, experts_k=experts_k)) for layer in model.layers
-    ]
+    layers = [replace(layer, experts=layer.experts.with_store(store, experts_k)) for layer in model.layers]
     return replace(model, layers=layers)

@@ -1,0 +1,30 @@
+"""The objects that accompany a forward pass through all layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.moe.prefetch import Prefetcher
+
+RoutingObserver = Callable[[int, npt.NDArray[np.uint32]], None]
+"""Receives each layer's index and the experts [T, K] that its router chose, ascending for each token."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardContext:
+    """What one forward pass reports to, and what may end it.
+
+    Attributes:
+        clock: measures the phases of the pass.
+        prefetcher: hints experts to the store; its ``begin_pass`` was called for this pass.
+        observer: receives the routing of each layer.
+        before_layer: receives the index of each layer before the layer runs; may raise to end the pass.
+    """
+
+    clock: PhaseClock
+    prefetcher: Prefetcher | None = None
+    observer: RoutingObserver | None = None
+    before_layer: Callable[[int], None] | None = None

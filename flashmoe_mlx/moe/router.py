@@ -1,0 +1,96 @@
+"""The router: the choice of experts for each token, and their routing weights.
+
+Source: transformers ``Qwen3_5MoeTopKRouter``: softmax over all experts, the K largest, renormalized.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.layers.linear import Linear, project_all
+from flashmoe_mlx.layers.phases import PhaseClock
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The experts of T tokens and their routing weights.
+
+    Attributes:
+        experts: [T, K], ascending for each token, so that a token's sum does not depend on its prompt's chunks.
+        weights: f32 [T, K]; the weights of a token sum to 1.
+        shared_weight: [T, 1], the weight of the shared expert.
+        all_weights: f32 [T, K + 1], ``weights`` and then ``shared_weight``.
+    """
+
+    experts: npt.NDArray[np.uint32]
+    weights: mx.array
+    shared_weight: mx.array
+    all_weights: mx.array
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """One layer's router, with the norm before it and the gate of the shared expert.
+
+    Attributes:
+        gate: scores [T, experts] of normalized hidden states.
+        norm: factors [hidden] of the norm before the MoE block.
+        eps: of that norm.
+        experts_k: routed experts for each token.
+        shared_gate: the logit of the shared expert's weight.
+        rms_norm: an implementation of the norm.
+        on_host: choose by NumPy. Kernels for CPUs have computed the scores already, and MLX starts a thread's work for
+            each further operation, which takes longer than the operation.
+    """
+
+    gate: Linear
+    norm: mx.array
+    eps: float
+    experts_k: int
+    shared_gate: Linear
+    rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
+    on_host: bool = False
+
+    def normalize(self, residual: mx.array) -> mx.array:
+        """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
+        return self.rms_norm(residual, self.norm, self.eps)
+
+    def scores(self, residual: mx.array) -> mx.array:
+        """Compute the scores f32 [T, experts] that this router would give the residual stream [T, hidden]."""
+        return self.gate(self.normalize(residual)).astype(mx.float32)
+
+    def route(self, x: mx.array, clock: PhaseClock, *also: mx.array) -> Routing:
+        """Choose experts for normalized hidden states ``x`` [T, hidden], and wait for the choice.
+
+        ``also`` is evaluated in the same wait.
+        """
+        if self.on_host:
+            with clock.computing("router_wait"):
+                experts, all_weights = self.choose_on_host(x)
+                mx.eval(*also)
+            all_on_device = mx.array(all_weights)
+            return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
+        chosen, weights = self.choose(x)
+        clock.evaluate("router_wait", chosen, weights, *also)
+        shared = mx.sigmoid(self.shared_gate(x))
+        return Routing(np.array(chosen), weights, shared, mx.concatenate([weights, shared.astype(mx.float32)], axis=-1))
+
+    def choose(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """Choose experts lazily: uint32 [T, K] and their weights, f32 [T, K]."""
+        scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
+        chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
+        weights = mx.take_along_axis(scores, chosen, axis=-1)
+        return chosen, weights / weights.sum(-1, keepdims=True)
+
+    def choose_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
+        """Choose experts at once: [T, K] and all weights [T, K + 1], the shared expert's last."""
+        scores, shared = (np.array(logits, np.float32) for logits in project_all((self.gate, self.shared_gate), x))
+        chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
+        weights = np.take_along_axis(scores, chosen, axis=-1)
+        weights = np.exp(weights - weights.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        shared_weight = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
+        return chosen.astype(np.uint32), np.concatenate([weights, shared_weight], axis=-1)
