@@ -22,7 +22,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
-from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts_gpu
+from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
@@ -42,34 +42,33 @@ class Kernels:
         attention: an implementation of ``attention.reference.gated_attention``.
         gated_delta_net: an implementation of ``gated_delta_net.reference.gated_delta_net``.
         expert_mlp: an implementation of ``expert_mlp.reference.expert_mlp``.
-        routed_experts: an implementation of ``routed_experts.reference.routed_experts``, for the calls that
-            ``takes_routed`` allows.
-        takes_routed: whether ``routed_experts`` serves this number of tokens of these experts. Where it does not, the
-            model dequantizes several experts at a time (``dense_experts``) or, where that is None, applies
-            ``expert_mlp`` to each expert.
         products: products with resident matrices.
         rms_norm: x / rms(x) * weight.
         implementations: the implementation of every operation, by name.
         names: names of the implementations that run where none of our kernels does, by operation.
-        dense_experts: an implementation of ``dense_experts.reference.dense_experts``, or None.
-        on_host: an implementation of ``routed_experts.cpu.routed_experts`` for any number of tokens, in place of
-            ``routed_experts`` and ``dense_experts``; None where the GPU reads the experts.
-        any_scales: whether ``products`` accepts scales and biases of any type.
+        routed_experts_cpu: an implementation of ``routed_experts.cpu.routed_experts`` for any number of tokens; None
+            without the C++ extension, and where a GPU computes.
+        routed_experts_gpu: an implementation of ``routed_experts.reference.routed_experts`` for a few tokens; None
+            without a kernel.
+        most_gpu_tokens: most tokens for which ``routed_experts_gpu`` is the best choice.
+        dense_experts: an implementation of ``dense_experts.reference.dense_experts`` for more tokens; None without a
+            kernel.
+        accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         note: a message for the user about the choice, or None.
     """
 
     attention: Callable[[AttentionInputs], tuple[mx.array, mx.array, mx.array]]
     gated_delta_net: Callable[[DeltaInputs], tuple[mx.array, mx.array, mx.array]]
     expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
-    routed_experts: Callable[..., mx.array]
-    takes_routed: Callable[[int, ExpertFormat | None, mx.Dtype], bool]
     products: Products
     rms_norm: Callable[[mx.array, mx.array, float], mx.array]
     implementations: Mapping[str, Callable[..., Any]]
     names: Mapping[str, str]
+    routed_experts_cpu: Callable[..., mx.array] | None = None
+    routed_experts_gpu: Callable[..., mx.array] | None = None
+    most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
-    on_host: Callable[..., mx.array] | None = None
-    any_scales: bool = False
+    accepts_any_scale_dtype: bool = False
     note: str | None = None
 
 
@@ -107,15 +106,15 @@ def choose(preference: str) -> Kernels:
         attention=chosen["attention"],
         gated_delta_net=chosen["gated_delta_net"],
         expert_mlp=chosen["expert_mlp"],
-        routed_experts=chosen["routed_experts"],
-        takes_routed=_few_tokens if on_gpu else _never,
         products=chosen["quantized_matvec"] if on_cpu else one_by_one(chosen["quantized_matvec"]),
         rms_norm=chosen["rms_norm"],
         implementations=chosen,
         names={name: runs for operation in found.values() for name, runs in operation.names(target).items()},
-        dense_experts=chosen["dense_experts"] if target == "cuda" else None,
-        on_host=chosen["routed_experts"] if on_cpu else None,
-        any_scales=on_cpu,
+        routed_experts_cpu=chosen["routed_experts"] if on_cpu else None,
+        routed_experts_gpu=chosen["routed_experts"] if on_gpu else None,
+        most_gpu_tokens=most_tokens() if on_gpu else 0,
+        dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
+        accepts_any_scale_dtype=on_cpu,
         note=note,
     )
 
@@ -136,14 +135,6 @@ def _target(preference: str) -> Target:
     if preference == "mlx":
         return "mlx"
     return dialect() or ("fallback" if native.extension() is None else "cpu")
-
-
-def _few_tokens(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:
-    return form is not None and tokens <= routed_experts_gpu.most_tokens() and routed_experts_gpu.supports(form, dtype)
-
-
-def _never(tokens: int, form: ExpertFormat | None, dtype: mx.Dtype) -> bool:  # noqa: ARG001
-    return False
 
 
 __all__ = [

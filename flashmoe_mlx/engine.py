@@ -73,7 +73,7 @@ def load(
     sampling = PublishedSampling.load(files.folder)
     dtype = activation_type()
     mx.reset_peak_memory()
-    store, settings = open_store(files, backend, backend_options, chosen.on_host is not None)
+    store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
     try:
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])

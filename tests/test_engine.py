@@ -19,7 +19,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_experts
 from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.moe.experts import expert_weights
+from flashmoe_mlx.moe.by_expert import expert_weights
 from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
 
 PROMPT = "Hello, store"

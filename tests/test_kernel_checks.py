@@ -293,7 +293,7 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
     monkeypatch.setattr(CheckedKernel, "_disagreement", lambda *_: None)
     with flashmoe_mlx.load(tiny_pack) as engine:
         shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
-        operation = engine.model.kernels.on_host
+        operation = engine.model.kernels.routed_experts_cpu
     assert isinstance(operation, CheckedKernel)
     form = shapes.experts
     assert form is not None

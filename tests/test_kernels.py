@@ -482,7 +482,7 @@ def test_names_of_what_runs_on_a_cpu_without_the_extension(
     assert chosen.note is not None
     assert "install a C++ compiler" in chosen.note
     assert chosen.note in caplog.text
-    assert chosen.on_host is None
+    assert chosen.routed_experts_cpu is None
     by_mlx, by_us = choose("mlx").names, chosen.names
     assert by_us == by_mlx | {"gated_delta_net of prompts": "chunks by numpy"}
     assert set(choose("reference").names.values()) == {"reference"}

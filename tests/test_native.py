@@ -22,10 +22,11 @@ from pack_oracle import assert_one_line
 
 import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import cases, choose, native
+from flashmoe_mlx.custom_kernels import cases, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts import reference
 from flashmoe_mlx.custom_kernels.routed_experts.cpu import routed_experts
 from flashmoe_mlx.errors import InputError
 
@@ -111,10 +112,10 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int) -> None:
 def test_routed_experts_add_to_what_is_there_and_a_shared_expert_may_differ() -> None:
     """Groups of experts come one after the other, and a 2-bit variant keeps its shared expert at 4 bits."""
     two, four = (cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
-    before = mx.random.normal(two.x.shape)
-    got = routed_experts(two.x, two.records, two.rows, two.routing_weights, two.form, four.shared, before)
-    expected = choose("reference").routed_experts(two.x, two.slab, two.rows, two.routing_weights, two.form, four.shared)
-    assert cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
+    residual = mx.random.normal(two.x.shape)
+    got = routed_experts(two.x, two.records, two.rows, two.routing_weights, two.form, four.shared, residual)
+    expected = reference.routed_experts(two.x, two.slab, two.rows, two.routing_weights, two.form, four.shared)
+    assert cases.relative_error(got, (residual + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
 @pytest.mark.usefixtures("instructions", "threads")

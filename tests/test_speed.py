@@ -117,7 +117,7 @@ def test_sizes_are_those_of_a_pack(tiny_pack: Path) -> None:
         stored = resident_bytes(config, 4)
         on_disk = (tiny_pack / "resident.safetensors").stat().st_size
         assert stored <= on_disk <= 1.1 * stored + 20_000  # names and shapes
-        in_memory = resident_bytes(config, 4, 2 if choose("auto").any_scales else 4)
+        in_memory = resident_bytes(config, 4, 2 if choose("auto").accepts_any_scale_dtype else 4)
         assert engine.model.touched_bytes == pytest.approx(in_memory - engine.model.embedding.nbytes, rel=0.05)
         assert record_bytes(config, 4) == files.variant(None).layout.record_bytes
 

@@ -16,7 +16,10 @@ from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.parameters import Kind, quantisation_of, resident_parameters
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Router
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.strategies import choose_strategy
 from flashmoe_mlx.stores.allocation import at_cache_lines
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -110,6 +113,8 @@ def build_model(
                 linear(f"{own}.in_proj_a"),
                 linear(f"{own}.out_proj"),
             )
+        shared = ExpertWeights(*(linear(f"{prefix}.mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down")))
+        strategy = choose_strategy(kernels, store.layout, dtype, shared)
         router = Router(
             linear(f"{prefix}.mlp.gate"),
             vectors[f"{prefix}.post_attention_layernorm.weight"],
@@ -117,16 +122,15 @@ def build_model(
             experts_k,
             linear(f"{prefix}.mlp.shared_expert_gate"),
             kernels.rms_norm,
-            on_host=store.layout.bits is not None and kernels.on_host is not None,
+            on_host=isinstance(strategy, ExpertsOnHost),
         )
-        shared = ExpertWeights(*(linear(f"{prefix}.mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down")))
         layers.append(
             DecoderLayer(
                 kernels,
                 config.rms_norm_eps,
                 vectors[f"{prefix}.input_layernorm.weight"],
                 mixer,
-                MixtureOfExperts(layer, kernels, store, router, shared),
+                MixtureOfExperts(layer, store, router, SharedExpert(shared, kernels.expert_mlp), strategy),
             )
         )
     embedding = linear("model.embed_tokens")
@@ -179,7 +183,7 @@ class _Resident:
             return Linear(weight)
         weight = self._take(f"{name}.weight", None)
         # Activations and scales of one type, or MLX converts the scales in every product; ours take either.
-        dtype = None if self._kernels.any_scales else self._dtype
+        dtype = None if self._kernels.accepts_any_scale_dtype else self._dtype
         scales, biases = (self._take(f"{name}.{part}", dtype) for part in ("scales", "biases"))
         bits, group_size = quantisation_of(f"resident weights: {name}", shape, weight.shape, scales.shape)
         _check(f"{name}.biases", biases, scales.shape)
@@ -190,7 +194,7 @@ class _Resident:
                 "others of one floating type; delete the pack and make it again",
                 code="wrong_types",
             )
-        if self._kernels.any_scales:  # those for CPUs, which read in place
+        if self._kernels.routed_experts_cpu is not None:  # kernels for CPUs read in place
             weight, scales, biases = map(at_cache_lines, (weight, scales, biases))
         return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
 

@@ -15,7 +15,8 @@ def model_shapes(model: Model) -> ModelShapes:
     """Return the shapes of ``model`` for its kernels."""
     first = model.layers[0].experts
     mixers = [layer.mixer for layer in model.layers]
-    shared = {_expert_format(layer.experts.shared): layer.experts.shared for layer in model.layers}
+    experts = (layer.experts.shared.weights for layer in model.layers)
+    shared = {_expert_format(expert): expert for expert in experts}
     return ModelShapes(
         dtype=model.norm.dtype,
         hidden_size=model.norm.size,

@@ -162,7 +162,7 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
     if not 1 <= context <= geometry.max_context:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = activation_type().size
-    scale_bytes = 2 if choose("auto").any_scales else activation_bytes
+    scale_bytes = 2 if choose("auto").accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # else it is quantised for the pack
     return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)

@@ -1,0 +1,73 @@
+"""Groups of a layer's experts, each as large as the slots of the store."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroup:
+    """Experts in slots, in ascending order, until the next group is fetched.
+
+    Attributes:
+        experts: indices of the experts.
+        batch: the records of ``experts``, in the same order.
+        is_last: whether no group follows.
+        chosen: [T, K], the experts of each token in all groups.
+        clock: measures the computation with this group.
+    """
+
+    experts: Sequence[int]
+    batch: ExpertBatch
+    is_last: bool
+    chosen: npt.NDArray[np.uint32]
+    clock: PhaseClock
+
+    def rows(self, places: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Return the place of each choice, [T, K]: ``places[i]`` for ``experts[i]``, -1 for experts of other groups."""
+        table = np.full(int(self.chosen.max()) + 1, -1, np.int32)
+        table[self.experts] = places
+        return table[self.chosen]
+
+    def finish(self, y: mx.array) -> None:
+        """Evaluate ``y``, the sum so far, if another group follows: its fetch refills the slots that ``y`` reads."""
+        if not self.is_last:
+            self.clock.evaluate("experts", y)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertGroups:
+    """The distinct experts that T tokens chose in one layer, fetched group by group.
+
+    Tokens of several sequences share a fetch. Iterate once, and stop using a group before the next.
+
+    Attributes:
+        store: serves the experts.
+        layer: index of the layer.
+        chosen: [T, K], the experts of each token.
+        clock: measures fetches and computation.
+        after_last_fetch: called when all experts were fetched and nothing was computed with the last group.
+    """
+
+    store: ExpertStore
+    layer: int
+    chosen: npt.NDArray[np.uint32]
+    clock: PhaseClock
+    after_last_fetch: Callable[[], None]
+
+    def __iter__(self) -> Iterator[ExpertGroup]:
+        """Fetch each group when it is asked for."""
+        distinct, size = sorted(set(self.chosen.ravel().tolist())), self.store.slots
+        for start in range(0, len(distinct), size):
+            experts, is_last = distinct[start : start + size], start + size >= len(distinct)
+            with self.clock.phase("io"):
+                batch = self.store.fetch(self.layer, experts)
+                if is_last:
+                    self.after_last_fetch()
+            yield ExpertGroup(experts, batch, is_last, self.chosen, self.clock)

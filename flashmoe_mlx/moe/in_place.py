@@ -1,0 +1,43 @@
+"""Routed experts of a few tokens by a kernel for GPUs, which reads records in the slots of the store."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import ExpertFormat
+from flashmoe_mlx.moe.groups import ExpertGroups
+from flashmoe_mlx.moe.router import Routing
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsInPlace:
+    """Applies all experts of a group in one call, lazily.
+
+    Attributes:
+        kernel: as ``routed_experts.reference.routed_experts``.
+        form: the format of the records.
+        fuse_shared: whether ``kernel`` takes the shared expert along.
+    """
+
+    kernel: Callable[..., mx.array]
+    form: ExpertFormat
+    fuse_shared: bool
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+    ) -> mx.array:
+        """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        y: mx.array | None = None
+        for group in groups:
+            fuse = self.fuse_shared and y is None
+            weights = routing.all_weights if fuse else routing.weights
+            rows = mx.array(group.rows(group.batch.slots))
+            part = self.kernel(x, group.batch.slab, rows, weights, self.form, shared.weights if fuse else None)
+            # Sums over several groups are in f32, so that they hardly depend on the number of slots.
+            y = part if y is None else y.astype(mx.float32) + part
+            group.finish(y)
+        assert y is not None
+        y = y.astype(x.dtype)
+        return residual + (y if self.fuse_shared else y + shared(x, routing))

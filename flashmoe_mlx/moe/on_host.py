@@ -1,0 +1,42 @@
+"""Routed experts by a kernel for CPUs, which reads records where the CPU has them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import ExpertFormat
+from flashmoe_mlx.moe.groups import ExpertGroups
+from flashmoe_mlx.moe.router import Routing
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsOnHost:
+    """Applies all experts of any number of tokens in one call for each group; computes at once.
+
+    Experts are added to the residual one by one in ascending order, and a fused shared expert last. A token's sum
+    therefore depends neither on the number of slots nor on the other tokens.
+
+    Attributes:
+        kernel: as ``routed_experts.cpu.routed_experts``.
+        form: the format of the records.
+        fuse_shared: whether ``kernel`` takes the shared expert along.
+    """
+
+    kernel: Callable[..., mx.array]
+    form: ExpertFormat
+    fuse_shared: bool
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+    ) -> mx.array:
+        """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        y = residual if self.fuse_shared else residual + shared(x, routing)
+        for group in groups:
+            fuse = self.fuse_shared and group.is_last
+            weights = routing.all_weights if fuse else routing.weights
+            rows = mx.array(group.rows(range(len(group.experts))))
+            with group.clock.computing("experts"):
+                y = self.kernel(x, group.batch.host, rows, weights, self.form, shared.weights if fuse else None, y)
+        return y

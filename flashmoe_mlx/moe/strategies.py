@@ -1,0 +1,83 @@
+"""Execution strategies of routed experts, one of which is chosen when a model is built."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import ExpertWeights, Kernels
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
+from flashmoe_mlx.custom_kernels.routed_experts import cpu, gpu
+from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.moe.by_expert import ExpertsOneByOne
+from flashmoe_mlx.moe.grouped import ExpertsGrouped
+from flashmoe_mlx.moe.groups import ExpertGroups
+from flashmoe_mlx.moe.in_place import ExpertsInPlace
+from flashmoe_mlx.moe.on_host import ExpertsOnHost
+from flashmoe_mlx.moe.router import Routing
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+
+
+class RoutedExperts(Protocol):
+    """Applies the experts of one layer."""
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+    ) -> mx.array:
+        """Add routed and shared experts to ``residual``.
+
+        A token's result does not depend on the other tokens, except for rounding in products of other shapes.
+
+        Args:
+            x: normalized hidden states [T, hidden].
+            residual: the residual stream [T, hidden].
+            routing: the experts of each token and their weights.
+            shared: the expert that every token uses.
+            groups: the chosen experts, to be fetched in turn.
+
+        Returns:
+            [T, hidden] in the dtype of ``residual``.
+
+        Raises:
+            ExpertStoreError: the store failed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ByTokenCount:
+    """Uses ``few`` for up to ``most`` tokens, and ``many`` for more."""
+
+    most: int
+    few: RoutedExperts
+    many: RoutedExperts
+
+    def __call__(
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+    ) -> mx.array:
+        """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apply = self.few if len(x) <= self.most else self.many
+        return apply(x, residual, routing, shared, groups)
+
+
+def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights) -> RoutedExperts:
+    """Choose how a layer's routed experts are applied.
+
+    Args:
+        kernels: the implementations that the model runs.
+        layout: the layout of the layer's records.
+        dtype: of activations.
+        shared: the layer's shared expert, which a kernel may take along.
+    """
+    form = expert_format(layout)
+    if form is None:
+        return ExpertsOneByOne(kernels.expert_mlp, layout)
+    if kernels.routed_experts_cpu is not None:
+        return ExpertsOnHost(kernels.routed_experts_cpu, form, cpu.can_fuse_shared_expert(shared))
+    many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
+    if kernels.dense_experts is not None:
+        many = ExpertsGrouped(kernels.dense_experts, form)
+    if kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
+        return many
+    few = ExpertsInPlace(kernels.routed_experts_gpu, form, gpu.can_fuse_shared_expert(shared, form))
+    return ByTokenCount(kernels.most_gpu_tokens, few, many)
