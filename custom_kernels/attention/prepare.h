@@ -1,5 +1,5 @@
-// Norm and rotary embedding of one head of one token, a simdgroup each; keys and values go into the cache, in place.
-// Grid: x = query heads, then heads of keys, then of values; y = tokens.
+// Norm and rotary embedding of one head of one token per simdgroup; keys and values are written to the cache in place.
+// Grid: x = query heads, then key heads, then value heads; y = tokens.
 
 const int index = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;
 const int lane = thread_index_in_simdgroup;

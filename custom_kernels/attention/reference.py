@@ -18,7 +18,7 @@ from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 class AttentionInputs:
     """Arguments of the operation for T tokens of one sequence; D is the width of a head.
 
-    Not frozen: a frozen dataclass takes three times as long to make, and every layer makes one per step.
+    Not frozen: a frozen dataclass takes ten times as long to make, and every layer makes one per step.
 
     Attributes:
         q_and_gate: [T, heads * 2 D], for every head its query, then its gate.

@@ -1,5 +1,5 @@
-// down.h on tensor cores: 16 rows a threadgroup. Grid: x = rows / 16, y = tokens; a simdgroup takes every SIMDGROUPS-th
-// choice.
+// down.h on tensor cores: 16 rows per threadgroup. Grid: x = rows / 16, y = tokens; a simdgroup processes every
+// SIMDGROUPS-th choice.
 
 const int token = threadgroup_position_in_grid.y;
 const int first = threadgroup_position_in_grid.x * 16;
