@@ -114,7 +114,7 @@ def _checked_k(experts_k: int | None, own: int, available: int) -> int:
 class Engine:
     """A loaded model; close it, or use it as a context manager.
 
-    Threads may use an engine in turn; a call that meets another one of another thread raises ``EngineBusyError``.
+    Threads may use an engine in turn. A call raises ``EngineBusyError`` while another thread is inside the engine.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class Engine:
         self.setup = setup
         """Experts a token, their format, kernels, prefetch, the backend with its options; fit for JSON."""
         self.sampling = sampling or PublishedSampling({}, samples=False)
-        """The model's own sampling options, which apply where ``generate`` is not asked for others."""
+        """The sampling options that the model publishes: the defaults of ``generate``."""
         self.metrics = RunMetrics()
         """Measurements of the generation that was begun last; each ``Generation`` has its own."""
         self._tokenizer = tokenizer
@@ -171,7 +171,7 @@ class Engine:
         """The model's tokenizer.
 
         Raises:
-            InputError: the model came without one.
+            InputError: the model has no tokenizer.json; code "no_tokenizer".
         """
         if self._tokenizer is None:
             raise InputError(
@@ -207,7 +207,7 @@ class Engine:
         A single token that continues a sequence counts as a decode step.
 
         Raises:
-            InputError: there is no token, one that is not in the vocabulary, or more than the context holds.
+            InputError: ``token_ids`` is empty, holds a token outside the vocabulary, or exceeds the context.
             FlashMoeError: a logit is NaN or +inf; code "bad_logits".
             EngineBusyError: another forward pass is running.
         """
@@ -216,7 +216,7 @@ class Engine:
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
 
-        Memory grows by one vocabulary a token. Raises the errors of ``forward``.
+        The result takes 4 bytes for each token and vocabulary entry. Raises the errors of ``forward``.
         """
         tokens = self._checked_tokens(token_ids, 0)
         size = checked_chunk(prefill_chunk)
@@ -255,7 +255,7 @@ class Engine:
 
         Args:
             prompt: a user's message, or messages with "role" and "content".
-            max_tokens: the largest number of tokens to generate, those of the model's thinking included.
+            max_tokens: the largest number of tokens to generate, thinking included.
             temperature: 0 for greedy decoding; None, here and below, for the value in the model's
                 generation_config.json. See ``SamplingOptions`` for this and the next six.
             top_p: as in ``SamplingOptions``.
@@ -265,7 +265,7 @@ class Engine:
             presence_penalty: as in ``SamplingOptions``.
             frequency_penalty: as in ``SamplingOptions``.
             seed: makes the draws repeatable.
-            stop: one text or several that end the answer and are not part of it.
+            stop: texts that end the answer and are not part of it; a single text or several.
             logprobs: the number of alternatives to report for each token, with log probabilities; None for none.
             logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each
                 returns changed logits.

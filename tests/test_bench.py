@@ -226,7 +226,7 @@ def test_two_bits_beside_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["experts_ks=[2,2]"], "has a value twice"),
         (["experts_ks=[2,99]"], "experts_k=99: there are 16 experts"),
         (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
-        (["prefetches=[oracle]"], "prefetch=oracle: no such policy"),
+        (["prefetches=[oracle]"], "prefetch=oracle: unknown policy"),
         (["memory_gib=0"], "memory_gib=0: must be more than 0 and less than"),
         (["memory_gib=100000"], "memory_gib=100000: must be"),
         (["resume=/nowhere"], "resume=/nowhere: there is no record"),

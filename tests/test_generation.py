@@ -405,23 +405,23 @@ def test_bad_logits_are_refused_everywhere(
 
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """Let the model say ``tokens``."""
-    said = iter(tokens)
-    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(said))
+    spoken = iter(tokens)
+    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(spoken))
 
 
 def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with flashmoe_mlx.load(thinking_model) as engine:
         text = "Let me see.\n</think>\n\nIt is 4."
-        said = engine.tokenizer.encode(text)
-        scripted(monkeypatch, said)
-        generation = engine.generate("2 + 2?", max_tokens=len(said))
+        spoken = engine.tokenizer.encode(text)
+        scripted(monkeypatch, spoken)
+        generation = engine.generate("2 + 2?", max_tokens=len(spoken))
         pieces = list(generation)
         assert "".join(piece.reasoning for piece in pieces).strip() == "Let me see."
         assert "".join(piece.text for piece in pieces) == "It is 4."
-        assert [token for piece in pieces for token in piece.token_ids] == said
+        assert [token for piece in pieces for token in piece.token_ids] == spoken
         assert not generation.thinking
 
-        scripted(monkeypatch, said)
+        scripted(monkeypatch, spoken)
         generation = engine.generate("2 + 2?", max_tokens=8)
         pieces = list(generation)
         assert generation.thinking
@@ -429,8 +429,8 @@ def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch:
         assert "".join(piece.text for piece in pieces) == ""
         assert "".join(piece.reasoning for piece in pieces) == "Let me s"
 
-        scripted(monkeypatch, said)  # raw text is not looked into
-        pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(said)))
+        scripted(monkeypatch, spoken)  # raw text is not looked into
+        pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(spoken)))
         assert "".join(piece.text for piece in pieces) == text
 
 
@@ -463,7 +463,7 @@ def test_thinking_is_switched_by_the_template(thinking_model: Path) -> None:
     ],
 )
 def test_a_template_that_does_not_read_enable_thinking(tmp_path: Path, template: str, fulfilled: set[bool]) -> None:
-    """Asking for what it does anyway is no mistake; anything else would have no effect."""
+    """A request for the template's own behavior is no mistake; any other value would have no effect."""
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", template)) as engine:
         for thinking in (False, True):
             options: dict[str, Any]
@@ -577,16 +577,16 @@ def test_a_model_samples_as_it_publishes(tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95}
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", settings=settings)) as engine:
 
-        def said(**options: Any) -> list[int]:
+        def spoken(**options: Any) -> list[int]:
             return tokens_of(engine.generate("hello", max_tokens=12, ignore_eos=True, **options))
 
-        assert len({tuple(said(seed=seed)) for seed in range(4)}) > 1
-        assert said(seed=1) == said(seed=1)
+        assert len({tuple(spoken(seed=seed)) for seed in range(4)}) > 1
+        assert spoken(seed=1) == spoken(seed=1)
         sampling = engine.stats()["sampling"]
         assert sampling["description"] == "temperature 1.0, top_k 20, top_p 0.95 (model's own)"
-        assert said(temperature=0) == said(temperature=0)
+        assert spoken(temperature=0) == spoken(temperature=0)
         assert engine.stats()["sampling"]["description"] == "greedy"
-        assert said(temperature=0) == said(top_k=1)
+        assert spoken(temperature=0) == spoken(top_k=1)
 
 
 # Caches that grow

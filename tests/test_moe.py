@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_on_cpu
@@ -332,6 +333,7 @@ class FakeStore:
 
     def __init__(self, slots: int, calls: list[Any]) -> None:
         self.slots = slots
+        self.source = SimpleNamespace(num_experts=12)
         self._calls = calls
 
     def fetch(self, layer: int, experts: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Guesses of the next layer's experts: what is hinted when, and that nothing that is computed depends on it."""
+"""Guesses of the next layer's experts: the hints of each policy, and that results do not depend on them."""
 
 import threading
 from collections.abc import Sequence
@@ -13,7 +13,17 @@ import pytest
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.moe.prefetch import POLICIES
+from flashmoe_mlx.layers.linear import Linear
+from flashmoe_mlx.moe.prefetch import (
+    POLICIES,
+    EarlyRouter,
+    Guesses,
+    NextRouter,
+    Prefetcher,
+    PreviousToken,
+    make_prefetcher,
+)
+from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.stores import read_ahead
 
 PROMPT = "Hello, store"
@@ -25,7 +35,7 @@ def generated(engine: Engine, count: int = 12) -> list[int]:
 
 
 def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[int]]]:
-    """What the store is asked for and told, in order."""
+    """Return a list that grows by the store's fetches and hints, in order."""
     calls: list[tuple[str, int, list[int]]] = []
     for name in ("fetch", "prefetch"):
         original = getattr(engine.store, name)
@@ -82,7 +92,7 @@ def test_previous_token_hints_what_the_layer_chose_last(tiny_pack: Path, monkeyp
     assert [name for name, _, _ in calls] == ["fetch", "prefetch"] * 2 * LAYERS
     for number, (_, layer, experts) in enumerate(call for call in calls if call[0] == "prefetch"):
         assert layer == (number + 1) % LAYERS
-        if number >= LAYERS - 1:  # what it chose before is among the calls
+        if number >= LAYERS - 1:  # the layer's choice for the token before is among the calls
             assert sorted(experts) == decoded[number + 1 - LAYERS][2]
 
 
@@ -91,8 +101,8 @@ def test_early_router_hints_each_layer_before_its_mixer(tiny_pack: Path, monkeyp
         cache = engine.new_cache()
         engine.forward([1, 2], cache)
         calls = recorded(engine, monkeypatch)
-        for layer in engine.model.layers:  # without a mixer's part the guess is the choice itself
-            monkeypatch.setattr(type(layer), "_mixed", lambda _, x, __: x)
+        for layer in engine.model.layers:  # without the mixer the guess is the choice itself
+            monkeypatch.setattr(type(layer.mixer), "__call__", lambda *arguments: arguments[-1])
         engine.forward([3], cache)
     assert [(name, layer) for name, layer, _ in calls] == [
         (name, layer) for layer in range(LAYERS) for name in ("prefetch", "fetch")
@@ -102,7 +112,7 @@ def test_early_router_hints_each_layer_before_its_mixer(tiny_pack: Path, monkeyp
 
 
 def test_next_router_is_the_next_layers_own_router(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without this layer's experts and the next one's mixer between them the guess would be the choice itself."""
+    """Without this layer's experts and the next layer's mixer, the guess would be the choice itself."""
     with flashmoe_mlx.load(tiny_pack, prefetch="next_router") as engine:
         cache = engine.new_cache()
         engine.forward([1, 2], cache)
@@ -112,13 +122,14 @@ def test_next_router_is_the_next_layers_own_router(tiny_pack: Path, monkeypatch:
             ("fetch", 0), ("prefetch", 1), ("fetch", 1), ("prefetch", 2), ("fetch", 2), ("prefetch", 3), ("fetch", 3),
         ]  # fmt: skip
         router, x = engine.model.layers[1].experts.router, np.random.default_rng(0).normal(size=(1, 128))
-        assert engine._prefetcher is not None
+        prefetcher = engine.runner._prefetcher
+        assert prefetcher is not None
         residual = mx.array(x.astype(np.float32))
-        guess = engine._prefetcher.guess(0, residual)
+        guess = prefetcher.guess(0, residual)
         chosen, weights = router.choose(router.normalize(residual))
         by_weight = np.array(chosen)[0][np.argsort(-np.array(weights)[0])]
         assert np.array(guess).tolist() == [by_weight.tolist()]
-        assert engine._prefetcher.guess(LAYERS - 1, residual) is None
+        assert prefetcher.guess(LAYERS - 1, residual) is None
 
 
 def test_a_prompt_is_not_guessed(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +149,7 @@ def test_reads_ahead_are_in_the_record(tiny_pack: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["pread", "ram_hybrid"])
-def test_loading_takes_what_reads_ahead_need(tiny_pack: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_allocates_for_reads_ahead(tiny_pack: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first measured step allocates no slots and starts no threads."""
     with flashmoe_mlx.load(tiny_pack, backend, prefetch="next_router") as engine:
 
@@ -153,8 +164,114 @@ def test_loading_takes_what_reads_ahead_need(tiny_pack: Path, backend: str, monk
         assert engine.stats()["guesses"]["predicted"] > 0
 
 
-def test_there_is_no_such_policy(tiny_pack: Path) -> None:
+def test_an_unknown_policy_is_refused(tiny_pack: Path) -> None:
     with pytest.raises(
-        InputError, match="prefetch=oracle: no such policy; there are none, previous_token, next_router"
+        InputError, match="prefetch=oracle: unknown policy; choose from none, previous_token, next_router"
     ):
         flashmoe_mlx.load(tiny_pack, prefetch="oracle")
+
+
+# Several sequences in one decode step
+
+
+class HintedStore:
+    """A store that keeps a list of the hints."""
+
+    def __init__(self) -> None:
+        self.hints: list[tuple[int, list[int]]] = []
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        self.hints.append((layer, list(experts)))
+
+
+def routers(k: int, experts: int = 6) -> list[Router]:
+    """Return two layers' routers. Layer 0 scores an expert by the input of its index, layer 1 by that of the mirrored
+    index.
+    """
+    eye = mx.eye(experts)
+    return [Router(Linear(gate), mx.ones(experts), 1e-6, k, Linear(eye[:1])) for gate in (eye, eye[::-1])]
+
+
+def chosen(*rows: list[int]) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    return np.array(rows, np.uint32)
+
+
+def step(prefetcher: Prefetcher, sequences: Sequence[Guesses], x: mx.array, *choices: Any) -> None:
+    """Run the two layers of one decode step, whose residual stays ``x`` [T, experts]."""
+    prefetcher.begin_pass(sequences, decoding=True)
+    for layer, choice in enumerate(choices):
+        prefetcher.begins(layer, x)
+        guess = prefetcher.guess(layer, x)
+        prefetcher.chosen(layer, choice, guess)
+
+
+def test_the_likeliest_experts_of_every_sequence_are_hinted_first() -> None:
+    store = HintedStore()
+    prefetcher = EarlyRouter(store, routers(k=3))  # type: ignore[arg-type]
+    first, second = Guesses(), Guesses()
+    x = mx.array([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 3.0, 5.0, 6.0, 4.0, 2.0]])
+    step(prefetcher, [first, second], x, chosen([0, 1, 5], [0, 1, 5]), chosen([3, 4, 5], [0, 1, 2]))
+    assert store.hints == [(0, [0, 3, 1, 2, 4]), (1, [5, 2, 4, 3, 1])]
+    assert (first.predicted, first.correct) == (6, 2 + 3)
+    assert (second.predicted, second.correct) == (6, 0 + 2)
+
+
+def test_the_next_router_guesses_for_every_sequence() -> None:
+    store = HintedStore()
+    prefetcher = NextRouter(store, routers(k=2))  # type: ignore[arg-type]
+    first, second = Guesses(), Guesses()
+    x = mx.array([[6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]])
+    step(prefetcher, [first, second], x, chosen([0, 1], [4, 5]), chosen([4, 5], [2, 3]))
+    assert store.hints == [(1, [5, 0, 4, 1])]
+    assert (first.predicted, first.correct) == (2, 2)
+    assert (second.predicted, second.correct) == (2, 0)
+
+
+def test_sequences_come_and_go() -> None:
+    """The experts of the token before belong to the sequence, whichever sequences run beside it."""
+    store = HintedStore()
+    prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]
+    first, second, x = Guesses(), Guesses(), mx.zeros((1, 6))
+    step(prefetcher, [first], x, chosen([0, 1]), chosen([2, 3]))
+    step(prefetcher, [second, first], x, chosen([4, 5], [0, 1]), chosen([1, 2], [2, 5]))
+    step(prefetcher, [second], x, chosen([4, 5]), chosen([0, 1]))
+    assert store.hints == [
+        (0, [0, 1]),  # after the first step, for the first sequence
+        (1, [2, 3]),  # the second sequence has no token before
+        (0, [4, 0, 5, 1]),
+        (1, [1, 2]),
+        (0, [4, 5]),
+    ]
+    assert (first.predicted, first.correct) == (4, 2 + 1)
+    assert (second.predicted, second.correct) == (4, 2 + 1)
+
+
+def test_the_last_row_of_a_prompt_is_its_latest_token() -> None:
+    store, guesses = HintedStore(), Guesses()
+    prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]
+    prefetcher.begin_pass([guesses], decoding=False)
+    for layer in range(2):
+        prefetcher.begins(layer, mx.zeros((3, 6)))
+        prefetcher.chosen(layer, chosen([0, 1], [2, 3], [4, 5]), prefetcher.guess(layer, mx.zeros((3, 6))))
+    assert store.hints == []
+    assert guesses.last == {0: [4, 5], 1: [4, 5]}
+    assert guesses.predicted == 0
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "none"])
+def test_guesses_of_a_sequence_do_not_depend_on_other_sequences(policy: str) -> None:
+    random = np.random.default_rng(5)
+    inputs = [mx.array(random.normal(size=(3, 6)).astype(np.float32)) for _ in range(6)]
+    choices = [[np.sort(random.permuted([np.arange(6)] * 3, axis=1)[:, :2]).astype(np.uint32)] * 2 for _ in inputs]
+
+    def counted(rows: list[int]) -> list[tuple[int, int]]:
+        store, sequences = HintedStore(), [Guesses() for _ in rows]
+        prefetcher = make_prefetcher(policy, store, routers(2))  # type: ignore[arg-type]
+        assert prefetcher is not None
+        for x, choice in zip(inputs, choices, strict=True):
+            step(prefetcher, sequences, x[mx.array(rows)], *(layer[rows] for layer in choice))
+        return [(guesses.predicted, guesses.correct) for guesses in sequences]
+
+    together = counted([0, 1, 2])
+    assert together == [counted([row])[0] for row in range(3)]
+    assert all(predicted > correct > 0 for predicted, correct in together)

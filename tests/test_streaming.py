@@ -15,8 +15,8 @@ from test_generation import THINKING_TEMPLATE, checkpoint, scripted
 
 from flashmoe_mlx.__main__ import main
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.generation.generation import Piece
 from flashmoe_mlx.generation.prompting import load_tools
+from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.tasks import streaming
 from flashmoe_mlx.text.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Logits between the model and the choice of a token: a check of their values, and processors that change them."""
+"""Check the model's logits, and change them with processors before a token is chosen."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,12 +15,12 @@ Scores = npt.NDArray[np.float64]
 def checked_logits(logits: Logits) -> Logits:
     """Return ``logits`` [..., vocabulary] if a token can be chosen by them.
 
-    -inf is allowed and means that a token is impossible, as long as another one is possible.
+    -inf is allowed and excludes a token, as long as another token remains.
 
     Raises:
         FlashMoeError: a value is NaN or +inf, or all values of a row are -inf; code "bad_logits".
     """
-    # A maximum propagates NaN, so one pass finds all three.
+    # A maximum propagates NaN, so a single pass finds NaN, +inf, and rows of -inf.
     highest = logits.max(axis=-1)
     if np.isfinite(highest).all():
         return logits
@@ -36,7 +36,7 @@ def checked_logits(logits: Logits) -> Logits:
 
 
 class TokenHistory:
-    """Counts of a sequence's tokens by id, for all tokens and for the generated ones."""
+    """The tokens of a sequence, counted by id."""
 
     def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
         self.seen = np.zeros(vocab_size, bool)
@@ -58,7 +58,7 @@ LogitsProcessor = Callable[[Scores, TokenHistory], Scores]
 class RepetitionPenalty:
     """Makes tokens of the prompt and the answer less likely (more likely, below 1).
 
-    Positive logits are divided by ``penalty``, others multiplied. Source: transformers
+    Positive logits are divided by ``penalty``, all other logits multiplied. Source: transformers
     ``RepetitionPenaltyLogitsProcessor``; CTRL, https://arxiv.org/abs/1909.05858, section 4.1.
     """
 

@@ -1,4 +1,4 @@
-"""The loop of one answer: prefill, then decode token by token, as pieces of text."""
+"""Generate one answer: prefill, then decode token by token, as pieces of text."""
 
 from collections.abc import Iterator
 from typing import Any, Self
@@ -37,7 +37,7 @@ class Generation(Iterator[Piece]):
                         self._ended = piece.finish_reason is not None
                         return piece
             except BaseException:
-                self._ended = True  # some layers may have seen a token that others have not
+                self._ended = True  # the pass may have ended between two layers
                 raise
         raise StopIteration
 

@@ -102,7 +102,7 @@ class RunMetrics:
     """Seconds from the call to the first sampled token."""
     finish_reason: str | None = None
     guesses: Guesses | None = None
-    """Guesses of the prefetcher, if there is one."""
+    """The guesses of the prefetcher; None without a prefetcher."""
     sampling: Mapping[str, Any] | None = None
     """How tokens were chosen, as from ``ChosenSampling.to_json``."""
 

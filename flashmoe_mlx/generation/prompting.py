@@ -1,4 +1,4 @@
-"""From a prompt and everything a person may ask of the chat template to the text that the model gets."""
+"""Render a prompt, with the options of the chat template, as the text that the model gets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def render_prompt(
 
     Args:
         prompt: the user's message, or messages with "role" and "content".
-        template: the model's chat template, if it has one.
+        template: the model's chat template; None for a model without a template.
         raw: whether to leave the template out.
         system: the system message.
         tools: declarations of functions, in the form of the OpenAI API.
@@ -49,7 +49,7 @@ def render_prompt(
 
     Raises:
         InputError: an argument is of the wrong kind, or the template refuses it or does not read it (code
-            "unread_template_option"); a message holds other than text (code "unsupported_content").
+            "unread_template_option"); a message holds images or other media (code "unsupported_content").
     """
     if not isinstance(prompt, str) and (isinstance(prompt, bytes | Mapping) or not isinstance(prompt, Sequence)):
         raise InputError(
@@ -68,7 +68,7 @@ def render_prompt(
             raise InputError(f"{unused[0]} needs a chat template, and {why}", code="no_chat_template")
         if not isinstance(prompt, str):
             raise InputError(
-                f"messages need a chat template, and {why}: give the prompt as one string", code="no_chat_template"
+                f"messages need a chat template, and {why}: give the prompt as a string", code="no_chat_template"
             )
         return prompt
     messages: list[Message] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
@@ -116,7 +116,7 @@ def _check_read(options: Mapping[str, Any], template: ChatTemplate) -> None:
 
 
 def _check_thinking(asked: bool, text: str) -> None:
-    """Refuse what a template without the option does not happen to fulfill; ``text`` is what it wrote."""
+    """Refuse ``asked`` unless ``text``, the output of a template without the option, happens to satisfy it."""
     thinks = text.rstrip().endswith(THINK)
     if asked != thinks:
         why = "always lets the model think" if thinks else "has no thinking that could be switched on"
@@ -152,7 +152,7 @@ def checked_tools(tools: Tools, where: str = "tools") -> list[dict[str, Any]]:
     """Return ``tools`` if they are declarations of functions in the form of the OpenAI API.
 
     Raises:
-        InputError: one is not; code "invalid_tools". ``where`` names the place in the message.
+        InputError: a declaration is malformed; code "invalid_tools". ``where`` names the place in the message.
     """
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
         raise InputError(f"{where} must be a list of tools", code="invalid_tools")
@@ -171,7 +171,7 @@ def checked_tools(tools: Tools, where: str = "tools") -> list[dict[str, Any]]:
 
 
 def _tool_problem(tool: object) -> str | None:
-    """Say what is wrong with a declaration, beginning with its place in it, or return None."""
+    """Return the fault of a declaration, beginning with its place in the declaration; None if there is no fault."""
     form = '{"type": "function", "function": {"name": ..., "parameters": {...}}}'
     if not isinstance(tool, Mapping):
         return f" must be an object such as {form}"

@@ -24,7 +24,7 @@ class Request:
     Attributes:
         prompt_ids: the tokens of the prompt, all of them in the vocabulary.
         sampling: how tokens are chosen.
-        max_tokens: the largest number of tokens to generate, those of the model's thinking included.
+        max_tokens: the largest number of tokens to generate, thinking included.
         seed: makes the draws repeatable; None for different draws each time.
         stop_ids: tokens that end the answer, such as the model's end of text.
         stop: texts that end the answer and are not part of it. They are looked for in the answer, not in thinking.

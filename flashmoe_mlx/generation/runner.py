@@ -46,7 +46,7 @@ class Runner:
         taking the lock and promising to release it.
 
         Raises:
-            EngineBusyError: another call is inside. Two calls that arrive at the same instant may wait for each other.
+            EngineBusyError: another call is inside. Of two calls at the same instant, the second may wait instead.
         """
         if self._lock.locked():
             raise EngineBusyError(

@@ -1,4 +1,4 @@
-"""Choose the next token from logits: what a model publishes, what a person asks for, and the draw."""
+"""Choose the next token from logits: published and requested options, and the draw."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,13 +30,13 @@ _ABSENT = {"temperature": 1.0, "top_k": _TRANSFORMERS_TOP_K}
 class SamplingOptions:
     """How tokens are chosen: penalties, then temperature, top_k, top_p and min_p, in the order of transformers.
 
-    Each filter applies to the tokens that the one before it kept.
+    Each filter applies to the tokens that the previous filter kept.
 
     Attributes:
         temperature: 0 for greedy decoding: the most probable token.
         top_k: the number of most probable tokens to keep; 0 for all.
         top_p: the probability that the kept tokens must reach together; 1 for all.
-        min_p: the least probability of a token, relative to the most probable one; 0 for all.
+        min_p: the least probability of a token, relative to the most probable token; 0 for all.
         repetition_penalty: see ``RepetitionPenalty``; 1 for none.
         presence_penalty: see ``CountPenalty``; from -2 to 2, 0 for none.
         frequency_penalty: see ``CountPenalty``; from -2 to 2, 0 for none.
@@ -77,7 +77,7 @@ _OFF: Mapping[str, Any] = {item.name: item.default for item in fields(SamplingOp
 
 
 def _problem(name: str, value: object) -> str | None:
-    """Say what is wrong with the value of an option, or return None."""
+    """Return the fault of an option's value; None if there is no fault."""
     if name == "top_k":
         if type(value) is not int:
             return "must be a whole number"
@@ -105,7 +105,7 @@ class ChosenSampling:
 
     options: SamplingOptions
     published: frozenset[str] = frozenset()
-    """Names of the options whose values come from the model's generation_config.json."""
+    """Names of the options that come from the model's generation_config.json."""
 
     def describe(self) -> str:
         """Return a line such as "temperature 1.0, top_k 20, top_p 0.95 (model's own)", or "greedy"."""
@@ -118,7 +118,7 @@ class ChosenSampling:
         return f"{text} (model's own)" if len(own) == len(stated) else f"{text} (model's own: {', '.join(own)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all options, the names of the model's own ones, and the description."""
+        """Return all options, the names of the published ones, and the description."""
         return {**asdict(self.options), "published": sorted(self.published), "description": self.describe()}
 
 
@@ -153,9 +153,9 @@ class PublishedSampling:
         return cls(values, bool(samples))
 
     def choose(self, **asked: float | None) -> ChosenSampling:
-        """Combine these options with those asked for, of which None means the model's own.
+        """Combine the published options with the requested options, of which None means "as published".
 
-        ``temperature=0`` asks for greedy decoding: the model's own penalties do not apply then.
+        ``temperature=0`` asks for greedy decoding; published penalties do not apply then.
 
         Raises:
             InputError: an option is out of range; code "invalid_sampling".
@@ -235,7 +235,7 @@ class Sampler:
             tokens = np.argpartition(-scaled, options.top_k - 1)[: options.top_k]
         if options.top_p < 1:
             tokens = tokens[np.argsort(-scaled[tokens])]
-            # The token that crosses the line is kept, so there is always one.
+            # The token that crosses the threshold is kept, so at least one token remains.
             tokens = tokens[: int(np.searchsorted(np.cumsum(_probabilities(scaled[tokens])), options.top_p)) + 1]
         if options.min_p > 0:
             tokens = tokens[scaled[tokens] >= np.log(options.min_p)]

@@ -13,12 +13,12 @@ from flashmoe_mlx.moe.prefetch import Guesses
 
 
 class Status(Enum):
-    """How far a sequence has come."""
+    """The states of a sequence."""
 
     WAITING = auto()
     """Its prompt has not been processed."""
     DECODING = auto()
-    """It has at least one token, and its answer goes on."""
+    """It has at least one token, and its answer continues."""
     FINISHED = auto()
     """``finish_reason`` says why."""
 

@@ -45,9 +45,9 @@ class TextStream:
         self._splitter = ReasoningSplitter(tokenizer, request.prompt_ids) if request.split_reasoning else None
         self._stop = StopStrings(request.stop)
         self._given = 0
-        """Tokens that were in a piece."""
+        """The number of tokens that pieces have returned."""
         self._read = 0
-        """Tokens whose text was taken."""
+        """The number of tokens that were detokenized."""
 
     @property
     def thinking(self) -> bool:
@@ -63,14 +63,14 @@ class TextStream:
         reasoning = content = ""
         for token in sequence.token_ids[self._read :]:
             text = "" if token in sequence.request.stop_ids else self._detokenizer.add(token)
-            thought, said = self._split(token, text)
+            thought, answer = self._split(token, text)
             reasoning += thought
-            content += self._stop.add(said)
+            content += self._stop.add(answer)
             self._read += 1
         if sequence.finish_reason is not None and self._stop.found is None:
-            thought, said = self._rest()
+            thought, answer = self._rest()
             reasoning += thought
-            content += self._stop.add(said) + self._stop.finish()
+            content += self._stop.add(answer) + self._stop.finish()
         if self._stop.found is not None:
             sequence.finish("stop")
         if not (reasoning or content) and sequence.finish_reason is None:

@@ -63,11 +63,11 @@ class KVCache:
 
     @property
     def can_trim(self) -> bool:
-        """True: keys and values of the tokens that stay do not depend on later ones."""
+        """True, because keys and values do not depend on later tokens."""
         return True
 
     def arrays(self) -> list[mx.array]:
-        """Return the keys and the values, if there are any yet."""
+        """Return keys and values; none before the first token."""
         return [array for array in (self.keys, self.values) if array is not None]
 
     def reserve(self, tokens: int, kv_heads: int, head_dim: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -104,7 +104,7 @@ class KVCache:
         self.keys, self.values, self.length = copy.keys, copy.values, copy.length
 
     def trim(self, length: int) -> None:
-        """Keep the first ``length`` tokens; later ones are overwritten."""
+        """Keep the first ``length`` tokens; the next tokens overwrite the rest."""
         self.length = length
 
 
@@ -131,7 +131,7 @@ class RecurrentState:
         return self.recurrent_state is None
 
     def arrays(self) -> list[mx.array]:
-        """Return both states, if there are any yet."""
+        """Return the states; none before the first token."""
         return [array for array in (self.conv_state, self.recurrent_state) if array is not None]
 
     def snapshot(self) -> "RecurrentState":
@@ -153,7 +153,7 @@ class RecurrentState:
 class SequenceCache:
     """The caches of all layers; ``length`` is the number of tokens that went through them.
 
-    ``broken`` means that a pass failed or was cancelled half-way: some layers have seen tokens that others have not.
+    ``broken`` means that a pass failed or was cancelled half-way: its layers have seen different numbers of tokens.
     """
 
     layers: Sequence[LayerCache] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Wall time of a run by phase."""
 
 import time
 from collections import defaultdict
@@ -11,18 +11,19 @@ import mlx.core as mx
 class PhaseClock:
     """Seconds by phase.
 
-    MLX evaluates lazily, and a layer is evaluated once, when its router's choice is needed; attention, router and
-    experts cannot be told apart then and are counted as "compute". With ``split`` each is evaluated by itself, which
-    attributes the time exactly and costs two more synchronisations a layer.
+    MLX evaluates lazily, and a layer is evaluated once, when its router's choice is needed. Attention, router and
+    experts are then computed together, and their time counts as "compute". With ``split`` each phase is evaluated by
+    itself, which attributes the time exactly and costs two more synchronizations for each layer.
     """
 
     def __init__(self, split: bool = False) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        """Seconds spent in each phase so far, by the phase's name."""
         self._split = split
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time inside as ``name``."""
+        """Charge the enclosed time to ``name``."""
         start = time.perf_counter()
         try:
             yield
@@ -31,16 +32,19 @@ class PhaseClock:
 
     @contextmanager
     def computing(self, name: str) -> Iterator[None]:
-        """Count the time inside as computing in the phase ``name``: for what may evaluate arrays itself."""
+        """Charge the enclosed time to ``name``, or to "compute" if phases are not split.
+
+        Use it around code that may evaluate arrays.
+        """
         with self.phase(name if self._split else "compute"):
             yield
 
     def evaluate(self, name: str, *arrays: mx.array) -> None:
-        """Evaluate ``arrays``, the end of the phase ``name``."""
+        """Evaluate ``arrays``, the results of the phase ``name``, and charge the time to it."""
         with self.computing(name):
             mx.eval(*arrays)
 
     def settle(self, name: str, *arrays: mx.array) -> None:
-        """If phases are split, evaluate ``arrays``, the end of the phase ``name``."""
+        """Evaluate ``arrays``, the results of the phase ``name``, if phases are split."""
         if self._split:
             self.evaluate(name, *arrays)

@@ -1,4 +1,4 @@
-"""The objects that accompany a forward pass through all layers."""
+"""The context of a forward pass."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ RoutingObserver = Callable[[int, npt.NDArray[np.uint32]], None]
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """What one forward pass reports to, and what may end it.
+    """Clock, prefetcher and callbacks of one forward pass, shared by all layers.
 
     Attributes:
         clock: measures the phases of the pass.

@@ -22,7 +22,7 @@ class MixtureOfExperts:
     Attributes:
         layer: index of the layer.
         store: serves the routed experts.
-        router: chooses them.
+        router: chooses the experts of each token.
         shared: the expert that every token uses.
         strategy: applies routed and shared experts.
     """
@@ -45,8 +45,10 @@ class MixtureOfExperts:
         clock, prefetcher = context.clock, context.prefetcher
         with clock.computing("experts"):
             x = self.router.normalize(residual)
-        with clock.computing("router_wait"):
-            guess = None if prefetcher is None else prefetcher.guess(self.layer, residual)
+        guess = None
+        if prefetcher is not None:
+            with clock.computing("router_wait"):
+                guess = prefetcher.guess(self.layer, residual)
         routing = self.router.route(x, clock, *(() if guess is None else (guess,)))
         if context.observer is not None:
             context.observer(self.layer, routing.experts)

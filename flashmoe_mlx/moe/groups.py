@@ -20,6 +20,7 @@ class ExpertGroup:
         batch: the records of ``experts``, in the same order.
         is_last: whether no group follows.
         chosen: [T, K], the experts of each token in all groups.
+        num_experts: experts of the layer.
         clock: measures the computation with this group.
     """
 
@@ -27,11 +28,12 @@ class ExpertGroup:
     batch: ExpertBatch
     is_last: bool
     chosen: npt.NDArray[np.uint32]
+    num_experts: int
     clock: PhaseClock
 
     def rows(self, places: Sequence[int]) -> npt.NDArray[np.int32]:
         """Return the place of each choice, [T, K]: ``places[i]`` for ``experts[i]``, -1 for experts of other groups."""
-        table = np.full(int(self.chosen.max()) + 1, -1, np.int32)
+        table = np.full(self.num_experts, -1, np.int32)
         table[self.experts] = places
         return table[self.chosen]
 
@@ -64,10 +66,11 @@ class ExpertGroups:
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch each group when it is asked for."""
         distinct, size = sorted(set(self.chosen.ravel().tolist())), self.store.slots
+        num_experts = self.store.source.num_experts
         for start in range(0, len(distinct), size):
             experts, is_last = distinct[start : start + size], start + size >= len(distinct)
             with self.clock.phase("io"):
                 batch = self.store.fetch(self.layer, experts)
                 if is_last:
                     self.after_last_fetch()
-            yield ExpertGroup(experts, batch, is_last, self.chosen, self.clock)
+            yield ExpertGroup(experts, batch, is_last, self.chosen, num_experts, self.clock)

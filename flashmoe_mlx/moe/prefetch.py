@@ -157,14 +157,14 @@ class EarlyRouter(Prefetcher):
 def check_policy(policy: str) -> None:
     """Raise InputError unless ``policy`` is in ``POLICIES``."""
     if policy not in POLICIES:
-        raise InputError(f"prefetch={policy}: no such policy; there are {', '.join(POLICIES)}")
+        raise InputError(f"prefetch={policy}: unknown policy; choose from {', '.join(POLICIES)}")
 
 
 def make_prefetcher(policy: str, store: ExpertStore, routers: Sequence[Router]) -> Prefetcher | None:
     """Make the prefetcher of ``policy`` for the ``routers`` of all layers; None for "none".
 
     Raises:
-        InputError: there is no such policy.
+        InputError: ``policy`` is unknown.
     """
     check_policy(policy)
     if policy == "none":
