@@ -2,7 +2,7 @@
 
 Each folder with a reference is one operation; see ``operation.py`` for its parts and for what a new operation takes.
 Every implementation must equal the reference. ``choose`` selects implementations for an engine; ``check_kernels``
-compares our kernels with the references on every code path of a model (see ``checks.py``).
+compares custom kernels with the references on every code path of a model (see ``checks.py``).
 """
 
 import logging
@@ -45,7 +45,7 @@ class Kernels:
         products: products with resident matrices.
         rms_norm: x / rms(x) * weight.
         implementations: the implementation of every operation, by name.
-        names: names of the implementations that run where none of our kernels does, by operation.
+        names: names of the implementations that run where no custom kernel does, by operation.
         routed_experts_cpu: an implementation of ``routed_experts.cpu.routed_experts`` for any number of tokens; None
             without the C++ extension, and where a GPU computes.
         routed_experts_gpu: an implementation of ``routed_experts.reference.routed_experts`` for a few tokens; None
@@ -83,11 +83,11 @@ def choose(preference: str) -> Kernels:
     """Choose an implementation of every operation.
 
     Args:
-        preference: "auto" for our own kernels, and the fastest of MLX's operations where there is none; "mlx" for MLX's
+        preference: "auto" for custom kernels, and the fastest of MLX's operations where there is none; "mlx" for MLX's
             fused operations; "reference" for elementary operations.
 
     Returns:
-        Implementations; our own kernels among them run only after ``check_kernels`` has checked them.
+        Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
         InputError: ``preference`` is another word (code "unknown_kernels"), or an environment variable asks the
@@ -120,13 +120,13 @@ def choose(preference: str) -> Kernels:
 
 
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
-    """Compare every kernel of ours with its reference on every code path that ``model`` takes.
+    """Compare every custom kernel with its reference on every code path that ``model`` takes.
 
     MLX's implementation replaces a kernel on a path where it fails, with a warning in the log. Inputs and weights are
     random; the values of a model's weights do not matter.
     """
-    ours = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
-    return checks.check_kernels(ours, model, kernels.names, kernels.note)
+    custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
+    return checks.check_kernels(custom, model, kernels.names, kernels.note)
 
 
 def _target(preference: str) -> Target:

@@ -1,6 +1,6 @@
 """Kernels that are checked before they are used.
 
-A kernel has several code paths: one for a decode step, others for prompts, for other bit widths and so on.
+A kernel has several code paths: one for a decode step, and more for prompts, bit widths and so on.
 ``code_path`` names the path that given arguments take. Calls and checks use the same function, so a path counts as
 checked only if a check took exactly that path. ``CheckedKernel.check`` runs at load, on samples, before anything is
 timed. MLX's implementation replaces a path that fails; the other paths keep the kernel. A path that no check took is a
@@ -152,8 +152,8 @@ class CheckedKernel(Generic[P, R]):
             return f"cannot run: {_first_line(error)}"
         # A state in f32 that is computed from inputs in bf16 is only as exact as these.
         accepted = max(TOLERANCE[array.dtype] for array in got)
-        for ours, theirs in zip(got, expected, strict=True):
-            difference = relative_difference(ours, theirs)
+        for result, exact in zip(got, expected, strict=True):
+            difference = relative_difference(result, exact)
             if not difference <= accepted:  # NaN fails as well
                 return f"differs from its reference by {difference:.1e} of the largest value"
         return None
@@ -198,9 +198,9 @@ def check_kernels(
     """Check every kernel on every code path of ``model``; log a warning for each kernel with a failure.
 
     Args:
-        kernels: our kernels.
+        kernels: custom kernels.
         model: the sizes and formats of the model's parts.
-        standard: names of the implementations that run where none of our kernels does, by operation.
+        standard: names of the implementations that run where no custom kernel does, by operation.
         note: an earlier message for the user, or None.
     """
     verdicts = [verdict for kernel in kernels for verdict in kernel.check(model)]

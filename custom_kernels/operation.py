@@ -28,8 +28,8 @@ R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array], tuple[mx.array, 
 Target = Literal["reference", "mlx", "metal", "cuda", "cpu", "fallback"]
 """An implementation that ``Operation.on`` returns.
 
-The references, MLX's operations, our kernels on an Apple or NVIDIA GPU, our kernels on a CPU, or, on a CPU without the
-C++ extension, the fastest implementation without our kernels.
+The references, MLX's operations, custom kernels on an Apple GPU, on an NVIDIA GPU or on a CPU; or, on a CPU without the
+C++ extension, the fastest implementation without custom kernels.
 """
 
 
@@ -60,10 +60,10 @@ class Operation(Generic[P, R]):
         name: name in the records of runs.
         reference: the truth, in elementary operations.
         mlx: MLX's implementation, for ``kernels=mlx``.
-        mlx_name: name of ``mlx`` in the records of runs; None leaves the operation out of records without our kernel.
-        gpu: our kernel for GPUs, or None.
-        cpu: our kernel in the C++ extension, or None.
-        fallback: the implementation for ``kernels=auto`` where no kernel of ours runs; None stands for ``mlx``.
+        mlx_name: name of ``mlx`` in the records of runs; None leaves it out of records without custom kernels.
+        gpu: the custom kernel for GPUs, or None.
+        cpu: the custom kernel in the C++ extension, or None.
+        fallback: the implementation for ``kernels=auto`` where no custom kernel runs; None stands for ``mlx``.
         prompts: name of the implementation that prompts take, on targets where they take another one.
     """
 
@@ -90,7 +90,7 @@ class Operation(Generic[P, R]):
         return fallback
 
     def names(self, target: Target) -> dict[str, str]:
-        """Return the names of the implementations that run on ``target`` where none of our kernels does."""
+        """Return the names of the implementations that run on ``target`` where no custom kernel does."""
         if self.mlx_name is None:
             return {}
         names = {self.name: "reference" if target == "reference" else self.mlx_name}

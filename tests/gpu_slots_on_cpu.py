@@ -1,7 +1,7 @@
-"""Slots of an NVIDIA GPU, emulated: the real classes, with the reference of ``fill_slots`` in place of the kernel.
+"""Emulate slots of an NVIDIA GPU: the real classes, with the reference of ``fill_slots`` in place of the kernel.
 
-A machine without a GPU then takes every branch of the stores that one with a GPU takes. Memory in which records arrive
-holds NaN before and after each filling, so a record that goes to a wrong row there leaves NaN in a slot.
+A machine without a GPU then takes all branches of the stores for GPUs. Memory for arriving records holds NaN before and
+after each filling, so a record in a wrong row leaves NaN in a slot.
 """
 
 import mlx.core as mx
@@ -13,11 +13,11 @@ from flashmoe_mlx.stores import gpu_slots, memory, slots
 from flashmoe_mlx.stores.filling import Filling
 
 NAN = 0xFF
-"""Of such bytes alone, every float of any width is NaN."""
+"""Floats of any width that consist of such bytes are NaN."""
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have stores that are opened from now on keep slots as on a GPU."""
+    """Make stores that open from now on keep their slots as on a GPU."""
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(memory, "free_gpu_memory", memory.total_memory)
     monkeypatch.setattr(gpu_slots, "fill_slots", fill_in_place)
@@ -25,7 +25,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fill_in_place(slab: mx.array, records: mx.array, rows: mx.array) -> None:
-    """Do what the kernel does, which writes to the array that it is given; then poison ``records``."""
+    """Overwrite rows of ``slab`` in place, as the kernel does, then fill ``records`` with NaN."""
     filled = np.array(reference.fill_slots(slab, records, rows))
     np.asarray(memoryview(slab))[:] = filled
     np.asarray(memoryview(records))[:] = NAN

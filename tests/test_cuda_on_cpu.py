@@ -1,6 +1,6 @@
-"""CUDA kernels equal their references on a machine that runs their text on a CPU, in any order of their threads and
-however few threadgroups run at once; and the machine notices what would hang or differ. The everyday twins of
-``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
+"""CUDA kernels equal their references on a machine that runs their text on a CPU, with any order of threads and any
+number of concurrent threadgroups; and the machine detects kernels that hang or whose results vary. These are the
+everyday counterparts of ``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
 """
 
 from collections.abc import Iterator
@@ -62,7 +62,7 @@ def test_routed_experts(bits: int, group_size: int, k: int, shared: bool, at_onc
 
 
 def test_routed_experts_called_again_and_again(on_hopper: gpu_on_cpu.Launches) -> None:
-    """Every call leaves the counters as the next finds them."""
+    """Every call resets the counters for the next call."""
     made = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, k=2, shared=False)
     first = np.array(made.custom()[0].astype(F32))
     for _ in range(3):
@@ -90,14 +90,14 @@ def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_o
 def test_attention_on_tensor_cores(
     heads: int, kv_heads: int, width: int, rotary: int, contexts: tuple[int, ...], on_hopper: gpu_on_cpu.Launches
 ) -> None:
-    """Tiles that are full, begun or alone."""
+    """Full, partial and single tiles."""
     geometry = Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
     for context in contexts:
         case = kernel_cases.attention(geometry, BF16, context=context, seed=context)
         check(case, on_hopper, "attention_decode_tensor")
 
 
-def test_more_tiles_of_a_span_than_are_under_way(
+def test_more_tiles_of_a_span_than_are_in_flight(
     on_ampere: gpu_on_cpu.Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCKS", 1)

@@ -62,7 +62,10 @@ def test_what_fails_is_named_and_recorded(
     assert "quantized_matvec (32x128" in str(caught.value)
     shown = capsys.readouterr()
     assert reason in shown.out + shown.err
-    assert [one["passed"] for one in json.loads((tmp_path / "doctor.json").read_text())["findings"]] == [True, False]
+    assert [finding["passed"] for finding in json.loads((tmp_path / "doctor.json").read_text())["findings"]] == [
+        True,
+        False,
+    ]
 
 
 def test_the_cases_cover_every_kernel() -> None:

@@ -41,7 +41,7 @@ NO_MODEL: Any = None
 
 
 def doubling(custom: Callable[[mx.array], mx.array]) -> CheckedKernel[[mx.array], mx.array]:
-    """Doubles vectors; one path for an element alone, another for several, none for matrices."""
+    """Return a kernel that doubles vectors: one path for a single element, another for several, none for matrices."""
 
     def path(x: mx.array) -> CodePath | None:
         return ("one" if len(x) == 1 else "several",) if x.ndim == 1 else None
@@ -66,7 +66,7 @@ def test_a_kernel_that_agrees_runs_on_every_path() -> None:
     assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4]
     assert calls == [1, 3, 5, 2]
     assert operation(mx.array([[1.0]])).tolist() == [[2]]
-    assert len(calls) == 4, "what it does not take goes to MLX"
+    assert len(calls) == 4, "MLX handles unsupported arguments"
     assert report.names == {
         "other": "mx.multiply",
         "doubling: one": "custom kernel doubling",
@@ -102,12 +102,12 @@ def test_a_kernel_that_fails_on_one_path_is_replaced_there_alone(
 
 @pytest.mark.parametrize("bad", [3, 5])
 def test_one_bad_sample_of_a_path_is_enough(bad: int) -> None:
-    """Whether a good one comes before it or after it."""
+    """A good sample may come before or after it."""
     assert report_of(doubling(lambda x: x if len(x) == bad else x * 2)).replaced == ["doubling: several"]
 
 
 def test_a_kernel_whose_reference_fails_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    """As where memory is short: a model runs without the kernel, and a person is told."""
+    """For example for lack of memory: the model runs without the kernel, and the user is told."""
     operation = doubling(lambda x: x * 2)
 
     def failing(x: mx.array) -> mx.array:
@@ -163,7 +163,7 @@ def most_tokens_of_an_expert(arguments: Sequence[Any]) -> int:
 def spoiled(
     operation: str, when: Callable[[Sequence[Any]], bool], calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Make the kernel of ``operation`` wrong by half ``when`` its arguments say so, and count its calls by tokens."""
+    """Make the kernel of ``operation`` wrong by half for arguments that ``when`` selects; count its calls."""
     folder = getattr(custom_kernels, operation)
     original = folder.OPERATION.cpu
 
@@ -183,7 +183,7 @@ def spoiled(
 
 
 def ran(engine: Engine) -> np.ndarray:
-    """Logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
+    """Return the logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
     cache = engine.new_cache()
     tokens = [3] * 30 + list(range(30))  # alike, so that they choose the same experts
     return np.concatenate([engine.forward(tokens, cache), *(engine.forward([token], cache) for token in (5, 6, 7))])
@@ -191,7 +191,7 @@ def ran(engine: Engine) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected_logits(tiny_pack: Path) -> np.ndarray:
-    """What the references say."""
+    """The logits of the references."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     with flashmoe_mlx.load(tiny_pack, kernels="reference") as engine:
@@ -210,7 +210,7 @@ RIGHT = "right"
 def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     operation: str, fault: str, tiny_pack: Path, expected_logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report about a path is compared with what is called when that path runs, not with what a check found."""
+    """The report about a path must match the calls when that path runs, not the outcome of a check."""
     calls: Counter[str] = Counter()
 
     def when(arguments: Sequence[Any]) -> bool:
@@ -270,7 +270,7 @@ def test_few_tokens_of_an_expert_are_a_path_with_a_check(tiny_pack: Path, monkey
 def test_no_call_takes_an_unchecked_path(
     prefetch: str, changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Warnings are errors: an engine goes through every number of tokens, and every path was checked at load."""
+    """Warnings are errors: an engine runs with every number of tokens, and load must have checked every path."""
     folder = synthetic_pack("model", replace(TINY, **changes), tmp_path).folder
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -289,7 +289,7 @@ def test_no_call_takes_an_unchecked_path(
 def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
     experts: int, k: int, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every number of tokens and of slots: all groups but the last go without the shared expert."""
+    """For every number of tokens and of slots: only the last group includes the shared expert."""
     monkeypatch.setattr(CheckedKernel, "_disagreement", lambda *_: None)
     with flashmoe_mlx.load(tiny_pack) as engine:
         shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
@@ -326,7 +326,7 @@ def test_a_check_leaves_the_store_and_its_counters_alone(tiny_pack: Path) -> Non
         assert engine.store.stats().requests == 0
 
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
+# --- messages to the user ---------------------------------------------------------------------------------------------
 
 
 def test_a_program_that_loads_a_model_sees_a_warning_on_stderr(tiny_pack: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_person_is_told_that_a_kernel_was_replaced(
 
 
 def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks and references run while a pass loads its engine, and none while it generates."""
+    """Checks and references run while a pass loads its engine, not while it generates."""
     events: list[str] = []
     check, generate = CheckedKernel._disagreement, bench._generate
 

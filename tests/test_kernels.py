@@ -1,5 +1,5 @@
-"""Custom kernels equal their references in f64: as Metal text run on the CPU every day, on GPUs with ``-m metal`` or
-``-m cuda``; and what chooses between them chooses right.
+"""Custom kernels equal their references in f64: in everyday tests as Metal text that runs on the CPU, on GPUs with
+``-m metal`` or ``-m cuda``; and ``choose`` selects the right implementations.
 """
 
 import logging
@@ -39,12 +39,12 @@ SMALL = GEOMETRIES["small"]
 PUBLISHED = [name for name in GEOMETRIES if name != "small"]
 WIDTHS = [(bits, group_size) for bits in (2, 3, 4, 8) for group_size in (32, 64, 128)]
 ODD = cases.Geometry(128, 384, 5, 1, 96, 20, 1, 3, 64, 16)
-"""Sizes that no model has: rows that fill no simdgroup, rotary pairs that fill no lanes, five heads a key."""
+"""Sizes of no real model: rows and rotary pairs that do not fill a simdgroup, five query heads per key head."""
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the kernels run."""
+    """The device that runs the kernels."""
     if request.param == "metal on cpu":
         monkeypatch.setattr(kernel, "dialect", lambda: "metal")
         monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
@@ -61,7 +61,7 @@ def check(case: Case) -> None:
 
 
 def only_on_a_gpu(target: str, condition: bool, instead: str) -> None:
-    """Skip by emulation what differs from another case there in nothing that emulation can show."""
+    """Skip a case by emulation that emulation cannot distinguish from another case."""
     if condition and target == "metal on cpu":
         pytest.skip(f"by emulation {instead}")
 
@@ -146,7 +146,7 @@ def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, r
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("decay", [1.0, 0.9999, 1e-3, 1e-30, 0.0])
 def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDelta) -> None:
-    """The system of a chunk is as badly conditioned as it gets; a decay of 0 forgets everything."""
+    """These keys give a chunk's system its worst condition; a decay of 0 forgets everything."""
     random = np.random.default_rng(0)
     heads, tokens, size = 4, 150, 32
 
@@ -207,7 +207,7 @@ ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
 @pytest.mark.parametrize("context", [1, 2, 31, 32, 33, 64, 65, 2048, 2049, 12_345])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "rotary"), ATTENTIONS)
 def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary: int, context: int) -> None:
-    """Tiles that are full, begun or alone, and more of them in a span than are under way at once."""
+    """Full, partial and single tiles, and more tiles in a span than are in flight at once."""
     geometry = cases.Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
     weights = cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
     assert attention.stages_on_tensor_cores(weights, mx.bfloat16)
@@ -256,7 +256,7 @@ def test_routed_experts_in_one_dispatch(bits: int, group_size: int, k: int, shar
 
 @pytest.mark.cuda
 def test_routed_experts_called_again_and_again() -> None:
-    """Every call leaves the counters as the next finds them, and calls may run beside each other."""
+    """Every call resets the counters for the next call, and calls may run concurrently."""
     made = cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
     first = np.array(made.custom()[0].astype(mx.float32))
     for together in (1, 7, 300):
@@ -275,7 +275,7 @@ def test_quantized_matvec_of_whole_chunks(bits: int, rows: int, columns: int) ->
 
 @pytest.mark.usefixtures("target")
 def test_a_far_position_is_rotated_exactly() -> None:
-    """One float for the angle would be off by a thousandth here."""
+    """An angle in one float would have an error of a thousandth here."""
     geometry = cases.Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16)
     check(cases.attention(geometry, mx.float32, context=100_000, tokens=2))
 
@@ -356,7 +356,7 @@ H200 = Gpu(multiprocessors=132, capability=9, shared_memory=232448)
 
 
 def launches(registers_a_thread: int, threads: int) -> bool:
-    """Whether a multiprocessor has the registers: 16384 in each of four parts, which simdgroups are dealt to."""
+    """Return whether a multiprocessor has enough registers: 16384 in each of four parts, which share the simdgroups."""
     simdgroups = -(-threads // 128)  # in a part
     return simdgroups * 32 * (-(-registers_a_thread // 8) * 8) <= 16384
 
@@ -412,8 +412,8 @@ def test_older_gpus_keep_two_dispatches() -> None:
     [(H200, 4), (Gpu(108, 8, 166912), 4), (Gpu(128, 8, 101376), 2), (Gpu(170, 12, 101376), 2), (Gpu(40, 7, 65536), 0)],
     ids=["H200", "A100", "Ada", "Blackwell with little memory", "Turing"],
 )
-def test_tiles_of_attention_under_way(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capability and memory come from NVIDIA's driver, as for all other kernels."""
+def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability and memory come from NVIDIA's driver, as for all kernels."""
     monkeypatch.setattr(attention, "gpu", lambda: device)
     monkeypatch.setattr(attention, "dialect", lambda: "cuda")
     weights = cases.attention_inputs(GEOMETRIES["397B"], mx.bfloat16, context=1).weights

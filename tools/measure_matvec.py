@@ -1,4 +1,4 @@
-"""Measure quantised products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
+"""Measure quantized products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
 
     python tools/measure_matvec.py
     python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it

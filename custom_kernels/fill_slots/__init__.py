@@ -3,8 +3,8 @@
 MLX cannot write into an existing array: an update makes a new array unless nothing else refers to the old one, so a
 store would copy gigabytes for every expert. On CUDA a kernel can write to its inputs.
 
-This folder has no ``OPERATION``. Stores call the kernel, not models; no implementation of MLX's could replace it; and it
-has a single code path, so a check at load has nothing to choose. Tests compare it with its reference.
+This folder has no ``OPERATION``: stores call the kernel, not models, and MLX has no implementation to replace it if a
+check at load failed. Tests compare it with its reference.
 """
 
 from collections.abc import Callable

@@ -171,14 +171,14 @@ def _host_chunk(q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats, me
     # From here on [key heads, tokens, value heads of each, Dv]: one product for all value heads of a key head.
     begun = np.cumprod(decay, axis=0).swapaxes(0, 1)[..., None]
     found = (both @ memory.swapaxes(-1, -2)).reshape(key_heads, 2 * tokens, each, value_dim)
-    recalled, asked = found[:, :tokens], found[:, tokens:]
+    recalled, read = found[:, :tokens], found[:, tokens:]
     recalled *= -begun
     recalled += v.swapaxes(0, 1)
     recalled *= beta.swapaxes(0, 1)[..., None]
     change = np.ascontiguousarray((inverse @ recalled.swapaxes(1, 2)).swapaxes(1, 2))
-    asked *= begun
-    asked += (between * scores[:, None, tokens:] @ change.swapaxes(1, 2)).swapaxes(1, 2)
-    y[:] = asked.swapaxes(0, 1)
+    read *= begun
+    read += (between * scores[:, None, tokens:] @ change.swapaxes(1, 2)).swapaxes(1, 2)
+    y[:] = read.swapaxes(0, 1)
     change *= between[:, :, -1].swapaxes(1, 2)[..., None]
     memory.reshape(key_heads, each, -1)[:] *= decay.prod(axis=0)[..., None]
     memory += change.reshape(key_heads, tokens, -1).swapaxes(-1, -2) @ own
