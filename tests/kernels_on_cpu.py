@@ -81,10 +81,18 @@ class Buffer:
         self.nbytes = array.nbytes
         if not output:
             self._bytes[:] = self._array
+        self._given = None if output else self._bytes.copy()
 
     def give_back(self) -> None:
-        """Copy the kernel's results into the array."""
-        self._array[:] = self._bytes
+        """Copy an output, or the bytes of an input that the kernel changed, into the array.
+
+        Unchanged bytes of an input stay, because a store may have filled other slots of it meanwhile.
+        """
+        if self._given is None:
+            self._array[:] = self._bytes
+        else:
+            changed = self._bytes != self._given
+            self._array[changed] = self._bytes[changed]
 
 
 class Clang:
