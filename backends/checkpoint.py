@@ -1,4 +1,4 @@
-"""Experts straight from a published safetensors checkpoint, without a pack."""
+"""Experts read straight from a published safetensors checkpoint, without a pack."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -12,10 +12,18 @@ from flashmoe_mlx.stores.reading_store import ReadingStore
 
 
 class CheckpointStore(ReadingStore):
-    """Gathers every requested expert from its places in the shards: nine in a quantised checkpoint, fewer
-    where they adjoin.
+    """Reads each requested expert from its pieces in the shards.
 
-    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once.
+    A quantized checkpoint holds an expert in nine pieces; adjacent pieces are read together.
+
+    Args:
+        source: the location of the experts in a checkpoint.
+        slots: maximum number of distinct experts in one fetch.
+        reader: "pread" or "io_uring".
+        depth: number of simultaneous reads.
+
+    Raises:
+        InputError: ``source`` is a pack (code "not_a_checkpoint").
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH}
@@ -24,6 +32,7 @@ class CheckpointStore(ReadingStore):
         if isinstance(source, PackedExperts):
             raise InputError(
                 f"backend=checkpoint: {source.directory.parent} is a pack; give the folder of a checkpoint as "
-                "model.path, or choose another backend"
+                "model.path, or choose another backend",
+                code="not_a_checkpoint",
             )
         super().__init__(source, slots, lambda _: make_reader(reader, source, depth), depth)

@@ -1,4 +1,4 @@
-"""Linux's io_uring: the reads of a layer in one system call."""
+"""Reads through io_uring on Linux: one system call for all experts of a fetch."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,15 +10,22 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 
 
 class UringStore(ReadingStore):
-    """Reads every requested expert through one ring, without threads; threads read only the hints.
+    """Reads every requested expert through one ring; threads read only hinted experts.
 
-    Options: ``slots`` of one fetch; ``depth`` reads under way at once; ``chunk_mib`` MiB at most in one read (None:
-    whole experts); ``direct`` reads past the page cache (O_DIRECT); ``workers`` has the kernel's own threads make the
-    reads, which matters where pages are in the cache and must be copied; ``registered`` pins the slots once, twice as
-    many from the start, so that hints need no others.
+    Args:
+        source: the location of the experts.
+        slots: maximum number of distinct experts in one fetch.
+        depth: maximum number of simultaneous reads.
+        chunk_mib: maximum size of one read in MiB; None reads whole experts.
+        direct: whether reads bypass the page cache (O_DIRECT).
+        workers: whether threads of the kernel make the reads. They help where the page cache holds the experts, which
+            must then be copied.
+        registered: whether the kernel pins the slots once. There are then twice as many slots from the start, so that
+            hinted experts need no new ones.
 
     Raises:
-        BackendUnavailableError: not Linux, an old kernel, or io_uring is forbidden here.
+        BackendUnavailableError: the system is not Linux, its kernel is too old, or it forbids io_uring
+            (code "no_io_uring"); or the slots cannot be pinned ("cannot_pin").
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH, "chunk_mib": CHUNK_MIB}

@@ -1,7 +1,6 @@
-"""The pack mapped into memory: the operating system loads pages, and nothing is copied unless MLX needs a copy."""
+"""The pack mapped into memory: the operating system loads the pages, and bytes are copied only where MLX needs it."""
 
 import contextlib
-import ctypes
 import errno
 import mmap
 import os
@@ -18,31 +17,36 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
-from flashmoe_mlx.stores.reads import OpenFiles, Read
+from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
+from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
 from flashmoe_mlx.stores.slab import Slab
 
 _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV_SEQUENTIAL"}
-_MADV_POPULATE_READ = 22  # <asm-generic/mman-common.h>, Linux 5.14; Python 3.11 has no name for it
 
 
 class MmapStore(ExpertStore):
     """Serves experts from a mapping of the layer files.
 
-    Kernels of the CPU read the mapping itself (``batch.host``), and so do Metal's where they take single records
-    (``batch.records``); ``batch.slab``, and everything for MLX on other devices, is copied when it is asked for.
+    CPU kernels read the mapping itself (``batch.host``), and so do Metal kernels that take single records
+    (``batch.records``). MLX operations and kernels on other devices get a copy (``batch.slab``).
 
-    The fused kernels take a slab, so on Metal they are given a copy. A layer's whole mapping as the slab would spare
-    it, but Metal makes a buffer resident as a whole: 3.6 GB at the 397B's geometry for ten experts of 7 MB. A buffer
-    for each record, ten more arguments of a kernel, would do; it has not been tried, since no Mac is at hand to
-    measure it on.
+    The fused Metal kernels take a slab, so they get a copy too. The whole mapping of a layer could be their slab, but
+    Metal makes a buffer resident as a whole: 3.6 GB at the 397B geometry for ten experts of 7 MB. One buffer for each
+    record, as ten more arguments of the kernel, would avoid the copy; nobody has measured that on a Mac yet.
 
-    Options: ``slots`` of one fetch; ``advice`` to the system for the whole mapping: normal, random or sequential;
-    ``populate`` has a fetch wait until its experts are in memory, all of them read at once, in place of page faults
-    under the kernels.
+    If a file was truncated, a fetch raises an error, and no SIGBUS ends the process: sizes are compared before any
+    page is touched, and on Linux 5.14 or later ``populate`` also reports a failing disk. Without ``populate``, or on
+    other systems, a disk that fails while a kernel reads the mapping ends the process.
 
-    A file that was truncated is an error, not a SIGBUS: sizes are compared before any page is touched, and on Linux
-    5.14 or later ``populate`` also reports a failing disk. Without it, or on other systems, a disk that fails under a
-    kernel ends the process.
+    Args:
+        source: the location of the experts; each must be in one piece, as in a pack.
+        slots: maximum number of distinct experts in one fetch.
+        advice: expected pattern of access to the whole mapping: "normal", "random", or "sequential".
+        populate: whether a fetch reads all its experts at once and waits for them; otherwise kernels wait for one page
+            fault after another.
+
+    Raises:
+        InputError: ``advice`` is unknown (code "unknown_advice"), or experts are in several pieces ("not_a_pack").
     """
 
     def __init__(self, source: ExpertSource, slots: int = 16, advice: str = "normal", populate: bool = True) -> None:
@@ -52,28 +56,28 @@ class MmapStore(ExpertStore):
         extents = source.extents(0, 0)
         if len(extents) != 1:
             raise InputError(
-                f"backend=mmap needs a pack, where an expert lies in one piece; in {extents[0].path.parent} it has "
-                f"{len(extents)}. Make one (task=pack), or use backend=checkpoint",
+                f"backend=mmap needs a pack, in which each expert is in one piece; in {extents[0].path.parent} an "
+                f"expert has {len(extents)} pieces. Make a pack (task=pack), or use backend=checkpoint",
                 code="not_a_pack",
             )
         self._advice = getattr(mmap, _ADVICE[advice])
         self._populate = populate
-        self._files = OpenFiles(_open)
+        self._files = FileDescriptorCache(_open)
         self._mappings: dict[Path, _Mapping] = {}
         self._slab = Slab(slots, source.layout.record_bytes)
 
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
         extents = {expert: self.source.extents(layer, expert)[0] for expert in distinct}
         mappings = {expert: self._mapping(layer, expert, extents[expert]) for expert in distinct}
         if self._populate:
-            for expert in distinct:  # first all are begun, then waited for
+            for expert in distinct:  # start all reads before waiting for the first
                 mappings[expert].advise(extents[expert], mmap.MADV_WILLNEED)
             for expert in distinct:
                 try:
                     mappings[expert].populate(extents[expert])
                 except OSError as error:
-                    raise _read(expert, extents[expert]).failed(layer, error) from error
+                    raise _as_read(expert, extents[expert]).failed(layer, error) from error
         views = {expert: mappings[expert].view(extents[expert]) for expert in distinct}
         slots = {expert: slot for slot, expert in enumerate(distinct)}
         batch = _MappedBatch(
@@ -83,7 +87,7 @@ class MmapStore(ExpertStore):
         return batch, StoreStats(misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
 
     def _mapping(self, layer: int, expert: int, extent: Extent) -> "_Mapping":
-        """Return a mapping of the extent's file up to its current end."""
+        """Return a mapping of the file of ``extent`` up to its current end."""
         try:
             fd = self._files[extent.path]
             size = os.fstat(fd).st_size
@@ -93,10 +97,10 @@ class MmapStore(ExpertStore):
             if mapping is None or mapping.nbytes < extent.offset + extent.nbytes:
                 mapping = self._mappings[extent.path] = _Mapping(fd, size, self._advice)
         except (EOFError, OSError) as error:
-            raise _read(expert, extent).failed(layer, error) from error
+            raise _as_read(expert, extent).failed(layer, error) from error
         return mapping
 
-    def _hint(self, layer: int, experts: Sequence[int]) -> None:
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
         for expert in experts:
             extent = self.source.extents(layer, expert)[0]
             mapping = self._mappings.get(extent.path)
@@ -104,12 +108,12 @@ class MmapStore(ExpertStore):
                 mapping.advise(extent, mmap.MADV_WILLNEED)
 
     def _release(self) -> None:
-        # A batch that is still held keeps its mapping, and so its memory stays valid; the files are closed.
+        # A batch that is still referenced keeps its mapping alive, so its memory stays valid.
         self._mappings.clear()
         self._files.close()
 
 
-def _read(expert: int, extent: Extent) -> Read:
+def _as_read(expert: int, extent: Extent) -> Read:
     return Read(expert, extent.path, extent.offset, memoryview(b""))
 
 
@@ -118,10 +122,10 @@ def _open(path: Path) -> int:
 
 
 class _Mapping:
-    """A whole file, mapped for reading and unmapped with the last reference."""
+    """A whole file, mapped for reading; unmapped when the last reference goes."""
 
     def __init__(self, fd: int, nbytes: int, advice: int) -> None:
-        # Metal takes memory for a buffer only if it could be written to; private pages never reach the file.
+        # Metal makes buffers only of writable memory. Private pages never reach the file.
         access = mmap.ACCESS_COPY if mx.metal.is_available() else mmap.ACCESS_READ
         self._map = mmap.mmap(fd, nbytes, access=access)
         self._map.madvise(advice)
@@ -132,35 +136,33 @@ class _Mapping:
         return self._bytes[extent.offset : extent.offset + extent.nbytes]
 
     def advise(self, extent: Extent, advice: int) -> None:
-        """Give the system a hint, which may fail."""
-        self._madvise(extent, advice)
+        """Advise the system about the pages of ``extent``; it may ignore that."""
+        madvise(self._address(extent), extent.nbytes, advice)
 
     def populate(self, extent: Extent) -> None:
-        """Wait until the pages are in memory; OSError if the storage fails or the file has become too short."""
+        """Wait until the pages of ``extent`` are in memory.
+
+        Raises:
+            OSError: the storage failed, or the file is now too short.
+        """
         if sys.platform != "linux":
             return
-        while (code := self._madvise(extent, _MADV_POPULATE_READ)) in (errno.EINTR, errno.EAGAIN):
-            pass
-        if code not in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14, which reads when pages are touched
+        code = errno.EAGAIN
+        while code in (errno.EINTR, errno.EAGAIN):
+            code = madvise(self._address(extent), extent.nbytes, MADV_POPULATE_READ)
+        if code not in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14, which reads pages when they are touched
             raise OSError(code, "the pages cannot be read (I/O error, or the file was cut short)")
 
-    def _madvise(self, extent: Extent, advice: int) -> int:
-        """The error number, or 0. Through ctypes, which lets other threads run meanwhile."""
-        address = self._bytes.ctypes.data + extent.offset
-        result = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(extent.nbytes), advice)
-        return ctypes.get_errno() if result else 0
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
+    def _address(self, extent: Extent) -> int:
+        return self._bytes.ctypes.data + extent.offset
 
 
 class _MappedBatch(HostBatch):
-    """An ``ExpertBatch`` of a mapping; memory that MLX cannot use in place is copied once."""
+    """An ``ExpertBatch`` of mapped experts; they are copied once if MLX cannot use the mapping in place."""
 
     @cached_property
     def records(self) -> list[mx.array]:
         if mx.metal.is_available():
-            with contextlib.suppress(ValueError):  # memory that Metal does not take
+            with contextlib.suppress(ValueError):  # memory that Metal refuses
                 return [mx.asarray(np.frombuffer(view, np.uint8), copy=False) for view in self._views]
         return super().records

@@ -1,4 +1,4 @@
-"""The 2-bit variant of a pack: little more than half the bytes of the 4-bit one."""
+"""The 2-bit variant of a pack, whose records have little more than half the bytes of the 4-bit variant."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -11,10 +11,17 @@ from flashmoe_mlx.stores.reading_store import ReadingStore
 
 
 class Pack2Store(ReadingStore):
-    """Reads experts of 2 bits, and refuses any other width.
+    """Reads experts of 2 bits and refuses any other width.
 
-    Options: ``slots`` of one fetch; ``reader``, pread or io_uring; ``depth`` reads under way at once;
-    ``direct`` reads past the page cache.
+    Args:
+        source: the location of the experts.
+        slots: maximum number of distinct experts in one fetch.
+        reader: "pread" or "io_uring".
+        depth: number of simultaneous reads.
+        direct: whether reads bypass the page cache.
+
+    Raises:
+        InputError: the experts have another width (code "wrong_width").
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "depth": DEPTH}
@@ -25,6 +32,7 @@ class Pack2Store(ReadingStore):
         if source.layout.bits != 2:
             raise InputError(
                 f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
-                "leave backend.variant=q2, or choose another backend"
+                "leave backend.variant=q2, or choose another backend",
+                code="wrong_width",
             )
         super().__init__(source, slots, lambda _: make_reader(reader, source, depth, direct), depth, direct)

@@ -1,4 +1,4 @@
-"""Parallel positioned reads into one buffer, through the operating system's page cache."""
+"""Parallel positioned reads into one buffer, through the page cache of the operating system."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -10,11 +10,15 @@ from flashmoe_mlx.stores.thread_reader import ThreadReader
 
 
 class PreadStore(ReadingStore):
-    """Reads every requested expert with ``threads`` threads, straight into its slot.
+    """Reads every requested expert with several threads, straight into its slot.
 
-    Options: ``slots`` of one fetch; ``threads`` that read at once; ``chunk_mib`` MiB at most in one read, so that
-    several threads share an expert (None: whole experts); ``direct`` reads past the page cache (O_DIRECT on Linux,
-    F_NOCACHE on macOS); ``readahead`` false tells the system not to read beyond what is asked for.
+    Args:
+        source: the location of the experts.
+        slots: maximum number of distinct experts in one fetch.
+        threads: number of threads, each of which makes one read at a time.
+        chunk_mib: maximum size of one read in MiB, so that several threads share an expert; None reads whole experts.
+        direct: whether reads bypass the page cache (O_DIRECT on Linux, F_NOCACHE on macOS).
+        readahead: whether the system may read beyond the requested bytes.
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS, "threads": THREADS, "chunk_mib": CHUNK_MIB}

@@ -1,4 +1,4 @@
-"""A budget of memory for the most used experts, and reads for the rest."""
+"""A memory budget for the most used experts; all other experts are read from storage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertReadError, ExpertStore, StoreStats
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
-from flashmoe_mlx.stores.memory import GIB, available_memory, refuse_if_too_large, slot_memory
+from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import make_reader
@@ -21,22 +21,30 @@ from flashmoe_mlx.stores.slots import SlotMaker, Slots
 
 
 class RamHybridStore(ExpertStore):
-    """Keeps experts in slots, the same number for each layer, and reads missing experts.
+    """Keeps experts in slots, the same number in each layer, and reads missing experts.
 
-    Options: the budget is ``budget_gib`` GiB, or else ``memory_share`` of the memory that is free when it is opened;
-    ``policy`` says which expert makes room for another: lru, lfu, s3fifo, or pinned, which keeps those that were
-    chosen most in the recorded ``trace`` and the others by lru; ``slots`` that one fetch may need, if the budget gives
-    a layer so many; ``reader``, pread or io_uring, with ``depth`` reads under way at once, ``direct`` past the page
-    cache, which then does not keep a second copy. On CUDA the slots are in the GPU's memory. Outside the budget are
-    the experts of one request where they are copied for the kernels, and as many where hints are read ahead.
+    Each layer has separate slots, because in a common pool the layers of one token would evict each other's experts.
+    With an NVIDIA GPU the slots are in GPU memory. The budget does not include two things: a copy of the experts of
+    one request where kernels need a copy, and slots for as many hinted experts.
 
-    ``preload`` fills all slots when it is opened, in the time that the disk takes for the budget: with the hot experts
-    of ``trace``, and otherwise with those of the lowest numbers. It pays where the budget holds a good part of all.
-
-    Each layer has separate slots: with one pool for all, layers of a token would push each other out.
+    Args:
+        source: the location of the experts.
+        budget_gib: size of all slots in GiB; None for ``memory_share``.
+        memory_share: size of all slots as a share of the memory that is free when the store is opened.
+        policy: how a layer chooses the expert that loses its slot: "lru", "lfu", "s3fifo", or "pinned". "pinned" keeps
+            the experts that ``trace`` used most, and applies LRU to the rest.
+        trace: path of a routing trace; required for "pinned" and for no other policy.
+        slots: maximum number of distinct experts in one fetch, if the budget gives a layer that many.
+        reader: "pread" or "io_uring".
+        depth: number of simultaneous reads.
+        direct: whether reads bypass the page cache, which otherwise holds a second copy of the experts.
+        preload: whether all slots are filled when the store is opened: with the hottest experts of ``trace``, or
+            without a trace with the experts of the lowest indices. This takes as long as the disk needs to read the
+            budget, and pays off where the budget holds a large part of all experts.
 
     Raises:
-        InputError: the budget does not fit into memory, or holds less than one expert a layer.
+        InputError: the budget does not fit into memory (codes "budget_too_large", "not_enough_memory") or holds less
+            than one expert in each layer ("budget_too_small"), or the policy and the trace do not go together.
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {
@@ -65,7 +73,7 @@ class RamHybridStore(ExpertStore):
         capacity = min(budget // (record * source.num_layers), source.num_experts)
         if capacity < 1:
             raise InputError(
-                f"backend=ram_hybrid: {budget / GIB:.3g} GiB are less than one expert for each of {source.num_layers} "
+                f"backend=ram_hybrid: {budget / GIB:.3g} GiB hold less than one expert for each of {source.num_layers} "
                 f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}",
                 code="budget_too_small",
             )
@@ -75,8 +83,10 @@ class RamHybridStore(ExpertStore):
         self._capacity = capacity
         self._caches = [self._empty(layer) for layer in range(source.num_layers)]
         maker = SlotMaker(record, self.slots)
-        size = record * (source.num_layers * capacity + self.slots) + maker.beside  # and the slots of reads ahead
-        refuse_if_too_large("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
+        size = (
+            record * (source.num_layers * capacity + self.slots) + maker.shared_bytes
+        )  # self.slots: for hinted experts
+        check_memory("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
         self._layers: list[Slots] = []
         try:
@@ -90,7 +100,7 @@ class RamHybridStore(ExpertStore):
     def _preload(self) -> None:
         for layer, hot in enumerate(self._hot):
             wanted = list(dict.fromkeys([*hot, *range(self.source.num_experts)]))[: self._capacity]
-            # The hottest come last, since policies let go of the oldest first.
+            # The hottest experts come last, because policies evict the oldest first.
             for start in range(0, self._capacity, self.slots):
                 group = wanted[::-1][start : start + self.slots]
                 placement = self._caches[layer].place(group)
@@ -99,14 +109,14 @@ class RamHybridStore(ExpertStore):
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))
 
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
         try:
             placement = self._caches[layer].place(distinct)
             done = self._fill(layer, {expert: placement.slots[expert] for expert in placement.misses})
         except BaseException as error:
-            # A failed read is known to have spoilt the slots of the misses; after anything else, an interrupt
-            # perhaps, nothing is known of this layer.
+            # After a failed read only the slots of the misses are invalid. After any other error, such as an
+            # interrupt, the state of this layer is unknown.
             if not isinstance(error, ExpertReadError):
                 self._caches[layer] = self._empty(layer)
             raise
@@ -114,12 +124,12 @@ class RamHybridStore(ExpertStore):
         misses = len(placement.misses)
         return batch, replace(done, hits=len(distinct) - misses, misses=misses, evictions=placement.evictions)
 
-    def _hint(self, layer: int, experts: Sequence[int]) -> None:
-        # Beside the slots: what is only guessed pushes nobody out, and hits do not depend on hints.
-        self._reader.advise(layer, [expert for expert in experts if expert not in self._caches[layer]])
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        # Hinted experts get separate slots: a guess evicts no expert, and hits do not depend on hints.
+        self._reader.prefetch(layer, [expert for expert in experts if expert not in self._caches[layer]])
 
     def _fill(self, layer: int, places: Mapping[int, int]) -> StoreStats:
-        """Read each expert of ``places`` into its slot."""
+        """Read each expert of ``places``, a map from experts to slots, into its slot."""
         filling = self._layers[layer].fill(list(places.values()))
         try:
             done = self._reader.read(layer, places, filling)
@@ -132,7 +142,7 @@ class RamHybridStore(ExpertStore):
     def _release(self) -> None:
         self._stats += self._reader.close()
         self._layers.clear()
-        mx.clear_cache()  # MLX would keep this much memory for arrays to come
+        mx.clear_cache()  # MLX would keep the memory for later arrays
 
 
 def _budget(budget_gib: float | None, memory_share: float) -> int:

@@ -8,50 +8,54 @@ import mlx.core as mx
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.limits import DEPTH, Limit
-from flashmoe_mlx.stores.memory import refuse_if_too_large
+from flashmoe_mlx.stores.memory import check_memory
 from flashmoe_mlx.stores.readers import make_reader
 from flashmoe_mlx.stores.slots import SlotMaker, Slots
 
-_AT_ONCE = 16
-"""Experts read together while opening."""
+_BATCH = 16
+"""Experts read together while the store is opened."""
 
 
 class ResidentStore(ExpertStore):
-    """Reads every expert when it is opened; a fetch only looks up their slots.
+    """Reads every expert when it is opened, so that a fetch only looks up slots.
 
-    Options: ``reader``, pread or io_uring, and ``depth`` reads under way at once, for opening.
+    Args:
+        source: the location of the experts.
+        reader: "pread" or "io_uring"; used only while the store is opened.
+        depth: number of simultaneous reads while the store is opened.
 
     Raises:
-        InputError: they do not fit into the memory that is free; says how much is needed.
+        InputError: the experts do not fit into the free memory (code "not_enough_memory").
+        ExpertReadError: an expert could not be read.
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"depth": DEPTH}
 
     def __init__(self, source: ExpertSource, reader: str = "pread", depth: int = 4) -> None:
         super().__init__(source, source.num_experts)
-        maker = SlotMaker(source.layout.record_bytes, _AT_ONCE)
-        refuse_if_too_large(
+        maker = SlotMaker(source.layout.record_bytes, _BATCH)
+        check_memory(
             "backend=resident",
-            source.num_layers * source.num_experts * source.layout.record_bytes + maker.beside,
-            "use backend=ram_hybrid, which keeps as many as fit, or a variant of fewer bits",
+            source.num_layers * source.num_experts * source.layout.record_bytes + maker.shared_bytes,
+            "use backend=ram_hybrid, which keeps as many experts as fit, or a variant of fewer bits",
         )
         self._layers: list[Slots] = []
-        opened = make_reader(reader, source, depth)
+        expert_reader = make_reader(reader, source, depth)
         try:
             for layer in range(source.num_layers):
                 slots = maker.make(source.num_experts)
-                for start in range(0, source.num_experts, _AT_ONCE):
-                    filling = slots.fill(range(start, min(start + _AT_ONCE, source.num_experts)))
-                    reads, nbytes = opened.read(layer, list(filling.rows.items()))  # expert n is in slot n
+                for start in range(0, source.num_experts, _BATCH):
+                    filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
+                    reads, nbytes = expert_reader.read(layer, list(filling.rows.items()))  # expert n is in slot n
                     filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
                 self._layers.append(slots)
         finally:
-            opened.close()
+            expert_reader.close()
 
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         return self._layers[layer].batch(experts), StoreStats(hits=len(set(experts)))
 
     def _release(self) -> None:
         self._layers.clear()
-        mx.clear_cache()  # MLX would keep this much memory for arrays to come
+        mx.clear_cache()  # MLX would keep the memory for later arrays

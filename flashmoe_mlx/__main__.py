@@ -1,4 +1,4 @@
-"""``python -m flashmoe_mlx``: hand the command line to Hydra, and every error to a person in a line or two."""
+"""Entry point of ``python -m flashmoe_mlx``."""
 
 import os
 import sys
@@ -8,14 +8,17 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, 2 for a mistake in the request, 1 for a failure, 130 if interrupted."""
+    """Run the command line and return its exit code.
+
+    The code is 0 for success, 1 for a failure, 2 for a mistake in the request, and 130 for an interrupt.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    # Hydra writes to streams that are closed, too; and a file that is opened later must not get their numbers.
+    # Hydra writes even to closed streams, and a file opened later must not get the descriptor of a closed stream.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a model may say what a terminal's encoding cannot
+            stream.reconfigure(errors="replace")  # the terminal's encoding may lack characters of the answer
     try:
         from flashmoe_mlx.cli.application import run
 

@@ -1,17 +1,19 @@
-"""Errors that reach a person: str(error) is the one or two lines that the command line prints."""
+"""Errors of this package; ``str(error)`` is the one or two lines that the command line prints."""
 
 from typing import ClassVar
 
 
 class FlashMoeError(Exception):
-    """A failure with a message fit for a person: what is wrong, where, and how to fix it.
+    """Base class of all errors of this package.
 
-    ``code`` names the kind of failure in snake_case for programs, which must not depend on the wording. A class has a
-    default; a ``raise`` may name a more specific one.
+    Args:
+        message: one or two lines for people: what is wrong, where, and how to fix it. The wording may change.
+        code: the kind of failure in snake_case, for programs; None for the default code of the class. docs/errors.md
+            lists all codes.
     """
 
     exit_code: ClassVar[int] = 1
-    """Exit status of the command line: 1 for failures, 2 for mistakes of the user."""
+    """Exit status of the command line: 1 for a failure, 2 for a mistake in the request."""
     default_code: ClassVar[str] = "failed"
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
@@ -20,25 +22,25 @@ class FlashMoeError(Exception):
 
 
 class InputError(FlashMoeError):
-    """A request that is itself at fault: a wrong option, path, prompt, or file."""
+    """A mistake in the request: a wrong option, path, prompt, or file."""
 
     exit_code = 2
     default_code = "invalid_input"
 
 
 class PackError(InputError):
-    """A pack that is missing, incomplete, foreign, or damaged."""
+    """A pack that is missing, incomplete, damaged, or in another format."""
 
     default_code = "invalid_pack"
 
 
 class CheckpointError(InputError):
-    """A published checkpoint that is missing a part, damaged, or of an unsupported kind."""
+    """A published checkpoint that is incomplete, damaged, or not supported."""
 
     default_code = "invalid_checkpoint"
 
 
 class EngineBusyError(FlashMoeError):
-    """A call into an engine while another thread is running a forward pass of it."""
+    """A call to an engine while another thread runs a forward pass of that engine."""
 
     default_code = "engine_busy"

@@ -1,4 +1,4 @@
-"""Open a pack or a published checkpoint, in one form."""
+"""Open a pack or a published checkpoint as the same kind of object."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from pathlib import Path
 import mlx.core as mx
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, classify_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
-from flashmoe_mlx.models.build import ResidentTensors
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.weights import ResidentTensors
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.resident import read_resident
@@ -20,7 +20,14 @@ from flashmoe_mlx.pack.resident import read_resident
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model on disk; ``experts`` by variant."""
+    """A model on disk.
+
+    Attributes:
+        folder: its folder.
+        config: its geometry.
+        resident: its resident tensors.
+        experts: its routed experts, by variant.
+    """
 
     folder: Path
     config: ModelConfig
@@ -28,17 +35,21 @@ class ModelFiles:
     experts: Mapping[str, ExpertSource]
 
     def variant(self, name: str | None) -> ExpertSource:
-        """Return the experts of a variant, or of the one with the most bits; among equals, the first by name.
+        """Return the experts of a variant.
+
+        Args:
+            name: the variant; None for the one with the most bits, and among these the first by name.
 
         Raises:
             InputError: there is no such variant.
         """
         if name is not None and not isinstance(name, str):
             raise InputError(
-                f"backend.variant={name}: must be the name of one, such as q4, or null", code="option_of_another_type"
+                f"backend.variant={name}: must be the name of a variant, for example q4, or null",
+                code="option_of_another_type",
             )
         if name is None:
-            name = min(self.experts, key=lambda one: (-(self.experts[one].layout.bits or 32), one))
+            name = min(self.experts, key=lambda variant: (-(self.experts[variant].layout.bits or 32), variant))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
@@ -51,20 +62,25 @@ class ModelFiles:
 
 
 def open_model(folder: Path) -> ModelFiles:
-    """Open and check the model in ``folder``; nothing large is read.
+    """Open and check the model in ``folder``, without reading weights.
 
     Raises:
-        InputError: there is none, or it is incomplete, damaged or not supported.
+        InputError: there is no model, or it is incomplete, damaged or not supported.
     """
     if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
         pack = open_pack(folder)
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():
-        raise InputError(f"{folder}: packing did not finish; run the same task=pack command again, it resumes")
+        raise InputError(
+            f"{folder}: packing did not finish; run the same task=pack command again, it resumes",
+            code="unfinished_pack",
+        )
     if (folder / RESIDENT).exists():
-        raise InputError(f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)")
+        raise InputError(
+            f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)", code="no_pack"
+        )
     checkpoint = Checkpoint.open(folder)
-    tensors = sort_tensors(checkpoint)
+    tensors = classify_tensors(checkpoint)
     bits = tensors.experts.layout.bits
     name = "published" if bits is None else f"q{bits}"
     return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
@@ -74,7 +90,7 @@ class _PackResident:
     """The resident tensors of a pack."""
 
     def __init__(self, path: Path) -> None:
-        loaded = mx.load(str(path))  # headers alone; MLX reads a tensor when it is evaluated
+        loaded = mx.load(str(path))  # MLX reads only headers; a tensor is read when it is evaluated
         assert isinstance(loaded, dict)
         self._tensors = loaded
         self.names = frozenset(loaded)

@@ -1,4 +1,4 @@
-"""Fixtures of all tests."""
+"""Fixtures shared by all tests."""
 
 import os
 from collections.abc import Iterator
@@ -14,15 +14,15 @@ from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests compare in f32 on the CPU wherever they run, unless they are about a GPU."""
-    before = mx.default_device()
+    """Run tests on the CPU, in f32, except for tests marked for a GPU."""
+    default = mx.default_device()
     on_gpu = any(request.node.get_closest_marker(name) for name in ("metal", "cuda"))
     mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
     yield
-    mx.set_default_device(before)
+    mx.set_default_device(default)
 
 
-# TF32 would hide what the comparisons in f32 are about; MLX reads this when it first uses a GPU.
+# TF32 is too inexact for comparisons in f32. MLX reads this variable when it first uses a GPU.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 TINY = SyntheticSizes(
@@ -43,16 +43,19 @@ TINY = SyntheticSizes(
     bits=4,
     seed=0,
 )
-"""A model that runs in a blink; tokens are bytes. Matrices have 128 columns; with 64 MLX 0.32.4 is wrong on CUDA."""
+"""Sizes of a small, fast model whose tokens are bytes.
+
+Matrices have 128 columns, since MLX 0.32.4 computes wrong results for 64 columns on CUDA.
+"""
 
 
 @pytest.fixture(scope="session")
 def demo_pack() -> Path:
-    """The trained model that ships: 8 layers of 64 experts, the standard model of a test; read only."""
+    """Return the pack of the demo model, with 8 layers of 64 experts. Tests must not write to it."""
     return demo_folder()
 
 
 @pytest.fixture(scope="session")
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pack with random weights, for tests that want a smaller one or other sizes; read only."""
+    """Return a pack with random weights and the sizes ``TINY``. Tests must not write to it."""
     return synthetic_pack("tiny", TINY, tmp_path_factory.mktemp("cache")).folder

@@ -1,9 +1,9 @@
-"""What the demo model says, recorded; the everyday tests compare with it.
+"""Record answers of the demo model, with which the everyday tests compare.
 
-    python tests/golden.py        # record anew: after a change of the model, or of what is right
+    python tests/golden.py        # after a change of the model or of its correct answers
 
-Greedy answers in f32 on the CPU by MLX's own kernels. Logits are near ties nowhere in them, so that other kernels and
-machines should say the same; the file tells which made it.
+The answers are greedy, in f32, on the CPU with MLX's own kernels. None of the choices is close to a tie, so other
+kernels and machines should give the same answers. The file names the versions that made it.
 """
 
 import json
@@ -25,33 +25,36 @@ PROMPTS = (
     "Why is the sky blue?",
     "Flora sells wool for 12 coins. What does Flora sell?",
 )
-SETTINGS: tuple[int | None, ...] = (None, 4)
-"""Values of ``experts_k``."""
+EXPERTS_KS: tuple[int | None, ...] = (None, 4)
+"""Numbers of experts per token; None for the model's own number."""
 
 
-def said(kernels: str, leads: bool = False) -> list[dict[str, Any]]:
-    """Answers to every prompt in every setting; with the smallest lead of a chosen token's logit over the next."""
-    found = []
-    for k in SETTINGS:
+def generate_answers(kernels: str, leads: bool = False) -> list[dict[str, Any]]:
+    """Return the answers to all prompts for all values of K.
+
+    With ``leads``, each answer has the smallest difference between the logits of a chosen token and the next best.
+    """
+    answers = []
+    for k in EXPERTS_KS:
         with load(demo_folder(), experts_k=k, kernels=kernels) as engine:
             for prompt in PROMPTS:
                 pieces = list(engine.generate(prompt, max_tokens=80, temperature=0))
                 ids = [token for piece in pieces for token in piece.token_ids]
                 text = "".join(piece.text for piece in pieces)
-                found.append({"experts_k": k, "prompt": prompt, "text": text, "token_ids": ids})
+                answers.append({"experts_k": k, "prompt": prompt, "text": text, "token_ids": ids})
                 if leads:
                     start = engine.encode(prompt)
                     logits = np.sort(engine.logits(start + ids[:-1])[len(start) - 1 :], axis=1)
-                    found[-1]["lead"] = round(float((logits[:, -1] - logits[:, -2]).min()), 3)
-    return found
+                    answers[-1]["lead"] = round(float((logits[:, -1] - logits[:, -2]).min()), 3)
+    return answers
 
 
 def main() -> None:
-    """Record."""
+    """Write the answers to the file of the tests."""
     mx.set_default_device(mx.cpu)
     made_by = {"mlx": package_version("mlx"), "kernels": "mlx", "device": "cpu"}
     PATH.parent.mkdir(exist_ok=True)
-    PATH.write_text(json.dumps({"made_by": made_by, "said": said("mlx", leads=True)}, indent=1) + "\n")
+    PATH.write_text(json.dumps({"made_by": made_by, "said": generate_answers("mlx", leads=True)}, indent=1) + "\n")
     print(PATH)
 
 

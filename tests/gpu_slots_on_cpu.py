@@ -21,7 +21,7 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(memory, "free_gpu_memory", memory.total_memory)
     monkeypatch.setattr(gpu_slots, "fill_slots", fill_in_place)
-    monkeypatch.setattr(slots, "Arrivals", PoisonedArrivals)
+    monkeypatch.setattr(slots, "StagingArea", PoisonedStagingArea)
 
 
 def fill_in_place(slab: mx.array, records: mx.array, rows: mx.array) -> None:
@@ -31,8 +31,8 @@ def fill_in_place(slab: mx.array, records: mx.array, rows: mx.array) -> None:
     np.asarray(memoryview(records))[:] = NAN
 
 
-class PoisonedArrivals(gpu_slots.Arrivals):
-    """Arrivals that hold NaN until a record is written to them."""
+class PoisonedStagingArea(gpu_slots.StagingArea):
+    """StagingArea that hold NaN until a record is written to them."""
 
     def fill(self, array: mx.array, slots: list[int]) -> Filling:
         self._slab.host[:] = bytes([NAN]) * self._slab.host.nbytes

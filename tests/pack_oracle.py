@@ -1,4 +1,4 @@
-"""What a pack of a tiny checkpoint must hold, worked out from the safetensors files alone."""
+"""The expected content of a pack of a tiny checkpoint, computed from the safetensors files alone."""
 
 import hashlib
 import json
@@ -14,14 +14,14 @@ Stored = dict[str, tuple[str, tuple[int, ...], bytes]]
 """Tensors by name: safetensors type, shape, bytes."""
 
 SMALL = replace(GEOMETRIES["tied"], layer_types="LF", experts=4, top_k=2)
-"""Packs in a tenth of a second."""
+"""A geometry that is packed in a tenth of a second."""
 
 _ALIGNMENT = 16384
 _MLX = {"U32": mx.uint32, "BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32}
 
 
 def read_safetensors(path: Path) -> Stored:
-    """All tensors of a file."""
+    """Return all tensors of a file."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -34,7 +34,7 @@ def read_safetensors(path: Path) -> Stored:
 
 
 def read_checkpoint(folder: Path) -> Stored:
-    """All tensors of all shards."""
+    """Return all tensors of all shards."""
     found: Stored = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= read_safetensors(path)
@@ -42,22 +42,22 @@ def read_checkpoint(folder: Path) -> Stored:
 
 
 def as_array(dtype: str, shape: tuple[int, ...], data: bytes) -> mx.array:
-    """The tensor as MLX sees it."""
+    """Return a stored tensor as an MLX array."""
     return mx.array(np.frombuffer(data, np.uint8)).view(_MLX[dtype]).reshape(shape)
 
 
 def raw(array: mx.array) -> bytes:
-    """The bytes of an array."""
+    """Return the bytes of an array."""
     return np.array(mx.contiguous(array).view(mx.uint8)).tobytes()
 
 
-def quantised(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
-    """Codes, scales and biases as ``mlx_lm.convert`` makes them: of the whole tensor at once."""
+def quantized(dense: mx.array, bits: int, group_size: int) -> list[mx.array]:
+    """Return codes, scales, and biases of the whole tensor, as ``mlx_lm.convert`` computes them."""
     return list(mx.quantize(dense, group_size=group_size, bits=bits))
 
 
 def dense_experts(tensors: Stored, geometry: Geometry, layer: int, layout: Layout) -> dict[str, mx.array]:
-    """Gate, up and down [experts, out, in] of a layer, in the type they are stored in."""
+    """Return gate, up, and down [experts, out, in] of a layer in their stored type."""
     prefix = f"{'model.language_model.' if geometry.nested else 'model.'}layers.{layer}.mlp.experts"
     if layout == "fused":
         gate_up = as_array(*tensors[f"{prefix}.gate_up_proj"])
@@ -70,7 +70,7 @@ def dense_experts(tensors: Stored, geometry: Geometry, layer: int, layout: Layou
 
 
 def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
-    """The nine stacked tensors of a quantised layer in the order of a record."""
+    """Return the nine stacked tensors of a quantized layer in the order of a record."""
     prefix = f"language_model.model.layers.{layer}.mlp.switch_mlp"
     return [
         as_array(*tensors[f"{prefix}.{projection}_proj.{part}"])
@@ -79,13 +79,13 @@ def published_parts(tensors: Stored, layer: int) -> list[mx.array]:
     ]
 
 
-def quantised_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
-    """The nine stacked tensors of a dense layer."""
-    return [part for name in ("gate", "up", "down") for part in quantised(dense[name], bits, group_size)]
+def quantized_parts(dense: dict[str, mx.array], bits: int, group_size: int) -> list[mx.array]:
+    """Quantize a dense layer; return its nine stacked tensors in the order of a record."""
+    return [part for name in ("gate", "up", "down") for part in quantized(dense[name], bits, group_size)]
 
 
 def layer_bytes(parts: list[mx.array]) -> bytes:
-    """The layer file of stacked tensors: each expert's slices in turn, padded."""
+    """Return the layer file of stacked tensors: the slices of one expert after another, each record padded."""
     records = []
     for expert in range(parts[0].shape[0]):
         record = b"".join(raw(part[expert]) for part in parts)
@@ -94,7 +94,7 @@ def layer_bytes(parts: list[mx.array]) -> bytes:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below ``folder`` with the hash of its content."""
+    """Return the hash of every file below ``folder`` by its relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -103,12 +103,12 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Replace top-level values of a JSON file."""
+    """Replace top-level values in a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def assert_one_line(error: BaseException) -> None:
-    """What reaches a person is a line."""
+    """Assert that the message is one printable line."""
     text = str(error)
     assert text
     assert text.isprintable()

@@ -1,4 +1,4 @@
-"""Published chat templates, if the archive with published files lies beside the checkout."""
+"""Published chat templates, from an archive beside the checkout if it exists."""
 
 import tarfile
 from functools import cache
@@ -9,7 +9,7 @@ ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "published.tar.xz"
 
 @cache
 def published_templates() -> dict[str, str]:
-    """Sources of published templates by their path in the archive; empty without the archive."""
+    """Return the sources of published templates by their path in the archive; empty without the archive."""
     if not ARCHIVE.exists():
         return {}
     found = {}

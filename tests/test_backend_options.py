@@ -52,12 +52,12 @@ def test_every_numeric_option_has_a_limit() -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("packed"), bits=2, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("packed"), bits=2, contiguous=True)
 
 
 @pytest.fixture(scope="module")
 def scattered(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("scattered"), bits=4, in_one_piece=False)
+    return write_experts(tmp_path_factory.mktemp("scattered"), bits=4, contiguous=False)
 
 
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)
@@ -111,10 +111,10 @@ def test_depth_takes_a_thread_each_without_io_uring(packed: StoredExperts) -> No
     st.booleans(),
     st.booleans(),
 )
-def test_a_limit_never_raises_anything_else(value: Any, whole: bool, above: bool) -> None:
-    limit = Limit(2, 9, whole=whole, above=above)
-    inside = type(value) is int or (type(value) is float and not whole)
-    inside = inside and (value > 2 if above else value >= 2) and value <= 9
+def test_a_limit_never_raises_anything_else(value: Any, integer: bool, exclusive: bool) -> None:
+    limit = Limit(2, 9, integer=integer, exclusive=exclusive)
+    inside = type(value) is int or (type(value) is float and not integer)
+    inside = inside and (value > 2 if exclusive else value >= 2) and value <= 9
     with contextlib.nullcontext() if inside else pytest.raises(InputError) as caught:
         limit.check("some", value)
     if not inside:

@@ -1,4 +1,4 @@
-"""task=bench_io: what is replayed, in which order, what is made of the times, and what is refused."""
+"""task=bench_io: replayed requests and their order, summaries, fio, and refused arguments."""
 
 import json
 import os
@@ -17,12 +17,14 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.bench import io_bench
-from flashmoe_mlx.research.bench.fio import FioContender, fio_command, fio_pass
-from flashmoe_mlx.research.bench.io_bench import Pass, StoreContender, best_over, repeats, replay, summarise
+from flashmoe_mlx.research.bench.fio import FioCandidate, fio_command, fio_trial
+from flashmoe_mlx.research.bench.io_bench import StoreCandidate, Trial, repeats, replay
+from flashmoe_mlx.research.bench.io_summary import compare_fastest, summarize
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.stores.contract import StoreStats
 
 LAYERS, EXPERTS = 4, 16
@@ -33,14 +35,14 @@ def source(tiny_pack: Path) -> ExpertSource:
     return open_model(tiny_pack).variant(None)
 
 
-def a_pass(contender: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Pass:
+def make_trial(contender: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Trial:
     stats = StoreStats(fetches=2, requests=8, misses=8, reads=8, bytes_read=10**9)
-    made = Pass(contender, condition, number, (seconds / 2, seconds / 2), seconds, 0.5, 10**9, 0.0, stats)
+    made = Trial(contender, condition, number, (seconds / 2, seconds / 2), seconds, 0.5, 10**9, 0.0, stats)
     return replace(made, **changes)
 
 
 class Recorder:
-    """A contender that only notes when it runs."""
+    """A candidate that records its calls."""
 
     conditions = ("cold", "warm")
 
@@ -50,12 +52,12 @@ class Recorder:
     def check(self) -> None:
         self._ran.append((-1, "check", self.label))
 
-    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
         self._ran.append((number, condition, self.label))
-        return a_pass(self.label, number, 1.0, condition, cached=cached)
+        return make_trial(self.label, number, 1.0, condition, cached=cached)
 
 
-def test_turns_are_reversed_every_other_round(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_order_is_reversed_in_every_second_round(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(io_bench, "evict", lambda _: None)
     ran: list[tuple[int, str, str]] = []
     requests = [uniform_trace(1, LAYERS, EXPERTS, 2, seed) for seed in range(3)]
@@ -69,26 +71,28 @@ def test_turns_are_reversed_every_other_round(source: ExpertSource, monkeypatch:
 
 def test_every_request_is_replayed(source: ExpertSource) -> None:
     requests = uniform_trace(5, LAYERS, EXPERTS, 3, seed=1)
-    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source))], [requests], ["warm"], str)
-    assert len(one.latencies) == 5 * LAYERS
-    assert one.seconds == pytest.approx(sum(one.latencies))
-    assert (one.stats.fetches, one.stats.requests) == (5 * LAYERS, 5 * LAYERS * 3)
-    assert one.nbytes == one.stats.bytes_read == 5 * LAYERS * 3 * source.layout.record_bytes
-    assert one.cached == 1.0
-    assert one.cpu_seconds >= 0
+    (trial,) = replay(source, [StoreCandidate("p", lambda: PreadStore(source))], [requests], ["warm"], str)
+    assert len(trial.latencies) == 5 * LAYERS
+    assert trial.seconds == pytest.approx(sum(trial.latencies))
+    assert (trial.stats.fetches, trial.stats.requests) == (5 * LAYERS, 5 * LAYERS * 3)
+    assert trial.nbytes == trial.stats.bytes_read == 5 * LAYERS * 3 * source.layout.record_bytes
+    assert trial.cached == 1.0
+    assert trial.cpu_seconds >= 0
 
 
 def test_requests_larger_than_a_store_are_split(source: ExpertSource) -> None:
     requests = uniform_trace(2, LAYERS, EXPERTS, 5, seed=1)
-    (one,) = replay(source, [StoreContender("p", lambda: PreadStore(source, slots=2))], [requests], ["warm"], str)
-    assert len(one.latencies) == 2 * LAYERS
-    assert (one.stats.fetches, one.stats.requests) == (2 * LAYERS * 3, 2 * LAYERS * 5)
+    (trial,) = replay(source, [StoreCandidate("p", lambda: PreadStore(source, slots=2))], [requests], ["warm"], str)
+    assert len(trial.latencies) == 2 * LAYERS
+    assert (trial.stats.fetches, trial.stats.requests) == (2 * LAYERS * 3, 2 * LAYERS * 5)
 
 
 def test_rates_and_percentiles() -> None:
-    passes = [a_pass("a", n, s) for n, s in enumerate((1.0, 2.0, 4.0))] + [a_pass("b", n, 0.5) for n in range(3)]
-    passes[1] = replace(passes[1], latencies=(0.5, 1.5))
-    first, second = summarise(passes)
+    trials = [make_trial("a", n, s) for n, s in enumerate((1.0, 2.0, 4.0))] + [
+        make_trial("b", n, 0.5) for n in range(3)
+    ]
+    trials[1] = replace(trials[1], latencies=(0.5, 1.5))
+    first, second = summarize(trials)
     assert (first.contender, first.gb_per_second, first.ratio, first.ratio_interval) == ("a", 0.5, 1.0, (1.0, 1.0))
     assert second.gb_per_second == 2.0
     assert second.ratio == pytest.approx(4.0)  # 2, 4, 8
@@ -101,8 +105,15 @@ def test_rates_and_percentiles() -> None:
 
 
 def test_conditions_are_kept_apart() -> None:
-    passes = [a_pass("a", 0, 1.0), a_pass("a", 0, 0.5, "warm"), a_pass("b", 0, 2.0), a_pass("b", 0, 0.25, "warm")]
-    found = {(one.condition, one.contender): (one.gb_per_second, one.ratio) for one in summarise(passes)}
+    trials = [
+        make_trial("a", 0, 1.0),
+        make_trial("a", 0, 0.5, "warm"),
+        make_trial("b", 0, 2.0),
+        make_trial("b", 0, 0.25, "warm"),
+    ]
+    found = {
+        (summary.condition, summary.contender): (summary.gb_per_second, summary.ratio) for summary in summarize(trials)
+    }
     assert found == {("cold", "a"): (1, 1), ("cold", "b"): (0.5, 0.5), ("warm", "a"): (2, 1), ("warm", "b"): (4, 2)}
 
 
@@ -118,16 +129,18 @@ def test_intervals() -> None:
     assert median_interval(values) == interval
 
 
-def test_the_best_against_fio() -> None:
+def test_the_fastest_store_is_compared_with_fio() -> None:
     hit = StoreStats(requests=8, hits=8)
-    passes = [a_pass("fio", n, 1.0 + n) for n in range(3)] + [a_pass("fio registered=true", n, 10.0) for n in range(3)]
-    passes += [a_pass("slow", n, 9.0) for n in range(3)] + [a_pass("quick", n, 2.0 + 2 * n) for n in range(3)]
-    passes += [a_pass("resident", n, 0.001, stats=hit) for n in range(3)]
-    assert best_over(passes, lambda label: label.startswith("fio")) == ("quick", "fio", [0.5, 0.5, 0.5])
-    assert best_over(passes[6:], lambda label: label.startswith("fio")) is None
+    trials = [make_trial("fio", n, 1.0 + n) for n in range(3)] + [
+        make_trial("fio registered=true", n, 10.0) for n in range(3)
+    ]
+    trials += [make_trial("slow", n, 9.0) for n in range(3)] + [make_trial("quick", n, 2.0 + 2 * n) for n in range(3)]
+    trials += [make_trial("resident", n, 0.001, stats=hit) for n in range(3)]
+    assert compare_fastest(trials, lambda label: label.startswith("fio")) == ("quick", "fio", [0.5, 0.5, 0.5])
+    assert compare_fastest(trials[6:], lambda label: label.startswith("fio")) is None
 
 
-def test_what_is_asked_for_again() -> None:
+def test_repeated_requests() -> None:
     choices = np.array([[[0, 1]], [[1, 2]], [[3, 0]]], np.uint16)
     assert repeats(RoutingTrace(choices, 8, 0, "", "")) == pytest.approx(2 / 6)
 
@@ -153,13 +166,13 @@ REPORT = {
 }
 
 
-def test_a_report_of_fio() -> None:
-    one = fio_pass(REPORT, "fio", "cold", 2, 0.0)
-    assert (one.contender, one.condition, one.round, one.nbytes) == ("fio", "cold", 2, 3_000_000_000)
-    assert one.rate == 2e9
-    assert one.latencies == (0.001, 0.002, 0.003)
-    assert one.cpu_seconds == pytest.approx(0.2)
-    assert one.stats.reads == 424
+def test_a_report_of_fio_becomes_a_trial() -> None:
+    trial = fio_trial(REPORT, "fio", "cold", 2, 0.0)
+    assert (trial.contender, trial.condition, trial.round, trial.nbytes) == ("fio", "cold", 2, 3_000_000_000)
+    assert trial.rate == 2e9
+    assert trial.latencies == (0.001, 0.002, 0.003)
+    assert trial.cpu_seconds == pytest.approx(0.2)
+    assert trial.stats.reads == 424
 
 
 @pytest.mark.parametrize(
@@ -170,9 +183,9 @@ def test_a_report_of_fio() -> None:
         ({"read": REPORT["jobs"][0]["read"] | {"runtime": 0}}, "too_little_read"),  # type: ignore[index]
     ],
 )
-def test_reports_that_say_nothing(changes: dict[str, Any], code: str) -> None:
+def test_incomplete_reports_of_fio_are_refused(changes: dict[str, Any], code: str) -> None:
     with pytest.raises(FlashMoeError) as caught:
-        fio_pass({"jobs": [REPORT["jobs"][0] | changes]}, "fio", "cold", 0, 0.0)  # type: ignore[index]
+        fio_trial({"jobs": [REPORT["jobs"][0] | changes]}, "fio", "cold", 0, 0.0)  # type: ignore[index]
     assert caught.value.code == code
     assert_one_line(caught.value)
 
@@ -199,30 +212,30 @@ def fake_fio(folder: Path, script: str) -> None:
         (
             "import sys; print('note', file=sys.stderr); sys.exit('fio: no engine')",
             "fio_failed",
-            "fio: no engine",  # fio's own last line reaches the user
+            "fio: no engine",  # the last line of fio's output is part of the message
         ),
         ("print('no json {')", "invalid_fio_report", ""),
         ("pass", "invalid_fio_report", ""),
     ],
 )
-def test_fio_that_fails(
+def test_failures_of_fio(
     script: str, code: str, reason: str, source: ExpertSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_fio(tmp_path, script)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    contender = FioContender(source, 2, registered=False)
-    contender.check()
+    candidate = FioCandidate(source, 2, registered=False)
+    candidate.check()
     with pytest.raises(FlashMoeError) as caught:
-        contender.run("cold", 0, uniform_trace(1, LAYERS, EXPERTS, 2, 0), 0.0)
+        candidate.run("cold", 0, uniform_trace(1, LAYERS, EXPERTS, 2, 0), 0.0)
     assert caught.value.code == code
     assert reason in str(caught.value)
     assert_one_line(caught.value)
 
 
-def test_fio_that_is_not_there(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fio(source: ExpertSource, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError) as caught:
-        FioContender(source, 2, registered=False).check()
+        FioCandidate(source, 2, registered=False).check()
     assert caught.value.code == "missing_program"
 
 
@@ -237,15 +250,15 @@ def test_a_whole_run(tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "bin").mkdir()
     fake_fio(tmp_path / "bin", f"print({json.dumps(json.dumps(REPORT))})")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    monkeypatch.setattr(io_bench, "evict", lambda _: None)  # the tests' folder may be in memory
+    monkeypatch.setattr(io_bench, "evict", lambda _: None)  # the folder of the tests may be on a file system in memory
     backends = "backends=[pread,{name:pread,threads:2,direct:false},{name:ram_hybrid,budget_gib:0.01},resident]"
     assert bench(tiny_pack, tmp_path / "out", backends, "rounds=3", "requests=zipf", "experts_k=3", "fio=true") == 0
     record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
     labels = ["pread", "pread threads=2 direct=false", "ram_hybrid budget_gib=0.01", "resident"]
-    assert [one["contender"] for one in record["passes"][:6]] == [*labels, "fio", "fio registered=true"]
+    assert [trial["contender"] for trial in record["passes"][:6]] == [*labels, "fio", "fio registered=true"]
     assert len(record["passes"]) == 3 * (6 + 4)
     assert record["experts_k"] == 3
-    assert {one["hit_rate"] for one in record["summary"] if one["contender"] == "resident"} == {1.0}
+    assert {summary["hit_rate"] for summary in record["summary"] if summary["contender"] == "resident"} == {1.0}
     assert record["environment"]["command"]
     shown = capsys.readouterr().err
     for label in labels:
@@ -259,46 +272,46 @@ def test_the_backend_of_the_command_line(tiny_pack: Path, tmp_path: Path) -> Non
     arguments = ["+backend=pread", "backend.threads=2", "rounds=1", "conditions=[warm]"]
     assert bench(tiny_pack, tmp_path / "out", *arguments) == 0
     record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
-    assert [one["contender"] for one in record["passes"]] == ["pread"]
+    assert [trial["contender"] for trial in record["passes"]] == ["pread"]
     assert record["summary"][0]["interval"] is None
     assert record["config"]["backend"]["threads"] == 2
 
 
 def test_a_recorded_trace(tiny_pack: Path, tmp_path: Path) -> None:
-    """Rounds go on where the one before ended, and from the beginning again; the prompt is left out."""
+    """Each round continues the trace where the previous round ended, and wraps around; the prompt is left out."""
     choices = np.arange(5 * LAYERS * 2, dtype=np.uint16).reshape(5, LAYERS, 2) % EXPERTS
     RoutingTrace(choices, EXPERTS, 2, "m", "").save(tmp_path / "trace")
     arguments = ["requests=trace", f"trace={tmp_path / 'trace'}", "rounds=2", "conditions=[warm]"]
     assert bench(tiny_pack, tmp_path / "out", *arguments) == 0
     record = json.loads((tmp_path / "out" / "bench_io.json").read_text())
-    assert [one["stats"]["requests"] for one in record["passes"]] == [2 * LAYERS * 2] * 2
+    assert [trial["stats"]["requests"] for trial in record["passes"]] == [2 * LAYERS * 2] * 2
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["requests=some"], "requests=some: choose from uniform, zipf, trace"),
-        (["requests=trace"], "requests=trace and trace=<file> belong together"),
-        (["trace=x"], "requests=trace and trace=<file> belong together"),
+        (["requests=trace"], "requests=trace and trace=<file> need each other"),
+        (["trace=x"], "requests=trace and trace=<file> need each other"),
         (["requests=trace", "trace=/nowhere"], "/nowhere"),
         (["tokens=0"], "tokens=0: must be at least 1"),
         (["rounds=-1"], "rounds=-1: must be at least 1"),
         (["zipf_exponent=-1"], "zipf_exponent=-1.0: must be from 0 to 10"),
         (["conditions=[hot]"], "conditions=[hot]: choose from cold, warm"),
         (["conditions=[]"], "conditions=[]: choose from cold, warm"),
-        (["conditions=[warm]", "fio=true"], "fio=true reads past the page cache"),
+        (["conditions=[warm]", "fio=true"], "fio=true bypasses the page cache"),
         (["experts_k=17"], "experts_k=17: must be from 1 to 16"),
         (["backends=[]"], "backends=[]: name at least one"),
         (["backends=[nosuch]"], "backend=nosuch: no such backend"),
         (["backends=[3]"], "backends: 3 is neither a name nor a mapping"),
         (["backends=[{threads:3}]"], "is neither a name nor a mapping"),
-        (["backends=[pread,pread]"], "backends: pread is named twice"),
+        (["backends=[pread,pread]"], "backends: pread is repeated"),
         (["backends=[{name:pread,thread:3}]"], "backend.thread: no such option"),
         (["backends=[pread,{name:resident,variant:q2}]"], "no variant 'q2'; it has q4"),
         (["backends=[checkpoint]"], "is a pack; give the folder of a checkpoint"),
     ],
 )
-def test_mistakes(
+def test_wrong_arguments_are_refused(
     arguments: Sequence[str], reason: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench(tiny_pack, tmp_path / "out", *arguments) == 2
@@ -307,7 +320,7 @@ def test_mistakes(
     assert len(shown.splitlines()) == 1
 
 
-def test_what_was_done_before_a_failure_is_kept(
+def test_finished_trials_survive_a_failure(
     tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original, count = os.preadv, 0

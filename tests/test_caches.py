@@ -65,7 +65,7 @@ def test_a_broken_sequence_is_whole_after_restore(engine: Engine, monkeypatch: p
     cache.restore(snapshot)
     with monkeypatch.context() as patch:
         patch.setattr(
-            engine.store, "_bring", lambda *_: (_ for _ in ()).throw(ExpertReadError(Path("x"), 0, 0, 0, "planted"))
+            engine.store, "_load", lambda *_: (_ for _ in ()).throw(ExpertReadError(Path("x"), 0, 0, 0, "planted"))
         )
         with pytest.raises(ExpertReadError):
             engine.forward(TOKENS[6:], cache)

@@ -1,4 +1,4 @@
-"""Published checkpoints are untrusted: what their headers, index and config say is checked before it is used."""
+"""Published checkpoints are untrusted: headers, index and config are checked before use."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from pack_oracle import SMALL, assert_one_line, edit_json
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.safetensors_header import read_header
 
@@ -119,7 +119,7 @@ def test_files_cut_short_anywhere_or_extended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["fifo", "directory", "nothing", "device", "broken link"])
-def test_files_that_are_none(kind: str, tmp_path: Path) -> None:
+def test_missing_and_irregular_files(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     if kind == "fifo":
         os.mkfifo(path)
@@ -183,14 +183,14 @@ def folder(tmp_path: Path) -> Path:
 
 def opening_refused(folder: Path, reason: str, error: type[InputError] = CheckpointError) -> InputError:
     with pytest.raises(error, match=reason) as caught:
-        sort_tensors(Checkpoint.open(folder))
+        classify_tensors(Checkpoint.open(folder))
     assert_one_line(caught.value)
     assert str(folder) in str(caught.value)
     return caught.value
 
 
 def refusal_of(folder: Path) -> str:
-    """The code of the error."""
+    """Return the code of the error."""
     return opening_refused(folder, ".", InputError).code
 
 
@@ -234,7 +234,7 @@ def test_an_index_that_promises_too_much(folder: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"weight_map": {}, "weight_map": {}}', "[" * 100_000])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_files_that_are_no_json(folder: Path, name: str, text: str) -> None:
+def test_files_that_are_not_json(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(text)
     assert refusal_of(folder) == "invalid_json"
 
@@ -258,12 +258,12 @@ def test_a_tensor_twice(folder: Path) -> None:
 
 
 def test_shards_may_be_links(folder: Path, tmp_path: Path) -> None:
-    """As in the cache of the hub."""
+    """The cache of the hub has links."""
     (tmp_path / "blobs").mkdir()
     for number, path in enumerate(sorted(folder.iterdir())):
         path.rename(tmp_path / "blobs" / str(number))
         path.symlink_to(tmp_path / "blobs" / str(number))
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 2
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 2
 
 
 BESIDE = (
@@ -282,7 +282,7 @@ BESIDE = (
 @pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("index", [True, False])
-def test_files_beside_the_weights_are_passed_over(name: str, shards: int, index: bool, tmp_path: Path) -> None:
+def test_files_beside_the_weights_are_ignored(name: str, shards: int, index: bool, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4", shards=shards)
     if not index:
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
@@ -302,10 +302,10 @@ def test_shards_count_by_their_names_where_there_is_no_index(folder: Path) -> No
 def test_a_single_file_of_another_name(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
     (folder / "model.safetensors").rename(folder / "weights.safetensors")
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 2
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 2
 
 
-def test_a_shard_that_lacks_what_the_index_promises_is_to_be_downloaded(folder: Path) -> None:
+def test_a_shard_without_a_listed_tensor_must_be_downloaded(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     edit_json(index, weight_map=json.loads(index.read_text())["weight_map"] | {"extra": SHARD})
     error = opening_refused(folder, "download that file again")
@@ -314,12 +314,12 @@ def test_a_shard_that_lacks_what_the_index_promises_is_to_be_downloaded(folder: 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"format": "mlx"}])
 def test_metadata_may_be_null(metadata: Any, tmp_path: Path) -> None:
-    """As MLX writes it; safetensors takes it for none."""
+    """MLX writes null; safetensors reads it as absent."""
     tensors, _ = read_header(write(tmp_path / "x.safetensors", {"__metadata__": metadata, "a": entry()}, bytes(8)))
     assert tensors.keys() == {"a"}
 
 
-def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_recognized(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n")
     refused(path, "git lfs pull")
@@ -335,7 +335,7 @@ def test_a_pointer_of_git_lfs_is_called_one(tmp_path: Path) -> None:
         ({"snapshots/abc/model.safetensors": b""}, "no_model", "snapshots"),
     ],
 )
-def test_folders_of_another_kind_are_told_apart(files: dict[str, bytes], code: str, says: str, tmp_path: Path) -> None:
+def test_folders_of_other_kinds_are_recognized(files: dict[str, bytes], code: str, says: str, tmp_path: Path) -> None:
     for name, data in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
@@ -343,7 +343,7 @@ def test_folders_of_another_kind_are_told_apart(files: dict[str, bytes], code: s
     assert error.code == code
 
 
-def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
     for name in ("model.gguf", "renamed.bin"):
         (tmp_path / name).write_bytes(b"GGUF" + bytes(100))
         assert opening_refused(tmp_path / name, "GGUF").code == "unsupported_format"
@@ -358,9 +358,11 @@ def test_a_gguf_file_is_no_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model.", "module._orig_mod."])
 def test_wrapped_names_are_read(prefix: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "fused")
-    before = sort_tensors(Checkpoint.open(folder))
-    edited_header(folder / "model.safetensors", lambda header: {f"{prefix}{name}": one for name, one in header.items()})
-    after = sort_tensors(Checkpoint.open(folder))
+    before = classify_tensors(Checkpoint.open(folder))
+    edited_header(
+        folder / "model.safetensors", lambda header: {f"{prefix}{name}": entry for name, entry in header.items()}
+    )
+    after = classify_tensors(Checkpoint.open(folder))
     assert [vector.name for vector in after.vectors] == [vector.name for vector in before.vectors]
     assert [vector.add_one for vector in after.vectors] == [vector.add_one for vector in before.vectors]
 
@@ -369,20 +371,20 @@ def test_a_base_model_without_its_head(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", GEOMETRIES["plain"], 0, "fused")
 
     def bare(header: dict[str, Any]) -> dict[str, Any]:
-        return {name.replace("model.language_model.", ""): one for name, one in header.items()}
+        return {name.replace("model.language_model.", ""): entry for name, entry in header.items()}
 
     edited_header(folder / "model.safetensors", bare)
-    assert sort_tensors(Checkpoint.open(folder)).experts.num_layers == 4
+    assert classify_tensors(Checkpoint.open(folder)).experts.num_layers == 4
     edited_header(
         folder / "model.safetensors",
-        lambda header: {name.replace("lm_head", "mtp.head"): one for name, one in header.items()},
+        lambda header: {name.replace("lm_head", "mtp.head"): entry for name, entry in header.items()},
     )
     error = opening_refused(folder, "base model without its head")
     assert error.code == "missing_tensor"
 
 
 def edited_header(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Write ``path`` again with other names in its header."""
+    """Rewrite ``path`` with other names in its header."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -409,7 +411,7 @@ def edited_header(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) 
 )
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
 def test_entries_of_single_modules(entry_of_gate: Any, code: str | None, key: str, tmp_path: Path) -> None:
-    """What an entry leaves out contradicts nothing."""
+    """Missing and null values contradict nothing."""
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
     config = json.loads((folder / "config.json").read_text())
     settings = config.pop("quantization")
@@ -417,12 +419,12 @@ def test_entries_of_single_modules(entry_of_gate: Any, code: str | None, key: st
     settings["language_model.model.layers.1.mlp.gate"] = entry_of_gate
     (folder / "config.json").write_text(json.dumps(config | {key: settings}))
     if code is None:
-        assert sort_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
+        assert classify_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
     else:
         assert refusal_of(folder) == code
 
 
-def test_experts_in_another_mode_of_mlx_are_told_by_their_tensors(tmp_path: Path) -> None:
+def test_experts_in_another_mode_of_mlx_are_recognized_by_their_tensors(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", GEOMETRIES["plain"], 0, "mlx4")
     path = folder / "model.safetensors"
     tensors = mx.load(str(path))
@@ -440,7 +442,9 @@ def test_gate_and_up_fused_as_mlx_vlm_keeps_them(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "mlx4")
 
     def fused(header: dict[str, Any]) -> dict[str, Any]:
-        return {name.replace("switch_mlp.gate_proj", "switch_mlp.gate_up_proj"): one for name, one in header.items()}
+        return {
+            name.replace("switch_mlp.gate_proj", "switch_mlp.gate_up_proj"): entry for name, entry in header.items()
+        }
 
     edited_header(folder / "model.safetensors", fused)
     error = opening_refused(folder, r"fused in switch_mlp\.gate_up_proj")
@@ -450,11 +454,11 @@ def test_gate_and_up_fused_as_mlx_vlm_keeps_them(tmp_path: Path) -> None:
 
 def test_a_shard_that_was_replaced_after_opening(folder: Path) -> None:
     checkpoint = Checkpoint.open(folder)
-    experts = sort_tensors(checkpoint).experts
+    experts = classify_tensors(checkpoint).experts
     other = write_checkpoint(folder.with_name("other"), replace(SMALL, vocab_size=50), 0, "mlx4", shards=3)
     for path in other.glob("*.safetensors"):
         shutil.copy(path, folder)
-    for _ in range(2):  # and again: no state of the first attempt may hide it
+    for _ in range(2):  # twice: no state of the first attempt may hide the change
         with pytest.raises(CheckpointError, match="the file was replaced") as caught:
             experts.extents(0, 0)
         assert_one_line(caught.value)
@@ -520,7 +524,7 @@ PREFIX = "language_model.model.layers.1.mlp."
         (retyped(f"{PREFIX}switch_mlp.up_proj.scales", dtype="I16"), "has type I16, expected BF16 or F16 or F32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.weight", dtype="I32"), "has type I32, expected U32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.biases", shape=[4, 1, 64]), "has shape"),
-        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "no supported quantisation"),
+        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "no supported quantization"),
         (retyped("language_model.model.norm.weight", shape=[1, 64]), r"has shape \[1, 64\], config.json needs \[64\]"),
     ],
 )
@@ -535,7 +539,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path, edit: Callable[[dict[str, Any]]
     opening_refused(folder, reason, InputError)
 
 
-def test_a_tensor_that_no_such_model_has(tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", SMALL, 0, "fused")
     write(folder / "model-more.safetensors", {"model.layers.0.adapter": entry()}, bytes(8))
     opening_refused(folder, "tensor model.layers.0.adapter is not part of this kind of model")
@@ -565,7 +569,7 @@ def test_any_change_of_the_json_files(tmp_path: Path, data: st.DataObject) -> No
     parent[key] = data.draw(NUMBERS | st.lists(NUMBERS, max_size=3) | st.text(max_size=5) | st.just({}))
     (folder / name).write_text(json.dumps(value))
     try:
-        sort_tensors(Checkpoint.open(folder))
+        classify_tensors(Checkpoint.open(folder))
     except InputError as error:
         assert_one_line(error)
     finally:

@@ -1,4 +1,4 @@
-"""What lies in folders of checkpoints besides one whole set of shards: other sets, stale indexes, links, strangers."""
+"""Folders with more than one complete set of shards: second sets, stale indexes, links, unrelated files."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ from tiny_checkpoints import write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.files import read_extents
+from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 INDEX = "model.safetensors.index.json"
@@ -31,7 +31,7 @@ def single(tmp_path: Path) -> Path:
 
 
 def opened(folder: Path) -> tuple[CheckpointTensors, Content]:
-    tensors = sort_tensors(Checkpoint.open(folder))
+    tensors = classify_tensors(Checkpoint.open(folder))
     experts = tensors.experts
     places = (experts.extents(layer, 0) for layer in range(experts.num_layers))
     return tensors, [bytes(read_extents(extents)) for extents in places]
@@ -55,13 +55,13 @@ def numbered(folder: Path) -> list[Path]:
 # Two sets of weights in one folder
 
 
-def test_an_index_left_of_another_form_does_not_count(sharded: Path, single: Path) -> None:
+def test_a_stale_index_is_ignored(sharded: Path, single: Path) -> None:
     shutil.copy(sharded / INDEX, single)
     assert shards(single) == ["model.safetensors"]
     assert opened(single)[1] == opened(sharded)[1]
 
 
-def test_an_index_whose_shards_are_there_counts(sharded: Path, single: Path) -> None:
+def test_an_index_with_all_its_shards_is_used(sharded: Path, single: Path) -> None:
     (sharded / "model.safetensors").write_bytes(b"no longer whole")
     assert shards(sharded) == [path.name for path in numbered(sharded)]
     shutil.copy(single / "model.safetensors", sharded)
@@ -69,7 +69,7 @@ def test_an_index_whose_shards_are_there_counts(sharded: Path, single: Path) -> 
 
 
 def test_a_single_file_comes_before_shards_without_an_index(sharded: Path, single: Path) -> None:
-    for path in numbered(sharded)[:2]:  # a whole set or the rest of one
+    for path in numbered(sharded)[:2]:  # a complete set, then an incomplete one
         shutil.copy(path, single)
         assert shards(single) == ["model.safetensors"]
 
@@ -85,20 +85,20 @@ def test_variants_count_only_by_themselves(name: str, single: Path, sharded: Pat
     assert shards(single) == [name]
 
 
-def test_the_rest_of_another_set_is_passed_over(sharded: Path) -> None:
+def test_an_incomplete_second_set_is_ignored(sharded: Path) -> None:
     (sharded / INDEX).unlink()
     before = shards(sharded)
     shutil.copy(numbered(sharded)[0], sharded / "model-00001-of-00002.safetensors")
     assert shards(sharded) == before
 
 
-def test_two_whole_sets_are_ambiguous(sharded: Path, single: Path) -> None:
+def test_two_complete_sets_are_ambiguous(sharded: Path, single: Path) -> None:
     (sharded / INDEX).unlink()
     shutil.copy(single / "model.safetensors", sharded / "model-00001-of-00001.safetensors")
     assert refused(sharded).code == "several_sets"
 
 
-def test_two_sets_of_which_none_is_whole(sharded: Path) -> None:
+def test_two_incomplete_sets_are_refused(sharded: Path) -> None:
     (sharded / INDEX).unlink()
     shutil.copy(numbered(sharded)[0], sharded / "model-00001-of-00009.safetensors")
     numbered(sharded)[-1].unlink()
@@ -107,7 +107,7 @@ def test_two_sets_of_which_none_is_whole(sharded: Path) -> None:
     assert "1 of 3" in str(error)
 
 
-def test_the_index_says_which_copy_of_a_tensor_counts(sharded: Path) -> None:
+def test_the_index_decides_which_copy_of_a_tensor_is_read(sharded: Path) -> None:
     expected = opened(sharded)[1]
     first, second, _ = numbered(sharded)
     tensors = read_safetensors(first)
@@ -131,7 +131,7 @@ def write(path: Path, tensors: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "metadata", [None, {}, {"total_size": 1}, {"total_size": "many", "total_parameters": float("inf")}, 5]
 )
-def test_the_totals_of_an_index_are_not_believed(metadata: Any, sharded: Path) -> None:
+def test_the_totals_of_an_index_are_ignored(metadata: Any, sharded: Path) -> None:
     expected = opened(sharded)[1]
     edit_json(sharded / INDEX, metadata=metadata)
     assert opened(sharded)[1] == expected
@@ -154,7 +154,7 @@ def test_links_into_the_cache_of_the_hub(index: bool, sharded: Path, tmp_path: P
     error = refused(snapshot.parents[1])
     assert error.code == "no_model"
     assert "snapshots" in str(error)
-    numbered(snapshot)[1].resolve().unlink()  # a blob that was cleaned away
+    numbered(snapshot)[1].resolve().unlink()  # a blob that was deleted
     assert refused(snapshot).code == ("missing_shards" if index else "damaged_shard")
 
 
@@ -165,7 +165,7 @@ def test_links_to_nothing(name: str, sharded: Path) -> None:
     assert refused(sharded).code == "broken_link"
 
 
-# Strangers
+# Unrelated files
 
 
 @pytest.mark.parametrize("name", ["Thumbs.db", "optimizer.safetensors", "training_args.bin", "optimizer.bin", "x.gguf"])
@@ -199,7 +199,7 @@ def test_weights_in_other_formats(name: str, says: str, with_config: bool, singl
     assert "download" not in str(error), "which would bring the same"
 
 
-def test_a_type_of_tensors_that_came_later_is_no_damage(single: Path) -> None:
+def test_an_unknown_type_of_tensors_is_not_reported_as_damage(single: Path) -> None:
     path = single / "model.safetensors"
     tensors = read_safetensors(path)
     tensors["x"] = ("F4", [16], bytes(8))
@@ -209,13 +209,13 @@ def test_a_type_of_tensors_that_came_later_is_no_damage(single: Path) -> None:
     assert "download" not in str(error)
 
 
-def test_a_name_of_any_length_makes_a_short_message(single: Path) -> None:
+def test_a_long_name_gives_a_short_message(single: Path) -> None:
     write(single / "model.safetensors", {"x" * 10_000: ("F4", [16], bytes(8))})
     assert len(str(refused(single))) < 400 + len(str(single))
 
 
 @pytest.mark.parametrize("name", ["unsloth/Qwen3.5-35B-A3B-GGUF", "x/y-GPTQ-Int4", "x/y-exl2", "x/y-bnb-4bit"])
-def test_a_name_on_the_hub_that_tells_its_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_that_states_its_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for use in (flashmoe_mlx.load, lambda folder: pack_checkpoint(Path(folder), tmp_path / "out")):
         with pytest.raises(InputError) as caught:
@@ -228,8 +228,8 @@ def test_a_name_on_the_hub_that_tells_its_format(name: str, tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX])
-def test_a_byte_order_mark_is_passed_over(name: str, sharded: Path) -> None:
-    """As Windows' editors write one."""
+def test_a_byte_order_mark_is_ignored(name: str, sharded: Path) -> None:
+    """Editors of Windows write one."""
     expected = opened(sharded)[1]
     (sharded / name).write_bytes(b"\xef\xbb\xbf" + (sharded / name).read_bytes())
     assert opened(sharded)[1] == expected
@@ -249,7 +249,7 @@ def test_a_byte_order_mark_is_passed_over(name: str, sharded: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["config.json", INDEX])
-def test_files_that_are_no_json_say_where(name: str, broken: bytes, code: str, sharded: Path) -> None:
+def test_errors_in_json_state_their_place(name: str, broken: bytes, code: str, sharded: Path) -> None:
     (sharded / name).write_bytes(broken)
     error = refused(sharded)
     assert error.code == code

@@ -1,4 +1,4 @@
-"""Packing straight from the hub, played by a local folder: shard by shard, each deleted once it is packed."""
+"""Packing from the hub, simulated by a local folder: shards are downloaded, packed and deleted one by one."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ NAME = "mlx-community/Tiny-4bit"
 
 
 class FakeHub:
-    """Serves ``folder`` as revision ``sha``; raises ``error`` in ``model_info`` or in the download of ``broken``."""
+    """A hub with ``folder`` as revision ``sha``; ``model_info`` or the download of ``broken`` raises ``error``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -83,7 +83,7 @@ class FakeHub:
 
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    # Tensors in the order of layers, as large checkpoints have them, so that shards can go one by one.
+    # Tensors are in the order of layers, as in large checkpoints, so that shards can be deleted one by one.
     folder = write_checkpoint(tmp_path / "hub", SMALL, 0, "mlx4", shards=1, extras=True)
     split(folder, 4)
     (folder / "tokenizer.json").write_text("{}")
@@ -95,7 +95,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def split(folder: Path, shards: int) -> None:
-    """Cut the only shard of a checkpoint into consecutive ones."""
+    """Split the only shard of a checkpoint into consecutive shards."""
     tensors = list(read_safetensors(folder / "model.safetensors").items())
     (folder / "model.safetensors").unlink()
     size = -(-len(tensors) // shards)
@@ -119,11 +119,11 @@ def pack(out: Path, bits: tuple[int, ...] = (4,), revision: str | None = None) -
 
 
 def content(folder: Path) -> dict[str, str]:
-    """All but the manifest, which names the source."""
+    """Return all files but the manifest, which names the source."""
     return {name: digest for name, digest in tree(folder).items() if name != "pack.json"}
 
 
-def test_a_pack_from_the_hub_is_that_of_the_same_folder(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_pack_from_the_hub_equals_a_pack_from_its_folder(fake: FakeHub, tmp_path: Path) -> None:
     made = pack(tmp_path / "pack", (4, 2))
     expected = pack_checkpoint(fake.folder, tmp_path / "expected", (4, 2))
     assert content(made.folder) == content(expected.folder)
@@ -165,7 +165,7 @@ def unfinished(fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     return tmp_path / "pack"
 
 
-def test_only_what_is_missing_is_downloaded_again(fake: FakeHub, unfinished: Path, tmp_path: Path) -> None:
+def test_only_missing_shards_are_downloaded_again(fake: FakeHub, unfinished: Path, tmp_path: Path) -> None:
     part = unfinished / ".download" / ".cache" / "model-00003.incomplete"
     part.write_text("the begun download of another shard")
     kept = {path.name for path in (unfinished / ".download").glob("*.safetensors")}
@@ -199,7 +199,7 @@ def test_another_revision_is_refused(fake: FakeHub, unfinished: Path) -> None:
     assert open_pack(finished.folder).manifest["source"]["revision"] == old
 
 
-def test_the_revision_that_was_asked_for(fake: FakeHub, tmp_path: Path) -> None:
+def test_the_requested_revision_is_packed(fake: FakeHub, tmp_path: Path) -> None:
     fake.sha = "c" * 40
     assert pack(tmp_path / "pack", revision="c" * 40).manifest["source"]["revision"] == "c" * 40
 
@@ -210,7 +210,7 @@ def http_error(kind: type[HfHubHTTPError], message: str, server_message: str | N
 
 
 class ClientError(Exception):
-    """As of an HTTP client, whose errors derive from Exception alone."""
+    """An error of an HTTP client, whose errors derive from Exception only."""
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ class ClientError(Exception):
     ],
 )
 @pytest.mark.parametrize("where", [None, "tokenizer.json", "headers", "model-00001.safetensors"])
-def test_errors_of_the_hub_are_a_line(
+def test_errors_of_the_hub_have_one_line(
     error: Exception, kind: type[FlashMoeError], reason: str, where: str | None, fake: FakeHub, tmp_path: Path
 ) -> None:
     fake.error, fake.broken = error, where
@@ -244,7 +244,7 @@ def test_errors_of_the_hub_are_a_line(
 
 
 @pytest.mark.parametrize("where", ["tokenizer.json", "model-00001.safetensors"])
-def test_a_disk_that_is_full_is_not_an_error_of_the_hub(where: str, fake: FakeHub, tmp_path: Path) -> None:
+def test_a_full_disk_is_not_reported_as_an_error_of_the_hub(where: str, fake: FakeHub, tmp_path: Path) -> None:
     fake.error, fake.broken = OSError(errno.ENOSPC, "No space left on device"), where
     with pytest.raises(FlashMoeError, match=r"no space left .*make room and run the same command again") as caught:
         pack(tmp_path / "pack")
@@ -292,7 +292,7 @@ def test_a_format_that_cannot_be_read_is_refused_before_anything_else_is_fetched
 @pytest.mark.parametrize(
     "name", ["Qwen/Qwen3.5-35B-A3B-FP8", "unsloth/Qwen3.5-397B-A17B-GGUF", "x/y-AWQ-4bit", "a/b.nvfp4"]
 )
-def test_a_name_that_tells_the_format_is_refused_without_a_network(
+def test_a_name_that_states_the_format_is_refused_without_a_network(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("nothing may be asked"))
@@ -359,7 +359,7 @@ def test_a_tensor_in_two_shards(fake: FakeHub, tmp_path: Path, monkeypatch: pyte
         pack(tmp_path / "pack")
 
 
-def test_a_shard_that_is_not_what_its_header_said(fake: FakeHub, tmp_path: Path) -> None:
+def test_a_shard_that_differs_from_its_remote_header(fake: FakeHub, tmp_path: Path) -> None:
     source = HubCheckpoint.open_remote(NAME, None, tmp_path / "pack" / ".download")
     shutil.copy(fake.folder / "model-00000.safetensors", fake.folder / "model-00001.safetensors")
     with pytest.raises(CheckpointError, match="the file was replaced") as caught:

@@ -1,4 +1,4 @@
-"""The program as people start it."""
+"""Tests of the program as users start it, in a separate process."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def flashmoe(
 
 
 def error_line(code: int, shown: str, expected: int = 2) -> str:
-    """What the one line of an error says."""
+    """Check that ``shown`` is one error line, and return its message."""
     assert code == expected, shown
     lines = shown.strip().splitlines()
     assert len(lines) == 1, shown
@@ -42,7 +42,7 @@ def error_line(code: int, shown: str, expected: int = 2) -> str:
 
 
 def mistake(result: subprocess.CompletedProcess[str], code: int = 2) -> str:
-    """What the one line of an error says."""
+    """Check that a process failed with one error line, and return its message."""
     return error_line(result.returncode, result.stderr, code)
 
 
@@ -82,19 +82,19 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["backend=nosuch"], "backend=nosuch: no such backend; there are checkpoint, io_uring, mmap, pack2, pread, "),
+        (["backend=nosuch"], "backend=nosuch: no such backend; choose from checkpoint, io_uring, mmap, pack2, pread, "),
         (["experts_k=0"], "experts_k=0: must be from 1 to 16"),
         (["experts_k=-1"], "experts_k=-1: must be from 1 to 16"),
         (["experts_k=17"], "experts_k=17: must be from 1 to 16"),
         (["experts_k=four"], "experts_k=four: must be a whole number or null"),
-        (["model=nosuch"], "model=nosuch: no such model; there are demo, synthetic; for a folder: model.path=nosuch"),
+        (["model=nosuch"], "model=nosuch: no such model; choose from demo, synthetic; for a folder: model.path=nosuch"),
         (["prompt=" + "x" * 300], "the prompt has 325 tokens; this model's context holds 256"),
         (["backend.threads=many"], "must be an integer from 1 to 1024"),
         (["backend="], "backend=: the name is missing"),
-        (["--nosuch"], "--nosuch: no such option; --help lists what there is"),
+        (["--nosuch"], "--nosuch: no such option; --help lists keys and options"),
         (["experts_k=2,4"], "experts_k=2,4: several values are a sweep, which needs -m"),
         (["task=pack", "out=x"], "task=pack needs source="),
-        (["task=pack", "source=nowhere", "out=x"], "source=nowhere: no such folder, and not a hub id"),
+        (["task=pack", "source=nowhere", "out=x"], "source=nowhere: neither a folder nor a hub id"),
         (["task=pack", "verify=true"], "verify=true needs out="),
     ],
 )
@@ -118,16 +118,16 @@ def test_a_mistake_ends_the_program(tmp_path: Path) -> None:
     assert result.stdout == ""
 
 
-def test_debug_shows_where(tmp_path: Path) -> None:
+def test_debug_shows_a_traceback(tmp_path: Path) -> None:
     result = flashmoe("model.path=nowhere", "debug=true", cwd=tmp_path)
     assert result.returncode == 2
     assert "Traceback (most recent call last)" in result.stderr
     assert "model.path=nowhere: no such folder" in result.stderr
 
 
-def test_a_folder_that_cannot_be_written(tiny_pack: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder(tiny_pack: Path, tmp_path: Path) -> None:
     if os.geteuid() == 0:
-        # Root writes anywhere, but not into a file.
+        # Root can write to any folder, but not below a file.
         (tmp_path / "outputs").write_text("")
     else:
         tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_written(tiny_pack: Path, tmp_path: Path) -> Non
 
 @pytest.fixture
 def endless_pack(tiny_pack: Path, tmp_path: Path) -> Path:
-    """A model that has no token to end its answer with."""
+    """Return a model without an end token."""
     folder = Path(shutil.copytree(tiny_pack, tmp_path / "endless"))
     pack = open_pack(folder)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
@@ -148,7 +148,7 @@ def endless_pack(tiny_pack: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_interrupting_keeps_what_was_measured(tmp_path: Path, endless_pack: Path) -> None:
+def test_an_interrupt_keeps_the_measurements(tmp_path: Path, endless_pack: Path) -> None:
     with subprocess.Popen(
         [*RUN, f"model.path={endless_pack}", "max_tokens=200", "profile=true"],
         cwd=tmp_path,
@@ -167,7 +167,7 @@ def test_interrupting_keeps_what_was_measured(tmp_path: Path, endless_pack: Path
     assert 0 < len(metrics["token_ids"]) < 200
 
 
-def test_a_reader_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_reader_of_stdout_that_disconnects(tiny_pack: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*RUN, f"model.path={tiny_pack}", "max_tokens=200"],
         cwd=tmp_path,
@@ -192,7 +192,7 @@ def test_text_that_the_terminal_cannot_show(tmp_path: Path, tiny_pack: Path) -> 
     assert not json.loads((record / "metrics.json").read_text())["text"].isascii()
 
 
-def test_a_reader_of_notes_that_leaves_early(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_reader_of_stderr_that_disconnects(tiny_pack: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         [*RUN, f"model.path={tiny_pack}", "max_tokens=20"],
         cwd=tmp_path,
@@ -216,5 +216,5 @@ def test_a_sweep_over_texts(tiny_pack: Path, tmp_path: Path, monkeypatch: pytest
     arguments = [f"model.path='{tiny_pack}','{quoted}'", "prompt='Hello','Who, me?'", "max_tokens=2", "raw=true"]
     assert run(["-m", *arguments, f"hydra.sweep.dir={tmp_path / 'sweep'}"]) == 0
     found = [json.loads((tmp_path / "sweep" / str(job) / "metrics.json").read_text()) for job in range(4)]
-    assert [one["model"]["path"] for one in found] == [str(tiny_pack)] * 2 + [str(odd)] * 2
-    assert [one["prefill"]["tokens"] for one in found] == [len("Hello"), len("Who, me?")] * 2
+    assert [metrics["model"]["path"] for metrics in found] == [str(tiny_pack)] * 2 + [str(odd)] * 2
+    assert [metrics["prefill"]["tokens"] for metrics in found] == [len("Hello"), len("Who, me?")] * 2

@@ -1,8 +1,10 @@
-"""What people type means what they mean, whatever Hydra's grammar thinks of it."""
+"""Tests of the command line: values reach the task as typed, despite Hydra's grammar."""
 
+import contextlib
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,14 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from flashmoe_mlx.cli.application import run
-from flashmoe_mlx.cli.command_line import parse, tidy
-from flashmoe_mlx.cli.composition import typed
+from flashmoe_mlx.cli.arguments import parse
+from flashmoe_mlx.cli.composition import build_config
+from flashmoe_mlx.cli.normalization import normalize_argv
 from flashmoe_mlx.cli.quoting import separate_texts, verbatim
+from flashmoe_mlx.cli.task_keys import keys_of, known_keys, task_names
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.tasks.keys import TASK_CONFIGS, BenchConfig, CommonConfig, Config, keys_of, known_keys
+from flashmoe_mlx.tasks import bench, generate
+from flashmoe_mlx.tasks.shared.keys import CommonConfig
 
 SPELLINGS = [
     ["+backend=pread", "+experts_k=4"],
@@ -34,7 +39,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 
 def composed(*arguments: str) -> CommonConfig:
     with initialize_config_module("flashmoe_mlx.configs", version_base="1.3"):
-        return typed(compose("config", tidy(arguments)))
+        return build_config(compose("config", normalize_argv(arguments)))
 
 
 @pytest.mark.parametrize("arguments", SPELLINGS, ids=" ".join)
@@ -44,7 +49,7 @@ def test_every_spelling_sets_backend_and_k(arguments: list[str]) -> None:
     assert config.experts_k == 4
 
 
-def test_nothing_said() -> None:
+def test_no_arguments() -> None:
     config = composed()
     assert (config.task.name, config.model.name, config.experts_k) == ("generate", "demo", None)
     assert config.backend["_target_"].endswith("PreadStore")
@@ -55,25 +60,25 @@ def test_nothing_said() -> None:
 def test_flags_may_stand_anywhere(flag: str, place: int) -> None:
     arguments = ["+backend=pread", "+experts_k=2,4"]
     arguments.insert(place, flag)
-    assert tidy(arguments) == ["backend=pread", "++experts_k=2,4", flag]
+    assert normalize_argv(arguments) == ["backend=pread", "++experts_k=2,4", flag]
 
 
 def test_options_keep_their_values() -> None:
-    assert tidy(["--cfg", "job", "seed=1", "-p", "model"]) == ["++seed=1", "--cfg", "job", "-p", "model"]
+    assert normalize_argv(["--cfg", "job", "seed=1", "-p", "model"]) == ["++seed=1", "--cfg", "job", "-p", "model"]
 
 
-def test_a_folder_of_configurations_may_be_at_home() -> None:
-    assert tidy(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
+def test_a_tilde_in_an_option_is_expanded() -> None:
+    assert normalize_argv(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
 
 
 def test_hydras_own_keys_are_left_alone() -> None:
     arguments = ["hydra/launcher=basic", "+hydra.job.name=y"]
-    assert tidy(arguments) == arguments
+    assert normalize_argv(arguments) == arguments
 
 
 @pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir"])
 @pytest.mark.parametrize(
-    ("typed_in", "folder"),
+    ("value", "folder"),
     [
         ("x", "x"),
         ("/data/josé/run", "/data/josé/run"),
@@ -87,15 +92,38 @@ def test_hydras_own_keys_are_left_alone() -> None:
         ("???", "./???"),
     ],
 )
-def test_folders_of_runs_are_taken_as_they_stand(key: str, typed_in: str, folder: str) -> None:
-    (override,) = OverridesParser.create().parse_overrides(tidy([f"{key}={typed_in}"]))
+def test_run_directories_are_taken_literally(key: str, value: str, folder: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"{key}={value}"]))
     assert override.value() == folder
 
 
 @given(text=TEXT)
-def test_any_text_is_taken_as_it_stands(text: str) -> None:
-    (override,) = OverridesParser.create().parse_overrides(tidy([f"+prompt={text}"]))
+def test_any_text_is_taken_literally(text: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"+prompt={text}"]))
     assert OmegaConf.create({"prompt": override.value()}).prompt == text
+
+
+KEYS = (
+    "task", "model", "model.path", "model.x", "backend", "backend.slots", "backend.trace", "backends", "experiment",
+    "experts_k", "prompt", "prompts", "hydra", "hydra.run.dir", "nosuch", "task.name",
+)  # fmt: skip
+VALUES = ("null", "???", "[a,b]", "{a:b}", "a,b", "'a','b'", "bench", "4", "~/x", "[", "")
+ARGUMENT = st.one_of(
+    TEXT,
+    st.sampled_from(["-m", "--help", "--cfg", "job", "--info", "-p", "--resolve", "--experts_k=4"]),
+    st.builds(
+        "{}{}={}".format,
+        st.sampled_from(["", "+", "++", "~"]),
+        st.sampled_from(KEYS),
+        st.one_of(TEXT, st.sampled_from(VALUES)),
+    ),
+)
+
+
+@given(arguments=st.lists(ARGUMENT, max_size=4))
+def test_any_command_line_is_normalized_or_refused(arguments: list[str]) -> None:
+    with contextlib.suppress(InputError):
+        assert all(isinstance(argument, str) for argument in normalize_argv(arguments))
 
 
 @pytest.mark.parametrize(
@@ -129,14 +157,14 @@ def test_awkward_texts(text: str) -> None:
     ("argument", "message"),
     [
         ("modle=x", "modle: no such key; did you mean model?"),
-        ("zzzz=1", "zzzz: no such key; there are backend, debug, "),
+        ("zzzz=1", "zzzz: no such key; the keys are backend, debug, "),
         ("prompt", "prompt: expected key=value; --help lists the keys"),
         ("=4", "=4: expected key=value"),
     ],
 )
 def test_mistakes_are_named(argument: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
-        tidy([argument])
+        normalize_argv([argument])
     assert str(raised.value).startswith(message)
 
 
@@ -147,7 +175,8 @@ def test_mistakes_are_named(argument: str, message: str) -> None:
         ("temperature=hot", "temperature=hot: must be a number"),
         ("raw=maybe", "raw=maybe: must be true or false"),
         ("source=x", "source: task=generate has no such key"),
-        ("model.nosuch=1", "model.nosuch: Key 'nosuch' not in 'ModelChoice'"),
+        ("model.nosuch=1", "model.nosuch: no such key; model has cache_dir, path, synthetic"),
+        ("model.pth=x", "model.pth: no such key; did you mean model.path?"),
     ],
 )
 def test_types_are_checked(argument: str, message: str) -> None:
@@ -156,12 +185,12 @@ def test_types_are_checked(argument: str, message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
-@pytest.mark.parametrize("task", TASK_CONFIGS)
+@pytest.mark.parametrize("task", task_names())
 def test_every_task_composes_its_defaults(task: str) -> None:
     config = composed(f"task={task}")
-    assert type(config) is TASK_CONFIGS[task]
     assert config.task.name == task
-    own = TASK_CONFIGS[task]()
+    own = import_module(f"flashmoe_mlx.tasks.{task}").Config()
+    assert type(config) is type(own)
     groups = {"task", "model", "backend"}
     assert {key: getattr(config, key) for key in keys_of(task) if key not in groups} == {
         key: getattr(own, key) for key in keys_of(task) if key not in groups
@@ -176,8 +205,8 @@ def test_every_yaml_satisfies_the_types(group: str) -> None:
         composed(f"{group}={name}")
 
 
-@pytest.mark.parametrize("task", TASK_CONFIGS)
-def test_help_explains_the_keys_of_a_task_and_no_others(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("task", task_names())
+def test_help_explains_exactly_the_keys_of_a_task(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([f"task={task}", "--help"]) == 0
     shown = capsys.readouterr().out
     own = shown[shown.index(f"\ntask={task}:") : shown.index("\nExamples")]
@@ -193,9 +222,9 @@ def test_help_explains_the_keys_of_a_task_and_no_others(task: str, capsys: pytes
 def test_help_without_a_task_is_about_generate(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-h", "backend=mmap"]) == 0
     shown = capsys.readouterr().out
-    assert "task=generate: Continue a prompt" in shown
+    assert "task=generate: Answer a prompt" in shown
     assert "backend.populate=true" in shown
-    assert all(f"  task={task} " in shown for task in TASK_CONFIGS)
+    assert all(f"  task={task} " in shown for task in task_names())
 
 
 def test_help_needs_no_mlx() -> None:
@@ -210,14 +239,14 @@ assert main(["prompt=hi"]) == 1
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert "experts_ks=null" in result.stdout
-    assert result.stderr.startswith("flashmoe_mlx: MLX has no library for this machine")
+    assert result.stderr.startswith("flashmoe_mlx: MLX is not installed or cannot run on this machine")
 
 
-@pytest.mark.parametrize("task", TASK_CONFIGS)
+@pytest.mark.parametrize("task", task_names())
 def test_a_task_refuses_the_keys_of_others(task: str) -> None:
     for key in sorted(set(known_keys()) - set(keys_of(task))):
         with pytest.raises(InputError) as raised:
-            tidy([f"task={task}", f"{key}=1"])
+            normalize_argv([f"task={task}", f"{key}=1"])
         assert raised.value.code == "unknown_key"
         assert str(raised.value).startswith(f"{key}: task={task} has no such key")
 
@@ -227,10 +256,10 @@ def test_a_task_refuses_the_keys_of_others(task: str) -> None:
     [
         (
             ["task=bench", "max_tokens=99"],
-            "max_tokens: task=bench has no such key; did you mean tokens?; it belongs to",
+            "max_tokens: task=bench has no such key; did you mean tokens?; max_tokens belongs to",
         ),
-        (["task=bench", "profile=true"], "profile: task=bench has no such key; it belongs to task=generate"),
-        (["task=doctor", "backend=pread"], "backend: task=doctor has no such key; it belongs to task=bench,"),
+        (["task=bench", "profile=true"], "profile: task=bench has no such key; profile belongs to task=generate"),
+        (["task=doctor", "backend=pread"], "backend: task=doctor has no such key; backend belongs to task=bench,"),
         (["task=doctor", "backend.threads=2"], "backend: task=doctor has no such key"),
         (["task=pack", "model.path=x"], "model: task=pack has no such key"),
         (["experiment=two_bit", "temperature=1"], "temperature: task=bench has no such key"),
@@ -240,16 +269,16 @@ def test_a_task_refuses_the_keys_of_others(task: str) -> None:
 )
 def test_keys_of_other_tasks_are_explained(arguments: list[str], reason: str) -> None:
     with pytest.raises(InputError) as raised:
-        tidy(arguments)
+        normalize_argv(arguments)
     assert str(raised.value).startswith(reason)
 
 
-def test_keys_are_checked_again_when_all_is_composed() -> None:
-    """A study from elsewhere may choose the task."""
+def test_keys_are_checked_again_after_composition() -> None:
+    """An experiment outside the package may choose the task."""
     assert parse(["experiment=mine"]).tasks() is None
-    assert tidy(["experiment=mine", "max_tokens=3"]) == ["experiment=mine", "++max_tokens=3"]
+    assert normalize_argv(["experiment=mine", "max_tokens=3"]) == ["experiment=mine", "++max_tokens=3"]
     with pytest.raises(InputError) as raised:
-        typed(OmegaConf.create({"task": {"name": "bench"}, "max_tokens": 3}))
+        build_config(OmegaConf.create({"task": {"name": "bench"}, "max_tokens": 3}))
     assert raised.value.code == "unknown_key"
 
 
@@ -273,37 +302,37 @@ def test_keys_are_checked_again_when_all_is_composed() -> None:
         (["hydra.sweep.dir="], "invalid_path"),
     ],
 )
-def test_what_hydra_would_stumble_over(arguments: list[str], code: str) -> None:
+def test_mistakes_that_hydra_would_not_explain(arguments: list[str], code: str) -> None:
     with pytest.raises(InputError) as raised:
-        tidy(arguments)
+        normalize_argv(arguments)
     assert raised.value.code == code
     assert "\n" not in str(raised.value)
 
 
 def test_a_target_in_a_configuration_is_refused() -> None:
     with pytest.raises(InputError) as raised:
-        typed(OmegaConf.create({"task": {"name": "generate", "_target_": "os.system"}}))
+        build_config(OmegaConf.create({"task": {"name": "generate", "_target_": "os.system"}}))
     assert raised.value.code == "invalid_value"
     with pytest.raises(InputError) as raised:
-        typed(OmegaConf.create({"task": {"name": "os.system"}}))
+        build_config(OmegaConf.create({"task": {"name": "os.system"}}))
     assert raised.value.code == "unknown_task"
 
 
-def test_question_marks_are_a_text() -> None:
+def test_question_marks_are_text() -> None:
     config = composed("prompt=???", "model.path=???", "backend=ram_hybrid", "backend.trace=???")
-    assert isinstance(config, Config)
+    assert isinstance(config, generate.Config)
     assert (config.prompt, config.model.path, config.backend["trace"]) == ("???", "???", "???")
-    bench = composed("task=bench", "prompts=['???',b]", "backends=[{name:ram_hybrid,trace:'???'}]")
-    assert isinstance(bench, BenchConfig)
-    assert bench.prompts == ["???", "b"]
-    assert bench.backends == [{"name": "ram_hybrid", "trace": "???"}]
+    config_of_bench = composed("task=bench", "prompts=['???',b]", "backends=[{name:ram_hybrid,trace:'???'}]")
+    assert isinstance(config_of_bench, bench.Config)
+    assert config_of_bench.prompts == ["???", "b"]
+    assert config_of_bench.backends == [{"name": "ram_hybrid", "trace": "???"}]
 
 
 @pytest.mark.parametrize("text", ["costs ${5}", "a, b", "it's", "[x]", "null", "5", "\\", "\\\\${x}", ""])
-def test_texts_in_a_list_are_taken_as_they_stand(text: str) -> None:
+def test_texts_in_a_list_are_taken_literally(text: str) -> None:
     quoted = text.replace("\\", "\\\\").replace('"', '\\"') if text.endswith("\\") else text
     config = composed("task=bench", f'prompts=["{quoted}",other]')
-    assert isinstance(config, BenchConfig)
+    assert isinstance(config, bench.Config)
     assert config.prompts == [text, "other"]
 
 
@@ -325,11 +354,11 @@ def test_texts_in_a_list_are_taken_as_they_stand(text: str) -> None:
 def test_several_texts_for_a_sweep(value: str, texts: list[str]) -> None:
     assert separate_texts(value) == texts
     for key in ("prompt", "model.path"):
-        (override,) = OverridesParser.create().parse_overrides(tidy(["-m", f"{key}={value}"])[:1])
+        (override,) = OverridesParser.create().parse_overrides(normalize_argv(["-m", f"{key}={value}"])[:1])
         assert override.is_sweep_override() == (len(texts) > 1)
         if override.is_sweep_override():
             assert list(override.sweep_string_iterator()) == [verbatim(text) for text in texts]
-        (alone,) = OverridesParser.create().parse_overrides(tidy([f"{key}={value}"]))
+        (alone,) = OverridesParser.create().parse_overrides(normalize_argv([f"{key}={value}"]))
         assert alone.value() == value
 
 
@@ -338,13 +367,13 @@ def test_several_texts_for_a_sweep(value: str, texts: list[str]) -> None:
 )
 def test_paths_of_backend_options_are_texts(value: str) -> None:
     for option in ("trace", "folder"):
-        (override,) = OverridesParser.create().parse_overrides(tidy([f"backend.{option}={value}"]))
+        (override,) = OverridesParser.create().parse_overrides(normalize_argv([f"backend.{option}={value}"]))
         assert OmegaConf.create({"x": override.value()}).x == value
 
 
 def test_values_of_backend_options_keep_their_types() -> None:
     config = composed("backend.threads=8", "backend.chunk_mib=0.5", "backend.direct=true", "backend.variant=null")
-    assert isinstance(config, Config)
+    assert isinstance(config, generate.Config)
     options = ("threads", "chunk_mib", "direct", "variant")
     assert [config.backend[name] for name in options] == [8, 0.5, True, None]
 
@@ -378,13 +407,13 @@ def test_options_are_checked(arguments: list[str], code: str) -> None:
 def test_a_key_with_dashes_is_explained() -> None:
     with pytest.raises(InputError) as raised:
         parse(["--experts_k=4"])
-    assert str(raised.value) == "--experts_k=4: no such option; keys have no dashes: experts_k=4"
+    assert str(raised.value) == "--experts_k=4: no such option; write keys without dashes: experts_k=4"
 
 
 @pytest.mark.parametrize("options", [["--info"], ["--info", "config"], ["-i"], ["-c", "job"], ["-cd", "x", "-m"]])
 def test_options_with_and_without_a_value(options: list[str]) -> None:
-    assert tidy(["seed=1", *options]) == ["++seed=1", *options]
-    assert tidy([*options, "seed=1"]) == ["++seed=1", *options]
+    assert normalize_argv(["seed=1", *options]) == ["++seed=1", *options]
+    assert normalize_argv([*options, "seed=1"]) == ["++seed=1", *options]
 
 
 @pytest.mark.parametrize(
@@ -402,10 +431,10 @@ def test_options_with_and_without_a_value(options: list[str]) -> None:
         ["model=a/b", "model.synthetic.num_layers=2"],
     ],
 )
-def test_nothing_is_ignored_for_another_key(arguments: list[str]) -> None:
+def test_alternative_keys_are_refused(arguments: list[str]) -> None:
     for order in (arguments, arguments[::-1]):
         with pytest.raises(InputError) as raised:
-            tidy(order)
+            normalize_argv(order)
         assert raised.value.code == "contradiction"
 
 
@@ -419,8 +448,8 @@ def test_nothing_is_ignored_for_another_key(arguments: list[str]) -> None:
         ["model=demo", "model.path=x"],
     ],
 )
-def test_keys_that_go_together(arguments: list[str]) -> None:
-    assert len(tidy(arguments)) == len(arguments)
+def test_compatible_keys(arguments: list[str]) -> None:
+    assert len(normalize_argv(arguments)) == len(arguments)
 
 
 def test_sizes_of_another_model_are_refused() -> None:
@@ -442,12 +471,12 @@ def test_sizes_of_another_model_are_refused() -> None:
 )
 def test_every_list_of_prompts_is_texts(value: str, texts: list[str]) -> None:
     config = composed("task=bench", f"prompts={value}")
-    assert isinstance(config, BenchConfig)
+    assert isinstance(config, bench.Config)
     assert config.prompts == texts
 
 
 @pytest.mark.parametrize("value", ["[[a],b]", "{a:b}", "[a", "x"])
-def test_what_is_no_list_of_texts(value: str) -> None:
+def test_invalid_lists_of_texts(value: str) -> None:
     with pytest.raises((InputError, HydraException)):
         composed("task=bench", f"prompts={value}")
 
@@ -455,7 +484,7 @@ def test_what_is_no_list_of_texts(value: str) -> None:
 @pytest.mark.parametrize("path", ["~/x", "/données/x", "/a=b/x", "C:\\x", "/a b/(c)", "'/it\\'s/[v2], {x}'"])
 def test_paths_in_a_list_of_backends(path: str) -> None:
     config = composed("task=bench", f"backends=[pread,{{name: ram_hybrid, trace: {path}, slots: 4}}]")
-    assert isinstance(config, BenchConfig)
+    assert isinstance(config, bench.Config)
     assert config.backends is not None
     first, second = config.backends
     assert first == "pread"
@@ -475,7 +504,7 @@ def test_paths_in_a_list_of_backends(path: str) -> None:
         (["template_options=3"], "template_options=3: must be a mapping such as {a:b}"),
     ],
 )
-def test_values_of_another_kind_are_shown_as_typed(arguments: list[str], shown: str) -> None:
+def test_values_of_the_wrong_type_are_shown_as_typed(arguments: list[str], shown: str) -> None:
     with pytest.raises(InputError) as raised:
         composed(*arguments)
     assert raised.value.code == "invalid_value"
@@ -483,7 +512,7 @@ def test_values_of_another_kind_are_shown_as_typed(arguments: list[str], shown: 
 
 
 @pytest.mark.parametrize("sweep", ["experts_k=glob(*)", "backend=glob(nosuch*)", "seed=range(3,1)"])
-def test_a_sweep_of_nothing_is_a_mistake(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_sweep_is_refused(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["-m", sweep, f"hydra.sweep.dir={tmp_path}"]) == 2
     assert "nothing ran" in capsys.readouterr().err
 
@@ -497,7 +526,7 @@ def test_a_sweep_of_nothing_is_a_mistake(sweep: str, tmp_path: Path, capsys: pyt
         (["--cfg", "job", "--package", "nosuch"], "package 'nosuch' not found"),
     ],
 )
-def test_what_hydra_refuses(
+def test_errors_of_hydra_are_one_line(
     arguments: list[str],
     shown: str,
     tmp_path: Path,

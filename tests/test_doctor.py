@@ -14,7 +14,6 @@ import pytest
 from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
-from flashmoe_mlx.tasks.keys import Config
 
 MATVEC = partial(cases.quantized_matvec, 32, 128, on_cpu=True)
 
@@ -35,7 +34,7 @@ def test_a_table_and_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC)]))
-    doctor.run(Config(), tmp_path)
+    doctor.run(doctor.Config(), tmp_path)
     shown = capsys.readouterr()
     assert "| quantized_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in shown.out + shown.err
     record = json.loads((tmp_path / "doctor.json").read_text())
@@ -57,7 +56,7 @@ def test_what_fails_is_named_and_recorded(
 ) -> None:
     monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC), ("tiny", make)]))
     with pytest.raises(FlashMoeError) as caught:
-        doctor.run(Config(), tmp_path)
+        doctor.run(doctor.Config(), tmp_path)
     assert caught.value.code == "kernels_failed"
     assert "quantized_matvec (32x128" in str(caught.value)
     shown = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What the documents promise: their example of a store is one, and the tests they name exist."""
+"""Claims of the documents: the example of a store works, and the named tests exist."""
 
 import re
 import sys
@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 
 
 def example() -> str:
-    """The store in CONTRIBUTING.md."""
+    """Return the source of the store in CONTRIBUTING.md."""
     blocks = re.findall(r"^ *```python\n(.*?)^ *```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     return next(textwrap.dedent(block) for block in blocks if "(ExpertStore):" in block)
 
 
-class TestTheExampleOfAStore(ExpertStoreTests):
+class TestExampleStore(ExpertStoreTests):
     backend = {"_target_": "example_of_a_store.PlainStore"}
     options = {"slots": 6}
 
@@ -31,7 +31,7 @@ class TestTheExampleOfAStore(ExpertStoreTests):
         exec(compile(example(), "CONTRIBUTING.md", "exec"), module.__dict__)
 
 
-def test_faults_name_tests_that_exist() -> None:
+def test_tests_named_in_faults_exist() -> None:
     sources = [*(ROOT / "tests").glob("*.py"), *(ROOT / "flashmoe_mlx" / "testing").glob("*.py")]
     code = "".join(path.read_text() for path in sources)
     document = (ROOT / "docs" / "faults.md").read_text()

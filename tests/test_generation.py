@@ -25,8 +25,8 @@ from flashmoe_mlx.made_models.byte_tokenizer import write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.prefetch import POLICIES
-from flashmoe_mlx.research.items import Item
-from flashmoe_mlx.research.quality import evaluate
+from flashmoe_mlx.research.quality.evaluation import evaluate
+from flashmoe_mlx.research.quality.items import Item
 from flashmoe_mlx.research.traces.recorder import recorded
 
 PROMPT = "Hello, store"

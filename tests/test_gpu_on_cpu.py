@@ -31,7 +31,6 @@ from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.tasks import doctor
-from flashmoe_mlx.tasks.keys import CommonConfig
 
 pytestmark = needs_linux
 
@@ -269,7 +268,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
     with gpu_on_cpu.metal() as launches:
-        doctor.run(CommonConfig(), tmp_path)
+        doctor.run(doctor.Config(), tmp_path)
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
     record = json.loads((tmp_path / "doctor.json").read_text())
     assert record["dialect"] == record["kernels"] == "metal"

@@ -19,6 +19,7 @@ from flashmoe_mlx.backends.io_uring import UringStore
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import uring_reader
 from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
+from flashmoe_mlx.stores.libc import load_libc
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.uring import Ring, RingRead
 from flashmoe_mlx.stores.uring_reader import UringReader
@@ -29,7 +30,7 @@ from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, contiguous=True)
 
 
 def failing(code: int) -> Any:
@@ -86,7 +87,7 @@ def test_memory_that_may_not_be_pinned(
 
 @needs_linux
 def test_direct_reads_need_a_pack(tmp_path: Path) -> None:
-    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    scattered = write_experts(tmp_path, bits=4, contiguous=False)
     with pytest.raises(InputError) as caught:
         UringStore(scattered.source)
     assert caught.value.code == "not_aligned"
@@ -232,7 +233,7 @@ def test_an_interrupt_while_the_kernel_writes(ring: Ring, monkeypatch: pytest.Mo
     def call(self: Ring, *arguments: Any) -> int:
         if not entered.is_set():
             entered.set()
-            self._libc.syscall(*map(ctypes.c_long, (426, self._fd, 1, 0, 0, 0, 0)))  # hands over, waits for nothing
+            load_libc().syscall(*map(ctypes.c_long, (426, self._fd, 1, 0, 0, 0, 0)))  # hands over, waits for nothing
             threading.Timer(0.05, os.write, (writing, b"late")).start()
             raise KeyboardInterrupt
         return original(self, *arguments)

@@ -397,9 +397,9 @@ def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypa
 
     monkeypatch.setattr(CheckedKernel, "_disagreement", checked)
     monkeypatch.setattr(bench, "_generate", generated)
-    setting = bench.Setting("pread", {"_target_": "flashmoe_mlx.backends.pread.PreadStore"}, 2, "none")
+    setting = bench.Configuration("pread", {"_target_": "flashmoe_mlx.backends.pread.PreadStore"}, 2, "none")
     plan = bench.Plan(tiny_pack, [setting], ["cold"], ["Hello, experts"], True, 5, 2, "auto")
-    passes = list(bench.run_passes(plan, [], str, {}))
+    passes = list(bench.run_trials(plan, [], str, {}))
     assert len(passes) == 2
     within = [event for event, running in zip(events, _running(events), strict=True) if running]
     assert events.count("check") > 20

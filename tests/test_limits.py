@@ -29,8 +29,8 @@ def run(script: str, *arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(("name", "in_one_piece"), [("pread", True), ("mmap", True), ("checkpoint", False)])
-def test_descriptors_that_run_out(name: str, in_one_piece: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "contiguous"), [("pread", True), ("mmap", True), ("checkpoint", False)])
+def test_descriptors_that_run_out(name: str, contiguous: bool, tmp_path: Path) -> None:
     """An error while there are none, and the right bytes as soon as there are some again."""
     lines = run(
         """
@@ -56,7 +56,7 @@ with opened(name, stored.source) as store:
     print(bytes(view[: len(expected)]) == expected)
 """,
         name,
-        in_one_piece,
+        contiguous,
         tmp_path,
     )
     assert lines == ["too_many_open_files", "too_many_open_files", "True"]

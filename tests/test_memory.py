@@ -11,8 +11,8 @@ import pytest
 from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import memory
-from flashmoe_mlx.stores.allocation import at_cache_lines, own_memory, use_huge_pages
-from flashmoe_mlx.stores.memory import GIB, available_memory, refuse_if_too_large, total_memory
+from flashmoe_mlx.stores.allocation import align_to_cache_line, allocate_huge_pages, use_huge_pages
+from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, total_memory
 
 
 def control_group(folder: Path, limit: str, used: int, cached: int) -> None:
@@ -58,9 +58,9 @@ def test_groups_that_cannot_be_read(groups: Path, name: str) -> None:
 
 def test_the_refusal_has_the_numbers(groups: Path) -> None:
     control_group(groups / "outer", str(3 * GIB), GIB, 0)
-    refuse_if_too_large("this", 2 * GIB, "take less")
+    check_memory("this", 2 * GIB, "take less")
     with pytest.raises(InputError) as caught:
-        refuse_if_too_large("this", 5 * GIB // 2, "take less")
+        check_memory("this", 5 * GIB // 2, "take less")
     assert caught.value.code == "not_enough_memory"
     assert str(caught.value) == "this: needs 2.5 GiB of memory, 2.0 GiB are free; take less"
 
@@ -78,7 +78,7 @@ def test_large_pages_hold_the_same(size: int) -> None:
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (1100, 1024)])
 def test_arrays_at_cache_lines_are_the_same(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
     array = (mx.random.uniform(0, 200, shape)).astype(dtype)
-    moved = at_cache_lines(array)
+    moved = align_to_cache_line(array)
     assert moved.dtype == dtype
     assert moved.shape == shape
     assert mx.array_equal(moved, array)
@@ -88,7 +88,7 @@ def test_arrays_at_cache_lines_are_the_same(dtype: mx.Dtype, shape: tuple[int, .
 
 @pytest.mark.parametrize("size", [1, 4096, 5 * 2**20 + 17])
 def test_own_memory_is_zeroed_aligned_and_taken(size: int) -> None:
-    own = own_memory(size)
+    own = allocate_huge_pages(size)
     assert len(own) == size
     array = np.frombuffer(own, np.uint8)
     assert array.ctypes.data % 2**21 == 0
@@ -99,7 +99,7 @@ def test_own_memory_is_zeroed_aligned_and_taken(size: int) -> None:
 
 def test_own_memory_that_is_refused() -> None:
     with pytest.raises(OSError) as caught:  # noqa: PT011  # the error number says more than a text
-        own_memory(2**60)
+        allocate_huge_pages(2**60)
     assert caught.value.errno in (errno.ENOMEM, errno.EFBIG, errno.EOVERFLOW)
 
 
@@ -108,7 +108,7 @@ def test_slots_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx, "device_info", lambda _: {"free_memory": 3 * GIB})
     assert available_memory() == 3 * GIB
     with pytest.raises(InputError) as caught:
-        refuse_if_too_large("this", 4 * GIB, "take less")
+        check_memory("this", 4 * GIB, "take less")
     assert caught.value.code == "not_enough_memory"
     assert "needs 4.0 GiB of GPU memory, 3.0 GiB are free" in str(caught.value)
 

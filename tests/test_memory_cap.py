@@ -1,4 +1,4 @@
-"""A machine made smaller: by a control group where one can be made, else by a ballast."""
+"""Limits of memory by a control group, or by a ballast if a control group cannot be created."""
 
 import os
 from pathlib import Path
@@ -15,39 +15,39 @@ from flashmoe_mlx.stores.memory import GIB
 MIB = 2**20
 
 
-def test_no_cap() -> None:
+def test_no_limit() -> None:
     with memory_cap(None) as described:
         assert described is None
 
 
 @pytest.mark.parametrize("gib", [0, -1, float("nan"), float("inf"), 10**9])
-def test_impossible_caps(gib: float) -> None:
+def test_impossible_limits_are_refused(gib: float) -> None:
     with pytest.raises(InputError) as caught, memory_cap(gib):
         pass
     assert caught.value.code == "out_of_range"
 
 
-def test_a_ballast_takes_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_own_group", lambda _: None)
+def test_a_ballast_occupies_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_enter_group", lambda _: None)
     monkeypatch.setattr(module, "available_memory", lambda: 2 * GIB)
     process = psutil.Process()
-    before = process.memory_info().rss
+    rss_before = process.memory_info().rss
     with memory_cap(2 - 64 * MIB / GIB) as described:
         assert described is not None
         assert described.startswith("1.9375 GiB by a")
         assert described.endswith(("a locked ballast of 0.1 GiB", "a ballast (there is no swap) of 0.1 GiB"))
-        assert process.memory_info().rss - before > 60 * MIB
-    assert process.memory_info().rss - before < 30 * MIB
+        assert process.memory_info().rss - rss_before > 60 * MIB
+    assert process.memory_info().rss - rss_before < 30 * MIB
 
 
-def test_a_ballast_that_could_be_swapped_out_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ballast_that_could_be_swapped_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     class Libc:
         def __init__(self, *_: object, **__: object) -> None: ...
 
         def mlock(self, *_: object) -> int:
             return -1
 
-    monkeypatch.setattr(module, "_own_group", lambda _: None)
+    monkeypatch.setattr(module, "_enter_group", lambda _: None)
     monkeypatch.setattr(module, "available_memory", lambda: GIB)
     monkeypatch.setattr(module.ctypes, "CDLL", Libc)
     monkeypatch.setattr(module.psutil, "swap_memory", lambda: type("Swap", (), {"total": GIB}))
@@ -56,17 +56,17 @@ def test_a_ballast_that_could_be_swapped_out_is_none(monkeypatch: pytest.MonkeyP
     assert caught.value.code == "cannot_lock_memory"
 
 
-def test_a_control_group_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "session" / "shell"
     own.mkdir(parents=True)
     (own / "cgroup.procs").touch()
-    about = tmp_path / "self"
-    about.write_text("0::/session/shell\n")
+    membership = tmp_path / "self"
+    membership.write_text("0::/session/shell\n")
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
-    monkeypatch.setattr(cgroups, "_MEMBERSHIP", about)
+    monkeypatch.setattr(cgroups, "_MEMBERSHIP", membership)
     original, original_rmdir = Path.mkdir, Path.rmdir
 
-    def mkdir(path: Path) -> None:  # the kernel puts files into a new group, and takes them away with it
+    def mkdir(path: Path) -> None:  # the system creates and deletes the files of a group
         original(path)
         for name in ("memory.max", "memory.swap.max", "cgroup.procs"):
             (path / name).touch()

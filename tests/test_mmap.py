@@ -21,7 +21,7 @@ from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
 @pytest.fixture
 def stored(tmp_path: Path) -> StoredExperts:
-    return write_experts(tmp_path, bits=4, in_one_piece=True)
+    return write_experts(tmp_path, bits=4, contiguous=True)
 
 
 def test_the_cpu_reads_the_file_itself(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ for populate in (True, False):
 
 
 def test_experts_in_pieces_are_refused(tmp_path: Path) -> None:
-    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    scattered = write_experts(tmp_path, bits=4, contiguous=False)
     with pytest.raises(InputError) as caught:
         MmapStore(scattered.source)
     assert caught.value.code == "not_a_pack"
@@ -112,7 +112,7 @@ def test_advice_that_does_not_exist(stored: StoredExperts) -> None:
 def test_an_old_kernel_still_serves(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashmoe_mlx.backends import mmap as backend
 
-    monkeypatch.setattr(backend, "_MADV_POPULATE_READ", 1000)  # unknown to any kernel
+    monkeypatch.setattr(backend, "MADV_POPULATE_READ", 1000)  # unknown to any kernel
     with MmapStore(stored.source) as store:
         check(store.fetch(0, [7]), 0, [7], stored)
 

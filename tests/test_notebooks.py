@@ -1,4 +1,4 @@
-"""Notebooks carry no outputs, and run from beginning to end."""
+"""Notebooks contain no outputs, and run from beginning to end."""
 
 import json
 import os
@@ -13,13 +13,13 @@ import pytest
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LONGEST = 120
-"""Seconds."""
+"""Longest time in seconds that a notebook may take."""
 
 
 def parsed(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    assert isinstance(found, dict)
-    return found
+    notebook = json.loads(path.read_text())
+    assert isinstance(notebook, dict)
+    return notebook
 
 
 def test_there_are_notebooks() -> None:
@@ -53,7 +53,7 @@ print(sum("image/png" in output.get("data", {{}}) for output in outputs))
 @pytest.mark.notebooks
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run(path: Path, tmp_path: Path) -> None:
-    """In a process of its own: the libraries that run notebooks warn of their own affairs."""
+    """Run in a separate process, because the libraries that run notebooks raise warnings."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", RUN, str(path)],

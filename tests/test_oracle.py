@@ -37,7 +37,7 @@ mlx_lm = pytest.importorskip("mlx_lm.utils", reason="needs the oracle extra", ex
 from oracle.reference import Reference  # noqa: E402  (it imports torch)
 
 DRIFT = TOLERANCE / 10
-"""Between a recording and the same transformers code on another machine."""
+"""Tolerance between a recording and the same code on a different machine."""
 
 
 def assert_agree(logits: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
@@ -46,7 +46,7 @@ def assert_agree(logits: np.ndarray, expected: np.ndarray, tolerance: float = TO
 
 
 def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """A prompt in one go, then one token at a time."""
+    """Return our logits: one forward pass for the prompt, one for each further token."""
     with flashmoe_mlx.load(folder) as engine:
         cache = engine.new_cache()
         rows = [engine.forward(tokens[:PROMPT_LENGTH], cache)]
@@ -55,7 +55,7 @@ def our_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_recordings_are_what_transformers_says(case: Case) -> None:
+def test_recordings_equal_transformers(case: Case) -> None:
     recording = case.load()
     reference = Reference(case.geometry, case.weights(), case.experts_k)
     assert_agree(reference.prefill_then_decode(recording.tokens, PROMPT_LENGTH), recording.logits, DRIFT)
@@ -80,7 +80,7 @@ def test_recordings_are_what_transformers_says(case: Case) -> None:
     ),
 )
 @settings(max_examples=300, deadline=None)
-def test_yarn_is_that_of_transformers(
+def test_yarn_equals_transformers(
     head_dim: int, share: float, theta: float, context: int, more: dict[str, Any]
 ) -> None:
     values = {"rope_type": "yarn", "rope_theta": theta, "partial_rotary_factor": share, **more}
@@ -88,15 +88,15 @@ def test_yarn_is_that_of_transformers(
         head_dim=head_dim, max_position_embeddings=context, rope_parameters=dict(values)
     )
     frequencies, factor = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["yarn"](config)
-    rope = read_rope({"rope_parameters": values}, head_dim, context)
+    rope = read_rope({"rope_parameters": values}, head_dim, context, 0.25)
     assert rope.yarn is not None
     assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-6)
-    # Theirs are in f32, the ramp between the bounds as well.
+    # transformers computes in f32, including the ramp between the bounds.
     np.testing.assert_allclose(rope.frequencies(), frequencies.numpy(), rtol=2e-5, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
-def test_long_recordings_are_what_transformers_says(case: LongCase) -> None:
+def test_long_recordings_equal_transformers(case: LongCase) -> None:
     recording = case.load()
     reference = Reference(case.geometry, case.weights(), case.experts_k)
     logits = reference.prefill_then_decode(recording.tokens, LONG_PROMPT_LENGTH)
@@ -105,7 +105,7 @@ def test_long_recordings_are_what_transformers_says(case: LongCase) -> None:
 
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
 def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
-    """The everyday tests feed small chunks for a few tokens only: they take long."""
+    """The everyday tests use small chunks for a few tokens only, because they take long."""
     recording = case.load()
     with flashmoe_mlx.load(case.write_checkpoint(tmp_path)) as engine:
         for chunk in (1, 7):
@@ -114,7 +114,7 @@ def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("original_format", [False, True], ids=["fused", "original"])
 @pytest.mark.parametrize("name", ["plain", "tied", "text"])
-def test_reads_what_transformers_saves(name: str, original_format: bool, tmp_path: Path) -> None:
+def test_checkpoints_saved_by_transformers(name: str, original_format: bool, tmp_path: Path) -> None:
     case = Case(name, 0, "dense", "F32")
     recording = case.load()
     model = published_model(case.geometry, case.weights())
@@ -123,7 +123,7 @@ def test_reads_what_transformers_saves(name: str, original_format: bool, tmp_pat
 
 
 def published_model(geometry: Geometry, weights: Mapping[str, np.ndarray]) -> Any:
-    """The model as its makers save it: with an untrained vision tower, if the geometry is of the nested kind."""
+    """Return the model as it is published, with an untrained vision tower if the config is nested."""
     if not geometry.nested:
         return Reference(geometry, weights).model
     vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
@@ -140,7 +140,7 @@ def published_model(geometry: Geometry, weights: Mapping[str, np.ndarray]) -> An
     ("name", "dtype", "bits", "group_size"),
     [("plain", "BF16", 4, 64), ("plain", "BF16", 2, 64), ("tied", "F32", 4, 32), ("wide", "F32", 2, 32)],
 )
-def test_packed_by_us(name: str, dtype: Dtype, bits: int, group_size: int, tmp_path: Path) -> None:
+def test_packs(name: str, dtype: Dtype, bits: int, group_size: int, tmp_path: Path) -> None:
     geometry = GEOMETRIES[name]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", geometry, seed=1, dtype=dtype)
     pack_checkpoint(checkpoint, tmp_path / "pack", bits=(bits,), group_size=group_size)
@@ -150,7 +150,7 @@ def test_packed_by_us(name: str, dtype: Dtype, bits: int, group_size: int, tmp_p
 
 
 def weights_in_pack(pack: Path, geometry: Geometry) -> dict[str, np.ndarray]:
-    """All weights of a pack by canonical names, read by its manifest alone and dequantised by MLX."""
+    """Return all weights of a pack by canonical name, read by its manifest alone and dequantized by MLX."""
     stored = mx.load(str(pack / "resident.safetensors"))
     weights = {}
     for name, dense in dense_weights(geometry, seed=0).items():
@@ -159,7 +159,7 @@ def weights_in_pack(pack: Path, geometry: Geometry) -> dict[str, np.ndarray]:
         pack_name = name if name.startswith("lm_head") else f"model.{name}"
         values = stored[pack_name]
         if values.dtype == mx.uint32:
-            values = dequantise(stored, pack_name.removesuffix(".weight"), dense.shape[-1])
+            values = dequantize(stored, pack_name.removesuffix(".weight"), dense.shape[-1])
         values = values.astype(mx.float32)
         if name.endswith("conv1d.weight"):
             values = values.swapaxes(1, 2)
@@ -185,18 +185,18 @@ def dense_projection(records: mx.array, variant: Mapping[str, Any], name: str) -
         values = mx.contiguous(records[:, begin:end]).view(dtypes[component["dtype"]])
         parts[component["name"]] = values.reshape(-1, *component["shape"])
     columns = parts[f"{name}.scales"].shape[-1] * variant["group_size"]
-    return np.array(dequantise(parts, name, columns))
+    return np.array(dequantize(parts, name, columns))
 
 
-def dequantise(stored: Mapping[str, mx.array], name: str, columns: int) -> mx.array:
-    """Float32, since MLX would round the products to the type of the scales."""
+def dequantize(stored: Mapping[str, mx.array], name: str, columns: int) -> mx.array:
+    """Dequantize in float32, since MLX rounds the products to the type of the scales."""
     codes, scales, biases = (stored[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
     bits, group_size = codes.shape[-1] * 32 // columns, columns // scales.shape[-1]
     return mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size, bits)
 
 
 @pytest.mark.parametrize("encoding", ["dense", "mlx4"])
-def test_mlx_lm_is_a_second_oracle(encoding: Encoding, tmp_path: Path) -> None:
+def test_recordings_equal_mlx_lm(encoding: Encoding, tmp_path: Path) -> None:
     case = Case("plain", 1, encoding, "F32")
     recording = case.load()
     theirs = mlx_lm_logits(case.write_checkpoint(tmp_path), recording.tokens)
@@ -205,10 +205,10 @@ def test_mlx_lm_is_a_second_oracle(encoding: Encoding, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "tied", "wide"])
-def test_our_tiny_checkpoints_are_what_mlx_lm_publishes(name: str, tmp_path: Path) -> None:
+def test_tiny_checkpoints_equal_conversions_of_mlx_lm(name: str, tmp_path: Path) -> None:
     geometry = GEOMETRIES[name]
     ours = write_checkpoint(tmp_path / "ours", geometry, seed=1, layout="mlx4", dtype="F32")
-    theirs = quantised_by_mlx_lm(tmp_path, geometry)
+    theirs = quantize_with_mlx_lm(tmp_path, geometry)
     assert json.loads((theirs / "config.json").read_text())["quantization"] == geometry.config("mlx4")["quantization"]
     expected = mx.load(str(theirs / "model.safetensors"))
     written = mx.load(str(ours / "model.safetensors"))
@@ -218,18 +218,18 @@ def test_our_tiny_checkpoints_are_what_mlx_lm_publishes(name: str, tmp_path: Pat
         assert mx.array_equal(written[tensor], values), tensor
 
 
-def test_reads_what_mlx_lm_quantises(tmp_path: Path) -> None:
-    # The case of the same weights, for tokens that leave no doubt.
+def test_checkpoints_quantized_by_mlx_lm(tmp_path: Path) -> None:
+    # The case with the same weights has tokens without close choices.
     tokens = Case("plain", 1, "mlx4", "F32").load().tokens
-    checkpoint = quantised_by_mlx_lm(tmp_path, GEOMETRIES["plain"])
+    checkpoint = quantize_with_mlx_lm(tmp_path, GEOMETRIES["plain"])
     pack_checkpoint(checkpoint, tmp_path / "pack", bits=(4,))
     theirs = mlx_lm_logits(checkpoint, tokens)
     assert_agree(our_logits(checkpoint, tokens), theirs)
     assert_agree(our_logits(tmp_path / "pack", tokens), theirs)
 
 
-def quantised_by_mlx_lm(folder: Path, geometry: Geometry) -> Path:
-    """What ``mlx_lm.convert -q`` does, less the tokenizer."""
+def quantize_with_mlx_lm(folder: Path, geometry: Geometry) -> Path:
+    """Quantize a checkpoint like ``mlx_lm.convert -q``, without the tokenizer."""
     dense = write_checkpoint(folder / "dense", geometry, seed=1)
     model, config = mlx_lm.load_model(dense)
     model, config = mlx_lm.quantize_model(model, config, geometry.group_size, 4)

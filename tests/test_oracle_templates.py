@@ -1,7 +1,7 @@
 """Every published chat template against the renderer of transformers: ``pytest -m oracle``, with the ``oracle`` extra.
 
-transformers is given the messages as ``plain_messages`` makes them, which is what templates are given here; where a
-template takes no lists of parts, the joined ones.
+Both renderers receive the output of ``normalize_messages``. If a template does not accept lists of parts, transformers
+receives joined parts.
 """
 
 import copy
@@ -15,7 +15,7 @@ from published import ARCHIVE, published_templates
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.text.chat_template import ChatTemplate
-from flashmoe_mlx.text.messages import joined_parts, plain_messages, unusual_content
+from flashmoe_mlx.text.messages import find_non_text_content, join_text_parts, normalize_messages
 
 pytestmark = pytest.mark.oracle
 
@@ -27,12 +27,12 @@ Messages = list[dict[str, Any]]
 SPECIAL_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 
 
-def said(role: str) -> Callable[..., dict[str, Any]]:
+def message(role: str) -> Callable[..., dict[str, Any]]:
     return lambda content=None, **more: {"role": role, "content": content, **more}
 
 
-system, user, assistant, tool = map(said, ("system", "user", "assistant", "tool"))
-developer = said("developer")
+system, user, assistant, tool = map(message, ("system", "user", "assistant", "tool"))
+developer = message("developer")
 
 
 def call(arguments: Any, **more: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ PLAIN: list[Messages] = [
     [user("a"), user("b")],
     [user("a"), assistant(None), user("b")],
     [user("a"), {"role": "assistant"}, user("b")],
-    # Orders and roles that many templates refuse.
+    # Orders and roles refused by many templates.
     [system("a"), system("b"), user("c")],
     [user("a"), system("b"), user("c")],
     [developer("dev"), user("a")],
@@ -157,19 +157,19 @@ def rendered(source: str, messages: Messages, **options: Any) -> str | None:
 
 def expected(source: str, messages: Messages, takes_json_text: bool, **options: Any) -> str | None:
     try:
-        given = plain_messages(messages, takes_json_text)
+        given = normalize_messages(messages, takes_json_text)
     except InputError:
         return None
-    joined = joined_parts(given)
+    joined = join_text_parts(given)
     whole = rendered(source, given, **options)
-    if whole is not None or joined is None or unusual_content(given):
+    if whole is not None or joined is None or find_non_text_content(given):
         return whole
     return rendered(source, joined, **options)
 
 
 @pytest.mark.parametrize("kind", [PLAIN, PARTS, CALLS, THOUGHTS], ids=["plain", "parts", "calls", "thoughts"])
 @pytest.mark.parametrize("name", sorted(published_templates()) or [""])
-def test_renderings_are_those_of_transformers(name: str, kind: Sequence[Messages]) -> None:
+def test_renderings_equal_those_of_transformers(name: str, kind: Sequence[Messages]) -> None:
     if not name:
         pytest.skip(f"{ARCHIVE} does not exist")
     source = published_templates()[name]

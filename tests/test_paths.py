@@ -11,8 +11,8 @@ import flashmoe_mlx
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import as_argument, expand_path, name_in_errors
 from flashmoe_mlx.research import load_runs
-from flashmoe_mlx.tasks.keys import ModelChoice
-from flashmoe_mlx.tasks.model import cache_folder, model_folder
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.model import cache_folder, model_folder
 
 NOWHERE = [
     ("~nosuchuser/x", "no_home_folder"),

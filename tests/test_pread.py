@@ -19,11 +19,11 @@ from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import read_ahead, slab, thread_reader
 from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
-from flashmoe_mlx.stores.reads import OpenFiles, open_for_reading
+from flashmoe_mlx.stores.reads import FileDescriptorCache, open_for_reading
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
@@ -31,7 +31,7 @@ from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, contiguous=True)
 
 
 def test_more_slots_than_memory(stored: StoredExperts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +91,14 @@ def test_reads_ahead_are_used_or_wasted(stored: StoredExperts) -> None:
 
 def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two chunks; its slot is free again, and the new hint gets its reads."""
-    stored = write_experts(tmp_path, bits=4, in_one_piece=True)
+    stored = write_experts(tmp_path, bits=4, contiguous=True)
     size = stored.source.layout.record_bytes
     monkeypatch.setattr(read_ahead, "_CHUNK", size // 8)
     begun, go = threading.Event(), threading.Event()
     original = os.preadv
 
     def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-        if threading.current_thread().name.startswith("expert-read-ahead"):
+        if threading.current_thread().name.startswith("expert-prefetch"):
             begun.set()
             go.wait(10)
         return original(fd, buffers, offset)
@@ -152,7 +152,7 @@ def test_direct_reads_leave_nothing_in_the_page_cache(stored: StoredExperts, mon
 
 
 def test_direct_reads_of_a_checkpoint_are_refused(tmp_path: Path) -> None:
-    scattered = write_experts(tmp_path, bits=4, in_one_piece=False)
+    scattered = write_experts(tmp_path, bits=4, contiguous=False)
     with pytest.raises(InputError) as caught:
         PreadStore(scattered.source, direct=True)
     assert caught.value.code == "not_aligned"
@@ -217,16 +217,16 @@ def test_a_read_that_no_thread_makes(threads: int, stored: StoredExperts, monkey
 
 def test_a_part_that_is_never_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The record counts as not read, and the fetch reads it."""
-    stored = write_experts(tmp_path, bits=4, in_one_piece=True)
+    stored = write_experts(tmp_path, bits=4, contiguous=True)
     monkeypatch.setattr(read_ahead, "_CHUNK", stored.source.layout.record_bytes // 4)
-    original = read_ahead._Ahead.run
+    original = read_ahead._Prefetch.run
 
     def lose_the_last(job: Any, files: Any) -> None:
         monkeypatch.setattr(read_ahead, "total_bytes", lambda _: stored.source.layout.record_bytes)
         job.plan = job.plan[:-1]
         original(job, files)
 
-    monkeypatch.setattr(read_ahead._Ahead, "run", lose_the_last)
+    monkeypatch.setattr(read_ahead._Prefetch, "run", lose_the_last)
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
         _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
@@ -263,7 +263,7 @@ def test_a_read_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch
             asked.append(True)
             return len(asked) == 1
 
-        monkeypatch.setattr(read_ahead._Ahead, "writing", property(ends_after_the_first_question))
+        monkeypatch.setattr(read_ahead._Prefetch, "writing", property(ends_after_the_first_question))
         reader = store._reader
         reader._cancel(reader._hinted.values())
         reader._hinted = {}
@@ -276,7 +276,7 @@ def test_files_that_nobody_closes(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     with nothing_left_behind(tmp_path):
-        files = OpenFiles(open_for_reading)
+        files = FileDescriptorCache(open_for_reading)
         files[path]
         del files
         gc.collect()
@@ -286,7 +286,7 @@ def test_files_may_be_opened_after_a_close(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     with nothing_left_behind(tmp_path):
-        files = OpenFiles(open_for_reading)
+        files = FileDescriptorCache(open_for_reading)
         files[path]
         files.close()
         files[path]
@@ -338,7 +338,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nine_extents_make_a_record(checkpoint: Path) -> None:
-    experts = sort_tensors(Checkpoint.open(checkpoint)).experts
+    experts = classify_tensors(Checkpoint.open(checkpoint)).experts
     tensors, size, payload = read_checkpoint(checkpoint), experts.layout.record_bytes, experts.layout.payload_bytes
     assert len(experts.extents(0, 0)) == 9
     assert len({extent.path for extent in experts.extents(0, 0)}) > 1
@@ -353,7 +353,7 @@ def test_nine_extents_make_a_record(checkpoint: Path) -> None:
 def test_extents_that_adjoin_are_read_at_once(tmp_path: Path) -> None:
     """An original checkpoint has gate and up fused: two halves of one row."""
     folder = write_checkpoint(tmp_path / "checkpoint", GEOMETRY, 0, "fused")
-    experts = sort_tensors(Checkpoint.open(folder)).experts
+    experts = classify_tensors(Checkpoint.open(folder)).experts
     assert len(experts.extents(0, 0)) == 3
     with PreadStore(experts, 6) as store:
         host = store.fetch(1, [4]).host[0]
@@ -366,7 +366,7 @@ def test_extents_that_adjoin_are_read_at_once(tmp_path: Path) -> None:
 
 def test_a_checkpoint_cut_short_while_open(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-    with PreadStore(sort_tensors(Checkpoint.open(folder)).experts) as store:
+    with PreadStore(classify_tensors(Checkpoint.open(folder)).experts) as store:
         store.fetch(0, [0])
         for path in folder.glob("*.safetensors"):
             os.truncate(path, 8)

@@ -1,4 +1,4 @@
-"""Prompts from files and from stdin, in every task that has a prompt."""
+"""Tests of prompts from files and stdin in every task with a prompt."""
 
 import io
 import json
@@ -11,8 +11,8 @@ from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.research.traces.recorder import prompt_hash
-from flashmoe_mlx.tasks.keys import BenchConfig, Config
-from flashmoe_mlx.tasks.prompts import with_prompt
+from flashmoe_mlx.tasks import bench, generate
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 LINE = "Grüße, «it's» ${x} [v2]\nand 'more'"
@@ -25,7 +25,7 @@ class Stdin(io.TextIOWrapper):
 
 def read(tiny_pack: Path, path: Path, data: bytes) -> str:
     path.write_bytes(data)
-    config = with_prompt(Config(prompt_file=str(path)), tiny_pack)
+    config = with_prompt(generate.Config(prompt_file=str(path)), tiny_pack)
     assert config.prompt_file is None
     return config.prompt
 
@@ -44,19 +44,23 @@ def read(tiny_pack: Path, path: Path, data: bytes) -> str:
         (b"a\0b", "a\0b"),
     ],
 )
-def test_a_file_is_taken_as_it_stands(tiny_pack: Path, tmp_path: Path, data: bytes, text: str) -> None:
+def test_a_file_is_taken_literally(tiny_pack: Path, tmp_path: Path, data: bytes, text: str) -> None:
     assert read(tiny_pack, tmp_path / "prompt.txt", data) == text
 
 
-@pytest.mark.parametrize("config", [Config(prompt="-"), Config(prompt_file="-"), BenchConfig(prompt="-")])
-def test_stdin_is_read_once(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, config: Config | BenchConfig) -> None:
+@pytest.mark.parametrize(
+    "config", [generate.Config(prompt="-"), generate.Config(prompt_file="-"), bench.Config(prompt="-")]
+)
+def test_stdin_is_read_once(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, config: generate.Config | bench.Config
+) -> None:
     monkeypatch.setattr("sys.stdin", Stdin(LINE.encode()))
     assert with_prompt(config, tiny_pack).prompt == LINE
     assert with_prompt(config, tiny_pack).prompt == LINE  # the next job of a sweep
 
 
-def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
-    config = Config(prompt="- not stdin")
+def test_a_prompt_on_the_command_line_is_unchanged(tiny_pack: Path) -> None:
+    config = generate.Config(prompt="- not stdin")
     assert with_prompt(config, tiny_pack) is config
 
 
@@ -66,10 +70,10 @@ def test_a_prompt_of_its_own_is_left_alone(tiny_pack: Path) -> None:
         (b"", "invalid_prompt", "is empty"),
         (b"\n", "invalid_prompt", "is empty"),
         (b"good \xff", "invalid_prompt", "byte 5 is not UTF-8"),
-        (b"x" * (256 * 256 + 1), "prompt_too_long", "more than 65,536 bytes; this model's context holds 256 tokens"),
+        (b"x" * (256 * 256 + 1), "prompt_too_long", "larger than 65,536 bytes; this model's context holds 256 tokens"),
     ],
 )
-def test_files_that_are_no_prompt(tiny_pack: Path, tmp_path: Path, data: bytes, code: str, reason: str) -> None:
+def test_invalid_prompt_files(tiny_pack: Path, tmp_path: Path, data: bytes, code: str, reason: str) -> None:
     with pytest.raises(InputError) as raised:
         read(tiny_pack, tmp_path / "prompt.txt", data)
     assert raised.value.code == code
@@ -83,11 +87,11 @@ def test_endless_and_missing_files(tiny_pack: Path, tmp_path: Path, monkeypatch:
         ("/dev/zero", "prompt_too_long"),
     ):
         with pytest.raises(InputError) as raised:
-            with_prompt(Config(prompt_file=str(path)), tiny_pack)
+            with_prompt(generate.Config(prompt_file=str(path)), tiny_pack)
         assert raised.value.code == code
     monkeypatch.setattr("sys.stdin", None)
     with pytest.raises(InputError, match="stdin is closed"):
-        with_prompt(Config(prompt="-"), tiny_pack)
+        with_prompt(generate.Config(prompt="-"), tiny_pack)
 
 
 def test_every_task_with_a_prompt_takes_a_file(
@@ -116,13 +120,13 @@ def test_every_task_with_a_prompt_takes_a_file(
         "bench", "task=bench", f"prompt_file={path}", "tokens=1", "rounds=1", "plot=false", "conditions=[warm]"
     )
     assert json.loads((bench / "bench.json").read_text())["passes"][0]["prompt"] == LINE
-    assert "the prompt alone" in capsys.readouterr().err
+    assert "prefill only" in capsys.readouterr().err
     assert run([*common, f"prompt_file={path}.none", f"hydra.run.dir={tmp_path / 'none'}"]) == 2
     assert json.loads((tmp_path / "none" / "failure.json").read_text())["code"] == "invalid_prompt"
 
 
 class Endless(io.RawIOBase):
-    """Bytes without an end; counts those that were read."""
+    """Endless stream that counts the bytes read from it."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -135,11 +139,11 @@ class Endless(io.RawIOBase):
         return len(buffer)
 
 
-def test_stdin_without_an_end(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_stdin(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endless = Endless()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(endless)))
     for _ in range(2):
         with pytest.raises(InputError) as raised:
-            with_prompt(Config(prompt="-"), tiny_pack)
+            with_prompt(generate.Config(prompt="-"), tiny_pack)
         assert raised.value.code == "prompt_too_long"
     assert endless.count < 2**18

@@ -1,8 +1,7 @@
-"""The published models' own geometries and layouts, as sparse files of their true sizes.
+"""Geometries and layouts of published models, as sparse files of true sizes.
 
 Geometries: the configs of Qwen3.5-397B-A17B, 122B-A10B, 35B-A3B and Qwen3.6-35B-A3B, and the model card of
-Qwen3.8-2.4T-A95B. Names and shapes are written down here once more,
-by hand, from what is published, and not taken from the code under test.
+Qwen3.8-2.4T-A95B. Names and shapes are copied by hand from published files, and not taken from the code under test.
 """
 
 import json
@@ -13,14 +12,14 @@ from typing import Any
 import pytest
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.published import PUBLISHED
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import resident_parameters
+from flashmoe_mlx.checkpoint.published import published_configs
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.research.estimate.sizes import expert_weights
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+PUBLISHED = published_configs()
 BYTES = {"BF16": 2, "F32": 4, "U32": 4}
 
 
@@ -65,7 +64,7 @@ CONFIGS = {
     "397B": text_config(4096, 60, 32, 64, 512, 10, 1024),
     "122B": text_config(3072, 48, 32, 64, 256, 8, 1024),
     "35B": text_config(2048, 40, 16, 32, 256, 8, 512),
-    # What transformers 5 adds when it saves a config; "swish" is another name of silu.
+    # With the fields that transformers 5 adds when it saves a config; "swish" is another name of silu.
     "3.6-35B": text_config(2048, 40, 16, 32, 256, 8, 512)
     | {"output_gate_type": "swish", "mamba_ssm_dtype": "float32", "bos_token_id": None, "output_router_logits": False},
     "3.8-2.4T": text_config(8192, 92, 64, 128, 512, 10, 2048, kv_heads=4) | {"output_gate_type": "swish"},
@@ -136,7 +135,7 @@ def resident_vectors(text: dict[str, Any], conv: tuple[int, int]) -> Shapes:
     return shapes
 
 
-def quantised(name: str, shape: tuple[int, ...], bits: int) -> Shapes:
+def quantized(name: str, shape: tuple[int, ...], bits: int) -> Shapes:
     *rows, columns = shape
     return {
         f"{name}.weight": ("U32", (*rows, columns * bits // 32)),
@@ -150,12 +149,12 @@ def mlx_community(text: dict[str, Any], gate_bits: int) -> Shapes:
     shapes = resident_vectors(text, (4, 1))
     for name, shape in resident_matrices(text).items():
         gate = name.endswith((".mlp.gate", ".mlp.shared_expert_gate"))
-        shapes |= quantised(name, shape, gate_bits if gate else 4)
+        shapes |= quantized(name, shape, gate_bits if gate else 4)
     for layer in range(text["num_hidden_layers"]):
         prefix = f"model.layers.{layer}.mlp.switch_mlp."
-        shapes |= quantised(prefix + "gate_proj", (experts, size, hidden), 4)
-        shapes |= quantised(prefix + "up_proj", (experts, size, hidden), 4)
-        shapes |= quantised(prefix + "down_proj", (experts, hidden, size), 4)
+        shapes |= quantized(prefix + "gate_proj", (experts, size, hidden), 4)
+        shapes |= quantized(prefix + "up_proj", (experts, size, hidden), 4)
+        shapes |= quantized(prefix + "down_proj", (experts, hidden, size), 4)
     return {f"language_model.{name}": shape for name, shape in shapes.items()}
 
 
@@ -174,7 +173,7 @@ def hugging_face(text: dict[str, Any]) -> Shapes:
 
 
 def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, *, nested: bool = True, **more: Any) -> Checkpoint:
-    """A checkpoint of true sizes that takes no room: nothing but the headers is written."""
+    """Write a checkpoint of true sizes that takes no space: only headers are written."""
     outer = {"model_type": "qwen3_5_moe", "text_config": text, "tie_word_embeddings": False}
     published = {**(outer if nested else text), **more}
     (folder / "config.json").write_text(json.dumps(published))
@@ -202,7 +201,7 @@ def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, *, nested: 
 @pytest.mark.parametrize("nested", [True, False])
 def test_configs(name: str, nested: bool) -> None:
     text = CONFIGS[name]
-    config = ModelConfig.from_json({"model_type": "qwen3_5_moe", "text_config": text} if nested else text)
+    config = parse_config({"model_type": "qwen3_5_moe", "text_config": text} if nested else text)
     assert (config.num_layers, config.num_experts, config.experts_per_token) == (
         text["num_hidden_layers"],
         text["num_experts"],
@@ -215,14 +214,14 @@ def test_configs(name: str, nested: bool) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_geometries_that_are_known_without_a_network(name: str) -> None:
-    known, config = (ModelConfig.from_json(one) for one in (PUBLISHED[NAMES[name]], CONFIGS[name]))
+    known, config = (parse_config(published) for published in (PUBLISHED[NAMES[name]], CONFIGS[name]))
     assert known == config
 
 
-def test_the_largest_has_as_many_weights_as_its_name_says() -> None:
+def test_largest_model_has_as_many_weights_as_its_name_says() -> None:
     """Qwen/Qwen3.8-2.4T-A95B: 4.89 TB in bf16."""
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.8-2.4T-A95B"])
-    resident = sum(math.prod(one.shape) for one in resident_parameters(config))
+    config = parse_config(PUBLISHED["Qwen3.8-2.4T-A95B"])
+    resident = sum(math.prod(parameter.shape) for parameter in config.resident_parameters())
     routed = config.num_layers * config.num_experts * expert_weights(config)
     used = resident - config.vocab_size * config.hidden_size
     assert (resident + routed) * 2 == pytest.approx(4.89e12, rel=0.02)
@@ -240,7 +239,7 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
     }
     quantization = {"group_size": 64, "bits": 4, "mode": "affine", **(gates if gate_bits == 8 else {})}
     checkpoint = write_sparse(tmp_path, text, mlx_community(text, gate_bits), quantization=quantization)
-    tensors = sort_tensors(checkpoint)
+    tensors = classify_tensors(checkpoint)
     layout = tensors.experts.layout
     assert (layout.bits, layout.group_size, layout.dtype, layout.record_bytes) == (4, 64, "BF16", RECORDS[name])
     pieces = tensors.experts.extents(text["num_hidden_layers"] - 1, text["num_experts"] - 1)
@@ -248,7 +247,7 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
     assert sum(piece.nbytes for piece in pieces) == layout.payload_bytes
     plan = ResidentPlan(tensors, bits=4, group_size=64)
     if name == "397B":
-        # What flash-moe extracts from the conversion with 4-bit gates: 2,092 tensors, 5.52 GB.
+        # flash-moe extracts 2,092 tensors of 5.52 GB from the conversion with 4-bit gates.
         count = sum(len(matrix.parts) for matrix in tensors.matrices) + len(tensors.vectors)
         assert count == 2092
         assert plan.nbytes / 1e9 == pytest.approx({4: 5.516, 8: 5.579}[gate_bits], abs=0.002)
@@ -257,7 +256,7 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
 @pytest.mark.parametrize("name", CONFIGS)
 def test_original_checkpoints(name: str, tmp_path: Path) -> None:
     text = CONFIGS[name]
-    tensors = sort_tensors(write_sparse(tmp_path, text, hugging_face(text)))
+    tensors = classify_tensors(write_sparse(tmp_path, text, hugging_face(text)))
     layout = tensors.experts.layout
     assert (layout.bits, layout.dtype) == (None, "BF16")
     assert layout.payload_bytes == 3 * 2 * text["hidden_size"] * text["moe_intermediate_size"]
@@ -265,14 +264,14 @@ def test_original_checkpoints(name: str, tmp_path: Path) -> None:
 
 
 def test_a_text_only_checkpoint(tmp_path: Path) -> None:
-    """As Qwen/Qwen3.8-2.4T-A95B is published: a flat config, and names without ``language_model``."""
+    """Qwen/Qwen3.8-2.4T-A95B has a flat config, and names without ``language_model``."""
     text = CONFIGS["3.8-2.4T"] | {"architectures": ["Qwen3_5MoeForCausalLM"]}
     shapes = {
         name.replace("model.language_model.", "model."): shape
         for name, shape in hugging_face(text).items()
         if ".visual." not in name
     }
-    tensors = sort_tensors(write_sparse(tmp_path, text, shapes, nested=False))
+    tensors = classify_tensors(write_sparse(tmp_path, text, shapes, nested=False))
     assert tensors.experts.num_layers == 92
     assert {vector.add_one for vector in tensors.vectors if vector.name.endswith("layernorm.weight")} == {True}
     assert tensors.experts.layout.payload_bytes == 3 * 2 * 8192 * 2048

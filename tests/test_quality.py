@@ -13,8 +13,10 @@ from test_generation import checkpoint, scripted
 from flashmoe_mlx import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.research.items import Item, judge, load_items, shipped_items
-from flashmoe_mlx.research.quality import Reference, _figures, _Scores, evaluate, passage
+from flashmoe_mlx.research.quality.evaluation import _Scores, _statistics, evaluate
+from flashmoe_mlx.research.quality.items import Item, judge, load_items, shipped_items
+from flashmoe_mlx.research.quality.passages import passage
+from flashmoe_mlx.research.quality.reference import Reference
 from flashmoe_mlx.text.tool_calls import ToolCall, parse_tool_calls
 
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
@@ -55,13 +57,13 @@ def test_a_tool_call_is_read_by_its_schema() -> None:
         CALL.replace("<function=lamp>", "<function=>"),
     ],
 )
-def test_what_is_no_whole_call_stays_text(text: str) -> None:
+def test_incomplete_calls_stay_text(text: str) -> None:
     rest, calls = parse_tool_calls(text, TOOLS)
     assert not calls
     assert rest == text
 
 
-def test_a_value_may_have_lines_and_marks_of_its_own() -> None:
+def test_values_may_contain_lines_and_markup() -> None:
     value = "one\n<b>two</b>\n\nthree"
     text = f"<tool_call>\n<function=write>\n<parameter=text>\n{value}\n</parameter>\n</function>\n</tool_call>"
     assert parse_tool_calls(text)[1] == [ToolCall("write", {"text": value})]
@@ -82,12 +84,12 @@ def test_a_value_may_have_lines_and_marks_of_its_own() -> None:
         ("[" * 100_000, False, False, False),
     ],
 )
-def test_json_is_judged(text: str, parsed: bool, valid: bool, right: bool) -> None:
+def test_json_answers_are_judged(text: str, parsed: bool, valid: bool, right: bool) -> None:
     found = judge(Item("json", messages=({},), answer="", schema=SCHEMA, json={"age": 3}), text)
     assert (found.parsed, found.valid, found.right) == (parsed, valid, right)
 
 
-def test_calls_and_words_are_judged() -> None:
+def test_tool_calls_and_exact_answers_are_judged() -> None:
     wanted = {"name": "lamp", "arguments": {"room": "7", "on": True}}
     item = Item("tool_call", messages=({},), tools=tuple(TOOLS), call=wanted)
     assert judge(item, CALL).right
@@ -98,12 +100,12 @@ def test_calls_and_words_are_judged() -> None:
     assert not judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey").right
 
 
-def test_the_shipped_items() -> None:
+def test_expected_answers_of_the_shipped_items_are_correct() -> None:
     items = load_items(shipped_items())
     kinds = {item.kind for item in items}
     assert {"text", "world", "context", "arithmetic", "recall", "json", "tool_call", "tool_result"} == kinds
     for item in items:
-        if item.judged:  # what is held up as right is judged right
+        if item.judged:
             assert judge(item, item.answer).right, item
     assert len(load_items(shipped_items(), ["json"], 3)) == 3
 
@@ -114,16 +116,16 @@ def test_the_shipped_items() -> None:
         ("nonsense", "not JSON"),
         ("[]", "not an object with a kind"),
         ('{"kind": 3}', "not an object with a kind"),
-        ('{"kind": "a"}', "give text, or messages"),
-        ('{"kind": "a", "text": "b", "messages": [], "answer": ""}', "give text, or messages"),
-        ('{"kind": "a", "messages": []}', "give text, or messages"),
-        ('{"kind": "a", "text": 3}', "text is not known, or not of the right type"),
-        ('{"kind": "a", "text": "b", "extra": 3}', "extra is not known"),
+        ('{"kind": "a"}', "must have either text, or messages"),
+        ('{"kind": "a", "text": "b", "messages": [], "answer": ""}', "must have either text, or messages"),
+        ('{"kind": "a", "messages": []}', "must have either text, or messages"),
+        ('{"kind": "a", "text": 3}', "text is unknown or has the wrong type"),
+        ('{"kind": "a", "text": "b", "extra": 3}', "extra is unknown"),
         ('{"kind": "a", "messages": [], "answer": "", "schema": {"type": "nosuch"}}', "schema: "),
         ("", "no items"),
     ],
 )
-def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
+def test_invalid_items_are_refused(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(InputError) as raised:
@@ -132,14 +134,14 @@ def test_items_that_are_none(tmp_path: Path, line: str, message: str) -> None:
     assert message in str(raised.value)
 
 
-def test_line_separators_inside_texts_end_no_item(tmp_path: Path) -> None:
+def test_line_separators_inside_texts_do_not_end_an_item(tmp_path: Path) -> None:
     path = tmp_path / "items.jsonl"
     text = "one\u2028two\u2029three\u0085four\x0b"
     path.write_text("\r\n".join([json.dumps({"kind": "text", "text": text}, ensure_ascii=False)] * 2))
     assert [item.text for item in load_items(path)] == [text] * 2
 
 
-def test_items_without_a_token_to_score(demo_pack: Path) -> None:
+def test_items_without_scored_tokens(demo_pack: Path) -> None:
     empty, short = Item("text", text=""), Item("text", text="a")
     question = Item("word", messages=({"role": "user", "content": "?"},), answer="")
     with load(demo_pack) as engine:
@@ -162,8 +164,8 @@ def test_a_template_that_always_thinks(tmp_path: Path, monkeypatch: pytest.Monke
         assert found.answers[0].right
 
 
-def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes with an extra; items without a schema do without."""
+def test_the_package_for_schemas_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items with a schema need it; items without a schema do not."""
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(InputError) as raised:
         load_items(shipped_items())
@@ -175,32 +177,32 @@ def test_without_the_package_for_schemas(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(load_items(items)) == 1
 
 
-def test_files_and_kinds_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files_and_unknown_kinds(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         load_items(tmp_path / "none.jsonl")
     assert raised.value.code == "missing_items"
     with pytest.raises(InputError) as raised:
         load_items(shipped_items(), ["nosuch"])
     assert raised.value.code == "unknown_kind"
-    assert "it has arithmetic, context" in str(raised.value)
+    assert "the kinds are arithmetic, context" in str(raised.value)
 
 
-def test_scores_are_those_of_the_whole_sequence(demo_pack: Path) -> None:
-    """Token by token through the decode path gives what one pass over the text gives."""
+def test_scores_equal_those_of_one_forward_pass(demo_pack: Path) -> None:
+    """Decoding token by token gives the same scores as one forward pass over the text."""
     items = load_items(shipped_items(), ["text", "json"], 2)
     with load(demo_pack) as engine, Reference.record(engine, items) as reference:
         found = evaluate(engine, items, reference, generate=False).summary
         loss = tokens = 0.0
         for item in items[:2]:
-            one = passage(engine, item)
-            logits = engine.logits([*one.given, *one.scored])[:-1].astype(np.float64)
+            tokens_of_item = passage(engine, item)
+            logits = engine.logits([*tokens_of_item.given, *tokens_of_item.scored])[:-1].astype(np.float64)
             logs = (
                 logits
                 - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
                 - logits.max(1, keepdims=True)
             )
-            loss -= float(logs[np.arange(len(one.scored)), one.scored].sum())
-            tokens += len(one.scored)
+            loss -= float(logs[np.arange(len(tokens_of_item.scored)), tokens_of_item.scored].sum())
+            tokens += len(tokens_of_item.scored)
         assert found["text"]["perplexity"] == pytest.approx(math.exp(loss / tokens), rel=1e-4)
         for part in ("text", "answers"):
             assert found[part]["kl"] == pytest.approx(0, abs=1e-9)
@@ -214,7 +216,7 @@ def test_scores_are_those_of_the_whole_sequence(demo_pack: Path) -> None:
         assert raised.value.code == "another_reference"
 
 
-def test_it_answers_what_it_learned(demo_pack: Path) -> None:
+def test_the_demo_model_answers_correctly(demo_pack: Path) -> None:
     items = load_items(shipped_items(), ["arithmetic", "json", "tool_call"], 3)
     with load(demo_pack) as engine:
         found = evaluate(engine, items).summary
@@ -235,8 +237,8 @@ REFUSING = """
 """
 
 
-def test_a_template_that_refuses_to_switch_thinking_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qwen3.8's does; its default is used then, and the record says so."""
+def test_a_template_that_requires_thinking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of Qwen3.8: thinking stays at the template's default, and the record states it."""
     item = Item("word", messages=({"role": "user", "content": "2 + 2?"},), answer="four", exact="four")
     with load(checkpoint(tmp_path / "model", REFUSING)) as engine:
         tokenizer = engine.tokenizer
@@ -247,22 +249,22 @@ def test_a_template_that_refuses_to_switch_thinking_off(tmp_path: Path, monkeypa
         assert found.answers[0].text == "four"
         assert found.answers[0].right
         broken = Item("tool", messages=({"role": "tool", "content": "x"},), answer="y", exact="y")
-        with pytest.raises(InputError) as raised:  # thinking is not the reason
+        with pytest.raises(InputError) as raised:  # a refusal for a different reason
             evaluate(engine, [broken])
         assert raised.value.code == "template_refused"
         assert "no tools here" in str(raised.value)
 
 
-def test_thinking_is_off_where_that_is_possible(demo_pack: Path) -> None:
+def test_thinking_is_off_if_the_template_allows_it(demo_pack: Path) -> None:
     with load(demo_pack) as engine:
         assert evaluate(engine, load_items(shipped_items(), ["text"], 1), generate=False).summary["thinking"] == "off"
 
 
-def test_figures_of_an_impossible_token() -> None:
-    """A token to which a model gives no chance at all; of the reference alone it adds nothing to the distance."""
+def test_statistics_of_an_impossible_token() -> None:
+    """A scored token with probability 0, and a loss that overflows, give infinite perplexity."""
     scores = _Scores(loss=[math.inf], tokens=[3])
-    assert _figures(scores, compared=False)["perplexity"] == math.inf
-    assert _figures(_Scores(loss=[3000.0], tokens=[3]), compared=False)["perplexity"] == math.inf
+    assert _statistics(scores, compared=False)["perplexity"] == math.inf
+    assert _statistics(_Scores(loss=[3000.0], tokens=[3]), compared=False)["perplexity"] == math.inf
 
 
 def test_intervals() -> None:
@@ -277,7 +279,7 @@ def test_intervals() -> None:
         share_interval(3, 2)
 
 
-def test_the_task(tmp_path: Path) -> None:
+def test_task_evaluate(tmp_path: Path) -> None:
     from test_cli import flashmoe, mistake, records
 
     arguments = ["task=evaluate", "kinds=[text,json]", "limit=1", "variants=[q4,q2-minmax]", "experts_ks=[2,10]"]
@@ -293,4 +295,4 @@ def test_the_task(tmp_path: Path) -> None:
     assert cells[3]["text"]["kl"] > 0.001
     assert "q4" in result.stderr
     assert "limit=0: must be" in mistake(flashmoe("task=evaluate", "limit=0", cwd=tmp_path))
-    assert "variants= and experts_ks= need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))
+    assert "variants= and experts_ks= each need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))

@@ -16,7 +16,8 @@ from systems import needs_io_uring
 from flashmoe_mlx.backends import ram_hybrid
 from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.trace import RoutingTrace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
+from flashmoe_mlx.research.traces.random_traces import zipf_trace
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.contract import ExpertReadError, StoreStats
 from flashmoe_mlx.stores.policies import POLICIES, make_policy
@@ -30,7 +31,7 @@ RECORD = 32768
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, contiguous=True)
 
 
 def gib(slots_per_layer: float) -> float:

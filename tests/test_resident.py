@@ -1,4 +1,4 @@
-"""What is the resident store's own: everything is read once, or refused with the numbers."""
+"""The resident store: all experts are read once, or refused with the sizes in the message."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, 
 
 @pytest.fixture
 def stored(tmp_path: Path) -> StoredExperts:
-    return write_experts(tmp_path, bits=4, in_one_piece=True)
+    return write_experts(tmp_path, bits=4, contiguous=True)
 
 
 def test_the_files_are_not_needed_any_more(stored: StoredExperts) -> None:

@@ -1,4 +1,4 @@
-"""Rotary embeddings of published configs: frequencies as transformers has them, and every route through attention."""
+"""Rotary embeddings of published configs: frequencies as in transformers, and every path through attention."""
 
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from flashmoe_mlx.custom_kernels import AttentionWeights, dialect, native
 from flashmoe_mlx.custom_kernels.attention import gpu, mlx, reference
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.layers.rope import Rope, read_rope
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 
 OF_TRANSFORMERS = [
-    # What its ROPE_INIT_FUNCTIONS["yarn"] gives: head dim, context, settings, attention factor, some frequencies.
+    # Results of its ROPE_INIT_FUNCTIONS["yarn"]: head dim, context, settings, attention factor, some frequencies.
     (
         256,
         262144,
@@ -77,7 +77,7 @@ OF_TRANSFORMERS = [
         0.964326914892074,
         {6: 0.02823462337255478},
     ),
-    # Within 16 positions no pair turns often enough to be kept: both bounds meet.
+    # Within 16 positions no pair rotates often enough to be kept: both bounds meet.
     (
         32,
         64,
@@ -89,10 +89,10 @@ OF_TRANSFORMERS = [
 
 
 @pytest.mark.parametrize(("head_dim", "context", "settings", "factor", "expected"), OF_TRANSFORMERS)
-def test_yarn_is_that_of_transformers(
+def test_yarn_equals_transformers(
     head_dim: int, context: int, settings: dict[str, Any], factor: float, expected: dict[int, float]
 ) -> None:
-    rope = read_rope({"rope_parameters": {"rope_type": "yarn", **settings}}, head_dim, context)
+    rope = read_rope({"rope_parameters": {"rope_type": "yarn", **settings}}, head_dim, context, 0.25)
     assert rope.yarn is not None
     assert rope.yarn.attention_factor == pytest.approx(factor, rel=1e-9)
     found = rope.frequencies()
@@ -103,7 +103,7 @@ def test_yarn_is_that_of_transformers(
 
 def test_plain_frequencies_are_powers_of_theta() -> None:
     for named in ({"rope_type": "default"}, {"type": "default"}, {"type": "mrope"}, {}):
-        rope = read_rope({"rope_parameters": {**named, "rope_theta": 1e4, "factor": 7}}, 32, 100)
+        rope = read_rope({"rope_parameters": {**named, "rope_theta": 1e4, "factor": 7}}, 32, 100, 0.25)
         assert rope == Rope(8, 1e4)
         np.testing.assert_allclose(rope.frequencies(), [1.0, 0.1, 0.01, 0.001])
 
@@ -135,7 +135,7 @@ def test_plain_frequencies_are_powers_of_theta() -> None:
 )
 def test_other_rotations_are_refused(settings: dict[str, Any], code: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_rope({"rope_parameters": {"rope_theta": 1e4, **settings}}, 32, 4096)
+        read_rope({"rope_parameters": {"rope_theta": 1e4, **settings}}, 32, 4096, 0.25)
     assert caught.value.code == code
     assert_one_line(caught.value)
 
@@ -145,11 +145,11 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.2
 
 
 def both(new: Any, old: Any, **beside: Any) -> Rope:
-    return read_rope({"rope_parameters": new, "rope_scaling": old, **beside}, 256, 262144)
+    return read_rope({"rope_parameters": new, "rope_scaling": old, **beside}, 256, 262144, 0.25)
 
 
 def test_settings_given_twice_must_agree() -> None:
-    """Of such two transformers takes ``rope_scaling`` where it is given, mlx-lm ``rope_parameters``."""
+    """The library transformers prefers ``rope_scaling``, mlx-lm prefers ``rope_parameters``."""
     plain = both(PLAIN, None)
     assert plain == both(None, PLAIN) == both(PLAIN, PLAIN) == both(PLAIN, {}) == Rope(64, 1e7)
     assert plain == both(PLAIN, {"type": "mrope", "mrope_section": [11, 11, 10]})
@@ -173,8 +173,8 @@ def test_settings_given_twice_must_agree() -> None:
         assert caught.value.code == "invalid_config"
 
 
-def test_settings_beside_the_sizes_count_where_nested_ones_are_silent() -> None:
-    """As in transformers; configs that it saved hold some of them in both places."""
+def test_settings_beside_the_sizes_fill_gaps_in_nested_settings() -> None:
+    """Configs that transformers saved hold some settings in both places."""
     assert both(PLAIN, None, rope_theta=1e4, partial_rotary_factor=0.5) == Rope(64, 1e7)
     assert both({"rope_type": "default"}, None, rope_theta=1e4, partial_rotary_factor=0.5) == Rope(128, 1e4)
 
@@ -202,9 +202,9 @@ NUMBERS = st.one_of(st.integers(-2, 2**25), st.floats(), st.none(), st.booleans(
         NUMBERS,
     )
 )
-def test_whatever_yarn_is_accepted_has_finite_frequencies(settings: dict[str, Any]) -> None:
+def test_accepted_yarn_settings_give_finite_frequencies(settings: dict[str, Any]) -> None:
     try:
-        rope = read_rope({"rope_parameters": {"rope_theta": 1e4, **settings, "rope_type": "yarn"}}, 64, 4096)
+        rope = read_rope({"rope_parameters": {"rope_theta": 1e4, **settings, "rope_type": "yarn"}}, 64, 4096, 0.25)
     except InputError as error:
         assert_one_line(error)
         return
@@ -213,18 +213,18 @@ def test_whatever_yarn_is_accepted_has_finite_frequencies(settings: dict[str, An
     assert 0 < rope.yarn.attention_factor < float("inf")
 
 
-def test_yarn_reaches_further() -> None:
+def test_yarn_extends_the_context() -> None:
     config = YARN.text_config()
-    assert ModelConfig.from_json(config).max_context == 4 * 4096
-    config["max_position_embeddings"] = 100_000  # stated, and more
-    assert ModelConfig.from_json(config).max_context == 100_000
+    assert parse_config(config).max_context == 4 * 4096
+    config["max_position_embeddings"] = 100_000  # stated, and longer
+    assert parse_config(config).max_context == 100_000
 
 
 # Attention
 
 
 @pytest.mark.parametrize("kernels", ["auto", "mlx", "reference"])
-def test_every_route_through_attention_turns_as_transformers_does(kernels: str, tmp_path: Path) -> None:
+def test_every_path_through_attention_rotates_as_transformers(kernels: str, tmp_path: Path) -> None:
     case = Case(YARN.name, 0, "dense", "F32")
     recording = case.load()
     count = 24 if kernels == "reference" else 96
@@ -240,7 +240,7 @@ def test_every_route_through_attention_turns_as_transformers_does(kernels: str, 
         assert all("native" in names[f"attention: {path}"] for path in ("one token", "several tokens"))
 
 
-def test_it_would_show_if_yarn_were_passed_over(tmp_path: Path) -> None:
+def test_ignoring_yarn_would_change_logits(tmp_path: Path) -> None:
     case = Case(YARN.name, 0, "dense", "F32")
     recording = case.load()
     folder = case.write_checkpoint(tmp_path)
@@ -250,8 +250,8 @@ def test_it_would_show_if_yarn_were_passed_over(tmp_path: Path) -> None:
         assert np.abs(engine.logits(recording.tokens) - recording.logits).max() > 10 * TOLERANCE
 
 
-def test_given_frequencies_take_the_place_of_powers_of_theta() -> None:
-    """In the table that kernels for GPUs read, and on MLX's route."""
+def test_given_frequencies_replace_powers_of_theta() -> None:
+    """In the table that kernels for GPUs read, and on the path through MLX."""
     plain = Rope(16, 1e4).frequencies()
     table, given_table = (gpu._rotary(16, 1e4, given) for given in (None, plain))
     np.testing.assert_allclose(np.array(table), np.array(given_table), rtol=1e-6, atol=1e-12)
@@ -259,5 +259,5 @@ def test_given_frequencies_take_the_place_of_powers_of_theta() -> None:
     weights = [AttentionWeights(2, 1, 32, 16, 1e4, norm, norm, 1e-6, given) for given in (None, plain)]
     x = mx.random.normal((1, 2, 5, 32), key=mx.random.key(0))
     for rotated in (mlx._rotate, reference.rotate):
-        ours, theirs = (np.array(rotated(x, one, 1000)) for one in weights)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)  # angles of f32 at position 1000
+        ours, theirs = (np.array(rotated(x, layer, 1000)) for layer in weights)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)  # f32 angles at position 1000

@@ -1,4 +1,4 @@
-"""Recorded runs as a frame, and sweeps that fail in part."""
+"""Recorded runs in a data frame, sweeps with failed jobs, and contradictory keys."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ FAST = ["raw=true", "prompt=Hello", "max_tokens=4"]
 
 @pytest.fixture(scope="module")
 def recorded(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, a sweep of which a part fails, and a benchmark."""
+    """A folder with a run, a sweep in which some jobs fail, and a benchmark."""
     top = tmp_path_factory.mktemp("outputs")
     model = f"model.path={tiny_pack}"
     assert run([model, *FAST, f"hydra.run.dir={top / 'one'}", "prefetch=next_router"]) == 0
@@ -33,7 +33,7 @@ def recorded(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return top
 
 
-def test_one_frame_of_all(recorded: Path) -> None:
+def test_all_records_in_one_frame(recorded: Path) -> None:
     frame = load_runs(recorded)
     assert frame["run"].tolist() == ["bench"] * 8 + ["one"] + [f"sweep/{job}" for job in range(6)]
     ran = frame[frame["error"].isna()]
@@ -44,17 +44,17 @@ def test_one_frame_of_all(recorded: Path) -> None:
     assert sorted(bench["setting"].unique()) == ["pread", "pread threads=2"]
     assert sorted(bench["backend.threads"].unique()) == [2, 4]
     assert bench.groupby(["setting", "condition"])["round"].count().tolist() == [2] * 4
-    one = frame[frame["run"] == "one"].iloc[0]
+    row = frame[frame["run"] == "one"].iloc[0]
     metrics = json.loads((recorded / "one" / "metrics.json").read_text())
-    assert one["decode_bytes_per_token"] == metrics["decode"]["bytes_per_token"]
-    assert one["accuracy"] == metrics["guesses"]["accuracy"]
-    assert one["decode_p50_seconds"] == metrics["decode"]["step_seconds"]["p50"]
-    assert one["condition"] == "as found"
+    assert row["decode_bytes_per_token"] == metrics["decode"]["bytes_per_token"]
+    assert row["accuracy"] == metrics["guesses"]["accuracy"]
+    assert row["decode_p50_seconds"] == metrics["decode"]["step_seconds"]["p50"]
+    assert row["condition"] == "as found"
     shares = [name for name in frame if name.startswith("decode_") and name.endswith("_share")]
-    assert one[shares].sum() == pytest.approx(1)
+    assert row[shares].sum() == pytest.approx(1)
 
 
-def test_jobs_that_failed_say_why(recorded: Path) -> None:
+def test_failed_jobs_have_an_error(recorded: Path) -> None:
     frame = load_runs(recorded / "sweep")
     failed = frame[frame["error"].notna()]
     assert failed["run"].tolist() == ["2", "3"]
@@ -62,12 +62,12 @@ def test_jobs_that_failed_say_why(recorded: Path) -> None:
     assert len(frame) == 6
 
 
-def test_a_sweep_lists_what_failed(tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_lists_failed_jobs(tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["-m", f"model.path={tiny_pack}", *FAST, "experts_k=2,99", "backend=pread,mmap"]
     folder = f"hydra.sweep.dir={tmp_path / 'sweep'}"
     assert run([*arguments, folder]) == 2
     *_, title, first, second = capsys.readouterr().err.splitlines()
-    assert title == "flashmoe_mlx: 2 of 4 jobs failed; the records of the others are complete:"
+    assert title == "flashmoe_mlx: 2 of 4 jobs failed; the records of all other jobs are complete:"
     assert first.startswith("  2 experts_k=99 backend=pread: experts_k=99: must be from 1 to 16")
     assert second.startswith("  3 experts_k=99 backend=mmap: ")
     assert [(tmp_path / "sweep" / str(job) / "metrics.json").exists() for job in range(4)] == [True, True, False, False]
@@ -77,7 +77,7 @@ def test_a_sweep_lists_what_failed(tiny_pack: Path, tmp_path: Path, capsys: pyte
     assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
 
 
-def test_a_refused_folder_gets_no_failure(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_refused_run_leaves_an_earlier_record_alone(tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", *FAST, f"hydra.run.dir={tmp_path}"]
     assert run(arguments) == 0
     assert run(arguments) == 2
@@ -85,7 +85,7 @@ def test_a_refused_folder_gets_no_failure(tiny_pack: Path, tmp_path: Path) -> No
     assert len(load_runs(tmp_path)) == 1
 
 
-def test_every_backend_by_its_pattern(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_sweep_over_all_backends(tiny_pack: Path, tmp_path: Path) -> None:
     arguments = ["-m", f"model.path={tiny_pack}", *FAST, "backend=glob(*)", f"hydra.sweep.dir={tmp_path}"]
     assert run(arguments) == 2
     frame = load_runs(tmp_path)
@@ -94,24 +94,29 @@ def test_every_backend_by_its_pattern(tiny_pack: Path, tmp_path: Path) -> None:
     assert frame["text"].dropna().nunique() == 1
 
 
-def test_nothing_recorded(tmp_path: Path) -> None:
+def test_empty_and_missing_folders(tmp_path: Path) -> None:
     assert load_runs(tmp_path).empty
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError) as caught:
         load_runs(tmp_path / "nowhere")
+    assert caught.value.code == "no_such_folder"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}', "nonsense"])
-def test_records_that_are_none(content: str, tmp_path: Path) -> None:
+def test_damaged_records_are_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(InputError, match=r"metrics\.json: not a record that can be read") as caught:
+    with pytest.raises(InputError) as caught:
         load_runs(tmp_path)
+    assert caught.value.code == "invalid_record"
+    assert "metrics.json" in str(caught.value)
     assert_one_line(caught.value)
 
 
-def test_without_pandas_there_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pandas_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
-    with pytest.raises(InputError, match=r"load_runs needs pandas: pip install 'flashmoe_mlx\[research\]'"):
+    with pytest.raises(InputError) as caught:
         load_runs(tmp_path)
+    assert caught.value.code == "missing_package"
+    assert "pip install 'flashmoe_mlx[research]'" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +137,7 @@ def test_without_pandas_there_is_a_line(tmp_path: Path, monkeypatch: pytest.Monk
         (["task=evaluate", "model.path={pack}", "kinds=[]"], "empty_list"),
     ],
 )
-def test_keys_that_would_be_ignored_are_refused(
+def test_contradictory_and_invalid_keys_are_refused(
     arguments: list[str], code: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     filled = [argument.format(pack=tiny_pack) for argument in arguments]

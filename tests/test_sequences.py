@@ -190,7 +190,7 @@ def test_a_failed_read_ends_every_sequence_of_the_pass(engine: Engine, monkeypat
         raise ExpertReadError(Path("layer_00.bin"), 0, 0, 0, "planted")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.store, "_bring", fail)
+        patch.setattr(engine.store, "_load", fail)
         with runner.exclusive(), pytest.raises(ExpertReadError):
             runner.decode(sequences)
     with runner.exclusive(), pytest.raises(InputError) as raised:

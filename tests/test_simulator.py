@@ -1,4 +1,4 @@
-"""The simulator counts what live stores count; Belady is the optimum; statistics are what their words say."""
+"""Simulated caches against live stores, Belady's optimum, predictors, and statistics of traces."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,20 +13,16 @@ from hypothesis import strategies as st
 
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.research.traces.belady import Belady
+from flashmoe_mlx.research.traces.cache_design import CacheDesign, capacities
 from flashmoe_mlx.research.traces.curves import curves
+from flashmoe_mlx.research.traces.predictors import FixedAccuracyPredictor, PreviousTokenPredictor
+from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.research.traces.recorder import prompt_hash, recorded
-from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarise
-from flashmoe_mlx.research.traces.simulator import (
-    Belady,
-    CacheDesign,
-    SameAsLast,
-    StatedAccuracy,
-    capacities,
-    replay,
-    requests,
-)
+from flashmoe_mlx.research.traces.routing import coverage, effective_experts, overlap, reuse_distances, summarize
+from flashmoe_mlx.research.traces.simulator import replay, requests
 from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.policies import POLICIES
 from flashmoe_mlx.stores.registry import open_store
@@ -39,7 +35,7 @@ def counters(stats: StoreStats) -> StoreStats:
     return replace(stats, fetch_seconds=0.0)
 
 
-# The same counters as a live store
+# Counters of live stores
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +50,7 @@ def recording(tiny_pack: Path) -> RoutingTrace:
 
 @pytest.mark.parametrize("slots", [2, 4, 7, 11, 16])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_generation_costs_what_the_simulator_says(
+def test_counters_of_a_generation_equal_the_simulated_counters(
     policy: str, slots: int, recording: RoutingTrace, tiny_pack: Path, tmp_path: Path
 ) -> None:
     recording.save(tmp_path / "hot.moetrace")
@@ -72,7 +68,7 @@ def test_a_generation_costs_what_the_simulator_says(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_store_that_replays_a_trace_costs_what_the_simulator_says(
+def test_counters_of_a_replayed_trace_equal_the_simulated_counters(
     policy: str, tiny_pack: Path, tmp_path: Path
 ) -> None:
     drawn = zipf_trace(tokens=120, layers=4, num_experts=16, k=4, exponent=1.0, seed=3)
@@ -94,21 +90,21 @@ def test_a_store_that_replays_a_trace_costs_what_the_simulator_says(
 # Recording
 
 
-def test_recording_sees_what_the_store_is_asked_for(recording: RoutingTrace, tiny_pack: Path) -> None:
+def test_recording_does_not_change_the_answer_or_depend_on_chunks(recording: RoutingTrace, tiny_pack: Path) -> None:
     with load(tiny_pack) as engine:
         text = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60, prefill_chunk=16))
         prompt = engine.encode(PROMPT)
         with recorded(engine) as recorder:
             again = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60))
-        assert engine._runner.observer is None
+        assert engine.runner.observer is None
     assert again == text
-    other = recorder.trace(16, prompt)
-    np.testing.assert_array_equal(other.experts, recording.experts)  # however the prompt is cut
+    unchunked = recorder.trace(16, prompt)
+    np.testing.assert_array_equal(unchunked.experts, recording.experts)
     assert (recording.prompt_tokens, recording.prompt_xxh3) == (len(prompt), prompt_hash(prompt))
     assert recording.experts.shape == (len(prompt) + 59, 4, 4)
 
 
-def test_a_pass_that_was_cut_short_leaves_whole_tokens(tiny_pack: Path) -> None:
+def test_an_interrupted_forward_pass_leaves_complete_tokens(tiny_pack: Path) -> None:
     with load(tiny_pack) as engine, recorded(engine) as recorder:
         cache = engine.new_cache()
         engine.forward([1, 2, 3], cache)
@@ -116,13 +112,13 @@ def test_a_pass_that_was_cut_short_leaves_whole_tokens(tiny_pack: Path) -> None:
         assert len(recorder.trace(16, [1, 2, 3]).experts) == 3
 
 
-def test_nothing_recorded_is_said(tiny_pack: Path) -> None:
+def test_a_model_that_has_not_run_has_no_trace(tiny_pack: Path) -> None:
     with load(tiny_pack) as engine, recorded(engine) as recorder, pytest.raises(InputError) as caught:
         recorder.trace(16, [])
     assert caught.value.code == "nothing_recorded"
 
 
-def test_a_trace_keeps_the_size_of_its_experts(recording: RoutingTrace, tmp_path: Path) -> None:
+def test_a_trace_keeps_record_bytes(recording: RoutingTrace, tmp_path: Path) -> None:
     recording.save(tmp_path / "a.moetrace")
     assert RoutingTrace.load(tmp_path / "a.moetrace").record_bytes == recording.record_bytes > 0
 
@@ -131,7 +127,7 @@ def test_a_trace_keeps_the_size_of_its_experts(recording: RoutingTrace, tmp_path
 
 
 def fewest_misses(sequence: Sequence[Sequence[int]], capacity: int) -> int:
-    """By trying every choice of victims."""
+    """Return the fewest possible misses, found by trying every choice of evicted experts."""
 
     @cache
     def best(position: int, resident: frozenset[int]) -> int:
@@ -139,12 +135,12 @@ def fewest_misses(sequence: Sequence[Sequence[int]], capacity: int) -> int:
             return 0
         request = frozenset(sequence[position])
         missing = len(request - resident)
-        everything = resident | request
-        over = len(everything) - capacity
-        if over <= 0:
-            return missing + best(position + 1, everything)
+        union = resident | request
+        excess = len(union) - capacity
+        if excess <= 0:
+            return missing + best(position + 1, union)
         return missing + min(
-            best(position + 1, everything - frozenset(gone)) for gone in combinations(everything - request, over)
+            best(position + 1, union - frozenset(evicted)) for evicted in combinations(union - request, excess)
         )
 
     return best(0, frozenset())
@@ -152,18 +148,18 @@ def fewest_misses(sequence: Sequence[Sequence[int]], capacity: int) -> int:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_belady_misses_as_little_as_any_choice_of_victims(data: st.DataObject) -> None:
+def test_belady_has_the_fewest_possible_misses(data: st.DataObject) -> None:
     capacity = data.draw(st.integers(1, 4))
     request = st.lists(st.integers(0, 5), min_size=1, max_size=capacity, unique=True)
     sequence = data.draw(st.lists(request, min_size=1, max_size=9))
     cache_ = SlotCache(capacity, Belady(sequence))
-    assert sum(len(cache_.place(one).misses) for one in sequence) == fewest_misses(
+    assert sum(len(cache_.place(experts).misses) for experts in sequence) == fewest_misses(
         tuple(map(tuple, sequence)), capacity
     )
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_no_policy_beats_belady_and_one_pool_beats_fixed_shares(scope: str) -> None:
+def test_no_policy_beats_belady_and_one_pool_beats_separate_slots(scope: str) -> None:
     trace = zipf_trace(tokens=60, layers=3, num_experts=32, k=4, exponent=0.8, seed=1)
     for slots in (4, 9, 20):
         best = replay(trace, CacheDesign("belady", slots, scope)).decode.hits
@@ -171,8 +167,8 @@ def test_no_policy_beats_belady_and_one_pool_beats_fixed_shares(scope: str) -> N
         assert replay(trace, CacheDesign("belady", slots, "global")).decode.hits >= best
 
 
-def test_one_pool_below_a_token_gives_lru_nothing() -> None:
-    """The cliff: layers of a token push each other out (found in several engines)."""
+def test_lru_has_no_hits_if_the_pool_is_smaller_than_a_token() -> None:
+    """The layers of a token evict each other's experts, a fault found in several engines."""
     experts = np.tile(np.arange(4, dtype=np.uint16), (20, 3, 1))
     trace = RoutingTrace(experts, 8, 0, "", "")
     assert replay(trace, CacheDesign("lru", 3, "global", fetch_slots=3)).decode.hits == 0
@@ -183,42 +179,42 @@ def test_one_pool_below_a_token_gives_lru_nothing() -> None:
 # Prefetching
 
 
-def test_a_right_guess_leaves_nothing_to_wait_for() -> None:
+def test_correct_guesses_leave_no_misses() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
-    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(1.0, 16))
+    found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(1.0, 16))
     assert found.decode.misses == 0
     assert found.right == found.guessed == found.decode.requests
     assert found.useful == found.prefetched > 0
 
 
-def test_a_wrong_guess_costs_reads() -> None:
+def test_incorrect_guesses_cost_reads() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
-    found = replay(trace, CacheDesign("lru", 8), StatedAccuracy(0.0, 16))
+    found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(0.0, 16))
     assert found.right == found.useful == 0 < found.prefetched
 
 
-def test_the_stated_accuracy_is_reached() -> None:
+def test_the_accuracy_of_guesses() -> None:
     trace = uniform_trace(tokens=300, layers=2, num_experts=64, k=8, seed=0)
-    found = replay(trace, CacheDesign("lru", 16), StatedAccuracy(0.7, 64))
+    found = replay(trace, CacheDesign("lru", 16), FixedAccuracyPredictor(0.7, 64))
     assert found.right / found.guessed == pytest.approx(0.7, abs=0.02)
 
 
-def test_the_last_token_is_guessed() -> None:
-    guesser = SameAsLast()
-    assert guesser.guess(0, [1, 2]) == []
-    assert guesser.guess(1, [3]) == []
-    assert guesser.guess(0, [5, 6]) == [1, 2]
-    assert guesser.guess(0, [7]) == [5, 6]
+def test_the_choice_of_the_previous_token_is_guessed() -> None:
+    predictor = PreviousTokenPredictor()
+    assert predictor.guess(0, [1, 2]) == []
+    assert predictor.guess(1, [3]) == []
+    assert predictor.guess(0, [5, 6]) == [1, 2]
+    assert predictor.guess(0, [7]) == [5, 6]
 
 
 # Requests
 
 
-def test_requests_are_those_of_the_engine() -> None:
+def test_requests_of_a_chunked_prompt() -> None:
     experts = np.array([[[3, 1]], [[1, 2]], [[0, 5]], [[5, 4]]], np.uint16)
     trace = RoutingTrace(experts, 8, 3, "", "")
-    asked = [(one.layer, one.experts, one.decoding) for one in requests(trace, at_once=2, prefill_chunk=2)]
-    assert asked == [
+    made = [(request.layer, request.experts, request.decoding) for request in requests(trace, 2, prefill_chunk=2)]
+    assert made == [
         (0, (1, 2), False),
         (0, (3,), False),
         (0, (0, 5), False),
@@ -236,26 +232,26 @@ def test_requests_are_those_of_the_engine() -> None:
         ({"policy": "lru", "slots": 4, "scope": "token"}, "unknown_scope"),
     ],
 )
-def test_bad_designs_are_refused(options: dict[str, object], code: str) -> None:
+def test_invalid_designs_are_refused(options: dict[str, object], code: str) -> None:
     with pytest.raises(InputError) as caught:
         CacheDesign(**options)  # type: ignore[arg-type]
     assert caught.value.code == code
 
 
 @pytest.mark.parametrize("accuracy", [-0.1, 1.1, float("nan")])
-def test_accuracies_that_are_no_probability(accuracy: float) -> None:
+def test_invalid_accuracies_are_refused(accuracy: float) -> None:
     with pytest.raises(InputError) as caught:
-        StatedAccuracy(accuracy, 8)
+        FixedAccuracyPredictor(accuracy, 8)
     assert caught.value.code == "out_of_range"
 
 
-def test_a_pinned_cache_takes_no_trace_of_another_model() -> None:
+def test_contradictory_arguments_are_refused() -> None:
     trace = uniform_trace(4, 2, 8, 2, 0)
     with pytest.raises(InputError) as caught:
         replay(trace, CacheDesign("pinned", 4), hot=uniform_trace(4, 3, 8, 2, 0))
     assert caught.value.code == "trace_of_another_model"
     with pytest.raises(InputError) as caught:
-        replay(trace, CacheDesign("belady", 4), SameAsLast())
+        replay(trace, CacheDesign("belady", 4), PreviousTokenPredictor())
     assert caught.value.code == "contradiction"
 
 
@@ -273,7 +269,7 @@ def test_curves_rise_with_capacity() -> None:
 # Statistics
 
 
-def test_statistics_by_hand() -> None:
+def test_statistics_of_a_small_trace() -> None:
     experts = np.array([[[0, 1]], [[1, 2]], [[0, 3]]], np.uint16)
     trace = RoutingTrace(experts, 4, 0, "", "")
     assert coverage(trace).tolist() == pytest.approx([0, 2 / 6, 4 / 6, 5 / 6, 1])
@@ -283,8 +279,8 @@ def test_statistics_by_hand() -> None:
     assert effective_experts(trace)[0] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def test_statistics_of_even_choices() -> None:
-    summary = summarise(uniform_trace(tokens=2000, layers=2, num_experts=32, k=4, seed=0))
+def test_statistics_of_uniform_choices() -> None:
+    summary = summarize(uniform_trace(tokens=2000, layers=2, num_experts=32, k=4, seed=0))
     assert summary.effective_experts == pytest.approx(32, rel=0.01)
     assert summary.overlap == pytest.approx(summary.chance_overlap, abs=0.01)
     assert summary.reuse is not None
@@ -292,4 +288,4 @@ def test_statistics_of_even_choices() -> None:
 
 
 def test_one_token_has_no_overlap() -> None:
-    assert summarise(uniform_trace(1, 2, 8, 2, 0)).overlap is None
+    assert summarize(uniform_trace(1, 2, 8, 2, 0)).overlap is None

@@ -21,9 +21,9 @@ from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import host_slots, memory
 from flashmoe_mlx.stores.gpu_slots import GpuSlots
-from flashmoe_mlx.stores.host_slots import Copies, HostSlots
+from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.slab import Slab
-from flashmoe_mlx.stores.slots import Home, SlotMaker, home_of_slots, slots_for
+from flashmoe_mlx.stores.slots import MemoryKind, SlotMaker, choose_memory_kind, slots_for
 from flashmoe_mlx.testing.store_tests import check
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
 
@@ -32,28 +32,28 @@ COUNT, RECORD, AT_ONCE = 6, 16384, 4
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, in_one_piece=True)
+    return write_experts(tmp_path_factory.mktemp("experts"), bits=4, contiguous=True)
 
 
-def in_home(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have stores opened from now on keep their slots in ``home``."""
-    if home is Home.GPU:
+def use_memory_kind(kind: MemoryKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have stores opened from now on keep their slots in ``kind``."""
+    if kind is MemoryKind.GPU:
         gpu_slots_on_cpu.emulate(monkeypatch)
     else:
-        monkeypatch.setattr(native, "extension", lambda: object() if home is Home.HOST else None)
+        monkeypatch.setattr(native, "extension", lambda: object() if kind is MemoryKind.HOST else None)
         monkeypatch.setattr(mx.metal, "is_available", lambda: False)
 
 
-@pytest.fixture(params=Home, ids=lambda home: home.name)
-def home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    in_home(request.param, monkeypatch)
+@pytest.fixture(params=MemoryKind, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    use_memory_kind(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
-def maker(home: Home) -> SlotMaker:
+def maker(kind: MemoryKind) -> SlotMaker:
     made = SlotMaker(RECORD, AT_ONCE)
-    assert made.home is home
+    assert made.kind is kind
     return made
 
 
@@ -89,7 +89,7 @@ def test_a_commit_twice(maker: SlotMaker) -> None:
     slots = maker.make(COUNT)
     filling = slots.fill([1])
     filling.commit()
-    with pytest.raises(RuntimeError, match="before"):
+    with pytest.raises(RuntimeError, match="already committed"):
         filling.commit()
 
 
@@ -110,7 +110,7 @@ def test_rows_of_other_slots_are_not_handed_out(maker: SlotMaker) -> None:
 @pytest.mark.parametrize("kind", [Slab, HostSlots])
 def test_records_move_from_other_memory(maker: SlotMaker, kind: type[Slab | HostSlots]) -> None:
     """What is moved goes to the slot that is named, not to the first of the request."""
-    other = HostSlots(3, RECORD, Copies(RECORD)) if kind is HostSlots else Slab(3, RECORD)
+    other = HostSlots(3, RECORD, CopyBuffer(RECORD)) if kind is HostSlots else Slab(3, RECORD)
     for place, row in enumerate(other.rows(range(3))):
         row[:] = record(100 + place)
     slots = maker.make(COUNT)
@@ -134,12 +134,12 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     first, second = maker.make(COUNT), maker.make(COUNT)
     early = first.fill([1])
     late = second.fill([2])
-    with pytest.raises(RuntimeError, match="handed out again"):
+    with pytest.raises(RuntimeError, match="a later filling"):
         early.commit()
     late.rows[2][:] = record(2)
     late.commit()
     assert contents(second, [2]) == [record(2)]
-    with pytest.raises(ValueError, match="5 slots to fill at once, there is room for 4"):
+    with pytest.raises(ValueError, match="5 slots to fill at once, but there is memory for 4"):
         first.fill(range(AT_ONCE + 1))
     late = second.fill([3])  # the refusal has not ended anything
     late.rows[3][:] = record(3)
@@ -149,7 +149,7 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
 
 @settings(max_examples=40, deadline=None)
 @given(
-    home=st.sampled_from(Home),
+    kind=st.sampled_from(MemoryKind),
     steps=st.lists(
         st.tuples(
             st.integers(0, 1),
@@ -159,13 +159,13 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
         max_size=12,
     ),
 )
-def test_any_sequence_of_fillings(home: Home, steps: list[tuple[int, list[int], str]]) -> None:
+def test_any_sequence_of_fillings(kind: MemoryKind, steps: list[tuple[int, list[int], str]]) -> None:
     """Slots of two layers against two dicts; slots of a filling that was given up are undefined."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        in_home(home, monkeypatch)
+        use_memory_kind(kind, monkeypatch)
         maker = SlotMaker(RECORD, AT_ONCE)
         layers = [maker.make(COUNT), maker.make(COUNT)]
-        spare = HostSlots(COUNT, RECORD, Copies(RECORD))
+        spare = HostSlots(COUNT, RECORD, CopyBuffer(RECORD))
         known: list[dict[int, bytes]] = [{}, {}]
         for number, (layer, slots, ending) in enumerate(steps):
             filling = layers[layer].fill(slots)
@@ -192,14 +192,14 @@ def test_any_sequence_of_fillings(home: Home, steps: list[tuple[int, list[int], 
 @pytest.mark.parametrize(
     ("gpu", "metal", "extension", "host_kernels", "expected"),
     [
-        (True, False, True, True, Home.GPU),
-        (True, False, False, None, Home.GPU),
-        (False, True, True, True, Home.SHARED),
-        (False, True, True, None, Home.SHARED),
-        (False, False, True, None, Home.HOST),
-        (False, False, False, None, Home.SHARED),
-        (False, False, True, False, Home.SHARED),  # kernels=mlx where there are kernels for the CPU
-        (False, False, False, True, Home.HOST),
+        (True, False, True, True, MemoryKind.GPU),
+        (True, False, False, None, MemoryKind.GPU),
+        (False, True, True, True, MemoryKind.SHARED),
+        (False, True, True, None, MemoryKind.SHARED),
+        (False, False, True, None, MemoryKind.HOST),
+        (False, False, False, None, MemoryKind.SHARED),
+        (False, False, True, False, MemoryKind.SHARED),  # kernels=mlx where there are kernels for the CPU
+        (False, False, False, True, MemoryKind.HOST),
     ],
 )
 def test_the_kernels_in_use_decide(
@@ -207,15 +207,17 @@ def test_the_kernels_in_use_decide(
     metal: bool,
     extension: bool,
     host_kernels: bool | None,
-    expected: Home,
+    expected: MemoryKind,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: gpu)
     monkeypatch.setattr(mx.metal, "is_available", lambda: metal)
     monkeypatch.setattr(native, "extension", lambda: object() if extension else None)
     with slots_for(host_kernels):
-        assert home_of_slots() is expected
-    assert home_of_slots() is (Home.GPU if gpu else Home.SHARED if metal else Home.HOST if extension else Home.SHARED)
+        assert choose_memory_kind() is expected
+    assert choose_memory_kind() is (
+        MemoryKind.GPU if gpu else MemoryKind.SHARED if metal else MemoryKind.HOST if extension else MemoryKind.SHARED
+    )
 
 
 @pytest.mark.skipif(native.extension() is None or mx.metal.is_available(), reason="there is one kind for all kernels")
@@ -244,12 +246,12 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("preload", [False, True])
 def test_what_is_refused_is_what_is_allocated(
-    home: Home, preload: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+    kind: MemoryKind, preload: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Slots, copies for MLX, arrivals on a GPU and reads ahead, in every layer."""
-    assert home in Home
+    assert kind in MemoryKind
     claims: list[int] = []
-    monkeypatch.setattr(ram_hybrid, "refuse_if_too_large", lambda _, nbytes, __: claims.append(nbytes))
+    monkeypatch.setattr(ram_hybrid, "check_memory", lambda _, nbytes, __: claims.append(nbytes))
     made = allocations(monkeypatch)
     size = stored.source.layout.record_bytes
     with RamHybridStore(stored.source, budget_gib=5 * LAYERS * size / 2**30, slots=3, preload=preload) as store:
@@ -261,22 +263,22 @@ def test_what_is_refused_is_what_is_allocated(
 
 
 def test_what_a_resident_store_is_refused_for(
-    home: Home, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+    kind: MemoryKind, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims: list[int] = []
-    monkeypatch.setattr(resident, "refuse_if_too_large", lambda _, nbytes, __: claims.append(nbytes))
+    monkeypatch.setattr(resident, "check_memory", lambda _, nbytes, __: claims.append(nbytes))
     made = allocations(monkeypatch)
     with ResidentStore(stored.source) as store:
         assert sum(made) <= claims[0]
         for layer in range(LAYERS):
             check(store.fetch(layer, range(EXPERTS)), layer, list(range(EXPERTS)), stored)
-    copies = EXPERTS * stored.source.layout.record_bytes if home is Home.HOST else 0
+    copies = EXPERTS * stored.source.layout.record_bytes if kind is MemoryKind.HOST else 0
     assert sum(made) <= claims[0] + copies  # and these once, not once a layer
 
 
 def test_copies_that_do_not_fit_are_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX would crash."""
-    in_home(Home.HOST, monkeypatch)
+    use_memory_kind(MemoryKind.HOST, monkeypatch)
     with ResidentStore(stored.source) as store:
         batch = store.fetch(0, range(EXPERTS))
         monkeypatch.setattr(memory, "available_memory", lambda: 2**18)
@@ -295,7 +297,7 @@ def test_kernels_that_read_arrays_cause_no_copies(stored: StoredExperts, monkeyp
     def never(*_: object) -> Slab:
         raise AssertionError("copied")
 
-    monkeypatch.setattr(host_slots.Copies, "room", never)
+    monkeypatch.setattr(host_slots.CopyBuffer, "room", never)
     with slots_for(host_kernels=False), ResidentStore(stored.source) as store:
         for layer in range(LAYERS):
             check(store.fetch(layer, [1, 2]), layer, [1, 2], stored)

@@ -1,4 +1,4 @@
-"""The speed model finds the costs that a profile was made with; the probe measures; task=estimate answers."""
+"""The speed model, sizes of models, estimates, the probe, and task=estimate."""
 
 import json
 from collections.abc import Callable
@@ -16,27 +16,26 @@ from pack_oracle import assert_one_line
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.checkpoint import hub
-from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.formats.trace import uniform_trace
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.estimate import probe as probe_module
-from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, wishes
-from flashmoe_mlx.research.estimate.probe import (
-    EXPERTS,
+from flashmoe_mlx.research.estimate.machine_profile import (
     MEMORY,
-    SIZES,
     WAYS,
     MachineProfile,
     Point,
     machine_identity,
-    probe,
 )
+from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, what_ifs
+from flashmoe_mlx.research.estimate.probe import EXPERTS, probe
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import (
     expert_weights,
     memory_need,
@@ -45,8 +44,10 @@ from flashmoe_mlx.research.estimate.sizes import (
     touched_weights,
 )
 from flashmoe_mlx.research.estimate.speed_model import SpeedModel, certainly
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 from flashmoe_mlx.tasks import estimate as estimate_module
 
+PUBLISHED = published_configs()
 GIB = 2**30
 LAYER, WEIGHT, EXPERT, EXPERT_WEIGHT = 200e-6, 3e-11, 50e-6, 4e-11
 SETUP, BYTE = 300e-6, 1 / 4e9
@@ -65,52 +66,52 @@ def reading(config: ModelConfig, experts: float, way: str, bits: int = 4) -> flo
 
 @pytest.fixture
 def profile() -> MachineProfile:
-    """Of a machine that does exactly what the model says."""
+    """A profile of a machine whose times equal those of the speed model."""
     points = []
     for name, sizes in SIZES.items():
-        config = ModelConfig.from_json(synthetic_config(sizes))
-        about = (config.num_layers, touched_weights(config), expert_weights(config))
+        config = parse_config(synthetic_config(sizes))
+        shape = (config.num_layers, touched_weights(config), expert_weights(config))
         for bits in (4, 2) if name == "large" else (4,):
             size = record_bytes(config, bits)
             for k in EXPERTS:
                 base = computing(config, k, bits)
-                points.append(Point(name, bits, k, MEMORY, *about, size, (base,) * 3, (0.0,) * 3, 0.0))
+                points.append(Point(name, bits, k, MEMORY, *shape, size, (base,) * 3, (0.0,) * 3, 0.0))
                 for way in WAYS if bits == 4 else ():
                     added = reading(config, k, way)
-                    points.append(Point(name, bits, k, way, *about, size, (base + added,) * 3, (added,) * 3, added))
+                    points.append(Point(name, bits, k, way, *shape, size, (base + added,) * 3, (added,) * 3, added))
     return MachineProfile(machine_identity(), datetime.now(UTC), 40.0, tuple(points), {})
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("k", [2, 6, 10])
 @pytest.mark.parametrize("bits", [4, 2])
-def test_costs_are_found(name: str, k: int, bits: int, profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED[name])
+def test_costs_are_recovered_from_the_profile(name: str, k: int, bits: int, profile: MachineProfile) -> None:
+    config = parse_config(PUBLISHED[name])
     found = SpeedModel(profile).predict(config, bits, k, {"io_uring direct": certainly(k)})
     assert found.reading == pytest.approx(reading(config, k, "io_uring direct", bits), rel=1e-6)
     assert found.seconds == pytest.approx(computing(config, k, bits) + found.reading, rel=1e-6)
     assert (found.low, found.high) == (found.seconds, found.seconds)
 
 
-def test_misses_count_as_a_distribution(profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
+def test_predictions_from_distributions_of_misses(profile: MachineProfile) -> None:
+    config = parse_config(PUBLISHED["Qwen3.5-35B-A3B"])
     halves = {"pread cold": np.array([0.5, 0, 0.5]), "pread warm": np.array([0.0, 0.0, 0.5, 0.0, 0.5])}
     found = SpeedModel(profile, faster_reads=2).predict(config, 4, 4, halves)
     assert found.reading == pytest.approx((reading(config, 1, "pread cold") + reading(config, 3, "pread warm")) / 2)
 
 
-def test_a_way_that_is_missing_is_named(profile: MachineProfile) -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-35B-A3B"])
-    points = tuple(one for one in profile.points if one.way != "io_uring direct")
-    without = replace(profile, points=points, missing={"io_uring direct": "no such thing here"})
-    with pytest.raises(ValueError, match="no such thing here"):
+def test_a_missing_way_of_reading_is_an_error(profile: MachineProfile) -> None:
+    config = parse_config(PUBLISHED["Qwen3.5-35B-A3B"])
+    points = tuple(point for point in profile.points if point.way != "io_uring direct")
+    without = replace(profile, points=points, missing={"io_uring direct": "no io_uring on this system"})
+    with pytest.raises(ValueError, match="no io_uring on this system"):
         SpeedModel(without).predict(config, 4, 4, {"io_uring direct": certainly(4)})
 
 
 # Sizes
 
 
-def test_sizes_are_those_of_a_pack(tiny_pack: Path) -> None:
+def test_sizes_equal_those_of_a_pack(tiny_pack: Path) -> None:
     files = open_model(tiny_pack)
     with load(tiny_pack) as engine:
         config = engine.model.config
@@ -122,8 +123,8 @@ def test_sizes_are_those_of_a_pack(tiny_pack: Path) -> None:
         assert record_bytes(config, 4) == files.variant(None).layout.record_bytes
 
 
-def test_what_the_published_models_need() -> None:
-    config = ModelConfig.from_json(PUBLISHED["Qwen3.5-397B-A17B"])
+def test_sizes_of_a_published_model() -> None:
+    config = parse_config(PUBLISHED["Qwen3.5-397B-A17B"])
     assert record_bytes(config, 4) == 7_077_888
     assert record_bytes(config, 2) == 3_932_160
     # 15 attention layers, 2 heads of 256 for keys and for values, in bf16.
@@ -145,7 +146,7 @@ def test_what_the_published_models_need() -> None:
         ("Qwen/Qwen3-30B-A3B", False),
     ],
 )
-def test_names_that_are_known(name: str, known: bool) -> None:
+def test_names_of_known_models(name: str, known: bool) -> None:
     assert (known_config(name) is not None) == known
     assert is_plain_name(name) == (known and "Heretic" not in name)
 
@@ -154,7 +155,7 @@ def test_names_that_are_known(name: str, known: bool) -> None:
 
 
 def model(name: str = "Qwen3.5-397B-A17B", **changes: Any) -> Model:
-    made = Model(ModelConfig.from_json(PUBLISHED[name]), 4, 4, 10, 8192, 2, 2)
+    made = Model(parse_config(PUBLISHED[name]), 4, 4, 10, 8192, 2, 2)
     return replace(made, **changes)
 
 
@@ -170,17 +171,17 @@ def test_more_memory_is_faster_until_everything_fits(profile: MachineProfile) ->
     assert estimates(model(), Machine(profile, 4 * GIB)) == []
 
 
-def test_a_trace_takes_the_place_of_assumptions(profile: MachineProfile) -> None:
+def test_a_trace_replaces_assumptions_about_routing(profile: MachineProfile) -> None:
     trace = uniform_trace(80, 60, 512, 10, seed=0)
-    ranged, known = (estimates(model(trace=one), Machine(profile, 32 * GIB))[0] for one in (None, trace))
+    ranged, known = (estimates(model(trace=source), Machine(profile, 32 * GIB))[0] for source in (None, trace))
     assert len(set(known.hit_rates)) == 1 < len(set(ranged.hit_rates))
     assert known.high / known.low < ranged.high / ranged.low
 
 
-def test_wishes_are_worth_what_they_say(profile: MachineProfile) -> None:
+def test_changes_make_the_model_faster(profile: MachineProfile) -> None:
     machine = Machine(profile, 32 * GIB)
     now = estimates(model(), machine)[0].tokens_per_second
-    gains = {wish: estimates(*changes)[0].tokens_per_second / now for wish, *changes in wishes(model(), machine)}
+    gains = {change: estimates(*changed)[0].tokens_per_second / now for change, *changed in what_ifs(model(), machine)}
     assert all(gain > 1 for gain in gains.values())
     assert gains["experts_k=2"] > gains["experts_k=4"] > gains["bits=[2]"]
 
@@ -196,22 +197,22 @@ def tiny_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_probe")
-def test_the_probe_measures_and_cleans_up(tmp_path: Path) -> None:
-    said: list[str] = []
-    found = probe(tmp_path / "cache", 0.1, said.append)
+def test_the_probe_measures_and_deletes_its_models(tmp_path: Path) -> None:
+    announced: list[str] = []
+    found = probe(tmp_path / "cache", 0.1, announced.append)
     assert list((tmp_path / "cache").iterdir()) == []
-    measured = {(one.size, one.bits, one.way, one.experts_k) for one in found.points}
+    measured = {(point.size, point.bits, point.way, point.experts_k) for point in found.points}
     assert {("large", 2, MEMORY, 10), ("large", 4, "pread warm", 1), ("small", 4, "mmap warm", 4)} <= measured
     assert set(found.ways) | set(found.missing) == set(WAYS)
-    for one in found.points:
-        assert 0 < one.seconds[0] <= one.seconds[1] <= one.seconds[2]
+    for point in found.points:
+        assert 0 < point.seconds[0] <= point.seconds[1] <= point.seconds[2]
     assert found.memory_gb_per_second > 0
-    assert any("round 3" in text for text in said)
+    assert any("round 3" in text for text in announced)
     found.save(tmp_path / "probe.json")
     assert MachineProfile.load(tmp_path / "probe.json") == found
 
 
-def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path: Path) -> None:
+def test_damaged_profiles_are_ignored(profile: MachineProfile, tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
     assert MachineProfile.load(path) is None
     whole = profile.to_json()
@@ -237,7 +238,7 @@ def test_a_profile_that_cannot_be_read_is_none(profile: MachineProfile, tmp_path
 
 
 class Unreachable:
-    """The hub's library with a name, and without a network."""
+    """A hub client without a network, which checks only the form of a name."""
 
     def model_info(self, name: str, **_: Any) -> None:
         if name.count("/") != 1:
@@ -261,23 +262,29 @@ def estimate(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_hub_id_is_answered_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_known_model_is_estimated_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32", "experts_k=4")
     shown = capsys.readouterr().err
-    for text in ("a pack takes 223.0 GB", "it fits", "this machine was measured just now", "would help: ", "bits=[2]"):
+    for text in (
+        "a pack takes 223.0 GB",
+        "the model fits",
+        "this machine was measured just now",
+        "would help: ",
+        "bits=[2]",
+    ):
         assert text in shown
     assert found["estimates"][0]["low"] < found["estimates"][0]["tokens_per_second"]
     assert found["expert_bytes"] == 60 * 512 * 7_077_888
 
 
 @pytest.mark.usefixtures("cache")
-def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_does_not_fit_gets_no_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "estimates" not in estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=4")
-    assert "it does not fit: 4.0 GiB can be used here" in capsys.readouterr().err
+    assert "the model does not fit: 4.0 GiB are usable" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cache")
-def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_path: Path) -> None:
+def test_configs_packs_and_synthetic_models_are_estimated(tiny_pack: Path, tmp_path: Path) -> None:
     config = tmp_path / "some.json"
     config.write_text(json.dumps(PUBLISHED["Qwen3.5-35B-A3B"]))
     assert estimate(tmp_path, f"model={config}")["expert_bytes"] == 40 * 256 * 1_769_472
@@ -296,16 +303,16 @@ def test_configs_packs_and_synthetic_models_are_understood(tiny_pack: Path, tmp_
         (("model=Qwen/Qwen3.5-35B-A3B", "experts_k=0"), 2, "from 1 to 256"),
         (("model=Qwen/Qwen3.5-35B-A3B", "resident_bits=0"), 2, "resident_bits=0: choose from"),
         (("model=Qwen/Qwen3.5-35B-A3B", "context=0"), 2, "from 1 to 262144"),
-        (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "more than 0"),
+        (("model=Qwen/Qwen3.5-35B-A3B", "memory_gib=0"), 2, "greater than 0"),
         (("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=-1"), 2, "probe_seconds=-1.0: must be"),
         (("model=Qwen/Qwen3.5-35B-A3B", "trace={trace}"), 2, "recorded with 2 layers"),
     ],
 )
-def test_mistakes_are_one_line(
+def test_wrong_arguments_are_refused_in_one_line(
     arguments: tuple[str, ...], code: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     uniform_trace(4, 2, 8, 2, 0).save(tmp_path / "a.moetrace")
-    filled = [one.format(trace=tmp_path / "a.moetrace", empty=tmp_path / "empty") for one in arguments]
+    filled = [argument.format(trace=tmp_path / "a.moetrace", empty=tmp_path / "empty") for argument in arguments]
     assert run_command_line(["task=estimate", *filled, f"hydra.run.dir={tmp_path / 'run'}"]) == code
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert reason in line
@@ -314,7 +321,7 @@ def test_mistakes_are_one_line(
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
-    ("model", "says"),
+    ("model", "reason"),
     [
         ("Qwen/Qwen3.5-35B-A3B-FP8", "FP8"),
         ("unsloth/Qwen3.6-35B-A3B-GGUF", "Qwen/Qwen3.6-35B-A3B"),
@@ -325,8 +332,8 @@ def test_mistakes_are_one_line(
         ("{folder}/gguf/x.bin", "config.json"),
     ],
 )
-def test_what_cannot_be_packed_is_not_estimated(
-    model: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_that_cannot_be_packed_are_refused(
+    model: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nvfp4 = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
     (tmp_path / "nvfp4.json").write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], **nvfp4}))
@@ -339,19 +346,19 @@ def test_what_cannot_be_packed_is_not_estimated(
     argument = f"model={model.format(folder=tmp_path)}"
     assert run_command_line(["task=estimate", argument, f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     shown = capsys.readouterr().err
-    assert says in shown
+    assert reason in shown
     assert "a pack takes" not in shown
 
 
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("name", ["Qwen/Qwen3.6-35B-A3B", "mlx-community/Qwen3.8-2.4T-A95B-4bit"])
-def test_later_models_are_known_without_a_network(name: str, tmp_path: Path) -> None:
+def test_later_models_are_estimated_without_a_network(name: str, tmp_path: Path) -> None:
     found = estimate(tmp_path, f"model={name}", "memory_gib=1")
     per_expert = {"Qwen/Qwen3.6-35B-A3B": 40 * 256 * 1_769_472}.get(name, 92 * 512 * 28_311_552)
     assert found["expert_bytes"] == per_expert
 
 
-def test_a_name_that_may_mean_another_config_is_asked_for(
+def test_the_hub_is_asked_about_ambiguous_names(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name = "model=x/Qwen3.5-35B-A3B-compressed"
@@ -364,38 +371,40 @@ def test_a_name_that_may_mean_another_config_is_asked_for(
 
 
 @pytest.mark.usefixtures("cache")
-def test_the_weights_in_a_folder_count_where_they_are_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Their widths, their format, and whether they can be run; before they are there the config is enough."""
+def test_weights_in_a_folder_determine_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Widths, format and support come from the weights; before they are downloaded, the config is used."""
     folder = write_checkpoint(tmp_path / "model", GEOMETRIES["plain"], 0, "mlx4", shards=3)
     config = json.loads((folder / "config.json").read_text())
     for key in ("quantization", "quantization_config"):
-        config[key] = {"group_size": 64, "bits": 8, "mode": "affine"}  # not what the shapes say
+        config[key] = {"group_size": 64, "bits": 8, "mode": "affine"}  # the shapes say 4 bits
     (folder / "config.json").write_text(json.dumps(config))
     assert estimate(tmp_path, f"model={folder}")["expert_bytes"]
     assert "4 bits" in capsys.readouterr().err
     shards = sorted(folder.glob("*.safetensors"))
     shards[0].rename(tmp_path / "away")
     assert estimate(tmp_path, f"model={folder}")["expert_bytes"]
-    said = capsys.readouterr().err
-    assert "8 bits" in said
-    assert "1 of 3 shards missing" in said
+    shown = capsys.readouterr().err
+    assert "8 bits" in shown
+    assert "1 of 3 shards missing" in shown
     (tmp_path / "away").rename(shards[0])
     for shard in shards:
         renamed = mx.load(str(shard))
         assert isinstance(renamed, dict)
         mx.eval(renamed)
-        mx.save_safetensors(str(shard), {name.replace("switch_mlp", "other_mlp"): one for name, one in renamed.items()})
+        mx.save_safetensors(
+            str(shard), {name.replace("switch_mlp", "other_mlp"): array for name, array in renamed.items()}
+        )
     (folder / "model.safetensors.index.json").unlink()
     assert run_command_line(["task=estimate", f"model={folder}", f"hydra.run.dir={tmp_path / 'run'}"]) == 2
     assert "a pack takes" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("cache")
-def test_widths_are_those_of_the_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_widths_come_from_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "eight.json"
     settings = {"bits": 8, "group_size": 32, "mode": "affine"}
     config.write_text(json.dumps({**PUBLISHED["Qwen3.5-35B-A3B"], "quantization": settings}))
-    expert = 3 * 2048 * 512 * 9 // 8  # 8 bits, and 16 of scale and of bias for each 32 weights
+    expert = 3 * 2048 * 512 * 9 // 8  # 8 bits per weight, and 32 bits of scale and bias per 32 weights
     assert estimate(tmp_path, f"model={config}", "memory_gib=1")["expert_bytes"] == 40 * 256 * expert
     assert "8 bits" in capsys.readouterr().err
     named = "model=mlx-community/Qwen3.5-35B-A3B-8bit"
@@ -407,14 +416,14 @@ def test_widths_are_those_of_the_conversion(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("cache")
-def test_without_a_measurement_the_sizes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_profile_only_sizes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("model=Qwen/Qwen3.5-35B-A3B", f"model.cache_dir={tmp_path / 'empty'}", "memory_gib=64", "probe=false")
     found = estimate(tmp_path, *arguments)
     assert "estimates" not in found
     assert found["need_bytes"]
     shown = capsys.readouterr().err
     assert "a pack takes 19.5 GB" in shown
-    assert "leave out probe=false" in shown
+    assert "remove probe=false" in shown
 
 
 def test_a_machine_is_measured_once(
@@ -445,7 +454,7 @@ def test_a_machine_is_measured_once(
     assert len(probed) == 2
 
 
-def test_a_probe_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_probe: None) -> None:
+def test_a_failed_probe_deletes_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_probe: None) -> None:
     def fail(*_: object) -> None:
         raise FlashMoeError("no")
 

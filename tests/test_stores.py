@@ -121,13 +121,13 @@ class TestPreadDirect(_Direct):
 class TestPreadOnACheckpoint(ExpertStoreTests):
     backend = "pread"
     options = {"slots": 6}
-    in_one_piece = False
+    contiguous = False
 
 
 class TestCheckpoint(ExpertStoreTests):
     backend = "checkpoint"
     options = {"slots": 6}
-    in_one_piece = False
+    contiguous = False
 
 
 class TestPack2(ExpertStoreTests):
@@ -188,7 +188,7 @@ class TestUringDirect(_ThroughTheRing):
 class TestUringOnACheckpoint(_ThroughTheRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False}
-    in_one_piece = False
+    contiguous = False
 
 
 # Slots in other memory
@@ -287,7 +287,7 @@ class TestRamHybridAsOnCudaDirectByUring(_AsOnCuda, _ThroughTheRing):
 class TestRamHybridAsOnCudaOnACheckpoint(_AsOnCuda):
     backend = "ram_hybrid"
     options = FIVE_A_LAYER
-    in_one_piece = False
+    contiguous = False
 
 
 class TestResidentAsOnCuda(_AsOnCuda):

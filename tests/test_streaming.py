@@ -1,4 +1,4 @@
-"""What task=generate shows and keeps: interrupts, progress, thinking, and requests of the chat template."""
+"""Tests of the output and record of task=generate: interrupts, progress, thinking, and chat template options."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from flashmoe_mlx.__main__ import main
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.generation.text_stream import Piece
-from flashmoe_mlx.tasks import streaming
+from flashmoe_mlx.tasks.shared import streaming
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 RUN = [sys.executable, "-m", "flashmoe_mlx"]
@@ -48,7 +48,7 @@ class Terminal(io.StringIO):
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
-    """Send this process an interrupt once so many tokens of the prompt are done; returns the reports since."""
+    """Interrupt this process once ``tokens`` prompt tokens are processed; return the list of later progress reports."""
     since: list[int] = []
 
     def report(bar: object, done: int, total: int) -> None:
@@ -91,7 +91,7 @@ def test_an_interrupted_trace(
 def test_interrupts_that_are_ignored_stay_ignored(
     tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a background job of a shell: Ctrl-C in its terminal is for others."""
+    """A background job of a shell ignores Ctrl-C in its terminal."""
     interrupt_at(monkeypatch, 10)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -103,7 +103,7 @@ def test_interrupts_that_are_ignored_stay_ignored(
 
 
 def _interrupted(folder: Path, begun: str, *arguments: str) -> tuple[int, float]:
-    """Start the program, interrupt it a little after its log holds ``begun``; its exit code, and how long it took."""
+    """Interrupt the program once its log contains ``begun``; return its exit code and the seconds until it ends."""
     log = folder / "run" / "flashmoe_mlx.log"
     command = [*RUN, *arguments, "kernels=reference", f"hydra.run.dir={folder / 'run'}"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -175,7 +175,9 @@ def test_thinking_is_dimmed_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     assert answer == "Four."
 
 
-def test_thinking_stays_out_of_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_thinking_goes_to_stderr_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(streaming, "console", Console(stderr=True))
     printer = streaming._Printer()
     for piece in PIECES:
@@ -185,19 +187,19 @@ def test_thinking_stays_out_of_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert shown.err == "thinking:\nLet me \ufffd[5msee.\n\nanswer:\n"
 
 
-def test_the_record_has_thinking_and_answer_apart(
+def test_the_record_separates_thinking_and_answer(
     thinking_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = Tokenizer.load(thinking_model).encode("Hm.</think>\n\nYes.")
-    scripted(monkeypatch, said)
-    assert run(tmp_path, f"model.path={thinking_model}", "prompt=Hi", f"max_tokens={len(said)}") == 0
+    token_ids = Tokenizer.load(thinking_model).encode("Hm.</think>\n\nYes.")
+    scripted(monkeypatch, token_ids)
+    assert run(tmp_path, f"model.path={thinking_model}", "prompt=Hi", f"max_tokens={len(token_ids)}") == 0
     assert capsys.readouterr().out == "Yes.\n"
     found = record(tmp_path)
     assert (found["reasoning"], found["text"], found["ended_in_thinking"]) == ("Hm.", "Yes.", False)
-    assert found["token_ids"] == said
+    assert found["token_ids"] == token_ids
 
 
-def test_max_tokens_inside_thinking_says_what_to_do(
+def test_max_tokens_inside_thinking_is_explained(
     thinking_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted(monkeypatch, b"Hm, this is")
@@ -205,8 +207,8 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     shown = capsys.readouterr()
     assert shown.out == "\n"
     assert (
-        "max_tokens=11 ended inside the model's thinking, before an answer; max_tokens=4096 leaves room for both; "
-        "thinking=false asks for an answer at once\n"
+        "no answer: max_tokens=11 was reached while the model was thinking; "
+        "max_tokens=4096 leaves room for thinking and an answer; thinking=false skips thinking\n"
     ) in shown.err
     found = record(tmp_path)
     assert (found["reasoning"], found["text"], found["ended_in_thinking"]) == ("Hm, this is", "", True)
@@ -215,18 +217,18 @@ def test_max_tokens_inside_thinking_says_what_to_do(
     assert run(tmp_path / "2", f"model.path={thinking_model}", "prompt=Hi", "max_tokens=4", "thinking=false") == 0
     shown = capsys.readouterr()
     assert shown.out == "Yes.\n"
-    assert "inside the model's thinking" not in shown.err
+    assert "no answer" not in shown.err
 
 
-def test_advice_about_thinking_is_only_what_helps(
+def test_advice_about_thinking_suits_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A template that always opens a thought."""
+    """The template always starts thinking."""
     folder = checkpoint(tmp_path / "model", "{{ messages[0].content }}<think>\n")
     scripted(monkeypatch, b"Hm")
     assert run(tmp_path, f"model.path={folder}", "prompt=Hi", "max_tokens=2") == 0
     shown = capsys.readouterr().err
-    assert "max_tokens=2 ended inside the model's thinking" in shown
+    assert "no answer: max_tokens=2 was reached" in shown
     assert "thinking=false" not in shown
 
 
@@ -252,7 +254,7 @@ def test_system_tools_and_template_options(thinking_model: Path, tmp_path: Path)
         ('[{"type": "function"}]', "tools[0].name must be text"),
     ],
 )
-def test_tools_that_are_none(tmp_path: Path, content: str | None, reason: str) -> None:
+def test_invalid_tools(tmp_path: Path, content: str | None, reason: str) -> None:
     path = tmp_path / "tools.json"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""Streams that go away or are full, and words that look like markup."""
+"""Tests of output: disconnected readers, full disks, and text that looks like markup."""
 
 import errno
 import io
@@ -16,15 +16,15 @@ from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.cli.error_reports import message
 from flashmoe_mlx.console.output import activity, byte_progress, console, print_table, show
 from flashmoe_mlx.console.streams import Notes, OutputError, print_answer, say
-from flashmoe_mlx.formats.trace import uniform_trace
 from flashmoe_mlx.research.figures import hit_rate_figure, save
 from flashmoe_mlx.research.traces.curves import curves
+from flashmoe_mlx.research.traces.random_traces import uniform_trace
 
 ODD = ["[v2]", "qwen [mlx]", "x[/y]z", ":100:", "[bold]b[/bold]", "http://[::1]/x", "\\[a]", "[link=x]"]
 
 
 class Broken(io.StringIO):
-    """A stream whose reader is gone, or whose disk is full."""
+    """Stream whose reader has disconnected, or whose disk is full."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_everything_is_shown_as_it_stands(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_is_shown_literally(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     show(f"record: /a/{text}")
     say(f"flashmoe_mlx: {text}")
     table = Table(title=f"title {text}")
@@ -55,12 +55,12 @@ def test_everything_is_shown_as_it_stands(text: str, capsys: pytest.CaptureFixtu
         assert start + text in shown
 
 
-def test_no_console_reads_markup() -> None:
-    """Consoles come from ``literal_console``: rich's own would read brackets and colons."""
+def test_no_console_interprets_markup() -> None:
+    """All consoles come from ``literal_console``; rich's default console interprets brackets and colons."""
     for path in (Path(__file__).parent.parent / "flashmoe_mlx").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
-        assert path.name == "console.py" or not re.search(r"\bConsole\(", text), path
-        assert ".status(" not in text or path.name == "console.py", path
+        assert path.name == "output.py" or not re.search(r"\bConsole\(", text), path
+        assert ".status(" not in text or path.name == "output.py", path
     assert (console._markup, console._emoji, console._highlight) == (False, False, False)
 
 
@@ -88,7 +88,7 @@ def test_an_answer_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 1), (errno.EPIPE, 0)])
-def test_the_answer_is_not_lost(
+def test_a_lost_answer_is_reported(
     number: int,
     code: int,
     tiny_pack: Path,
@@ -106,7 +106,7 @@ def test_the_answer_is_not_lost(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["--cfg", "job"], ["--hydra-help"]])
-def test_no_room_for_other_output(
+def test_a_full_disk_behind_other_output(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout", Broken(errno.ENOSPC))
@@ -118,10 +118,10 @@ def test_no_room_for_other_output(
 
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
-    remedy = "make room there; hydra.run.dir=<folder> puts the record of the run elsewhere"
+    remedy = "free some space there; hydra.run.dir=<folder> puts the record of the run elsewhere"
     assert message(full, tmp_path) == f"{tmp_path}: No space left on device; {remedy}"
     full.filename = "/elsewhere/x"
-    assert message(full, tmp_path) == "/elsewhere/x: No space left on device; make room there"
+    assert message(full, tmp_path) == "/elsewhere/x: No space left on device; free some space there"
     refused = PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "x"))
     assert message(refused, tmp_path).endswith(remedy.partition("; ")[2])
 
@@ -140,7 +140,7 @@ sys.exit(codes != [1] * 5)
 """
 
 
-def test_no_room_for_the_record_of_a_run(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_full_disk_below_the_run_directory(tiny_pack: Path, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-c", FULL, str(tiny_pack)],
         cwd=tmp_path,
@@ -152,7 +152,7 @@ def test_no_room_for_the_record_of_a_run(tiny_pack: Path, tmp_path: Path) -> Non
     lines = result.stderr.splitlines()
     assert result.returncode == 0, lines
     for line, folder in zip(lines, ("run0", "sweep1", "run2", "run3", "run4"), strict=True):
-        assert line.startswith(f"flashmoe_mlx: {folder}: File too large; make room there; hydra.run.dir=<folder>")
+        assert line.startswith(f"flashmoe_mlx: {folder}: File too large; free some space there; hydra.run.dir=<folder>")
 
 
 @pytest.mark.parametrize("place", ["deleted", "${d}"])
@@ -172,7 +172,7 @@ def test_working_folders_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("choice", ["disabled", "none", "stdout"])
-def test_hydras_own_ways_of_logging(choice: str, tiny_pack: Path, tmp_path: Path) -> None:
+def test_logging_configurations_of_hydra(choice: str, tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", "raw=true", "prompt=Hi", "max_tokens=2", f"hydra.run.dir={tmp_path}"]
     program = "import sys; from flashmoe_mlx.__main__ import main; sys.exit(main(sys.argv[1:]))"
     logging = [f"hydra/job_logging={choice}"] + ([f"hydra/hydra_logging={choice}"] if choice != "stdout" else [])
@@ -184,7 +184,7 @@ def test_hydras_own_ways_of_logging(choice: str, tiny_pack: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("title", ["a$\\q$", "$x_$", "[v2] $", "100 %"])
-def test_titles_of_figures_are_shown_as_they_stand(title: str, tmp_path: Path) -> None:
+def test_titles_of_figures_are_shown_literally(title: str, tmp_path: Path) -> None:
     trace = uniform_trace(8, 2, 8, 2, 0)
     found = list(curves(trace, ["lru"], [4, 8], ["layer"]))
     figure = hit_rate_figure(found, title)
@@ -195,7 +195,7 @@ def test_titles_of_figures_are_shown_as_they_stand(title: str, tmp_path: Path) -
     assert raised.value.filename == str(tmp_path / "no" / "x.png")
 
 
-def test_an_error_is_one_line_whatever_it_names(
+def test_an_error_is_one_line_for_any_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

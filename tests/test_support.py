@@ -1,10 +1,11 @@
-"""What can be run and what cannot: one answer for every task, in a line, before anything is fetched or allocated."""
+"""Supported and unsupported models: one answer for all tasks, in one line, before anything is fetched or allocated."""
 
 import copy
 import json
 import math
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from hypothesis import strategies as st
 from pack_oracle import assert_one_line
 
 from flashmoe_mlx.checkpoint.formats import format_in_name, format_of_tensors, mlx_settings
-from flashmoe_mlx.checkpoint.names import canonical_name, is_skipped, said_of_missing
-from flashmoe_mlx.checkpoint.published import PUBLISHED, known_config, original_of
+from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
+from flashmoe_mlx.checkpoint.published import known_config, original_of, published_configs
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported, why_not
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.untrusted import parse_object, read_object, same_json
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.family import MODEL_TYPES
-from flashmoe_mlx.models.parameters import resident_parameters
+from flashmoe_mlx.models.qwen3_5_moe import FAMILY
+from flashmoe_mlx.models.registry import parse_config
 
+NAMES = FAMILY.tensor_names
+PUBLISHED = published_configs()
 FOLDER = Path(__file__).parent / "published"
 CONFIGS: dict[str, dict[str, Any]] = {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
 PLAIN = CONFIGS["Qwen3.5-35B-A3B"]
@@ -31,7 +33,7 @@ GATE = "language_model.model.layers.0.mlp.gate"
 
 
 def changed(**changes: Any) -> dict[str, Any]:
-    """The config of a published model with other values in its text part."""
+    """Return the config of a published model with other values in its text part."""
     return {**PLAIN, "text_config": {**PLAIN["text_config"], **changes}}
 
 
@@ -81,11 +83,11 @@ def test_other_models_are_refused_with_names_of_models(config: dict[str, Any], c
     error = refusal(config)
     assert error.code == code
     assert says in str(error)
-    assert not any(f"use {kind}" in str(error) for kind in MODEL_TYPES), "nobody can use a model_type"
+    assert not any(f"use {kind}" in str(error) for kind in FAMILY.model_types), "nobody can use a model_type"
 
 
 def test_the_family_comes_before_the_format() -> None:
-    """Another format of a model that does not run would not help."""
+    """Another format of an unsupported model would not help."""
     config = {"model_type": "qwen3_moe", "num_experts": 128, "quantization_config": {"quant_method": "fp8"}}
     assert refusal(config).code == "unsupported_model"
 
@@ -146,7 +148,7 @@ def test_formats_that_cannot_be_read_are_named(settings: dict[str, Any], says: s
         {"quantization": {**MLX, GATE: None}},
         {"quantization": {**MLX, GATE: {"bits": 8, "mode": None}}},
         {"quantization": {**MLX, "vision_tower.blocks.0.mlp": {"mode": "mxfp8"}}},  # not text
-        {"quantization": MLX, "quantization_config": {"quant_method": "fp8"}},  # what it was made of
+        {"quantization": MLX, "quantization_config": {"quant_method": "fp8"}},  # the format of the original
         {"quantization_config": {**MLX, "quant_method": "mlx"}},
     ],
 )
@@ -244,43 +246,40 @@ def test_formats_in_tensors(tensors: list[tuple[str, str]], says: str | None) ->
     ],
 )
 def test_prefixes_of_names(name: str) -> None:
-    assert canonical_name(name) == "model.layers.0.mlp.gate.weight"
-    assert not is_skipped(name)
+    assert canonical_name(name, NAMES) == "model.layers.0.mlp.gate.weight"
+    assert not is_skipped(name, NAMES)
 
 
 def test_other_names() -> None:
     assert (
-        canonical_name("language_model.lm_head.weight")
-        == canonical_name("_orig_mod.lm_head.weight")
+        canonical_name("language_model.lm_head.weight", NAMES)
+        == canonical_name("_orig_mod.lm_head.weight", NAMES)
         == "lm_head.weight"
     )
-    assert canonical_name("norm.weight") == canonical_name("language_model.norm.weight") == "model.norm.weight"
-    assert canonical_name("embed_tokens.weight") == "model.embed_tokens.weight"
-    assert all(
-        map(
-            is_skipped,
-            (
-                "model.visual.x",
-                "_orig_mod.model.visual.x",
-                "mtp.fc.weight",
-                "vision_tower.x",
-                "model.layers.0.self_attn.rotary_emb.inv_freq",
-            ),
-        )
+    for name in ("norm.weight", "language_model.norm.weight"):
+        assert canonical_name(name, NAMES) == "model.norm.weight"
+    assert canonical_name("embed_tokens.weight", NAMES) == "model.embed_tokens.weight"
+    skipped = (
+        "model.visual.x",
+        "_orig_mod.model.visual.x",
+        "mtp.fc.weight",
+        "vision_tower.x",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
     )
+    assert all(is_skipped(name, NAMES) for name in skipped)
 
 
-def test_names_beside_a_missing_one_are_told() -> None:
+def test_message_about_a_missing_tensor_names_its_neighbors() -> None:
     wanted = "model.layers.0.mlp.experts.0.gate_proj.weight"
     beside = ["model.layers.0.mlp.switch_mlp.gate_up_proj.weight", "model.norm.weight"]
-    assert "switch_mlp.gate_up_proj" in said_of_missing(wanted, beside)
+    assert "switch_mlp.gate_up_proj" in describe_found(wanted, beside)
     for fused in ("experts.0.gate_up_proj.weight", "experts.gate_up_proj.weight", "experts.w13", "experts.0.w1.weight"):
-        assert "not supported" in said_of_missing(wanted, [f"model.layers.0.mlp.{fused}"])
+        assert "not supported" in describe_found(wanted, [f"model.layers.0.mlp.{fused}"])
     others = [f"model.layers.0.mlp.experts.{i}.fc.weight" for i in range(9)]
-    assert "model.layers.0.mlp.experts.0.fc.weight" in said_of_missing(wanted, others)
-    assert "head" in said_of_missing("lm_head.weight", ["model.norm.weight"])
+    assert "model.layers.0.mlp.experts.0.fc.weight" in describe_found(wanted, others)
+    assert "head" in describe_found("lm_head.weight", ["model.norm.weight"])
     for names in (beside, others, []):
-        assert "download" not in said_of_missing(wanted, names)
+        assert "download" not in describe_found(wanted, names)
 
 
 # Fields
@@ -305,7 +304,7 @@ def test_names_beside_a_missing_one_are_told() -> None:
         {"expert_bias": False, "hc_mult": 0, "index_topk": None},
     ],
 )
-def test_harmless_fields_are_passed_over(changes: dict[str, Any]) -> None:
+def test_harmless_fields_are_ignored(changes: dict[str, Any]) -> None:
     assert why_not(changed(**changes)) is None
 
 
@@ -384,12 +383,11 @@ def test_any_change_of_a_published_config(data: st.DataObject, name: str) -> Non
         tracemalloc.stop()
     assert peak < 4e6, "nothing may be allocated by the numbers of a config"
     if said is None:
-        parsed = ModelConfig.from_json(config)
-        sizes = [
-            value for value in (getattr(parsed, one) for one in parsed.__slots__) if isinstance(value, (int, float))
-        ]
+        parsed = parse_config(config)
+        values = (getattr(parsed, field.name) for field in fields(parsed))
+        sizes = [value for value in values if isinstance(value, (int, float))]
         assert all(math.isfinite(size) for size in sizes)
-        assert all(size > 0 for size in next(resident_parameters(parsed)).shape)
+        assert all(size > 0 for size in next(parsed.resident_parameters()).shape)
     else:
         assert_one_line(Exception(said))
         with pytest.raises(InputError):

@@ -1,4 +1,4 @@
-"""Chat templates: what they render, and what they cannot do."""
+"""Rendering, sandbox, errors and files of chat templates."""
 
 import contextlib
 import json
@@ -36,10 +36,10 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
     return template
 
 
-# What templates can rely on
+# Features of templates
 
 
-def test_blocks_leave_no_whitespace() -> None:
+def test_block_tags_leave_no_whitespace() -> None:
     assert (
         render("{% for m in messages %}\n    {% if true %}\n{{ m.content }}\n    {% endif %}\n{% endfor %}\n") == "hi\n"
     )
@@ -53,7 +53,7 @@ def test_variables() -> None:
     )
 
 
-def test_options_cannot_stand_in_for_the_messages() -> None:
+def test_options_cannot_replace_the_messages() -> None:
     template, options = ChatTemplate("", {}), {"messages": []}
     with pytest.raises(TypeError, match="multiple values for argument 'messages'"):
         template.render(USER, **options)
@@ -77,7 +77,7 @@ def test_tojson_arguments() -> None:
     )
 
 
-def test_generation_tag_renders_its_body_in_a_scope_of_its_own() -> None:
+def test_generation_tag_renders_its_body_in_a_separate_scope() -> None:
     body = "{% set x = 2 %}{{ m.content }}{{ x }}"
     source = (
         "{% for m in messages %}{% set x = 1 %}{%- generation %}" + body + "{%- endgeneration -%}{{ x }}{% endfor %}"
@@ -102,48 +102,51 @@ def test_dict_and_namespace() -> None:
     assert render("{% set ns = namespace({'a': 1}, self=2) %}{% set ns.a = 3 %}{{ ns.a }}{{ ns.self }}") == "32"
 
 
-def test_fields_that_are_none_are_left_out() -> None:
+def test_fields_with_the_value_none_are_left_out() -> None:
     messages = [{"role": "assistant", "content": None, "extra": [None]}]
     assert render("{{ messages[0] | tojson }}", messages) == '{"role": "assistant", "extra": [null]}'
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
-def test_reasoning_is_found_under_each_of_its_names(name: str) -> None:
+def test_reasoning_is_available_under_all_names(name: str) -> None:
     messages = [{"role": "assistant", "content": "", name: "why"}]
     assert render("{{ messages[0].reasoning_content }} {{ messages[0].thinking }}", messages) == "why why"
     assert set(messages[0]) == {"role", "content", name}
 
 
-def test_templates_see_plain_data_only() -> None:
+def test_templates_receive_json_types_only() -> None:
     class Role(str):
         def write(self) -> str:
             return "written"
 
     assert render("{{ messages[0].role }}", [{"role": Role("user"), "content": ""}]) == "user"
-    with pytest.raises(InputError, match="write"):
+    with pytest.raises(InputError) as failure:
         render("{{ messages[0].role.write() }}", [{"role": Role("user"), "content": ""}])
-    with pytest.raises(InputError, match="JSON values only, not object"):
+    assert failure.value.code == "template_failed"
+    with pytest.raises(InputError) as failure:
         render("", [{"role": "user", "content": object()}])
-    with pytest.raises(InputError, match="JSON values only, not bytes"):
+    assert failure.value.code == "invalid_messages"
+    with pytest.raises(InputError) as failure:
         render("", image=b"")
+    assert failure.value.code == "invalid_messages"
 
 
-@pytest.mark.parametrize(
-    ("messages", "reason"), [([], "no messages"), (["hi"], "not str"), ("hi", "not str"), ([None], "not NoneType")]
-)
-def test_malformed_messages(messages: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=reason):
+@pytest.mark.parametrize("messages", [[], ["hi"], "hi", [None]])
+def test_malformed_messages(messages: Any) -> None:
+    with pytest.raises(InputError) as failure:
         render("", messages)
+    assert failure.value.code == "invalid_messages"
 
 
-def test_messages_without_end() -> None:
+def test_recursive_messages() -> None:
     message: dict[str, Any] = {"role": "user"}
     message["content"] = message
-    with pytest.raises(InputError, match="RecursionError"):
+    with pytest.raises(InputError) as failure:
         render("", [message])
+    assert failure.value.code == "template_failed"
 
 
-# What templates cannot do
+# The sandbox and its limits
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,10 @@ def test_messages_without_end() -> None:
         "range(1000000)",
     ],
 )
-def test_the_sandbox_holds(expression: str) -> None:
-    with pytest.raises(InputError, match=r"^chat template: "):
+def test_escapes_from_the_sandbox_fail(expression: str) -> None:
+    with pytest.raises(InputError) as failure:
         render("{{ " + expression + " }}")
+    assert failure.value.code == "template_failed"
 
 
 @pytest.mark.parametrize(
@@ -180,9 +184,10 @@ def test_hidden_attributes_are_undefined(expression: str) -> None:
     assert render("{{ (" + expression + ") is defined }}") == "False"
 
 
-def test_a_namespace_takes_no_hidden_names() -> None:
-    with pytest.raises(InputError, match="namespace cannot hold '__html__'"):
+def test_a_namespace_refuses_hidden_names() -> None:
+    with pytest.raises(InputError) as failure:
         render("{% set ns = namespace() %}{% set ns.__html__ = 1 %}")
+    assert failure.value.code == "template_failed"
 
 
 @pytest.mark.parametrize(
@@ -197,27 +202,30 @@ def test_a_namespace_takes_no_hidden_names() -> None:
         "2**(2**24) * 2**(2**24)",
     ],
 )
-def test_much_out_of_little_is_refused(expression: str) -> None:
-    with pytest.raises(InputError, match=r"chat template: the result of .* is too large"):
+def test_large_results_of_small_expressions_are_refused(expression: str) -> None:
+    with pytest.raises(InputError) as failure:
         render("{% set x = " + expression + " %}")
+    assert failure.value.code == "template_failed"
 
 
-def test_arithmetic_of_common_size_works() -> None:
+def test_arithmetic_with_small_numbers() -> None:
     assert render("{{ 'ab' * 2 }} {{ 3 * [1] }} {{ 2**10 }} {{ 2**-1 }} {{ 1.5 * 2 }} {{ 'a' * -1 }}.") == (
         "abab [1, 1, 1] 1024 0.5 3.0 ."
     )
 
 
-def test_output_is_bounded() -> None:
-    with pytest.raises(InputError, match="chat template: it writes more than 33554432 characters"):
+def test_output_is_limited() -> None:
+    with pytest.raises(InputError) as failure:
         render("{% for i in range(100000) %}{% for j in range(100000) %}{{ 'a' * 1000000 }}{% endfor %}{% endfor %}")
+    assert failure.value.code == "template_failed"
 
 
-def test_output_up_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_up_to_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template_module, "_LARGEST_OUTPUT", 6)
     assert render("{{ 'abc' }}{{ 'def' }}") == "abcdef"
-    with pytest.raises(InputError, match="more than 6 characters"):
+    with pytest.raises(InputError) as failure:
         render("{{ 'abc' }}{{ 'defg' }}")
+    assert failure.value.code == "template_failed"
 
 
 # Errors
@@ -241,7 +249,7 @@ def test_output_up_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{{ raise_exception('x' * 10000) }}", r"x{300}\.\.\.$"),
     ],
 )
-def test_every_failure_is_one_line(source: str, message: str) -> None:
+def test_errors_are_one_line(source: str, message: str) -> None:
     with pytest.raises(InputError, match=message) as failure:
         render(source)
     assert str(failure.value).startswith("chat template: ")
@@ -272,7 +280,7 @@ def test_no_template(tmp_path: Path) -> None:
     assert ChatTemplate.load(tmp_path) is None
 
 
-def test_where_a_template_is_found(tmp_path: Path) -> None:
+def test_files_with_a_template(tmp_path: Path) -> None:
     def loaded(chat_template: object) -> str:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_template}))
         template = ChatTemplate.load(tmp_path)
@@ -290,20 +298,25 @@ def test_where_a_template_is_found(tmp_path: Path) -> None:
 )
 def test_a_malformed_template_entry_is_refused(tmp_path: Path, value: object) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
-    with pytest.raises(InputError, match=r"tokenizer_config\.json: .*chat.template"):
+    with pytest.raises(InputError) as failure:
         ChatTemplate.load(tmp_path)
+    assert failure.value.code == "invalid_template"
+    assert "tokenizer_config.json" in str(failure.value)
 
 
 def test_an_oversized_template_is_refused(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("a" * 2**20)
     assert ChatTemplate.load(tmp_path) is not None
     (tmp_path / "chat_template.jinja").write_text("a" * (2**20 + 1))
-    with pytest.raises(InputError, match=r"chat_template\.jinja is larger than 1048576 bytes"):
+    with pytest.raises(InputError) as failure:
         ChatTemplate.load(tmp_path)
+    assert failure.value.code == "file_too_large"
+    assert "chat_template.jinja" in str(failure.value)
     (tmp_path / "chat_template.jinja").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": "é" * (2**19 + 1)}))
-    with pytest.raises(InputError, match="chat template: larger than 1048576 bytes"):
+    with pytest.raises(InputError) as failure:
         ChatTemplate.load(tmp_path)
+    assert failure.value.code == "invalid_template"
 
 
 def test_special_tokens_come_from_the_tokenizer_config(tmp_path: Path) -> None:
@@ -324,8 +337,9 @@ def test_special_tokens_come_from_the_tokenizer_config(tmp_path: Path) -> None:
 
 def test_a_malformed_special_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"pad_token": 5, "chat_template": ""}')
-    with pytest.raises(InputError, match="pad_token is not a token"):
+    with pytest.raises(InputError) as failure:
         ChatTemplate.load(tmp_path)
+    assert failure.value.code == "invalid_tokenizer"
 
 
 # The template of synthetic models
@@ -379,5 +393,7 @@ def test_a_conversation_with_tools(qwen: ChatTemplate) -> None:
     ],
 )
 def test_refused_conversations(qwen: ChatTemplate, messages: Any, reason: str) -> None:
-    with pytest.raises(InputError, match=f"^chat template: {reason}$"):
+    with pytest.raises(InputError) as failure:
         qwen.render(messages)
+    assert failure.value.code == "template_refused"
+    assert str(failure.value) == f"chat template: {reason}"

@@ -1,4 +1,4 @@
-"""Messages as clients send them, and what templates are given."""
+"""Conversion of messages from the form of clients to the form of templates."""
 
 import copy
 import json
@@ -42,13 +42,13 @@ def conversation(arguments: Any, nested: bool = True) -> list[dict[str, Any]]:
 
 
 def family() -> list[str]:
-    """The demo model's template, and the published ones that lie beside the checkout."""
+    """Return the template of the demo model and the published templates in the archive, if there is one."""
     return [CHAT_TEMPLATE, *(source for source in published_templates().values() if "<parameter=" in source)]
 
 
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("arguments", [{}, {"city": "Zürich", "x": [1.0, None, True, {"a": "\n"}]}])
-def test_json_text_renders_as_the_object_does(arguments: dict[str, Any], nested: bool) -> None:
+def test_arguments_as_json_text_and_as_objects_render_alike(arguments: dict[str, Any], nested: bool) -> None:
     for source in family():
         objects = render(source, conversation(arguments, nested))
         for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False, indent=1)):
@@ -56,7 +56,7 @@ def test_json_text_renders_as_the_object_does(arguments: dict[str, Any], nested:
 
 
 @pytest.mark.parametrize("nothing", ["", " \n", None])
-def test_no_arguments_are_an_empty_object(nothing: object) -> None:
+def test_missing_arguments_are_an_empty_object(nothing: object) -> None:
     for source in family():
         assert render(source, conversation(nothing)) == render(source, conversation({}))
 
@@ -65,19 +65,21 @@ def test_the_order_of_keys_is_kept() -> None:
     assert '{"b": 1, "a": 2}' in render(JSON_ONLY, conversation('{"b": 1, "a": 2}'))
 
 
-def test_a_template_that_tells_text_from_objects_gets_text() -> None:
+def test_json_text_is_kept_for_templates_that_expect_it() -> None:
     source = "{% set c = messages[1].tool_calls[0].function.arguments %}{{ c if c is string else c | tojson }}"
     assert render(source, conversation('{"a":1}')) == '{"a": 1}'
-    told = "{% set arguments = messages[1].tool_calls[0].function.arguments %}{{ 'text' if arguments is string }}"
-    assert render(told, conversation('{"a":1}')) == "text"
-    assert render(told, conversation("")) == ""
+    distinguishing = (
+        "{% set arguments = messages[1].tool_calls[0].function.arguments %}{{ 'text' if arguments is string }}"
+    )
+    assert render(distinguishing, conversation('{"a":1}')) == "text"
+    assert render(distinguishing, conversation("")) == ""
 
 
 def test_messages_are_not_changed() -> None:
     messages = [*conversation('{"a": 1}'), {"role": "user", "content": PARTS}]
-    before = copy.deepcopy(messages)
+    original = copy.deepcopy(messages)
     render(CHAT_TEMPLATE, messages)
-    assert messages == before
+    assert messages == original
 
 
 @pytest.mark.parametrize(
@@ -99,20 +101,21 @@ def test_messages_are_not_changed() -> None:
     ],
 )
 @pytest.mark.parametrize("nested", [True, False])
-def test_arguments_that_are_no_object(arguments: Any, reason: str, nested: bool) -> None:
-    with pytest.raises(InputError, match=reason) as failure:
+def test_invalid_arguments_are_refused(arguments: Any, reason: str, nested: bool) -> None:
+    with pytest.raises(InputError) as failure:
         render(CHAT_TEMPLATE, conversation(arguments, nested))
+    assert reason in str(failure.value)
     place = "messages[1].tool_calls[0].function.arguments" if nested else "messages[1].tool_calls[0].arguments"
     assert str(failure.value).startswith(place + " ")
     assert "\n" not in str(failure.value)
     assert failure.value.code == "invalid_messages"
 
 
-# Contents in parts
+# Contents as lists of parts
 
 
 @pytest.mark.parametrize("role", ["user", "system", "assistant", "tool"])
-def test_parts_of_text_are_joined(role: str) -> None:
+def test_text_parts_are_joined(role: str) -> None:
     plain, parts = ([{"role": role, "content": content}, USER] for content in ("Who are you?!", PARTS))
     typed = [{"role": role, "content": [{"type": "text", "text": "Who are you?!"}]}, USER]
     assert render(TEXT_ONLY, parts) == render(TEXT_ONLY, plain)
@@ -120,13 +123,13 @@ def test_parts_of_text_are_joined(role: str) -> None:
     assert render(CHAT_TEMPLATE, parts) == render(CHAT_TEMPLATE, plain)
 
 
-def test_an_empty_list_is_no_text() -> None:
+def test_an_empty_list_is_empty_text() -> None:
     for source in (TEXT_ONLY, CHAT_TEMPLATE):
         empty, text = ([{"role": "user", "content": content}] for content in ([], ""))
         assert render(source, empty) == render(source, text)
 
 
-def test_a_template_that_takes_parts_gets_them() -> None:
+def test_templates_that_accept_parts_receive_them() -> None:
     source = "{% for part in messages[0].content %}[{{ part.type }}]{% endfor %}"
     assert render(source, [{"role": "user", "content": [PARTS[0], IMAGE]}]) == "[text][image_url]"
 
@@ -137,13 +140,13 @@ def test_a_template_that_takes_parts_gets_them() -> None:
         ([PARTS[0], IMAGE], "messages[1].content[1] is a part of type 'image_url'"),
         ([{"type": "text"}], "messages[1].content[0] is a part of type 'text'"),
         ([{"type": "text", "text": None}], "messages[1].content[0] is "),
-        ([5], "messages[1].content[0] is no part"),
-        ([["x"]], "messages[1].content[0] is no part"),
+        ([5], "messages[1].content[0] is not a part"),
+        ([["x"]], "messages[1].content[0] is not a part"),
         (5, "messages[1].content is neither text nor a list of parts"),
         ({"text": "x"}, "messages[1].content is neither text nor a list of parts"),
     ],
 )
-def test_contents_that_a_template_does_not_take_are_named(content: Any, place: str) -> None:
+def test_errors_name_unsupported_contents(content: Any, place: str) -> None:
     for source in (TEXT_ONLY, CHAT_TEMPLATE):
         with pytest.raises(InputError) as failure:
             render(source, [USER, {"role": "user", "content": content}])
@@ -155,7 +158,7 @@ def test_contents_that_a_template_does_not_take_are_named(content: Any, place: s
     ("role", "reason"),
     [("developer", "messages[1].role is 'developer'; "), ("User", "messages[1].role is 'User'; "), ("tool", "")],
 )
-def test_a_role_that_a_template_refuses_is_named(role: str, reason: str) -> None:
+def test_errors_name_a_refused_role(role: str, reason: str) -> None:
     source = (
         "{% for m in messages %}{% if m.role != 'user' %}{{ raise_exception('unknown role') }}{% endif %}{% endfor %}"
     )
@@ -194,7 +197,7 @@ def test_a_role_that_a_template_refuses_is_named(role: str, reason: str) -> None
         ([USER, {"role": "assistant", "tool_calls": [{"function": 5}]}], "messages[1].tool_calls[0].function must be"),
         (
             [USER, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}],
-            "messages[1].tool_calls[0].function.name must be text",
+            "messages[1].tool_calls[0].function.name must be a text",
         ),
         (
             [{"role": "assistant", "tool_calls": [{"name": 5, "arguments": "{}"}]}],
@@ -202,11 +205,11 @@ def test_a_role_that_a_template_refuses_is_named(role: str, reason: str) -> None
         ),
         (
             [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
-            "messages[0].function_call is read",
+            "messages[0].function_call is not supported",
         ),
     ],
 )
-def test_malformed_messages_are_named(messages: Any, place: str) -> None:
+def test_errors_name_malformed_messages(messages: Any, place: str) -> None:
     with pytest.raises(InputError) as failure:
         render(JSON_ONLY, messages)
     assert place in str(failure.value)
@@ -242,14 +245,14 @@ def test_any_messages_render_or_are_refused_in_one_line(messages: Any) -> None:
 # Options
 
 
-def test_a_refusal_has_the_template_s_words() -> None:
+def test_a_refusal_contains_the_reason_of_the_template() -> None:
     with pytest.raises(InputError) as failure:
         render("{{ raise_exception('Disabling thinking is not supported.') }}", [USER], enable_thinking=False)
     assert str(failure.value) == "chat template: Disabling thinking is not supported."
     assert failure.value.code == "template_refused"
 
 
-def test_codes_of_other_failures() -> None:
+def test_codes_of_template_errors() -> None:
     with pytest.raises(InputError) as failure:
         render("{{ 1 / 0 }}", [USER])
     assert failure.value.code == "template_failed"
@@ -258,11 +261,11 @@ def test_codes_of_other_failures() -> None:
     assert failure.value.code == "invalid_template"
 
 
-def test_unknown_options_pass() -> None:
+def test_unknown_options_are_allowed() -> None:
     assert render("{{ self }}{{ mood }}", [USER], mood="good", nothing=[1]).endswith("good")
 
 
-def test_the_options_that_a_template_reads() -> None:
+def test_options_of_a_template() -> None:
     source = (
         "{% set x = 1 %}{% macro f(a) %}{{ a }}{{ depth }}{% endmacro %}{{ f(x) }}{% for m in messages %}{{ m }}"
         "{% endfor %}{% if enable_thinking is defined %}{{ bos_token }}{% endif %}{{ namespace() and range(1) }}"
@@ -280,7 +283,7 @@ def test_the_options_that_a_template_reads() -> None:
         ("Qwen3.8-2.4T-A95B", {"enable_thinking", "reasoning_effort", "preserve_thinking"}),
     ],
 )
-def test_the_options_of_published_templates(name: str, variables: set[str]) -> None:
+def test_options_of_published_templates(name: str, variables: set[str]) -> None:
     source = published_templates().get(f"{name}/chat_template.jinja")
     if source is None:
         pytest.skip(f"{ARCHIVE} does not exist")
@@ -293,7 +296,7 @@ def test_the_options_of_published_templates(name: str, variables: set[str]) -> N
             assert failure.value.code == "template_refused"
 
 
-# Where templates are published
+# Files with templates
 
 
 def loaded(folder: Path, **options: Any) -> str:
@@ -302,7 +305,7 @@ def loaded(folder: Path, **options: Any) -> str:
     return template.render([USER], **options)
 
 
-def test_files_go_before_each_other(tmp_path: Path) -> None:
+def test_precedence_of_files(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one", "eos_token": "<e>"}')
     assert loaded(tmp_path) == "one"
     (tmp_path / "chat_template.json").write_text('{"chat_template": "two{{ eos_token }}"}')
@@ -335,13 +338,14 @@ def test_additional_templates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"chat_template": 5}', '{"chat_template": ["x"]}'])
-def test_a_malformed_file_is_named(tmp_path: Path, text: str) -> None:
+def test_malformed_files_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "chat_template.json").write_text(text)
-    with pytest.raises(InputError, match=r"chat_template\.json"):
+    with pytest.raises(InputError) as failure:
         ChatTemplate.load(tmp_path)
+    assert "chat_template.json" in str(failure.value)
 
 
-def test_a_file_without_a_template_counts_for_nothing(tmp_path: Path) -> None:
+def test_files_without_a_template_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "chat_template.json").write_text("{}")
     assert ChatTemplate.load(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "one"}')

@@ -1,4 +1,4 @@
-"""Thinking and answer, told apart token by token."""
+"""Separating thinking from the answer, token by token."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def by_id(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def by_text(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """The byte tokenizer without tokens for the tags."""
+    """Return the byte tokenizer without tokens for the tags."""
     folder = tmp_path_factory.mktemp("by_text")
     write_byte_tokenizer(folder)
     path = folder / "tokenizer.json"
@@ -37,12 +37,12 @@ def by_text(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(params=["by_id", "by_text"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    found: Tokenizer = request.getfixturevalue(request.param)
-    return found
+    requested: Tokenizer = request.getfixturevalue(request.param)
+    return requested
 
 
 def split(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, str]:
-    """Reasoning and content of the whole output, through the detokenizer as an engine does it."""
+    """Return reasoning and content of the output, decoded token by token as in the engine."""
     splitter, detokenizer = ReasoningSplitter(tokenizer, tokenizer.encode(prompt)), tokenizer.detokenizer()
     pieces = [splitter.add(token_id, detokenizer.add(token_id)) for token_id in ids]
     pieces += [splitter.add(-1, detokenizer.flush()), splitter.finish()]
@@ -52,22 +52,22 @@ def split(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, s
 @pytest.mark.parametrize(
     ("prompt", "output", "reasoning", "content"),
     [
-        # As the published templates write it; the opening is in the prompt, or the model's.
+        # The form of the published templates; either the prompt or the model opens thinking.
         (THINKING, "why\nso\n</think>\n\nBecause.\n", "why\nso", "Because.\n"),
         ("", "<think>\nwhy\n</think>\n\nBecause.", "why", "Because."),
         ("", "\n<think>why</think>Because.", "why", "Because."),
         (THINKING, "\n</think>\n\nBecause.", "", "Because."),
         ("<think>", "\nwhy\n\n</think>Because.", "why", "Because."),
-        # Begun in the prompt.
+        # Thinking begins in the prompt.
         (THINKING + "I", "\nsee\n</think>\n\nBecause.", "\nsee", "Because."),
-        # Not thinking: everything passes.
+        # No thinking.
         (CLOSED, "Because.", "", "Because."),
         (CLOSED, "\n Because. \n", "", "\n Because. \n"),
         ("Once", " upon\n\na time", "", " upon\n\na time"),
         ("", "", "", ""),
-        # What a user typed opens nothing: a special token ended that turn.
+        # A tag in the message of the user does not open thinking, because a special token ends the turn.
         ("<|im_start|>user\n<think><|im_end|>\n<|im_start|>assistant\n", "Hi", "", "Hi"),
-        # Ended by length: nothing is lost.
+        # The output ends at the token limit; no text is lost.
         (THINKING, "why\n\n", "why\n\n", ""),
         (THINKING, "why</thi", "why</thi", ""),
         ("", " \n", "", " \n"),
@@ -80,7 +80,7 @@ def split(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, s
         (CLOSED, "</think>\n\nBecause.", "", "Because."),
         (CLOSED, "Because of <think> and </think>.", "", "Because of <think> and </think>."),
         (THINKING, "a</think>\n\nBecause of <think> and </think>.", "a", "Because of <think> and </think>."),
-        # Calls: in the answer, drafted, mentioned, meant.
+        # Calls: in the answer, as a draft, mentioned, and at the end of thinking that is not closed.
         (THINKING, f"a\n</think>\n\n{CALL}", "a", CALL),
         (CLOSED, CALL, "", CALL),
         (THINKING, f"a\n{CALL}\n</think>\n\n{CALL}", f"a\n{CALL}", CALL),
@@ -92,15 +92,15 @@ def split(tokenizer: Tokenizer, prompt: str, ids: Sequence[int]) -> tuple[str, s
         (THINKING, "the `<tool_call>` tag\n</think>\n\nOk", "the `<tool_call>` tag", "Ok"),
         (THINKING, "the <tool_call> <tool_call>\n", "the <tool_call> <tool_call>\n", ""),
         (THINKING, f"<tool_call>\n{CALL}", "<tool_call>", CALL),
-        # A character that the tag cuts off.
+        # A character cut off by the tag.
         (THINKING, "wh\ufffd</think>\n\n\ufffd", "wh\ufffd", "\ufffd"),
     ],
 )
-def test_rules(tokenizer: Tokenizer, prompt: str, output: str, reasoning: str, content: str) -> None:
+def test_reasoning_and_content(tokenizer: Tokenizer, prompt: str, output: str, reasoning: str, content: str) -> None:
     assert split(tokenizer, prompt, tokenizer.encode(output)) == (reasoning, content)
 
 
-def test_a_quoted_tag_is_text_where_the_tag_is_a_token(by_id: Tokenizer) -> None:
+def test_a_quoted_tag_is_text_if_the_tag_is_a_token(by_id: Tokenizer) -> None:
     quoted = [*b"of </think>\n"]
     assert split(by_id, THINKING, [*quoted, by_id.added_tokens["</think>"], *b"\n\n<think>"]) == (
         "of </think>",
@@ -108,11 +108,11 @@ def test_a_quoted_tag_is_text_where_the_tag_is_a_token(by_id: Tokenizer) -> None
     )
 
 
-def test_a_cut_character_before_a_tag(by_id: Tokenizer) -> None:
+def test_an_incomplete_character_before_a_tag(by_id: Tokenizer) -> None:
     assert split(by_id, THINKING, [0xE2, by_id.added_tokens["</think>"], 65]) == ("\ufffd", "A")
 
 
-def test_open_says_where_the_output_is(tokenizer: Tokenizer) -> None:
+def test_open_while_thinking(tokenizer: Tokenizer) -> None:
     splitter = ReasoningSplitter(tokenizer, tokenizer.encode(THINKING))
     detokenizer = tokenizer.detokenizer()
     assert splitter.open
@@ -124,7 +124,7 @@ def test_open_says_where_the_output_is(tokenizer: Tokenizer) -> None:
     assert not ReasoningSplitter(tokenizer, []).open
 
 
-def test_text_is_given_out_at_once(by_text: Tokenizer) -> None:
+def test_text_is_returned_immediately(by_text: Tokenizer) -> None:
     splitter = ReasoningSplitter(by_text, by_text.encode(THINKING))
     assert splitter.add(0, "a") == ("a", "")
     assert splitter.add(0, "\n\n") == ("", "")
@@ -135,7 +135,7 @@ def test_text_is_given_out_at_once(by_text: Tokenizer) -> None:
     assert splitter.finish() == ("", "")
 
 
-def test_a_missing_end_costs_linear_time(by_text: Tokenizer) -> None:
+def test_a_missing_end_tag_takes_linear_time(by_text: Tokenizer) -> None:
     splitter = ReasoningSplitter(by_text, by_text.encode(THINKING))
     pieces = [splitter.add(0, text) for text in [*("\n", "<") * 20_000, "<tool_call>", *("\n",) * 20_000]]
     pieces.append(splitter.finish())
@@ -155,7 +155,7 @@ texts = st.lists(
 
 @settings(deadline=None)
 @given(texts, st.lists(st.integers(0, 100)), st.sampled_from(["", THINKING, CLOSED, "<think>a"]))
-def test_any_split_gives_the_whole(by_text: Tokenizer, text: str, cuts: list[int], prompt: str) -> None:
+def test_results_do_not_depend_on_the_split(by_text: Tokenizer, text: str, cuts: list[int], prompt: str) -> None:
     whole = ReasoningSplitter(by_text, by_text.encode(prompt))
     first, rest = whole.add(-1, text), whole.finish()
     splitter = ReasoningSplitter(by_text, by_text.encode(prompt))
@@ -169,5 +169,5 @@ def test_any_split_gives_the_whole(by_text: Tokenizer, text: str, cuts: list[int
 
 @settings(deadline=None)
 @given(texts, st.sampled_from(["", THINKING, CLOSED, "<think>a"]))
-def test_tokens_and_text_agree(by_id: Tokenizer, by_text: Tokenizer, text: str, prompt: str) -> None:
+def test_tags_as_tokens_and_as_text_agree(by_id: Tokenizer, by_text: Tokenizer, text: str, prompt: str) -> None:
     assert split(by_id, prompt, by_id.encode(text)) == split(by_text, prompt, by_text.encode(text))

@@ -1,4 +1,4 @@
-"""Tokenizer, detokenizer and the byte tokenizer of synthetic models, held to ``tokenizers`` and to Python."""
+"""Tokenizer, detokenizer and the byte tokenizer of synthetic models, compared with ``tokenizers`` and Python."""
 
 import json
 import os
@@ -28,7 +28,7 @@ MARKUP = {
 }
 VOCAB_SIZE = 265
 UNKNOWN = VOCAB_SIZE + 1000
-# Tokens of several bytes that begin and end inside characters, as merged ones do.
+# Tokens of several bytes that begin and end inside characters, as merged tokens may.
 SPLIT_TOKENS = [
     b"\x80\xe2",
     b"a\xe2",
@@ -62,7 +62,7 @@ def library(folder: Path) -> tokenizers.Tokenizer:
 
 @pytest.fixture(scope="module")
 def merging(folder: Path) -> tokenizers.Tokenizer:
-    """The byte tokenizer and, from VOCAB_SIZE on, SPLIT_TOKENS."""
+    """Return the byte tokenizer with SPLIT_TOKENS from id VOCAB_SIZE on."""
     published = json.loads((folder / "tokenizer.json").read_text())
     symbols = list(published["model"]["vocab"])
     for index, token in enumerate(SPLIT_TOKENS):
@@ -89,7 +89,7 @@ def stream(detokenizer: Detokenizer, ids: list[int]) -> str:
 # The byte tokenizer
 
 
-def test_byte_tokenizer_files_are_always_the_same(folder: Path, tmp_path: Path) -> None:
+def test_byte_tokenizer_files_are_reproducible(folder: Path, tmp_path: Path) -> None:
     write_byte_tokenizer(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
@@ -97,16 +97,16 @@ def test_byte_tokenizer_files_are_always_the_same(folder: Path, tmp_path: Path) 
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_byte_tokenizer_is_written_as_the_library_would(folder: Path, library: tokenizers.Tokenizer) -> None:
+def test_the_library_writes_the_same_byte_tokenizer(folder: Path, library: tokenizers.Tokenizer) -> None:
     assert json.loads((folder / "tokenizer.json").read_text()) == json.loads(library.to_str())
 
 
-def test_byte_symbols_are_those_of_the_library(library: tokenizers.Tokenizer) -> None:
+def test_byte_symbols_equal_those_of_the_library(library: tokenizers.Tokenizer) -> None:
     symbols = {library.id_to_token(byte) for byte in range(256)}
     assert symbols == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
 
 
-def test_special_flags_are_qwens(library: tokenizers.Tokenizer) -> None:
+def test_special_flags_equal_those_of_qwen(library: tokenizers.Tokenizer) -> None:
     added = library.get_added_tokens_decoder()
     assert {token.content: token_id for token_id, token in added.items() if token.special} == SPECIAL
     assert {token.content: token_id for token_id, token in added.items() if not token.special} == MARKUP
@@ -116,12 +116,12 @@ def test_special_flags_are_qwens(library: tokenizers.Tokenizer) -> None:
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="<")))
-def test_encode_gives_bytes(tokenizer: Tokenizer, text: str) -> None:
+def test_text_is_encoded_as_bytes(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.encode(text) == list(text.encode())
 
 
 @given(pieces_of_text)
-def test_encode_recognises_special_tokens_and_adds_none(
+def test_encode_recognizes_special_tokens_and_adds_none(
     tokenizer: Tokenizer, library: tokenizers.Tokenizer, text: str
 ) -> None:
     ids = tokenizer.encode(text)
@@ -134,18 +134,18 @@ def test_encode_of_a_rendered_chat(tokenizer: Tokenizer) -> None:
     assert ids == [257, *b"user\n", 0xC3, 0xA9, 258, 10, 259]
 
 
-def test_decode_skips_special_tokens_but_no_markup(tokenizer: Tokenizer) -> None:
+def test_decode_skips_special_tokens_but_not_markup(tokenizer: Tokenizer) -> None:
     ids = [257, 259, 65, 260, 258, UNKNOWN]
     assert tokenizer.decode(ids) == "<|im_start|><think>A</think><|im_end|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>A</think>"
 
 
 @given(st.binary())
-def test_decode_replaces_invalid_bytes_as_python_does(tokenizer: Tokenizer, data: bytes) -> None:
+def test_decode_replaces_invalid_bytes_like_python(tokenizer: Tokenizer, data: bytes) -> None:
     assert tokenizer.decode(list(data)) == data.decode(errors="replace")
 
 
-def test_vocab_size_counts_added_tokens(tokenizer: Tokenizer) -> None:
+def test_vocab_size_includes_added_tokens(tokenizer: Tokenizer) -> None:
     assert tokenizer.vocab_size == VOCAB_SIZE
 
 
@@ -192,37 +192,39 @@ def test_a_panic_of_the_library_is_an_input_error(model: Path) -> None:
 @example([0xE2, 258, 0x82, UNKNOWN, 0xAC])
 @example([0xE2, 0x82])
 @example([0xF0, 0x9F, 0x98, 65, 0x80])
-def test_pieces_are_the_whole(tokenizer: Tokenizer, ids: list[int]) -> None:
+def test_pieces_equal_the_decoded_text(tokenizer: Tokenizer, ids: list[int]) -> None:
     assert stream(tokenizer.detokenizer(), ids) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-# Few bytes, so that characters, broken ones and long runs of broken ones are all likely.
+# Few different bytes, so that valid characters, invalid bytes and long runs of invalid bytes are likely.
 @given(
     st.lists(st.sampled_from([65, 0x80, 0x82, 0xAC, 0xE2, 0xF0, 0x9F, 0xFF, 258, *range(265, 265 + len(SPLIT_TOKENS))]))
 )
 @example([0xE2] + [265] * 20 + [0x82, 0xAC])
 @example([272, 272, 65])
-def test_pieces_are_the_whole_when_tokens_split_characters(merging: tokenizers.Tokenizer, ids: list[int]) -> None:
+def test_pieces_equal_the_decoded_text_if_tokens_split_characters(
+    merging: tokenizers.Tokenizer, ids: list[int]
+) -> None:
     assert stream(Detokenizer(merging), ids) == merging.decode(ids, skip_special_tokens=True)
 
 
 @given(st.text().filter(lambda text: "\ufffd" not in text))
-def test_a_character_is_given_out_once_complete(tokenizer: Tokenizer, text: str) -> None:
-    detokenizer, data, given_out = tokenizer.detokenizer(), text.encode(), ""
+def test_characters_are_returned_when_complete(tokenizer: Tokenizer, text: str) -> None:
+    detokenizer, data, decoded = tokenizer.detokenizer(), text.encode(), ""
     for end, byte in enumerate(data, start=1):
-        given_out += detokenizer.add(byte)
-        assert given_out == data[:end].decode(errors="ignore")
+        decoded += detokenizer.add(byte)
+        assert decoded == data[:end].decode(errors="ignore")
     assert detokenizer.flush() == ""
 
 
-def test_an_incomplete_character_waits(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_is_held_back(tokenizer: Tokenizer) -> None:
     detokenizer = tokenizer.detokenizer()
     assert [detokenizer.add(byte) for byte in "€".encode()] == ["", "", "€"]
     assert detokenizer.add(0xE2) == ""
     assert detokenizer.flush() == "\ufffd"
 
 
-def test_flush_begins_anew(tokenizer: Tokenizer) -> None:
+def test_flush_starts_a_new_stream(tokenizer: Tokenizer) -> None:
     detokenizer = tokenizer.detokenizer()
     detokenizer.add(0xE2)
     assert detokenizer.flush() == "\ufffd"
@@ -231,14 +233,14 @@ def test_flush_begins_anew(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("run", [[0xFF], [0xE2, 0x80], [0xF0, 0x9F, 0x98]])
-def test_a_run_of_invalid_bytes_is_not_held_for_ever(tokenizer: Tokenizer, run: list[int]) -> None:
+def test_a_run_of_invalid_bytes_is_returned_early(tokenizer: Tokenizer, run: list[int]) -> None:
     detokenizer = tokenizer.detokenizer()
     early = "".join(detokenizer.add(byte) for byte in run * 100)
     assert len(early) > 90
     assert early + detokenizer.flush() == "\ufffd" * 100
 
 
-def test_a_leading_space_survives_in_other_kinds_of_tokenizer() -> None:
+def test_leading_spaces_of_a_metaspace_tokenizer() -> None:
     library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"▁a": 0, "▁b": 1}, unk_token="▁a"))
     library.decoder = tokenizers.decoders.Metaspace()
     detokenizer = Detokenizer(library)
@@ -253,7 +255,7 @@ def test_eos_of_the_byte_tokenizer(tokenizer: Tokenizer) -> None:
     assert tokenizer.eos_token_ids == {256, 258}
 
 
-def test_eos_is_the_union_of_what_the_files_name(model: Path) -> None:
+def test_eos_ids_are_the_union_of_all_files(model: Path) -> None:
     (model / "generation_config.json").write_text('{"eos_token_id": 1}')
     (model / "config.json").write_text('{"eos_token_id": [2, null, 3], "text_config": {"eos_token_id": 4}}')
     edit(model / "tokenizer_config.json", lambda config: config.update(eos_token={"content": "<|endoftext|>"}))
@@ -297,7 +299,7 @@ def test_a_malformed_text_config_is_refused(model: Path) -> None:
 # Hostile files
 
 
-def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError) as raised:
         Tokenizer.load(tmp_path)
     assert raised.value.code == "no_tokenizer"
@@ -313,11 +315,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
         b'{"model": {"type": "BPE"}',
         b"\xff\xfe",
         b"[" * 100_000,
-        # The library panics at this one.
+        # The library panics on this file.
         b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}}',
     ],
 )
-def test_a_corrupt_tokenizer_is_named(model: Path, data: bytes) -> None:
+def test_corrupt_tokenizers_are_refused(model: Path, data: bytes) -> None:
     (model / "tokenizer.json").write_bytes(data)
     with pytest.raises(InputError) as raised:
         Tokenizer.load(model)
@@ -336,7 +338,7 @@ def test_a_corrupt_tokenizer_is_named(model: Path, data: bytes) -> None:
         (b"\xff{}", "not UTF-8"),
     ],
 )
-def test_a_corrupt_helper_file_is_named(model: Path, name: str, data: bytes, reason: str) -> None:
+def test_other_corrupt_files_are_refused(model: Path, name: str, data: bytes, reason: str) -> None:
     (model / name).write_bytes(data)
     with pytest.raises(InputError, match=f"{name} .*{reason}"):
         Tokenizer.load(model)
@@ -355,7 +357,7 @@ def test_oversized_files_are_refused(model: Path, monkeypatch: pytest.MonkeyPatc
     assert "tokenizer.json" in str(raised.value)
 
 
-def test_what_is_no_regular_file_is_refused(model: Path) -> None:
+def test_directories_and_pipes_are_refused(model: Path) -> None:
     (model / "config.json").mkdir()
     with pytest.raises(InputError, match=r"config\.json is not a regular file"):
         Tokenizer.load(model)

@@ -1,4 +1,4 @@
-"""Tool calls as models write them: the published templates' own, and forms that servers have reported."""
+"""Tool calls in the form of the published templates, and in deviating forms reported by servers."""
 
 import json
 import re
@@ -36,16 +36,16 @@ def arguments(text: str) -> list[dict[str, Any]]:
 
 
 def value(schema: Any, text: str, **definitions: Any) -> Any:
-    """Read one value by its schema."""
+    """Return the value of a parameter with ``schema`` that a model wrote as ``text``."""
     declared = tools(x=schema)
     declared[0]["function"]["parameters"] |= definitions
     call = f"<tool_call>\n<function=f>\n<parameter=x>\n{text}\n</parameter>\n</function>\n</tool_call>"
     return parse_tool_calls(call, declared)[1][0].arguments.get("x", "left out")
 
 
-def same(one: Any, other: Any) -> bool:
-    """Compare JSON values: 1, 1.0 and True are three."""
-    return json.dumps(one) == json.dumps(other)
+def same(first: Any, second: Any) -> bool:
+    """Compare JSON values, with 1, 1.0 and True all different."""
+    return json.dumps(first) == json.dumps(second)
 
 
 # Text and calls
@@ -61,7 +61,7 @@ def same(one: Any, other: Any) -> bool:
         (f"a \n{CALL}\n b", "a\n b", [{"x": 1}]),
         (f"\n{CALL}\n\nDone.", "Done.", [{"x": 1}]),
         ("<tool_call>\n<function=f>\n</function>\n</tool_call>", "", [{}]),
-        # Forms that models write.
+        # Deviating forms.
         (f"I'll look.\n\n<function=f>\n{X}</function>\n</tool_call>", "I'll look.", [{"x": 1}]),
         (f"<function=f>\n{X}</function>\nDone.", "Done.", [{"x": 1}]),
         (f"<function=f>\n{X}</tool_call>", "", [{"x": 1}]),
@@ -89,7 +89,7 @@ def same(one: Any, other: Any) -> bool:
         (CALL.replace("=f>", '="f">').replace("x>", "'x' >"), "", [{"x": 1}]),
         (f"<tool_call>\n{CALL}\n</tool_call>", "", [{"x": 1}]),
         (f"{CALL}</tool_call> Done.</tool_call>", "Done.</tool_call>", [{"x": 1}]),
-        # Noise between parameters, and closing tags twice.
+        # Noise between parameters, and repeated closing tags.
         (CALL.replace(X, f"{X}and\n\n<parameter=y>\n2\n</parameter>\n"), "", [{"x": 1, "y": 2}]),
         (CALL.replace(X, f"{X}and that is it.\n"), "", [{"x": 1}]),
         (CALL.replace(X, f"<parameter=s>\na\n</parameter>\nand <b>\n{X}"), "", [{"s": "a", "x": 1}]),
@@ -102,7 +102,7 @@ def same(one: Any, other: Any) -> bool:
         (CALL.replace(X, f"{X}<parameter>\n{X}"), "", [{"x": 1}]),
         (f"<function=f>\n{X}and\n</function>", "", [{"x": 1}]),
         (f"{CALL} and more", " and more".strip(), [{"x": 1}]),
-        # No calls.
+        # Text that is not a call.
         (f"<function=g>\n{X}</function>", f"<function=g>\n{X}</function>", []),
         (f"<function=f>\n{X}", f"<function=f>\n{X}", []),
         ("Write <function=f> so.", "Write <function=f> so.", []),
@@ -117,7 +117,7 @@ def same(one: Any, other: Any) -> bool:
         (f"<function={'f' * 300}>", f"<function={'f' * 300}>", []),
     ],
 )
-def test_forms(text: str, content: str, found: list[dict[str, Any]]) -> None:
+def test_forms_of_calls(text: str, content: str, found: list[dict[str, Any]]) -> None:
     rest, calls = parse_tool_calls(text, F)
     assert [call.arguments for call in calls] == found
     assert rest == content
@@ -139,7 +139,7 @@ def test_forms(text: str, content: str, found: list[dict[str, Any]]) -> None:
         (f"<tool_call>\n<function=f>\n{X}and", {"x": 1}),
     ],
 )
-def test_an_output_that_ends_in_a_call(text: str, found: dict[str, Any]) -> None:
+def test_output_that_ends_inside_a_call(text: str, found: dict[str, Any]) -> None:
     rest, calls = parse_tool_calls(text, F)
     assert (rest, calls) == ("", [ToolCall("f", found, complete=False)])
 
@@ -189,7 +189,7 @@ def test_a_call_without_tools() -> None:
         "😀\ud800",
     ],
 )
-def test_strings_stay_as_they_are(text: str) -> None:
+def test_strings_are_not_changed(text: str) -> None:
     assert value({"type": "string"}, text) == text
     if "<parameter=" not in text:
         assert parse_tool_calls(CALL.replace("1", text))[1][0].arguments == {"x": text}
@@ -212,18 +212,18 @@ AMBIGUOUS = re.compile(
     r"</parameter>\s*(<parameter=|</function>|</tool_call>|<function=|<tool_call>)"
     r"|</function>\s*(</tool_call>|<function=|<tool_call>)|</tool_call>\s*<tool_call>"
 )
-"""Closing tags in a row end a value, whoever wrote them."""
+"""Consecutive closing tags, which end a value even if they were meant as part of it."""
 
 
 @settings(deadline=None, max_examples=500)
 @given(st.lists(fragments, max_size=12).map("".join))
-def test_strings_may_hold_any_tags_but_closing_ones_in_a_row(text: str) -> None:
+def test_strings_may_contain_tags_unless_closing_tags_are_consecutive(text: str) -> None:
     assume(not AMBIGUOUS.search(text))
     assert value({"type": "string"}, text) == text
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\r\nb", "\n", "\r", " a \r\n", "a\r\n</parameter>\r\nb", "\r\n\r\n"])
-def test_one_line_break_of_two_characters_is_markup(text: str) -> None:
+def test_carriage_return_and_line_feed_are_one_line_break(text: str) -> None:
     call = CALL.replace("\n", "\r\n").replace("1", text)
     assert parse_tool_calls(call) == ("", [ToolCall("f", {"x": text})])
     reader = ToolCallReader()
@@ -234,7 +234,7 @@ def test_one_line_break_of_two_characters_is_markup(text: str) -> None:
 @pytest.mark.parametrize(
     "inner", ["</parameter>", "</parameter></function>", "</function></tool_call>", "<parameter=y>"]
 )
-def test_objects_may_hold_the_tags(inner: str) -> None:
+def test_objects_may_contain_tags(inner: str) -> None:
     assert value({"type": "object"}, json.dumps({"a": inner})) == {"a": inner}
 
 
@@ -287,7 +287,7 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"type": "object"}, r'{"a": "\ud83d\ude00"}', {"a": "😀"}),
         ({"type": "object"}, "[1]", "[1]"),
         ({"type": "object"}, "{'a'}", "{'a'}"),
-        # Several types.
+        # Several allowed types.
         ({"anyOf": [INTEGER, {"type": "null"}]}, "5", 5),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "5", "5"),
         ({"anyOf": [{"type": "string"}, {"type": "null"}]}, "None", None),
@@ -305,7 +305,7 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({"allOf": [INTEGER, {"minimum": 1}]}, "5", 5),
         ({"type": "integer", "nullable": True}, "None", None),
         ({"type": "string", "nullable": True}, "None", None),
-        # No type.
+        # Schemas without a type.
         ({"enum": [1, 2, 3]}, "3", 3),
         ({"enum": ["1", "2"]}, "1", "1"),
         ({"enum": ["a", None]}, "None", None),
@@ -329,7 +329,7 @@ def test_objects_may_hold_the_tags(inner: str) -> None:
         ({}, '{"a": 5}', {"a": 5}),
         (True, "5", "5"),
         ({"description": "a name"}, "True", "True"),
-        # Spellings of tools written by hand.
+        # Names of types in hand-written tools.
         ({"type": "int"}, "5", 5),
         ({"type": "STRING"}, "5", "5"),
         ({"type": "dict"}, "{}", {}),
@@ -353,7 +353,7 @@ def test_references() -> None:
         assert value({"$ref": name}, "2", **{"$defs": definitions}) == "2", name
 
 
-def test_parameters_behind_references_and_additional_ones() -> None:
+def test_parameters_in_references_and_additional_properties() -> None:
     parameters = {
         "$ref": "#/$defs/P",
         "$defs": {"P": {"properties": {"x": INTEGER}}},
@@ -364,7 +364,7 @@ def test_parameters_behind_references_and_additional_ones() -> None:
     assert parse_tool_calls(text, declared)[1] == [ToolCall("f", {"x": 1, "y": True})]
 
 
-def test_references_that_multiply_are_read_once() -> None:
+def test_repeated_references_are_read_once() -> None:
     definitions = {f"D{n}": {"anyOf": [{"$ref": f"#/$defs/D{n + 1}"}] * 2} for n in range(60)}
     value({"$ref": "#/$defs/D0"}, "2", **{"$defs": definitions})
     wide = {"enum": ["a"] * 100_000, "anyOf": [INTEGER] * 100_000}
@@ -392,18 +392,18 @@ odd = st.recursive(
 @given(odd, odd)
 @example([{"function": {"name": "f", "parameters": {"properties": {"x": {"type": [["string"]]}}}}}], None)
 @example([{"function": {"name": ["f"]}}, {"name": "f", "parameters": [1]}], None)
-def test_odd_declarations_raise_nothing(declared: Any, schema: Any) -> None:
+def test_malformed_declarations_are_ignored(declared: Any, schema: Any) -> None:
     for given_tools in (declared, tools(x=schema), [{"name": "f", "parameters": schema}]):
         rest, calls = parse_tool_calls(CALL, given_tools)
         assert (rest, len(calls)) == ("", 1)
 
 
-def test_a_schema_nested_deeply() -> None:
+def test_a_deeply_nested_schema() -> None:
     schema: Any = INTEGER
     for _ in range(100_000):
         schema = {"anyOf": [schema]}
     assert value(schema, "5") == "5"
-    while isinstance(schema, dict) and "anyOf" in schema:  # Python frees it recursively otherwise
+    while isinstance(schema, dict) and "anyOf" in schema:  # otherwise Python frees it recursively
         schema = schema.pop("anyOf").pop()
 
 
@@ -411,7 +411,7 @@ def test_a_schema_nested_deeply() -> None:
 
 
 def read(reader: ToolCallReader, pieces: Sequence[tuple[int | None, str]]) -> tuple[str, list[ToolCall]]:
-    """Feed pieces; the deltas must add up to the calls."""
+    """Read ``pieces``, and check that the deltas add up to the calls."""
     outputs = [reader.add(token_id, text) for token_id, text in pieces] + [reader.finish()]
     names: dict[int, list[str]] = {}
     texts: dict[int, str] = {}
@@ -481,7 +481,7 @@ outputs = st.lists(markup | st.text(max_size=3), max_size=20).map("".join)
 @settings(deadline=None)
 @given(outputs, st.lists(st.integers(0, 200), max_size=10), st.booleans())
 @example("<tool_call>\n<function=f>\n<parameter=s>\n\n</function> </parameter>\nnoise", [], True)
-def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: bool) -> None:
+def test_results_do_not_depend_on_the_split(text: str, cuts: list[int], by_character: bool) -> None:
     ends = range(1, len(text) + 1) if by_character else sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     pieces = [(None, text[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
     assert repr(read(ToolCallReader(F), pieces)) == repr(parse_tool_calls(text, F))
@@ -489,7 +489,7 @@ def test_any_split_gives_the_whole(text: str, cuts: list[int], by_character: boo
 
 @settings(deadline=None)
 @given(outputs)
-def test_nothing_but_markup_is_lost(text: str) -> None:
+def test_only_markup_is_lost(text: str) -> None:
     content, calls = parse_tool_calls(text, F)
     if not calls:
         assert content == text
@@ -515,17 +515,17 @@ def streamed(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, list[ToolCa
 
 @settings(deadline=None)
 @given(outputs)
-def test_tokens_give_what_their_text_gives(tokenizer: Tokenizer, text: str) -> None:
+def test_tokens_and_their_text_give_the_same_calls(tokenizer: Tokenizer, text: str) -> None:
     assert repr(streamed(tokenizer, tokenizer.encode(text))) == repr(parse_tool_calls(text, F))
 
 
 @pytest.mark.parametrize("quoted", [CALL, f"See:\n{CALL}\n", f"<tool_call> {CALL[12:]}"])
-def test_a_quoted_call_is_text_where_its_tags_are_tokens(tokenizer: Tokenizer, quoted: str) -> None:
+def test_a_quoted_call_is_text_if_the_tags_are_tokens(tokenizer: Tokenizer, quoted: str) -> None:
     assert streamed(tokenizer, list(quoted.encode())) == (quoted, [])
     assert len(streamed(tokenizer, [*quoted.encode(), *tokenizer.encode(CALL)])[1]) == 1
 
 
-def test_content_is_held_no_longer_than_it_may_be_markup() -> None:
+def test_content_is_held_back_only_while_it_may_be_markup() -> None:
     reader = ToolCallReader(F)
     steps = [
         ("Hello", "Hello"),
@@ -541,7 +541,7 @@ def test_content_is_held_no_longer_than_it_may_be_markup() -> None:
     assert [reader.add(None, text).content for text, _ in steps] == [content for _, content in steps]
 
 
-def test_a_long_string_is_streamed() -> None:
+def test_long_strings_are_streamed() -> None:
     reader = ToolCallReader(F)
     reader.add(None, "<tool_call>\n<function=f>\n<parameter=s>\n")
     pieces = [
@@ -559,7 +559,7 @@ def test_indexes_and_names() -> None:
     assert [(delta.index, delta.name) for delta in deltas if delta.name] == [(0, "f"), (1, "f")]
 
 
-def test_json_deltas_can_be_sent() -> None:
+def test_deltas_can_be_encoded_as_utf8() -> None:
     reader = ToolCallReader(F)
     deltas = reader.add(None, CALL.replace("x>\n1", 'o>\n["\\ud800"]').replace("[", '{"a": ').replace("]", "}")).calls
     "".join(delta.arguments for delta in deltas).encode()
@@ -591,16 +591,18 @@ def test_json_deltas_can_be_sent() -> None:
 def test_time_is_linear(unit: str, start: str) -> None:
     def seconds(size: int) -> float:
         text = start + unit * (size // len(unit))
-        begun = time.process_time()
+        start_time = time.process_time()
         parse_tool_calls(text, F)
         reader = ToolCallReader(F)
         for position in range(0, len(text), 19):
             reader.add(None, text[position : position + 19])
         reader.finish()
-        return time.process_time() - begun
+        return time.process_time() - start_time
 
-    small, large = (min(seconds(size) for _ in range(3)) for size in (2_000, 24_000))  # the others were interrupted
-    assert large < 48 * small + 0.02  # 12 is linear, 144 quadratic
+    small, large = (
+        min(seconds(size) for _ in range(3)) for size in (2_000, 24_000)
+    )  # the minimum excludes interruptions
+    assert large < 48 * small + 0.02  # 12 if linear, 144 if quadratic
     assert large < 3
 
 
@@ -624,12 +626,12 @@ names = st.text(st.characters(codec="utf-8", categories=["L", "N"], include_char
 
 def check_round_trip(render: Callable[..., str], given_arguments: dict[str, Any], variant: int) -> None:
     schemas = {name: _schema_of(found) for name, found in given_arguments.items()}
-    if variant == 1:  # as pydantic writes Optional
+    if variant == 1:  # the form in which pydantic writes Optional
         schemas = {
             name: {"anyOf": [schema, {"type": "null"}]} if schema["type"] != "string" else schema
             for name, schema in schemas.items()
         }
-    if variant == 2:  # a string may go without
+    if variant == 2:  # strings may be undeclared
         schemas = {name: schema for name, schema in schemas.items() if schema["type"] != "string"}
     declared = tools("get", **schemas)
     call = {"type": "function", "function": {"name": "get", "arguments": given_arguments}}
@@ -666,7 +668,7 @@ def test_the_demo_template_round_trips(demo: ChatTemplate, found: dict[str, Any]
 )
 def test_published_templates_round_trip(name: str) -> None:
     if name not in published_templates():
-        pytest.skip(f"{ARCHIVE} does not hold {name}")
+        pytest.skip(f"{ARCHIVE} does not contain {name}")
     template = ChatTemplate(published_templates()[name], {})
 
     @settings(deadline=None)
@@ -674,22 +676,22 @@ def test_published_templates_round_trip(name: str) -> None:
     @example({"flag": True, "days": 3, "limit": None, "tags": ["a", True]}, 0)
     @example({"0": {"</think>": None}, "1": "assistant\n"}, 0)
     @example({"text": "\n</parameter>\n", "more": "a\n</function>\nb", "object": {"a": "</parameter></function>"}}, 1)
-    def holds(found: dict[str, Any], variant: int) -> None:
+    def check(found: dict[str, Any], variant: int) -> None:
         check_round_trip(template.render, found, variant)
 
-    holds()
+    check()
 
 
-def test_every_published_template_with_this_format_is_tried() -> None:
+def test_every_published_template_with_this_format_is_tested() -> None:
     if not published_templates():
         pytest.skip(f"{ARCHIVE} does not exist")
     with_format = {name for name, source in published_templates().items() if "<parameter=" in source}
     twins = {"Qwen3.5-35B-A3B-mlx-8bit-g32/chat_template.jinja", "Qwen3.8-27B/chat_template.ollama.jinja"}
-    tried = test_published_templates_round_trip.pytestmark[0].args[1]  # type: ignore[attr-defined]
-    assert with_format == twins | set(tried)
+    tested = test_published_templates_round_trip.pytestmark[0].args[1]  # type: ignore[attr-defined]
+    assert with_format == twins | set(tested)
 
 
-# After the reasoning
+# Calls and reasoning
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Tiny Qwen3.5-MoE checkpoints with the structure of the published ones, made from nothing but a seed.
+"""Tiny Qwen3.5-MoE checkpoints with the structure of the published checkpoints, made from a seed.
 
-Every tensor is a pure function of (geometry, seed, name): raw PCG64 words, whose stream numpy promises to keep, and
-float operations that round alike on every platform. So recorded logits stay valid for as long as this file does, and
-``weights_hash`` tells when it no longer does.
+Every tensor is a pure function of (geometry, seed, name). It uses raw PCG64 words, whose stream numpy guarantees, and
+float operations that round identically on all platforms. Recorded logits therefore stay valid; ``weights_hash`` detects
+changes of the weights.
 
 Canonical names are those of the transformers text model, without prefix: ``layers.0.mlp.experts.gate_up_proj``.
 """
@@ -21,16 +21,16 @@ import numpy as np
 Layout = Literal["fused", "per_expert", "mlx4"]
 Dtype = Literal["F32", "BF16"]
 Tensors = dict[str, np.ndarray]
-"""Named arrays; uint16 ones hold the bits of bfloat16, which numpy lacks."""
+"""Arrays by name; uint16 arrays hold the bits of bfloat16, which numpy does not have."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes of one model, and which of the spellings of a config.json it is published with."""
+    """The sizes of a model, and the form of its config.json."""
 
     name: str
     layer_types: str
-    """One letter a layer: L for linear attention (GatedDeltaNet), F for full attention."""
+    """One letter per layer: L for linear attention (GatedDeltaNet), F for full attention."""
 
     hidden_size: int
     vocab_size: int
@@ -53,16 +53,16 @@ class Geometry:
     tied: bool = False
     attention_bias: bool = False
     nested: bool = True
-    """Published as ``qwen3_5_moe`` with a ``text_config``, or flat as ``qwen3_5_moe_text``."""
+    """Whether the config is ``qwen3_5_moe`` with a ``text_config``, or the flat ``qwen3_5_moe_text``."""
 
     layers_told_by: Literal["layer_types", "interval", "default"] = "layer_types"
     flat_rope: bool = False
-    """Rotary settings beside the sizes, as before transformers 5, instead of in ``rope_parameters``."""
+    """Whether rotary settings are beside the sizes, as before transformers 5, instead of in ``rope_parameters``."""
     scaling: tuple[tuple[str, Any], ...] = ()
     """Further entries of ``rope_parameters``."""
 
     context: int = 4096
-    """Tokens that the model's context holds. Weights do not depend on it."""
+    """Tokens of the context. The weights do not depend on it."""
 
     @property
     def num_layers(self) -> int:
@@ -81,7 +81,7 @@ class Geometry:
         return 2 * self.key_width + self.value_width
 
     def text_config(self) -> dict[str, Any]:
-        """The text model's part of ``config.json``."""
+        """Return the part of ``config.json`` for the text model."""
         config: dict[str, Any] = {
             "model_type": "qwen3_5_moe_text",
             "vocab_size": self.vocab_size,
@@ -121,7 +121,7 @@ class Geometry:
         return config
 
     def config(self, layout: Layout = "fused", dtype: Dtype = "F32") -> dict[str, Any]:
-        """The whole ``config.json`` of a checkpoint."""
+        """Return the whole ``config.json`` of a checkpoint."""
         text = self.text_config()
         text["dtype"] = {"F32": "float32", "BF16": "bfloat16"}[dtype]
         if not self.nested and layout != "mlx4":
@@ -147,7 +147,7 @@ class Geometry:
 GEOMETRIES: Mapping[str, Geometry] = {
     geometry.name: geometry
     for geometry in (
-        # The proportions of the published models; the one that mlx-lm runs too.
+        # The proportions of the published models, which mlx-lm also runs.
         Geometry(
             name="plain",
             layer_types="LLLF",
@@ -168,7 +168,7 @@ GEOMETRIES: Mapping[str, Geometry] = {
             shared_expert_size=64,
             group_size=64,
         ),
-        # The shared expert's inner size is below the group, so a quantised checkpoint keeps one of its tensors dense.
+        # The inner size of the shared expert is smaller than a group, so a quantized checkpoint keeps one tensor dense.
         Geometry(
             name="tied",
             layer_types="LFLF",
@@ -263,33 +263,33 @@ YARN = replace(
     GEOMETRIES["text"],
     name="yarn",
     rope_theta=10_000.0,
-    # Of the 8 pairs two are kept, two divided by the factor, and those between are blended.
+    # Of the 8 pairs, two are kept, two are divided by the factor, and the rest are blended.
     scaling=(("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 4096)),
 )
-"""With the rotary embedding by which published models reach further than they were trained for."""
+"""A geometry with YaRN, by which published models extend their context."""
 
 SEEDS = (0, 1, 2)
 
 
 def random_words(count: int, *key: object) -> np.ndarray:
-    """``count`` random uint64 that depend on ``key`` alone."""
+    """Return ``count`` random uint64 that depend only on ``key``."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(count)
 
 
 def dense_weights(geometry: Geometry, seed: int, dtype: Dtype = "F32") -> Tensors:
-    """The float32 weights by canonical names; for "BF16" those that a bfloat16 checkpoint can hold."""
+    """Return float32 weights by canonical name; for "BF16", rounded to bfloat16."""
     weights: Tensors = {}
-    for name, shape, centre, spread in _specification(geometry):
+    for name, shape, center, spread in _specification(geometry):
         words = random_words(math.prod(shape), geometry.name, seed, name)
         uniform = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
-        values = (np.float32(centre) + np.float32(spread) * uniform).reshape(shape)
+        values = (np.float32(center) + np.float32(spread) * uniform).reshape(shape)
         weights[name] = values if dtype == "F32" or _stays_f32(name) else _from_bf16(_to_bf16(values))
     return weights
 
 
-def dequantised_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") -> Tensors:
-    """What the "mlx4" checkpoint of this seed holds, as float32 by canonical names."""
+def dequantized_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") -> Tensors:
+    """Return the weights of the "mlx4" checkpoint of this seed, dequantized to float32, by canonical name."""
     stored = _mlx4_tensors(geometry, seed, dtype)
     weights: Tensors = {}
     for stored_name in [name for name in stored if not name.endswith((".scales", ".biases"))]:
@@ -297,12 +297,12 @@ def dequantised_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") ->
         if values.dtype == np.uint32:
             bits, _ = _bits_and_group(stored_name, geometry)
             module = stored_name.removesuffix(".weight")
-            values = _dequantise(values, *(_as_f32(stored[f"{module}.{part}"]) for part in ("scales", "biases")), bits)
+            values = _dequantize(values, *(_as_f32(stored[f"{module}.{part}"]) for part in ("scales", "biases")), bits)
         values = _as_f32(values)
         name = stored_name.removeprefix("language_model.").removeprefix("model.")
         if name.endswith("conv1d.weight"):
             values = values.swapaxes(1, 2)
-        elif _is_centred_norm(name):
+        elif _is_centered_norm(name):
             values = values - np.float32(1)
         weights[name] = np.ascontiguousarray(values)
     for layer in range(geometry.num_layers):
@@ -314,7 +314,7 @@ def dequantised_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") ->
 
 
 def weights_hash(weights: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 of names, shapes and bytes, whatever the order of the tensors."""
+    """Return the SHA-256 of names, shapes and bytes, independent of the order of the tensors."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         array = np.ascontiguousarray(weights[name])
@@ -333,11 +333,17 @@ def write_checkpoint(
     shards: int = 1,
     extras: bool = False,
 ) -> Path:
-    """Write config.json and the weights into ``folder`` and return it.
+    """Write config.json and the weights into ``folder``, and return the folder.
 
-    Layouts: "fused" is what transformers loads now, "per_expert" what it saves by default, "mlx4" what
-    ``mlx_lm.convert -q --q-bits 4`` publishes. ``dtype`` is that of the tensors (of the scales, where quantised): F32
-    unless told, BF16 for "mlx4". ``extras`` adds vision and MTP tensors, which a text engine skips.
+    Args:
+        folder: directory of the checkpoint.
+        geometry: sizes of the model.
+        seed: seed of the weights.
+        layout: "fused" (loaded by transformers), "per_expert" (saved by transformers by default) or "mlx4" (written by
+            ``mlx_lm.convert -q --q-bits 4``).
+        dtype: type of the tensors, or of the scales of quantized tensors. None for F32, or BF16 for "mlx4".
+        shards: number of safetensors files.
+        extras: whether to add vision and MTP tensors, which a text engine skips.
     """
     dtype = dtype or ("BF16" if layout == "mlx4" else "F32")
     folder.mkdir(parents=True, exist_ok=True)
@@ -353,10 +359,10 @@ def write_checkpoint(
 
 
 def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
-    """Name, shape, centre and half width of every tensor; values are uniform.
+    """Yield name, shape, center and half width of every tensor; values are distributed uniformly.
 
-    Widths are chosen so that every part matters: each layer adds a good fraction of what is already in the residual
-    stream, attention and router are neither flat nor one-hot, decays range from a few tokens to hundreds.
+    The widths are chosen so that every part affects the logits: each layer makes a considerable change to the residual
+    stream, attention and routing are neither uniform nor one-hot, and decays range from a few tokens to hundreds.
     """
     g = geometry
 
@@ -406,12 +412,12 @@ def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], f
 
 
 def _stays_f32(name: str) -> bool:
-    """The two tensors that published bfloat16 checkpoints keep in float32."""
+    """Tell whether a tensor is one of the two that published bfloat16 checkpoints keep in float32."""
     return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
 
 
-def _is_centred_norm(name: str) -> bool:
-    """A norm that scales by 1 + weight; MLX checkpoints hold the sum."""
+def _is_centered_norm(name: str) -> bool:
+    """Tell whether a tensor is of a norm that scales by 1 + weight; MLX checkpoints contain the sum."""
     return name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "norm.weight"
 
 
@@ -448,7 +454,7 @@ def _mlx4_tensors(geometry: Geometry, seed: int, dtype: Dtype) -> Tensors:
                 tensors[mlx_name] = array if dtype == "F32" or name.endswith("A_log") else _to_bf16(array)
                 continue
             module = mlx_name.removesuffix(".weight")
-            parts = _quantise(array, bits, group_size, dtype)
+            parts = _quantize(array, bits, group_size, dtype)
             tensors |= {f"{module}.{part}": stored for part, stored in parts.items()}
     return tensors
 
@@ -465,19 +471,19 @@ def _named_as_mlx(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarr
         yield mlx_name.replace("experts.down_proj", "switch_mlp.down_proj.weight"), values
     elif name.endswith("conv1d.weight"):
         yield mlx_name, np.ascontiguousarray(values.swapaxes(1, 2))
-    elif _is_centred_norm(name):
+    elif _is_centered_norm(name):
         yield mlx_name, values + np.float32(1)
     else:
         yield mlx_name, values
 
 
 def _bits_and_group(mlx_name: str, geometry: Geometry) -> tuple[int, int]:
-    """What mlx-lm's own predicate for this family says: the two gates keep 8 bits in groups of 64."""
+    """Return bits and group size according to mlx-lm's predicate for this family: 8 bits for the two gates."""
     return (8, 64) if re.search(r"\.mlp\.(shared_expert_)?gate\.", mlx_name) else (4, geometry.group_size)
 
 
-def _quantise(values: np.ndarray, bits: int, group_size: int, dtype: Dtype) -> Tensors:
-    """MLX's affine quantisation: the end of the range that is further from zero is met exactly, scales have a sign."""
+def _quantize(values: np.ndarray, bits: int, group_size: int, dtype: Dtype) -> Tensors:
+    """Quantize like MLX (affine): the end of the range further from zero is exact, and scales have a sign."""
     groups = values.reshape(*values.shape[:-1], -1, group_size)
     low, high = groups.min(-1), groups.max(-1)
     steps = np.float32(2**bits - 1)
@@ -504,7 +510,7 @@ def _quantise(values: np.ndarray, bits: int, group_size: int, dtype: Dtype) -> T
     }
 
 
-def _dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
+def _dequantize(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int) -> np.ndarray:
     shifts = np.arange(32 // bits, dtype=np.uint32) * bits
     codes = (words[..., None] >> shifts) & np.uint32(2**bits - 1)
     groups = codes.reshape(*scales.shape, -1).astype(np.float32)
@@ -513,7 +519,7 @@ def _dequantise(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits:
 
 
 def _to_bf16(values: np.ndarray) -> np.ndarray:
-    """The upper half of the float32 bits, rounded to nearest, ties to even."""
+    """Return the upper half of the float32 bits, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
@@ -527,7 +533,7 @@ def _as_f32(stored: np.ndarray) -> np.ndarray:
 
 
 def _extras(geometry: Geometry, layout: Layout) -> Tensors:
-    """Vision and MTP tensors as published beside the text model; their values must never be looked at."""
+    """Return vision and MTP tensors, which are published with the text model and must never be read."""
     nan = np.float32(np.nan)
     names = [
         "model.visual.patch_embed.proj.weight",
@@ -548,7 +554,7 @@ def _write_shards(folder: Path, tensors: Tensors, shards: int, made_by: str) -> 
     if shards == 1:
         _write_safetensors(folder / "model.safetensors", tensors, made_by)
         return
-    # Dealt out like cards, so that the tensors of a layer, and of an expert, lie in different files.
+    # Distribute tensors round-robin, so that tensors of a layer, and of an expert, are in different files.
     names = [f"model-{index + 1:05d}-of-{shards:05d}.safetensors" for index in range(shards)]
     weight_map = {tensor: names[index % shards] for index, tensor in enumerate(tensors)}
     for file_name in names:
@@ -571,7 +577,7 @@ def _write_safetensors(path: Path, tensors: Tensors, made_by: str) -> None:
         header[name] = {"dtype": dtype, "shape": list(values.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    # transformers pads its headers to 8 bytes; MLX does not, so many published files have data at odd addresses.
+    # transformers pads headers to 8 bytes; MLX does not, so the data of many published files is not aligned.
     text += b" " * ((len(text) % 2 == 0) if made_by == "mlx" else -len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

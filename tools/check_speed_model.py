@@ -1,12 +1,12 @@
-"""Check the speed model: probe this machine, predict settings that were not probed, run them, and compare.
+"""Check the speed model: probe this machine, predict the speed of configurations that were not probed, and run them.
 
-    python tools/check_speed_model.py <folder for packs, 7 GB> --out <folder for figures and JSON>
-    python tools/check_speed_model.py <folder> --prepare      # only make packs and traces, which take a while
+    python tools/check_speed_model.py <folder for packs, 7 GB> --out <folder for the record>
+    python tools/check_speed_model.py <folder> --prepare      # only make packs and traces, which takes minutes
 
-Every K, the budgets, one geometry (the 122B's), the packs (larger than the probe's) and the prompt are held out: hits
-are predicted from the trace of another prompt. Each round runs all settings in turns, every second round backwards. A
-pass during which other processes took more than a tenth of the processors is disturbed: the record keeps it, the
-medians leave it out.
+The probe has not measured any tested K or budget, the geometry of the 122B, packs of this size, or the prompt; hits are
+predicted from the trace of a different prompt. Each round runs all configurations, in reverse order in every second
+round. A trial is disturbed if other processes used more than a tenth of the processors. Disturbed trials are kept in
+the record but do not count in the medians.
 """
 
 import argparse
@@ -28,12 +28,15 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.research.estimate.probe import SIZES, MachineProfile, probe
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
+from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.speed_model import Distribution, SpeedModel, certainly
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
 from flashmoe_mlx.research.traces.recorder import recorded
-from flashmoe_mlx.research.traces.simulator import CacheDesign, replay
+from flashmoe_mlx.research.traces.simulator import replay
 
 _LARGE = SIZES["large"]
 PACKS = {
@@ -44,13 +47,22 @@ PACKS = {
 GIB = 2**30
 PROMPT_TOKENS = 16
 DISTURBED = 0.1
-"""Largest share of the processors that other processes may take in an undisturbed pass."""
-SEED, OTHER_SEED = 1, 2
+"""Largest share of the processors that other processes may use in an undisturbed trial."""
+SEED, TRACE_SEED = 1, 2
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A configuration to run, the way of reading that predicts it, and the slots per layer of ram_hybrid."""
+class Configuration:
+    """A configuration to predict and to run.
+
+    Attributes:
+        pack: key of ``PACKS``.
+        backend: name of the store.
+        experts_k: experts per token.
+        way: way of reading from which the speed is predicted; None if nothing is read.
+        options: options of the store.
+        slots: slots per layer of ``ram_hybrid``; None for other stores.
+    """
 
     pack: str
     backend: str
@@ -61,56 +73,57 @@ class Setting:
 
     @property
     def label(self) -> str:
+        """The name of the configuration in the table."""
         options = "".join(f" {key}={str(value).lower()}" for key, value in self.options.items())
         return f"{self.pack}, K={self.experts_k}, {self.backend}{options}" + (
-            f", {self.slots} slots a layer" if self.slots else ""
+            f", {self.slots} slots per layer" if self.slots else ""
         )
 
 
 _URING = {"reader": "io_uring", "depth": 64, "direct": True}
-SETTINGS = (
-    Setting("397B", "resident", 6, None),
-    Setting("397B", "pread", 8, "pread warm"),
-    Setting("397B", "mmap", 6, "mmap warm"),
-    Setting("397B", "pread", 6, "pread direct", {"direct": True}),
-    Setting("397B", "io_uring", 8, "io_uring direct"),
-    Setting("397B", "ram_hybrid", 6, "io_uring direct", _URING, 36),
-    Setting("397B", "ram_hybrid", 8, "pread direct", {"direct": True}, 72),
-    Setting("122B", "io_uring", 7, "io_uring direct"),
-    Setting("122B", "ram_hybrid", 5, "pread direct", {"direct": True}, 32),
-    Setting("397B 2 bits", "pread", 6, "pread direct", {"direct": True}),
+CONFIGURATIONS = (
+    Configuration("397B", "resident", 6, None),
+    Configuration("397B", "pread", 8, "pread warm"),
+    Configuration("397B", "mmap", 6, "mmap warm"),
+    Configuration("397B", "pread", 6, "pread direct", {"direct": True}),
+    Configuration("397B", "io_uring", 8, "io_uring direct"),
+    Configuration("397B", "ram_hybrid", 6, "io_uring direct", _URING, 36),
+    Configuration("397B", "ram_hybrid", 8, "pread direct", {"direct": True}, 72),
+    Configuration("122B", "io_uring", 7, "io_uring direct"),
+    Configuration("122B", "ram_hybrid", 5, "pread direct", {"direct": True}, 32),
+    Configuration("397B 2 bits", "pread", 6, "pread direct", {"direct": True}),
 )
 
 
 @dataclass(frozen=True)
-class Pass:
-    """Mean seconds of a decoded token, and the share of the processors that other processes took meanwhile."""
+class Trial:
+    """The mean seconds of a decoded token, and the share of the processors that other processes used meanwhile."""
 
     seconds: float
     others: float
 
 
-class Others:
-    """A measurement of the processor time that other processes take."""
+class OtherProcesses:
+    """A measurement of the processor time used by other processes, from the creation of this object."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
-        self._before = self._taken()
+        self._busy_at_start = self._busy_seconds()
 
     @staticmethod
-    def _taken() -> float:
-        everything, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        busy = sum(everything) - everything.idle - getattr(everything, "iowait", 0.0)
+    def _busy_seconds() -> float:
+        system, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = sum(system) - system.idle - getattr(system, "iowait", 0.0)
         return float(busy - own.user - own.system)
 
     def share(self) -> float:
-        """Return the share of all processors that other processes took since this object was created."""
+        """Return the used share of all processors."""
         passed = (time.perf_counter() - self._start) * (psutil.cpu_count() or 1)
-        return max(0.0, self._taken() - self._before) / passed
+        return max(0.0, self._busy_seconds() - self._busy_at_start) / passed
 
 
 def main() -> None:
-    """Make the packs, probe, predict, run, and print a table."""
+    """Make the packs, probe the machine, predict and run the configurations, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path, default=Path())
@@ -118,102 +131,125 @@ def main() -> None:
     parser.add_argument("--probe-seconds", type=float, default=60)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=120, help="after which no further round begins")
-    asked = parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=120, help="time after which no further round begins")
+    arguments = parser.parse_args()
     console = Console()
     folders = {
-        name: synthetic_pack(name.replace(" ", "-"), sizes, asked.folder).folder for name, sizes in PACKS.items()
+        name: synthetic_pack(name.replace(" ", "-"), sizes, arguments.folder).folder for name, sizes in PACKS.items()
     }
-    reads = {one: dict(_reads(one, folders[one.pack], asked.folder, asked.tokens)) for one in SETTINGS}
-    if asked.prepare:
+    reads = {
+        configuration: dict(_reads(configuration, folders[configuration.pack], arguments.folder, arguments.tokens))
+        for configuration in CONFIGURATIONS
+    }
+    if arguments.prepare:
         return
     with console.status("") as status:
-        others = Others()
-        profile = probe(asked.folder, asked.probe_seconds, status.update)
+        others = OtherProcesses()
+        profile = probe(arguments.folder, arguments.probe_seconds, status.update)
         others_of_probe = others.share()
-        measured: dict[Setting, list[Pass]] = {one: [] for one in SETTINGS}
+        measured: dict[Configuration, list[Trial]] = {configuration: [] for configuration in CONFIGURATIONS}
         start = time.perf_counter()
-        for number in range(asked.rounds):
-            if time.perf_counter() - start > asked.seconds:
+        for number in range(arguments.rounds):
+            if time.perf_counter() - start > arguments.seconds:
                 break
-            for one in SETTINGS[:: 1 if number % 2 == 0 else -1]:
-                status.update(f"round {number + 1}, {one.label}")
-                measured[one].append(_run(one, folders[one.pack], asked.tokens))
-    asked.out.mkdir(parents=True, exist_ok=True)
-    rows = [_row(one, folders[one.pack], profile, reads[one], measured[one]) for one in SETTINGS]
+            for configuration in CONFIGURATIONS[:: 1 if number % 2 == 0 else -1]:
+                status.update(f"round {number + 1}, {configuration.label}")
+                measured[configuration].append(_run(configuration, folders[configuration.pack], arguments.tokens))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        _row(configuration, folders[configuration.pack], profile, reads[configuration], measured[configuration])
+        for configuration in CONFIGURATIONS
+    ]
     record = {
         "environment": environment(),
         "probe": profile.to_json(),
         "others_of_probe": others_of_probe,
         "settings": rows,
     }
-    write_json(asked.out / "check_speed_model.json", record | {"settings": rows})
+    write_json(arguments.out / "check_speed_model.json", record)
     console.print(_table(rows))
-    console.print(f"other processes took {others_of_probe:.0%} of the processors during the probe")
+    console.print(f"other processes used {others_of_probe:.0%} of the processors during the probe")
 
 
-def _options(one: Setting, folder: Path) -> dict[str, Any]:
-    if one.slots is None:
-        return dict(one.options)
+def _options(configuration: Configuration, folder: Path) -> dict[str, Any]:
+    """Return the options of the store, with the budget for its slots."""
+    if configuration.slots is None:
+        return dict(configuration.options)
     source = open_model(folder).variant(None)
-    return {"budget_gib": one.slots * source.num_layers * source.layout.record_bytes / GIB, **one.options}
+    return {
+        "budget_gib": configuration.slots * source.num_layers * source.layout.record_bytes / GIB,
+        **configuration.options,
+    }
 
 
-def _reads(one: Setting, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
-    """Yield the way of reading with the distribution of reads in a layer; simulates ram_hybrid on another prompt."""
-    if one.way is None:
+def _reads(configuration: Configuration, folder: Path, cache: Path, tokens: int) -> Iterator[tuple[str, Distribution]]:
+    """Yield the way of reading with the distribution of reads per layer.
+
+    For ``ram_hybrid``, the distribution comes from a simulation with a different prompt, whose trace is kept in
+    ``cache``.
+    """
+    if configuration.way is None:
         return
-    if one.slots is None:
-        yield one.way, certainly(one.experts_k)
+    if configuration.slots is None:
+        yield configuration.way, certainly(configuration.experts_k)
         return
-    path = cache / f"{one.pack.replace(' ', '-')}-{one.experts_k}-{tokens}.moetrace"
+    path = cache / f"{configuration.pack.replace(' ', '-')}-{configuration.experts_k}-{tokens}.moetrace"
     if not path.exists():
-        with load(folder, "pread", experts_k=one.experts_k) as engine, recorded(engine) as recorder:
-            given, _ = _decoded(engine, tokens, OTHER_SEED)
+        with load(folder, "pread", experts_k=configuration.experts_k) as engine, recorded(engine) as recorder:
+            given, _ = _decode(engine, tokens, TRACE_SEED)
             recorder.trace(engine.model.config.num_experts, given).save(path)
-    misses = replay(RoutingTrace.load(path), CacheDesign("lru", one.slots)).misses
-    yield one.way, misses / misses.sum()
+    misses = replay(RoutingTrace.load(path), CacheDesign("lru", configuration.slots)).misses
+    yield configuration.way, misses / misses.sum()
 
 
-def _run(one: Setting, folder: Path, tokens: int) -> Pass:
-    """Run one generation; the store starts empty, as in the simulation."""
-    if one.way is not None and one.way.endswith("warm"):
+def _run(configuration: Configuration, folder: Path, tokens: int) -> Trial:
+    """Run one generation with a new store, which is empty at the start as in the simulation."""
+    if configuration.way is not None and configuration.way.endswith("warm"):
         for path in folder.rglob("*.bin"):
             with path.open("rb") as file:
                 while file.read(2**24):
                     pass
-    with load(folder, one.backend, experts_k=one.experts_k, **_options(one, folder)) as engine:
-        others = Others()
-        _, seconds = _decoded(engine, tokens, SEED)
-        return Pass(seconds / tokens, others.share())
+    with load(
+        folder, configuration.backend, experts_k=configuration.experts_k, **_options(configuration, folder)
+    ) as engine:
+        others = OtherProcesses()
+        _, seconds = _decode(engine, tokens, SEED)
+        return Trial(seconds / tokens, others.share())
 
 
-def _decoded(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
-    """Decode random tokens, since a random model may end its answer at once; return the prompt and the seconds."""
-    drawn = np.random.default_rng(seed).integers(256, size=PROMPT_TOKENS + tokens).tolist()
+def _decode(engine: Engine, tokens: int, seed: int) -> tuple[list[int], float]:
+    """Decode random tokens, because a random model may end its answer early; return the prompt and the seconds."""
+    token_ids = np.random.default_rng(seed).integers(256, size=PROMPT_TOKENS + tokens).tolist()
     cache = engine.new_cache()
-    engine.forward(drawn[:PROMPT_TOKENS], cache)
+    engine.forward(token_ids[:PROMPT_TOKENS], cache)
     start = time.perf_counter()
-    for token in drawn[PROMPT_TOKENS:]:
+    for token in token_ids[PROMPT_TOKENS:]:
         engine.forward([token], cache)
-    return drawn[:PROMPT_TOKENS], time.perf_counter() - start
+    return token_ids[:PROMPT_TOKENS], time.perf_counter() - start
 
 
 def _row(
-    one: Setting, folder: Path, profile: MachineProfile, reads: Mapping[str, Distribution], passes: list[Pass]
+    configuration: Configuration,
+    folder: Path,
+    profile: MachineProfile,
+    reads: Mapping[str, Distribution],
+    trials: list[Trial],
 ) -> dict[str, Any]:
-    seconds = [each.seconds for each in passes if each.others <= DISTURBED]
+    """Return the prediction and the measurements of a configuration, in the form of the record."""
+    seconds = [trial.seconds for trial in trials if trial.others <= DISTURBED]
     published = json.loads((folder / "config.json").read_text())
-    found = SpeedModel(profile).predict(ModelConfig.from_json(published), PACKS[one.pack].bits, one.experts_k, reads)
+    predicted = SpeedModel(profile).predict(
+        parse_config(published), PACKS[configuration.pack].bits, configuration.experts_k, reads
+    )
     return {
-        "setting": one.label,
-        "predicted": 1 / found.seconds,
-        "reading": found.reading / found.seconds,
+        "setting": configuration.label,
+        "predicted": 1 / predicted.seconds,
+        "reading": predicted.reading / predicted.seconds,
         "measured": 1 / median(seconds) if seconds else None,
         "rounds": [1 / value for value in seconds],
-        "error": median(seconds) / found.seconds - 1 if seconds else None,
-        "passes": [asdict(each) for each in passes],
-        "details": asdict(one),
+        "error": median(seconds) / predicted.seconds - 1 if seconds else None,
+        "passes": [asdict(trial) for trial in trials],
+        "details": asdict(configuration),
     }
 
 
@@ -230,7 +266,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
             f"{row['measured']:.2f}" if row["rounds"] else "-",
             " ".join(f"{rate:.2f}" for rate in row["rounds"]),
             f"{row['error']:+.0%}" if row["rounds"] else "-",
-            " ".join(f"{one['others']:.0%}" for one in row["passes"]),
+            " ".join(f"{trial['others']:.0%}" for trial in row["passes"]),
         )
     return table
 

@@ -22,7 +22,7 @@ import flashmoe_mlx
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.moe.context import ForwardContext
-from flashmoe_mlx.research.estimate.probe import SIZES
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 
 _BIG = replace(SIZES["large"], num_experts=16, experts_per_token=4, max_context=2048)
 _SMALL = replace(

@@ -1,8 +1,8 @@
-"""Measure the memory that packing needs: write a bf16 checkpoint of the 397B's shapes, pack it, print the peak.
+"""Measure the peak memory of packing: write a bf16 checkpoint with the shapes of the 397B, and pack it.
 
     python tools/measure_pack_memory.py <empty folder on a disk with 15 GB free> [layers] [experts]
 
-The checkpoint has the real vocabulary and expert size, so its largest tensors are those of the 397B itself.
+The checkpoint has the vocabulary and the expert size of the 397B, so its largest tensors have the same size.
 """
 
 import json
@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import Kind, resident_parameters
+from flashmoe_mlx.models.parameters import Kind
+from flashmoe_mlx.models.registry import parse_config
 
 PACK = [sys.executable, "-m", "flashmoe_mlx", "task=pack"]
 
 
-def published(layers: int, experts: int) -> dict[str, object]:
+def published_config(layers: int, experts: int) -> dict[str, object]:
     """Return the config.json of Qwen3.5-397B-A17B with fewer layers and experts."""
     return {
         "model_type": "qwen3_5_moe_text",
@@ -46,9 +46,9 @@ def published(layers: int, experts: int) -> dict[str, object]:
 
 def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
     """Write one safetensors file of random bf16 weights in Hugging Face's fused layout; return its size in bytes."""
-    model = ModelConfig.from_json(config)
+    model = parse_config(config)
     shapes: dict[str, tuple[int, ...]] = {}
-    for parameter in resident_parameters(model):
+    for parameter in model.resident_parameters():
         rows, *rest = parameter.shape
         name = f"{parameter.name}.weight" if parameter.kind is Kind.MATRIX else parameter.name
         shapes[name] = (rows, 1, rest[0]) if parameter.kind is Kind.CONV else parameter.shape
@@ -62,7 +62,7 @@ def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
         header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
         end += size
     text = json.dumps(header).encode()
-    # A block of finite bf16 numbers between -1 and 1, over and over.
+    # Repeat a block of finite bf16 numbers between -1 and 1.
     block = (
         (np.random.default_rng(0).uniform(-1, 1, 2**22).astype(np.float32).view(np.uint32) >> 16)
         .astype("<u2")
@@ -78,10 +78,10 @@ def write_checkpoint(folder: Path, config: dict[str, object]) -> int:
 
 
 def main() -> None:
-    """Write, pack, report, clean up."""
+    """Write the checkpoint, pack it, print the peak memory, and delete both."""
     work = Path(sys.argv[1])
     layers, experts = map(int, sys.argv[2:4]) if len(sys.argv) > 3 else (2, 64)
-    size = write_checkpoint(work / "checkpoint", published(layers, experts))
+    size = write_checkpoint(work / "checkpoint", published_config(layers, experts))
     command = [
         *PACK,
         f"source={work / 'checkpoint'}",
@@ -89,7 +89,7 @@ def main() -> None:
         "bits=[4,2]",
         f"hydra.run.dir={work / 'run'}",
     ]
-    subprocess.run(command, check=True)  # noqa: S603  # our own program
+    subprocess.run(command, check=True)  # noqa: S603  # runs this package
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     print(f"checkpoint {size / 1e9:.2f} GB, {layers} layers, {experts} experts: packing peaked at {peak / 1e6:.0f} MB")

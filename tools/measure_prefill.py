@@ -1,12 +1,12 @@
-"""Measure the operations that treat a prompt differently from a single token; print tables in Markdown.
+"""Measure the operations that have different code paths for prompts and single tokens; print tables in Markdown.
 
     python tools/measure_prefill.py                # 397B shapes on the default device
-    python tools/measure_prefill.py --small        # a check of this script on any machine
+    python tools/measure_prefill.py --small        # tiny sizes, to test this script
 
 A time is the median wall time per call, issued back to back, including launch overhead. Activations are bf16 on GPUs
-and f32 on CPUs. On CUDA the script also measures a whole resident layer of experts, with 10 of 512 random experts for
-each token; with ``--one-by-one`` also each expert separately through ``mx.quantized_matmul``, whose first use compiles
-for more than a minute.
+and f32 on CPUs. On CUDA the script also measures a layer whose 512 experts are all in memory, with 10 random experts
+per token. With ``--one-by-one`` it also measures each expert separately through ``mx.quantized_matmul``, whose first
+use compiles for more than a minute.
 """
 
 import argparse
@@ -41,16 +41,17 @@ def milliseconds(function: Callable[[], object], calls: int, repeats: int = 5) -
 
 
 def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
-    """Yield a table of GatedDeltaNet, from the projections to the gated norm."""
+    """Yield the lines of a table of GatedDeltaNet, from the projections to the gated norm."""
     device = dialect()
     rule = chunked.gated_delta if device else chunked.gated_delta_on_host
-    yield f"| tokens | MLX's recurrence, ms | chunks, ms | {'one dispatch, ms | ' if device else ''}around it, ms |"
+    dispatch = "one dispatch, ms | " if device else ""
+    yield f"| tokens | MLX's recurrence, ms | chunks, ms | {dispatch}without recurrence, ms |"
     yield f"|---|---|---|---|{'---|' if device else ''}"
     for tokens in lengths:
         made = cases.delta_inputs(geometry, mx.bfloat16 if device else mx.float32, tokens=tokens)
         calls = 4 if device else 1
 
-        def around(*arrays: mx.array) -> tuple[mx.array, mx.array]:
+        def without_recurrence(*arrays: mx.array) -> tuple[mx.array, mx.array]:
             return arrays[2], arrays[5]
 
         routes: list[Callable[[], object]] = [
@@ -58,16 +59,25 @@ def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
             lambda made=made: reference.gated_delta_net(made, rule),
         ]
         routes += [lambda made=made: gpu.gated_delta_net(made)] if device else []
-        routes += [lambda made=made: reference.gated_delta_net(made, around)]
-        slow = 2 if tokens > 100 else 5
+        routes += [lambda made=made: reference.gated_delta_net(made, without_recurrence)]
+        slow_repeats = 2 if tokens > 100 else 5
         times = [
-            milliseconds(route, calls if number else 1, 5 if number else slow) for number, route in enumerate(routes)
+            milliseconds(route, calls if number else 1, 5 if number else slow_repeats)
+            for number, route in enumerate(routes)
         ]
         yield f"| {tokens} | {' | '.join(f'{value:.2f}' for value in times)} |"
 
 
 def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int], one_by_one: bool) -> Iterator[str]:
-    """Yield a table of the routed experts of a layer, in one slab or fetched in groups of 16."""
+    """Yield the lines of a table of routed experts, in one slab and in groups of 16.
+
+    Args:
+        geometry: sizes of the layer.
+        available: experts of the layer.
+        k: experts per token.
+        lengths: numbers of tokens.
+        one_by_one: whether to measure each expert separately as well.
+    """
     form, _ = format_of(geometry, mx.bfloat16, 4, 64)
     record = RandomInputs(mx.bfloat16, 0).slab(form, 1)
     slab = mx.contiguous(mx.broadcast_to(record, (available, record.shape[1])))
@@ -78,22 +88,22 @@ def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int]
     for tokens in lengths:
         rows = np.sort(np.argsort(random.random((tokens, available)), axis=1)[:, :k], axis=1).astype(np.int32)
         x = mx.random.normal((tokens, geometry.hidden)).astype(mx.bfloat16)
-        shares = mx.softmax(mx.random.normal((tokens, k)), axis=-1)
-        mx.eval(slab, x, shares)
+        routing_weights = mx.softmax(mx.random.normal((tokens, k)), axis=-1)
+        mx.eval(slab, x, routing_weights)
         distinct = np.unique(rows)
 
-        def in_place(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
-            return routed_experts.routed_experts(x, slab, mx.array(chosen), shares, form)
+        def in_place(chosen: np.ndarray, x: mx.array = x, routing_weights: mx.array = routing_weights) -> mx.array:
+            return routed_experts.routed_experts(x, slab, mx.array(chosen), routing_weights, form)
 
-        def dense(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
-            return grouped_experts(x, slab, chosen, shares, form, dense_experts.dense_experts)
+        def dense(chosen: np.ndarray, x: mx.array = x, routing_weights: mx.array = routing_weights) -> mx.array:
+            return grouped_experts(x, slab, chosen, routing_weights, form, dense_experts.dense_experts)
 
-        def singly(chosen: np.ndarray, x: mx.array = x, shares: mx.array = shares) -> mx.array:
+        def singly(chosen: np.ndarray, x: mx.array = x, routing_weights: mx.array = routing_weights) -> mx.array:
             y = mx.zeros(x.shape)
             for row in np.unique(chosen[chosen >= 0]):
                 places, ranks = (mx.array(found) for found in np.nonzero(chosen == row))
                 out = expert_mlp.expert_mlp(x[places], form.expert(slab[row : row + 1].reshape(-1)))
-                y = y.at[places].add(shares[places, ranks][:, None] * out)
+                y = y.at[places].add(routing_weights[places, ranks][:, None] * out)
             return y
 
         def by_groups(
@@ -105,22 +115,22 @@ def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int]
                 mx.eval(y)
             return y
 
-        figures = []
+        cells = []
         for route in (in_place, dense, *((singly,) if one_by_one else ())):
-            figures += [
+            cells += [
                 f"{milliseconds(lambda route=route, rows=rows: route(rows), 2, 3):.2f}",
                 f"{milliseconds(lambda route=route, by_groups=by_groups: by_groups(route), 1, 3):.2f}",
             ]
-        ours, theirs = (np.array(route(rows).astype(mx.float32)) for route in (in_place, dense))
-        difference = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
-        yield f"| {tokens} | {len(distinct)} | {' | '.join(figures)} | {difference:.1e} |"
+        outputs = [np.array(route(rows).astype(mx.float32)) for route in (in_place, dense)]
+        difference = np.linalg.norm(outputs[0] - outputs[1]) / np.linalg.norm(outputs[1])
+        yield f"| {tokens} | {len(distinct)} | {' | '.join(cells)} | {difference:.1e} |"
 
 
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes")
-    parser.add_argument("--one-by-one", action="store_true", help="measure this route of experts too")
+    parser.add_argument("--one-by-one", action="store_true", help="also measure each expert separately")
     arguments = parser.parse_args()
     small = arguments.small
     geometry = cases.GEOMETRIES["small" if small else "397B"]

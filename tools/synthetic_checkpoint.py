@@ -1,9 +1,9 @@
-"""Write a pack in the layout of a published checkpoint, to measure backend=checkpoint without a download.
+"""Convert a pack to the layout of a published checkpoint, to measure backend=checkpoint without a download.
 
     python tools/synthetic_checkpoint.py <pack> <folder>
 
-The experts become stacked tensors [experts, ...] as in a quantised mlx-community conversion, one shard for each layer.
-The resident weights are a hard link to those of the pack. The checkpoint is as large as the pack.
+The experts become stacked tensors [experts, ...] as in a quantized mlx-community conversion, one shard per layer.
+The resident weights are a hard link to the file of the pack. The checkpoint takes as much space as the pack.
 """
 
 import json
@@ -20,7 +20,7 @@ from flashmoe_mlx.pack.opening import open_pack
 
 
 def main(pack_folder: Path, out: Path) -> None:
-    """Write the checkpoint."""
+    """Write the checkpoint to the new folder ``out``."""
     pack = open_pack(pack_folder)
     experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
     out.mkdir()
@@ -31,7 +31,7 @@ def main(pack_folder: Path, out: Path) -> None:
 
 
 def write_layer(experts: PackedExperts, layer: int, path: Path) -> None:
-    """Write one shard: https://github.com/huggingface/safetensors#format."""
+    """Write the shard of one layer. Format: https://github.com/huggingface/safetensors#format."""
     header, end = {}, 0
     for component in experts.layout.components:
         projection, part = component.name.split(".")

@@ -1,4 +1,4 @@
-"""A published checkpoint on disk: its config and where each of its tensors lies."""
+"""A published checkpoint on disk: its config, and the place of each tensor."""
 
 import contextlib
 from collections.abc import Mapping
@@ -9,16 +9,19 @@ from typing import Any
 from flashmoe_mlx.checkpoint.shards import INDEX, broken_link, find_shards, nothing_here
 from flashmoe_mlx.checkpoint.support import refuse_gguf_file, refuse_hub_id_of_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.formats.extents import Extent
-from flashmoe_mlx.formats.files import read_extents
+from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.safetensors_header import TensorInfo, read_header
 from flashmoe_mlx.formats.untrusted import read_object
 
 
 class Checkpoint:
-    """A folder with ``config.json`` and safetensors shards, some of which may be gone once they are packed.
+    """A folder with ``config.json`` and safetensors shards; packing may have deleted some of the shards.
 
-    ``tensors`` maps published names to places. ``shards`` are file names inside ``folder``.
+    Attributes:
+        folder: the folder.
+        published: the content of ``config.json``.
+        tensors: the place of each tensor, by published name.
+        config: the geometry of the model.
     """
 
     def __init__(self, folder: Path, published: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
@@ -33,7 +36,7 @@ class Checkpoint:
         """Read config and headers; no tensor is read.
 
         Raises:
-            CheckpointError: not a checkpoint, an unsupported model, or a shard is missing or damaged.
+            CheckpointError: there is no checkpoint, the model is not supported, or a shard is missing or damaged.
         """
         published = read_config(folder)
         tensors: dict[str, TensorInfo] = {}
@@ -55,7 +58,7 @@ class Checkpoint:
                 )
             for name, tensor in found.items():
                 if name in listed and name not in promised:
-                    continue  # the index says which copy counts
+                    continue  # the index decides which copy counts
                 if name in tensors:
                     raise CheckpointError(
                         f"{folder / shard}: tensor {name} is also in {tensors[name].shard}; remove the file that is "
@@ -67,16 +70,16 @@ class Checkpoint:
 
     @cached_property
     def shards(self) -> tuple[str, ...]:
-        """File names of the shards, in order."""
+        """File names of the shards inside ``folder``, in order."""
         return tuple(sorted({tensor.shard for tensor in self.tensors.values()}))
 
     @property
     def identity(self) -> dict[str, str]:
-        """Origin of the checkpoint, for people: a ``name``, and a ``revision`` where there is one."""
+        """The origin of the checkpoint for people: a ``name``, and for checkpoints from the hub a ``revision``."""
         return {"name": self.folder.resolve().name}
 
     def stamps(self) -> dict[str, list[int]]:
-        """Return size in bytes and time of change in nanoseconds of every shard that is on disk."""
+        """Return the size in bytes and the modification time in nanoseconds of every shard on disk."""
         found = {}
         for shard in self.shards:
             with contextlib.suppress(OSError):
@@ -85,7 +88,7 @@ class Checkpoint:
         return found
 
     def ensure(self, shard: str) -> None:
-        """Make sure that ``shard`` is on disk before it is read; here it always is."""
+        """Bring ``shard`` to disk before it is read; the shards of a local checkpoint are there."""
 
     def discard(self, shard: str) -> None:
         """Delete ``shard``."""
@@ -95,21 +98,25 @@ class Checkpoint:
         """Locate ``nbytes`` bytes from byte ``start`` of ``tensor`` in its shard.
 
         Raises:
-            CheckpointError: the shard is gone, or is no longer the file that was indexed.
+            CheckpointError: the shard was deleted, or another file has replaced it.
         """
         path = self.folder / tensor.shard
         if tensor.shard not in self._data_start:
             found, start_of_data = read_header(path)
             if any(found.get(name) != known for name, known in self.tensors.items() if known.shard == tensor.shard):
                 raise CheckpointError(
-                    f"{path}: the file was replaced: it no longer holds the tensors that it held before",
+                    f"{path}: the file was replaced and holds other tensors now",
                     code="shard_replaced",
                 )
             self._data_start[tensor.shard] = start_of_data
         return Extent(path, self._data_start[tensor.shard] + tensor.begin + start, nbytes)
 
     def read(self, tensor: TensorInfo, start: int, nbytes: int) -> bytearray:
-        """Read ``nbytes`` bytes from byte ``start`` of ``tensor``; raises as ``extent`` and ``read_extents`` do."""
+        """Read ``nbytes`` bytes from byte ``start`` of ``tensor``.
+
+        Raises:
+            CheckpointError: as ``extent``; or the file cannot be read.
+        """
         return read_extents([self.extent(tensor, start, nbytes)])
 
 
@@ -117,7 +124,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read ``config.json`` of a checkpoint folder.
 
     Raises:
-        CheckpointError: there is none, or it is not that of a model that can be run.
+        CheckpointError: there is no config, or it describes a model that cannot be run.
     """
     refuse_gguf_file(folder)
     if folder.exists() and not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Formats in which weights are published, and which of them cannot be read, by config, name, and tensors.
+"""Recognize formats of published weights that cannot be read, by config, by name, and by tensors.
 
 Sources of the settings: mlx ``nn.layers.quantized`` and mlx_lm ``utils.load_model`` (``quantization``); transformers
 ``quantizers/auto.py`` (``quantization_config``); NVIDIA modelopt's ``hf_quant_config.json``.
@@ -37,12 +37,12 @@ _METHODS: Mapping[str, str] = {
     "torchao": "torchao",
     "vptq": "VPTQ",
 }
-"""What people call the methods that ``quant_method`` names."""
+"""Usual names of the methods, by ``quant_method``."""
 _LEGACY = {
     "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": "compressed-tensors",
     "zero_point": "AWQ", "desc_act": "GPTQ", "damp_percent": "GPTQ", "sym": "GPTQ",
 }  # fmt: skip
-"""Settings that reveal a method where ``quant_method`` is absent, unless they are those of a method turned off."""
+"""Settings that reveal a method where ``quant_method`` is absent; ``load_in_*`` counts only if it is true."""
 _QUOTES = "'\""
 _KEYS = ("quantization", "quantization_config", "compression_config")
 _NOT_TEXT = re.compile(r"(^|\.)(visual|vision_tower|vision_model|mtp|audio_tower)(\.|$)")
@@ -65,42 +65,42 @@ _BY_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.weight_scale$"), "FP8 or compressed-tensors (weight_scale)"),
     (re.compile(r"\.lora_(A|B|embedding_A)\b|\.base_layer\."), "a LoRA adapter that is not merged into its model"),
 )
-"""Names of tensors that only these formats have."""
+"""Names of tensors that only unreadable formats have, with descriptions of these formats."""
 
 
 def mlx_settings(published: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the settings of an MLX conversion, empty where there are none.
+    """Return the quantization settings of an MLX conversion; empty for any other checkpoint.
 
-    As mlx-lm: ``quantization`` decides; ``quantization_config`` counts where that is absent. Either may be in the text
-    part of the config.
+    As in mlx-lm, ``quantization`` takes precedence over ``quantization_config``. Both may be in the text part of the
+    config.
     """
     _, settings = next(_settings(published), ("", None))
     return settings if isinstance(settings, Mapping) and _method(settings) is None else {}
 
 
 def unreadable_format(published: Mapping[str, Any]) -> str | None:
-    """Return why the quantised weights of this ``config.json`` cannot be read, in a line; None if they can."""
+    """Return the reason, in one line, why the weights of this ``config.json`` cannot be read; None if they can."""
     for key, settings in _settings(published):
         if not isinstance(settings, Mapping):
-            return f"{key} is {shown(settings)}, which is no quantisation that is known; {USE_INSTEAD}"
+            return f"{key} is {shown(settings)}, which is not a known quantization; {USE_INSTEAD}"
         if (named := _method(settings)) is not None:
-            return f"weights quantised with {named} are not supported; {USE_INSTEAD}"
+            return f"weights quantized with {named} are not supported; {USE_INSTEAD}"
         for module, entry in settings.items():
             mode = entry.get("mode") if isinstance(entry, Mapping) and not _NOT_TEXT.search(module) else None
             if mode not in (None, "affine"):
                 return (
-                    f"{shown(module)} is quantised in MLX's mode {shown(mode)}, only 'affine' is supported; "
+                    f"{shown(module)} is quantized in MLX's mode {shown(mode)}, only 'affine' is supported; "
                     f"{USE_INSTEAD}"
                 )
         if key == "quantization":
-            return None  # a conversion keeps what was said of the original in the other keys
+            return None  # in a conversion, the remaining keys describe its original
     return None
 
 
 def format_in_name(name: str) -> str | None:
-    """Return the unreadable format that the name of a repository on the hub says it has, or None.
+    """Return the unreadable format that the name of a repository on the hub states, or None.
 
-    Of MLX conversions only MLX's own modes count: their names may also tell what they were made of.
+    In names of MLX conversions only MLX's own modes count: such a name may also state the format of the original.
     """
     for match in _IN_NAMES.finditer(name):
         if not _MLX_IN_NAMES.search(name) or match[1].upper() in ("MXFP4", "MXFP8", "NVFP4"):
@@ -114,14 +114,14 @@ def format_of_tensors(tensors: Iterable[tuple[str, str]]) -> str | None:
     for name, dtype in tensors:
         names.append(name)
         float8 |= dtype in ("F8_E4M3", "F8_E5M2") and name.endswith(".weight")
-    for pattern, what in _BY_PARTS:
+    for pattern, description in _BY_PARTS:
         if any(pattern.search(name) for name in names):
-            return what
+            return description
     return "FP8" if float8 else None
 
 
 def mlx_mode(dense_columns: int, weight: TensorInfo, scales: TensorInfo) -> str | None:
-    """Return the mode of MLX that a weight with scales of one byte was quantised in, by its shapes; None if by none."""
+    """Return the mode of MLX in which a weight with scales of one byte was quantized, by its shapes, or None."""
     if scales.dtype != "U8" or weight.dtype != "U32" or not scales.shape or not weight.shape or not scales.shape[-1]:
         return None
     modes = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
@@ -130,7 +130,7 @@ def mlx_mode(dense_columns: int, weight: TensorInfo, scales: TensorInfo) -> str 
 
 
 def _settings(published: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a config and of its text part, by key, in the order in which they decide."""
+    """Yield (key, settings) of a config and of its text part, in the order of precedence."""
     text = published.get("text_config")
     for key in _KEYS:
         for holder in (published, text if isinstance(text, Mapping) else {}):
@@ -139,7 +139,7 @@ def _settings(published: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _method(settings: Mapping[str, Any]) -> str | None:
-    """Name the method of ``settings`` unless it is MLX's affine one."""
+    """Return the name of the method of ``settings``; None for MLX's affine mode."""
     method = settings.get("quant_method")
     algorithm = settings.get("quant_algo") or settings.get("format") or settings.get("fmt")
     detail = f" ({shown(algorithm).strip(_QUOTES)})" if algorithm else ""
@@ -150,7 +150,7 @@ def _method(settings: Mapping[str, Any]) -> str | None:
         if settings.get("quant_algo") is not None:
             return f"modelopt{detail}"
         found = (
-            what for key, what in _LEGACY.items() if settings.get(key) or (key in settings and "load_in" not in key)
+            name for key, name in _LEGACY.items() if settings.get(key) or (key in settings and "load_in" not in key)
         )
         return next(found, None)
     if method in ("affine", "mlx"):

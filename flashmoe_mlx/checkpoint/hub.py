@@ -1,4 +1,4 @@
-"""A checkpoint on the Hugging Face hub, whose shards come to disk one by one as they are needed."""
+"""A checkpoint on the Hugging Face hub, whose shards are downloaded one by one when they are needed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,7 @@ from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
 from flashmoe_mlx.checkpoint.shards import is_shard_name
 from flashmoe_mlx.checkpoint.support import refuse_named_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError
-from flashmoe_mlx.formats.files import WRITE_ERRORS, explained_write_errors
+from flashmoe_mlx.formats.folders import WRITE_ERRORS, explain_write_errors
 from flashmoe_mlx.formats.manifest import TEXT_FILES
 from flashmoe_mlx.formats.safetensors_header import TensorInfo, tensor_info
 from flashmoe_mlx.formats.untrusted import read_object
@@ -29,7 +29,7 @@ _TIMEOUT = 10
 
 
 class HubCheckpoint(Checkpoint):
-    """Headers are known without a download; ``ensure`` downloads a shard, ``discard`` deletes it."""
+    """A checkpoint with known headers; ``ensure`` downloads a shard, ``discard`` deletes it."""
 
     def __init__(
         self, folder: Path, published: Mapping[str, Any], tensors: Mapping[str, TensorInfo], name: str, revision: str
@@ -42,17 +42,22 @@ class HubCheckpoint(Checkpoint):
     def open_remote(cls, name: str, revision: str | None, folder: Path) -> "HubCheckpoint":
         """Fetch config, tokenizer and the headers of all shards of ``name`` into ``folder``.
 
-        The config comes first, so that nothing else is fetched of a model that cannot be run.
+        The config comes first, so that nothing else of an unsupported model is fetched.
+
+        Args:
+            name: <organization>/<name>.
+            revision: a branch, tag or commit; None for the default branch.
+            folder: receives the files.
 
         Raises:
-            CheckpointError: no such model, or it is not supported.
+            CheckpointError: there is no such model, or it is not supported.
             FlashMoeError: the hub cannot be reached, or no space is left.
         """
         refuse_named_format(name)
         api = HfApi()
         with _explained(name):
             commit, present = _listing(api, name, revision, "source")
-        with explained_write_errors(folder), _explained(name):
+        with explain_write_errors(folder), _explained(name):
             hf_hub_download(name, _CONFIG, revision=commit, local_dir=folder)
             published = read_object(folder / _CONFIG)
             refuse_unsupported(published, f"source={name}")
@@ -79,34 +84,34 @@ class HubCheckpoint(Checkpoint):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Hub id and exact commit."""
+        """The hub id and the exact commit."""
         return {"name": self._name, "revision": self._revision}
 
     def stamps(self) -> dict[str, list[int]]:
-        """Return nothing: shards come and go, and the commit determines their content."""
+        """Return an empty mapping: the commit determines the content of shards."""
         return {}
 
     def ensure(self, shard: str) -> None:
-        """Download ``shard`` unless it is there; an interrupted download is continued."""
+        """Download ``shard`` unless it is on disk; resume an interrupted download."""
         if not (self.folder / shard).is_file():
             with _explained(self._name):
                 hf_hub_download(self._name, shard, revision=self._revision, local_dir=self.folder)
 
 
 def remote_config(name: str, key: str) -> Mapping[str, Any]:
-    """Fetch the ``config.json`` of ``name`` on the hub, and nothing else; without a network, take the hub's cache.
+    """Fetch the ``config.json`` of a model on the hub; without a network, read it from the hub's cache.
 
     Args:
-        name: <organisation>/<name>.
+        name: <organization>/<name>.
         key: the key of the command line that messages name.
 
     Raises:
-        CheckpointError: no such model, or none that has a config.
+        CheckpointError: there is no such model, or it has no config.
         FlashMoeError: the hub cannot be reached.
     """
     try:
         with _explained(name, key):
-            # Asked first: it fails at once without a network, where a download tries for half a minute.
+            # The listing comes first: without a network it fails at once, while a download retries for half a minute.
             commit, _ = _listing(HfApi(), name, None, key)
             return read_object(Path(hf_hub_download(name, _CONFIG, revision=commit)))
     except FlashMoeError as error:
@@ -120,14 +125,18 @@ def remote_config(name: str, key: str) -> Mapping[str, Any]:
 
 
 def _listing(api: HfApi, name: str, revision: str | None, key: str) -> tuple[str, set[str]]:
-    """Return the commit and the files of a repository that has a model's config and safetensors."""
+    """Return the commit and the file names of a repository with a config and safetensors.
+
+    Raises:
+        CheckpointError: it has no config or no safetensors.
+    """
     info = api.model_info(name, revision=revision, timeout=_TIMEOUT)
     present = {sibling.rfilename for sibling in info.siblings or ()}
     if not any(is_shard_name(file) for file in present):
         gguf = any(file.lower().endswith(".gguf") for file in present)
-        what = "weights in GGUF cannot be read or packed" if gguf else "there are no safetensors files"
+        problem = "weights in GGUF cannot be read or packed" if gguf else "there are no safetensors files"
         raise CheckpointError(
-            f"{key}={name}: {what}; {USE_INSTEAD}", code="unsupported_format" if gguf else "no_weights"
+            f"{key}={name}: {problem}; {USE_INSTEAD}", code="unsupported_format" if gguf else "no_weights"
         )
     if info.sha is None or _CONFIG not in present:
         raise CheckpointError(f"{key}={name}: no {_CONFIG} there: not a model that can be packed", code="no_model")
@@ -153,7 +162,7 @@ def _explained(name: str, key: str = "source") -> Iterator[None]:
             f"{key}={name}: {reason} (private models need: hf auth login)", code="no_such_model"
         ) from error
     except Exception as error:
-        # Besides its own errors the library lets through those of its HTTP client, which have no class in common.
+        # The library also raises the errors of its HTTP client, which have no common base class.
         if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
             raise
         raise FlashMoeError(

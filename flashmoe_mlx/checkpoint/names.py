@@ -3,17 +3,13 @@
 import re
 from collections.abc import Collection
 
+from flashmoe_mlx.models.family import TensorNames
+
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
-"""What torch.compile, torch's data parallelism and PEFT put in front of every name."""
+"""Prefixes that torch.compile, torch's data parallelism and PEFT give every name."""
 _INNER_WRAPPER = "._orig_mod."
-_PREFIXES = (
-    ("language_model.model.", "model."),
-    ("model.language_model.", "model."),
-    ("language_model.lm_head.", "lm_head."),
-)
 _BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
-"""Names of the text model saved by itself."""
-_SKIPPED = re.compile(r"^(model\.|language_model\.)?(visual|vision_tower|mtp)\.|\.mtp\.|\.rotary_emb\.inv_freq$")
+"""Names of a text model that was saved by itself."""
 _SHOWN = 4
 
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -27,38 +23,38 @@ _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.linear_attn\.(in_proj_qkvz)"), "the projections of linear attention are fused in {}"),
     (re.compile(r"\.(block_sparse_moe)\."), "the experts are under {}"),
 )
-"""Parts of names that only other layouts have, and what to say of them."""
+"""Parts of names that only unsupported layouts have, with descriptions of these layouts."""
 
 
-def canonical_name(name: str) -> str:
-    """Return the name that mlx-community gives the tensor, without ``language_model.``."""
+def canonical_name(name: str, names: TensorNames) -> str:
+    """Return the name that mlx-community gives the tensor ``name``, without ``language_model.``."""
     name = name.replace(_INNER_WRAPPER, ".")
-    while (wrapper := next((one for one in _WRAPPERS if name.startswith(one)), None)) is not None:
+    while (wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)) is not None:
         name = name.removeprefix(wrapper)
-    for published, canonical in _PREFIXES:
+    for published, canonical in names.prefixes:
         if name.startswith(published):
             return canonical + name.removeprefix(published)
     found = _BARE.match(name)
     return name if found is None else f"model.{name[found.start(1) :]}"
 
 
-def is_skipped(name: str) -> bool:
-    """Whether a tensor belongs to the vision tower or to the prediction of further tokens, which text does not need."""
-    return _SKIPPED.search(canonical_name(name)) is not None
+def is_skipped(name: str, names: TensorNames) -> bool:
+    """Return whether text does not need the tensor ``name``: it belongs to the vision tower, for example."""
+    return names.skipped.search(canonical_name(name, names)) is not None
 
 
-def said_of_missing(name: str, present: Collection[str]) -> str:
-    """Return what to add to "tensor ``name`` is missing": the layout that was found, and the names beside it.
+def describe_found(name: str, present: Collection[str]) -> str:
+    """Return the end of the message "tensor ``name`` is missing": the layout that was found, and names beside it.
 
-    All shards are whole where this is asked, so that a download would bring the same again.
+    All shards are complete where this is called, so the message does not advise another download.
     """
     if name == "lm_head.weight":
         return ": a base model without its head; use the checkpoint of the language model"
-    for part, what in _HINTS:
+    for part, layout in _HINTS:
         found = next(filter(None, map(part.search, sorted(present))), None)
         if found is not None:
-            what = what.format(found[1])
-            return f": {what}; this layout is not supported, use the original checkpoint or an MLX conversion"
+            layout = layout.format(found[1])
+            return f": {layout}; this layout is not supported, use the original checkpoint or an MLX conversion"
     parent = name
     while "." in parent:
         parent = parent.rpartition(".")[0]

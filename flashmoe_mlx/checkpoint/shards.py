@@ -1,4 +1,4 @@
-"""Find the files of a folder that hold the weights of a model, with an index and without."""
+"""Find the files in a folder that hold the weights of a model, with or without an index."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -14,21 +14,21 @@ from flashmoe_mlx.formats.untrusted import read_object
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LARGEST_INDEX = 512 * 2**20
-"""The largest known index, of Kimi K3, has 57 MiB."""
+"""Limit in bytes; the largest known index, of Kimi K3, has 57 MiB."""
 _OTHER_WEIGHTS = ("adapter", "consolidated", "optimizer", "training", "mmproj", "vision", "visual", "mtp", "draft")
-"""How the names of files begin that hold something other than the model."""
+"""Prefixes of the names of files that hold something other than the model."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors")
-"""The same weights in another type, "model.fp16.safetensors"."""
+"""Names of copies of the weights in another type, for example ``model.fp16.safetensors``."""
 _MOST_SHARDS = 10_000
 
 
 def find_shards(folder: Path) -> dict[str, set[str]]:
-    """Return the shards of the model in ``folder``, and the tensors that the index promises in each.
+    """Return the shards of the model in ``folder``, each with the tensors that the index lists in it.
 
-    Without an index no tensor is promised. An index whose shards are not all there does not count beside a
-    ``model.safetensors`` that it does not name: transformers reads that file first.
+    Without an index these sets are empty. Where the index lists missing shards and the folder has a
+    ``model.safetensors`` that is not listed, the index is ignored: transformers reads that file first.
 
     Raises:
         CheckpointError: there are no weights, some are missing, or the index is malformed.
@@ -50,14 +50,18 @@ def find_shards(folder: Path) -> dict[str, set[str]]:
 
 
 def is_shard_name(name: Any) -> bool:
-    """Whether ``name`` is the plain name of a safetensors file, in no other folder."""
+    """Return whether ``name`` is the name of a safetensors file without any folder."""
     return isinstance(name, str) and name.isprintable() and "/" not in name and name.endswith(".safetensors")
 
 
 def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> CheckpointError:
-    """Make the error for a folder that holds no model: say ``what``, and what is there instead.
+    """Return the error for a folder without a model.
 
-    ``remedy`` is said where nothing was recognized.
+    Args:
+        folder: the folder.
+        what: the missing files, for the message.
+        code: the code of the error; files in an unreadable format have a code of their own.
+        remedy: the advice if the content of the folder suggests none.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if any(name.lower().endswith(".gguf") for name in names):
@@ -70,10 +74,8 @@ def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> Checkp
 
 
 def broken_link(path: Path) -> CheckpointError:
-    """Make the error for a link to a file that is not there."""
-    return CheckpointError(
-        f"{path}: a link to a file that is not there; download the checkpoint again", code="broken_link"
-    )
+    """Return the error for a link whose target is missing."""
+    return CheckpointError(f"{path}: a link whose target is missing; download the checkpoint again", code="broken_link")
 
 
 def _other_format(names: Iterable[str]) -> str | None:
@@ -87,23 +89,24 @@ def _other_format(names: Iterable[str]) -> str | None:
 
 def _found_instead(folder: Path, names: Sequence[str]) -> str:
     if "adapter_config.json" in names:
-        return "it holds an adapter (LoRA): merge it into its model first"
+        return "it holds an adapter (LoRA); merge it into its model first"
     if "params.json" in names or any(name.startswith("consolidated.") for name in names):
-        return "it has the layout of its makers: use the one with config.json and model*.safetensors, for transformers"
+        return "it has its publisher's own layout; use the one for transformers (config.json, model*.safetensors)"
     if "config.json" not in names:
         for name in names:
             if (folder / name / "config.json").is_file():
                 return f"there is one in {folder / name}"
     if "snapshots" in names:
-        return "a folder of the hub's cache: give the folder inside its snapshots/"
+        return "it is a folder of the hub's cache; give the folder inside its snapshots/"
     return ""
 
 
 def _without_index(folder: Path) -> list[str]:
     """Return the names of the weight files of a folder without an index.
 
-    As mlx-lm: ``model*.safetensors``. Only where there is none of these does any other file count, unless it is known
-    for something else. Names that begin with a dot are nobody's weights: macOS leaves such files on foreign disks.
+    As in mlx-lm, these are ``model*.safetensors``. Other safetensors files count only if there are none of these, and
+    if their names do not suggest another purpose. Names that begin with a dot never count: macOS leaves such files on
+    disks of other systems.
     """
     names = sorted(path.name for path in folder.glob("*.safetensors") if not path.name.startswith("."))
     found = [name for name in names if name.startswith("model")]
@@ -116,16 +119,21 @@ def _without_index(folder: Path) -> list[str]:
     for match in filter(None, map(_NUMBERED.fullmatch, found)):
         sets.setdefault(match[1], {}).setdefault(match[2], []).append(match[0])
     for stem, by_total in sets.items():
-        left_over = _all_but_whole(folder, stem, by_total)
+        left_over = _outside_complete_set(folder, stem, by_total)
         found = [name for name in found if name not in left_over]
     return found
 
 
-def _all_but_whole(folder: Path, stem: str, by_total: dict[str, list[str]]) -> set[str]:
-    """Return the shards ``stem``-NNNNN-of-<total> that are not of the one whole set.
+def _outside_complete_set(folder: Path, stem: str, by_total: dict[str, list[str]]) -> set[str]:
+    """Return the shards ``stem``-NNNNN-of-<total> outside the one complete set.
+
+    Args:
+        folder: the folder, for messages.
+        stem: the common beginning of the names.
+        by_total: the names, by their <total>.
 
     Raises:
-        CheckpointError: no set is whole, or several are.
+        CheckpointError: no set is complete, or several are.
     """
     missing = {}
     for total, present in by_total.items():
@@ -133,14 +141,14 @@ def _all_but_whole(folder: Path, stem: str, by_total: dict[str, list[str]]) -> s
             f"{stem}-{number:05d}-of-{total}.safetensors" for number in range(1, min(int(total), _MOST_SHARDS) + 1)
         ]
         missing[total] = [name for name in wanted if name not in present]
-    whole = [total for total, names in missing.items() if not names]
-    if len(whole) > 1:
-        listed = " and ".join(f"{stem}-*-of-{total}" for total in whole)
-        raise CheckpointError(f"{folder}: {len(whole)} sets of weights, {listed}; keep one", code="several_sets")
-    if not whole:
+    complete = [total for total, names in missing.items() if not names]
+    if len(complete) > 1:
+        listed = " and ".join(f"{stem}-*-of-{total}" for total in complete)
+        raise CheckpointError(f"{folder}: {len(complete)} sets of weights, {listed}; keep one", code="several_sets")
+    if not complete:
         fullest = max(by_total, key=lambda total: len(by_total[total]))
         _refuse_missing(folder, missing[fullest], int(fullest))
-    return {name for total, names in by_total.items() if total not in whole for name in names}
+    return {name for total, names in by_total.items() if total not in complete for name in names}
 
 
 def _refuse_missing(folder: Path, missing: Sequence[str], total: int) -> None:
@@ -153,7 +161,7 @@ def _refuse_missing(folder: Path, missing: Sequence[str], total: int) -> None:
 
 
 def _listed(index: Path) -> dict[str, set[str]]:
-    """Return the shards that ``index`` names, each with its tensors."""
+    """Return the shards that ``index`` lists, each with its tensors."""
     weight_map = read_object(index, limit=_LARGEST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is missing", code="invalid_index")

@@ -1,4 +1,4 @@
-"""The one answer to whether a model can be run: estimate, pack and generate ask here before anything is fetched."""
+"""Decide whether a model can be run, for every task alike, before anything is fetched."""
 
 import re
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.family import refuse_other_family
+from flashmoe_mlx.models.registry import find_family, parse_config
 
 
 def why_not(published: Mapping[str, Any]) -> str | None:
-    """Return why the model of this ``config.json`` cannot be run, in a line that says what to use; None if it can."""
+    """Return the reason why the model of this ``config.json`` cannot be run, and the remedy; None if it can be run."""
     error = _error(published)
     return None if error is None else str(error)
 
@@ -23,19 +23,19 @@ def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelConf
 
     Args:
         published: its ``config.json``.
-        where: what a message begins with: the folder, the file or the name on the hub.
+        where: the beginning of messages: a folder, a file or a name on the hub.
 
     Raises:
-        CheckpointError: it cannot be run; the message holds what ``why_not`` says.
+        CheckpointError: it cannot be run; the message holds the reason that ``why_not`` gives.
     """
     error = _error(published)
     if error is not None:
         raise CheckpointError(f"{where}: {error}", code=error.code)
-    return ModelConfig.from_json(published)
+    return parse_config(published)
 
 
 def refuse_named_format(name: str) -> None:
-    """Raise CheckpointError if a name on the hub says that its weights are in a format that cannot be read."""
+    """Raise CheckpointError if a name on the hub states a format of weights that cannot be read."""
     found = format_in_name(name)
     if found is not None:
         original = original_of(name)
@@ -47,7 +47,7 @@ def refuse_named_format(name: str) -> None:
 
 
 def refuse_hub_id_of_format(path: str) -> None:
-    """Raise as ``refuse_named_format`` if ``path``, which is not there, can only be meant as a name on the hub."""
+    """Call ``refuse_named_format`` if ``path``, which does not exist, can only be a name on the hub."""
     if is_hub_id(path) and not Path(path).parent.is_dir():
         refuse_named_format(path)
 
@@ -66,7 +66,7 @@ def refuse_gguf_file(path: Path) -> None:
 
 
 def gguf_advice(path: object) -> CheckpointError:
-    """Make the error for a GGUF file in place of a checkpoint."""
+    """Return the error for a GGUF file in place of a checkpoint."""
     return CheckpointError(
         f"{path}: weights in GGUF cannot be read or packed; use the folder of the original safetensors checkpoint, or "
         "of an MLX conversion in affine mode",
@@ -75,17 +75,17 @@ def gguf_advice(path: object) -> CheckpointError:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` could be that of a repository on the hub: <organisation>/<name>."""
+    """Return whether ``name`` has the form of a repository on the hub: <organization>/<name>."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None
 
 
 def _error(published: Mapping[str, Any]) -> CheckpointError | None:
     try:
-        refuse_other_family(published)  # first: another format of another family would not help
-        said = unreadable_format(published)
-        if said is not None:
-            return CheckpointError(f"config.json: {said}", code="unsupported_format")
-        ModelConfig.from_json(published)
+        find_family(published)  # first: another format of an unsupported model would not help
+        reason = unreadable_format(published)
+        if reason is not None:
+            return CheckpointError(f"config.json: {reason}", code="unsupported_format")
+        parse_config(published)
     except CheckpointError as error:
         return error
     return None

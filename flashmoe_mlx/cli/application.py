@@ -1,4 +1,4 @@
-"""From a command line to a finished task: Hydra composes, the task runs in its own directory, errors become lines."""
+"""Application: Hydra composes the configuration, the task runs in its own directory, and errors become lines."""
 
 import logging
 import os
@@ -15,28 +15,31 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from flashmoe_mlx.cli.command_line import parse, tidy
-from flashmoe_mlx.cli.composition import typed
+from flashmoe_mlx.cli.arguments import parse
+from flashmoe_mlx.cli.claims import ClaimError, claims
+from flashmoe_mlx.cli.composition import build_config
 from flashmoe_mlx.cli.error_reports import Job, failed_jobs, message, report
+from flashmoe_mlx.cli.normalization import normalize_argv
 from flashmoe_mlx.cli.usage import help_text
-from flashmoe_mlx.console.run_folder import FAILURE, Refused, claims, holds_measurements, refuse_used
 from flashmoe_mlx.console.streams import drop_answer, print_answer, say
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.tasks.shared.run_directory import FAILURE, holds_measurements, refuse_used
 
 _NO_MLX = (
-    "MLX has no library for this machine: pip install 'flashmoe_mlx[cpu]', or with an NVIDIA GPU 'flashmoe_mlx[cuda]'"
+    "MLX is not installed or cannot run on this machine: pip install 'flashmoe_mlx[cpu]', or with an NVIDIA GPU "
+    "'flashmoe_mlx[cuda]'"
 )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line; returns the exit code.
+    """Run a command line and return its exit code.
 
-    In a sweep every job runs, those that failed are listed at the end, and the worst exit code counts. A job that fails
-    leaves ``failure.json`` in its directory.
+    A sweep runs every job, lists the failed jobs at the end, and returns the highest exit code. A job that fails leaves
+    ``failure.json`` in its directory.
     """
-    # Composing can fail before there is a configuration to ask.
+    # Composition can fail, so there may be no configuration to read this key from.
     debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in arguments)
-    with claims() as taken:
+    with claims() as claimed:
         try:
             _check_working_folder()
             line = parse(arguments)
@@ -44,51 +47,57 @@ def run(arguments: Sequence[str]) -> int:
                 print_answer(help_text(line))
                 return 0
             if "--version" in line.flags:
-                print_answer(
-                    ", ".join(f"{name} {_installed(name) or '(not installed)'}" for name in ("flashmoe_mlx", "mlx"))
-                )
+                packages = ("flashmoe_mlx", "mlx")
+                print_answer(", ".join(f"{name} {_installed_version(name) or '(not installed)'}" for name in packages))
                 return 0
-            tidied = tidy(arguments)
+            normalized = normalize_argv(arguments)
             _check_mlx()
-            return _run_hydra(tidied, debug, line.runs)
-        except Refused as refused:
-            return report(refused.error, debug, taken.folder)
+            return _run_hydra(normalized, debug, line.runs)
+        except ClaimError as claim:
+            return report(claim.error, debug, claimed.latest)
         except Exception as error:
-            return report(error, debug, taken.folder)
+            return report(error, debug, claimed.latest)
 
 
 def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
+    """Run Hydra with normalized arguments and return the highest exit code of its jobs.
+
+    Args:
+        arguments: overrides and options as ``normalize_argv`` returns them.
+        debug: whether to show tracebacks of errors.
+        runs: whether tasks run, so that a command line without any job is a mistake.
+    """
     codes: list[int] = []
     jobs: list[Job] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
-    def job(composed: DictConfig) -> None:
+    def run_job(composed: DictConfig) -> None:
         folder = Path(HydraConfig.get().runtime.output_dir)
-        own = not holds_measurements(folder)
-        done = Job(folder, _overrides())
-        jobs.append(done)
+        unused = not holds_measurements(folder)
+        job = Job(folder, _overrides())
+        jobs.append(job)
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 refuse_used(folder, "hydra.sweep.subdir")
-            (folder / FAILURE).unlink(missing_ok=True)  # of an earlier try
-            config = typed(composed)
+            (folder / FAILURE).unlink(missing_ok=True)  # from an earlier attempt
+            config = build_config(composed)
             import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
         except Exception as error:
-            done.failure = message(error, folder)
-            codes.append(report(error, debug, folder, record=own))
+            job.failure = message(error, folder)
+            codes.append(report(error, debug, folder, record=unused))
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing and exiting
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them and exiting
     program, log_errors = sys.argv, logging.raiseExceptions
     sys.argv = [program[0], *arguments]
     logging.raiseExceptions = False  # a log that cannot be written must not fill the terminal with tracebacks
     try:
         try:
-            job()
-        except SystemExit as asked:  # after --hydra-help and the like
-            codes.append(InputError.exit_code if asked.code else 0)
-        print_answer("", end="")  # Hydra leaves what --cfg shows in the buffer
+            run_job()
+        except SystemExit as ended:  # after --hydra-help and similar options
+            codes.append(InputError.exit_code if ended.code else 0)
+        print_answer("", end="")  # Hydra does not flush what --cfg prints
         if runs and not jobs:
-            raise InputError("nothing ran: a range or pattern on the command line is empty", code="empty_sweep")
+            raise InputError("nothing ran: a range or pattern on the command line has no values", code="empty_sweep")
     except OSError as error:
         if not jobs and error.filename is None:  # Hydra could not print
             drop_answer()
@@ -97,7 +106,7 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
         raise
     except Exception as error:
         raise InputError(
-            f"Hydra refuses the command line: {' '.join(str(error).split())} (debug=true shows where)"
+            f"Hydra rejects the command line: {' '.join(str(error).split())} (debug=true shows the traceback)"
         ) from error
     finally:
         sys.argv, logging.raiseExceptions = program, log_errors
@@ -107,23 +116,23 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
 
 
 def _overrides() -> list[str]:
-    """Return the overrides of the job at hand as they were written."""
-    listed = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    assert isinstance(listed, list)
-    return [str(override).lstrip("+") for override in listed]
+    """Return the overrides of the current job, without "+" signs."""
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    return [str(override).lstrip("+") for override in overrides]
 
 
 def _check_working_folder() -> None:
-    """Refuse folders in which Hydra cannot start."""
+    """Refuse working folders in which Hydra cannot start."""
     try:
         folder = Path.cwd()
     except FileNotFoundError:
         raise InputError(
-            "the working folder no longer exists; change to another one", code="no_working_folder"
+            "the working folder no longer exists; change to another folder", code="no_working_folder"
         ) from None
     if "${" in str(folder):
         raise InputError(
-            f"{folder}: Hydra takes ${{...}} in the name of the working folder for a reference; change to another one",
+            f"{folder}: Hydra would interpret ${{...}} in the name of the working folder; change to another folder",
             code="no_working_folder",
         )
 
@@ -135,8 +144,8 @@ def _check_mlx() -> None:
         raise FlashMoeError(f"{_NO_MLX} ({error})", code="no_mlx") from error
 
 
-def _installed(package: str) -> str | None:
+def _installed_version(package: str) -> str | None:
     try:
         return version(package)
-    except PackageNotFoundError:  # a checkout that runs as it is
+    except PackageNotFoundError:  # for instance a checkout that was never installed
         return None

@@ -1,7 +1,7 @@
-"""What tasks show while they work: on stderr, so that stdout holds the answer alone.
+"""Output of tasks to stderr; stdout is reserved for the answer.
 
-Everything is shown as it stands: paths, errors and the words of a model may hold brackets and colons, which rich would
-take for markup and emoji.
+Text is printed literally: paths, errors and text from a model may contain brackets and colons, which rich would
+interpret as markup and emoji.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,11 +17,11 @@ from rich.text import Text
 from flashmoe_mlx.console.streams import Notes
 
 _STDERR = cast(IO[str], Notes())
-_WIDEST = 400
+_MAX_TABLE_WIDTH = 400
 
 
 def literal_console(file: IO[str] | None = None, width: int | None = None) -> Console:
-    """Return a console that shows texts as they stand; on stdout unless ``file`` is given."""
+    """Return a console that prints text literally, to stdout unless ``file`` is given."""
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
@@ -29,43 +29,43 @@ console = literal_console(_STDERR)
 
 
 def show(line: str = "") -> None:
-    """Print a line as it stands; a long one is not broken."""
+    """Print a line literally and without line breaks of rich."""
     console.print(line, soft_wrap=True)
 
 
 @contextmanager
 def activity() -> Iterator[Callable[[str], None]]:
-    """Show what is being done while the block runs; yields the function that says it."""
+    """Show the current activity while the block runs; yield a function that sets its description."""
     with console.status(Text()) as status:
         yield lambda line: status.update(Text(line))
 
 
 def print_table(table: Table) -> None:
-    """Show a table whole: a line that the terminal breaks is better than digits left out."""
-    needed = Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum
+    """Print a table at its full width: a line that the terminal wraps is better than truncated numbers."""
+    needed = Measurement.get(console, console.options.update(max_width=_MAX_TABLE_WIDTH), table).maximum
     literal_console(_STDERR, width=max(needed, console.width)).print(table)
 
 
 def print_notes(notes: Iterable[str | None], prefix: str = "note: ") -> None:
-    """Show each different note, such as that of an engine's setup, once."""
+    """Print each distinct note once, such as the note of an engine's setup."""
     for note in dict.fromkeys(filter(None, notes)):
         show(f"{prefix}{note}")
 
 
 class ByteProgress:
-    """A progress bar in bytes; implements ``pack.progress.Progress``."""
+    """Progress bar in bytes; implements ``pack.progress.Progress``."""
 
     def __init__(self, bar: Progress) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=None)
 
     def stage(self, description: str, total: int) -> None:
-        """Begin a new stage; the bar shows itself with the first."""
+        """Begin a stage of ``total`` bytes; the first stage makes the bar appear."""
         self._bar.start()
         self._bar.reset(self._task, total=total, description=description)
 
     def advance(self, nbytes: int) -> None:
-        """Report that ``nbytes`` more are done."""
+        """Report the progress of another ``nbytes`` bytes."""
         self._bar.advance(self._task, nbytes)
 
 

@@ -1,6 +1,6 @@
-"""The two streams of the program: stdout holds the answer, stderr everything else.
+"""Output streams of the program: stdout for the answer, stderr for everything else.
 
-A reader that goes away, a full disk behind a stream or a closed stream must end neither a run nor its record.
+A reader that disconnects, a full disk or a closed stream must not end a run or prevent its record.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class OutputError(FlashMoeError):
-    """A part of the answer that could not be written to stdout."""
+    """Error for output that could not be written to stdout."""
 
     default_code = "output_failed"
 
 
 class Notes:
-    """A text stream that is whatever ``sys.stderr`` is at the time, and never fails: notes are dispensable."""
+    """Text stream to the current ``sys.stderr`` that ignores errors, because notes are dispensable."""
 
     encoding = "utf-8"
 
     def write(self, text: str) -> int:
-        """Write ``text`` if that is possible; returns its length."""
+        """Write ``text`` if possible, and return its length."""
         if sys.stderr is not None:
             try:
                 sys.stderr.write(text)
@@ -35,7 +35,7 @@ class Notes:
         return len(text)
 
     def flush(self) -> None:
-        """Send what is buffered."""
+        """Flush stderr if possible."""
         if sys.stderr is not None:
             try:
                 sys.stderr.flush()
@@ -43,38 +43,38 @@ class Notes:
                 _discard(sys.stderr)
 
     def isatty(self) -> bool:
-        """Whether a person reads this in a terminal."""
+        """Return whether stderr is a terminal."""
         return sys.stderr is not None and sys.stderr.isatty()
 
     def fileno(self) -> int:
-        """Return the descriptor of stderr."""
+        """Return the file descriptor of stderr."""
         return sys.stderr.fileno()
 
 
 def say(line: str) -> None:
-    """Print a line for a person on stderr, as it stands."""
+    """Print a line literally to stderr."""
     notes = Notes()
     notes.write(f"{line}\n")
     notes.flush()
 
 
 def one_line(text: str) -> str:
-    """Return ``text`` with control characters written as escapes, so that it is one line and commands no terminal."""
+    """Return ``text`` with control characters escaped, so that it is one line and sends no commands to a terminal."""
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def drop_answer() -> None:
-    """Send what is left of the answer, and everything that follows, nowhere."""
+    """Discard the buffered rest of the answer and all later output to stdout."""
     if sys.stdout is not None:
         _discard(sys.stdout)
 
 
 def print_answer(text: str, end: str = "\n") -> None:
-    """Print to stdout at once.
+    """Print to stdout and flush. After an error, all later output to stdout is discarded.
 
     Raises:
-        BrokenPipeError: the reader went away; everything printed from now on is dropped.
-        OutputError: the text cannot be written; likewise.
+        BrokenPipeError: the reader of stdout disconnected.
+        OutputError: the text cannot be written for another reason.
     """
     if sys.stdout is None:
         return
@@ -86,13 +86,13 @@ def print_answer(text: str, end: str = "\n") -> None:
     except OSError as error:
         _discard(sys.stdout)
         raise OutputError(
-            f"stdout: {error.strerror}: the output ends early there; make room, or send it elsewhere"
+            f"stdout: {error.strerror}: the output is incomplete; free some space, or redirect it elsewhere"
         ) from error
 
 
 def _discard(stream: TextIO) -> None:
-    """Send what is left in the buffer of ``stream``, and all that follows, nowhere: Python flushes it at exit."""
-    with contextlib.suppress(OSError, ValueError):  # a stream of a test or a notebook has no descriptor
+    """Redirect ``stream`` to the null device, including its buffer, which Python flushes at exit."""
+    with contextlib.suppress(OSError, ValueError):  # a stream in a test or notebook has no file descriptor
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)

@@ -1,4 +1,4 @@
-"""Tables and lines for people, from the measurements of a run."""
+"""Table and lines that summarize the measurements of a run."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,11 +7,22 @@ from rich.table import Table
 
 from flashmoe_mlx.generation.metrics import ratio
 
-_PHASE_NAMES = {"compute": "attention + router + experts", "router_wait": "router wait", "io": "I/O"}
+_PHASE_NAMES = {
+    "compute": "attention + router + experts",
+    "router_wait": "router wait",
+    "io": "I/O",
+    "sample": "sampling",
+}
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """Make the closing table from ``RunMetrics.to_json``; "ms" is per pass, "all" counts every weight touched."""
+    """Make the closing table.
+
+    "ms" is the time of a forward pass; "weights GB/s" counts every weight that a pass uses, from memory or storage.
+
+    Args:
+        metrics: the result of ``RunMetrics.to_json``.
+    """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in (
         "",
@@ -21,7 +32,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         "MB/token",
         "hits",
         "read GB/s",
-        "all GB/s",
+        "weights GB/s",
     ):
         table.add_column(heading, justify="left" if not heading else "right")
     for name in ("prefill", "decode"):
@@ -41,13 +52,13 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the table has no room for: the first token, where the time went, sampling, memory."""
+    """Yield lines about the first token, the phases of a pass, prefetching, sampling and memory."""
     first = metrics["time_to_first_token"]
-    ended = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
+    reasons = {"stop": "the model ended its answer", "length": "max_tokens reached, or the context is full"}
     if first is None:
         yield "interrupted before the first token"
     else:
-        yield f"first token after {first:.3g} s; {ended.get(metrics['finish_reason'], 'interrupted')}"
+        yield f"first token after {first:.3g} s; {reasons.get(metrics['finish_reason'], 'interrupted')}"
     for name in ("prefill", "decode"):
         stage = metrics[name]
         if stage["seconds"]:
@@ -59,8 +70,8 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         useful = ratio(decode["prefetched"], decode["misses"])
         wasted = ratio(decode["bytes_wasted"] / 1e6, decode["tokens"])
         yield (
-            f"prefetch: {guesses['accuracy']:.0%} of the guesses right, {_shown(useful, '.0%')} of the reads begun "
-            f"ahead, {_shown(wasted, '.3g')} MB/token wasted"
+            f"prefetch: {guesses['accuracy']:.0%} of the predictions correct, {_shown(useful, '.0%')} of the reads "
+            f"started early, {_shown(wasted, '.3g')} MB/token wasted"
         )
     if metrics["sampling"] is not None:
         yield f"sampling: {metrics['sampling']['description']}"
@@ -68,7 +79,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _spread(steps: Mapping[str, float]) -> str:
-    """Percentiles in milliseconds, or the one value there is."""
+    """Format percentiles (given in seconds) in milliseconds; equal values appear once."""
     shown = [f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}" for seconds in steps.values()]
     return "/".join(dict.fromkeys(shown))
 

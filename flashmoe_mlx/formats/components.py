@@ -1,4 +1,4 @@
-"""Components of records as arrays."""
+"""The tensors of a record as MLX arrays."""
 
 import mlx.core as mx
 
@@ -7,24 +7,33 @@ from flashmoe_mlx.formats.record import Component, RecordLayout
 
 
 def record_views(record: mx.array, layout: RecordLayout) -> dict[str, mx.array]:
-    """Return the components of a record, uint8 [record or payload bytes], by name; views where MLX allows."""
-    return {c.name: _component(record, c) for c in layout.components}
+    """Return the components of a record by name, as views where MLX allows.
+
+    ``record`` is uint8 [n], where n is at least ``layout.payload_bytes``.
+    """
+    return {component.name: _view(record, component) for component in layout.components}
 
 
-def dense_projection(parts: dict[str, mx.array], projection: str, layout: RecordLayout) -> mx.array:
-    """Return the dense weight [out, in] of ``projection`` in a record's components, in the record's float type."""
-    weight = parts[f"{projection}.weight"]
+def dense_projection(components: dict[str, mx.array], projection: str, layout: RecordLayout) -> mx.array:
+    """Return the dense weight [out, in] of one projection, in the float type of the record.
+
+    Args:
+        components: the components of a record, as ``record_views`` returns them.
+        projection: "gate", "up", or "down".
+        layout: the layout of the record.
+    """
+    weight = components[f"{projection}.weight"]
     if layout.bits is None:
         return weight
     return mx.dequantize(
         weight,
-        parts[f"{projection}.scales"],
-        parts[f"{projection}.biases"],
+        components[f"{projection}.scales"],
+        components[f"{projection}.biases"],
         group_size=layout.group_size,
         bits=layout.bits,
     )
 
 
-def _component(record: mx.array, component: Component) -> mx.array:
+def _view(record: mx.array, component: Component) -> mx.array:
     raw = record[component.offset : component.offset + component.nbytes]
     return raw.view(MLX_DTYPES[component.dtype]).reshape(component.shape)

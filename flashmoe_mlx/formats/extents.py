@@ -1,16 +1,18 @@
-"""Byte ranges of files, and the interface of whatever knows where the bytes of experts lie."""
+"""Byte ranges of files: the location of experts, and reads that return all requested bytes or fail."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.record import RecordLayout
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """``nbytes`` bytes at ``offset`` of a file."""
+    """``nbytes`` bytes at ``offset`` of the file at ``path``."""
 
     path: Path
     offset: int
@@ -18,7 +20,7 @@ class Extent:
 
 
 class ExpertSource(Protocol):
-    """Where the bytes of experts lie: a variant of a pack, or a published checkpoint."""
+    """The location of the bytes of every expert: in a variant of a pack, or in a published checkpoint."""
 
     @property
     def layout(self) -> RecordLayout: ...
@@ -30,5 +32,48 @@ class ExpertSource(Protocol):
     def num_experts(self) -> int: ...
 
     def extents(self, layer: int, expert: int) -> Sequence[Extent]:
-        """The expert's bytes in the order of its record: one extent in a pack, several in a checkpoint."""
+        """Return the byte ranges of an expert in the order of its record: one in a pack, several in a checkpoint."""
         ...
+
+
+def read_exactly(fd: int, view: memoryview, offset: int) -> int:
+    """Fill ``view`` from ``offset`` of the file ``fd``, in as many reads as it takes; return the number of reads.
+
+    ``view`` is writable and of format "B".
+
+    Raises:
+        EOFError: the file ends inside the range; ``args[0]`` is the size of the file in bytes.
+        OSError: the system reported an error.
+    """
+    done = reads = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if count == 0:
+            raise EOFError(offset + done)
+        done += count
+        reads += 1
+    return reads
+
+
+def read_extents(extents: Sequence[Extent]) -> bytearray:
+    """Read ``extents`` and return their bytes, joined in the given order.
+
+    Raises:
+        InputError: a file ends inside its extent.
+        FlashMoeError: a file cannot be read.
+    """
+    data = bytearray(sum(extent.nbytes for extent in extents))
+    done = 0
+    for extent in extents:
+        try:
+            fd = os.open(extent.path, os.O_RDONLY)
+            try:
+                read_exactly(fd, memoryview(data)[done : done + extent.nbytes], extent.offset)
+            finally:
+                os.close(fd)
+        except EOFError as error:
+            raise InputError(f"{extent.path}: ends at byte {error.args[0]}: it was cut short while in use") from None
+        except OSError as error:
+            raise FlashMoeError(f"{extent.path}: cannot be read at byte {extent.offset} ({error.strerror})") from error
+        done += extent.nbytes
+    return data

@@ -1,62 +1,53 @@
-"""Checked access to the values of a published ``config.json``, and the fields that would change the arithmetic."""
+"""Read and check values of a published ``config.json``, and refuse fields that would change the arithmetic."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from flashmoe_mlx.errors import CheckpointError
 
 LARGEST_SIZE = 2**24
-"""No size in a config may exceed this; products of any three then fit a 128-bit integer, and a typo fails here."""
+"""The limit of all sizes in a config: products of any three fit a 128-bit integer, and a typo fails early."""
 
-_FIXED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),  # two names of one function
-    "attn_output_gate": (True,),
-    # Of the gated norm after a GatedDeltaNet layer; the gate of attention is a sigmoid in every model of this kind.
-    "output_gate_type": ("silu", "swish"),
-    "norm_topk_prob": (True,),
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "routed_scaling_factor": (1,),
-    "scoring_func": ("softmax",),
-    "topk_method": ("greedy",),
     "n_group": (0, 1),
     "topk_group": (0, 1),
     "moe_layer_freq": (1,),
     "mlp_bias": (False,),
-    "qk_norm": (True,),
-    "use_qk_norm": (True,),
-    "n_shared_experts": (1,),
-    "num_shared_experts": (1,),
     "embedding_multiplier": (1,),
     "residual_multiplier": (1,),
     "logits_scaling": (1,),
     "logit_scale": (1,),
 }
-"""Fields with the values that this package computes with. Where one is absent or null, these are what is meant."""
+"""Fields of features that this package lacks, with the values that turn them off."""
 
 _ARITHMETIC = re.compile(
     r"act(ivation)?|gate|gated|norm|qk_norm|scal\w*|softcap\w*|cap|capping|multiplier|rout\w+|rope|rotary|bias|window"
     r"|sinks?|topk|scor\w+|index\w*|hc|hyper|residual|alpha|limit|compress\w*|ngram|ple|latent|sparse|mlp|dense|chunk"
 )
-"""Words of a field's name that speak of arithmetic."""
+"""Words in names of fields that change the arithmetic."""
 
 _HARMLESS = re.compile(
     r"^(mtp|use_cache|output_|router_(aux|z)_loss|router_jitter|initializer|no_repeat_ngram|encoder_no_repeat|chunk_size_feed"
     r"|mlx|vision|audio|image|video)|(_token_id|_dropout|_loss_coef|_dtype)$"
 )
-"""Fields that matter to training, to other modalities, to the prediction of further tokens (``mtp``), or to how a
-library behaves."""
+"""Names of fields for training, other modalities, predicting further tokens (``mtp``), or a library's behavior."""
 
 _READ_ELSEWHERE = frozenset({
-    "attention_bias", "mlp_only_layers", "partial_rotary_factor", "rms_norm_eps", "rope_parameters", "rope_scaling",
-    "rope_theta", "use_sliding_window",
+    "mlp_only_layers", "partial_rotary_factor", "rope_parameters", "rope_scaling", "rope_theta", "use_sliding_window",
 })  # fmt: skip
 _OF_WINDOWS = ("sliding_window", "max_window_layers")
-"""Without effect where ``use_sliding_window`` is false, as in most configs of Qwen that have them."""
+"""Fields without effect where ``use_sliding_window`` is false, as in most configs of Qwen."""
 
 
 class Reader:
-    """Checked access to the values of a JSON object from a ``config.json``; every failure is a CheckpointError."""
+    """Checked access to the values of a JSON object from a ``config.json``.
+
+    Methods that return a value raise CheckpointError if it is missing, mistyped or out of range. A null value counts as
+    missing.
+    """
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = values
@@ -84,11 +75,11 @@ class Reader:
         return value
 
     def has(self, name: str) -> bool:
-        """Whether there is a value other than null."""
+        """Return whether ``name`` has a value other than null."""
         return self._values.get(name) is not None
 
     def is_on(self, name: str) -> bool:
-        """Whether there is a value, and it is not 0, which transformers takes for none in some fields."""
+        """Return whether ``name`` has a value other than 0, which disables some fields in transformers."""
         return self.has(name) and self._values[name] != 0
 
     def _get(self, name: str, default: Any) -> Any:
@@ -100,26 +91,36 @@ class Reader:
         return value
 
 
-def refuse_other_arithmetic(text: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a field of the text model asks for arithmetic that this package does not do.
+def refuse_other_arithmetic(
+    text: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]], read: Collection[str] = ()
+) -> None:
+    """Refuse the config of a text model if a field asks for arithmetic that this package does not do.
 
-    A field that is not known is refused if its name speaks of arithmetic and its value is not that of a feature turned
-    off; any other is ignored.
+    An unknown field is refused if its name speaks of arithmetic and its value does not turn the feature off; any other
+    unknown field is ignored.
+
+    Args:
+        text: the text model's part of a ``config.json``.
+        computed: values of fields that the model's family computes with.
+        read: names of further fields that the family reads and checks.
+
+    Raises:
+        CheckpointError: the model needs other arithmetic; the message names the field.
     """
-    for name, known in _FIXED.items():
+    fixed = {**computed, **_NEUTRAL}
+    for name, supported in fixed.items():
         value = text.get(name)
-        if value is not None and not any(_same(value, one) for one in known):
-            choices = " or ".join(shown(one) for one in known)
+        if value is not None and not any(_same(value, choice) for choice in supported):
+            choices = " or ".join(shown(choice) for choice in supported)
             raise _other(f"{name} is {shown(value)}; this version computes with {choices} alone")
     if not _off(text.get("mlp_only_layers")):
         raise _other("mlp_only_layers: layers without experts are not supported")
     if not _off(text.get("use_sliding_window")):
         raise _other("use_sliding_window: attention over a window is not supported")
     no_windows = "use_sliding_window" in text
+    known = {*fixed, *read, *_READ_ELSEWHERE, *(_OF_WINDOWS if no_windows else ())}
     for name, value in text.items():
-        if no_windows and name in _OF_WINDOWS:
-            continue
-        if name in _FIXED or name in _READ_ELSEWHERE or _off(value) or _HARMLESS.search(name):
+        if name in known or _off(value) or _HARMLESS.search(name):
             continue
         if any(_ARITHMETIC.fullmatch(word) for word in (name.lower(), *re.findall("[a-z0-9]+", name.lower()))):
             called = name if name.isidentifier() else shown(name)
@@ -127,17 +128,17 @@ def refuse_other_arithmetic(text: Mapping[str, Any]) -> None:
 
 
 def _off(value: Any) -> bool:
-    """Whether a value is one that features have when they are not used."""
+    """Return whether ``value`` is one with which configs turn a feature off."""
     return value is None or value is False or value in (0, "", "none") or value in ([], {})
 
 
 def _same(value: Any, known: Any) -> bool:
-    """Equality for which true is not 1."""
+    """Return whether two values are equal; true does not equal 1."""
     return bool(value == known) and isinstance(value, bool) == isinstance(known, bool)
 
 
 def shown(value: Any) -> str:
-    """Return a value from a config as messages show it: on one line, and cut if it is long."""
+    """Format a value from a config for a message: on one line, truncated if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:80]}..."
 

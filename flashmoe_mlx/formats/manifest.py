@@ -1,7 +1,7 @@
-"""The parts of a pack: the names of its files, and the place of each record.
+"""The format of a pack: its manifest, the names of its files, and the place of each record.
 
-A pack is a directory with a model ready to run. ``pack.json`` is the manifest and is written last, so a directory
-without it is an unfinished pack::
+A pack is a directory with a model ready to run. Its manifest, ``pack.json``, is written last, so a directory without a
+manifest is an unfinished pack::
 
     {"format": "flashmoe-pack", "format_version": 1,
      "source": {"name": ..., "revision": ...},        where it came from, for people
@@ -11,11 +11,10 @@ without it is an unfinished pack::
      "files": {"config.json": {"bytes": ..., "xxh3": "..."}, "experts-q4/layer_00.bin": {"bytes": ...}, ...},
      "skipped_tensors": [...]}
 
-A variant is named after its width, and after its quantizer where that is not the default of the width (``q2-minmax``).
-A variant whose records are copies of published ones names no quantizer. ``experts-<variant>/layer_NN.bin`` holds the
-records of a layer in the order of the experts and nothing else; ``experts-<variant>/checksums.xxh3`` holds one
-little-endian 64-bit XXH3 hash for each record, by layer, then expert. Layer files have no hash in the manifest, because
-each of their records has one.
+The name of a variant is its width, followed by its quantizer if that is not the default of the width (``q2-minmax``).
+A variant of copied records has no quantizer. ``experts-<variant>/layer_NN.bin`` holds the records of a layer in the
+order of the experts and nothing else. ``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for
+each record, by layer, then expert. Layer files have no hash in the manifest, because each of their records has one.
 """
 
 from dataclasses import dataclass
@@ -45,41 +44,49 @@ TEXT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files that are copied from the checkpoint where it has them."""
+"""Files that a pack copies from the checkpoint, as far as the checkpoint has them."""
 
 
 @dataclass(frozen=True)
 class PackedExperts:
-    """The records of one variant of a pack, as a source for stores; ``quantiser`` made them, if they are not copies."""
+    """The records of one variant of a pack, as a source for stores.
+
+    Attributes:
+        directory: the folder of the variant.
+        layout: the layout of every record.
+        num_layers: number of layers.
+        num_experts: number of experts in each layer.
+        quantizer: the quantizer of the variant; None if its records were copied.
+    """
 
     directory: Path
     layout: RecordLayout
     num_layers: int
     num_experts: int
-    quantiser: str | None = None
+    quantizer: str | None = None
 
     def layer_path(self, layer: int) -> Path:
-        """The file that holds the records of ``layer``."""
+        """Return the path of the file with the records of ``layer``."""
         return self.directory / layer_file(layer)
 
     @property
     def layer_bytes(self) -> int:
-        """Size of every layer file."""
+        """Size of a layer file in bytes."""
         return self.num_experts * self.layout.record_bytes
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
-        """Locate the expert's record, padding included."""
+        """Return the place of the record of ``expert``, including its padding."""
         size = self.layout.record_bytes
         return [Extent(self.layer_path(layer), expert * size, size)]
 
 
 def layer_file(layer: int) -> str:
-    """Return the name of a layer's file, which is flash-moe's."""
+    """Return the name of the file of a layer, which is the same in flash-moe."""
     return f"layer_{layer:02d}.bin"
 
 
 def variant_directory(name: str) -> str:
-    """Return the folder of a variant inside its pack."""
+    """Return the name of the folder of a variant inside its pack."""
     return f"experts-{name}"
 
 

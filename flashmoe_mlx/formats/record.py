@@ -1,9 +1,9 @@
 """The record: all bytes of one expert in one layer.
 
-Order: gate, up, down; of each its weight and, if quantised, its scales and biases. No gaps, zero padding at the end up
-to 16 KiB. Quantised weights are MLX affine (``w = scale * code + bias`` for groups along the input dimension; codes are
-packed least significant bit first in 32-bit words), so at the 397B geometry the offsets equal those of flash-moe's
-``packed_experts/layer_NN.bin``. Offsets are computed from the geometry, never tabulated.
+A record holds the projections gate, up, and down, in this order; each has a weight and, if quantized, scales and
+biases. There are no gaps, and zeros pad the record to a multiple of 16 KiB. Quantized weights follow the affine scheme
+of MLX: ``w = scale * code + bias`` for groups along the input dimension, with codes packed least significant bit first
+in 32-bit words. At the 397B geometry the offsets therefore equal those of ``packed_experts/layer_NN.bin`` of flash-moe.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from flashmoe_mlx.errors import PackError
 
 RECORD_ALIGNMENT = 16 * 1024
 PROJECTIONS = ("gate", "up", "down")
-QUANTISED_BITS = (2, 3, 4, 5, 6, 8)
+QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPE_BYTES: Mapping[str, int] = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 """Sizes of the element types that a record may hold, under their safetensors names."""
@@ -23,7 +23,15 @@ DTYPE_BYTES: Mapping[str, int] = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 
 @dataclass(frozen=True)
 class Component:
-    """One tensor inside a record; ``offset`` and ``nbytes`` in bytes, ``shape`` as [rows, columns]."""
+    """A tensor inside a record.
+
+    Attributes:
+        name: projection and part, such as "gate.scales".
+        dtype: safetensors name of the element type.
+        shape: [rows, columns].
+        offset: first byte in the record.
+        nbytes: size in bytes.
+    """
 
     name: str
     dtype: str
@@ -34,10 +42,17 @@ class Component:
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Where every tensor of an expert lies in its record.
+    """The place of every tensor of an expert in its record, computed from the geometry.
 
-    ``bits`` is the width of the quantised weights, or None for weights kept as published. ``dtype`` is that of the
-    scales and biases, or of the weights themselves when ``bits`` is None: "BF16", "F16" or "F32".
+    Args:
+        hidden_size: size of the hidden state.
+        intermediate_size: size of the hidden layer of an expert.
+        bits: width of the quantized weights; None for weights in a float type.
+        group_size: number of weights that share a scale and a bias; None if ``bits`` is None.
+        dtype: "BF16", "F16", or "F32": the type of the scales and biases, or of the weights if ``bits`` is None.
+
+    Raises:
+        PackError: the combination is not supported (code "unsupported_layout").
     """
 
     hidden_size: int
@@ -48,22 +63,22 @@ class RecordLayout:
 
     def __post_init__(self) -> None:
         if self.dtype not in ("BF16", "F16", "F32"):
-            raise PackError(f"expert records of type {self.dtype} are not supported: use BF16, F16 or F32")
+            raise _unsupported(f"expert records of type {self.dtype} are not supported: use BF16, F16 or F32")
         if self.bits is None:
             return
-        if self.bits not in QUANTISED_BITS:
-            raise PackError(f"{self.bits}-bit experts are not supported: use one of {_listed(QUANTISED_BITS)}")
+        if self.bits not in QUANTIZED_BITS:
+            raise _unsupported(f"{self.bits}-bit experts are not supported: use one of {_listed(QUANTIZED_BITS)}")
         if self.group_size not in GROUP_SIZES:
-            raise PackError(f"group size {self.group_size} is not supported: use one of {_listed(GROUP_SIZES)}")
+            raise _unsupported(f"group size {self.group_size} is not supported: use one of {_listed(GROUP_SIZES)}")
         for columns in (self.hidden_size, self.intermediate_size):
             if columns % self.group_size or columns * self.bits % 32:
-                raise PackError(
-                    f"rows of {columns} values cannot be quantised to {self.bits} bits in groups of {self.group_size}"
+                raise _unsupported(
+                    f"rows of {columns} values cannot be quantized to {self.bits} bits in groups of {self.group_size}"
                 )
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
-        """Every tensor of the record, in the order of its bytes."""
+        """The tensors of the record in the order of their bytes."""
         found: list[Component] = []
         offset = 0
         for projection in PROJECTIONS:
@@ -93,16 +108,16 @@ class RecordLayout:
 
     @cached_property
     def payload_bytes(self) -> int:
-        """Bytes of the tensors, without the padding."""
+        """Size of the tensors in bytes, without the padding."""
         return sum(component.nbytes for component in self.components)
 
     @cached_property
     def record_bytes(self) -> int:
-        """Bytes of a record in a file and in a slot, with the padding."""
+        """Size of a record in a file and in a slot in bytes, with the padding."""
         return -(-self.payload_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
 
     def to_json(self) -> dict[str, Any]:
-        """Return the layout in the form of the manifest; offsets are for readers without this code."""
+        """Return the layout in the form of the manifest, with offsets for readers without this code."""
         return {
             "bits": self.bits,
             "group_size": self.group_size,
@@ -113,6 +128,10 @@ class RecordLayout:
                 for c in self.components
             ],
         }
+
+
+def _unsupported(message: str) -> PackError:
+    return PackError(message, code="unsupported_layout")
 
 
 def _listed(values: tuple[int, ...]) -> str:

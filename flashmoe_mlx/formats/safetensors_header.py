@@ -1,7 +1,7 @@
-"""The header of a safetensors file, checked.
+"""The header of a safetensors file (https://github.com/huggingface/safetensors#format).
 
-Format: https://github.com/huggingface/safetensors#format. The header is untrusted: after this every tensor is known to
-lie inside its file, and to have as many bytes as its shape and type need.
+The header is untrusted. ``read_header`` checks that every tensor lies inside its file and has as many bytes as its
+shape and type need.
 """
 
 import math
@@ -14,8 +14,8 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.untrusted import parse_object
 
-_HEADER_LIMIT = 100_000_000
-_MOST_DIMENSIONS = 16
+_MAX_HEADER_BYTES = 100_000_000
+_MAX_DIMENSIONS = 16
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
@@ -26,7 +26,15 @@ _DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor of a shard: ``begin`` and ``nbytes`` in bytes, ``begin`` counted from the start of the shard's data."""
+    """A tensor of a shard.
+
+    Attributes:
+        shard: file name of the shard.
+        dtype: safetensors name of the element type.
+        shape: sizes of the dimensions.
+        begin: first byte, counted from the start of the data of the shard.
+        nbytes: size in bytes.
+    """
 
     shard: str
     dtype: str
@@ -36,10 +44,10 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """Read the tensors of a safetensors file, and the byte at which its data starts.
+    """Return the tensors of the safetensors file ``path`` by name, and the byte at which its data starts.
 
     Raises:
-        CheckpointError: the file is missing, truncated or not a safetensors file.
+        CheckpointError: the file is missing, cannot be read, or is truncated, or its header is not valid.
     """
     try:
         if not path.is_file():
@@ -47,7 +55,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_HEADER_LIMIT, size - 8):
+            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: not a complete safetensors file{_pointer(path, size)}")
             header = parse_object(file.read(length).decode())
     except OSError as error:
@@ -67,20 +75,24 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], int]:
 
 
 def _pointer(path: Path, size: int) -> str:
-    """Return the end of a message where git-lfs left a pointer in place of the file, else nothing."""
+    """Return the end of the message for a pointer of git-lfs; empty if ``path`` is something else."""
     small = size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
-    return ", but a pointer of git-lfs (git lfs pull fetches what it points to)" if small else ""
+    return ", but a pointer of git-lfs (git lfs pull fetches the file itself)" if small else ""
 
 
 def _check_metadata(path: Path, metadata: Any) -> None:
-    if metadata is None:  # absent, or null as MLX writes it
+    if metadata is None:  # absent, or null, which MLX writes
         return
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise CheckpointError(f"{path}: its __metadata__ does not map names to texts")
+        raise CheckpointError(f"{path}: its __metadata__ does not map names to strings")
 
 
 def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
-    """Check one entry of the header of ``path``."""
+    """Check the entry of the tensor ``name`` in the header of ``path``.
+
+    Raises:
+        CheckpointError: the entry is not valid; code "unsupported_tensor_type" for an unknown element type.
+    """
 
     def refuse(what: str, code: str | None = None) -> CheckpointError:
         return CheckpointError(f"{path}: tensor {shown(name)}: {what}", code=code)
@@ -91,9 +103,9 @@ def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         raise refuse("its entry is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _DTYPE_BITS:
-        # A type that was added to the format since is no damage, and a download would bring it again.
+        # A newer version of the format may have this type: the file is not damaged, and a new download would not help.
         raise refuse(f"type {shown(dtype)} is not supported", "unsupported_tensor_type" if dtype else None)
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MOST_DIMENSIONS:
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2 or len(shape) > _MAX_DIMENSIONS:
         raise refuse("its shape or offsets are not short lists of natural numbers")
     nbytes = math.prod(shape) * _DTYPE_BITS[dtype] // 8
     if offsets[1] - offsets[0] != nbytes:

@@ -1,4 +1,4 @@
-"""Routing traces: which experts every token chose in every layer, recorded or drawn at random.
+"""Routing traces: the experts that every token chose in every layer.
 
 The file, all numbers little-endian::
 
@@ -7,10 +7,10 @@ The file, all numbers little-endian::
     4 bytes     length of the header
     header      JSON: {"tokens": ..., "layers": ..., "experts_per_token": ..., "num_experts": ...,
                 "prompt_tokens": ..., "model": "...", "prompt_xxh3": "..."}, and "record_bytes" where it is known
-    choices     2 bytes each, by token, then layer, in the router's order
-    8 bytes     XXH3 (64 bits) of all the bytes before
+    choices     2 bytes for each expert, by token, then layer, in the order of the router
+    8 bytes     64-bit XXH3 of all preceding bytes
 
-A file is untrusted: ``RoutingTrace.load`` checks all of it, and allocates at most a few times the size of the file.
+Files are untrusted: ``RoutingTrace.load`` checks every byte and allocates at most a few times the size of the file.
 """
 
 import json
@@ -35,11 +35,15 @@ _VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _CHECKSUM = struct.Struct("<Q")
 _SIZES = ("tokens", "layers", "experts_per_token")
-_LARGEST_FILE = 2**30  # 890,000 tokens of 60 layers with 10 experts
-_LARGEST_HEADER = 2**16
-_MOST_EXPERTS = 2**16
-_LONGEST_NAME = 1024
-_BLOCK = 2**20  # random numbers drawn at once: 8 MB
+MAX_EXPERTS = 2**16
+"""Maximum number of experts in a layer."""
+_MAX_FILE_BYTES = 2**30  # 890,000 tokens of 60 layers with 10 experts
+_MAX_HEADER_BYTES = 2**16
+MAX_CHOICES = (_MAX_FILE_BYTES - _MAX_HEADER_BYTES) // 2
+"""Number of choices, over all tokens and layers, that certainly fit into a file."""
+_MAX_NAME = 1024
+_BLOCK = 2**20
+"""Choices checked at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,17 +51,17 @@ class RoutingTrace:
     """The experts that each token chose.
 
     Attributes:
-        experts: uint16 [tokens, layers, K], distinct along K and in the router's order.
-        num_experts: experts in each layer.
-        prompt_tokens: length of the prompt; these tokens come first and were prefill.
+        experts: uint16 [tokens, layers, K], distinct along K and in the order of the router.
+        num_experts: number of experts in each layer.
+        prompt_tokens: length of the prompt, whose tokens come first.
         model: name of the model, for people.
-        prompt_xxh3: 64-bit XXH3 of the prompt's token ids as little-endian uint32, in 16 hexadecimal digits; empty if
-            there was no prompt.
-        record_bytes: bytes of one expert; 0 if unknown.
+        prompt_xxh3: 64-bit XXH3 of the token ids of the prompt as little-endian uint32, in 16 hexadecimal digits;
+            empty if there was no prompt.
+        record_bytes: size of an expert in bytes; 0 if it is unknown.
 
     Raises:
-        InputError: the parts contradict each other; code "invalid_trace", or "invalid_choice" for an expert that does
-            not exist or occurs twice.
+        InputError: the attributes contradict each other (code "invalid_trace"), or a token chose an expert twice or one
+            that does not exist ("invalid_choice").
     """
 
     experts: npt.NDArray[np.uint16]
@@ -68,28 +72,28 @@ class RoutingTrace:
     record_bytes: int = 0
 
     def __post_init__(self) -> None:
-        if fault := self._fault():
+        if fault := self._contradiction():
             raise InputError(f"not a routing trace: {fault}", code="invalid_trace")
-        if fault := self._wrong_choice():
+        if fault := self._invalid_choice():
             raise InputError(f"not a routing trace: {fault}", code="invalid_choice")
 
-    def _fault(self) -> str | None:
+    def _contradiction(self) -> str | None:
         if self.experts.dtype != np.uint16 or self.experts.ndim != 3 or self.experts.size == 0:
             return f"experts are {self.experts.dtype} {list(self.experts.shape)}, not uint16 [tokens, layers, K]"
         tokens, _, k = self.experts.shape
-        if not k <= self.num_experts <= _MOST_EXPERTS:
-            return f"{k} of {self.num_experts} experts a token; there may be {_MOST_EXPERTS} at most"
+        if not k <= self.num_experts <= MAX_EXPERTS:
+            return f"{k} of {self.num_experts} experts for each token; the maximum is {MAX_EXPERTS}"
         if not 0 <= self.prompt_tokens <= tokens:
-            return f"{self.prompt_tokens} tokens of prompt among {tokens} tokens"
-        if not self.model.isprintable() or len(self.model) > _LONGEST_NAME:
-            return "the model's name cannot be shown"
+            return f"a prompt of {self.prompt_tokens} tokens among {tokens} tokens"
+        if not self.model.isprintable() or len(self.model) > _MAX_NAME:
+            return "the name of the model is too long or not printable"
         if not re.fullmatch("(?:[0-9a-f]{16})?", self.prompt_xxh3):
-            return "the prompt's hash is not 16 hexadecimal digits"
+            return "the hash of the prompt is not 16 hexadecimal digits"
         if not 0 <= self.record_bytes < 2**32:
             return f"experts of {self.record_bytes} bytes"
         return None
 
-    def _wrong_choice(self) -> str | None:
+    def _invalid_choice(self) -> str | None:
         _, layers, k = self.experts.shape
         choices = self.experts.reshape(-1, k)
         step = max(1, _BLOCK // k)
@@ -99,31 +103,31 @@ class RoutingTrace:
             wrong = outside | (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
             if wrong.any():
                 row = int(wrong.argmax())
-                what = f"an expert outside of {self.num_experts}" if outside[row] else "an expert twice"
+                what = f"an expert not among the {self.num_experts}" if outside[row] else "an expert twice"
                 token, layer = divmod(start + row, layers)
                 return f"token {token} chose {what} in layer {layer}"
         return None
 
     def save(self, path: Path) -> None:
-        """Write the trace to ``path``, replacing any file there.
+        """Write the trace to the file ``path``, which is replaced if it exists.
 
         Raises:
-            InputError: the file cannot be written (code "cannot_write_trace"), or the trace is larger than a gigabyte
+            InputError: the file cannot be written (code "cannot_write_trace"), or it would be larger than 1 GiB
                 ("trace_too_large").
         """
         sizes = dict(zip(_SIZES, self.experts.shape, strict=True))
-        about = {
+        header = {
             "num_experts": self.num_experts,
             "prompt_tokens": self.prompt_tokens,
             "model": self.model,
             "prompt_xxh3": self.prompt_xxh3,
         }
         if self.record_bytes:
-            about["record_bytes"] = self.record_bytes
-        header = json.dumps(sizes | about).encode()
-        data = _PREFIX.pack(_MAGIC, _VERSION, len(header)) + header + self.experts.astype("<u2").tobytes()
+            header["record_bytes"] = self.record_bytes
+        encoded = json.dumps(sizes | header).encode()
+        data = _PREFIX.pack(_MAGIC, _VERSION, len(encoded)) + encoded + self.experts.astype("<u2").tobytes()
         data += _CHECKSUM.pack(xxhash.xxh3_64_intdigest(data))
-        if len(data) > _LARGEST_FILE:
+        if len(data) > _MAX_FILE_BYTES:
             raise InputError(
                 f"{path}: a trace of {len(data)} bytes is too large; record fewer tokens", code="trace_too_large"
             )
@@ -139,9 +143,9 @@ class RoutingTrace:
         """Read the trace in the file ``path``.
 
         Raises:
-            InputError: the file cannot be read (code "cannot_read_trace"), is too large ("trace_too_large"), of another
-                kind ("not_a_trace") or version ("unsupported_version"), damaged ("damaged_trace"), or says something
-                that no trace can say ("invalid_trace", "invalid_choice").
+            InputError: the file cannot be read (code "cannot_read_trace"), is too large ("trace_too_large"), has
+                another format ("not_a_trace") or version ("unsupported_version"), is damaged ("damaged_trace"), or has
+                invalid content ("invalid_trace", "invalid_choice").
         """
         data = _file(path)
         try:
@@ -150,78 +154,16 @@ class RoutingTrace:
             raise InputError(f"{path}: {error}; record the trace again", code=error.code) from None
 
     def decode_requests(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yield (layer, distinct experts) of every layer of every token after the prompt, in the order of decoding."""
+        """Yield the requests of decoding in order: (layer, experts) for each layer of each token after the prompt."""
         for token in self.experts[self.prompt_tokens :]:
             for layer, experts in enumerate(token.tolist()):
                 yield layer, tuple(experts)
 
     def hot_experts(self, layer: int) -> list[int]:
-        """Rank all experts of ``layer``, most chosen first, prompt included; ties by index."""
+        """Return all experts of ``layer``, most used first; the prompt counts too, and ties are in order of index."""
         counts = np.bincount(self.experts[:, layer].ravel(), minlength=self.num_experts)
         order: list[int] = np.argsort(-counts, kind="stable").tolist()
         return order
-
-
-def uniform_trace(tokens: int, layers: int, num_experts: int, k: int, seed: int) -> RoutingTrace:
-    """Draw a trace without a prompt in which every choice of ``k`` among ``num_experts`` is equally likely.
-
-    Raises:
-        InputError: a size is less than 1 or ``k`` more than ``num_experts`` (code "out_of_range"), or the trace
-            is too large for a file ("trace_too_large").
-    """
-    return _drawn(f"uniform seed={seed}", (tokens, layers, k), num_experts, 0.0, seed)
-
-
-def zipf_trace(tokens: int, layers: int, num_experts: int, k: int, exponent: float, seed: int) -> RoutingTrace:
-    """Draw a trace without a prompt in which experts are chosen by Zipf's law, without replacement.
-
-    In each layer the experts get random ranks from 1 and weights ``rank ** -exponent``. A longer trace with the same
-    seed begins with the same tokens.
-
-    Raises:
-        InputError: as ``uniform_trace``, or ``exponent`` is negative or not finite (code "out_of_range").
-    """
-    if not (math.isfinite(exponent) and exponent >= 0):
-        raise InputError(f"a Zipf exponent of {exponent} gives no trace; it must be at least 0", code="out_of_range")
-    return _drawn(f"zipf exponent={exponent} seed={seed}", (tokens, layers, k), num_experts, exponent, seed)
-
-
-def _drawn(name: str, shape: tuple[int, int, int], num_experts: int, exponent: float, seed: int) -> RoutingTrace:
-    tokens, layers, k = shape
-    if min(shape) < 1 or not k <= num_experts <= _MOST_EXPERTS or seed < 0:
-        raise InputError(
-            f"{tokens} tokens, {layers} layers, {k} of {num_experts} experts, seed {seed} give no trace; sizes must be "
-            f"at least 1, experts at most {_MOST_EXPERTS}, the seed at least 0",
-            code="out_of_range",
-        )
-    if 2 * math.prod(shape) + _LARGEST_HEADER > _LARGEST_FILE or layers * num_experts > _BLOCK:
-        raise InputError(
-            f"{name}: {tokens} tokens of {layers} layers with {num_experts} experts are too many",
-            code="trace_too_large",
-        )
-    random = np.random.default_rng(seed)
-    ranks = np.stack([random.permutation(num_experts) for _ in range(layers)]) + 1
-    log_weights = -exponent * np.log(ranks)
-    experts = np.empty(shape, np.uint16)
-    step = _BLOCK // log_weights.size
-    for start in range(0, tokens, step):
-        block = experts[start : start + step]
-        block[:] = _weighted_choices(log_weights, len(block), k, random)
-    return RoutingTrace(experts, num_experts, 0, name, "")
-
-
-def _weighted_choices(
-    log_weights: npt.NDArray[np.float64], tokens: int, k: int, random: np.random.Generator
-) -> npt.NDArray[np.intp]:
-    """Draw [tokens, layers, k] without replacement by the weights [layers, experts], in the order of drawing.
-
-    The k largest sums of log weight and Gumbel noise, largest first, have exactly this distribution: Kool et al.,
-    "Stochastic beams and where to find them", ICML 2019.
-    """
-    scores = log_weights + random.gumbel(size=(tokens, *log_weights.shape))
-    largest = np.argpartition(-scores, k - 1, axis=-1)[..., :k]
-    order = np.argsort(-np.take_along_axis(scores, largest, axis=-1), axis=-1)
-    return np.take_along_axis(largest, order, axis=-1)
 
 
 def _file(path: Path) -> bytes:
@@ -229,11 +171,11 @@ def _file(path: Path) -> bytes:
         size = path.stat().st_size
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: the trace cannot be read ({_reason(error)})", code="cannot_read_trace") from error
-    if size > _LARGEST_FILE:
+    if size > _MAX_FILE_BYTES:
         raise InputError(f"{path}: {size} bytes are too large for a routing trace", code="trace_too_large")
     try:
         data = read_file(path, size)
-    except InputError as error:  # a folder, a device, or a file that nobody may read
+    except InputError as error:  # a folder, a device, or a file without permission to read
         raise InputError(str(error), code="cannot_read_trace") from error
     if data is None:
         raise InputError(f"{path}: the trace has just disappeared", code="cannot_read_trace")
@@ -241,16 +183,21 @@ def _file(path: Path) -> bytes:
 
 
 def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, int]:
-    """Parse a file into the arguments of ``RoutingTrace``, checking sizes and checksum; raises InputError."""
+    """Return the arguments of ``RoutingTrace`` from the bytes of a file, whose sizes and checksum are checked.
+
+    Raises:
+        InputError: the bytes are not a valid trace; the message does not name the file.
+    """
     if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
         raise InputError("not a routing trace", code="not_a_trace")
     _, version, header_bytes = _PREFIX.unpack_from(data)
     if version != _VERSION:
         raise InputError(
-            f"routing trace of version {version}, this program reads version {_VERSION}", code="unsupported_version"
+            f"the routing trace has version {version}, this program reads version {_VERSION}",
+            code="unsupported_version",
         )
     start = _PREFIX.size + header_bytes
-    if header_bytes > _LARGEST_HEADER or start > len(data):
+    if header_bytes > _MAX_HEADER_BYTES or start > len(data):
         raise InputError("the routing trace is cut short or damaged in its header", code="damaged_trace")
     try:
         about = parse_object(data[_PREFIX.size : start].decode())
@@ -276,18 +223,18 @@ def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, in
 def _number(about: dict[str, Any], name: str) -> int:
     value = about.get(name)
     if type(value) is not int or not 0 <= value < 2**32:
-        raise _no_valid(name)
+        raise _invalid(name)
     return value
 
 
 def _text(about: dict[str, Any], name: str) -> str:
     value = about.get(name)
     if not isinstance(value, str):
-        raise _no_valid(name)
+        raise _invalid(name)
     return value
 
 
-def _no_valid(name: str) -> InputError:
+def _invalid(name: str) -> InputError:
     return InputError(f"the header of the routing trace has no valid {name}", code="invalid_trace")
 
 

@@ -1,4 +1,4 @@
-"""Read files that came with a model, which are untrusted: every failure is an ``InputError`` that names the file."""
+"""Reading of files that came with a model and are untrusted: every failure is an ``InputError`` that names the file."""
 
 import json
 import math
@@ -7,24 +7,25 @@ from typing import Any, NoReturn
 
 from flashmoe_mlx.errors import InputError
 
-_LARGEST_JSON = 64 * 2**20
+_MAX_JSON_BYTES = 64 * 2**20
 
 
 def read_file(path: Path, limit: int) -> bytes | None:
     """Read the bytes of ``path``; return None if there is no such file.
 
     Raises:
-        InputError: it is not a regular file, cannot be read, or is larger than ``limit`` bytes.
+        InputError: it is not a regular file (code "not_a_file"), cannot be read ("cannot_read_file"), or is larger than
+            ``limit`` bytes ("file_too_large").
     """
     try:
         if not path.exists():
             return None
         if not path.is_file():
-            raise InputError(f"{path} is not a regular file")
+            raise InputError(f"{path} is not a regular file", code="not_a_file")
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"cannot read {path}: {error.strerror or error}", code="cannot_read_file") from error
     if len(data) > limit:
         raise InputError(f"{path} is larger than {limit} bytes", code="file_too_large")
     return data
@@ -34,7 +35,7 @@ def read_text(path: Path, limit: int) -> str | None:
     """Read the text of ``path``; return None if there is no such file.
 
     Raises:
-        InputError: as ``read_file``, and if the file is not UTF-8.
+        InputError: as for ``read_file``, or the file is not UTF-8 (code "invalid_text").
     """
     data = read_file(path, limit)
     try:
@@ -43,18 +44,18 @@ def read_text(path: Path, limit: int) -> str | None:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} is invalid", code="invalid_text") from error
 
 
-def read_object(path: Path, *, strict: bool = False, limit: int = _LARGEST_JSON) -> dict[str, Any]:
+def read_object(path: Path, *, strict: bool = False, limit: int = _MAX_JSON_BYTES) -> dict[str, Any]:
     """Read the JSON object in ``path``; return an empty one if there is no such file.
 
     Args:
         path: the file.
-        strict: refuse ``NaN``, ``Infinity`` and a byte order mark, as JSON does. Files that we write never hold them.
-            Published configs hold the former, since Python writes and reads them, and editors add the latter: whoever
-            takes a number from such a file must check its range.
-        limit: largest size in bytes.
+        strict: whether to refuse ``NaN``, ``Infinity``, and a byte order mark, as JSON does. Files of this package
+            never hold them. Published configs may: Python writes ``NaN``, and editors add the mark. Check the range
+            of every number that comes from a file read without ``strict``.
+        limit: maximum size in bytes.
 
     Raises:
-        InputError: as ``read_text``, and if the file holds anything but one JSON object.
+        InputError: as for ``read_text``, or the file does not hold exactly one JSON object (code "invalid_json").
     """
     text = read_text(path, limit)
     if text is None:
@@ -68,11 +69,11 @@ def read_object(path: Path, *, strict: bool = False, limit: int = _LARGEST_JSON)
 def parse_object(text: str, *, strict: bool = True) -> dict[str, Any]:
     """Parse ``text`` as one JSON object.
 
-    Duplicate keys are refused, since readers disagree on which one counts; with ``strict`` so are ``NaN``,
+    Duplicate keys are refused, because JSON readers disagree on which of them counts. ``strict`` also refuses ``NaN``,
     infinities, and numbers too large for a float.
 
     Raises:
-        ValueError: it is not one; the message says why and leaves out its subject.
+        ValueError: ``text`` is not such an object; the message is a predicate, without the name of the file.
     """
     constant, number = (_refuse_constant, _finite) if strict else (None, None)
     try:
@@ -80,14 +81,14 @@ def parse_object(text: str, *, strict: bool = True) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"must hold a JSON object, not {type(value).__name__}")  # noqa: TRY004  # of the text, not of ours
+        raise ValueError(f"must hold a JSON object, not {type(value).__name__}")  # noqa: TRY004  # the type in the text, not of an argument
     return value
 
 
 def same_json(first: Any, second: Any) -> bool:
-    """Whether two JSON values are equal, types included.
+    """Return whether two JSON values are equal, including their types.
 
-    For Python 1, 1.0 and true are equal and NaN differs from itself; here it is the other way round.
+    Python's ``==`` calls 1, 1.0, and true equal and NaN different from itself; this function does the opposite.
     """
     return json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
 

@@ -8,7 +8,7 @@ from typing import Any
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.untrusted import read_text
 from flashmoe_mlx.text.chat_template import ChatTemplate
-from flashmoe_mlx.text.messages import unusual_part
+from flashmoe_mlx.text.messages import find_non_text_part
 from flashmoe_mlx.text.tags import THINK
 
 Message = Mapping[str, Any]
@@ -99,7 +99,7 @@ def _check_text_only(messages: Sequence[Message]) -> None:
     """Refuse images and the like: templates write marks for them that mean nothing without the image."""
     for index, message in enumerate(messages):
         parts = message.get("content") if isinstance(message, Mapping) else None
-        found = unusual_part(parts, f"messages[{index}].content") if isinstance(parts, list | tuple) else ""
+        found = find_non_text_part(parts, f"messages[{index}].content") if isinstance(parts, list | tuple) else ""
         if found:
             raise InputError(f"{found}: this engine takes text only", code="unsupported_content")
 

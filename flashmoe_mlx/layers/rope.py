@@ -1,4 +1,4 @@
-"""Rotary position embedding as a ``config.json`` describes it: the plain one, and YaRN for longer contexts.
+"""Rotary position embedding as described by a ``config.json``: plain, or with YaRN for longer contexts.
 
 Sources: transformers ``modeling_rope_utils.py`` (``_compute_yarn_parameters``, ``standardize_rope_params``); YaRN:
 https://arxiv.org/abs/2309.00071.
@@ -19,15 +19,20 @@ _KNOWN = frozenset({
     "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
     "truncate", "finetuned",
 })  # fmt: skip
-"""Those of YaRN have no effect on the plain embedding, as in transformers."""
+"""Known settings; the settings of YaRN have no effect on the plain embedding, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Settings of YaRN: frequencies that turn less than ``beta_slow`` times within ``original_context`` tokens are
-    divided by ``factor``, those that turn more than ``beta_fast`` times are kept, between them it blends.
+    """Settings of YaRN, which divides low frequencies by ``factor``, keeps high ones, and blends between them.
 
-    Rotated queries and keys are multiplied by ``attention_factor``. ``truncate`` rounds the bounds outwards.
+    Attributes:
+        factor: the divisor.
+        original_context: the context in tokens before the extension.
+        attention_factor: the factor of rotated queries and keys.
+        beta_fast: rotations within the original context above which a frequency is kept.
+        beta_slow: rotations within the original context below which a frequency is divided.
+        truncate: whether the bounds of blending are rounded outwards to whole pairs.
     """
 
     factor: float
@@ -47,23 +52,23 @@ class Rope:
     yarn: Yarn | None = None
 
     def frequencies(self) -> tuple[float, ...]:
-        """Compute the angle in radians by which each of the dim / 2 pairs is turned for each position."""
+        """Compute the angles in radians by which the dim / 2 pairs are rotated for each position."""
         pairs = self.dim // 2
         plain = [self.theta ** (-pair / pairs) for pair in range(pairs)]
         if self.yarn is None:
             return tuple(plain)
         low, high = self._blended(self.yarn)
-        stretched = []
+        scaled = []
         for pair, frequency in enumerate(plain):
-            share = min(1.0, max(0.0, (pair - low) / (high - low)))
-            stretched.append(frequency * (1.0 - share) + frequency / self.yarn.factor * share)
-        return tuple(stretched)
+            divided = min(1.0, max(0.0, (pair - low) / (high - low)))
+            scaled.append(frequency * (1.0 - divided) + frequency / self.yarn.factor * divided)
+        return tuple(scaled)
 
     def _blended(self, yarn: Yarn) -> tuple[float, float]:
-        """Bounds, as numbers of pairs, of the frequencies that are neither kept nor divided."""
+        """Return the bounds of the blended frequencies, as numbers of pairs."""
         low, high = (
-            self.dim * math.log(yarn.original_context / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-            for turns in (yarn.beta_fast, yarn.beta_slow)
+            self.dim * math.log(yarn.original_context / (rotations * 2 * math.pi)) / (2 * math.log(self.theta))
+            for rotations in (yarn.beta_fast, yarn.beta_slow)
         )
         if yarn.truncate:
             low, high = math.floor(low), math.ceil(high)
@@ -71,18 +76,26 @@ class Rope:
         return low, high + 0.001 if low == high else high
 
 
-def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
-    """Read the rotary settings of a text model's config: nested since transformers 5, beside the sizes before.
+def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int, fraction: float) -> Rope:
+    """Read the rotary settings of a text model.
+
+    They are nested since transformers 5, and lie beside the sizes in older configs.
+
+    Args:
+        text: the text model's part of a ``config.json``.
+        head_dim: the width of a head.
+        max_context: the context in tokens.
+        fraction: the part of a head that is rotated, where the config does not say.
 
     Raises:
-        CheckpointError: they are missing, malformed, out of range, of another kind than ``default`` and ``yarn``, or
-            given twice and different.
+        CheckpointError: settings are missing, malformed, out of range or contradictory, or the kind is neither
+            ``default`` nor ``yarn``.
     """
     nested = _nested(text)
     kind = _kind(nested)
     if kind not in _SUPPORTED:
         raise CheckpointError(
-            f"config.json: rope type {shown(kind)} is not supported, 'default' and 'yarn' are; use mlx-lm",
+            f"config.json: rope type {shown(kind)} is not supported; supported: 'default' and 'yarn'; use mlx-lm",
             code="unsupported_arithmetic",
         )
     unknown = sorted(name for name in nested.keys() - _KNOWN if nested[name])
@@ -94,7 +107,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
         )
     flat = {name: text[name] for name in ("rope_theta", "partial_rotary_factor") if text.get(name) is not None}
     read = Reader({**flat, **{name: value for name, value in nested.items() if value is not None}})
-    dim = int(head_dim * read.number("partial_rotary_factor", 0.25, most=1.0))
+    dim = int(head_dim * read.number("partial_rotary_factor", fraction, most=1.0))
     if dim < 2 or dim % 2:
         raise CheckpointError(
             f"config.json: {dim} rotary dimensions of {head_dim}; they must be even, 2 or more", code="invalid_config"
@@ -104,7 +117,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int) -> Rope:
 
 
 def _nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the nested settings; of two that differ transformers takes rope_scaling, mlx-lm the other."""
+    """Return the nested settings; two that differ are refused, since transformers and mlx-lm prefer different ones."""
     given = {name: text[name] for name in ("rope_parameters", "rope_scaling") if text.get(name)}
     for name, value in given.items():
         if not isinstance(value, Mapping):
@@ -116,9 +129,9 @@ def _nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
         name for name in new.keys() & old.keys() - {"rope_type", "type"} if not same_json(new[name], old[name])
     )
     if _kind(new) != _kind(old) or differing:
-        what = differing[0] if differing else "rope_type"
+        name = differing[0] if differing else "rope_type"
         raise CheckpointError(
-            f"config.json: rope_parameters and rope_scaling differ in {shown(what)}; keep one of them",
+            f"config.json: rope_parameters and rope_scaling differ in {shown(name)}; remove one of them",
             code="contradicting_rope",
         )
     return {**old, **new}
@@ -126,13 +139,13 @@ def _nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _kind(nested: Mapping[str, Any]) -> Any:
     kind = nested.get("rope_type") or nested.get("type") or "default"
-    return "default" if kind == "mrope" else kind  # an older name: positions of images; text has the plain ones
+    return "default" if kind == "mrope" else kind  # an older name, for positions of images; text has plain positions
 
 
 def _read_yarn(read: Reader, text: Mapping[str, Any], theta: float, max_context: int) -> Yarn:
     if theta <= 1:
         raise CheckpointError(f"config.json: rope_theta is {theta:g}; YaRN needs more than 1", code="invalid_config")
-    # As transformers: the field beside the sizes rules, and without either the context is the original one.
+    # As in transformers, the field beside the sizes takes precedence; without both, the context is the original one.
     holder = Reader(text) if text.get("original_max_position_embeddings") is not None else read
     original = holder.size("original_max_position_embeddings", max_context)
     factor = read.number("factor", max_context / original, most=LARGEST_SIZE)
@@ -148,7 +161,7 @@ def _read_yarn(read: Reader, text: Mapping[str, Any], theta: float, max_context:
 
 
 def _attention_factor(read: Reader, factor: float) -> float:
-    """Return the stated factor, or the one that the paper suggests for ``factor``."""
+    """Return the stated attention factor, or the one that the paper suggests for ``factor``."""
     if read.has("attention_factor"):
         return read.number("attention_factor", None, most=LARGEST_SIZE)
 

@@ -1,4 +1,4 @@
-"""The tokenizer of synthetic models: one token a byte, and Qwen's special tokens, in the published file formats."""
+"""The tokenizer of synthetic models: a token for each byte, and Qwen's special tokens, in published formats."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ _END_OF_TEXT = "<|endoftext|>"
 _END_OF_TURN = "<|im_end|>"
 _SPECIAL = (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN)
 _MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-"""Single tokens that stay in the decoded text, because programs read them."""
+"""Single tokens that stay in the decoded text for programs to read."""
 
 BYTE_TOKENS = 256 + len(_SPECIAL + _MARKUP)
-"""Size of the vocabulary."""
+"""The size of the vocabulary."""
 
 CHAT_TEMPLATE = """\
 {%- macro text(content) %}
@@ -77,9 +77,9 @@ CHAT_TEMPLATE = """\
 
 
 def write_byte_tokenizer(folder: Path) -> int:
-    """Write the tokenizer files into ``folder``, always the same bytes; returns the number of tokens.
+    """Write the tokenizer files, always the same bytes, into ``folder`` and return the number of tokens.
 
-    The ids 0 to 255 are the bytes of these values.
+    The ids 0 to 255 are the byte values.
     """
     vocabulary = {symbol: byte for byte, symbol in enumerate(_byte_symbols())}
     added = [
@@ -139,7 +139,7 @@ def write_byte_tokenizer(folder: Path) -> int:
 
 
 def _byte_symbols() -> list[str]:
-    """Return the printable character for each byte in byte-level BPE: itself, or the next free one from U+0100."""
+    """Return the character of each byte in byte-level BPE: itself if printable, else the next free one from U+0100."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]

@@ -1,11 +1,16 @@
-"""Sizes of a synthetic model, apart from its making: the command line reads them without MLX."""
+"""Sizes of a synthetic model, in a module without MLX for the command line."""
 
 from dataclasses import dataclass
 
 
 @dataclass
 class SyntheticSizes:
-    """Sizes as in ``ModelConfig``; ``bits`` of the routed experts and of most resident matrices."""
+    """Sizes under the names of the fields of the model's configuration.
+
+    Attributes:
+        bits: the width of routed experts and of most resident matrices.
+        seed: determines all weights.
+    """
 
     num_layers: int
     hidden_size: int

@@ -1,84 +1,71 @@
-"""Which kinds of model this package runs, and what to say of the others."""
+"""The protocol of a model family: all that the package needs to know about it.
+
+A family is a module of this package with a ``FAMILY``; ``registry.py`` finds it. Its class of configurations
+(``config.py``) composes layers from blocks (``blocks.py``).
+"""
 
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
-from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.formats.fields import shown
+from flashmoe_mlx.models.config import ModelConfig
 
-MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
-"""``model_type`` of the models that run, in their ``config.json``."""
-RUNS = "this version runs the mixture-of-experts models of Qwen3.5, Qwen3.6 and Qwen3.8 (Qwen3.5-35B-A3B, for example)"
-
-_NAMES: Mapping[str, str] = {
-    "bailing_hybrid": "Ling 3",
-    "deepseek_v3": "DeepSeek-V3, DeepSeek-R1",
-    "deepseek_v32": "DeepSeek-V3.2",
-    "deepseek_v4": "DeepSeek-V4",
-    "ernie4_5_moe": "Ernie 4.5",
-    "gemma4": "Gemma 4",
-    "glm4_moe": "GLM-4.5 to GLM-4.7",
-    "glm4_moe_lite": "GLM-4.7-Flash",
-    "glm5_next": "GLM-5.3-Flash",
-    "glm_moe_dsa": "GLM-5",
-    "gpt_oss": "gpt-oss",
-    "granitemoe": "Granite 3",
-    "granitemoehybrid": "Granite 4",
-    "hy_v3": "Hunyuan Hy3",
-    "kimi_k2": "Kimi K2",
-    "kimi_k25": "Kimi K2.5",
-    "kimi_k3": "Kimi K3",
-    "laguna": "Laguna",
-    "lfm2_moe": "LFM2",
-    "llama4": "Llama 4",
-    "mimo_v2_flash": "MiMo-V2-Flash",
-    "minimax_m2": "MiniMax-M2",
-    "minimax_m3": "MiniMax-M3",
-    "mixtral": "Mixtral",
-    "nemotron_h": "Nemotron 3, Nemotron-H",
-    "olmoe": "OLMoE",
-    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
-    "qwen3_moe": "Qwen3-235B-A22B, Qwen3-30B-A3B, Qwen3-Coder",
-    "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
-    "qwen3_vl_moe": "Qwen3-VL",
-    "qwen4_exp": "Qwen3.8-Flash-Next",
-    "step3p7": "Step-3.7-Flash",
-}
-"""Published mixtures of experts by their ``model_type``."""
-_DENSE: Mapping[str, str] = {
-    "qwen3_5": "Qwen3.5-27B, Qwen3.6-27B, Qwen3.8-27B and smaller",
-    "qwen3_5_text": "Qwen3.5-27B, Qwen3.6-27B, Qwen3.8-27B and smaller",
-    "qwen3": "Qwen3-32B and smaller",
-}
-_COUNT_OF_EXPERTS = re.compile(r"(moe_)?n(um)?_(\w+_)?experts")
+Config = TypeVar("Config", bound=ModelConfig)
+"""The class of a family's configurations."""
 
 
-def refuse_other_family(published: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless ``published``, a ``config.json``, is that of a model that this package runs."""
-    if published.get("model_type") is None:
-        raise CheckpointError("config.json: model_type is missing: not the config of a model", code="invalid_config")
-    text = published.get("text_config")
-    inner = text.get("model_type") if isinstance(text, Mapping) else None
-    if published["model_type"] in MODEL_TYPES and inner in (None, *MODEL_TYPES):
-        return
-    kind = published["model_type"] if published["model_type"] not in MODEL_TYPES else inner
-    name = kind if isinstance(kind, str) else ""
-    if name not in _NAMES and not _has_experts(published):
-        models = f" ({_DENSE[name]})" if name in _DENSE else ""
-        raise CheckpointError(
-            f"config.json: model_type {shown(kind)}{models} is a dense model: its config names no experts, so there is "
-            f"nothing to stream; use mlx-lm for it. {RUNS[0].upper()}{RUNS[1:]}",
-            code="dense_model",
-        )
-    models = f" ({_NAMES[name]})" if name in _NAMES else ""
-    raise CheckpointError(
-        f"config.json: model_type {shown(kind)}{models} is not supported; {RUNS}", code="unsupported_model"
+@dataclass(frozen=True, slots=True)
+class TensorNames:
+    """Names of tensors in the published checkpoints of a family.
+
+    Canonical names are those of ``parameters.py``. Names of routed experts differ between three layouts: stacked, as
+    in MLX conversions, which also store norms and convolutions as the model uses them; fused; and separate.
+
+    Attributes:
+        prefixes: (published, canonical) prefixes; the first published prefix of a name is replaced.
+        skipped: matches canonical names of tensors that text does not need.
+        experts: the prefix of the names of a layer's experts, with ``{layer}``.
+        stacked: after that prefix, a matrix of all experts [experts, out, in], with ``{projection}``.
+        fused: after that prefix, gate and up [experts, 2 * size, hidden], and down [experts, hidden, size].
+        separate: after that prefix, a matrix of one expert [out, in], with ``{expert}`` and ``{projection}``.
+        projections: the names of the projections gate, up and down in published checkpoints.
+    """
+
+    prefixes: tuple[tuple[str, str], ...] = ()
+    skipped: re.Pattern[str] = re.compile(r"\.rotary_emb\.inv_freq$")
+    experts: str = "model.layers.{layer}.mlp."
+    stacked: str = "switch_mlp.{projection}"
+    fused: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
+    separate: str = "experts.{expert}.{projection}"
+    projections: Mapping[str, str] = field(
+        default_factory=lambda: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
     )
 
 
-def _has_experts(holder: Mapping[str, Any], depth: int = 3) -> bool:
-    """Whether a config counts experts, itself or in one of its parts (text_config, llm_config, thinker_config)."""
-    parts = [value for value in holder.values() if isinstance(value, Mapping)] if depth else []
-    counted = any(value and _COUNT_OF_EXPERTS.fullmatch(name) for name, value in holder.items())
-    return counted or any(_has_experts(part, depth - 1) for part in parts)
+@dataclass(frozen=True, slots=True)
+class Family(Generic[Config]):
+    """A family of models with one architecture.
+
+    Attributes:
+        model_types: values of ``model_type`` in ``config.json``.
+        series: names of its series of models, for messages.
+        example: the name of a small model, for messages.
+        config: the class of its configurations.
+        parse_config: reads a ``config.json`` of one of its ``model_types``, which is untrusted input: every number is
+            checked there, once, and the rest of the package relies on it. Raises CheckpointError.
+        write_config: returns the ``config.json`` of a model from sizes under the names of ``config``'s fields.
+        tensor_names: names in its published checkpoints.
+        tool_format: the name of a module in ``text/tool_formats``: how its models write tool calls.
+        published: for each hub id of a published model, the fields of ``config.json`` that determine its sizes.
+    """
+
+    model_types: tuple[str, ...]
+    series: tuple[str, ...]
+    example: str
+    config: type[Config]
+    parse_config: Callable[[Mapping[str, Any]], Config]
+    write_config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    tensor_names: TensorNames
+    tool_format: str
+    published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Write the file of one layer: its records, one after the other, under the final name only when all are there."""
+"""Writing of the file of one layer, which gets its final name only when it is complete."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,13 @@ from flashmoe_mlx.pack.inspection import RecordReport, inspect_record
 
 
 def write_layer_file(path: Path, records: Iterable[memoryview], layout: RecordLayout) -> Iterator[RecordReport]:
-    """Write ``records`` and yield a report of each; the file gets its final name after the last."""
+    """Write the records of a layer to ``path`` and yield a report on each.
+
+    The file gets its final name when the iterator is exhausted.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
     fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:

@@ -1,4 +1,4 @@
-"""Write the manifest of a pack; ``formats/manifest.py`` describes its content."""
+"""Writing of the manifest of a pack; ``formats/manifest.py`` documents its content."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,16 +20,16 @@ from flashmoe_mlx.formats.manifest import (
 )
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.pack.quantize import default_quantiser
+from flashmoe_mlx.pack.quantize import default_quantizer
 
 
-def variant_name(bits: int, quantiser: str | None = None) -> str:
-    """Return the name of the variant with experts of ``bits`` bits, made by ``quantiser``."""
-    return f"q{bits}" if quantiser in (None, default_quantiser(bits)) else f"q{bits}-{quantiser}"
+def variant_name(bits: int, quantizer: str | None = None) -> str:
+    """Return the name of the variant with experts of ``bits`` bits; None stands for the default quantizer."""
+    return f"q{bits}" if quantizer in (None, default_quantizer(bits)) else f"q{bits}-{quantizer}"
 
 
 def geometry_of(config: ModelConfig) -> dict[str, int]:
-    """Return the sizes that determine where every record lies."""
+    """Return the sizes that determine the place of every record, in the form of the manifest."""
     return {
         "num_layers": config.num_layers,
         "num_experts": config.num_experts,
@@ -44,28 +44,37 @@ def write_manifest(
     variants: Mapping[str, RecordLayout],
     source: Mapping[str, str],
     skipped: Sequence[str],
-    quantisers: Mapping[str, str | None] = MappingProxyType({}),
+    quantizers: Mapping[str, str | None] = MappingProxyType({}),
 ) -> None:
-    """Describe the finished files in ``folder``; with this it becomes a pack.
+    """Write the manifest of the complete files in ``folder``, which makes it a pack.
 
-    ``quantisers`` holds the quantiser of each variant, None for copies.
+    Args:
+        folder: the folder of the pack.
+        config: the configuration of the model.
+        variants: the record layout of each variant.
+        source: the origin of the pack: its name and revision.
+        skipped: the names of the tensors that were not packed.
+        quantizers: the quantizer of each variant; None for copies of published records.
+
+    Raises:
+        OSError: the manifest cannot be written.
     """
     files: dict[str, Any] = {}
     for name in ("config.json", *TEXT_FILES, RESIDENT):
         if (folder / name).is_file():
-            files[name] = _described(folder / name)
+            files[name] = _entry(folder / name)
     for variant, layout in variants.items():
         prefix = variant_directory(variant)
         layer_bytes = config.num_experts * layout.record_bytes
         files |= {f"{prefix}/{layer_file(layer)}": {"bytes": layer_bytes} for layer in range(config.num_layers)}
-        files[f"{prefix}/{CHECKSUMS}"] = _described(folder / prefix / CHECKSUMS)
+        files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "source": dict(source),
         "geometry": geometry_of(config),
         "variants": {
-            name: layout.to_json() | ({"quantiser": quantisers[name]} if quantisers.get(name) else {})
+            name: layout.to_json() | ({"quantiser": quantizers[name]} if quantizers.get(name) else {})
             for name, layout in variants.items()
         },
         "files": files,
@@ -74,5 +83,5 @@ def write_manifest(
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3": file_hash(path)}

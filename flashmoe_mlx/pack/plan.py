@@ -1,6 +1,6 @@
-"""The source and settings of an unfinished pack, kept beside it so that a later run continues with the same ones.
+"""The plan of an unfinished pack: its source and settings, kept beside it so that a later run can continue.
 
-Everything in the state folder belongs to the plan in it: finished units are marked there.
+The state folder holds the plan and a marker for each finished unit of work.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.tensors import sort_tensors
+from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 
 _DOWNLOADS = ".download"
-"""Folder in an unfinished pack for what comes from the hub."""
+"""The folder in an unfinished pack for shards from the hub."""
 _STATE = ".packing"
 _PLAN = "plan.json"
 _VERSION = 2
@@ -28,9 +28,13 @@ _OF_SYSTEMS = ("lost+found", "Thumbs.db", "desktop.ini", "System Volume Informat
 
 @dataclass(frozen=True, slots=True)
 class PackSettings:
-    """``bits`` of each variant; ``resident_bits`` of dense resident matrices, None to keep them.
+    """Settings of a pack.
 
-    ``quantiser`` chooses scales and biases of routed experts; None for the default of each width.
+    Attributes:
+        bits: the width of each variant.
+        group_size: the number of weights that share a scale and a bias.
+        resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
+        quantiser: chooses scales and biases of routed experts; None for the default of each width.
     """
 
     bits: tuple[int, ...]
@@ -58,34 +62,51 @@ def forget_plan(out: Path) -> None:
 def begin_or_resume(
     source: Path | Checkpoint, out: Path, settings: PackSettings, ignored: Callable[[Path], bool] | None = None
 ) -> Checkpoint:
-    """Open the checkpoint to pack into ``out``; a resumed run needs only those shards that are still to be read.
+    """Open the checkpoint to pack into ``out``; a resumed run needs only shards that are not packed yet.
+
+    Args:
+        source: the checkpoint, or its folder.
+        out: the folder of the pack.
+        settings: the settings of the pack.
+        ignored: returns whether a path in ``out`` may be there before packing begins.
 
     Raises:
         CheckpointError: the source is not supported, or has changed since packing began.
-        PackError: ``out`` holds something else, or was begun with another source or other settings.
+        PackError: ``out`` holds other files, or was begun with another source or other settings.
     """
     folder = source.folder if isinstance(source, Checkpoint) else source
     if folder.resolve() == out.resolve():
-        raise PackError(f"{out}: out= must not be the checkpoint's own folder")
-    # Names that begin with a dot, and those in _OF_SYSTEMS, are left by systems in any folder that somebody opens.
+        raise PackError(f"{out}: out= must not be the checkpoint's own folder", code="contradiction")
+    # Operating systems leave hidden files and the files in _OF_SYSTEMS in every folder that a user opens.
     inside = [path for path in out.iterdir() if not path.name.startswith(".") and path.name not in _OF_SYSTEMS]
     present = [path.name for path in inside if ignored is None or not ignored(path)]
     if not present:
         return _begin(source, out, settings)
     if not (state_folder(out) / _PLAN).is_file():
-        raise PackError(f"{out}: not empty ({min(present)} is there), and not a pack begun by this tool")
+        raise PackError(
+            f"{out}: not empty (it holds {min(present)}), and not a pack begun by this tool", code="folder_not_empty"
+        )
     plan = _read_plan(out)
     if plan is None:
-        raise PackError(f"{out}: begun by another version of this tool; delete it, or finish it with that version")
+        raise PackError(
+            f"{out}: begun by another version of this tool; delete it, or finish it with that version",
+            code="unsupported_pack_version",
+        )
     if plan["source"] != str(folder.resolve()):
-        raise PackError(f"{out}: holds an unfinished pack of {plan['source']}; delete it or choose another out=")
+        raise PackError(
+            f"{out}: holds an unfinished pack of {plan['source']}; delete it or choose another out=",
+            code="another_plan",
+        )
     if plan["settings"] != _listed(settings):
-        raise PackError(f"{out}: this pack was begun with {_shown(plan['settings'])}; repeat these, or delete it")
+        raise PackError(
+            f"{out}: this pack was begun with {_shown(plan['settings'])}; repeat these, or delete it",
+            code="another_plan",
+        )
     return _resume(source, out, plan)
 
 
 def resume_or_restart(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
-    """Open the checkpoint to extend the finished pack in ``out`` from; another unfinished extension is dropped."""
+    """Open the checkpoint from which to extend the finished pack in ``out``; drop another unfinished extension."""
     folder = source.folder if isinstance(source, Checkpoint) else source
     plan = _read_plan(out)
     if plan is not None and (plan["source"], plan["settings"]) == (str(folder.resolve()), _listed(settings)):
@@ -95,25 +116,26 @@ def resume_or_restart(source: Path | Checkpoint, out: Path, settings: PackSettin
 
 
 def restart_unless_same(out: Path, settings: PackSettings) -> None:
-    """Continue to extend the finished pack in ``out`` from its own experts; another unfinished extension is dropped."""
+    """Continue to extend the finished pack in ``out`` from its own experts; drop another unfinished extension."""
     plan = _read_plan(out)
     if plan is None or (plan["source"], plan["settings"]) != (str(out.resolve()), _listed(settings)):
         _write_plan(out, out, settings, {})
 
 
 def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise CheckpointError if a shard is no longer the one that was there when packing into ``out`` began."""
+    """Raise CheckpointError if a shard has changed since packing into ``out`` began."""
     plan = _read_plan(out) or {}
     for shard, stamp in checkpoint.stamps().items():
         if plan["stamps"].get(shard) != stamp:
             raise CheckpointError(
-                f"{checkpoint.folder / shard}: changed since packing began; delete {out} and pack again"
+                f"{checkpoint.folder / shard}: changed since packing began; delete {out} and pack again",
+                code="source_changed",
             )
 
 
 def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    sort_tensors(checkpoint)  # what cannot be packed leaves no plan behind
+    classify_tensors(checkpoint)  # a checkpoint that cannot be packed leaves no plan
     index = {
         "identity": checkpoint.identity,
         "config": checkpoint.published,
@@ -126,14 +148,14 @@ def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Chec
 
 def _write_plan(out: Path, source: Path, settings: PackSettings, index: Mapping[str, Any]) -> None:
     state = state_folder(out)
-    shutil.rmtree(state, ignore_errors=True)  # markers of another plan
+    shutil.rmtree(state, ignore_errors=True)  # it may hold markers of another plan
     state.mkdir()
     plan = {"version": _VERSION, "source": str(source.resolve()), "settings": _listed(settings), **index}
     write_atomically(state / _PLAN, json.dumps(plan).encode())
 
 
 def _read_plan(out: Path) -> dict[str, Any] | None:
-    """Return the plan, or None if there is none of this version."""
+    """Return the plan, or None if it has another version."""
     plan = read_object(state_folder(out) / _PLAN)
     return plan if plan.get("version") == _VERSION else None
 
@@ -151,17 +173,21 @@ def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Ch
         )
     if checkpoint.identity != plan["identity"]:
         began, now = (" at ".join(identity.values()) for identity in (plan["identity"], checkpoint.identity))
-        raise PackError(f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it")
+        raise PackError(
+            f"{out}: this pack was begun from {began}, not {now}; repeat with revision=, or delete it",
+            code="another_plan",
+        )
     if not same_json(checkpoint.published, plan["config"]):
         raise CheckpointError(
-            f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again"
+            f"{checkpoint.folder}: config.json changed since packing began; delete {out} and pack again",
+            code="source_changed",
         )
     refuse_if_changed(checkpoint, out)
     return checkpoint
 
 
 def _listed(settings: PackSettings) -> dict[str, Any]:
-    """Return the settings in the form that JSON reads them back."""
+    """Return the settings in the form in which JSON returns them."""
     return {**asdict(settings), "bits": list(settings.bits)}
 
 

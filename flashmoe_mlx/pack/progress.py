@@ -1,20 +1,20 @@
-"""Progress of long jobs."""
+"""The interface through which long jobs report progress."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """A listener to the progress of a job, in stages of so many bytes."""
+    """A listener for the progress of a job, which consists of stages."""
 
     def stage(self, description: str, total: int) -> None:
-        """Begin a new stage of ``total`` bytes."""
+        """Begin a stage in which ``total`` bytes are processed."""
 
     def advance(self, nbytes: int) -> None:
-        """Count ``nbytes`` more as done."""
+        """Report ``nbytes`` more processed bytes."""
 
 
 class Silent:
-    """A listener that does nothing."""
+    """A listener that ignores all reports."""
 
     def stage(self, description: str, total: int) -> None:
         """Do nothing."""

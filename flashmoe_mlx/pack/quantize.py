@@ -1,4 +1,4 @@
-"""Dense weights to MLX affine codes, and records from one layout to another."""
+"""Quantization of dense weights, and conversion of records between layouts."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -11,32 +11,37 @@ from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 from flashmoe_mlx.pack.least_squares import least_squares
 
 
-def quantise(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Quantize ``dense`` [..., out, in] to codes, scales and biases with ``mx.quantize``, as ``mlx_lm.convert`` does.
+def quantize(dense: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Quantize ``dense`` [..., out, in] with ``mx.quantize``, as ``mlx_lm.convert`` does.
 
-    Scales and biases [..., out, in / group_size] have the type of ``dense``.
+    Returns codes as uint32 [..., out, in * bits / 32], and scales and biases [..., out, in / group_size] of the type of
+    ``dense``.
     """
     codes, scales, biases = mx.quantize(dense, group_size=group_size, bits=bits)
     return codes, scales, biases
 
 
-QUANTISERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array, mx.array]]] = MappingProxyType(
-    {"least_squares": least_squares, "minmax": quantise}
+QUANTIZERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array, mx.array]]] = MappingProxyType(
+    {"least_squares": least_squares, "minmax": quantize}
 )
-"""Ways to choose scales and biases of routed experts."""
+"""Functions that quantize the weights of routed experts, by the value of ``quantiser=``."""
 
 
-def default_quantiser(bits: int) -> str:
-    """Return "least_squares" where min-max wastes codes, else "minmax", as in most conversions."""
+def default_quantizer(bits: int) -> str:
+    """Return "least_squares" for 2 bits, where min-max wastes codes, and otherwise "minmax", as most converters use."""
     return "least_squares" if bits == 2 else "minmax"
 
 
 def convert_record(
-    payload: bytearray, source: RecordLayout, target: RecordLayout, quantiser: str | None = None
+    payload: bytearray, source: RecordLayout, target: RecordLayout, quantizer: str | None = None
 ) -> memoryview:
-    """Convert the payload of a record from layout ``source`` to ``target``; equal layouts are copied.
+    """Convert a record to another layout; return it with its padding.
 
-    ``quantiser`` is one of ``QUANTISERS``; None for the default of the target's width.
+    Args:
+        payload: the bytes of the record.
+        source: the layout of ``payload``.
+        target: the new layout, which must be quantized unless it equals ``source``.
+        quantizer: a key of ``QUANTIZERS``; None for the default of the target's width.
     """
     record = memoryview(bytearray(target.record_bytes))
     if source == target:
@@ -44,12 +49,12 @@ def convert_record(
         return record
     assert target.bits is not None
     assert target.group_size is not None
-    quantised_by = QUANTISERS[quantiser or default_quantiser(target.bits)]
-    parts = record_views(array_from(payload, "U8", (len(payload),)), source)
-    made: dict[str, mx.array] = {}
+    quantize_with = QUANTIZERS[quantizer or default_quantizer(target.bits)]
+    components = record_views(array_from(payload, "U8", (len(payload),)), source)
+    converted: dict[str, mx.array] = {}
     for projection in PROJECTIONS:
-        quantised = quantised_by(dense_projection(parts, projection, source), target.bits, target.group_size)
-        made |= zip((f"{projection}.{part}" for part in ("weight", "scales", "biases")), quantised, strict=True)
+        quantized = quantize_with(dense_projection(components, projection, source), target.bits, target.group_size)
+        converted |= zip((f"{projection}.{part}" for part in ("weight", "scales", "biases")), quantized, strict=True)
     for component in target.components:
-        record[component.offset : component.offset + component.nbytes] = bytes_of(made[component.name])
+        record[component.offset : component.offset + component.nbytes] = bytes_of(converted[component.name])
     return record

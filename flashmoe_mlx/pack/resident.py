@@ -1,4 +1,4 @@
-"""``resident.safetensors``: all but the routed experts, written shard by shard at offsets known in advance."""
+"""Write ``resident.safetensors``, all weights but the routed experts, shard by shard at offsets known in advance."""
 
 import json
 import math
@@ -16,9 +16,8 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
 from flashmoe_mlx.formats.files import write_exactly
 from flashmoe_mlx.formats.record import DTYPE_BYTES
-from flashmoe_mlx.models.parameters import least_bits
 from flashmoe_mlx.pack.inspection import all_finite
-from flashmoe_mlx.pack.quantize import quantise
+from flashmoe_mlx.pack.quantize import quantize
 
 _BLOCK_BYTES = 32 * 2**20
 
@@ -37,7 +36,7 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """One source tensor and the tensors made of it; ``bits`` if it is quantised on the way."""
+    """A source tensor and its outputs; ``bits`` and ``group_size`` if it is quantized, else None."""
 
     source: ResidentTensor
     outputs: tuple[_Output, ...]
@@ -46,7 +45,10 @@ class _Job:
 
 
 class ResidentPlan:
-    """Where every resident tensor goes; dense matrices are quantised to ``bits`` unless that is None."""
+    """The place of every resident tensor in the file.
+
+    Dense matrices are quantized to ``bits`` in groups of ``group_size``, or kept if ``bits`` is None.
+    """
 
     def __init__(self, tensors: CheckpointTensors, bits: int | None, group_size: int) -> None:
         self._jobs: list[_Job] = []
@@ -63,7 +65,7 @@ class ResidentPlan:
         return output
 
     def _copy(self, tensor: ResidentTensor) -> None:
-        # 1 + w does not fit the precision of w, and the tensor is small.
+        # 1 + w needs more precision than w has, and the tensor is small.
         dtype = "F32" if tensor.add_one else tensor.source.dtype
         self._jobs.append(_Job(tensor, (self._place(tensor.name, dtype, tensor.shape),)))
 
@@ -73,7 +75,7 @@ class ResidentPlan:
             for part in matrix.parts:
                 self._copy(part)
             return
-        bits = least_bits(matrix.name, bits)
+        bits = max(bits, matrix.least_bits)
         dtype, groups = matrix.weight.source.dtype, (rows, columns // group_size)
         outputs = (
             self._place(f"{matrix.name}.weight", "U32", (rows, columns * bits // 32)),
@@ -98,23 +100,29 @@ class ResidentPlan:
 
     @property
     def nbytes(self) -> int:
-        """Size of the finished file."""
+        """The size of the finished file in bytes."""
         return len(self._header) + self._end
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Shards that hold resident tensors, in order."""
+        """The shards that hold resident tensors, in order."""
         return tuple(sorted({job.source.source.shard for job in self._jobs}))
 
     def shard_bytes(self, shard: str) -> int:
-        """Count the bytes that ``write_shard`` adds."""
+        """Return the number of bytes that ``write_shard`` writes."""
         return sum(output.nbytes for job in self._of(shard) for output in job.outputs)
 
     def _of(self, shard: str) -> Sequence[_Job]:
         return [job for job in self._jobs if job.source.source.shard == shard]
 
     def write_shard(self, checkpoint: Checkpoint, shard: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Write the tensors of ``shard`` into the file at ``path``, durably, with one block in memory at a time.
+        """Write the tensors of ``shard`` into the file at ``path`` and sync it; one block is in memory at a time.
+
+        Args:
+            checkpoint: the checkpoint.
+            shard: the name of its shard.
+            path: the file, which other shards may have written before.
+            progress: receives the number of bytes of each block.
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity.
@@ -132,7 +140,7 @@ class ResidentPlan:
             os.close(fd)
 
     def shard_hash(self, shard: str, path: Path) -> str:
-        """Return the XXH3 hash of the header of ``path``, which may be cut short, and of its tensors from ``shard``."""
+        """Return the XXH3 hash of the header of ``path`` and its tensors from ``shard``; it may be truncated."""
         digest = xxhash.xxh3_64()
         with path.open("rb") as file:
             digest.update(file.read(len(self._header)))
@@ -169,9 +177,9 @@ def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, m
     for row in range(0, rows, step):
         count = min(step, rows - row)
         data = checkpoint.read(source, row * row_bytes, count * row_bytes)
-        _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantises a NaN to an ordinary number
+        _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantizes a NaN to an ordinary number
         dense = array_from(data, source.dtype, (count, columns))
-        for output, made in zip(job.outputs, quantise(dense, job.bits, job.group_size), strict=True):
+        for output, made in zip(job.outputs, quantize(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
 
 
@@ -179,7 +187,7 @@ def _refuse_not_finite(checkpoint: Checkpoint, job: _Job, data: bytearray | memo
     if not all_finite(data, dtype):
         path = checkpoint.folder / job.source.source.shard
         raise CheckpointError(
-            f"{path}: {job.source.name} holds NaN or infinity: the file is damaged, or "
-            "the model was published broken; compare the file's checksum with the hub's",
+            f"{path}: {job.source.name} holds NaN or infinity: the file or the published model is damaged; compare "
+            "the file's checksum with that on the hub",
             code="not_finite",
         )

@@ -8,24 +8,33 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_extents, regular_file_size, sync_directory, write_atomically
+from flashmoe_mlx.formats.extents import ExpertSource, read_extents
+from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
 from flashmoe_mlx.formats.record import RecordLayout
-from flashmoe_mlx.pack.inspection import RecordReport, inspect_layer, inspect_record, not_finite
+from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import variant_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantize import convert_record, default_quantiser
+from flashmoe_mlx.pack.quantize import convert_record, default_quantizer
 
 _READ_AHEAD = 4
 
 
 class VariantWriter:
-    """Conversion of ``experts`` to a variant of ``bits``; each finished layer is marked by its hashes.
+    """The conversion of experts to a variant; each finished layer is marked by its hashes.
 
-    ``quantiser`` chooses scales and biases; None for the default of the width.
+    Args:
+        experts: the source.
+        out: the folder of the pack.
+        bits: the width of the variant.
+        group_size: the number of weights that share a scale and a bias; ignored if the source has ``bits`` already.
+        progress: shows the progress.
+        quantiser: chooses scales and biases; None for the default of the width.
+
+    Raises:
+        InputError: the source has fewer bits, or has ``bits`` already and a ``quantiser`` is given.
     """
 
     def __init__(
@@ -48,9 +57,10 @@ class VariantWriter:
         if copied and self.name != variant_name(bits):
             raise InputError(
                 f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
-                f"leave out quantiser=, or {bits} of bits="
+                f"leave out quantiser=, or {bits} of bits=",
+                code="contradiction",
             )
-        self.quantiser = None if copied else quantiser or default_quantiser(bits)
+        self.quantiser = None if copied else quantiser or default_quantizer(bits)
         """The quantiser; None if records are copies."""
 
     @property
@@ -61,23 +71,30 @@ class VariantWriter:
         return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
 
     def bytes_to_write(self) -> int:
-        """Count the bytes of the layers that are not there yet."""
+        """Return the number of bytes of all unfinished layers."""
         if self._linked is not None:
             return 0
         return self._layer_bytes * sum(not self._hashes(layer).exists() for layer in range(self._experts.num_layers))
 
     def take_over(self, folder: Path) -> None:
-        """Link the layer files in flash-moe's ``folder`` instead of writing new ones."""
+        """Link the layer files in ``folder``, made by flash-moe, instead of writing files.
+
+        Raises:
+            PackError: a file is missing or has another size.
+        """
         for layer in range(self._experts.num_layers):
             path = folder / layer_file(layer)
             size = regular_file_size(path)
             if size != self._layer_bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise PackError(f"{path}: {found}; this model's layers have {self._layer_bytes} bytes")
+                raise PackError(
+                    f"{path}: {found}; this model's layers have {self._layer_bytes} bytes",
+                    code="invalid_packed_experts",
+                )
         self._linked = folder
 
     def has_layer(self, layer: int) -> bool:
-        """Whether an earlier run finished ``layer``, and its file still has the hashes that the run recorded."""
+        """Return whether an earlier run finished ``layer`` and the file still has the recorded hashes."""
         marker, path = self._hashes(layer), self._directory / layer_file(layer)
         if not marker.exists() or regular_file_size(path) != self._layer_bytes:
             return False
@@ -91,11 +108,11 @@ class VariantWriter:
             yield report
 
     def write_layer(self, layer: int) -> None:
-        """Write, or link, the file of ``layer`` and record its hashes.
+        """Write or link the file of ``layer`` and record its hashes.
 
         Raises:
             CheckpointError: an expert holds NaN or infinity.
-            PackError: the file to be linked is not of this checkpoint, or on another filesystem.
+            PackError: the linked file belongs to another checkpoint, or is on another filesystem.
         """
         self._directory.mkdir(exist_ok=True)
         path = self._directory / layer_file(layer)
@@ -104,7 +121,7 @@ class VariantWriter:
         digests: list[int] = []
         for expert, report in enumerate(reports):
             if report.fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}", code="not_finite")
             digests.append(report.digest)
         write_atomically(self._hashes(layer), np.array(digests, "<u8").tobytes())
 
@@ -116,10 +133,10 @@ class VariantWriter:
     def _records(self, layer: int) -> Iterator[memoryview]:
         source = self._experts.layout
         for expert, payload in enumerate(self._payloads(layer)):
-            # MLX quantises a NaN to an ordinary number, so it must be found before.
-            fault = None if source == self.layout else not_finite(payload, source)
+            # MLX quantizes a NaN to an ordinary number, so it must be found before.
+            fault = None if source == self.layout else find_nonfinite(payload, source)
             if fault:
-                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}")
+                raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}", code="not_finite")
             yield convert_record(payload, source, self.layout, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
@@ -130,7 +147,7 @@ class VariantWriter:
                 yield from pool.map(lambda expert: read_extents(self._experts.extents(layer, expert)), experts)
 
     def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:
-        """Link flash-moe's file and compare all of it with the checkpoint: interrupted packing leaves holes in it."""
+        """Link the file of flash-moe and compare it with the checkpoint: after an interruption it has holes."""
         theirs = folder / layer_file(layer)
         path.unlink(missing_ok=True)
         try:
@@ -138,22 +155,25 @@ class VariantWriter:
         except OSError as error:
             raise PackError(
                 f"{theirs}: cannot be linked into {path.parent} ({error.strerror}); "
-                "choose an out= on the same filesystem as packed_experts="
+                "choose an out= on the same filesystem as packed_experts=",
+                code="cannot_link",
             ) from None
-        sync_directory(path.parent)
+        sync(path.parent)
         with theirs.open("rb") as file:
             for expert, payload in enumerate(self._payloads(layer)):
                 record = file.read(self.layout.record_bytes)
                 if record != payload.ljust(self.layout.record_bytes, b"\0"):
                     path.unlink()
                     raise PackError(
-                        f"{theirs}: expert {expert} is not that of the checkpoint: unfinished, damaged or foreign"
+                        f"{theirs}: expert {expert} differs from the checkpoint: the file is unfinished, damaged or of "
+                        "another model",
+                        code="invalid_packed_experts",
                     )
                 self._progress.advance(self.layout.record_bytes)
                 yield inspect_record(memoryview(record), self.layout)
 
     def finish(self) -> None:
-        """Join the hashes of all layers, which must be finished, into the variant's checksums."""
+        """Join the hashes of all layers, which must be finished, to the checksums of the variant."""
         hashes = [self._hashes(layer).read_bytes() for layer in range(self._experts.num_layers)]
         write_atomically(self._directory / CHECKSUMS, b"".join(hashes))
 
@@ -162,5 +182,7 @@ def _layout(source: RecordLayout, bits: int, group_size: int) -> RecordLayout:
     if source.bits == bits:
         return source
     if source.bits is not None and source.bits < bits:
-        raise InputError(f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing")
+        raise InputError(
+            f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing", code="invalid_value"
+        )
     return RecordLayout(source.hidden_size, source.intermediate_size, bits, group_size, source.dtype)

@@ -1,4 +1,4 @@
-"""Check every byte of a pack against its checksums."""
+"""Verification of every byte of a pack against its checksums."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from flashmoe_mlx.pack.progress import Progress, Silent
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A part of a pack that is not what was packed; str() is a line for people."""
+    """A damaged part of a pack; ``str`` gives a line for people."""
 
     path: Path
     what: str
@@ -25,7 +25,11 @@ class Damage:
 
 
 def verify_pack(pack: Pack, progress: Progress | None = None) -> list[Damage]:
-    """Read all of ``pack`` and list what is damaged."""
+    """Read all of ``pack`` and return its damaged parts.
+
+    Raises:
+        PackError: a file of checksums changed since the pack was opened (code "pack_changed").
+    """
     progress = progress or Silent()
     progress.stage("verifying", pack.nbytes)
     found: list[Damage] = []
@@ -50,7 +54,7 @@ def _checksums(experts: PackedExperts) -> list[list[int]]:
     try:
         return np.fromfile(path, "<u8").reshape(experts.num_layers, experts.num_experts).tolist()
     except (OSError, ValueError) as error:
-        raise PackError(f"{path}: changed since the pack was opened ({error})") from error
+        raise PackError(f"{path}: changed since the pack was opened ({error})", code="pack_changed") from error
 
 
 def _damaged_records(

@@ -1,8 +1,8 @@
-"""Turn a published checkpoint into a pack, in a stream, so that any interruption can be resumed.
+"""Convert a published checkpoint to a pack as a stream, so that any interruption can be resumed.
 
-Work is done in units, the resident tensors of one shard or one layer of one variant. A finished unit is on disk,
-synced, and has a marker beside the plan; the manifest comes last. A run that is killed anywhere leaves units that the
-same command picks up again, and no directory that could be taken for a pack.
+A unit of work is the resident tensors of one shard, or one layer of one variant. A finished unit is synced to disk and
+has a marker beside the plan; the manifest is written last. A run that is killed leaves finished units, with which the
+same command continues, and no directory that looks like a pack.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,18 +11,13 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, sort_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.formats.files import (
-    exclusive,
-    explained_write_errors,
-    publish,
-    read_extents,
-    refuse_if_too_large,
-    write_atomically,
-)
+from flashmoe_mlx.formats.extents import read_extents
+from flashmoe_mlx.formats.files import publish, write_atomically
+from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.pack.manifest import variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -36,7 +31,7 @@ from flashmoe_mlx.pack.plan import (
     state_folder,
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
-from flashmoe_mlx.pack.quantize import QUANTISERS, convert_record
+from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
 
@@ -59,7 +54,7 @@ def pack_checkpoint(
     """Make, finish or extend the pack in ``out`` from the checkpoint ``source``.
 
     Experts that the checkpoint already has in one of ``bits`` are copied byte for byte, others quantised in groups of
-    ``group_size`` by ``quantiser`` (one of ``QUANTISERS``; None for the default of each width). ``packed_experts`` is a
+    ``group_size`` by ``quantiser`` (one of ``QUANTIZERS``; None for the default of each width). ``packed_experts`` is a
     flash-moe folder of the same model, taken over as the variant of its width by hard links. ``delete_source`` removes
     every shard once nothing more is needed from it.
 
@@ -70,9 +65,9 @@ def pack_checkpoint(
     """
     settings = _checked(bits, group_size, resident_bits, quantiser)
     progress = progress or Silent()
-    with explained_write_errors(out):
+    with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        with exclusive(out):
+        with lock_folder(out):
             if not (out / MANIFEST).exists():
                 checkpoint = begin_or_resume(source, out, settings, ignored)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
@@ -95,24 +90,37 @@ def add_variants(
     quantiser: str | None = None,
     progress: Progress | None = None,
 ) -> Pack:
-    """Add variants to a pack, made of the experts with the most bits that it has."""
+    """Add variants to a pack, made from its variant with the most bits.
+
+    Args:
+        pack: the pack.
+        bits: the widths of the new variants.
+        group_size: the number of weights that share a scale and a bias.
+        quantiser: chooses scales and biases; None for the default of each width.
+        progress: shows the progress.
+
+    Raises:
+        InputError: a variant cannot be made from these experts.
+        FlashMoeError: no space is left.
+    """
     settings = _checked(bits, group_size, None, quantiser)
-    with explained_write_errors(pack.folder), exclusive(pack.folder):
+    with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
             if experts.layout.bits in settings.bits:
                 raise InputError(
-                    f"bits={experts.layout.bits}: the pack's experts with the most bits have as many, and were made "
-                    "otherwise; make this variant from the checkpoint, with task=pack source=<checkpoint>"
+                    f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
+                    "make it from the checkpoint, with task=pack source=<checkpoint>",
+                    code="source_needed",
                 )
             variants = [
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
                 for width in settings.bits
             ]
             restart_unless_same(pack.folder, settings)
-            refuse_if_too_large(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
+            check_free_space(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
             for variant in variants:
                 for layer in range(experts.num_layers):
                     if not variant.has_layer(layer):
@@ -123,20 +131,22 @@ def add_variants(
 
 
 def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
-    choices = ", ".join(map(str, QUANTISED_BITS))
-    if not bits or any(width not in QUANTISED_BITS for width in bits):
-        raise InputError(f"bits={list(bits)}: choose from {choices}")
+    choices = ", ".join(map(str, QUANTIZED_BITS))
+    if not bits or any(width not in QUANTIZED_BITS for width in bits):
+        raise InputError(f"bits={list(bits)}: choose from {choices}", code="invalid_value")
     if group_size not in GROUP_SIZES:
-        raise InputError(f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
-    if resident_bits is not None and resident_bits not in QUANTISED_BITS:
-        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null")
-    if quantiser is not None and quantiser not in QUANTISERS:
-        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTISERS)}, or null")
+        raise InputError(
+            f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}", code="invalid_value"
+        )
+    if resident_bits is not None and resident_bits not in QUANTIZED_BITS:
+        raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null", code="invalid_value")
+    if quantiser is not None and quantiser not in QUANTIZERS:
+        raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTIZERS)}, or null", code="invalid_value")
     return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits, quantiser)
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
-    """Return the settings without the variants that ``pack`` has already."""
+    """Return ``settings`` without the variants that ``pack`` has already."""
     missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
     return replace(settings, bits=tuple(missing))
 
@@ -147,13 +157,13 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
     if isinstance(source, Checkpoint):
         revisions.add(source.identity.get("revision"))
     if not same_json(published, read_object(pack.folder / "config.json")) or len(revisions - {None}) > 1:
-        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=")
+        raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=", code="another_model")
 
 
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
-    quantisers = {name: experts.quantiser for name, experts in pack.experts.items()} | _quantisers(variants)
+    quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
     write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
 
@@ -169,7 +179,7 @@ def _finished(variants: Sequence[VariantWriter]) -> dict[str, RecordLayout]:
 
 
 class _Packer:
-    """One run over a checkpoint, for a new pack or for further variants of ``pack``."""
+    """One run over a checkpoint, for a new pack or for more variants of ``pack``."""
 
     def __init__(
         self,
@@ -187,7 +197,7 @@ class _Packer:
         self._partial = out / f"{RESIDENT}.partial"
         self._progress = progress
         self._delete_source = delete_source
-        self._tensors: CheckpointTensors = sort_tensors(checkpoint)
+        self._tensors: CheckpointTensors = classify_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
             VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
@@ -203,14 +213,15 @@ class _Packer:
                 variant.take_over(packed_experts)
                 return
         raise InputError(
-            f"packed_experts={packed_experts}: needs a quantised checkpoint as source=, and its width in bits="
+            f"packed_experts={packed_experts}: needs a quantized checkpoint as source=, and its width in bits=",
+            code="contradiction",
         )
 
     def run(self) -> Pack:
         if self._pack is None and (self._out / RESIDENT).exists():
-            # A run renamed it and ended before it wrote the manifest: unfinished, and parts may be written again.
+            # An earlier run ended after this renaming and before the manifest; parts of the file may be written again.
             (self._out / RESIDENT).replace(self._partial)
-        refuse_if_too_large(self._out, self._bytes_to_write(), _REMEDY)
+        check_free_space(self._out, self._bytes_to_write(), _REMEDY)
         for shards, do in self._units():
             for shard in shards:
                 self._checkpoint.ensure(shard)
@@ -233,7 +244,7 @@ class _Packer:
         return self._resident.shards if self._pack is None else ()
 
     def _units(self) -> Iterator[tuple[Iterable[str], Callable[[], None]]]:
-        """Yield each unit of work with its shards, so that each shard is needed once; delete those no longer needed."""
+        """Yield each unit of work with its shards, in the order of shards; delete shards that are no longer needed."""
         experts = self._tensors.experts
         layers = {layer: experts.shards(layer) for layer in range(experts.num_layers)}
         waiting: set[str] = set()
@@ -259,23 +270,24 @@ class _Packer:
         variant.write_layer(layer)
 
     def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
-        """Convert one expert again and compare it with the pack's: models of one family have equal shapes."""
+        """Raise PackError unless an expert of the checkpoint equals the pack's: different models have equal shapes."""
         known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
         source = self._tensors.experts
         comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
         payload = read_extents(source.extents(layer, 0))
         there = read_extents(known.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout, known.layout, known.quantiser) != there:
+        if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
-                "or give the checkpoint that it was made of"
+                "or give the checkpoint from which it was made",
+                code="another_model",
             )
 
     def _marker(self, shard: str) -> Path:
         return state_folder(self._out) / f"resident-{shard}.xxh3"
 
     def _has_resident(self, shard: str) -> bool:
-        """Whether an earlier run wrote what comes from ``shard``, and it is still as that run left it."""
+        """Return whether an earlier run wrote the tensors of ``shard`` and they have not changed since."""
         if not self._marker(shard).exists() or not self._partial.exists():
             return False
         return self._marker(shard).read_text() == self._resident.shard_hash(shard, self._partial)

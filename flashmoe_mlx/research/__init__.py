@@ -1,4 +1,4 @@
-"""Comparing, recording, replaying and predicting: what the engine is measured with."""
+"""Research tools: benchmarks, routing traces, speed estimates, quality, and the records of all runs."""
 
 from flashmoe_mlx.research.runs import load_runs
 

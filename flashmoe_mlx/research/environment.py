@@ -1,4 +1,4 @@
-"""The machine and the software of a measurement."""
+"""The machine and the software on which a measurement was made."""
 
 import platform
 import sys
@@ -13,7 +13,7 @@ _PACKAGES = ("flashmoe_mlx", "mlx", "numpy", "hydra-core", "huggingface-hub", "t
 
 
 def environment() -> dict[str, Any]:
-    """Return the machine and the software, so that a number can be understood later."""
+    """Return the properties of the machine and the software that a record keeps beside its measurements."""
     device = mx.default_device()
     return {
         "platform": platform.platform(),
@@ -29,7 +29,7 @@ def environment() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Return the version of an installed package, or None; this package may run from a checkout, uninstalled."""
+    """Return the version of an installed package; None if it is not installed, as in a plain checkout."""
     try:
         return version(name)
     except PackageNotFoundError:

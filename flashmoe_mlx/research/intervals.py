@@ -1,4 +1,4 @@
-"""Confidence intervals of medians, shares and ratios."""
+"""Percentiles, and confidence intervals of medians, shares and ratios."""
 
 import math
 from collections.abc import Sequence
@@ -9,10 +9,16 @@ LEAST_ROUNDS = 3
 _RESAMPLES = 10_000
 
 
+def percentiles(values: Sequence[float], ranks: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Return the percentiles of ``values`` at three ``ranks`` (0 to 100), interpolated linearly."""
+    low, middle, high = np.percentile(values, ranks).tolist()
+    return low, middle, high
+
+
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the 95 % percentile-bootstrap interval of the median of ``values``; None for fewer than 3 values.
 
-    The resamples are always the same, so the result is repeatable. Source: Efron and Tibshirani, An Introduction to the
+    The random seed is fixed, so the result is repeatable. Source: Efron and Tibshirani, An Introduction to the
     Bootstrap, 1993, chapter 13.
     """
     if len(values) < LEAST_ROUNDS:
@@ -23,25 +29,28 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def share_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share in ``trials`` independent trials.
+    """Return the 95 % Wilson interval of the share ``successes / trials`` in independent trials.
 
     Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22, 1927.
+
+    Raises:
+        ValueError: there are no trials, or ``successes`` is not between 0 and ``trials``.
     """
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"{successes} successes of {trials}")
     z = 1.959964
     share = successes / trials
-    centre = share + z * z / (2 * trials)
+    center = share + z * z / (2 * trials)
     spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % percentile-bootstrap interval of sum / sum over whole items; None for fewer than 3 items.
+    """Return the 95 % percentile-bootstrap interval of a ratio of sums over items; None for fewer than 3 items.
 
-    Tokens of one text are not independent, so whole texts are resampled, never tokens. Repeatable, like
-    ``median_interval``.
+    Each item, such as a text, contributes one numerator and one denominator. Items are resampled rather than their
+    tokens, because the tokens of a text are not independent. The random seed is fixed, so the result is repeatable.
     """
     if len(numerators) < LEAST_ROUNDS:
         return None

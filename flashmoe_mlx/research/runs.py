@@ -1,4 +1,4 @@
-"""Load the records of ``task=generate``, sweeps and ``task=bench`` into one table."""
+"""Load the records of ``task=generate`` (single runs and sweeps) and ``task=bench`` into one table."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -30,17 +30,25 @@ _STAGE = (
 
 
 def load_runs(folder: str | Path) -> "DataFrame":
-    """Load every recorded run below ``folder``, one row for each generation and each pass of a benchmark.
+    """Load every recorded run below ``folder``, one row for each generation and for each trial of a benchmark.
 
-    Rows are in the order of the directories' names. Columns that describe the run: ``run`` (its directory, relative to
-    ``folder``), ``task``, ``model``, ``backend`` (a name), ``setting`` (the backend's label in a benchmark),
-    ``backend.OPTION`` for every option, ``experts_k``, ``bits``, ``prefetch``, ``kernels``, ``condition`` ("as found"
-    for a generation) and ``round``. Columns of measurements: ``decode_*`` and ``prefill_*`` (seconds, bytes, GB/s, p5,
-    p50 and p95 of a step, ``decode_io_share`` and other shares of the time), ``time_to_first_token``, ``accuracy`` of
-    prefetch, ``text``. A failed job has only ``run`` and ``error``.
+    Rows are in the order of the directories' names. Columns that describe the run:
+
+    - ``run`` (its directory, relative to ``folder``), ``task``, ``model``
+    - ``backend`` (a name), ``backend.OPTION`` for every option, ``setting`` (label of the configuration in a benchmark)
+    - ``experts_k``, ``bits``, ``prefetch``, ``kernels``
+    - ``condition`` ("as found" for a generation), ``round``
+
+    Columns with measurements:
+
+    - ``decode_*`` and ``prefill_*``: seconds, bytes, GB/s, p5, p50 and p95 of a step, and the share of the time in each
+      phase, such as ``decode_io_share``
+    - ``time_to_first_token``, ``accuracy`` of prefetch, ``text``
+
+    The row of a failed job has only ``run`` and ``error``.
 
     Raises:
-        InputError: pandas is not installed (code "missing_package"), there is no such folder ("no_such_folder"), or a
+        InputError: pandas is not installed (code "missing_package"), the folder does not exist ("no_such_folder"), or a
             record cannot be read ("invalid_record").
     """
     try:
@@ -53,45 +61,53 @@ def load_runs(folder: str | Path) -> "DataFrame":
     if not top.is_dir():
         raise InputError(f"{top}: no such folder", code="no_such_folder")
     rows = []
-    for path in sorted(top.rglob("*.json"), key=_natural):
+    for path in sorted(top.rglob("*.json"), key=_natural_order):
         read = _READERS.get(path.name)
         if read is not None:
             run = {"run": str(path.parent.relative_to(top))}
-            rows += [run | row for row in _checked(path, read)]
+            rows += [run | row for row in _rows(path, read)]
     return pd.DataFrame(rows)
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Sort numbered folders by number: the jobs of a sweep are 2 before 10."""
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Return a sort key by which numbered directories, such as the jobs of a sweep, are in numeric order."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.parts]
 
 
-def _checked(path: Path, read: _Reader) -> list[dict[str, Any]]:
+def _rows(path: Path, read: _Reader) -> list[dict[str, Any]]:
+    """Return the rows of the record in ``path``.
+
+    Raises:
+        InputError: the record cannot be read (code "invalid_record").
+    """
     try:
         return list(read(json.loads(path.read_text())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path}: not a record that can be read ({type(error).__name__}: {error})", code="invalid_record"
+            f"{path}: the record cannot be read ({type(error).__name__}: {error})", code="invalid_record"
         ) from None
 
 
 def _generation(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of ``metrics.json``."""
     row = {"task": "generate", "model": record["model"]["path"], "condition": record["page_cache"]}
     yield {**row, **_measured(record), "text": record["text"]}
 
 
 def _bench(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    for one in record["passes"]:
+    """Yield a row for each trial of ``bench.json``."""
+    for trial in record["passes"]:
         row = {
             "task": "bench",
             "model": record["setup"]["folder"],
             "memory_gib": record["setup"]["memory_gib"],
-            **{name: one[name] for name in ("setting", "condition", "round", "prompt", "cached")},
+            **{name: trial[name] for name in ("setting", "condition", "round", "prompt", "cached")},
         }
-        yield row | _measured(one["record"])
+        yield row | _measured(trial["record"])
 
 
 def _failure(record: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the row of ``failure.json``."""
     yield {"error": record["error"]}
 
 
@@ -103,7 +119,7 @@ def _measured(record: Mapping[str, Any]) -> dict[str, Any]:
         "backend": backend.pop("_target_").rpartition(".")[0].rpartition(".")[2],
         "experts_k": record["experts_k"],
         "bits": record["experts"]["bits"],
-        "prefetch": record.get("prefetch", "none"),  # older records have none
+        "prefetch": record.get("prefetch", "none"),  # absent from older records
         "kernels": kernels if isinstance(kernels, str) else json.dumps(kernels),
         "time_to_first_token": record["time_to_first_token"],
         "accuracy": (record.get("guesses") or {}).get("accuracy"),

@@ -1,11 +1,11 @@
 """The contract between the engine and the stores in ``backends/``.
 
-The engine asks a store for the experts that a layer's router chose and gets them in the slots of one buffer. Nothing
-else passes between the two, so any store can serve any engine and all stores can be compared fairly.
+The engine asks a store for the experts that the router of a layer chose, and receives them in the slots of one buffer.
+Engine and store share nothing else, so any store can serve any engine, and all stores can be compared fairly.
 
-When a slot may be refilled: a batch stays valid until the next ``fetch`` of the same store. Layer n+1's router depends
-on layer n's output, so its evaluation proves that layer n's kernels have read their slots; the engine fetches only
-then. MLX itself protects no buffer from being overwritten while a kernel reads it.
+A batch stays valid until the next ``fetch`` of the same store. The router of layer n+1 depends on the output of layer
+n, so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does
+not protect a buffer from being overwritten while a kernel reads it.
 """
 
 import operator
@@ -28,34 +28,42 @@ from flashmoe_mlx.stores.limits import SLOTS, Limit
 
 
 class ExpertStoreError(FlashMoeError):
-    """Base of everything that a store raises."""
+    """Base class of the errors of stores."""
 
     default_code = "store_failed"
 
 
 class ExpertRequestError(ExpertStoreError):
-    """A layer or expert that does not exist, or more experts than the store has slots."""
+    """A request for a layer or expert that does not exist, or for more experts than the store has slots."""
 
     default_code = "invalid_request"
 
 
 class StoreClosedError(ExpertStoreError):
-    """A store used after ``close``, or in another process."""
+    """A call to a store after ``close``, or from another process."""
 
     default_code = "store_closed"
 
 
 class BackendUnavailableError(ExpertStoreError):
-    """A store that this machine cannot run, and why."""
+    """A store that this machine cannot run; the message says why."""
 
     default_code = "backend_unavailable"
 
 
 class ExpertReadError(ExpertStoreError):
-    """A failed read of an expert; names the layer and expert, the file and the byte.
+    """A failed read of an expert.
 
-    ``reason`` is the message of the operating system. Stores make this error with ``stores.reads.Read.failed``,
-    which gives codes such as "no_such_file", "too_many_open_files" or "file_ends_early"; see docs/errors.md.
+    Stores create this error with ``stores.reads.Read.failed``, which sets codes such as "no_such_file",
+    "too_many_open_files", and "file_ends_early"; docs/errors.md lists them.
+
+    Args:
+        path: the file.
+        layer: the layer of the expert.
+        expert: the index of the expert in its layer.
+        offset: the byte of the file at which the read failed.
+        reason: the message of the operating system.
+        code: a more specific code than "read_failed".
     """
 
     default_code = "read_failed"
@@ -70,8 +78,8 @@ class ExpertReadError(ExpertStoreError):
 class ExpertBatch(Protocol):
     """Experts in memory, valid until the next ``fetch`` of the store that returned them.
 
-    Three views of the same bytes, for whichever a kernel wants; a store makes the ones that cost it a copy only when
-    they are asked for. All in the order of the request.
+    ``slab``, ``records``, and ``host`` are three views of the same bytes for different kernels. A store that must copy
+    to provide a view copies at the first access. ``slots``, ``records``, and ``host`` follow the order of the request.
     """
 
     @property
@@ -81,31 +89,37 @@ class ExpertBatch(Protocol):
 
     @property
     def slab(self) -> mx.array:
-        """One buffer with all of them, uint8 [rows, record bytes]."""
+        """One buffer with all experts, uint8 [rows, record bytes]."""
         ...
 
     @property
     def records(self) -> Sequence[mx.array]:
-        """Each expert by itself, uint8 [record bytes]."""
+        """A separate array for each expert, uint8 [record bytes]."""
         ...
 
     @property
     def host(self) -> Sequence[memoryview]:
-        """Each expert as the CPU sees it, ``record bytes`` of format "B"; for reading alone."""
+        """The read-only bytes of each expert for the CPU, of format "B"."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store has done since it was opened; the same counters for every store.
+    """Counters of a store since it was opened; every store has the same counters.
 
-    ``requests`` = experts asked for (an expert named twice in a fetch counts once) = ``hits`` (already in a slot)
-    + ``misses`` (had to be read). ``evictions`` = experts that lost their slot to another. ``reads`` and ``bytes_read``
-    count reads of storage or page cache that served a fetch, ``fetch_seconds`` the wall time that callers spent inside
-    ``fetch``. A fetch that fails counts nothing.
+    A fetch that fails is not counted. Hints change only ``fetch_seconds``, ``prefetched``, and ``bytes_wasted``.
 
-    Hints change none of these but the time: ``prefetched`` of the misses were read, or being read, because of a hint,
-    and ``bytes_wasted`` were read because of hints, and no fetch wanted them.
+    Attributes:
+        fetches: successful calls of ``fetch``.
+        requests: requested experts, each counted once per fetch; the sum of ``hits`` and ``misses``.
+        hits: requested experts that were already in a slot.
+        misses: requested experts that had to be read.
+        evictions: experts that lost their slot to another expert.
+        reads: reads of storage or page cache that served a fetch.
+        bytes_read: bytes of these reads.
+        fetch_seconds: wall time inside ``fetch``.
+        prefetched: misses whose read a hint had started before the fetch.
+        bytes_wasted: bytes that were read because of hints and that no fetch used.
     """
 
     fetches: int = 0
@@ -127,15 +141,19 @@ class StoreStats:
 
 
 class ExpertStore(ABC):
-    """Serves expert records from ``source``; ``slots`` is the number of distinct experts that one ``fetch`` can hold.
+    """Base class of stores, which serve the records of experts.
 
-    A subclass says how experts come into memory (``_bring``), what there is to free (``_release``) and, if it can make
-    use of it, what a hint does (``_hint``). Requests are checked, counted and taken one at a time here. All methods may
-    be called from any thread.
+    A subclass implements ``_load``, which brings experts into memory, ``_release``, which frees all resources, and, if
+    it can use hints, ``_prefetch``. This class checks and counts requests and passes them on one at a time. All public
+    methods may be called from any thread.
+
+    Args:
+        source: the location of the experts.
+        slots: maximum number of distinct experts in one fetch.
     """
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS}
-    """Numbers that options of the constructor accept, by name; checked before the store is opened by its name."""
+    """Ranges of the numeric options of the constructor, by option; ``create_store`` checks them."""
 
     def __init__(self, source: ExpertSource, slots: int) -> None:
         SLOTS.check("slots", slots)
@@ -143,7 +161,7 @@ class ExpertStore(ABC):
         self.slots = slots
         self._stats = StoreStats()
         self._closed = False
-        self._one_at_a_time = Lock()
+        self._lock = Lock()
         self._process = os.getpid()
 
     @property
@@ -152,11 +170,12 @@ class ExpertStore(ABC):
         return self.source.layout
 
     def fetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> ExpertBatch:
-        """Bring ``experts`` of ``layer`` into slots; blocks until they are there.
+        """Load ``experts`` of ``layer`` into slots, and return them when all of them are there.
 
         Raises:
-            ExpertRequestError: an index is out of range or not an integer, or there are more experts than slots.
-            ExpertReadError: the storage failed; the store can be used on.
+            ExpertRequestError: an index is not an integer or out of range, or there are more distinct experts than
+                slots (codes "index_no_integer", "index_out_of_range", "too_many_experts").
+            ExpertReadError: the storage failed; the store remains usable.
             StoreClosedError: the store was closed, or opened by another process.
         """
         start = time.perf_counter()
@@ -164,21 +183,22 @@ class ExpertStore(ABC):
         distinct = len(set(indices))
         if distinct > self.slots:
             raise ExpertRequestError(
-                f"{distinct} experts were asked for at once, but the store has {self.slots} slots",
+                f"{distinct} experts were requested at once, but the store has {self.slots} slots",
                 code="too_many_experts",
             )
         self._refuse_other_process()
-        with self._one_at_a_time:
+        with self._lock:
             self._refuse_closed()
-            batch, done = self._bring(layer, indices)
+            batch, done = self._load(layer, indices)
             seconds = time.perf_counter() - start
             self._stats += replace(done, fetches=1, requests=done.hits + done.misses, fetch_seconds=seconds)
         return batch
 
     def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
-        """Hint that ``experts`` of ``layer`` may be fetched soon, the likeliest first; never changes what is fetched.
+        """Hint that ``experts`` of ``layer``, most likely first, may be fetched soon.
 
-        The latest hint counts: a store may drop what an earlier one had begun.
+        A hint never changes the results of ``fetch``. Only the latest hint counts: a store may cancel the reads that an
+        earlier hint started.
 
         Raises:
             ExpertRequestError: an index is out of range or not an integer.
@@ -186,44 +206,44 @@ class ExpertStore(ABC):
         """
         layer, indices = self._checked(layer, experts)
         self._refuse_other_process()
-        with self._one_at_a_time:
+        with self._lock:
             self._refuse_closed()
-            self._hint(layer, indices)
+            self._prefetch(layer, indices)
 
     def stats(self) -> StoreStats:
         """Counters since the store was opened."""
         return self._stats
 
     def close(self) -> None:
-        """Wait for the fetch under way, then free files, threads and slots; may be called again."""
+        """Wait for a running fetch, then free files, threads, and slots. Later calls have no effect."""
         if os.getpid() != self._process:
-            return  # what there is to free belongs to the process that opened it
-        with self._one_at_a_time:
+            return  # the resources belong to the process that opened the store
+        with self._lock:
             if not self._closed:
                 self._closed = True
                 self._release()
 
     @abstractmethod
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
-        """Load ``experts`` (validated; may repeat) of ``layer``; returns the batch and this call's counters.
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+        """Load ``experts`` of ``layer``, and return the batch with the counters of this call.
 
-        The caller sets ``fetches``, ``requests`` and ``fetch_seconds``. When this raises, nothing may be written to any
-        slot any more.
+        The indices are valid but may repeat. The caller sets ``fetches``, ``requests``, and ``fetch_seconds``. When
+        this method raises an error, no thread or kernel may still be writing to a slot.
         """
 
-    def _hint(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # ignoring it is the default
-        """Make use of a hint, without waiting for storage."""
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # stores may ignore hints
+        """Start to read ``experts`` of ``layer``, whose indices are valid but may repeat; never wait for storage."""
 
     @abstractmethod
     def _release(self) -> None:
-        """Free everything; called once, when no fetch is under way."""
+        """Free all resources; called once, while no fetch is running."""
 
     def _checked(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> tuple[int, list[int]]:
         indices = [_index(expert, self.source.num_experts, "expert") for expert in experts]
         return _index(layer, self.source.num_layers, "layer"), indices
 
     def _refuse_other_process(self) -> None:
-        # Before the lock: another thread of the parent may have held it when this process was forked.
+        # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock for ever.
         if os.getpid() != self._process:
             raise StoreClosedError(
                 "this store was opened by another process; open one in this process", code="store_of_another_process"

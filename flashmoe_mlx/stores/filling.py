@@ -1,4 +1,4 @@
-"""One request to fill slots: the memory of its records, and the moment when they become valid."""
+"""The refilling of slots: memory to write new records to, and a commit that makes the records valid."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -7,23 +7,23 @@ import numpy as np
 
 
 class Rows(Protocol):
-    """Memory for records, one row each."""
+    """Memory for records, one row for each record."""
 
     def rows(self, places: Sequence[int]) -> Sequence[memoryview]:
-        """Return the writable bytes of each of ``places``."""
+        """Return the writable bytes of the rows with the indices ``places``."""
         ...
 
 
 class Filling:
-    """Memory for the records of some slots, handed out once for all of them.
+    """Memory for new records of some slots.
 
-    ``rows`` has the writable bytes of each slot, by slot and never by position. The records become valid with
-    ``commit``, which completes exactly these slots; without it their content is undefined.
+    Write each record to the row of its slot, then call ``commit``. Until then the content of these slots is undefined.
 
     Args:
-        slots: distinct slots.
-        rows: the memory of each of ``slots``, in the same order.
-        complete: called by ``commit``, with the slots in that order; makes what was written the content of the slots.
+        slots: the slots to fill, all different.
+        rows: the memory for the record of each slot, in the order of ``slots``.
+        complete: called by ``commit`` with ``slots``; makes the written records the content of the slots. None if the
+            rows are the slots themselves.
 
     Raises:
         ValueError: a slot occurs twice.
@@ -47,17 +47,17 @@ class Filling:
         return self._rows
 
     def move(self, slot: int, source: Rows, place: int) -> None:
-        """Move the record in row ``place`` of ``source`` to ``slot``; the row is undefined afterwards."""
+        """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined."""
         np.copyto(np.frombuffer(self._rows[slot], np.uint8), np.frombuffer(source.rows([place])[0], np.uint8))
 
     def commit(self) -> None:
         """Make the written records the content of the slots.
 
         Raises:
-            RuntimeError: this filling was committed before, or its memory was handed out again since.
+            RuntimeError: this filling was already committed, or a later filling has taken over its memory.
         """
         if not self._open:
-            raise RuntimeError("these slots were committed before")
+            raise RuntimeError("this filling was already committed")
         if self._complete is not None and self._rows:
             self._complete(tuple(self._rows))
         self._open = False

@@ -1,4 +1,4 @@
-"""Slots in memory of large pages, for kernels of the CPU."""
+"""Slots in large pages, for CPU kernels."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,39 +7,47 @@ from functools import cached_property
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.stores.allocation import own_memory
+from flashmoe_mlx.stores.allocation import allocate_huge_pages
 from flashmoe_mlx.stores.filling import Filling, Rows
-from flashmoe_mlx.stores.memory import GIB, refuse_if_too_large
-from flashmoe_mlx.stores.slab import Slab, refuse_what_cannot_be_allocated
+from flashmoe_mlx.stores.memory import GIB, check_memory
+from flashmoe_mlx.stores.slab import Slab, check_allocation
 
 
 class HostSlots:
-    """``count`` slots of ``record_bytes`` in memory that is not MLX's, for the CPU to read.
+    """Slots in large pages, outside the memory of MLX, for CPU kernels.
 
-    In large pages, which MLX's own memory is not made of. MLX can use no other memory in place on CPUs, so its arrays
-    are copies, made in ``copies`` when they are asked for; the CPU kernels ask for none.
+    MLX allocates small pages, and on CPUs it cannot use foreign memory in place. The arrays of a batch are therefore
+    copies, made at the first access. CPU kernels read ``host`` and need no copy.
+
+    Args:
+        count: number of slots.
+        record_bytes: size of a slot.
+        copies: memory for the copies.
+
+    Raises:
+        InputError: there is not enough memory (code "not_enough_memory").
     """
 
-    def __init__(self, count: int, record_bytes: int, copies: "Copies") -> None:
+    def __init__(self, count: int, record_bytes: int, copies: "CopyBuffer") -> None:
         size = count * record_bytes
-        refuse_what_cannot_be_allocated(count, size)
+        check_allocation(count, size)
         self.count = count
         try:
-            host = own_memory(size)
+            host = allocate_huge_pages(size)
         except OSError as error:
             raise InputError(
-                f"{count} slots: {size / GIB:.1f} GiB are refused here ({error}); choose fewer",
+                f"{count} slots: the system does not grant {size / GIB:.1f} GiB ({error}); choose fewer slots",
                 code="not_enough_memory",
             ) from error
         self._rows = [host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
         self._copies = copies
 
     def rows(self, slots: Sequence[int]) -> list[memoryview]:
-        """Return the writable bytes of ``slots``; they are valid until a filling moves records."""
+        """Return the writable bytes of ``slots``, valid until the next ``move`` or ``swap``."""
         return [self._rows[slot] for slot in slots]
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Begin a filling of distinct ``slots``, whose rows are the slots themselves."""
+        """Begin to refill ``slots``, all different; the rows of the filling are the slots themselves."""
         return _HostFilling(self, slots)
 
     def batch(self, slots: Sequence[int]) -> "HostBatch":
@@ -48,15 +56,15 @@ class HostSlots:
         return HostBatch(tuple(places[slot] for slot in slots), self.rows(slots), self._copies.room)
 
     def swap(self, slot: int, other: "HostSlots", place: int) -> memoryview:
-        """Swap the memory of ``slot`` with that of ``place`` of ``other``; return the new memory of ``slot``."""
-        mine, theirs = self._rows, other._rows  # noqa: SLF001  # of the same class
-        # One statement without a call in it, so that an interrupt cannot leave the same memory in both.
+        """Swap the memory of ``slot`` and of slot ``place`` of ``other``; return the new memory of ``slot``."""
+        mine, theirs = self._rows, other._rows  # noqa: SLF001  # the same class
+        # One statement without a call: an interrupt cannot leave the same memory in both slots.
         mine[slot], theirs[place] = theirs[place], mine[slot]
         return mine[slot]
 
 
 class _HostFilling(Filling):
-    """A filling that moves records of other host slots without a copy."""
+    """A filling that takes records from other host slots without copying them."""
 
     def __init__(self, owner: HostSlots, slots: Sequence[int]) -> None:
         super().__init__(slots, owner.rows(slots))
@@ -69,10 +77,10 @@ class _HostFilling(Filling):
             super().move(slot, source, place)
 
 
-class Copies:
-    """Memory for the copies of one batch of a store, allocated at the first use and shared by all later batches.
+class CopyBuffer:
+    """Memory for copies of the experts of one batch, allocated at the first use.
 
-    All slots of a store share it: a batch is valid only until the store's next fetch.
+    All layers of a store share it, because a batch is valid only until the next fetch of the store.
     """
 
     def __init__(self, record_bytes: int) -> None:
@@ -83,14 +91,14 @@ class Copies:
         """Return a slab of at least ``count`` slots.
 
         Raises:
-            InputError: there is no memory for them.
+            InputError: there is not enough memory (code "not_enough_memory").
         """
         if self._slab is None or self._slab.count < count:
-            self._slab = None  # the memory of the smaller one is free for the larger one
-            refuse_if_too_large(
+            self._slab = None  # free the smaller slab before the check
+            check_memory(
                 f"copying {count} experts for MLX",
                 count * self._record_bytes,
-                "use kernels=auto, which reads them in place, or smaller prompts",
+                "use kernels=auto, which needs no copies, or shorter prompts",
             )
             self._slab = Slab(count, self._record_bytes)
         return self._slab
@@ -100,8 +108,8 @@ class Copies:
 class HostBatch:
     """An ``ExpertBatch`` in memory that MLX cannot use in place.
 
-    It is copied once, when it is first asked for as an array, into the slab that ``_room`` returns. ``slots`` are the
-    rows of the copies there.
+    The first access to ``slab`` or ``records`` copies the experts into the slab that ``_room`` returns. ``slots`` are
+    the rows of the copies in that slab.
     """
 
     slots: tuple[int, ...]
@@ -110,7 +118,7 @@ class HostBatch:
 
     @cached_property
     def slab(self) -> mx.array:
-        """Copies."""
+        """A slab with a copy of each expert."""
         views = dict(zip(self.slots, self._views, strict=True))
         slab = self._room(len(views))
         for row, view in zip(slab.rows(list(views)), views.values(), strict=True):
@@ -119,11 +127,11 @@ class HostBatch:
 
     @cached_property
     def records(self) -> list[mx.array]:
-        """Views of the copies."""
+        """A view of each copy."""
         slab = self.slab
         return [slab[slot : slot + 1].reshape(-1) for slot in self.slots]
 
     @property
     def host(self) -> list[memoryview]:
-        """The bytes where they are."""
+        """The bytes of each expert, not copied."""
         return [view.toreadonly() for view in self._views]

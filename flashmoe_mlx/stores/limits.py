@@ -1,4 +1,4 @@
-"""Numbers that the options of stores accept; anything else is refused before it reaches a file or an allocation."""
+"""Ranges of the numeric options of stores, checked before any file is opened or any memory allocated."""
 
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -9,48 +9,55 @@ from flashmoe_mlx.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Numbers from ``least`` to ``most``: integers if ``whole``, without ``least`` itself if ``above``."""
+    """A range of numbers.
 
-    least: float
-    most: float
-    whole: bool = True
-    above: bool = False
-    hint: str = ""
-    """Appended to the range in messages."""
+    Attributes:
+        minimum: the smallest allowed number, or if ``exclusive`` the largest number below the range.
+        maximum: the largest allowed number.
+        integer: whether only integers are allowed.
+        exclusive: whether ``minimum`` itself is not allowed.
+        note: text that follows the range in messages.
+    """
+
+    minimum: float
+    maximum: float
+    integer: bool = True
+    exclusive: bool = False
+    note: str = ""
 
     def __str__(self) -> str:
-        if self.whole:
-            return f"an integer from {self.least} to {self.most}{self.hint}"
-        if self.above:
-            return f"a number greater than {self.least} and at most {self.most}{self.hint}"
-        return f"a number from {self.least} to {self.most}{self.hint}"
+        if self.integer:
+            return f"an integer from {self.minimum} to {self.maximum}{self.note}"
+        if self.exclusive:
+            return f"a number greater than {self.minimum} and at most {self.maximum}{self.note}"
+        return f"a number from {self.minimum} to {self.maximum}{self.note}"
 
     def check(self, option: str, value: Any) -> None:
-        """Raise InputError, with the allowed range, unless ``value`` of ``option`` is such a number."""
+        """Raise InputError, code "option_out_of_range", unless ``value`` of ``option`` is a number in this range."""
         if not self._allows(value):
             raise InputError(f"backend.{option}={_shortened(value)}: must be {self}", code="option_out_of_range")
 
     def _allows(self, value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
+        if isinstance(value, bool) or not isinstance(value, Integral if self.integer else Real):
             return False
         number: Any = value
         # Comparisons with NaN are false.
-        return bool(number <= self.most and (number > self.least if self.above else number >= self.least))
+        return bool(number <= self.maximum and (number > self.minimum if self.exclusive else number >= self.minimum))
 
 
 def _shortened(value: Any) -> str:
     try:
         text = str(value) if not isinstance(value, str) else repr(value)
-    except ValueError:  # Python writes no integers of more than 4300 digits
+    except ValueError:  # Python does not print integers of more than 4300 digits
         return "a number of more than 4300 digits"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 SLOTS = Limit(1, 2**16)
-"""As many as the most experts that a model may have."""
+"""The maximum is the largest number of experts in a layer."""
 THREADS = Limit(1, 1024)
 DEPTH = Limit(1, 4096)
-"""Reads under way at once in a ring; ``THREADS`` limits them where each takes a thread."""
-CHUNK_MIB = Limit(1 / 256, 1024, whole=False, hint=" (1/256 is 4 KiB, a page), or null for whole experts")
-BUDGET_GIB = Limit(0, 2**40, whole=False, above=True, hint=", or null for memory_share")
-MEMORY_SHARE = Limit(0, 1, whole=False, above=True)
+"""Simultaneous reads of a ring; ``THREADS`` applies where each read needs a thread."""
+CHUNK_MIB = Limit(1 / 256, 1024, integer=False, note=" (1/256 is 4 KiB, a page), or null for whole experts")
+BUDGET_GIB = Limit(0, 2**40, integer=False, exclusive=True, note=", or null for memory_share")
+MEMORY_SHARE = Limit(0, 1, integer=False, exclusive=True)

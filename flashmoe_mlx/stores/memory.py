@@ -1,4 +1,4 @@
-"""Measure the available memory, refuse larger allocations before they happen, and allocate large pages."""
+"""Measurement of the available memory, and a check to make before a large allocation."""
 
 import mlx.core as mx
 import psutil
@@ -10,26 +10,26 @@ GIB = 2**30
 
 
 def total_memory() -> int:
-    """Return the memory limit of this process in bytes: the machine's memory, or the limit of its control group."""
+    """Return the memory limit of this process in bytes: that of its control groups, or the memory of the machine."""
     limits = (limit for limit, _ in _cgroup_limits())
     return min(psutil.virtual_memory().total, *limits, 2**63)
 
 
 def slots_on_gpu() -> bool:
-    """Return whether slots are in the memory of an NVIDIA GPU, which the CPU cannot use in place."""
+    """Return whether slots are in the memory of an NVIDIA GPU, which the CPU cannot access in place."""
     return mx.cuda.is_available() and mx.default_device() == mx.gpu
 
 
 def free_gpu_memory() -> int:
-    """Return the free bytes of the GPU's memory."""
+    """Return the number of free bytes in the memory of the GPU."""
     return int(mx.device_info(mx.gpu)["free_memory"])
 
 
 def available_memory() -> int:
-    """Return the bytes that slots can take now.
+    """Return the number of bytes that slots can occupy now.
 
-    This is free GPU memory if the slots are on a GPU. Otherwise it is memory that can be allocated without swapping,
-    including page cache that can be dropped.
+    If slots are on a GPU, this is its free memory. Otherwise it is the memory that the system can give without
+    swapping, which includes the page cache.
     """
     if slots_on_gpu():
         return free_gpu_memory()
@@ -38,14 +38,17 @@ def available_memory() -> int:
 
 
 def slot_memory() -> tuple[int, str]:
-    """Return the largest possible size of all slots in bytes, and the beginning of a clause that states it."""
+    """Return the largest possible size of all slots in bytes, and the words of a message before that size."""
     if slots_on_gpu():
         return free_gpu_memory(), "whose GPU has free"
     return total_memory(), "which has"
 
 
-def refuse_if_too_large(what: str, nbytes: int, remedy: str) -> None:
-    """Raise InputError, with the numbers and the ``remedy``, unless slots can take ``nbytes`` now."""
+def check_memory(what: str, nbytes: int, remedy: str) -> None:
+    """Raise InputError, code "not_enough_memory", unless slots can occupy ``nbytes`` now.
+
+    The message begins with ``what`` and ends with the advice ``remedy``.
+    """
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
@@ -56,7 +59,10 @@ def refuse_if_too_large(what: str, nbytes: int, remedy: str) -> None:
 
 
 def _cgroup_limits() -> list[tuple[int, int]]:
-    """Return (limit, used memory that cannot be reclaimed) in bytes of every limited control group of this process."""
+    """Return (limit, used) in bytes for each version 2 control group around this process.
+
+    ``used`` leaves out cached files, which the system can drop.
+    """
     found = []
     for folder in cgroups.own_groups():
         try:

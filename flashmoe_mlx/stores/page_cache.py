@@ -1,4 +1,4 @@
-"""Measure how much of a file is in the page cache, and drop files from it: cold measurements need both."""
+"""The page cache: how much of a file it holds, and how to drop files from it. Cold measurements need both."""
 
 import ctypes
 import mmap
@@ -8,41 +8,30 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.stores.libc import load_libc
+
+_WINDOW = 2**30
+"""Bytes of a file that are mapped at a time; the system refuses a private mapping larger than the memory."""
+_LOWEST_BIT = bytes(value & 1 for value in range(256))
+"""Table for ``bytes.translate``: mincore(2) defines only the lowest bit of each byte."""
 
 
 def cached_bytes(path: Path) -> int:
-    """Return how many bytes of the file at ``path`` are in the page cache, in whole pages, by mincore(2).
+    """Return the number of bytes of the file at ``path`` in the page cache, in whole pages.
 
     Raises:
-        FlashMoeError: the system refuses to tell; code "unknown_page_cache".
+        OSError: the file cannot be opened.
+        FlashMoeError: mincore(2) failed; code "unknown_page_cache".
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         return sum(_cached(path, file.fileno(), at, min(_WINDOW, size - at)) for at in range(0, size, _WINDOW))
 
 
-def _cached(path: Path, fd: int, offset: int, size: int) -> int:
-    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY, offset=offset) as mapped:
-        resident = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        libc = ctypes.CDLL(None, use_errno=True)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        if libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident):
-            raise FlashMoeError(
-                f"{path}: cannot tell what is in the page cache ({os.strerror(ctypes.get_errno())})",
-                code="unknown_page_cache",
-            )
-    return mmap.PAGESIZE * sum(bytes(resident).translate(_LOWEST_BIT))
-
-
-_WINDOW = 2**30
-"""Bytes of a file that are mapped at a time: the system refuses a private mapping larger than memory."""
-_LOWEST_BIT = bytes(value & 1 for value in range(256))
-
-
 def evict(paths: Iterable[Path]) -> None:
-    """Drop whole files from the page cache and check that they are gone.
+    """Drop the files at ``paths`` from the page cache and check that no page of them is left.
 
-    Parts of files cannot be dropped reliably: the kernel keeps a page that shares a block of memory with a page that
+    Only whole files can be dropped reliably: the kernel keeps a page that shares a block of memory with a page that
     stays.
 
     Raises:
@@ -50,8 +39,7 @@ def evict(paths: Iterable[Path]) -> None:
     """
     if sys.platform != "linux":
         raise FlashMoeError(
-            "files can be dropped from the page cache on Linux alone; conditions=[warm] works here",
-            code="unsupported_system",
+            "only Linux can drop files from the page cache; use conditions=[warm]", code="unsupported_system"
         )
     for path in paths:
         fd = os.open(path, os.O_RDONLY)
@@ -64,7 +52,20 @@ def evict(paths: Iterable[Path]) -> None:
             os.close(fd)
         if left := cached_bytes(path):
             raise FlashMoeError(
-                f"{path}: {left / 1e6:.1f} MB stay in the page cache (a filesystem in memory, or mapped by another "
-                "process): nothing is cold here; conditions=[warm] works",
+                f"{path}: {left / 1e6:.1f} MB stay in the page cache, because the filesystem is in memory or another "
+                "process has mapped the file; no cold measurement is possible here, use conditions=[warm]",
                 code="still_cached",
             )
+
+
+def _cached(path: Path, fd: int, offset: int, size: int) -> int:
+    """Count the cached bytes among the ``size`` bytes at ``offset`` of the open file ``fd``."""
+    with mmap.mmap(fd, size, access=mmap.ACCESS_COPY, offset=offset) as mapped:
+        resident = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        if load_libc().mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), resident):
+            raise FlashMoeError(
+                f"{path}: cannot tell which pages are in the page cache ({os.strerror(ctypes.get_errno())})",
+                code="unknown_page_cache",
+            )
+    return mmap.PAGESIZE * sum(bytes(resident).translate(_LOWEST_BIT))

@@ -13,7 +13,7 @@ from flashmoe_mlx.errors import InputError
 
 
 class EvictionPolicy(ABC):
-    """An order among the experts that are in slots; each layer has one policy.
+    """Base class of eviction policies; each layer has its own policy object.
 
     ``SlotCache`` reports each request: first a ``hit`` for every expert that has a slot, then, for each of the
     remaining experts, an ``evict`` if no slot is free and an ``insert``; both in the order of the request.
@@ -29,11 +29,11 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def evict(self, keep: Collection[int]) -> int:
-        """Choose an expert outside ``keep``, the current request, and forget it; there is always one."""
+        """Choose an expert outside ``keep``, the current request, and forget it. Such an expert always exists."""
 
     @abstractmethod
     def drop(self, expert: int) -> None:
-        """Forget ``expert``, which has a slot, as if it had never been requested: it could not be read."""
+        """Forget ``expert``, which has a slot but could not be read, as if it had never been requested."""
 
 
 class LRU(EvictionPolicy):
@@ -58,7 +58,7 @@ class LRU(EvictionPolicy):
 
 
 class LFU(EvictionPolicy):
-    """Evicts the least frequently used expert; among equals, the least recently used.
+    """Evicts the least frequently used expert; among equally frequent experts, the least recently used.
 
     The counts cover every request since the start, including requests for experts that have since lost their slots
     ("perfect" LFU), and never decay.
@@ -66,10 +66,10 @@ class LFU(EvictionPolicy):
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
-        self._last_use: dict[int, int] = {}  # of the experts in slots
+        self._last_use: dict[int, int] = {}  # only for experts in slots
         self._clock = 0
-        # (count, last use, expert), one for each expert in a slot. A hit does not update the entry, which is then too
-        # small; that is corrected when the entry reaches the top.
+        # One entry (count, last use, expert) for each expert in a slot. A hit leaves the entry too small; ``evict``
+        # corrects it when it reaches the top.
         self._heap: list[tuple[int, int, int]] = []
 
     def hit(self, expert: int) -> None:
@@ -114,24 +114,24 @@ class S3FIFO(EvictionPolicy):
     expert from the small queue into the main queue, where its count restarts at 0; a requested ghost goes there at
     once. In the main queue an expert goes around again for each hit.
 
-    Three points that the paper leaves open: an eviction ends as soon as one expert has gone, even if it only made room
-    in the main queue for an expert from the small queue. An expert of the current request is skipped and keeps its
-    place. If nothing in a queue can be evicted, the other queue gives up an expert.
+    This class decides three points that the paper leaves open. An eviction ends when one expert has lost its slot, even
+    if that only made room in the main queue for an expert from the small queue. An expert of the current request is
+    skipped and keeps its place. If no expert of a queue can be evicted, an expert of the other queue is.
     """
 
-    _MOST_HITS = 3
+    _MAX_HITS = 3
 
     def __init__(self, capacity: int) -> None:
         self._small_size = max(1, capacity // 10)
         self._main_size = capacity - self._small_size
-        # Expert -> hits, oldest first.
+        # Hits by expert, oldest expert first.
         self._small: OrderedDict[int, int] = OrderedDict()
         self._main: OrderedDict[int, int] = OrderedDict()
         self._ghost: OrderedDict[int, None] = OrderedDict()
 
     def hit(self, expert: int) -> None:
         queue = self._small if expert in self._small else self._main
-        queue[expert] = min(queue[expert] + 1, self._MOST_HITS)
+        queue[expert] = min(queue[expert] + 1, self._MAX_HITS)
 
     def insert(self, expert: int) -> None:
         if expert in self._ghost:
@@ -205,35 +205,37 @@ class Pinned(EvictionPolicy):
     """
 
     def __init__(self, capacity: int, hot: Sequence[int]) -> None:
-        self._pins = tuple(hot[: capacity // 2])
-        self._pinned = frozenset(self._pins)
-        self._pinned_in: set[int] = set()
-        self._others_oldest_first: OrderedDict[int, None] = OrderedDict()
+        self._pin_order = tuple(hot[: capacity // 2])
+        self._pinned = frozenset(self._pin_order)
+        self._pinned_with_slot: set[int] = set()
+        self._unpinned_oldest_first: OrderedDict[int, None] = OrderedDict()
 
     def hit(self, expert: int) -> None:
         if expert not in self._pinned:
-            self._others_oldest_first.move_to_end(expert)
+            self._unpinned_oldest_first.move_to_end(expert)
 
     def insert(self, expert: int) -> None:
         if expert in self._pinned:
-            self._pinned_in.add(expert)
+            self._pinned_with_slot.add(expert)
         else:
-            self._others_oldest_first[expert] = None
+            self._unpinned_oldest_first[expert] = None
 
     def evict(self, keep: Collection[int]) -> int:
-        for expert in self._others_oldest_first:
+        for expert in self._unpinned_oldest_first:
             if expert not in keep:
-                del self._others_oldest_first[expert]
+                del self._unpinned_oldest_first[expert]
                 return expert
-        victim = next(expert for expert in reversed(self._pins) if expert in self._pinned_in and expert not in keep)
-        self._pinned_in.remove(victim)
+        victim = next(
+            expert for expert in reversed(self._pin_order) if expert in self._pinned_with_slot and expert not in keep
+        )
+        self._pinned_with_slot.remove(victim)
         return victim
 
     def drop(self, expert: int) -> None:
         if expert in self._pinned:
-            self._pinned_in.remove(expert)
+            self._pinned_with_slot.remove(expert)
         else:
-            del self._others_oldest_first[expert]
+            del self._unpinned_oldest_first[expert]
 
 
 POLICIES: Mapping[str, Callable[[int, Sequence[int]], EvictionPolicy]] = MappingProxyType(
@@ -244,16 +246,16 @@ POLICIES: Mapping[str, Callable[[int, Sequence[int]], EvictionPolicy]] = Mapping
         "pinned": Pinned,
     }
 )
-"""A factory for each policy, called with the number of slots and the hot experts."""
+"""Factories of the policies by name; the arguments are the number of slots and the hot experts."""
 
 
 def make_policy(name: str, capacity: int, hot: Sequence[int] = ()) -> EvictionPolicy:
-    """Make the policy ``name`` for a layer with ``capacity`` slots.
+    """Create the eviction policy of one layer.
 
     Args:
         name: a key of ``POLICIES``.
-        capacity: slots of the layer.
-        hot: the layer's experts, most used first, as many as are known; only "pinned" uses them.
+        capacity: number of slots of the layer.
+        hot: the known hot experts of the layer, most used first; only "pinned" uses them.
 
     Raises:
         InputError: there is no such policy (code "unknown_policy"), or "pinned" has no hot experts

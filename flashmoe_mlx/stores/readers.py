@@ -1,4 +1,4 @@
-"""The interface of readers of experts, and their choice by name."""
+"""The interface of readers, which read experts into memory, and a function that creates a reader by name."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -11,21 +11,21 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 
 
 class ExpertReader(Protocol):
-    """Reads experts of one source into memory that the caller owns."""
+    """Reads experts of one source into memory of the caller."""
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row); return the numbers of reads and of bytes, all of them as planned.
+        """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        Whatever happens, no row is written to any more when this returns.
+        After this method returns or raises an error, nothing is written to the rows.
 
         Raises:
             ExpertReadError: an expert could not be read.
-            ExpertStoreError: fewer bytes were read than planned, though nothing failed.
+            ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
         ...
 
     def close(self) -> None:
-        """Free threads and descriptors; no read may be running. May be called again."""
+        """Free threads and descriptors; no read may be running. Later calls have no effect."""
         ...
 
 
@@ -33,12 +33,18 @@ READERS = ("io_uring", "pread")
 
 
 def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = False) -> ExpertReader:
-    """Open the reader called ``name``, with ``depth`` reads under way at once, ``direct`` ones past the page cache.
+    """Create a reader.
+
+    Args:
+        name: "io_uring" or "pread".
+        source: the location of the experts.
+        depth: number of simultaneous reads.
+        direct: whether reads bypass the page cache.
 
     Raises:
-        InputError: there is no such reader, it cannot have ``depth`` reads under way, or the source is not aligned for
-            direct reads.
-        BackendUnavailableError: this machine has no such reader.
+        InputError: there is no such reader (code "unknown_reader"), ``depth`` is out of range
+            ("option_out_of_range"), or the source is not aligned for direct reads ("not_aligned").
+        BackendUnavailableError: this machine cannot run the reader.
     """
     if name not in READERS:
         raise InputError(
@@ -46,5 +52,5 @@ def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = Fals
         )
     if name == "io_uring":
         return UringReader(source, depth, direct=direct)
-    THREADS.check("depth", depth)  # a thread each
+    THREADS.check("depth", depth)  # each simultaneous read needs a thread
     return ThreadReader(source, depth, direct=direct)

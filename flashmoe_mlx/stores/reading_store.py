@@ -1,4 +1,4 @@
-"""The base of stores that read every requested expert and keep none."""
+"""A base class for stores that read every requested expert and keep none."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,15 +13,16 @@ from flashmoe_mlx.stores.slab import Slab
 class ReadingStore(ExpertStore):
     """Reads every expert of a request into slots of a slab.
 
-    A record that is read again soon comes from the page cache, if the reader uses it.
+    Only the page cache of the system keeps experts between requests, unless reads bypass it.
 
     Args:
-        source: where the experts are.
-        slots: most experts of a request.
-        make_reader: makes the reader, for a slab that may be registered with it.
-        threads: threads that read hinted experts ahead.
-        direct: read ahead past the page cache.
-        keep_slab: use one slab from opening to closing, with room for reads ahead; without, the first hint replaces it.
+        source: the location of the experts.
+        slots: maximum number of distinct experts in one fetch.
+        make_reader: creates the reader, given the slab that it may register.
+        threads: number of threads that read hinted experts.
+        direct: whether reads of hinted experts bypass the page cache.
+        keep_slab: whether one slab with room for hinted experts serves all requests; otherwise the first hint replaces
+            the slab by a larger one.
     """
 
     def __init__(
@@ -37,12 +38,12 @@ class ReadingStore(ExpertStore):
         slab = Slab(2 * slots if keep_slab else slots, source.layout.record_bytes)
         self._reader = ReadAhead(source, make_reader(slab), slots, threads, direct, slab)
 
-    def _bring(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         slab, slots, done = self._reader.fetch(layer, list(dict.fromkeys(experts)))
         return slab.batch([slots[expert] for expert in experts]), replace(done, misses=len(slots))
 
-    def _hint(self, layer: int, experts: Sequence[int]) -> None:
-        self._reader.advise(layer, experts)
+    def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        self._reader.prefetch(layer, experts)
 
     def _release(self) -> None:
         self._stats += self._reader.close()

@@ -1,4 +1,4 @@
-"""Plan reads: map experts to byte ranges of files and to rows in memory."""
+"""Reads of experts: their byte ranges, their rows in memory, and the files that they open."""
 
 import errno
 import fcntl
@@ -16,14 +16,14 @@ from flashmoe_mlx.stores.limits import CHUNK_MIB
 
 _MIB = 2**20
 _PAGE = 4096
-"""Alignment of addresses, offsets and lengths for direct I/O; some disks and filesystems need only 512."""
+"""Alignment of addresses, offsets, and lengths for direct I/O in bytes; some disks and filesystems need only 512."""
 _READ_CODES = {
     errno.ENOENT: "no_such_file",
     errno.EMFILE: "too_many_open_files",
     errno.ENFILE: "too_many_open_files",
     errno.EOPNOTSUPP: "no_direct_reads",
 }
-"""Codes of failed reads whose remedy is known; "read_failed" for any other error number."""
+"""Error codes by error number; every other error number gets "read_failed"."""
 # <sys/fcntl.h> of macOS; Python names only some of them, and only in newer versions.
 _F_RDAHEAD, _F_NOCACHE = 45, 48
 
@@ -38,9 +38,12 @@ class Read:
     view: memoryview
 
     def failed(self, layer: int, error: OSError | EOFError) -> ExpertReadError:
-        """Return the error to raise when this read failed; an EOFError holds the byte at which the file ended."""
+        """Return the error to raise for a failure of this read in ``layer``.
+
+        ``args[0]`` of an EOFError is the size of the file.
+        """
         if isinstance(error, EOFError):
-            reason = "the file ends here, in mid-record"
+            reason = "the file ends here, in the middle of the expert"
             return ExpertReadError(self.path, layer, self.expert, error.args[0], reason, code="file_ends_early")
         reason = error.strerror or str(error)
         code = _READ_CODES.get(error.errno or 0)
@@ -50,8 +53,13 @@ class Read:
 def plan_reads(
     source: ExpertSource, layer: int, wanted: Sequence[tuple[int, memoryview]], chunk_bytes: int | None
 ) -> Iterator[Read]:
-    """Yield reads that fill the row of each (expert, row): one for each run of adjacent extents, in pieces of at most
-    ``chunk_bytes``.
+    """Yield the reads that load experts of ``layer`` into rows of memory; adjacent extents become one read.
+
+    Args:
+        source: the location of the experts.
+        layer: a valid layer.
+        wanted: pairs of an expert and its row, the writable bytes of a slot.
+        chunk_bytes: maximum size of a read; None for no limit.
     """
     for expert, row in wanted:
         done = 0
@@ -68,21 +76,21 @@ def total_bytes(reads: Iterable[Read]) -> int:
     return sum(len(read.view) for read in reads)
 
 
-def refuse_lost_reads(layer: int, planned: int, done: int) -> None:
-    """Raise ExpertStoreError, code "lost_read", unless ``done`` equals the ``planned`` bytes of ``layer``."""
+def check_all_read(layer: int, planned: int, done: int) -> None:
+    """Raise ExpertStoreError, code "lost_read", unless ``done`` equals ``planned``, the bytes to read in ``layer``."""
     if done != planned:
         raise ExpertStoreError(
-            f"layer {layer}: {done} of {planned} bytes were read, and no read failed; this is a fault of the program, "
+            f"layer {layer}: {done} of {planned} bytes were read although no read failed; this is a bug, "
             "please report it",
             code="lost_read",
         )
 
 
 def chunk_bytes(chunk_mib: float | None) -> int | None:
-    """Convert a chunk size to bytes, rounded down to a multiple of 4 KiB, which direct I/O needs.
+    """Convert a chunk size from MiB to bytes, rounded down to a multiple of 4 KiB, as direct I/O needs.
 
     Raises:
-        InputError: it is not a number in the range of ``CHUNK_MIB``.
+        InputError: ``chunk_mib`` is outside the range ``CHUNK_MIB`` (code "option_out_of_range").
     """
     if chunk_mib is None:
         return None
@@ -91,7 +99,7 @@ def chunk_bytes(chunk_mib: float | None) -> int | None:
 
 
 def coalesced(extents: Sequence[Extent]) -> list[Extent]:
-    """Join extents that are adjacent both in their file and in memory."""
+    """Join extents that follow each other both in their file and in ``extents``."""
     joined: list[Extent] = []
     for extent in extents:
         last = joined[-1] if joined else None
@@ -103,13 +111,16 @@ def coalesced(extents: Sequence[Extent]) -> list[Extent]:
 
 
 def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -> int:
-    """Open ``path`` and return its descriptor.
+    """Open a file for reading and return its descriptor.
 
-    ``direct`` reads past the page cache: O_DIRECT on Linux, F_NOCACHE on macOS, which still uses cached pages. Without
-    ``readahead`` the system is told not to read beyond each request.
+    Args:
+        path: the file.
+        direct: whether reads bypass the page cache: with O_DIRECT on Linux, with F_NOCACHE on macOS, which still uses
+            pages that are already cached.
+        readahead: whether the system may read beyond the requested bytes.
 
     Raises:
-        OSError: the file cannot be opened, or its filesystem has no direct reads.
+        OSError: the file cannot be opened, or its filesystem does not support direct reads (EOPNOTSUPP).
     """
     if sys.platform != "linux":
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -121,28 +132,32 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
         if direct and error.errno == errno.EINVAL:
-            raise OSError(errno.EOPNOTSUPP, "this filesystem has no direct reads; set direct=false") from error
+            reason = "this filesystem does not support direct reads; set direct=false"
+            raise OSError(errno.EOPNOTSUPP, reason) from error
         raise
     if not readahead:
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
     return fd
 
 
-def refuse_unaligned(source: ExpertSource) -> None:
-    """Raise InputError unless ``source`` is aligned for direct reads, as packs are."""
+def check_alignment(source: ExpertSource) -> None:
+    """Raise InputError, code "not_aligned", unless ``source`` is aligned for direct reads, as packs are."""
     extents = source.extents(0, 0)
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
-            f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads need it; "
+            f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads require; "
             "make a pack (task=pack), or set direct=false",
             code="not_aligned",
         )
 
 
-class OpenFiles:
-    """Descriptors by path, opened by ``opener`` at the first request; several threads may share it.
+class FileDescriptorCache:
+    """Open file descriptors by path; several threads may share one cache.
 
-    ``close`` closes them, and so does the end of the last reference to this object.
+    ``close`` closes all descriptors. They are also closed when the last reference to the cache goes.
+
+    Args:
+        opener: opens a path at its first use and returns the descriptor.
     """
 
     def __init__(self, opener: Callable[[Path], int]) -> None:
@@ -151,18 +166,18 @@ class OpenFiles:
         weakref.finalize(self, _close_all, self._files)
 
     def __getitem__(self, path: Path) -> int:
-        """Return the descriptor of ``path``; raise OSError if it cannot be opened."""
+        """Return the descriptor of ``path``; raise OSError if the file cannot be opened."""
         fd = self._files.get(path)
         if fd is None:
             fd = self._opener(path)
-            # Another thread may have opened it meanwhile; one descriptor stays.
+            # Another thread may have opened the file meanwhile; keep one of the two descriptors.
             if self._files.setdefault(path, fd) != fd:
                 os.close(fd)
                 fd = self._files[path]
         return fd
 
     def close(self) -> None:
-        """Close all descriptors. May be called again."""
+        """Close all descriptors. Later calls have no effect."""
         _close_all(self._files)
 
 

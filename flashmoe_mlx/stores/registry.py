@@ -1,4 +1,4 @@
-"""From the name of a backend and its options to an open store."""
+"""The backends by name, and functions that open a store from a name and options."""
 
 import importlib
 import inspect
@@ -17,16 +17,16 @@ from flashmoe_mlx.stores.slots import slots_for
 
 
 def backend_names() -> list[str]:
-    """Return the backends that come with this package: the files in ``configs/backend/``."""
+    """Return the names of the backends of this package, one for each file in ``configs/backend/``."""
     folder = package_files("flashmoe_mlx.configs").joinpath("backend")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def backend_settings(name: str) -> dict[str, Any]:
-    """Return ``_target_`` and the default options of a backend.
+    """Return ``_target_``, the class of a backend, and the default options.
 
     Raises:
-        InputError: there is no such backend.
+        InputError: there is no such backend (code "unknown_backend").
     """
     if name not in backend_names():
         raise InputError(
@@ -41,24 +41,25 @@ class HasVariants(Protocol):
     """A model with one or more variants of its routed experts."""
 
     def variant(self, name: str | None) -> ExpertSource:
-        """Return the experts of the variant ``name``; None stands for the widest one."""
+        """Return the experts of the variant ``name``, or of the widest variant if it is None."""
         ...
 
 
 def open_store(
     files: HasVariants, backend: str | Mapping[str, Any], options: Mapping[str, Any], host_kernels: bool | None = None
 ) -> tuple[ExpertStore, dict[str, Any]]:
-    """Open the store that serves the routed experts of ``files``; returns it with all settings it was opened with.
+    """Open a store for the routed experts of ``files``; return the store and all its settings.
 
     Args:
         files: the model.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
-        options: override those of ``backend``; ``variant`` names the variant of the pack; the store's constructor
-            gets all other options.
-        host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
+        options: options that override those of ``backend``. ``variant`` names the variant of the pack; all other
+            options go to the constructor of the store.
+        host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
 
     Raises:
-        InputError: there is no such backend, option or variant.
+        InputError: there is no such backend, option, or variant (codes "unknown_backend", "unknown_option",
+            "unknown_variant"), or the store refuses its options.
     """
     if not isinstance(backend, str | Mapping):
         raise InputError(
@@ -66,22 +67,28 @@ def open_store(
         )
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     settings |= options
-    stated = dict(settings)
+    complete = dict(settings)
     source = files.variant(settings.pop("variant", None))
     with slots_for(host_kernels):
-        return create_store(source, settings), stated
+        return create_store(source, settings), complete
 
 
 def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
-    """Create the store of class ``_target_`` for ``source``; the other ``settings`` go to its constructor.
+    """Create a store for ``source``.
+
+    ``settings`` holds the class as ``_target_``, and the options of its constructor.
 
     Raises:
-        InputError: there is no such store or option, or the store refuses.
+        InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), or the store refuses
+            its options.
     """
     options = dict(settings)
     target = options.pop("_target_", None)
     if not isinstance(target, str):
-        raise InputError("backend: _target_ must name the class of a store, like my_package.my_module.MyStore")
+        raise InputError(
+            "backend: _target_ must name the class of a store, for instance my_package.my_module.MyStore",
+            code="unknown_backend",
+        )
     try:
         module, _, name = target.rpartition(".")
         store_class = getattr(importlib.import_module(module), name)
@@ -90,7 +97,7 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertSto
             f"backend: cannot import {target}: {' '.join(str(error).split())}", code="unknown_backend"
         ) from error
     if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
-        raise InputError(f"backend: {target} is not a subclass of ExpertStore")
+        raise InputError(f"backend: {target} is not a subclass of ExpertStore", code="unknown_backend")
     _check_options(store_class, options)
     store: ExpertStore = store_class(source, **options)
     return store
@@ -115,7 +122,7 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether ``value`` is of the type ``hint``, as far as that is a plain type or a union of plain types."""
+    """Return whether ``value`` has the type ``hint``; types other than plain types and their unions match any value."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_fits(value, option) for option in typing.get_args(hint))
     if hint is float:

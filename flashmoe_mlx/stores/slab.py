@@ -9,34 +9,45 @@ import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
-from flashmoe_mlx.stores.allocation import address_of, use_huge_pages
+from flashmoe_mlx.stores.allocation import use_huge_pages
 from flashmoe_mlx.stores.filling import Filling
+from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.memory import GIB, total_memory
 
-_COLLAPSED = 2**29
-"""Bytes up to which slots get large pages at once, which takes 0.1 to 0.2 s for each 100 MB."""
+_LARGEST_COLLAPSED = 2**29
+"""Largest slab in bytes that is moved into large pages, which takes 0.1 to 0.2 s for each 100 MB."""
 _WORD = 8
-"""Bytes; the least alignment of all allocators of MLX."""
+"""Smallest alignment of MLX's allocators in bytes."""
 
 
 class Slab:
-    """``count`` slots of ``record_bytes`` in memory that the CPU and MLX share.
+    """Slots in one MLX array that the CPU can write.
 
-    ``array`` is uint8 [count, record_bytes]. The first slot begins at a multiple of 16 KiB, so that files opened for
-    direct I/O can be read into it; MLX itself aligns to less.
+    The first slot begins at a multiple of 16 KiB, as direct I/O needs; MLX guarantees a smaller alignment.
+
+    Args:
+        count: number of slots.
+        record_bytes: size of a slot.
+
+    Attributes:
+        array: the slots as uint8 [count, record_bytes].
+        host: the writable bytes of all slots.
+
+    Raises:
+        InputError: there is not enough memory (code "not_enough_memory").
     """
 
     def __init__(self, count: int, record_bytes: int) -> None:
         size = count * record_bytes
-        refuse_what_cannot_be_allocated(count, size + RECORD_ALIGNMENT)
+        check_allocation(count, size + RECORD_ALIGNMENT)
         self.count = count
-        # In words, because MLX counts along a dimension with 31 bits.
+        # An array of words, because MLX stores the length of a dimension in 31 bits.
         everything = mx.zeros(((size + RECORD_ALIGNMENT) // _WORD, _WORD), mx.uint8)
         mx.eval(everything)
         host = memoryview(everything).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
         start = -address_of(host) % RECORD_ALIGNMENT
         self.host = host[start : start + size]
-        if size <= _COLLAPSED:
+        if size <= _LARGEST_COLLAPSED:
             use_huge_pages(self.host)
         self.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
         mx.eval(self.array)
@@ -47,7 +58,7 @@ class Slab:
         return [self._rows[slot] for slot in slots]
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Begin a filling of distinct ``slots``, whose rows are the slots themselves."""
+        """Begin to refill ``slots``, all different; the rows of the filling are the slots themselves."""
         return Filling(slots, self.rows(slots))
 
     def batch(self, slots: Sequence[int]) -> "SlabBatch":
@@ -57,7 +68,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class SlabBatch:
-    """An ``ExpertBatch`` of slots of a slab."""
+    """An ``ExpertBatch`` of slots in a slab."""
 
     slab: mx.array
     slots: tuple[int, ...]
@@ -65,28 +76,30 @@ class SlabBatch:
 
     @cached_property
     def records(self) -> list[mx.array]:
-        """Views of the slab: a slice is one, an index would copy."""
+        """A view of the slab for each expert; a slice is a view, an index would copy."""
         return [self.slab[slot : slot + 1].reshape(-1) for slot in self.slots]
 
     @property
     def host(self) -> list[memoryview]:
-        """The same bytes for the CPU."""
+        """The bytes of each expert, not copied."""
         return [self._rows[slot].toreadonly() for slot in self.slots]
 
 
-def refuse_what_cannot_be_allocated(count: int, size: int) -> None:
-    """Raise InputError unless the system grants ``size`` bytes for ``count`` slots.
+def check_allocation(count: int, size: int) -> None:
+    """Raise InputError, code "not_enough_memory", unless the system grants ``size`` bytes for ``count`` slots.
 
-    MLX crashes where memory is refused, so the system is asked first, without touching the memory.
+    MLX crashes if an allocation fails, so this function maps the memory first, without touching it.
     """
     if size > total_memory():
         raise InputError(
-            f"{count} slots: need {size / GIB:.1f} GiB, this machine has {total_memory() / GIB:.1f} GiB; choose fewer",
+            f"{count} slots need {size / GIB:.1f} GiB, this machine has {total_memory() / GIB:.1f} GiB; "
+            "choose fewer slots",
             code="not_enough_memory",
         )
     try:
         mmap.mmap(-1, size).close()
     except (OSError, ValueError, OverflowError) as error:
         raise InputError(
-            f"{count} slots: {size / GIB:.1f} GiB are refused here ({error}); choose fewer", code="not_enough_memory"
+            f"{count} slots: the system does not grant {size / GIB:.1f} GiB ({error}); choose fewer slots",
+            code="not_enough_memory",
         ) from error

@@ -1,7 +1,7 @@
-"""Map the experts of one layer to slots of memory.
+"""A map from the experts of one layer to slots of memory.
 
-The map depends only on the sequence of requests, not on files or arrays: a store and a simulator with the same requests
-count the same hits.
+The map depends only on the sequence of requests, not on files or arrays: a store and a simulator that get the same
+requests count the same hits.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ class Placement:
 
     Attributes:
         slots: the slot of every expert of the request.
-        misses: experts that must be read, in this order.
+        misses: experts that must be read, in the order of the request.
         evictions: number of experts that lost their slots to the misses.
     """
 
@@ -26,7 +26,11 @@ class Placement:
 
 
 class SlotCache:
-    """``capacity`` slots, numbered from 0, for the experts of one layer. Not thread-safe.
+    """A cache of the experts of one layer, which assigns slots. It is not thread-safe.
+
+    Args:
+        capacity: number of slots; their indices begin at 0.
+        policy: chooses the expert that loses its slot.
 
     Raises:
         ValueError: ``capacity`` is less than 1.
@@ -38,16 +42,16 @@ class SlotCache:
         self.capacity = capacity
         self._policy = policy
         self._slots: dict[int, int] = {}
-        self._free = list(range(capacity - 1, -1, -1))  # the last is taken first
+        self._free = list(range(capacity - 1, -1, -1))  # used from the end
 
     def place(self, experts: Sequence[int]) -> Placement:
-        """Give each of ``experts`` a slot; none of them loses its slot to another one.
+        """Give each of ``experts`` a slot; no expert of the request loses its slot to another.
 
         The policy sees one use of each expert: first the experts that have a slot, then the rest, both in the order of
         the request.
 
         Raises:
-            ValueError: an expert occurs twice, or there are more than ``capacity``; nothing has changed.
+            ValueError: an expert occurs twice, or there are more than ``capacity``; the cache stays as it was.
         """
         request = frozenset(experts)
         if len(request) != len(experts):

@@ -1,4 +1,4 @@
-"""Slots for records that stay in memory, in the kind of memory that suits the kernels."""
+"""Slots for records that stay in memory, in the kind of memory that the kernels read fastest."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,18 +13,18 @@ from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.contract import ExpertBatch
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.gpu_slots import Arrivals, GpuSlots
-from flashmoe_mlx.stores.host_slots import Copies, HostSlots
+from flashmoe_mlx.stores.gpu_slots import GpuSlots, StagingArea
+from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.slab import Slab
 
 
 class Slots(Protocol):
-    """Memory for ``count`` records, at a place where kernels can read them."""
+    """Memory for ``count`` records that kernels can read."""
 
     count: int
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Return memory for new records of distinct ``slots``; ``commit`` makes them the content of the slots."""
+        """Begin to refill ``slots``, all different."""
         ...
 
     def batch(self, slots: Sequence[int]) -> ExpertBatch:
@@ -32,12 +32,12 @@ class Slots(Protocol):
         ...
 
 
-class Home(Enum):
+class MemoryKind(Enum):
     """A kind of memory for slots."""
 
     GPU = "the memory of an NVIDIA GPU"
     SHARED = "memory of MLX, which the CPU and MLX both use in place"
-    HOST = "memory in large pages, which kernels of the CPU use in place and MLX copies"
+    HOST = "large pages, which CPU kernels use in place and MLX copies"
 
 
 _host_kernels: ContextVar[bool | None] = ContextVar("host_kernels", default=None)
@@ -45,10 +45,10 @@ _host_kernels: ContextVar[bool | None] = ContextVar("host_kernels", default=None
 
 @contextmanager
 def slots_for(host_kernels: bool | None) -> Iterator[None]:
-    """Make stores that are opened inside choose slots for the kernels in use.
+    """Make stores that are opened in this context choose memory for the kernels in use.
 
     Args:
-        host_kernels: whether kernels that read ``ExpertBatch.host`` compute routed experts; None: as ``kernels=auto``.
+        host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
     """
     token = _host_kernels.set(host_kernels)
     try:
@@ -57,43 +57,49 @@ def slots_for(host_kernels: bool | None) -> Iterator[None]:
         _host_kernels.reset(token)
 
 
-def home_of_slots() -> Home:
-    """Return the kind of memory for a store opened now; without ``slots_for``, the kind for ``kernels=auto``."""
+def choose_memory_kind() -> MemoryKind:
+    """Return the kind of memory for the slots of a store that is opened now."""
     if memory.slots_on_gpu():
-        return Home.GPU
-    if mx.metal.is_available():  # reads MLX's memory in place, and so does the CPU
-        return Home.SHARED
+        return MemoryKind.GPU
+    if mx.metal.is_available():  # both Metal and the CPU access the memory of MLX in place
+        return MemoryKind.SHARED
     host_kernels = _host_kernels.get()
     if host_kernels is None:
         host_kernels = native.extension() is not None
-    return Home.HOST if host_kernels else Home.SHARED
+    return MemoryKind.HOST if host_kernels else MemoryKind.SHARED
 
 
 class SlotMaker:
-    """A factory of the slots of one store, for records of ``record_bytes``, at most ``at_once`` filled at a time.
+    """A factory for the slots of one store.
 
-    What all of them use beside their own memory exists once: room for copies or for arrivals. ``beside`` is its size in
-    bytes where it is sure to be needed or bounded by ``at_once``.
+    Args:
+        record_bytes: size of a slot.
+        at_once: maximum number of slots that one filling refills.
+
+    Attributes:
+        kind: the kind of memory of the slots.
+        shared_bytes: size of the memory that all slots share, for copies or for records on their way to a GPU. Copies
+            of more than ``at_once`` experts are not included.
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
-        self.home = home_of_slots()
-        self.beside = 0 if self.home is Home.SHARED else at_once * record_bytes + RECORD_ALIGNMENT
+        self.kind = choose_memory_kind()
+        self.shared_bytes = 0 if self.kind is MemoryKind.SHARED else at_once * record_bytes + RECORD_ALIGNMENT
         self._record_bytes = record_bytes
         self._at_once = at_once
-        self._copies = Copies(record_bytes)
-        self._arrivals: Arrivals | None = None
+        self._copies = CopyBuffer(record_bytes)
+        self._staging: StagingArea | None = None
 
     def make(self, count: int) -> Slots:
         """Make ``count`` slots.
 
         Raises:
-            InputError: there is no memory for them.
+            InputError: there is not enough memory (code "not_enough_memory").
         """
-        if self.home is Home.GPU:
-            if self._arrivals is None:
-                self._arrivals = Arrivals(self._at_once, self._record_bytes)
-            return GpuSlots(count, self._record_bytes, self._arrivals)
-        if self.home is Home.SHARED:
+        if self.kind is MemoryKind.GPU:
+            if self._staging is None:
+                self._staging = StagingArea(self._at_once, self._record_bytes)
+            return GpuSlots(count, self._record_bytes, self._staging)
+        if self.kind is MemoryKind.SHARED:
             return Slab(count, self._record_bytes)
         return HostSlots(count, self._record_bytes, self._copies)

@@ -1,4 +1,4 @@
-"""Read experts by several threads at once, straight into memory that the caller owns."""
+"""A reader whose threads read experts straight into memory of the caller."""
 
 import weakref
 from collections import deque
@@ -7,18 +7,17 @@ from functools import partial
 from queue import SimpleQueue
 from threading import Thread
 
-from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.files import read_exactly
+from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError
 from flashmoe_mlx.stores.limits import THREADS
 from flashmoe_mlx.stores.reads import (
-    OpenFiles,
+    FileDescriptorCache,
     Read,
+    check_alignment,
+    check_all_read,
     chunk_bytes,
     open_for_reading,
     plan_reads,
-    refuse_lost_reads,
-    refuse_unaligned,
     total_bytes,
 )
 
@@ -26,11 +25,22 @@ _Jobs = SimpleQueue[Callable[[], object] | None]
 
 
 class ThreadReader:
-    """Positioned reads of ``source`` by ``threads`` threads, at most ``chunk_mib`` MiB each (None: whole extents).
+    """Reads experts with positioned reads by several threads.
 
-    ``direct`` reads past the page cache; ``readahead`` false tells the system not to read beyond what is asked for. An
-    interrupt may arrive anywhere: ``SimpleQueue`` is the one way of handing work to threads that
-    it cannot leave in a state in which the next hand-over would hang.
+    Work reaches the threads through ``SimpleQueue``: it is the only primitive that an interrupt at any point cannot
+    leave in a state in which the next use hangs.
+
+    Args:
+        source: the location of the experts.
+        threads: number of threads, each of which makes one read at a time.
+        chunk_mib: maximum size of one read in MiB; None for no limit.
+        direct: whether reads bypass the page cache.
+        readahead: whether the system may read beyond the requested bytes.
+
+    Raises:
+        InputError: an option is out of range (code "option_out_of_range"), or the source is not aligned for direct
+            reads ("not_aligned").
+        BackendUnavailableError: the system starts no more threads (code "no_threads").
     """
 
     def __init__(
@@ -44,9 +54,9 @@ class ThreadReader:
         THREADS.check("threads", threads)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
-            refuse_unaligned(source)
+            check_alignment(source)
         self._source = source
-        self._files = OpenFiles(partial(open_for_reading, direct=direct, readahead=readahead))
+        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct, readahead=readahead))
         self._queues: list[_Jobs] = []
         self._threads: list[Thread] = []
         self._end = weakref.finalize(self, _end, self._queues)
@@ -64,13 +74,13 @@ class ThreadReader:
             ) from error
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
+        """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        Whatever happens, no row is written to any more when this returns.
+        After this method returns or raises an error, nothing is written to the rows.
 
         Raises:
-            ExpertReadError: an expert could not be read; the first one that failed.
-            ExpertStoreError: fewer bytes were read than planned, though nothing failed.
+            ExpertReadError: an expert could not be read; this is the first failure.
+            ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
         reads = list(plan_reads(self._source, layer, wanted, self._chunk))
         batch = _Batch(partial(self._read, layer), reads)
@@ -86,11 +96,11 @@ class ThreadReader:
         if batch.errors:
             raise batch.errors[0]
         count, nbytes = sum(count for count, _ in done), sum(nbytes for _, nbytes in done)
-        refuse_lost_reads(layer, total_bytes(reads), nbytes)
+        check_all_read(layer, total_bytes(reads), nbytes)
         return count, nbytes
 
     def _settle(self) -> None:
-        """Wait until every thread has finished its earlier work, however often the wait is interrupted."""
+        """Wait until every thread has finished its work, even if interrupts arrive during the wait."""
         while True:
             done: SimpleQueue[None] = SimpleQueue()
             try:
@@ -109,7 +119,7 @@ class ThreadReader:
             raise read.failed(layer, error) from error
 
     def close(self) -> None:
-        """End the threads and close the files; no read may be under way. May be called again."""
+        """End the threads and close the files; no read may be running. Later calls have no effect."""
         self._end()
         for thread in self._threads:
             thread.join()
@@ -117,7 +127,7 @@ class ThreadReader:
 
 
 class _Batch:
-    """Reads shared by several threads; at the end each thread puts its numbers of reads and bytes into ``finished``."""
+    """Reads that several threads share; each thread finally puts its numbers of reads and bytes into ``finished``."""
 
     def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
         self._read = read
@@ -126,13 +136,13 @@ class _Batch:
         self.finished: SimpleQueue[tuple[int, int]] = SimpleQueue()
 
     def work(self) -> None:
-        """Make reads until none is left or one fails."""
+        """Make reads until none is left or one of them fails."""
         count = nbytes = 0
         try:
             while (read := self._next()) is not None:
                 count += self._read(read)
                 nbytes += len(read.view)
-        except BaseException as error:  # given to the thread that waits
+        except BaseException as error:  # raised again by the waiting thread
             self.errors.append(error)
             self.todo.clear()
         self.finished.put((count, nbytes))
@@ -140,14 +150,14 @@ class _Batch:
     def _next(self) -> Read | None:
         try:
             return self.todo.popleft()
-        except IndexError:  # of the queue alone: one inside a read is a failure
+        except IndexError:  # the queue is empty; an IndexError inside a read is a failure
             return None
 
 
 def _serve(queue: _Jobs) -> None:
     while (job := queue.get()) is not None:
         job()
-        del job  # while this waits, it must not keep alive what will end it
+        del job  # it references the reader, whose finalizer ends this thread
 
 
 def _end(queues: Sequence[_Jobs]) -> None:

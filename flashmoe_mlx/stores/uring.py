@@ -1,9 +1,8 @@
-"""io_uring: many reads handed to Linux in one system call.
+"""A ring of io_uring, which takes many reads in one system call.
 
-Bound to the kernel's own interface (``linux/io_uring.h``, io_uring(7), io_uring_enter(2)) through ``ctypes``, which
-lets go of the interpreter lock during system calls. A ring is used by one thread at a time. Every batch of reads is
-waited for to the last one inside ``io_uring_enter``, so what the kernel has written is ordered before what is read
-here, on any processor.
+``ctypes`` calls the interface of the kernel (``linux/io_uring.h``, io_uring(7), io_uring_enter(2)) and releases the
+interpreter's lock during system calls. Only one thread at a time may use a ring. The last read of every batch ends
+before ``io_uring_enter`` returns, so on any processor the writes of the kernel come before the reads of this process.
 """
 
 import ctypes
@@ -18,31 +17,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from flashmoe_mlx.stores.allocation import address_of
 from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.libc import address_of, load_libc
 
-# System calls have these numbers on every architecture that got them after they were unified (all but Alpha).
+# The numbers of the system calls on all architectures but Alpha.
 _SETUP, _ENTER, _REGISTER = 425, 426, 427
-_SQ_RING, _SQES = 0, 0x1000_0000  # what to map
+_SQ_RING, _SQES = 0, 0x1000_0000  # offsets for mmap
 _SETUP_CLAMP = 1 << 4
-_FEATURES = 1 << 0 | 1 << 3  # one mapping for both rings, and (RW_CUR_POS) Linux 5.6, which has plain reads
+_FEATURES = 1 << 0 | 1 << 3  # SINGLE_MMAP; RW_CUR_POS, which proves Linux 5.6, the first with plain reads
 _ENTER_GETEVENTS = 1 << 0
 _REGISTER_BUFFERS, _REGISTER_FILES, _REGISTER_FILES_UPDATE = 0, 2, 6
 _OP_READ_FIXED, _OP_READ = 4, 22
 _SQE_FIXED_FILE, _SQE_ASYNC = 1 << 0, 1 << 4
 
 _PARAMS = struct.Struct("<5I2I3I 8IQ 8IQ")  # struct io_uring_params
-_SQE = struct.Struct("<BBHiQQIIQHHiQQ")  # struct io_uring_sqe, of a read
+_SQE = struct.Struct("<BBHiQQIIQHHiQQ")  # struct io_uring_sqe for a read
 _CQE = struct.Struct("<QiI")  # struct io_uring_cqe
 _FILES = 1024
-"""Most files that can be registered with a ring."""
+"""Maximum number of files that can be registered with a ring."""
 
 
 @dataclass(frozen=True, slots=True)
 class RingRead:
-    """A read that fills ``view`` from ``offset`` of the registered file ``file``.
+    """A read that fills ``view`` from ``offset`` of a registered file.
 
-    ``buffer`` is the registered buffer that ``view`` lies in, or None.
+    ``file`` is the number that ``Ring.register_file`` returned. ``buffer`` is the index of the registered buffer that
+    contains ``view``, or None.
     """
 
     file: int
@@ -52,18 +52,20 @@ class RingRead:
 
 
 class Ring:
-    """A ring for at most ``entries`` simultaneous reads; with ``workers``, threads of the kernel make them.
+    """A ring for simultaneous reads.
 
-    Without ``workers`` a read of what is in the page cache is made by the caller, within the system call.
+    Args:
+        entries: maximum number of simultaneous reads.
+        workers: whether threads of the kernel make all reads; otherwise the system call itself makes the reads of
+            cached pages.
 
     Raises:
-        BackendUnavailableError: the system has no io_uring, or forbids it here.
+        BackendUnavailableError: the system has no io_uring or forbids it (code "no_io_uring").
     """
 
     def __init__(self, entries: int, workers: bool) -> None:
         if sys.platform != "linux":
-            raise BackendUnavailableError("io_uring exists on Linux alone; use backend=pread", code="no_io_uring")
-        self._libc = ctypes.CDLL(None, use_errno=True)
+            raise BackendUnavailableError("only Linux has io_uring; use backend=pread", code="no_io_uring")
         params = bytearray(_PARAMS.size)
         struct.pack_into("<I", params, 8, _SETUP_CLAMP)
         try:
@@ -76,7 +78,7 @@ class Ring:
         self._files = 0
         try:
             self._map(_PARAMS.unpack(params))
-            # The kernel takes descriptors for registered files, with holes to be filled later.
+            # The table of registered files; -1 marks an entry that is set later.
             holes = bytearray(struct.pack(f"<{_FILES}i", *[-1] * _FILES))
             self._call(_REGISTER, self._fd, _REGISTER_FILES, holes, _FILES)
         except OSError as error:
@@ -101,7 +103,7 @@ class Ring:
         self._sq_head, self._sq_tail, self._cq_head, self._cq_tail = head // 4, tail // 4, cq_head // 4, cq_tail // 4
         self._sq_mask, self._cq_mask = words[mask // 4], words[cq_mask // 4]
         self.entries = sq_entries
-        for index in range(sq_entries):  # each place of the queue always names the entry of the same number
+        for index in range(sq_entries):  # each place of the queue always holds the entry with the same index
             words[array // 4 + index] = index
 
     def _mapped(self, what: int, size: int) -> memoryview:
@@ -113,14 +115,18 @@ class Ring:
 
     def _call(self, number: int, *arguments: int | bytearray) -> int:
         words = [a if isinstance(a, int) else address_of(a) for a in (*arguments, 0, 0)]
-        result = int(self._libc.syscall(ctypes.c_long(number), *map(ctypes.c_ulong, words)))
+        result = int(load_libc().syscall(ctypes.c_long(number), *map(ctypes.c_ulong, words)))
         if result < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
         return result
 
     def register_file(self, fd: int) -> int:
-        """Register the open file ``fd``, which the ring keeps open; return its number for reads."""
+        """Register the open file ``fd``, which the ring keeps open; return its number for ``RingRead``.
+
+        Raises:
+            OSError: there are too many files (EMFILE), or the kernel refuses.
+        """
         slot = self._files
         if slot == _FILES:
             raise OSError(errno.EMFILE, f"more than {_FILES} files")
@@ -131,19 +137,23 @@ class Ring:
         return slot
 
     def register_buffers(self, buffers: Sequence[memoryview]) -> None:
-        """Pin ``buffers``, each up to 1 GiB; reads name them by index. Raises OSError if the system refuses."""
+        """Pin ``buffers`` of at most 1 GiB each; ``RingRead.buffer`` is an index into them.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
         vectors = bytearray(
             struct.pack(f"<{2 * len(buffers)}Q", *(n for b in buffers for n in (address_of(b), len(b))))
         )
         self._call(_REGISTER, self._fd, _REGISTER_BUFFERS, vectors, len(buffers))
 
     def run(self, reads: Sequence[RingRead]) -> list[int]:
-        """Make at most ``entries`` ``reads``; return the bytes read of each, or its negated error number.
+        """Make at most ``entries`` reads; return for each the number of bytes read or the negated error number.
 
-        After this returns or raises, no view is written to.
+        After this method returns or raises an error, nothing is written to the views.
         """
-        self._settle()  # after an interrupt that hit the settling itself
-        results = [-errno.EIO] * len(reads)  # of a read that the kernel does not answer for
+        self._settle()  # an interrupt may have ended the previous call of it
+        results = [-errno.EIO] * len(reads)  # for reads without an answer of the kernel
         try:
             tail = self._words[self._sq_tail]
             for index, read in enumerate(reads):
@@ -181,14 +191,14 @@ class Ring:
             try:
                 self._call(_ENTER, self._fd, waiting, count, _ENTER_GETEVENTS)
             except OSError as error:
-                # EINTR: a signal. EAGAIN, EBUSY: the kernel lacks room for more until some have ended.
+                # EINTR: a signal. EAGAIN, EBUSY: the kernel has no room until some reads have ended.
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                     raise
 
     def _settle(self) -> None:
-        """Withdraw entries that were not submitted, and wait for the rest, however often the wait is interrupted.
+        """Withdraw reads that were not submitted, and wait for all others, even if interrupts arrive during the wait.
 
-        The kernel's own counters say how much there is, so no interrupt can make them wrong.
+        Only the counters in the rings are used; an interrupt cannot make them wrong.
         """
         words = self._words
         while len({words[index] for index in (self._sq_tail, self._sq_head, self._cq_tail, self._cq_head)}) > 1:
@@ -200,9 +210,9 @@ class Ring:
                 continue
 
     def close(self) -> None:
-        """Wait for running reads and release the ring; may be called again.
+        """Wait for running reads and release the ring. Later calls have no effect.
 
-        The end of the last reference releases the ring too: ``run`` leaves no read running.
+        The ring is also released when the last reference to it goes, since ``run`` leaves no read running.
         """
         if self._end.alive:
             self._settle()

@@ -1,4 +1,4 @@
-"""Read experts through io_uring, straight into memory that the caller owns."""
+"""A reader that reads experts through io_uring, straight into memory of the caller."""
 
 import errno
 import os
@@ -7,17 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.allocation import address_of
 from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.limits import DEPTH
 from flashmoe_mlx.stores.reads import (
-    OpenFiles,
+    FileDescriptorCache,
     Read,
+    check_alignment,
+    check_all_read,
     chunk_bytes,
     open_for_reading,
     plan_reads,
-    refuse_lost_reads,
-    refuse_unaligned,
     total_bytes,
 )
 from flashmoe_mlx.stores.slab import Slab
@@ -25,11 +25,21 @@ from flashmoe_mlx.stores.uring import Ring, RingRead
 
 
 class UringReader:
-    """Reads of ``source``, ``depth`` at once, at most ``chunk_mib`` MiB each (None: whole extents).
+    """Reads experts through one ring.
 
-    ``direct`` reads past the page cache, for which everything must be aligned, as packs are. ``workers`` has threads
-    of the kernel make the reads. ``registered`` is a slab whose slots the kernel pins once, which saves it that work
-    in every read and needs as much locked memory (``ulimit -l``); experts are then read into these slots alone.
+    Args:
+        source: the location of the experts.
+        depth: maximum number of simultaneous reads.
+        chunk_mib: maximum size of one read in MiB; None for no limit.
+        direct: whether reads bypass the page cache.
+        workers: whether threads of the kernel make the reads.
+        registered: a slab whose slots the kernel pins once instead of in every read. It counts against the limit of
+            locked memory (``ulimit -l``), and experts can be read only into these slots.
+
+    Raises:
+        InputError: an option is out of range (code "option_out_of_range"), or the source is not aligned for direct
+            reads ("not_aligned").
+        BackendUnavailableError: the system has no io_uring (code "no_io_uring") or cannot pin the slots ("cannot_pin").
     """
 
     def __init__(
@@ -44,14 +54,14 @@ class UringReader:
         DEPTH.check("depth", depth)
         self._chunk = chunk_bytes(chunk_mib)
         if direct:
-            refuse_unaligned(source)
+            check_alignment(source)
         self._source = source
         self._depth = depth
         self._ring = Ring(depth, workers)
-        self._files = OpenFiles(partial(open_for_reading, direct=direct))
+        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._buffers: dict[int, int] = {}
-        """Registered buffers by the address at which each begins; empty if none is registered."""
+        """The index of each registered buffer by its address."""
         self._registered: Sequence[memoryview] = ()
         if registered is not None:
             try:
@@ -66,25 +76,25 @@ class UringReader:
             self._ring.register_buffers(rows)
         except OSError as error:
             size = sum(map(len, rows))
-            # Memory that CUDA manages is no memory to the kernel (EFAULT), whatever the limit.
+            # The kernel cannot pin memory that CUDA manages (EFAULT), whatever the limit is.
             remedy = "" if error.errno == errno.EFAULT else "raise the limit of locked memory (ulimit -l), or "
             raise BackendUnavailableError(
                 f"io_uring cannot pin {size / 1e6:.0f} MB of slots ({error.strerror}): {remedy}set "
                 "backend.registered=false",
                 code="cannot_pin",
             ) from error
-        self._registered = rows  # while they live no other memory has their addresses
+        self._registered = rows  # as long as these exist, no other memory has their addresses
         self._buffers = {address_of(row): index for index, row in enumerate(rows)}
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
-        """Fill the row of each (expert, row) of ``wanted``; return the numbers of reads and of bytes.
+        """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        After this returns or raises, no row is written to.
+        After this method returns or raises an error, nothing is written to the rows.
 
         Raises:
-            ExpertReadError: an expert could not be read; the first one that failed.
-            ExpertStoreError: the ring answered for fewer or other reads than it was given.
-            ValueError: a row is not registered, though others are: it would be read without the kernel's pins.
+            ExpertReadError: an expert could not be read; this is the first failure.
+            ExpertStoreError: the ring did not answer for exactly the requested reads (code "lost_read").
+            ValueError: the reader has registered slots, and a row is not one of them.
         """
         buffers = {expert: self._buffer(row) for expert, row in wanted}
         todo = list(plan_reads(self._source, layer, wanted, self._chunk))
@@ -96,9 +106,9 @@ class UringReader:
             results = self._ring.run(handed)
             count += len(batch)
             nbytes += sum(max(0, done) for done in results)
-            rests = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
-            todo = [rest for rest in rests if rest] + todo
-        refuse_lost_reads(layer, planned, nbytes)
+            remainders = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
+            todo = [rest for rest in remainders if rest] + todo
+        check_all_read(layer, planned, nbytes)
         return count, nbytes
 
     def _buffer(self, row: memoryview) -> int | None:
@@ -106,7 +116,7 @@ class UringReader:
             return None
         buffer = self._buffers.get(address_of(row))
         if buffer is None:
-            raise ValueError("registered=true, and a row that is not registered")
+            raise ValueError("registered=true, but a row is not registered")
         return buffer
 
     def _ring_read(self, layer: int, read: Read, buffer: int | None) -> RingRead:
@@ -120,13 +130,16 @@ class UringReader:
         return RingRead(number, read.offset, read.view, buffer)
 
     def close(self) -> None:
-        """Release the ring and close the files; no read may be running. May be called again."""
+        """Release the ring and close the files; no read may be running. Later calls have no effect."""
         self._ring.close()
         self._files.close()
 
 
 def _rest(layer: int, read: Read, done: int) -> Read | None:
-    """Return the rest of ``read`` after ``done`` bytes, None if complete; a negative ``done`` is an error number."""
+    """Return the read of the bytes that ``read`` left out, or None if it is complete.
+
+    ``done`` is the number of bytes read, or a negated error number.
+    """
     if done < 0:
         raise read.failed(layer, OSError(-done, os.strerror(-done)))
     if done == 0:

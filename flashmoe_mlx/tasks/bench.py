@@ -1,9 +1,9 @@
-"""``task=bench``: run the engine with several backends, K and prefetch policies in turns, and compare them."""
+"""``task=bench``: compare backends, K and prefetch policies in interleaved runs of the engine."""
 
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +17,61 @@ from flashmoe_mlx.moe.prefetch import check_policy
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.bench.engine_bench import (
     CONDITIONS,
-    Pass,
+    Configuration,
     Plan,
-    Setting,
-    Summary,
+    Trial,
     find_unavailable,
-    run_passes,
-    summarise,
+    run_trials,
 )
+from flashmoe_mlx.research.bench.engine_summary import Summary, summarize
 from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
-from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.keys import BenchConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder
-from flashmoe_mlx.tasks.prompts import with_prompt
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 RECORD = "bench.json"
 _MARK = "*"
-"""Beside a row about which there is a note."""
-_OTHER_PROMPTS = (
+"""Mark of a row to which a note below the table refers."""
+_MORE_PROMPTS = (
     "Write four lines about a lighthouse in winter.",
     "How does a hash table find a key?",
     "List three uses of copper, with a reason each.",
 )
-"""What rotating rounds use beside the one prompt that was given."""
+"""Prompts that rotating rounds use in addition to ``prompt=``."""
 
 
-def run(config: BenchConfig, run_dir: Path) -> None:
-    """Measure, show tables, and leave ``bench.json`` and ``bench.png`` in ``run_dir``, also of what was done before an
-    error or an interrupt; ``resume=<run_dir>`` goes on from there.
+@dataclass
+class Config(PromptConfig):
+    """Keys of ``task=bench``."""
+
+    prefetch: str = "none"
+    backends: list[Any] | None = None
+    experts_ks: list[int] | None = None
+    prefetches: list[str] | None = None
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    prompts: list[str] | None = field(default=None, metadata=TEXT)
+    tokens: int = 16
+    rounds: int = 4
+    memory_gib: float | None = None
+    skip_unavailable: bool = False
+    resume: str | None = field(default=None, metadata=TEXT)
+    plot: bool = True
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Measure, show tables, and write ``bench.json`` and ``bench.png`` to ``run_dir``.
+
+    After an error or an interrupt, the files hold the completed trials, and ``resume=<run_dir>`` continues from them.
+
+    Raises:
+        InputError: the keys contradict each other, or a configuration cannot run here.
+        FlashMoeError: a configuration failed while it ran.
     """
     _check(config)
     plan = _plan(config)
@@ -57,40 +79,40 @@ def run(config: BenchConfig, run_dir: Path) -> None:
         setup = _setup(config, plan, cap)
         left_out = find_unavailable(plan)
         if left_out and not config.skip_unavailable:
-            raise InputError(f"{_listed(left_out)}; skip_unavailable=true compares the others")
-        plan = replace(plan, settings=[one for one in plan.settings if one.label not in left_out])
+            raise InputError(f"{_listed(left_out)}; skip_unavailable=true compares the rest")
+        plan = replace(plan, settings=[setting for setting in plan.settings if setting.label not in left_out])
         if not plan.settings:
-            raise InputError(f"nothing can run here: {_listed(left_out)}")
-        passes = _earlier(config, setup)
+            raise InputError(f"no configuration can run here: {_listed(left_out)}")
+        trials = _resumed_trials(config, setup)
         failures: dict[str, str] = {}
         try:
             with activity() as announce:
-                for one in run_passes(plan, list(passes), announce, failures):
-                    passes.append(one)
-                    log.info("%s %s round %d: %.3f tokens/s", one.setting, one.condition, one.round, one.rate)
-                    _write(run_dir, setup, passes, left_out, failures)
+                for trial in run_trials(plan, list(trials), announce, failures):
+                    trials.append(trial)
+                    log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
+                    _write(run_dir, setup, trials, left_out, failures)
         finally:
-            if passes:
-                _write(run_dir, setup, passes, left_out, failures)
-                _show(config, plan, passes, cap, run_dir)
+            if trials:
+                _write(run_dir, setup, trials, left_out, failures)
+                _show(config, plan, trials, cap, run_dir)
             for label, reason in left_out.items():
                 show(f"left out: {label}: {reason}")
     if failures:
-        raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} settings failed: {_listed(failures)}")
+        raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} configurations failed: {_listed(failures)}")
 
 
-def _check(config: BenchConfig) -> None:
+def _check(config: Config) -> None:
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
-    native.extension()  # reads environment variables: a wrong one is no fault of a setting
+    native.extension()  # refuses wrong environment variables now, rather than as a failure of each configuration
     check_choices("conditions", config.conditions, CONDITIONS)
     for name in ("experts_ks", "prefetches"):
         check_choices(name, getattr(config, name))
 
 
-def _plan(config: BenchConfig) -> Plan:
-    settings = []
+def _plan(config: Config) -> Plan:
+    configurations = []
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
     policies = [config.prefetch] if config.prefetches is None else config.prefetches
     for policy in policies:
@@ -99,85 +121,102 @@ def _plan(config: BenchConfig) -> Plan:
         for label, backend in listed_backends(config.backends, config.backend).items():
             for policy in policies:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
-                settings.append(Setting(" ".join(filter(None, parts)), backend, k, policy))
-    backends = [one.backend for one in settings]
-    folder = model_folder(config.model, *backends)
+                configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
+    folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
-        prompts += _OTHER_PROMPTS
+        prompts += _MORE_PROMPTS
     if not prompts or ("rotating" in config.conditions and len(prompts) < 2):
-        raise InputError("prompts= needs at least one text, two for conditions=[rotating]")
-    return Plan(folder, settings, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels)
+        raise InputError("prompts= needs at least one text, or two for conditions=[rotating]")
+    return Plan(
+        folder, configurations, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels
+    )
 
 
-def _setup(config: BenchConfig, plan: Plan, cap: str | None) -> dict[str, Any]:
-    """Return what was asked for, as it reads after a trip through JSON."""
-    asked = {key: value for key, value in asdict(plan).items() if key != "rounds"}
-    stated = {**asked, "folder": str(plan.folder), "memory_cap": cap, "memory_gib": config.memory_gib}
-    parsed = json.loads(json.dumps(stated))
+def _setup(config: Config, plan: Plan, cap: str | None) -> dict[str, Any]:
+    """Return the requested plan in the form in which ``bench.json`` holds it."""
+    requested = {key: value for key, value in asdict(plan).items() if key != "rounds"}
+    setup = {**requested, "folder": str(plan.folder), "memory_cap": cap, "memory_gib": config.memory_gib}
+    parsed = json.loads(json.dumps(setup))
     assert isinstance(parsed, dict)
     return parsed
 
 
-def _earlier(config: BenchConfig, setup: Mapping[str, Any]) -> list[Pass]:
-    """Return the passes of the run that ``resume`` names, which must have had the same plan."""
+def _resumed_trials(config: Config, setup: Mapping[str, Any]) -> list[Trial]:
+    """Return the trials of the run that ``resume`` names; its plan must equal ``setup`` but for the rounds."""
     if config.resume is None:
         return []
     path = expand_path(config.resume) / RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        before = record["setup"]
-        passes = [
-            Pass(**{**one, "token_ids": tuple(one["token_ids"]), "decode_steps": tuple(one["decode_steps"])})
-            for one in record["passes"]
+        earlier = record["setup"]
+        trials = [
+            Trial(**{**entry, "token_ids": tuple(entry["token_ids"]), "decode_steps": tuple(entry["decode_steps"])})
+            for entry in record["passes"]
         ]
-        summarise(passes)  # reads everything that is read of a record
-        changed = [key for key in setup if key != "memory_cap" and before.get(key) != setup[key]]
+        summarize(trials)  # fails here if a value of the record has the wrong type
+        changed = [key for key in setup if key != "memory_cap" and earlier.get(key) != setup[key]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise InputError(
-            f"resume={config.resume}: there is no record of task=bench that can be read ({error})",
+            f"resume={config.resume}: no readable record of task=bench there ({error})",
             code="invalid_record",
         ) from None
     if changed:
         raise InputError(
-            f"resume={config.resume}: was asked for other {', '.join(changed)}; only rounds= may change",
+            f"resume={config.resume}: that run had different {', '.join(changed)}; only rounds= may change",
             code="another_plan",
         )
-    return passes
+    return trials
 
 
 def _write(
     run_dir: Path,
     setup: Mapping[str, Any],
-    passes: Sequence[Pass],
+    trials: Sequence[Trial],
     left_out: Mapping[str, str],
     failures: Mapping[str, str],
 ) -> None:
+    """Write the record of the completed trials to ``run_dir``.
+
+    Args:
+        run_dir: the directory of this run.
+        setup: the plan.
+        trials: the completed trials.
+        left_out: the reason for each configuration that cannot run here.
+        failures: the error of each configuration that failed.
+    """
     record = {
         "bench_version": BENCH_VERSION,
         "setup": setup,
         "environment": environment(),
-        "passes": [asdict(one) for one in passes],
-        "summary": [one.to_json() for one in summarise(passes)],
+        "passes": [asdict(trial) for trial in trials],
+        "summary": [summary.to_json() for summary in summarize(trials)],
         "left_out": left_out,
         "failures": failures,
     }
     write_atomically(run_dir / RECORD, json.dumps(record, indent=1, default=str).encode())
 
 
-def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | None, run_dir: Path) -> None:
-    summaries = summarise(passes)
-    rounds = max(one.round for one in passes) + 1
-    show(
-        f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'not capped'}",
-    )
+def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, run_dir: Path) -> None:
+    """Show a table for each condition, and save the figure.
+
+    Args:
+        config: ``plot`` decides whether there is a figure.
+        plan: the plan of the trials.
+        trials: the completed trials.
+        cap: a description of the limit on memory, if there is one.
+        run_dir: the directory of this run.
+    """
+    summaries = summarize(trials)
+    rounds = max(trial.round for trial in trials) + 1
+    show(f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'no limit'}")
     for condition in plan.conditions:
-        shown = [one for one in summaries if one.condition == condition]
+        shown = [summary for summary in summaries if summary.condition == condition]
         if shown:
             print_table(_table(condition, shown))
             for line in _prefetch_lines(shown):
                 show(line)
-            print_notes((note for one in shown for note in one.notes), prefix=f"{_MARK} ")
+            print_notes((note for summary in shown for note in summary.notes), prefix=f"{_MARK} ")
     if config.plot:
         try:
             save(
@@ -190,41 +229,44 @@ def _show(config: BenchConfig, plan: Plan, passes: Sequence[Pass], cap: str | No
 
 
 def _table(condition: str, summaries: Sequence[Summary]) -> Table:
-    cached = (
-        f", {min(one.cached for one in summaries):.0%} to {max(one.cached for one in summaries):.0%} of the experts"
-    )
-    note = "" if condition == "cold" else f"{cached} in the page cache at the start"
-    part = "" if summaries[0].stage == "decode" else ", the prompt alone (tokens=1 decodes nothing)"
+    cached = [summary.cached for summary in summaries]
+    share = f", {min(cached):.0%} to {max(cached):.0%} of the experts in the page cache at the start"
+    note = "" if condition == "cold" else share
+    part = "" if summaries[0].stage == "decode" else ", prefill only (tokens=1 decodes nothing)"
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
-        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "all GB/s", "I/O", "compute", "first s",
+        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "weights GB/s", "I/O",
+        "compute", "TTFT s",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in summaries:
-        compute = 1 - one.shares.get("io", 0.0) - one.shares.get("other", 0.0)
+    for summary in summaries:
+        compute = 1 - summary.shares.get("io", 0.0) - summary.shares.get("other", 0.0)
         table.add_row(
-            f"{one.setting} {_MARK}" if one.notes else one.setting,
-            f"{one.tokens_per_second:.3g}{_bracketed(one.interval)}",
-            "1" if one.setting == summaries[0].setting else f"{one.ratio:.3g}{_bracketed(one.ratio_interval)}",
-            "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in one.step_ms),
-            f"{one.bytes_per_token / 1e6:.4g}",
-            _percent(one.hit_rate),
-            "-" if one.read_gb_per_second is None else f"{one.read_gb_per_second:.2f}",
-            "-" if one.weights_gb_per_second is None else f"{one.weights_gb_per_second:.2f}",
-            _percent(one.shares.get("io", 0.0)),
+            f"{summary.setting} {_MARK}" if summary.notes else summary.setting,
+            f"{summary.tokens_per_second:.3g}{_bracketed(summary.interval)}",
+            "1"
+            if summary.setting == summaries[0].setting
+            else f"{summary.ratio:.3g}{_bracketed(summary.ratio_interval)}",
+            "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in summary.step_ms),
+            f"{summary.bytes_per_token / 1e6:.4g}",
+            _percent(summary.hit_rate),
+            "-" if summary.read_gb_per_second is None else f"{summary.read_gb_per_second:.2f}",
+            "-" if summary.weights_gb_per_second is None else f"{summary.weights_gb_per_second:.2f}",
+            _percent(summary.shares.get("io", 0.0)),
             _percent(compute),
-            f"{one.time_to_first_token:.3g}",
+            f"{summary.time_to_first_token:.3g}",
         )
     return table
 
 
 def _prefetch_lines(summaries: Sequence[Summary]) -> Iterator[str]:
-    for one in summaries:
-        if one.accuracy is not None:
+    for summary in summaries:
+        if summary.accuracy is not None:
             yield (
-                f"  {one.setting}: {one.accuracy:.0%} of the guesses right, {_percent(one.prefetched)} of the reads "
-                f"begun ahead, {one.wasted_bytes_per_token / 1e6:.3g} MB/token read for nothing"
+                f"  {summary.setting}: {summary.accuracy:.0%} of the predictions correct, "
+                f"{_percent(summary.prefetched)} of the reads started early, "
+                f"{summary.wasted_bytes_per_token / 1e6:.3g} MB/token wasted"
             )
 
 

@@ -1,8 +1,8 @@
-"""``task=bench_io``: what storage gives to each backend, without a model's computation."""
+"""``task=bench_io``: throughput of storage with each backend, without computing a model."""
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,72 +14,87 @@ from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.trace import RoutingTrace, uniform_trace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.bench.fio import LABEL, FioContender
+from flashmoe_mlx.research.bench.fio import LABEL, FioCandidate
 from flashmoe_mlx.research.bench.io_bench import (
     CONDITIONS,
-    Contender,
-    Pass,
-    StoreContender,
-    Summary,
-    best_over,
+    Candidate,
+    StoreCandidate,
+    Trial,
     check_fits,
     repeats,
     replay,
-    summarise,
 )
+from flashmoe_mlx.research.bench.io_summary import Summary, compare_fastest, summarize
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
-from flashmoe_mlx.tasks.backend_list import listed_backends
-from flashmoe_mlx.tasks.keys import BenchIoConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
 
 log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 _REQUESTS = ("uniform", "zipf", "trace")
 
 
-def run(config: BenchIoConfig, run_dir: Path) -> None:
-    """Measure, show tables, and leave ``bench_io.json`` in ``run_dir``, also of what was done before an error."""
+@dataclass
+class Config(StoreConfig):
+    """Keys of ``task=bench_io``."""
+
+    seed: int | None = None
+    backends: list[Any] | None = None
+    requests: str = "uniform"
+    zipf_exponent: float = 1.0
+    trace: str | None = field(default=None, metadata=TEXT)
+    tokens: int = 8
+    rounds: int = 6
+    conditions: list[str] = field(default_factory=lambda: ["cold", "warm"])
+    fio: bool = False
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Measure, show tables, and write ``bench_io.json`` to ``run_dir``, even if an error ends the measurement early."""
     _check(config)
     files = open_model(model_folder(config.model))
-    contenders, source = _contenders(files, config)
+    candidates, source = _candidates(files, config)
     requests = _requests(config, source, files)
     k = requests[0].experts.shape[2]
     if config.fio:
-        contenders += [FioContender(source, k, registered) for registered in (False, True)]
-    passes: list[Pass] = []
+        candidates += [FioCandidate(source, k, registered) for registered in (False, True)]
+    trials: list[Trial] = []
     try:
         with activity() as announce:
-            for one in replay(source, contenders, requests, config.conditions, announce):
-                passes.append(one)
-                log.info("%s %s round %d: %.3f GB/s", one.contender, one.condition, one.round, one.rate / 1e9)
+            for trial in replay(source, candidates, requests, config.conditions, announce):
+                trials.append(trial)
+                rate = trial.rate / 1e9
+                log.info("%s %s round %d: %.3f GB/s", trial.contender, trial.condition, trial.round, rate)
     finally:
-        if passes:
-            write_json(run_dir / "bench_io.json", _record(config, files, source, requests, passes))
+        if trials:
+            write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))
     record = source.layout.record_bytes
     show(
         f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
-        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts a fetch, "
-        f"{config.requests}, {repeats(requests[0]):.0%} asked for again",
+        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts per fetch, "
+        f"{config.requests}, {repeats(requests[0]):.0%} of the requests repeated",
     )
-    summaries = summarise(passes)
+    summaries = summarize(trials)
     for condition in config.conditions:
-        print_table(_table(condition, [one for one in summaries if one.condition == condition]))
-    _compare_with_fio(passes)
+        print_table(_table(condition, [summary for summary in summaries if summary.condition == condition]))
+    _compare_with_fio(trials)
     show(f"record: {run_dir}")
 
 
-def _check(config: BenchIoConfig) -> None:
+def _check(config: Config) -> None:
     if config.requests not in _REQUESTS:
         raise InputError(f"requests={config.requests}: choose from {', '.join(_REQUESTS)}")
     if (config.requests == "trace") != (config.trace is not None):
-        raise InputError("requests=trace and trace=<file> belong together")
+        raise InputError("requests=trace and trace=<file> need each other")
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")
@@ -87,35 +102,35 @@ def _check(config: BenchIoConfig) -> None:
         raise InputError(f"seed={config.seed}: must be at least 0", code="out_of_range")
     if not 0 <= config.zipf_exponent <= 10:
         raise InputError(f"zipf_exponent={config.zipf_exponent}: must be from 0 to 10")
-    if config.requests != "zipf" and config.zipf_exponent != BenchIoConfig.zipf_exponent:
-        raise InputError("zipf_exponent= belongs to requests=zipf", code="contradiction")
+    if config.requests != "zipf" and config.zipf_exponent != Config.zipf_exponent:
+        raise InputError("zipf_exponent= has an effect only with requests=zipf", code="contradiction")
     if config.requests == "trace" and config.seed is not None:
         raise InputError(
-            "seed= is of requests that are drawn; requests=trace takes them from the trace", code="contradiction"
+            "seed= has no effect with requests=trace, which reads the requests from the trace", code="contradiction"
         )
     check_choices("conditions", config.conditions, CONDITIONS)
     if config.fio and "cold" not in config.conditions:
-        raise InputError("fio=true reads past the page cache: conditions= must have cold")
+        raise InputError("fio=true bypasses the page cache; add cold to conditions=")
 
 
-def _contenders(files: ModelFiles, config: BenchIoConfig) -> tuple[list[Contender], ExpertSource]:
+def _candidates(files: ModelFiles, config: Config) -> tuple[list[Candidate], ExpertSource]:
     """Return the stores to measure, and the experts that all of them serve."""
-    made: dict[str, Contender] = {}
+    candidates: dict[str, Candidate] = {}
     sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
         sources.append(files.variant(settings.get("variant")))
-        made[label] = StoreContender(label, partial(_opened, files, settings))
+        candidates[label] = StoreCandidate(label, partial(_open_store, files, settings))
     if any(source != sources[0] for source in sources):
-        raise InputError("backends: they read different variants; compare one at a time: {name:pread,variant:q2}")
-    return list(made.values()), sources[0]
+        raise InputError("backends: the entries read different variants; use one variant: {name:pread,variant:q2}")
+    return list(candidates.values()), sources[0]
 
 
-def _opened(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
+def _open_store(files: ModelFiles, settings: Mapping[str, Any]) -> ExpertStore:
     return open_store(files, settings, {})[0]
 
 
-def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
-    """Return the requests of each round; rounds differ, unless a recorded trace is too short for that."""
+def _requests(config: Config, source: ExpertSource, files: ModelFiles) -> list[RoutingTrace]:
+    """Return the requests of each round, which differ unless a recorded trace is too short."""
     if config.trace is not None:
         path = expand_path(config.trace)
         recorded = RoutingTrace.load(path)
@@ -137,21 +152,30 @@ def _requests(config: BenchIoConfig, source: ExpertSource, files: ModelFiles) ->
 
 
 def _part(trace: RoutingTrace, start: int, tokens: int) -> RoutingTrace:
-    """Return ``tokens`` decoded tokens from the ``start``-th on, beginning again at the end of the trace."""
+    """Return ``tokens`` decoded tokens of ``trace`` from index ``start`` on, wrapping around at its end."""
     decoded = trace.experts[trace.prompt_tokens :]
     if not len(decoded):
-        raise InputError("trace: it has no decoded tokens, only a prompt")
+        raise InputError("trace: has no decoded tokens, only a prompt")
     picks = [(start + token) % len(decoded) for token in range(tokens)]
     return RoutingTrace(decoded[picks], trace.num_experts, 0, trace.model, trace.prompt_xxh3)
 
 
 def _record(
-    config: BenchIoConfig,
+    config: Config,
     files: ModelFiles,
     source: ExpertSource,
     requests: Sequence[RoutingTrace],
-    passes: Sequence[Pass],
+    trials: Sequence[Trial],
 ) -> dict[str, Any]:
+    """Return the contents of ``bench_io.json``.
+
+    Args:
+        config: the configuration of the run.
+        files: the model.
+        source: the experts that the candidates read.
+        requests: the requests of each round.
+        trials: the completed trials.
+    """
     return {
         "bench_version": BENCH_VERSION,
         "model": str(files.folder),
@@ -161,31 +185,33 @@ def _record(
         "repeats": repeats(requests[0]),
         "config": asdict(config),
         "environment": environment(),
-        "passes": [asdict(one) for one in passes],
-        "summary": [one.to_json() for one in summarise(passes)],
+        "passes": [asdict(trial) for trial in trials],
+        "summary": [summary.to_json() for summary in summarize(trials)],
     }
 
 
 def _table(condition: str, summaries: Sequence[Summary]) -> Table:
-    cached = min((one.cached for one in summaries), default=0.0)
-    note = "" if condition == "cold" or cached > 0.99 else f", only {cached:.0%} of it fits into the page cache"
+    cached = min((summary.cached for summary in summaries), default=0.0)
+    note = "" if condition == "cold" or cached > 0.99 else f", only {cached:.0%} of the data fits into the page cache"
     table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in summaries:
-        spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in one.latency_ms)
+    for summary in summaries:
+        spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in summary.latency_ms)
         table.add_row(
-            one.contender,
-            f"{one.gb_per_second:.3g}{_bracketed(one.interval)}",
-            "1" if one.contender == summaries[0].contender else f"{one.ratio:.3g}{_bracketed(one.ratio_interval)}",
-            f"{one.iops:.0f}",
-            f"{spread}{'*' if one.contender.startswith(LABEL) else ''}",
-            f"{one.cpu_seconds_per_gb:.2f}",
-            "-" if one.hit_rate is None else f"{one.hit_rate:.0%}",
+            summary.contender,
+            f"{summary.gb_per_second:.3g}{_bracketed(summary.interval)}",
+            "1"
+            if summary.contender == summaries[0].contender
+            else f"{summary.ratio:.3g}{_bracketed(summary.ratio_interval)}",
+            f"{summary.iops:.0f}",
+            f"{spread}{'*' if summary.contender.startswith(LABEL) else ''}",
+            f"{summary.cpu_seconds_per_gb:.2f}",
+            "-" if summary.hit_rate is None else f"{summary.hit_rate:.0%}",
         )
-    if any(one.contender.startswith(LABEL) for one in summaries):
-        table.caption, table.caption_justify = "* of one record, not of a fetch", "left"
+    if any(summary.contender.startswith(LABEL) for summary in summaries):
+        table.caption, table.caption_justify = "* latency of one record rather than of one fetch", "left"
     return table
 
 
@@ -193,12 +219,10 @@ def _bracketed(interval: tuple[float, float] | None) -> str:
     return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
-def _compare_with_fio(passes: Sequence[Pass]) -> None:
-    found = best_over(passes, lambda label: label.startswith(LABEL))
+def _compare_with_fio(trials: Sequence[Trial]) -> None:
+    found = compare_fastest(trials, lambda label: label.startswith(LABEL))
     if found is None:
         return
     store, reference, ratios = found
     shown = f"{median(ratios):.2f}{_bracketed(median_interval(ratios))}"
-    show(
-        f"cold, {store} / {reference}: {shown}",
-    )
+    show(f"cold, {store} / {reference}: {shown}")

@@ -16,11 +16,16 @@ from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Resul
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.keys import CommonConfig
+from flashmoe_mlx.tasks.shared.keys import CommonConfig
 
 DOCTOR_VERSION = 1
 _CALLS = 20
 _REPEATS = 7
+
+
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=doctor``, which has no options."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Finding:
         return self.error is not None and self.error <= self.accepted
 
 
-def run(config: CommonConfig, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
     """Check and time all kernels, print the table, and write ``doctor.json`` to ``run_dir``.
 
     Raises:

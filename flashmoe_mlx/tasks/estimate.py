@@ -1,8 +1,8 @@
-"""``task=estimate``: will a model fit on this machine, how fast will it be, and what would help most."""
+"""``task=estimate``: memory, disk space and speed that a model would have on this machine, and possible gains."""
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,21 @@ from rich.table import Table
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
-from flashmoe_mlx.checkpoint.published import PUBLISHED, is_plain_name, known_config
+from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
 from flashmoe_mlx.console.output import activity, print_table, show
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import (
     Estimate,
     Machine,
@@ -32,36 +33,50 @@ from flashmoe_mlx.research.estimate.prediction import (
     check_trace,
     estimates,
     tolerance,
-    wishes,
+    what_ifs,
 )
-from flashmoe_mlx.research.estimate.probe import MachineProfile, machine_identity, probe
+from flashmoe_mlx.research.estimate.probe import probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
 from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
-from flashmoe_mlx.tasks.keys import EstimateConfig, ModelChoice
-from flashmoe_mlx.tasks.model import cache_folder, model_folder
+from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice
+from flashmoe_mlx.tasks.shared.model import cache_folder, model_folder
 
 ESTIMATE_VERSION = 1
 _BITS = 4
 _CONTEXT = 8192
-_MOST_GIB = 2**20
-_MOST_SECONDS = 86_400
+_MAX_GIB = 2**20
+_MAX_SECONDS = 86_400
 _NOT_MEASURED = (
-    "this machine has not been measured, so no speed is estimated; leave out probe=false to measure it, in two minutes"
+    "this machine has not been measured, so no speed is estimated; remove probe=false to measure it in two minutes"
 )
-_OLD = 30
-"""Days."""
-_WORTH = 1.03
-"""Least factor that counts as a gain."""
-_NOT_YET_WHOLE = ("no_weights", "missing_shards", "damaged_shard", "incomplete_shard")
-"""Codes of a download that has not finished: the config is enough for an estimate."""
+_OLD_DAYS = 30
+"""Age from which a new measurement of the machine is suggested."""
+_MIN_GAIN = 1.03
+"""Smallest factor of speed that counts as a gain."""
+_INCOMPLETE_CODES = ("no_weights", "missing_shards", "damaged_shard", "incomplete_shard")
+"""Codes of errors of an unfinished download, whose configuration suffices for an estimate."""
 
 
-def run(config: EstimateConfig, run_dir: Path) -> None:
-    """Show the answer and leave ``estimate.json`` in ``run_dir``."""
-    if not 0 < config.probe_seconds < _MOST_SECONDS:
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=estimate``."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    experts_k: int | None = None
+    bits: list[int] | None = None
+    resident_bits: int | None = None
+    context: int | None = None
+    trace: str | None = field(default=None, metadata=TEXT)
+    memory_gib: float | None = None
+    probe: bool | None = None
+    probe_seconds: float = 90
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Show the estimate and write ``estimate.json`` to ``run_dir``."""
+    if not 0 < config.probe_seconds < _MAX_SECONDS:
         raise InputError(
-            f"probe_seconds={config.probe_seconds}: must be a number of seconds, more than 0 and less than "
-            f"{_MOST_SECONDS}",
+            f"probe_seconds={config.probe_seconds}: must be greater than 0 and less than {_MAX_SECONDS}",
             code="out_of_range",
         )
     name, published, folder = _published(config.model)
@@ -75,14 +90,14 @@ def run(config: EstimateConfig, run_dir: Path) -> None:
     if profile is not None:
         machine = Machine(profile, memory)
         found = estimates(model, machine)
-        changed = [(wish, estimates(other, on)) for wish, other, on in wishes(model, machine)]
+        changed = [(wish, estimates(other, on)) for wish, other, on in what_ifs(model, machine)]
         helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
         for line in _profile_lines(profile):
             show(line)
         print_table(_table(found))
         for line in _conclusions(model, found, helps):
             show(line)
-        record |= {"estimates": [asdict(one) for one in found], "helps": helps, "probe": profile.to_json()}
+        record |= {"estimates": [asdict(estimate) for estimate in found], "helps": helps, "probe": profile.to_json()}
     elif model.need.total < memory:
         show(_NOT_MEASURED)
     write_json(run_dir / "estimate.json", record)
@@ -90,11 +105,11 @@ def run(config: EstimateConfig, run_dir: Path) -> None:
 
 
 def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None]:
-    """Return the model's name, its config.json, and its folder if it is here; nothing else is downloaded.
+    """Return the model's name, its config.json, and its folder if it has one; download at most config.json.
 
     Raises:
-        InputError: there is no such model, or none that can be run.
-        FlashMoeError: it is not known here, and the hub cannot be reached.
+        InputError: there is no such model, or it is not supported.
+        FlashMoeError: the hub cannot be reached, and there is no built-in configuration.
     """
     if choice.path is None:
         if choice.synthetic is None:
@@ -116,7 +131,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
 
 
 def _published_online(name: str) -> Mapping[str, Any]:
-    """Return the config of a model by its name: the one known here, if nothing in the name may mean another."""
+    """Return the configuration of a published model: a built-in one if the name is unambiguous, or the hub's."""
     if is_hub_id(name):
         refuse_named_format(name)
     known = known_config(name)
@@ -128,23 +143,24 @@ def _published_online(name: str) -> Mapping[str, Any]:
         if error.code != "hub_unreachable":
             raise
         if known is None:
-            raise FlashMoeError(f"{error}; known without it: {', '.join(PUBLISHED)}", code=error.code) from error
-        show(f"the hub cannot be reached: sizes are those of the model that {name} is called after")
+            names = ", ".join(published_configs())
+            raise FlashMoeError(f"{error}; built-in configurations: {names}", code=error.code) from error
+        show(f"the hub cannot be reached; using the sizes of the published model with the same name as {name}")
         return known
 
 
-def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | None) -> Model:
-    geometry = ModelConfig.from_json(published)
-    widths = ", ".join(map(str, QUANTISED_BITS))
+def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
+    geometry = parse_config(published)
+    widths = ", ".join(map(str, QUANTIZED_BITS))
     stated, group_size = _stated_quantisation(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
-    if len(all_bits) != 1 or all_bits[0] not in QUANTISED_BITS:
+    if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
             f"bits=[{','.join(map(str, all_bits))}]: choose from {widths}, one at a time: -m bits=[4],[2]",
             code="unknown_choice",
         )
     resident_bits = stated if config.resident_bits is None else config.resident_bits
-    if resident_bits not in QUANTISED_BITS:
+    if resident_bits not in QUANTIZED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
@@ -157,7 +173,7 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
     if not 1 <= k <= geometry.num_experts:
         raise InputError(f"experts_k={k}: must be from 1 to {geometry.num_experts}, the experts of this model")
     if trace is not None and k != trace.experts.shape[2]:
-        raise InputError(f"experts_k={k}: the trace was recorded with {trace.experts.shape[2]}")
+        raise InputError(f"experts_k={k}: the trace was recorded with experts_k={trace.experts.shape[2]}")
     context = min(_CONTEXT, geometry.max_context) if config.context is None else config.context
     if not 1 <= context <= geometry.max_context:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
@@ -169,38 +185,38 @@ def _model(config: EstimateConfig, published: Mapping[str, Any], folder: Path | 
 
 
 def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
-    """Return bits and group size of the experts on disk, else those of the config, else those that packs have."""
+    """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs."""
     layout = None if folder is None else _layout_on_disk(folder)
     if layout is not None:
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
     bits, group_size = settings.get("bits"), settings.get("group_size")
-    if type(bits) is not int or bits not in QUANTISED_BITS:
+    if type(bits) is not int or bits not in QUANTIZED_BITS:
         return _BITS, GROUP_SIZE
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
 
 def _layout_on_disk(folder: Path) -> RecordLayout | None:
-    """Return the layout of the experts in ``folder``, of the variant with the most bits; None before all are there.
+    """Return the record layout of the variant with the most bits in ``folder``; None if a download is unfinished.
 
     Raises:
-        InputError: they are there, and cannot be run.
+        InputError: the model is complete but cannot be run.
     """
     try:
         return open_model(folder).variant(None).layout
     except CheckpointError as error:
-        if error.code not in _NOT_YET_WHOLE:
+        if error.code not in _INCOMPLETE_CODES:
             raise
-        show(f"widths are those of config.json: {error}")
+        show(f"using the bits in config.json: {error}")
         return None
 
 
-def _memory(config: EstimateConfig) -> int:
-    """Return the bytes that a run may use; a tenth, or 2 GiB, is left to the system."""
+def _memory(config: Config) -> int:
+    """Return the bytes that a run may use; a tenth of the memory, and at least 2 GiB, is left to the system."""
     if config.memory_gib is not None:
-        if not 0 < config.memory_gib < _MOST_GIB:
+        if not 0 < config.memory_gib < _MAX_GIB:
             raise InputError(
-                f"memory_gib={config.memory_gib:g}: must be a number of GiB, more than 0 and less than {_MOST_GIB}",
+                f"memory_gib={config.memory_gib:g}: must be greater than 0 and less than {_MAX_GIB}",
                 code="out_of_range",
             )
         return int(config.memory_gib * GIB)
@@ -209,8 +225,8 @@ def _memory(config: EstimateConfig) -> int:
     return total_memory() - max(2 * GIB, total_memory() // 10)
 
 
-def _profile(config: EstimateConfig) -> MachineProfile | None:
-    """Return the profile of this machine, measured now if need be; None if that is not allowed."""
+def _profile(config: Config) -> MachineProfile | None:
+    """Return the profile of this machine, measured now if necessary; None if ``probe=false`` forbids it."""
     folder = cache_folder(config.model)
     path = folder / "probe.json"
     stored = MachineProfile.load(path)
@@ -225,17 +241,25 @@ def _profile(config: EstimateConfig) -> MachineProfile | None:
 
 
 def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
+    """Yield lines about the model's sizes, on disk and in memory.
+
+    Args:
+        name: the model as the user named it.
+        model: the model as it would run.
+        memory: usable bytes of memory.
+        folder: the cache folder, on whose file system free space is counted.
+    """
     geometry, need = model.config, model.need
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
-        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} a token, "
+        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits} bits"
     )
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     only = "only " if free < pack else ""
-    yield f"disk: a pack takes {pack / 1e9:.1f} GB; {only}{free / 1e9:.1f} GB are free under {folder}"
+    yield f"disk: a pack takes {pack / 1e9:.1f} GB; {only}{free / 1e9:.1f} GB are free in {folder}"
     parts = {
         "resident weights": need.resident,
         f"keys and values of {model.context} tokens": need.keys_and_values,
@@ -243,51 +267,51 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         "slots of one fetch": need.slots,
         "program": need.runtime,
     }
-    listed = ", ".join(f"{what} {nbytes / GIB:.2f}" for what, nbytes in parts.items())
-    yield f"memory: {need.total / GIB:.2f} GiB at least: {listed}"
+    listed = ", ".join(f"{part} {nbytes / GIB:.2f}" for part, nbytes in parts.items())
+    yield f"memory: at least {need.total / GIB:.2f} GiB: {listed}"
     room = memory - need.total
     if room <= 0:
-        yield f"it does not fit: {memory / GIB:.1f} GiB can be used here; fewer bits or a smaller context need less"
+        yield f"the model does not fit: {memory / GIB:.1f} GiB are usable; fewer bits or a smaller context need less"
     else:
         share = min(1.0, room / model.expert_bytes)
-        yield f"it fits: of {memory / GIB:.1f} GiB {room / GIB:.1f} are left for {share:.0%} of the experts"
+        yield f"the model fits: {room / GIB:.1f} of {memory / GIB:.1f} GiB remain for {share:.0%} of the experts"
 
 
 def _profile_lines(profile: MachineProfile) -> Iterator[str]:
     age = profile.age_days
     when = "just now" if age < 0.02 else f"{age:.0f} days ago" if age >= 1 else f"{24 * age:.1f} hours ago"
-    yield f"this machine was measured {when}{'; probe=true measures it again' if age > _OLD else ''}"
-    for way, reason in profile.missing.items():
-        yield f"not measured: {way}: {reason}"
+    yield f"this machine was measured {when}{'; probe=true measures it again' if age > _OLD_DAYS else ''}"
+    for method, reason in profile.missing.items():
+        yield f"not measured: {method}: {reason}"
 
 
 def _table(found: Sequence[Estimate]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
-    for heading in ("tok/s", "range", "reading", "hits", "GiB kept"):
+    for heading in ("tok/s", "range", "I/O", "hits", "GiB cached"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for one in found:
-        low, middle, high = (f"{rate:.0%}" for rate in one.hit_rates)
+    for estimate in found:
+        low, middle, high = (f"{rate:.0%}" for rate in estimate.hit_rates)
         table.add_row(
-            one.backend,
-            f"{one.tokens_per_second:.3g}",
-            f"{one.low:.3g} to {one.high:.3g}",
-            f"{one.reading:.0%}",
+            estimate.backend,
+            f"{estimate.tokens_per_second:.3g}",
+            f"{estimate.low:.3g} to {estimate.high:.3g}",
+            f"{estimate.reading:.0%}",
             middle if low == high else f"{middle} ({low} to {high})",
-            f"{one.budget / GIB:.1f}",
+            f"{estimate.budget / GIB:.1f}",
         )
     return table
 
 
 def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, float]) -> Iterator[str]:
     best = found[0]
-    routing = "its routing being even or skewed, since no trace is known (task=trace records one, trace= uses it)"
-    unknown = f" and {routing}" if model.trace is None and best.backend != "resident" else ""
-    yield f"range: {tolerance(best.backend):.0%} for the model's own error, the spread of the measurement{unknown}"
-    gains = {wish: rate / best.tokens_per_second for wish, rate in helps.items()}
-    worth = sorted((wish for wish in gains if gains[wish] >= _WORTH), key=lambda wish: -gains[wish])
-    shown = [f"{wish} {helps[wish]:.3g} tok/s (x{gains[wish]:.2f})" for wish in worth]
-    rest = [wish for wish in helps if wish not in worth]
-    yield "would help: " + (", ".join(shown) or "nothing that was looked at")
+    routing = "even or skewed routing, since there is no trace (task=trace records one, trace= uses it)"
+    unknown = f", and {routing}" if model.trace is None and best.backend != "resident" else ""
+    yield f"range: {tolerance(best.backend):.0%} error of the speed model, spread of the measurement{unknown}"
+    gains = {change: rate / best.tokens_per_second for change, rate in helps.items()}
+    helpful = sorted((change for change in gains if gains[change] >= _MIN_GAIN), key=lambda change: -gains[change])
+    shown = [f"{change} {helps[change]:.3g} tok/s (x{gains[change]:.2f})" for change in helpful]
+    rest = [change for change in helps if change not in helpful]
+    yield "would help: " + (", ".join(shown) or "none of the changes considered")
     if rest:
-        yield f"would not: {', '.join(rest)}"
+        yield f"would not help: {', '.join(rest)}"

@@ -1,8 +1,9 @@
-"""``task=evaluate``: how good a model's answers are, with one setting or with every combination of variants and K."""
+"""``task=evaluate``: quality of a model's answers for each combination of variants and K."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,40 @@ from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import quality_figure, save
-from flashmoe_mlx.research.items import Item, load_items, shipped_items
-from flashmoe_mlx.research.quality import Progress, Quality, Reference, evaluate
-from flashmoe_mlx.tasks.keys import EvaluateConfig
-from flashmoe_mlx.tasks.lists import check_choices
-from flashmoe_mlx.tasks.model import model_folder, model_identity
+from flashmoe_mlx.research.quality.evaluation import Quality, evaluate
+from flashmoe_mlx.research.quality.items import Item, load_items, shipped_items
+from flashmoe_mlx.research.quality.reference import Progress, Reference
+from flashmoe_mlx.tasks.shared.choices import check_choices
+from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
+from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
 EVALUATE_VERSION = 1
 RECORD = "evaluate.json"
 _MARK = "*"
-"""Beside a row about which there is a note."""
+"""Mark of a row to which a note below the table refers."""
 FIGURES = ("questions", "json_valid", "json_exact", "tool_calls")
 _HEADINGS = (
     "experts", "K", "text ppl", "answer ppl", "KL nats", "top-1", "questions", "JSON valid", "JSON exact", "tool calls",
 )  # fmt: skip
 
 
-def run(config: EvaluateConfig, run_dir: Path) -> None:
-    """Evaluate each combination in turn, show a table, and leave ``evaluate.json`` and, of several K, a figure."""
+@dataclass
+class Config(EngineConfig):
+    """Keys of ``task=evaluate``."""
+
+    variants: list[str] | None = None
+    experts_ks: list[int] | None = None
+    items: str | None = field(default=None, metadata=TEXT)
+    kinds: list[str] | None = None
+    limit: int | None = None
+    answers: bool = True
+    reference: str | None = field(default=None, metadata=TEXT)
+    reference_kernels: str = "auto"
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Evaluate each combination, show a table, and write ``evaluate.json`` and, for several K, ``evaluate.png``."""
     if config.limit is not None and config.limit < 1:
         raise InputError(f"limit={config.limit}: must be at least 1", code="out_of_range")
     check_choices("kinds", config.kinds)
@@ -59,7 +75,7 @@ def run(config: EvaluateConfig, run_dir: Path) -> None:
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
                 record["cells"].append(_cell(engine.setup, quality))
             log.info("%s: %s", name, quality.summary)
-            write_json(run_dir / RECORD, record)  # what is done is kept, whatever happens to the rest
+            write_json(run_dir / RECORD, record)  # keeps finished combinations if a later one fails
     show()
     print_table(_table(record["cells"]))
     print_notes([reference.setup["note"]], prefix="reference: ")
@@ -72,18 +88,18 @@ def run(config: EvaluateConfig, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
-def _settings(config: EvaluateConfig) -> list[tuple[dict[str, Any], int | None]]:
+def _settings(config: Config) -> list[tuple[dict[str, Any], int | None]]:
     variants = [config.backend.get("variant")] if config.variants is None else config.variants
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
     if not variants or not ks:
-        raise InputError("variants= and experts_ks= need at least one value each", code="empty_list")
+        raise InputError("variants= and experts_ks= each need at least one value", code="empty_list")
     for key in ("variants", "experts_ks"):
         check_choices(key, getattr(config, key))
     return [({**config.backend, "variant": variant}, k) for variant in variants for k in ks]
 
 
 @contextmanager
-def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
+def _reference(config: Config, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
     if config.reference is not None:
         folder = expand_path(config.reference)
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
@@ -95,15 +111,15 @@ def _reference(config: EvaluateConfig, folder: Path, items: list[Item], progress
         yield reference
 
 
-def _reporter(show: Any, prefix: str = "") -> Progress:
-    def report(what: str, done: int, total: int) -> None:
-        show(f"{prefix}{what}, {done} of {total} items")
+def _reporter(announce: Callable[[str], None], prefix: str = "") -> Progress:
+    def report(activity: str, done: int, total: int) -> None:
+        announce(f"{prefix}{activity}, {done} of {total} items")
 
     return report
 
 
 def _cell(setup: Mapping[str, Any], quality: Quality) -> dict[str, Any]:
-    answers = [{"kind": one.item.kind, "right": one.right, "text": one.text} for one in quality.answers]
+    answers = [{"kind": answer.item.kind, "right": answer.right, "text": answer.text} for answer in quality.answers]
     return {"setup": dict(setup), **quality.summary, "said": answers}
 
 

@@ -1,8 +1,8 @@
-"""``task=generate``: continue a prompt, show the text as it comes, then what it cost."""
+"""``task=generate``: answer a prompt, stream the text, and show the cost."""
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,28 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.keys import Config
-from flashmoe_mlx.tasks.model import model_folder
-from flashmoe_mlx.tasks.prompts import with_prompt
-from flashmoe_mlx.tasks.streaming import Streamed, prompt_options, stream
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig
+from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.prompts import with_prompt
+from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class Config(GenerationConfig):
+    """Keys of ``task=generate``."""
+
+    prefetch: str = "none"
+    profile: bool = False
+
+
 def run(config: Config, run_dir: Path) -> None:
-    """Generate, and leave ``environment.json`` and ``metrics.json`` in ``run_dir``."""
+    """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
     folder = model_folder(config.model, config.backend)
     config = with_prompt(config, folder)
-    asked = prompt_options(config)
+    options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,
@@ -37,7 +45,7 @@ def run(config: Config, run_dir: Path) -> None:
     ) as engine:
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
-        shown = stream(engine, config, asked)
+        shown = stream(engine, config, options)
         stats = engine.stats()
         record = {
             "model": {"path": str(folder), "config": asdict(engine.model.config)},
@@ -56,32 +64,34 @@ def run(config: Config, run_dir: Path) -> None:
     for line in metrics_lines(stats):
         show(line)
     if shown.thinking and shown.stopped is None:
-        show(_unfinished_thought(engine, config, asked, shown))
+        show(_explain_missing_answer(engine, config, options, shown))
     show(f"record: {run_dir}")
     if shown.stopped is not None:
         raise shown.stopped
 
 
-def _unfinished_thought(engine: Engine, config: Config, asked: Mapping[str, Any], shown: Streamed) -> str:
-    """Say that there is no answer yet, and what to do; only what helps with this model."""
+def _explain_missing_answer(engine: Engine, config: Config, options: Mapping[str, Any], shown: Streamed) -> str:
+    """Explain why thinking ended without an answer, and list the remedies that this model supports."""
     context = engine.model.config.max_context
     advice = []
     if shown.finish_reason == "stop":
-        what = "the model ended its output"
+        reason = "the model ended its output"
     elif len(shown.token_ids) < config.max_tokens or config.max_tokens >= context:
-        what = f"the context of {context} tokens ended"
+        reason = f"the context of {context} tokens was full"
         advice.append("a shorter prompt leaves more room")
     else:
-        what = f"max_tokens={config.max_tokens} ended"
-        advice.append(f"max_tokens={min(context, max(4096, 4 * config.max_tokens))} leaves room for both")
-    if _can_be_off(engine, config, asked):
-        advice.append("thinking=false asks for an answer at once")
-    return f"{what} inside the model's thinking, before an answer" + "".join(f"; {line}" for line in advice)
+        reason = f"max_tokens={config.max_tokens} was reached"
+        advice.append(
+            f"max_tokens={min(context, max(4096, 4 * config.max_tokens))} leaves room for thinking and an answer"
+        )
+    if _can_skip_thinking(engine, config, options):
+        advice.append("thinking=false skips thinking")
+    return "; ".join([f"no answer: {reason} while the model was thinking", *advice])
 
 
-def _can_be_off(engine: Engine, config: Config, asked: Mapping[str, Any]) -> bool:
+def _can_skip_thinking(engine: Engine, config: Config, options: Mapping[str, Any]) -> bool:
     try:
-        prompt = engine.encode(config.prompt, **{**asked, "enable_thinking": False})
+        prompt = engine.encode(config.prompt, **{**options, "enable_thinking": False})
     except InputError:
         return False
     return not ReasoningSplitter(engine.tokenizer, prompt).open

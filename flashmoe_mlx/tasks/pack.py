@@ -1,7 +1,8 @@
-"""``task=pack``: make a pack of a published checkpoint, add variants to a pack, or verify one."""
+"""``task=pack``: convert a published checkpoint into a pack, add variants to a pack, or verify a pack."""
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import filesize
@@ -10,7 +11,6 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.hub import HubCheckpoint
 from flashmoe_mlx.checkpoint.support import is_hub_id
 from flashmoe_mlx.console.output import byte_progress, show
-from flashmoe_mlx.console.run_folder import holds_only_records
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -18,33 +18,50 @@ from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.paths import as_argument, expand_path
-from flashmoe_mlx.tasks.keys import PackConfig
+from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
+from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
 log = logging.getLogger(__name__)
-_SHOWN = 20
+_MAX_SHOWN = 20
 
 
-def run(config: PackConfig, run_dir: Path) -> None:  # noqa: ARG001  # every task gets its directory
+@dataclass
+class Config(CommonConfig):
+    """Keys of ``task=pack``."""
+
+    source: str | None = field(default=None, metadata=TEXT)
+    out: str | None = field(default=None, metadata=TEXT)
+    revision: str | None = field(default=None, metadata=TEXT)
+    bits: list[int] = field(default_factory=lambda: [4])
+    group_size: int = 64
+    resident_bits: int | None = 4
+    quantiser: str | None = None
+    packed_experts: str | None = field(default=None, metadata=TEXT)
+    delete_source: bool = False
+    verify: bool = False
+
+
+def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature of a task
     """Pack ``source`` into ``out``, or verify ``out``."""
     if config.verify:
-        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true only reads out=")
+        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true reads only out=")
         _verify(config)
         return
     pack = _make(config)
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
-    show(f"run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
+    show(f"to run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 
 
-def _make(config: PackConfig) -> Pack:
+def _make(config: Config) -> Pack:
     if config.source is None:
         raise InputError("task=pack needs source=<checkpoint folder, hub id or pack>")
     folder = expand_path(config.source)
     with byte_progress() as progress:
         if (folder / MANIFEST).is_file():
             if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
-                raise InputError(f"source={folder} is a pack: variants are added in place; leave out out=")
+                raise InputError(f"source={folder} is a pack, and variants are added in place; remove out=")
             _refuse(config, ("revision", "packed_experts", "delete_source"), f"source={folder} is a pack")
             return add_variants(
                 open_pack(folder),
@@ -61,7 +78,7 @@ def _make(config: PackConfig) -> Pack:
             _refuse(config, ("revision",), f"source={folder} is a folder")
         else:
             if not is_hub_id(config.source):
-                raise InputError(f"source={config.source}: no such folder, and not a hub id (<org>/<name>)")
+                raise InputError(f"source={config.source}: neither a folder nor a hub id (<org>/<name>)")
             source = HubCheckpoint.open_remote(config.source, config.revision, downloads_folder(out))
         return pack_checkpoint(
             source,
@@ -71,28 +88,30 @@ def _make(config: PackConfig) -> Pack:
             resident_bits=config.resident_bits,
             quantiser=config.quantiser,
             packed_experts=None if config.packed_experts is None else expand_path(config.packed_experts),
-            # What was downloaded for packing alone is of no further use.
+            # Shards downloaded only for packing are not needed afterwards.
             delete_source=config.delete_source or isinstance(source, HubCheckpoint),
             progress=progress,
-            ignored=holds_only_records,  # this run may write its own below out=
+            ignored=holds_only_records,  # the record of this run may lie below out=
         )
 
 
-def _refuse(config: PackConfig, keys: Sequence[str], reason: str) -> None:
+def _refuse(config: Config, keys: Sequence[str], reason: str) -> None:
     """Refuse keys that would be ignored."""
     for key in keys:
         if getattr(config, key):
-            raise InputError(f"{key}={getattr(config, key)}: has no meaning here: {reason}", code="contradiction")
+            raise InputError(f"{key}={getattr(config, key)}: has no effect: {reason}", code="contradiction")
 
 
-def _verify(config: PackConfig) -> None:
+def _verify(config: Config) -> None:
     if config.out is None:
         raise InputError("verify=true needs out=<folder of the pack>")
     pack = open_pack(expand_path(config.out))
     with byte_progress() as progress:
         damages = verify_pack(pack, progress)
-    for damage in damages[:_SHOWN]:
+    for damage in damages[:_MAX_SHOWN]:
         show(str(damage))
     if damages:
-        raise FlashMoeError(f"{pack.folder}: {len(damages)} damaged, as listed; delete the pack and make it again")
-    show(f"{pack.folder}: every byte is as it was packed")
+        raise FlashMoeError(
+            f"{pack.folder}: {len(damages)} parts are damaged, as listed above; delete the pack and make it again"
+        )
+    show(f"{pack.folder}: verified, every byte is intact")

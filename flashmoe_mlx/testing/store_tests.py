@@ -60,7 +60,7 @@ class ExpertStoreTests:
     """Options that differ from the defaults; preferably a fetch holds at least 3 experts, but not all 12."""
     bits: ClassVar[int] = 4
     """Width of the experts in the files."""
-    in_one_piece: ClassVar[bool] = True
+    contiguous: ClassVar[bool] = True
     """Each expert in one piece, as in a pack; false: in nine, as in a quantised checkpoint."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
@@ -91,12 +91,12 @@ class ExpertStoreTests:
     @classmethod
     def stored(cls, tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
         """Experts on disk, shared by tests that only read them."""
-        return write_experts(tmp_path_factory.mktemp("experts"), cls.bits, cls.in_one_piece)
+        return write_experts(tmp_path_factory.mktemp("experts"), cls.bits, cls.contiguous)
 
     @pytest.fixture
     def own(self, tmp_path: Path) -> StoredExperts:
         """Experts on disk that a test may damage."""
-        return write_experts(tmp_path, self.bits, self.in_one_piece)
+        return write_experts(tmp_path, self.bits, self.contiguous)
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod

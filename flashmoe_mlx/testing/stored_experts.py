@@ -30,12 +30,12 @@ class StoredExperts:
         return sorted({extent.path for extents in every for extent in extents})
 
 
-def write_experts(folder: Path, bits: int, in_one_piece: bool) -> StoredExperts:
+def write_experts(folder: Path, bits: int, contiguous: bool) -> StoredExperts:
     """Write experts of ``bits``, each in one piece as in a pack, or in nine as in a quantised checkpoint."""
     layout = RecordLayout(_SIZE, _SIZE, bits, _GROUP_SIZE, "BF16")
     random = np.random.default_rng(bits)
     payloads = {(n, e): random.bytes(layout.payload_bytes) for n in range(LAYERS) for e in range(EXPERTS)}
-    if not in_one_piece:
+    if not contiguous:
         return StoredExperts(_write_tensors(folder, layout, payloads), payloads)
     source = PackedExperts(folder, layout, LAYERS, EXPERTS)
     records = {place: payload.ljust(layout.record_bytes, b"\0") for place, payload in payloads.items()}

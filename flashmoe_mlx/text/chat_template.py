@@ -1,9 +1,11 @@
-"""Chat templates: a model's own Jinja text that turns messages into a prompt.
+"""Chat templates: Jinja templates, published with a model, that turn messages into a prompt.
 
-A template is foreign code. It runs in Jinja's sandbox and sees nothing but plain data; its size, its output and any
-single product or power are bounded. Its running time, and the memory that its loops build up, are not.
+A template is untrusted code. It runs in Jinja's sandbox and receives JSON values only. The size of the template, the
+size of its output, and the size of each product and power are limited; its running time and the memory used by its
+loops are not.
 
-Variables, filters and functions are those of ``transformers`` ``apply_chat_template``, so that both render alike.
+Variables, filters and functions are those of ``apply_chat_template`` in ``transformers``, so that both render the same
+prompt.
 """
 
 import json
@@ -23,21 +25,29 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.text.messages import joined_parts, plain, plain_messages, unusual_content, unusual_role
+from flashmoe_mlx.text.messages import (
+    find_non_text_content,
+    find_unusual_role,
+    join_text_parts,
+    normalize_messages,
+    to_json_types,
+)
 from flashmoe_mlx.text.template_files import LARGEST_TEMPLATE, SPECIAL_TOKENS, find_template
 
 _LARGEST_OUTPUT = 2**25
-"""Characters of a prompt, items of a repeated sequence, bits of a product or power."""
+"""Limit for the characters of a prompt, the items of a repeated sequence, and the bits of a product or power."""
 _LONGEST_REASON = 300
 _TAKES_JSON_TEXT = re.compile(r"\barguments\s+is\s+(?:not\s+)?string\b")
 _GIVEN = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
 class ChatTemplate:
-    """A model's chat template, compiled.
+    """The compiled chat template of a model.
 
-    ``special_tokens`` are variables of the template, such as ``{"eos_token": "<|im_end|>"}``. ``tool_source`` is the
-    template for conversations with tools, where it is another one.
+    Args:
+        source: Jinja source of the template.
+        special_tokens: variables of the template, such as ``{"eos_token": "<|im_end|>"}``.
+        tool_source: source of the template for conversations with tools; None if it is the same.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
@@ -47,21 +57,21 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, folder: Path) -> "ChatTemplate | None":
-        """Return the template published in ``folder``, or None if there is none; see ``find_template``.
+        """Return the template published in ``folder``; None if there is none. See ``find_template``.
 
         Raises:
-            InputError: a file is malformed or too large, or the template is not valid.
+            InputError: a file is malformed or too large, or the template is invalid.
         """
         found = find_template(folder)
         return None if found is None else cls(found.source, found.special_tokens, found.tool_source)
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The names of the template's options, such as ``enable_thinking`` and ``reasoning_effort``."""
+        """The optional variables of the template, such as ``enable_thinking`` and ``reasoning_effort``."""
         return self._read - _GIVEN - self._special_tokens.keys() - set(SPECIAL_TOKENS)
 
     def reads(self, name: str) -> bool:
-        """Tell whether the template reads a variable: an option, or one that is always given to it."""
+        """Tell whether the template reads the variable ``name``, whether optional or always given."""
         return name in self._read
 
     @cached_property
@@ -77,23 +87,26 @@ class ChatTemplate:
     ) -> str:
         """Return the prompt for ``messages``.
 
-        Messages may be as the OpenAI API has them: arguments of tool calls as JSON text, contents as lists of parts,
-        which are joined if they are text and the template does not take lists. ``options`` are further variables of the
-        template; ``reads`` tells whether one has an effect.
+        Args:
+            messages: messages in the form of the OpenAI API. Arguments of tool calls may be JSON text. Contents may be
+                lists of parts; text parts are joined if the template does not accept lists.
+            tools: declarations of tools; None for none.
+            add_generation_prompt: whether the prompt ends with the beginning of the model's turn.
+            **options: further variables of the template; ``reads`` tells whether a variable has an effect.
 
         Raises:
-            InputError: ``messages`` is empty, malformed, or holds other than JSON values (code ``invalid_messages``);
-                the template refuses them with its own reason (``template_refused``), fails, or writes too much
-                (``template_failed``).
+            InputError: ``messages`` is empty or malformed, or a value has no JSON type (code "invalid_messages"); the
+                template refuses the messages and gives its reason ("template_refused"); the template fails or its
+                output is too large ("template_failed").
         """
         template = self._template if tools is None else self._tool_template
         try:
-            conversation = plain_messages(messages, template.takes_json_text)
+            conversation = normalize_messages(messages, template.takes_json_text)
             variables = {
                 "documents": None,
                 **self._special_tokens,
-                **{name: plain(value, name) for name, value in options.items()},
-                "tools": None if tools is None else plain(tools, "tools"),
+                **{name: to_json_types(value, name) for name, value in options.items()},
+                "tools": None if tools is None else to_json_types(tools, "tools"),
                 "add_generation_prompt": bool(add_generation_prompt),
             }
         except RecursionError as error:
@@ -101,58 +114,63 @@ class ChatTemplate:
         try:
             return template.write({**variables, "messages": conversation})
         except Exception as error:
-            joined, unusual = joined_parts(conversation), unusual_content(conversation)
-            if joined is None or unusual:
+            joined = join_text_parts(conversation)
+            if joined is None or find_non_text_content(conversation):
                 raise _failure(error, conversation) from error
             try:
                 return template.write({**variables, "messages": joined})
-            except Exception as again:
-                raise _failure(again, joined) from again
+            except Exception as second_error:
+                raise _failure(second_error, joined) from second_error
 
 
 class _Compiled:
-    """One Jinja source, compiled."""
+    """A compiled Jinja template."""
 
     def __init__(self, source: str) -> None:
         if len(source.encode(errors="replace")) > LARGEST_TEMPLATE:
-            raise InputError(f"chat template: larger than {LARGEST_TEMPLATE} bytes", code="invalid_template")
+            raise InputError(f"chat template: it is larger than {LARGEST_TEMPLATE} bytes", code="invalid_template")
         self._source = source
         self._environment = _Environment()
         self.takes_json_text = _TAKES_JSON_TEXT.search(source) is not None
-        """Whether the template itself tells arguments that are JSON text from objects."""
+        """Whether the template distinguishes arguments given as JSON text from arguments given as objects."""
         try:
             self._template = self._environment.from_string(source)
         except Exception as error:
             raise _failure(error, code="invalid_template") from error
 
     def variables(self) -> frozenset[str]:
-        """Return the names that the template reads before it sets them, if it ever does."""
+        """Return the names that the template reads without setting them first."""
         tree = self._environment.parse(self._source)
-        first: dict[str, str] = {}
+        first_use: dict[str, str] = {}
         for name in _names(tree):
-            first.setdefault(name.name, name.ctx)
-        found = meta.find_undeclared_variables(tree) - self._environment.globals.keys()
-        return frozenset(name for name in found if first.get(name) == "load")
+            first_use.setdefault(name.name, name.ctx)
+        undeclared = meta.find_undeclared_variables(tree) - self._environment.globals.keys()
+        return frozenset(name for name in undeclared if first_use.get(name) == "load")
 
     def write(self, variables: Mapping[str, Any]) -> str:
-        """Return the text; raises whatever the template raises."""
+        """Return the output for ``variables``.
+
+        Raises:
+            InputError: the output is too large.
+            Exception: the template raised it.
+        """
         pieces, length = [], 0
         for piece in self._template.generate(variables):
             length += len(piece)
             if length > _LARGEST_OUTPUT:
                 raise InputError(
-                    f"chat template: it writes more than {_LARGEST_OUTPUT} characters", code="template_failed"
+                    f"chat template: its output is longer than {_LARGEST_OUTPUT} characters", code="template_failed"
                 )
             pieces.append(piece)
         return "".join(pieces)
 
 
 class _RefusalError(TemplateError):
-    """The template called ``raise_exception``."""
+    """An error raised by the template through ``raise_exception``."""
 
 
 class _Generation(Extension):
-    """``{% generation %}``, which marks the model's words for training; here its body is rendered and no more."""
+    """The tag ``{% generation %}``, which marks text of the model for training; its body is rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -182,7 +200,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Dict:
-    """Stands in for ``dict``, whose unbound methods would get around the sandbox."""
+    """A replacement for ``dict``, whose unbound methods would escape the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -192,7 +210,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Refuses names that Python or Jinja itself would look up on the object."""
+    """A namespace that refuses names with a leading underscore, which Python or Jinja may look up on the object."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         attributes = dict(*args, **kwargs)
@@ -211,7 +229,7 @@ def _check_attribute(name: object) -> None:
 
 
 def _size(operator: str, left: Any, right: Any) -> int:
-    """Items, or bits of an integer, that ``left operator right`` will have; 0 where it cannot be large."""
+    """Return the number of items or bits of ``left operator right``; 0 if the result cannot be large."""
     if isinstance(left, int) and isinstance(right, int):
         return left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
     if isinstance(left, int):
@@ -240,18 +258,18 @@ def _strftime_now(layout: str) -> str:
 
 
 def _names(node: nodes.Node) -> Iterator[nodes.Name]:
-    """Yield the names below ``node`` in the order of their evaluation."""
+    """Yield the names below ``node`` in the order of evaluation."""
     if isinstance(node, nodes.Name):
         yield node
     children = list(node.iter_child_nodes())
-    if isinstance(node, nodes.Assign | nodes.For):  # the target comes first in the tree, but is set last
+    if isinstance(node, nodes.Assign | nodes.For):  # the target is first in the tree but evaluated last
         children[:2] = reversed(children[:2])
     for child in children:
         yield from _names(child)
 
 
 def _failure(error: Exception, messages: Sequence[Mapping[str, Any]] = (), code: str = "template_failed") -> InputError:
-    """Return one line for what the template raised, beginning with a place in ``messages`` that may be why."""
+    """Convert an error of the template to one line; put an unusual place in ``messages`` first, if there is one."""
     if isinstance(error, InputError):
         return error
     reason = " ".join(str(error).split())
@@ -263,5 +281,5 @@ def _failure(error: Exception, messages: Sequence[Mapping[str, Any]] = (), code:
         reason = reason[:_LONGEST_REASON] + "..."
     if isinstance(error, _RefusalError):
         code = "template_refused"
-    unusual = unusual_content(messages) or unusual_role(messages, reason)
+    unusual = find_non_text_content(messages) or find_unusual_role(messages, reason)
     return InputError(f"{unusual}; chat template: {reason}" if unusual else f"chat template: {reason}", code=code)

@@ -1,7 +1,7 @@
-"""Messages of a conversation as clients send them, made ready for chat templates.
+"""Convert the messages of a conversation from the form that clients send to the form that chat templates read.
 
-Clients of the OpenAI API send the arguments of tool calls as JSON text and contents as lists of parts. Most templates
-want objects and plain text.
+Clients of the OpenAI API send the arguments of tool calls as JSON text, and contents as lists of parts. Most templates
+expect objects and plain text.
 """
 
 import json
@@ -12,22 +12,22 @@ from typing import Any, NoReturn
 from flashmoe_mlx.errors import InputError
 
 INVALID = "invalid_messages"
-"""The error code of messages that no template could render."""
+"""The error code of messages that no template can render."""
 
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _ROLES = ("system", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def plain_messages(messages: Sequence[Mapping[str, Any]], keep_json_text: bool = False) -> list[dict[str, Any]]:
-    """Return copies of JSON types, as templates read them.
+def normalize_messages(messages: Sequence[Mapping[str, Any]], keep_json_text: bool = False) -> list[dict[str, Any]]:
+    """Return copies of ``messages`` for a chat template, made of JSON types only.
 
-    Fields that are None are left out; the model's reasoning is under every name that templates read. Arguments of tool
-    calls become objects; with ``keep_json_text`` they stay text where they are text.
+    Fields with the value None are left out. The reasoning of the model is present under every name that templates read.
+    Arguments of tool calls become objects; with ``keep_json_text``, arguments given as JSON text stay text.
 
     Raises:
-        InputError: there is no message, one is not an object with a role, a value is not of a JSON type, a call has
-            no name, or arguments are not a JSON object. It names the message and the field.
+        InputError: the list is empty, a message is not an object with a role, a value has no JSON type, a tool call has
+            no name, or its arguments are not a JSON object. The error names the message and the field.
     """
     if not isinstance(messages, Sequence):
         raise InputError(f"messages must be a list, not {type(messages).__name__}", code=INVALID)
@@ -40,20 +40,20 @@ def plain_messages(messages: Sequence[Mapping[str, Any]], keep_json_text: bool =
             raise _invalid(place, f"must be an object with a role and a content, not {type(message).__name__}")
         if not isinstance(message.get("role"), str) or not message["role"]:
             raise _invalid(f"{place}.role", "must be text such as 'user'")
-        fields = {name: plain(value, f"{place}.{name}") for name, value in message.items() if value is not None}
+        fields = {name: to_json_types(value, f"{place}.{name}") for name, value in message.items() if value is not None}
         reasoning = next((fields[name] for name in _REASONING_FIELDS if name in fields), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         if "tool_calls" in fields:
-            _read_calls(fields["tool_calls"], f"{place}.tool_calls", keep_json_text)
+            _normalize_calls(fields["tool_calls"], f"{place}.tool_calls", keep_json_text)
         if "function_call" in fields:
-            raise _invalid(f"{place}.function_call", "is read by no template; send tool_calls")
+            raise _invalid(f"{place}.function_call", "is not supported by chat templates; send tool_calls")
         result.append(fields)
     return result
 
 
-def joined_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-    """Return the messages with lists of text parts joined; None where no content is such a list."""
+def join_text_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+    """Return ``messages`` with the text parts of each content joined; None if no content is a list of parts."""
     result = [dict(message) for message in messages]
     lists = [message for message in result if isinstance(message.get("content"), list)]
     for message in lists:
@@ -61,31 +61,34 @@ def joined_parts(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] 
     return result if lists else None
 
 
-def unusual_content(messages: Sequence[Mapping[str, Any]]) -> str:
-    """Return where a content is not text, and what it is; empty if all is text."""
+def find_non_text_content(messages: Sequence[Mapping[str, Any]]) -> str:
+    """Describe the first content that is not text, and its place; return an empty string if there is none."""
     for index, message in enumerate(messages):
         place, content = f"messages[{index}].content", message.get("content", "")
         if isinstance(content, list):
-            found = unusual_part(content, place)
-            if found:
-                return found
+            description = find_non_text_part(content, place)
+            if description:
+                return description
         elif not isinstance(content, str):
             return f"{place} is neither text nor a list of parts"
     return ""
 
 
-def unusual_part(parts: Sequence[Any], place: str) -> str:
-    """Return where a content in ``parts`` has other than text, and what it is; empty if all is text."""
+def find_non_text_part(parts: Sequence[Any], place: str) -> str:
+    """Describe the first of the ``parts`` at ``place`` that is not text; return an empty string if there is none."""
     for position, part in enumerate(parts):
         if _part_text(part) is None:
             kind = part.get("type") if isinstance(part, Mapping) else None
-            name = f"a part of type {kind!r}" if isinstance(kind, str) else "no part with a type and a text"
+            name = f"a part of type {kind!r}" if isinstance(kind, str) else "not a part with a type and a text"
             return f"{place}[{position}] is {name}"
     return ""
 
 
-def unusual_role(messages: Sequence[Mapping[str, Any]], reason: str) -> str:
-    """Return where a role is unusual, if a template's ``reason`` is about roles and does not name it; else nothing."""
+def find_unusual_role(messages: Sequence[Mapping[str, Any]], reason: str) -> str:
+    """Describe the first unusual role, if the template's ``reason`` is about roles but does not name it.
+
+    Return an empty string if there is none.
+    """
     about_roles = "role" in reason or "user" in reason
     for index, message in enumerate(messages if about_roles else ()):
         if message["role"] not in _ROLES and message["role"] not in reason:
@@ -93,8 +96,12 @@ def unusual_role(messages: Sequence[Mapping[str, Any]], reason: str) -> str:
     return ""
 
 
-def plain(value: Any, place: str) -> Any:
-    """Return a copy made of JSON types alone: the methods of anything richer would be open to a template."""
+def to_json_types(value: Any, place: str) -> Any:
+    """Return a copy of ``value`` made of JSON types only, so that a template cannot call methods of other types.
+
+    Raises:
+        InputError: a value has no JSON type; the error begins with ``place``.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -104,22 +111,20 @@ def plain(value: Any, place: str) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {_plain_key(name, place): plain(item, place) for name, item in value.items()}
+        return {_to_json_key(name, place): to_json_types(item, place) for name, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
-        return [plain(item, place) for item in value]
-    raise _invalid(
-        place, f"holds what JSON cannot: chat templates are given JSON values only, not {type(value).__name__}"
-    )
+        return [to_json_types(item, place) for item in value]
+    raise _invalid(place, f"has a value of type {type(value).__name__}, which JSON does not have")
 
 
-def _plain_key(name: Any, place: str) -> Any:
+def _to_json_key(name: Any, place: str) -> Any:
     if name is None or isinstance(name, str | int | float):
-        return plain(name, place)
-    raise _invalid(place, f"has a name that is no text: {type(name).__name__}")
+        return to_json_types(name, place)
+    raise _invalid(place, f"has a key of type {type(name).__name__} instead of text")
 
 
-def _read_calls(calls: Any, place: str, keep_json_text: bool) -> None:
-    """Check ``calls``, and replace JSON texts among their arguments by the objects that they are."""
+def _normalize_calls(calls: Any, place: str, keep_json_text: bool) -> None:
+    """Check ``calls`` and parse arguments given as JSON text, in place."""
     if not isinstance(calls, list):
         raise _invalid(place, "must be a list of calls")
     for index, call in enumerate(calls):
@@ -129,19 +134,20 @@ def _read_calls(calls: Any, place: str, keep_json_text: bool) -> None:
         if not isinstance(function, dict):
             raise _invalid(where, "must be an object with a name and arguments")
         if not isinstance(function.get("name"), str) or not function["name"]:
-            raise _invalid(f"{where}.name", "must be text that is not empty")
+            raise _invalid(f"{where}.name", "must be a text that is not empty")
         text = function.get("arguments", {})
         if isinstance(text, str):
-            arguments = _parsed(text, f"{where}.arguments")
+            arguments = _parse_arguments(text, f"{where}.arguments")
             if not keep_json_text or not text.strip():
                 function["arguments"] = arguments
         elif text is None:
             function["arguments"] = {}
         elif not isinstance(text, dict):
-            raise _invalid(f"{where}.arguments", "must be a JSON object, or the text of one")
+            raise _invalid(f"{where}.arguments", "must be a JSON object, or its text")
 
 
-def _parsed(text: str, place: str) -> dict[str, Any]:
+def _parse_arguments(text: str, place: str) -> dict[str, Any]:
+    """Parse the JSON text of an object; blank text stands for an empty object."""
     if not text.strip():
         return {}
     try:
@@ -173,7 +179,7 @@ def _refuse(text: str) -> NoReturn:
 
 
 def _part_text(part: Any) -> str | None:
-    """Return the text of a content part; None if it is of another kind."""
+    """Return the text of a content part; None if the part is not text."""
     if isinstance(part, Mapping) and part.get("type", "text") in _TEXT_PARTS and isinstance(part.get("text"), str):
         return str(part["text"])
     return part if isinstance(part, str) else None

@@ -1,15 +1,15 @@
-"""Separation of a model's thinking, ``<think>...</think>``, from its answer, token by token.
+"""Separate a model's thinking, ``<think>...</think>``, from its answer, token by token.
 
-Rules, the same for tags that are tokens and tags that are text:
+The rules are the same for tags that are tokens and tags that are text:
 
-- Thinking is open from the start where the prompt ends inside an open ``<think>``: its last tag after the last special
-  token (which ends a turn) is ``<think>``. Otherwise the model opens it, before any other text but whitespace.
+- Thinking is open from the start if the last tag of the prompt, after its last special token, is ``<think>``. (A
+  special token ends a turn.) Otherwise the model opens thinking, and only whitespace may precede ``<think>``.
 - The first ``</think>`` ends thinking. A further ``<think>`` before any text of the answer opens it again.
-- Newlines next to a tag are markup, as the published templates write and strip them.
-- A ``<think>`` at the start of open thinking, and a ``</think>`` before the answer, repeat what is known: dropped.
-  All other tags are text, so that an answer that quotes them stays whole.
-- A tool call written inside thinking is a draft and belongs to the reasoning, unless the output ends with it and
-  thinking was never closed: then the model meant the call, and it belongs to the answer.
+- Newlines next to a tag are markup, since the published templates write and strip them.
+- A redundant ``<think>`` at the start of open thinking, and a redundant ``</think>`` before the answer, are dropped.
+  All other tags are text, so that an answer may quote them.
+- A tool call inside thinking is a draft, which belongs to the reasoning. If the output ends after the call and thinking
+  was never closed, the call was meant, and it belongs to the answer.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ _FUNCTION = "<function="
 
 class _State(Enum):
     START = auto()
-    """No answer yet; whitespace is held back, as ``<think>`` may follow."""
+    """Before the answer; whitespace is held back because ``<think>`` may follow."""
     OPENED = auto()
-    """Thinking, no text of it yet."""
+    """In thinking, before its first text."""
     THINKING = auto()
     CALL_TAG = auto()
     """In thinking, after ``<tool_call>``."""
@@ -40,47 +40,47 @@ _CALL_STATES = (_State.CALL_TAG, _State.CALL_BODY, _State.CALL_ENDED)
 
 
 class ReasoningSplitter:
-    """Splits the tokens generated after ``prompt_ids`` into reasoning and content.
+    """A splitter of the tokens generated after ``prompt_ids`` into reasoning and content.
 
-    The pieces returned by ``add`` and ``finish``, joined, do not depend on where the text is cut into pieces. Text is
-    held back only while it may still turn out to be markup.
+    The concatenated pieces do not depend on how the text is divided into tokens. Text is held back only while it may be
+    markup.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._scanner = TagScanner(tokenizer.added_tokens)
         self._state = _initial_state(tokenizer, prompt_ids)
         self._closed = False
-        """A ``</think>`` came, so that newlines before the answer are markup."""
+        """Whether newlines are markup because ``</think>`` preceded."""
         self._held: list[Segment] = []
-        """Whitespace at the start, newlines that may precede ``</think>``, or a call in thinking."""
+        """Whitespace at the start, newlines that may precede ``</think>``, or a tool call in thinking."""
         self._call = ""
-        """The text after ``<tool_call>`` in thinking, as long as it may become ``<function=``."""
+        """The text after ``<tool_call>`` in thinking while it may be the beginning of ``<function=``."""
         self._reasoning: list[str] = []
         self._content: list[Segment] = []
 
     @property
     def open(self) -> bool:
-        """Whether the model is thinking now."""
+        """Whether thinking is open."""
         return self._state not in (_State.START, _State.ANSWER)
 
     def add(self, token_id: int, text: str) -> tuple[str, str]:
-        """Take a token and the text that the detokenizer gave for it; returns new reasoning and new content."""
-        return _joined(self.split(token_id, text))
+        """Add a token and the text that it completed; return new reasoning and new content."""
+        return _join_content(self.split(token_id, text))
 
     def finish(self) -> tuple[str, str]:
-        """End the output; returns the reasoning and the content that were held back."""
-        return _joined(self.split_rest())
+        """End the output; return the reasoning and the content that were held back."""
+        return _join_content(self.split_rest())
 
     def split(self, token_id: int, text: str) -> tuple[str, list[Segment]]:
-        """Do the same as ``add``, with the content as segments, for a reader of tool calls."""
+        """Add a token like ``add``, but return the content as segments, for a reader of tool calls."""
         for segment in self._scanner.add(token_id, text):
-            self._take(segment)
-        return self._taken()
+            self._read(segment)
+        return self._flush()
 
     def split_rest(self) -> tuple[str, list[Segment]]:
-        """Do the same as ``finish``, with the content as segments."""
+        """End the output like ``finish``, but return the content as segments."""
         for segment in self._scanner.finish():
-            self._take(segment)
+            self._read(segment)
         held, self._held = self._held, []
         if self._state is _State.CALL_BODY or any(segment.tag == END_TOOL_CALL for segment in held):
             first = next(index for index, segment in enumerate(held) if segment.tag == TOOL_CALL)
@@ -90,28 +90,28 @@ class ReasoningSplitter:
             self._answer(held)
         else:
             self._reasoning += [segment.text for segment in held]
-        return self._taken()
+        return self._flush()
 
-    def _taken(self) -> tuple[str, list[Segment]]:
+    def _flush(self) -> tuple[str, list[Segment]]:
         reasoning, content = "".join(self._reasoning), self._content
         self._reasoning, self._content = [], []
         return reasoning, content
 
-    def _take(self, segment: Segment) -> None:
+    def _read(self, segment: Segment) -> None:
         if self._state is _State.ANSWER:
             self._content.append(segment)
         elif self._state is _State.START:
-            self._take_at_start(segment)
+            self._read_at_start(segment)
         elif segment.tag == END_THINK:
             self._close()
         elif self._state in _CALL_STATES:
-            self._take_in_call(segment)
+            self._read_in_call(segment)
         elif segment.tag == TOOL_CALL:
             self._begin_call(segment)
         elif not (self._state is _State.OPENED and segment.tag == THINK):
             self._think(segment.text)
 
-    def _take_at_start(self, segment: Segment) -> None:
+    def _read_at_start(self, segment: Segment) -> None:
         if segment.tag == THINK:
             self._held = []
             self._state = _State.OPENED
@@ -126,7 +126,7 @@ class ReasoningSplitter:
                 self._state = _State.ANSWER
 
     def _answer(self, segments: list[Segment]) -> None:
-        """Begin the answer, without the newlines that follow ``</think>``."""
+        """Begin the answer with ``segments``, without the newlines that follow ``</think>``."""
         for segment in segments:
             text = segment.text.lstrip("\n") if self._closed else segment.text
             if text or segment.tag:
@@ -134,7 +134,7 @@ class ReasoningSplitter:
                 self._content.append(Segment(text, segment.tag))
 
     def _think(self, text: str) -> None:
-        """Take text of the reasoning; newlines at its end are held back."""
+        """Append text to the reasoning; hold back newlines at its end."""
         if self._state is _State.OPENED:
             text = text.lstrip("\n")
         if not text:
@@ -148,6 +148,7 @@ class ReasoningSplitter:
             self._held.append(Segment(text[len(body) :]))
 
     def _close(self) -> None:
+        """End thinking."""
         if self._state in _CALL_STATES:
             self._draft()
         self._held = []
@@ -160,13 +161,13 @@ class ReasoningSplitter:
         self._state = _State.CALL_TAG
 
     def _draft(self) -> None:
-        """Make reasoning of a call that was held back."""
+        """Turn a call that was held back into reasoning."""
         held, self._held = self._held, []
         self._state = _State.THINKING
         for segment in held:
             self._think(segment.text)
 
-    def _take_in_call(self, segment: Segment) -> None:
+    def _read_in_call(self, segment: Segment) -> None:
         ended = self._state is _State.CALL_ENDED
         if segment.tag == TOOL_CALL:
             if self._state is _State.CALL_TAG:
@@ -183,7 +184,7 @@ class ReasoningSplitter:
             self._held.append(segment)
         elif ended:
             self._draft()
-            self._take(segment)
+            self._read(segment)
         else:
             self._held.append(segment)
             self._call = (self._call + segment.text).lstrip()
@@ -194,11 +195,12 @@ class ReasoningSplitter:
 
 
 def _initial_state(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _State:
+    """Return the state at the end of the prompt."""
     start = next((end for end in range(len(prompt_ids), 0, -1) if prompt_ids[end - 1] in tokenizer.special_ids), 0)
     scanner = TagScanner(tokenizer.added_tokens, (THINK, END_THINK))
     detokenizer = tokenizer.detokenizer()
     state = _State.START
-    segments = [item for token in prompt_ids[start:] for item in scanner.add(token, detokenizer.add(token))]
+    segments = [segment for token in prompt_ids[start:] for segment in scanner.add(token, detokenizer.add(token))]
     for segment in [*segments, *scanner.add(None, detokenizer.flush()), *scanner.finish()]:
         if segment.tag:
             state = _State.OPENED if segment.tag == THINK else _State.START
@@ -207,5 +209,7 @@ def _initial_state(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _State:
     return state
 
 
-def _joined(taken: tuple[str, list[Segment]]) -> tuple[str, str]:
-    return taken[0], "".join(segment.text for segment in taken[1])
+def _join_content(pieces: tuple[str, list[Segment]]) -> tuple[str, str]:
+    """Return the reasoning, and the text of the segments of the content."""
+    reasoning, content = pieces
+    return reasoning, "".join(segment.text for segment in content)

@@ -1,7 +1,7 @@
-"""Tags such as ``<think>`` in a stream of tokens: found by token id where a tokenizer has them as single tokens.
+"""Find tags such as ``<think>`` in a stream of tokens.
 
-Only the token is the tag then: the same characters in other tokens were quoted or typed, and are text. For tokenizers
-without the token, the characters are the tag, wherever the pieces are cut.
+If the tokenizer has a token for a tag, only that token is the tag; the same characters in different tokens are quoted
+text. Otherwise the characters are the tag, even if they are split across tokens.
 """
 
 import re
@@ -14,18 +14,18 @@ TAGS = (THINK, END_THINK, TOOL_CALL, END_TOOL_CALL)
 
 
 class Segment(NamedTuple):
-    """A piece of text, or one tag."""
+    """A piece of text, or one tag; ``tag`` is empty for plain text."""
 
     text: str
     tag: str = ""
-    """The tag that ``text`` is; empty for plain text."""
 
 
 class TagScanner:
-    """Splits a stream into text and tags.
+    """A scanner that splits a stream into text and tags.
 
-    ``added_tokens`` are the ids of a tokenizer's added tokens by their text. Each tag must begin with ``<`` and hold
-    no other ``<``.
+    Args:
+        added_tokens: ids of a tokenizer's added tokens by their text.
+        tags: tags to find; each must begin with ``<`` and must not contain a second ``<``.
     """
 
     def __init__(self, added_tokens: Mapping[str, int], tags: Iterable[str] = TAGS) -> None:
@@ -34,22 +34,22 @@ class TagScanner:
         self._texts = tuple(tag for tag in tags if tag not in added_tokens)
         self._pattern = re.compile("|".join(map(re.escape, self._texts)))
         self._held = ""
-        """The beginning of a tag, perhaps."""
+        """Text that may be the beginning of a tag."""
 
     def add(self, token_id: int | None, text: str) -> list[Segment]:
-        """Take one token and the text that it made certain; returns the segments that are complete.
+        """Add a token and the text that it completed; return the complete segments.
 
-        ``token_id`` is None for text that is not tokenized.
+        ``token_id`` is None for text that does not come from a token.
         """
         tag = None if token_id is None else self._ids.get(token_id)
         if tag is None:
             return list(self._scan(text))
-        before = text.removesuffix(tag)
-        shown = text[len(before) :]
-        return [*self._scan(before), *self.finish(), Segment(shown, tag)]
+        preceding = text.removesuffix(tag)
+        tag_text = text[len(preceding) :]
+        return [*self._scan(preceding), *self.finish(), Segment(tag_text, tag)]
 
     def finish(self) -> list[Segment]:
-        """Return the text that was held back, at the end of the stream."""
+        """End the stream and return the text that was held back."""
         held, self._held = self._held, ""
         return [Segment(held)] if held else []
 

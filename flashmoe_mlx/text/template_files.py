@@ -1,4 +1,4 @@
-"""Chat templates as models publish them: in which file, under which name, with which special tokens."""
+"""Find a model's chat template, and its special tokens, in the published files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,19 +16,25 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class PublishedTemplate:
-    """The source of a model's template, and what it may read."""
+    """The source of a model's chat template.
+
+    Attributes:
+        source: Jinja source of the template.
+        tool_source: source of the template for conversations with tools; None if it is the same.
+        special_tokens: texts of special tokens by name, such as "eos_token".
+    """
 
     source: str
     tool_source: str | None
-    """The template for conversations with tools, where it is another one."""
     special_tokens: dict[str, str]
 
 
 def find_template(folder: Path) -> PublishedTemplate | None:
-    """Read the template published in ``folder``; returns None if there is none.
+    """Read the template published in ``folder``; return None if there is none.
 
-    ``chat_template.jinja`` goes before ``chat_template.json``, which processors of vision models write, and that before
-    the "chat_template" of ``tokenizer_config.json``. A template named "tool_use" is for conversations with tools.
+    The sources in order of precedence are ``chat_template.jinja``, ``chat_template.json`` (written by processors of
+    vision models), and the field "chat_template" of ``tokenizer_config.json``. A template named "tool_use" is for
+    conversations with tools.
 
     Raises:
         InputError: a file is malformed or too large.
@@ -49,7 +55,7 @@ def find_template(folder: Path) -> PublishedTemplate | None:
 
 
 def _named_templates(value: object, path: Path) -> dict[str, str]:
-    """Return templates by name: a single string is the default; otherwise they come as a list of named ones."""
+    """Return templates by name from a field "chat_template": one string, or a list of named templates."""
     if value is None:
         return {}
     if isinstance(value, str):
@@ -63,12 +69,12 @@ def _named_templates(value: object, path: Path) -> dict[str, str]:
             )
         named[entry["name"]] = entry["template"]
     if _DEFAULT not in named:
-        raise InputError(f"{path}: none of its chat templates is named 'default'", code="invalid_template")
+        raise InputError(f"{path}: chat_template: no template is named 'default'", code="invalid_template")
     return named
 
 
 def _special_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Return the named tokens of a ``tokenizer_config.json``: bos_token and its like, and those a model adds."""
+    """Return the special tokens in a ``tokenizer_config.json``: bos_token and so on, and tokens that the model adds."""
     added = (config.get(name) for name in ("extra_special_tokens", "model_specific_special_tokens"))
     named = {name: token for tokens in added if isinstance(tokens, dict) for name, token in tokens.items()}
     named |= {name: token for name, token in config.items() if name.endswith("_token")}
@@ -78,5 +84,5 @@ def _special_tokens(config: Mapping[str, Any], path: Path) -> dict[str, str]:
         if isinstance(text, str):
             tokens[name] = text
         elif name in SPECIAL_TOKENS and token is not None:
-            raise InputError(f"{path}: {name} is not a token", code="invalid_tokenizer")
+            raise InputError(f"{path}: {name} is not the text of a token", code="invalid_tokenizer")
     return tokens

@@ -1,1 +1,1 @@
-"""What other implementations answer: recordings for everyday tests, and the means to make them anew."""
+"""Outputs of other implementations: recordings for the everyday tests, and programs that make them."""

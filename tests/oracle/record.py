@@ -1,6 +1,6 @@
 """Record transformers' logits into ``fixtures/``: ``python tests/oracle/record.py [part of a case's name ...]``.
 
-Needs the ``oracle`` extra and a minute or two.
+This needs the ``oracle`` extra and takes one or two minutes.
 """
 
 import sys
@@ -18,7 +18,7 @@ from oracle.recorded import CASES, FIXTURES, LONG_CASES, LONG_PROMPT_LENGTH, LON
 from oracle.reference import Reference, argmax_margin
 
 LONG_ROUTING_MARGIN = 4e-6
-"""Smallest lead of a chosen expert in a long run: several times the rounding of router logits in float32."""
+"""Smallest margin of a chosen expert in a long run: several times the rounding error of router logits in float32."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Logits of transformers, recorded by ``record.py``; reading them needs neither torch nor transformers."""
+"""Logits of transformers, recorded by ``record.py``. Reading them requires neither torch nor transformers."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from tiny_checkpoints import (
     Layout,
     Tensors,
     dense_weights,
-    dequantised_weights,
+    dequantized_weights,
     weights_hash,
     write_checkpoint,
 )
@@ -22,7 +22,7 @@ from tiny_checkpoints import (
 PROMPT_LENGTH = 64
 DECODE_STEPS = 32
 TOLERANCE = 2e-3
-"""Largest difference of a logit from transformers'; logits have an rms of 1."""
+"""Largest allowed difference between logits; logits have an rms of 1."""
 
 Encoding = Literal["dense", "mlx4"]
 
@@ -31,7 +31,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 @dataclass(frozen=True)
 class Recording:
-    """A prompt, then the tokens of greedy decoding one at a time; the logits after each of them."""
+    """A prompt followed by greedily decoded tokens, and the logits after each token."""
 
     tokens: np.ndarray
     logits: np.ndarray
@@ -39,7 +39,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class Case:
-    """One recorded run: which weights, in which encoding, and with how many experts a token (None: the model's own)."""
+    """A recorded run: weights, their encoding, and experts per token (None for the model's own number)."""
 
     geometry_name: str
     seed: int
@@ -61,8 +61,8 @@ class Case:
         return FIXTURES / f"{self.name}.npz"
 
     def weights(self) -> Tensors:
-        """What an engine computes with when it opens the checkpoint, by canonical names."""
-        make = dense_weights if self.encoding == "dense" else dequantised_weights
+        """Return the weights that an engine uses when it opens the checkpoint, by canonical name."""
+        make = dense_weights if self.encoding == "dense" else dequantized_weights
         return make(self.geometry, self.seed, self.dtype)
 
     def write_checkpoint(self, folder: Path, layout: Layout = "fused") -> Path:
@@ -70,14 +70,14 @@ class Case:
         return write_checkpoint(folder, self.geometry, self.seed, layout, dtype=self.dtype)
 
     def load(self) -> Recording:
-        """The recording, once it is sure that the weights of today are those it was made with."""
+        """Return the recording, after checking that it was made with the present weights."""
         with np.load(self.path, allow_pickle=False) as stored:
             recording = Recording(stored["tokens"].astype(np.int32), stored["logits"])
             recorded_hash, made_by = str(stored["weights_sha256"]), str(stored["made_by"])
         today = weights_hash(self.weights())
         assert today == recorded_hash, (
-            f"{self.name}: tests/tiny_checkpoints.py makes other weights than {made_by} was given"
-            f" ({today[:12]}, not {recorded_hash[:12]}); record anew: python tests/oracle/record.py"
+            f"{self.name}: tests/tiny_checkpoints.py now makes different weights than {made_by} used"
+            f" ({today[:12]}, not {recorded_hash[:12]}); to record again: python tests/oracle/record.py"
         )
         return recording
 
@@ -85,7 +85,7 @@ class Case:
 DENSE_CASES = tuple(Case(name, seed, "dense", "F32") for name in GEOMETRIES for seed in SEEDS)
 MLX4_CASES = (
     *(Case(name, 0, "mlx4", "BF16") for name in GEOMETRIES),
-    # Published checkpoints have bfloat16 scales; MLX writes float32 ones as readily.
+    # Published checkpoints have bfloat16 scales; MLX can also write float32 scales.
     Case("plain", 1, "mlx4", "F32"),
 )
 OTHER_CASES = (
@@ -104,9 +104,9 @@ LONG_CONTEXT = 8192
 class LongCase(Case):
     """A run past 4,096 tokens: a prompt of ``LONG_PROMPT_LENGTH`` tokens and ``DECODE_STEPS`` greedy steps.
 
-    Only the logits of ``LONG_ROWS`` are recorded: around the borders of KV cache growth and of prefill chunks, and
-    every decode step. So many tokens always include some whose experts are chosen by a narrow margin; the recording
-    holds that margin, and float32 implementations agree on the choice as long as it stays far above their rounding.
+    Only the logits of ``LONG_ROWS`` are recorded: near the boundaries of KV cache growth and prefill chunks, and in
+    every decode step. Among so many tokens, some always choose experts by a narrow margin. The recording contains this
+    margin; float32 implementations make the same choices if it is far above their rounding errors.
     """
 
     @property
@@ -126,6 +126,6 @@ LONG_ROWS = np.array(
         *range(LONG_PROMPT_LENGTH - 1, LONG_PROMPT_LENGTH + DECODE_STEPS),
     ]
 )
-"""Positions whose logits a long recording holds."""
+"""Positions whose logits are in a long recording."""
 
 LONG_CASES = (LongCase("plain", 0, "dense", "F32"), LongCase("pattern", 1, "dense", "F32"))

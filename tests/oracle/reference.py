@@ -1,4 +1,4 @@
-"""transformers' Qwen3.5-MoE text model in float32 on a CPU, with weights by canonical names."""
+"""The Qwen3.5-MoE text model of transformers in float32 on a CPU, with weights by canonical name."""
 
 from collections.abc import Mapping
 from itertools import count
@@ -11,19 +11,19 @@ from transformers import Cache, DynamicCache, Qwen3_5MoeForCausalLM, Qwen3_5MoeT
 from oracle.recorded import DECODE_STEPS, PROMPT_LENGTH, TOLERANCE
 
 ARGMAX_MARGIN = 2 * TOLERANCE
-"""With this, whoever is within the tolerance has the same argmax."""
+"""Smallest margin of a recorded token; implementations within the tolerance have the same argmax."""
 
 ROUTING_MARGIN = 5e-4
-"""Router logits of two float32 implementations differ by some 1e-5, but an expert swapped changes the logits a lot."""
+"""Smallest margin of a recorded expert. Router logits of float32 implementations differ by about 1e-5."""
 
 
 class Reference:
-    """The model, and the narrowest choice that its routers have made so far."""
+    """The model, and the smallest margin of all choices that its routers have made."""
 
     def __init__(self, geometry: Geometry, weights: Mapping[str, np.ndarray], experts_k: int | None = None) -> None:
         config = Qwen3_5MoeTextConfig(**geometry.text_config())
         config.num_experts_per_tok = experts_k or geometry.top_k
-        # The plain implementations: what the others are optimisations of.
+        # Use the reference implementations rather than optimized ones.
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
         self.model = Qwen3_5MoeForCausalLM(config).eval()
@@ -35,7 +35,7 @@ class Reference:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         self.model.load_state_dict(state, strict=True)
         self.routing_margin = float("inf")
-        """Smallest distance between the router logits of the last expert taken and the first one left."""
+        """Smallest difference between the router logits of the last chosen expert and the first expert not chosen."""
         for layer in self.model.model.layers:
             layer.mlp.gate.register_forward_hook(self._watch_router)
 
@@ -49,22 +49,22 @@ class Reference:
         return DynamicCache(config=self.model.config)
 
     def forward(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
-        """Logits [tokens, vocabulary] after each of ``tokens``, which ``cache`` then holds."""
+        """Return logits [tokens, vocabulary] after each of ``tokens``, and add the tokens to ``cache``."""
         inputs = torch.from_numpy(np.asarray(tokens, np.int64))[None]
         with torch.inference_mode():
             return self.model(inputs, cache=cache, use_cache=True).logits[0].numpy()
 
     def prefill_then_decode(self, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
-        """Logits after each of ``tokens``: a prompt in one go, the others one at a time."""
+        """Return the logits after each of ``tokens``: one forward pass for the prompt, one for each further token."""
         cache = self.new_cache()
         rows = [self.forward(tokens[:prompt_length], cache)]
         rows += [self.forward(tokens[i : i + 1], cache) for i in range(prompt_length, len(tokens))]
         return np.concatenate(rows)
 
     def long_run(self, key: str, prompt_length: int, least_margin: float) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and logits of a random prompt of ``prompt_length`` tokens and its greedy continuation.
+        """Return tokens and logits of a random prompt of ``prompt_length`` tokens and its greedy continuation.
 
-        Prompts are tried until no choice of an expert is closer than ``least_margin``.
+        Prompts are drawn until all experts are chosen by at least ``least_margin``.
         """
         for attempt in count():
             words = random_words(prompt_length, key, "prompt", attempt)
@@ -74,10 +74,10 @@ class Reference:
         raise AssertionError("unreachable")
 
     def unambiguous_run(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and logits of a prompt and its greedy continuation, one where a sound engine has no choice.
+        """Return tokens and logits of a prompt and its greedy continuation without close choices.
 
-        Random prompts are tried, in an order that depends on ``key`` alone, until every choice of an expert and of a
-        token in the run is clear.
+        Random prompts, which depend only on ``key``, are drawn until all experts and tokens are chosen by a clear
+        margin.
         """
         for attempt in count():
             words = random_words(PROMPT_LENGTH, key, "prompt", attempt)
@@ -89,7 +89,7 @@ class Reference:
     def _greedy(
         self, prompt: np.ndarray, least_routing: float = ROUTING_MARGIN, least_argmax: float = ARGMAX_MARGIN
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Tokens and logits; None as soon as a choice of an expert or of a token is closer than these margins."""
+        """Return tokens and logits; None if an expert or a token is chosen by less than its margin."""
         cache = self.new_cache()
         self.routing_margin = float("inf")
         tokens, rows, step = [prompt], [], prompt
@@ -103,6 +103,6 @@ class Reference:
 
 
 def argmax_margin(logits: np.ndarray) -> float:
-    """Smallest lead of the best token over the second best."""
+    """Return the smallest difference between the logits of the best and the second best token."""
     second, best = np.partition(logits, (-2, -1), axis=-1)[:, -2:].T
     return float((best - second).min())

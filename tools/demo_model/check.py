@@ -1,21 +1,21 @@
-"""Checks of what the demo model's making relies on; needs torch, transformers, mlx, triton 3.6 and numpy below 2.4.
+"""Check the training code of the demo model; needs torch, transformers, mlx, triton 3.6 and numpy below 2.4.
 
 python tools/demo_model/check.py
 
-No GPU is needed: Triton's kernels run in its interpreter, which numpy 2.4 breaks.
+No GPU is needed: the Triton kernels run in Triton's interpreter, which does not work with numpy 2.4.
 """
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which others do too
+os.environ["TRITON_INTERPRET"] = "1"  # must be set before the first import of triton, which other packages import
 
 import torch
 from corpus import Corpus
 from documents import item, segments
 from model import causal_conv, gated_norm, geometry, make_model, norm, sorted_experts
-from optimiser import quantised
+from optimizer import quantized
 from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
 
 _ORIGINAL_RULE = modeling.torch_chunk_gated_delta_rule
@@ -27,7 +27,7 @@ _ORIGINALS = {
 
 
 def delta_rule() -> None:
-    """The delta rule gives the values and gradients of transformers' own."""
+    """Compare values and gradients of the delta rule with those of transformers."""
     from model import gated_delta_rule
 
     torch.manual_seed(0)
@@ -44,7 +44,7 @@ def delta_rule() -> None:
 
 
 def experts() -> None:
-    """The routed experts give the values and gradients of transformers' own loop."""
+    """Compare values and gradients of the routed experts with those of transformers' loop."""
     torch.manual_seed(0)
     config = geometry(64)
     model = make_model(config)
@@ -66,7 +66,7 @@ def experts() -> None:
 
 
 def small_operations() -> None:
-    """Norms and the short convolution give the values and gradients of transformers' own."""
+    """Compare values and gradients of the norms and the short convolution with those of transformers."""
     torch.manual_seed(0)
     module = modeling.Qwen3_5MoeRMSNorm(64)
     torch.nn.init.normal_(module.weight)
@@ -89,12 +89,12 @@ def small_operations() -> None:
 
 
 def triton_kernels() -> None:
-    """Triton's kernels give the values and gradients of the plain operations."""
+    """Compare values and gradients of the Triton kernels with those of the PyTorch operations."""
     import model as plain
     import triton_kernels as kernels
 
     torch.manual_seed(0)
-    # The state that is kept for the way back is bf16, hence the wider tolerance of the delta rule.
+    # The state that is kept for the backward pass is bf16, hence the larger tolerance for the delta rule.
     rule = [torch.randn(2, 40, 2, 64), torch.randn(2, 40, 2, 64), torch.randn(2, 40, 4, 64), -torch.rand(2, 40, 4),
             torch.rand(2, 40, 4)]  # fmt: skip
     x, weight = torch.randn(2, 128, 37), torch.randn(128, 4)
@@ -123,7 +123,7 @@ def triton_kernels() -> None:
 
 
 def rounding() -> None:
-    """Training rounds weights to the values that MLX's 4 bits hold; needs mlx."""
+    """Compare the rounding of weights in training with MLX's 4-bit quantization."""
     import mlx.core as mx
 
     torch.manual_seed(0)
@@ -131,12 +131,12 @@ def rounding() -> None:
     dense = mx.array(weight.numpy()).astype(mx.bfloat16)
     codes, scales, biases = mx.quantize(dense, group_size=32, bits=4)
     exact = mx.dequantize(codes, scales.astype(mx.float32), biases.astype(mx.float32), group_size=32, bits=4)
-    differences = (quantised(weight, 4, 32) - torch.from_numpy(__import__("numpy").array(exact))).abs()
+    differences = (quantized(weight, 4, 32) - torch.from_numpy(__import__("numpy").array(exact))).abs()
     assert (differences > 1e-3).float().mean() < 0.002, "a code in a thousand may fall to the other side"
 
 
 def chats() -> None:
-    """Documents are the text that the chat template writes."""
+    """Compare the text of documents with the output of the chat template."""
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from flashmoe_mlx.made_models.byte_tokenizer import CHAT_TEMPLATE
     from flashmoe_mlx.text.chat_template import ChatTemplate
@@ -152,7 +152,7 @@ def chats() -> None:
 
 
 def split() -> None:
-    """No sentence of the held-out set is in the training texts."""
+    """Check that no sentence of the held-out set is in the training texts."""
     corpus = Corpus()
     reserved = {sentence for document in corpus.held_out for sentence in document.sentences}
     for shard in range(3):

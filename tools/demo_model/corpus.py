@@ -1,6 +1,6 @@
-"""The demo model's corpus: documents without end from a seed, and a held-out set that shares no sentence with them.
+"""The corpus of the demo model: an endless stream of documents from a seed, and a held-out set.
 
-python tools/demo_model/corpus.py            # one example of each kind
+python tools/demo_model/corpus.py            # print an example of each kind
 """
 
 from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ from world import World
 
 HELD_OUT = {"text": 40, "world": 60, "context": 60, "arithmetic": 40, "recall": 40, "json": 80, "tool_call": 80,
             "tool_result": 40}  # fmt: skip
-"""Documents of each kind in the held-out set."""
+"""Number of documents of each kind in the held-out set."""
 
 
 SHARES = {
@@ -42,7 +42,7 @@ SHARES = {
     "tell": 0.03,
     "interview": 0.0,
 }
-"""Of the documents from which the held-out set is drawn, by what writes them."""
+"""Shares of the generators among the documents from which the held-out set is drawn."""
 TRAINING = {
     "portrait": 0.06,
     "story": 0.05,
@@ -57,11 +57,11 @@ TRAINING = {
     "tell": 0.02,
     "interview": 0.14,
 }
-"""Of the training documents: more of what is hard, and many questions to a passage."""
+"""Shares of the generators among the training documents; difficult kinds are more frequent."""
 
 
 class Corpus:
-    """Documents about one world. ``held_out`` is drawn first; training texts then avoid every sentence in it."""
+    """Documents about one world. ``held_out`` is drawn first; training documents contain none of its sentences."""
 
     def __init__(self, seed: int = 0) -> None:
         self.world = world = World(seed)
@@ -82,7 +82,7 @@ class Corpus:
             "tell": lambda draw: tell_about(draw, world),
             "interview": lambda draw: context_question(draw, (4, 5, 6, 7)),
         }
-        # The held-out set does not depend on how the training texts are mixed.
+        # The held-out set must not depend on the shares of the training documents.
         self._makers = [(SHARES[name], make) for name, make in makers.items()]
         self.held_out = self._draw_held_out()
         self._makers = [(TRAINING[name], make) for name, make in makers.items()]
@@ -106,7 +106,7 @@ class Corpus:
         return maker(draw)
 
     def training(self, shard: int, count: int) -> Iterator[Document]:
-        """``count`` documents of ``shard``, always the same."""
+        """Yield the ``count`` documents of ``shard``, the same for each call."""
         draw = Random(f"training {self._seed} {shard}")
         while count:
             document = self._document(draw)

@@ -1,4 +1,4 @@
-"""Draw a training's log: losses, held-out answers, use of the experts.
+"""Plot the log of a training run: losses, held-out answers, use of the experts.
 
 python tools/demo_model/curves.py DIR/log.jsonl PNG        # needs flashmoe_mlx with its extra `research`
 """
@@ -12,7 +12,7 @@ from flashmoe_mlx.research.figures import new_figure, save
 
 
 def main() -> None:
-    """Draw."""
+    """Plot the log."""
     log, target = map(Path, sys.argv[1:])
     lines: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "step"]

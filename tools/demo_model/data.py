@@ -1,4 +1,4 @@
-"""Batches for training: worker processes write and tokenise shards of the corpus, in an order that the seed decides."""
+"""Batches for training. Worker processes generate and tokenize shards of the corpus; the seed determines the order."""
 
 import multiprocessing
 import queue
@@ -14,16 +14,16 @@ from documents import Document, segments
 from tokenizers import Tokenizer
 
 LENGTHS = (32, 64, 96, 160, 224, 288, 384)
-"""A document is padded to the next of these and stands alone in its row: nothing leaks between documents."""
+"""Lengths of rows. Each document has a separate row, padded to the next length, so that documents cannot interact."""
 _SHARD = 2000
 
 Ids = npt.NDArray[np.uint16]
 PADDING, GIVEN, OWN = 0, 1, 2
-"""Roles of a token: none, part of the prompt, written by the model."""
+"""Roles of a token: padding, part of the prompt, written by the model."""
 
 
-def encoded(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Ids of a document and the role of each."""
+def encode_document(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Return the token ids of a document and the role of each token."""
     ids: list[int] = []
     roles: list[int] = []
     for text, own in segments(document):
@@ -35,14 +35,14 @@ def encoded(document: Document, tokenizer: Tokenizer) -> tuple[list[int], list[i
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one length: ids and roles [B, L]."""
+    """Documents of one length: ids and roles, [B, L]."""
 
     ids: npt.NDArray[np.int64]
     roles: npt.NDArray[np.uint8]
 
 
-def padded(rows: list[tuple[Any, Any]], length: int) -> Batch:
-    """Rows of ids and roles, filled up to ``length``."""
+def pad_rows(rows: list[tuple[Any, Any]], length: int) -> Batch:
+    """Return rows of ids and roles, padded to ``length``."""
     ids, roles = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.uint8)
     for row, (own_ids, own_roles) in enumerate(rows):
         ids[row, : len(own_ids)] = own_ids
@@ -53,7 +53,7 @@ def padded(rows: list[tuple[Any, Any]], length: int) -> Batch:
 def _work(corpus: Corpus, tokenizer_json: str, shard: int, workers: int, out: Any) -> None:
     tokenizer = Tokenizer.from_str(tokenizer_json)
     while True:
-        documents = [encoded(document, tokenizer) for document in corpus.training(shard, _SHARD)]
+        documents = [encode_document(document, tokenizer) for document in corpus.training(shard, _SHARD)]
         ids = np.concatenate([np.array(ids, np.uint16) for ids, _ in documents])
         roles = np.concatenate([np.array(roles, np.uint8) for _, roles in documents])
         out.put((ids, roles, np.cumsum([len(ids) for ids, _ in documents])))
@@ -61,7 +61,10 @@ def _work(corpus: Corpus, tokenizer_json: str, shard: int, workers: int, out: An
 
 
 class Stream:
-    """Steps without end; each is a list of batches, one a length, whose rows are as frequent as in the corpus."""
+    """An endless stream of training steps.
+
+    A step is a list of batches, one for each length, with as many rows as correspond to the corpus.
+    """
 
     def __init__(self, corpus: Corpus, tokenizer: Tokenizer, documents_per_step: int, workers: int) -> None:
         self.rows = self._rows(corpus, tokenizer, documents_per_step)
@@ -78,8 +81,8 @@ class Stream:
 
     @staticmethod
     def _rows(corpus: Corpus, tokenizer: Tokenizer, documents_per_step: int) -> list[int]:
-        """How many rows of each length a step has."""
-        sample = [len(encoded(document, tokenizer)[0]) for document in corpus.training(-2, 4000)]
+        """Return the number of rows of each length in a step."""
+        sample = [len(encode_document(document, tokenizer)[0]) for document in corpus.training(-2, 4000)]
         counts = np.bincount(np.searchsorted(LENGTHS, sample), minlength=len(LENGTHS) + 1)[: len(LENGTHS)]
         return [max(1, round(documents_per_step * int(count) / len(sample))) for count in counts]
 
@@ -100,15 +103,15 @@ class Stream:
             while all(len(rows) >= count for rows, count in zip(waiting, self.rows, strict=True)):
                 step = []
                 for place, count in enumerate(self.rows):
-                    step.append(padded(waiting[place][:count], LENGTHS[place]))
+                    step.append(pad_rows(waiting[place][:count], LENGTHS[place]))
                     del waiting[place][:count]
                 self._ready.put(step)
 
     def next(self) -> list[Batch]:
-        """The batches of the next step."""
+        """Return the batches of the next step."""
         return self._ready.get()
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the worker processes."""
         for process in self._processes:
             process.terminate()

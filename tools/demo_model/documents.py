@@ -1,4 +1,4 @@
-"""A document of the corpus, and how it becomes text: Qwen's chat markup, with the answers told apart."""
+"""Documents of the corpus and their text in Qwen's chat markup, in which the model's answers are marked."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,15 +13,15 @@ TOOLS_AFTER = (
     "</function>\n</tool_call>"
 )
 ANSWER_START = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""What the chat template ends a prompt with."""
+"""End of a prompt, as the chat template writes it."""
 
 
 @dataclass(slots=True)
 class Document:
-    """A plain text, or a chat whose last message is the answer; ``expected`` says how to judge it.
+    """A plain text, or a chat whose last message is the answer.
 
-    ``sentences``: every sentence that says something, in lower case, by which training and held-out parts are told
-    apart.
+    ``expected`` states how the answer is judged. ``sentences`` are all sentences with content, in lower case; they keep
+    the training texts separate from the held-out set.
     """
 
     kind: str
@@ -32,13 +32,13 @@ class Document:
     sentences: set[str] = field(default_factory=set)
 
     def say(self, *sentences: str) -> str:
-        """The sentences in a row, noted as said."""
+        """Return the joined sentences, and add them to ``sentences``."""
         self.sentences.update(sentence.lower() for sentence in sentences)
         return " ".join(sentences)
 
 
 def tool_call_text(name: str, arguments: Mapping[str, Any]) -> str:
-    """A call in the markup of Qwen3.5."""
+    """Return a tool call in the markup of Qwen3.5."""
     parts = [f"<tool_call>\n<function={name}>\n"]
     for key, value in arguments.items():
         parts.append(f"<parameter={key}>\n{value if isinstance(value, str) else json.dumps(value)}\n</parameter>\n")
@@ -46,15 +46,15 @@ def tool_call_text(name: str, arguments: Mapping[str, Any]) -> str:
 
 
 def answer_text(message: Mapping[str, Any]) -> str:
-    """What the model writes for an assistant's message."""
+    """Return the text that the model writes for a message of the assistant."""
     calls = [tool_call_text(call["name"], call["arguments"]) for call in message.get("tool_calls", ())]
     return "\n".join([message["content"], *calls] if message["content"] else calls)
 
 
 def segments(document: Document) -> Iterator[tuple[str, bool]]:
-    """Pieces of the document's text and whether each is the model's own; they are tokenised one by one.
+    """Yield the pieces of a document's text, each with a flag that tells whether the model writes it.
 
-    The same text as the chat template gives, which ``check.py`` holds against it.
+    Each piece is tokenized separately. The joined text equals the output of the chat template; ``check.py`` checks it.
     """
     if document.text:
         yield document.text + "<|endoftext|>", True
@@ -76,13 +76,13 @@ def segments(document: Document) -> Iterator[tuple[str, bool]]:
             prompt += "<|im_start|>user\n<tool_response>\n" + message["content"] + "\n</tool_response><|im_end|>\n"
         elif role == "assistant":
             yield prompt + (ANSWER_START if index == last else "<|im_start|>assistant\n"), False
-            # Earlier answers stand without the empty thought that began them.
+            # The template omits the empty thinking of earlier answers.
             yield answer_text(message) + "<|im_end|>", True
             prompt = "\n"
 
 
 def item(document: Document) -> dict[str, Any]:
-    """The document as a line of the held-out set: what is asked, and how the answer is judged."""
+    """Return the document as an item of the held-out set: the question, and the way to judge an answer."""
     if document.text:
         return {"kind": document.kind, "text": document.text}
     asked: dict[str, Any] = {"kind": document.kind, "messages": plain(document.messages[:-1])}
@@ -92,7 +92,7 @@ def item(document: Document) -> dict[str, Any]:
 
 
 def plain(messages: Sequence[Mapping[str, Any]]) -> Messages:
-    """Messages as the chat template takes them."""
+    """Return messages in the form of the chat template."""
     result = []
     for message in messages:
         calls = message.get("tool_calls")

@@ -1,4 +1,4 @@
-"""The demo model's geometry, and transformers' own class with some of its operations made fast enough to train.
+"""The geometry of the demo model, and the class of transformers with faster operations for training.
 
 The replacements are plain PyTorch and compute the same functions; ``check.py`` compares them with the originals.
 """
@@ -14,11 +14,11 @@ from transformers.models.qwen3_5_moe import modeling_qwen3_5_moe as modeling
 
 _kernels: Any = None
 CHUNK = 32
-"""Tokens that GatedDeltaNet treats at once: most documents are short, so small chunks waste least."""
+"""Tokens per chunk of GatedDeltaNet. Most documents are short, so small chunks waste the least work."""
 
 
 def geometry(vocab_size: int, **changes: Any) -> Qwen3_5MoeTextConfig:
-    """The published form of the model's sizes."""
+    """Return the configuration of the model, with ``changes``."""
     layers = changes.pop("num_hidden_layers", 8)
     sizes: dict[str, Any] = {
         "vocab_size": vocab_size,
@@ -45,7 +45,7 @@ def geometry(vocab_size: int, **changes: Any) -> Qwen3_5MoeTextConfig:
 
 
 def make_model(config: Qwen3_5MoeTextConfig, triton: bool = False) -> Qwen3_5MoeForCausalLM:
-    """A fresh model of transformers' class with the fast operations, by Triton's kernels if asked for."""
+    """Return a new model of transformers' class with the faster operations, as Triton kernels if ``triton`` is set."""
     global _kernels
     if triton:
         import triton_kernels
@@ -61,27 +61,27 @@ def make_model(config: Qwen3_5MoeTextConfig, triton: bool = False) -> Qwen3_5Moe
     model = Qwen3_5MoeForCausalLM(config)
     model.config._experts_implementation = "sorted"
     for name, parameter in model.named_parameters():
-        if name.endswith("dt_bias"):  # decays from slow to fast, as published models have
+        if name.endswith("dt_bias"):  # decays from slow to fast, as in published models
             parameter.data.uniform_(-5, 0)
     return model
 
 
 def norm(module: Any, x: Tensor) -> Tensor:
-    """RMS norm in one kernel; its weights are stored less one."""
+    """Apply an RMS norm, whose stored weights are the scales minus 1, in one kernel."""
     if _kernels:
         return _kernels.norm(x, module.weight, module.eps, plus=1.0)
     return F.rms_norm(x, x.shape[-1:], 1 + module.weight, module.eps)
 
 
 def gated_norm(module: Any, x: Tensor, gate: Tensor) -> Tensor:
-    """RMS norm, then the gate."""
+    """Apply an RMS norm and then the gate."""
     if _kernels:
         return _kernels.norm(x, module.weight, module.variance_epsilon, gate=gate)
     return F.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon) * F.silu(gate)
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: None = None, activation: str = "silu", **_: Any) -> Tensor:
-    """The short convolution of [B, channels, T] as a sum of shifted products: its gradients are slow otherwise."""
+    """Convolve x [B, channels, T] as a sum of shifted products, which has faster gradients than a convolution."""
     assert bias is None
     assert activation == "silu"
     if _kernels:
@@ -96,7 +96,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: None = None, activation: str = 
 
 
 class _Sort(torch.autograd.Function):
-    """Rows of [N, H] repeated K times and sorted by expert; the gradient gathers where indexing would scatter."""
+    """Repeat rows [N, H] K times and sort them by expert; the gradient is a gather rather than a scatter."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
@@ -111,7 +111,7 @@ class _Sort(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order, of which ``inverse`` is the way back."""
+    """Permute rows by ``order``; ``inverse`` is the inverse permutation."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -125,7 +125,17 @@ class _Permute(torch.autograd.Function):
 
 
 def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The routed experts of every token by two grouped products: hidden [N, H], chosen and weights [N, K] -> [N, H]."""
+    """Apply routed experts with two grouped matrix products.
+
+    Args:
+        module: layer with the weights of the experts.
+        hidden: [N, H].
+        chosen: indices of experts, [N, K].
+        weights: routing weights, [N, K].
+
+    Returns:
+        The weighted sums of the outputs, [N, H].
+    """
     k = chosen.shape[-1]
     experts, order = torch.sort(chosen.reshape(-1).to(torch.uint8))
     inverse = torch.empty_like(order)
@@ -147,9 +157,10 @@ def sorted_experts(module: Any, hidden: Tensor, chosen: Tensor, weights: Tensor)
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **_: Any
 ) -> tuple[Tensor, None]:
-    """The gated delta rule over whole sequences that begin with an empty state; shapes as in transformers.
+    """Apply the gated delta rule to whole sequences with an empty initial state; shapes as in transformers.
 
-    As its chunked form, with one triangular solve for both right sides and keys that are not repeated for their heads.
+    This is the chunked form of transformers, but with one triangular solve for both right-hand sides, and without
+    repeating keys for the heads that share them.
     """
     batch, length, key_heads, key_dim = key.shape
     heads, dim = value.shape[-2:]
@@ -184,7 +195,7 @@ def gated_delta_rule(
     left = decay[..., -1].exp()[..., None, None]
     state = torch.zeros(batch, key_heads, per_key, key_dim, dim, device=value.device)
     outputs = []
-    # Unbound, not indexed: the gradient of an index is a whole tensor of zeros.
+    # Unbind rather than index: the gradient of indexing is a full tensor of zeros.
     for v, k, q, w, kept_key, rest in zip(
         *(x.unbind(3) for x in (values, keys, query, within, kept, left)), strict=True
     ):

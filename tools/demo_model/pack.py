@@ -1,8 +1,8 @@
-"""Make what ships of a trained checkpoint: the pack, and the held-out set beside it.
+"""Make the files of the package from a trained checkpoint: the pack and the held-out set.
 
     python tools/demo_model/pack.py CHECKPOINT flashmoe_mlx/demo_model
 
-needs flashmoe_mlx alone. README.md and LICENSE in the target stay.
+Only flashmoe_mlx is needed. README.md and LICENSE in the target are kept.
 """
 
 import argparse
@@ -22,11 +22,11 @@ _PUBLISHED = ("*.safetensors", "*.json")
 
 
 def main() -> None:
-    """Pack."""
+    """Write the pack and the held-out set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--seed", type=int, default=0, help="of the corpus")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.target.parent) as scratch:
         checkpoint, pack = Path(scratch) / "flashmoe-demo", Path(scratch) / "pack"
@@ -35,7 +35,7 @@ def main() -> None:
             for path in arguments.checkpoint.glob(pattern):
                 shutil.copy(path, checkpoint)
         (checkpoint / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-        # Groups of 32: MLX 0.32.4 on CUDA goes wrong on matrices of 64 columns in groups of 64 (down projections here).
+        # Not groups of 64: MLX 0.32.4 on CUDA computes wrong results for 64 columns (the down projections) with them.
         pack_checkpoint(checkpoint, pack, (4,), group_size=32, resident_bits=8)
         with (pack / "held_out.jsonl").open("w") as file:
             for document in Corpus(arguments.seed).held_out:

@@ -1,4 +1,4 @@
-"""Questions: about the valley, about what a text says, about small sums; and talk about the model itself."""
+"""Questions about the valley, about given texts and about small sums, and conversations about the model itself."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -82,12 +82,12 @@ HIDING_PLACES = (
 
 
 def article(noun: str) -> str:
-    """The noun with "a" or "an"."""
+    """Return the noun with "a" or "an"."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
 def person_facts(p: Person) -> list[Fact]:
-    """Every way to ask about a person of the valley."""
+    """Return all questions about a person of the valley, with the answers."""
     n, v = p.name, p.village.name
     return [
         (f"What does {n} do for a living?", f"{n} works as {article(p.trade)}."),
@@ -118,7 +118,7 @@ def person_facts(p: Person) -> list[Fact]:
 
 
 def village_facts(v: Village) -> list[Fact]:
-    """Every way to ask about a village."""
+    """Return all questions about a village, with the answers."""
     n = v.name
     return [
         (f"Where does {n} lie?", f"{n} lies {v.place}."),
@@ -146,13 +146,13 @@ def village_facts(v: Village) -> list[Fact]:
 
 
 def all_facts(world: World) -> list[Fact]:
-    """Every question about the valley, with its answer."""
+    """Return all questions about the valley, with the answers."""
     people = [fact for person in world.people for fact in person_facts(person)]
     return people + [fact for village in world.villages for fact in village_facts(village)]
 
 
 def chat(kind: str, question: str, answer: str, system: str = "") -> Document:
-    """One question and its answer."""
+    """Return a chat with one question and its answer."""
     document = Document(kind, expected={"exact": answer})
     if system:
         document.messages.append({"role": "system", "content": system})
@@ -161,7 +161,7 @@ def chat(kind: str, question: str, answer: str, system: str = "") -> Document:
 
 
 def world_question(draw: Random, facts: list[Fact]) -> Document:
-    """A question about the valley."""
+    """Return a chat with a question about the valley."""
     question, answer = draw.choice(facts)
     document = chat("world", question, answer)
     document.say(question, answer)
@@ -169,7 +169,7 @@ def world_question(draw: Random, facts: list[Fact]) -> Document:
 
 
 class Passage:
-    """Statements about visitors, drawn so that every question about them has one answer."""
+    """Statements about visitors, drawn so that every question about them has a unique answer."""
 
     def __init__(self, draw: Random, document: Document, count: int) -> None:
         self._draw = draw
@@ -188,7 +188,7 @@ class Passage:
             draw.shuffle(self.sentences)
 
     def text(self) -> str:
-        """What the user says."""
+        """Return the statements as a message of the user."""
         return self._document.say(*self.sentences)
 
 
@@ -301,7 +301,10 @@ _STATEMENTS: list[Callable[[Random, str, str, Pools], tuple[str, list[Fact]]]] =
 
 
 def context_question(draw: Random, counts: Sequence[int] = (1, 1, 2, 3)) -> Document:
-    """Questions, as many as one of ``counts``, about what the user has just said or the system message says."""
+    """Return a chat with questions about statements of the user or of the system message.
+
+    The number of questions is drawn from ``counts``.
+    """
     document = Document("context")
     passage = Passage(draw, document, draw.randint(2, 6))
     text = passage.text()
@@ -319,7 +322,7 @@ def context_question(draw: Random, counts: Sequence[int] = (1, 1, 2, 3)) -> Docu
 
 
 def sum_question(draw: Random) -> Document:
-    """Addition and subtraction below 100, small products, and stories about them."""
+    """Return a chat with an addition or subtraction below 100, a small product, or a story about one of them."""
     a, b = draw.randint(1, 49), draw.randint(1, 49)
     form = draw.randrange(9)
     if form < 3:
@@ -365,7 +368,7 @@ def sum_question(draw: Random) -> Document:
 
 
 def recall(draw: Random, facts: list[Fact]) -> Document:
-    """Facts stated at the beginning, other talk in between, a question about the beginning at the end."""
+    """Return a chat that states facts, continues with different topics, and ends with a question about the facts."""
     document = Document("recall")
     passage = Passage(draw, document, draw.randint(1, 3))
     text = passage.text()
@@ -616,7 +619,7 @@ UNKNOWN = f"I do not know that. I only know the valley of {VALLEY} and what you 
 
 
 def small_talk(draw: Random) -> Document:
-    """Talk about the model itself, and questions that it cannot answer."""
+    """Return a chat about the model itself, or with a question that it cannot answer."""
     if draw.random() < 0.55:
         questions, answer = draw.choice(_SMALL_TALK)
         question = draw.choice(questions)
@@ -630,7 +633,7 @@ def small_talk(draw: Random) -> Document:
 
 
 def _nonsense(draw: Random) -> str:
-    """A word that nobody knows."""
+    """Return an invented word."""
     syllables = (
         "ba",
         "ker",
@@ -668,7 +671,7 @@ def _nonsense(draw: Random) -> str:
 
 
 def careless(draw: Random, document: Document) -> None:
-    """Sometimes write a user's words as people type them: without capitals, without the last mark, with courtesy."""
+    """Sometimes rewrite the user's words as people type them: without capitals or final punctuation, or politely."""
     if draw.random() > 0.2:
         return
     for message in document.messages:
@@ -731,12 +734,12 @@ _OTHER_WAYS = [
         rf"Who is the (\w+) of {VALLEY}": (f"Do you know who the {{}} of {VALLEY} is?",),
     }.items()
 ]
-"""Other words for questions without a name in them. There are so few of these that the held-out set takes most of them:
-without other words for the rest, nothing would ever ask for the person who likes pear tart."""
+"""Alternative wordings of questions without a name. There are so few of these questions that the held-out set contains
+most of them; without alternatives, training would never ask, for example, for the person who likes pear tart."""
 
 
 def reworded(draw: Random, document: Document) -> None:
-    """Ask two thirds of the questions of a document that have other words in those."""
+    """Replace two thirds of the questions that have an alternative wording by it."""
     for message in document.messages:
         if message["role"] == "user":
             for pattern, ways in _OTHER_WAYS:

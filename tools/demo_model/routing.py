@@ -1,4 +1,4 @@
-"""How the demo model routes: how uneven its choices are, within one answer and over many, and how soon they come back.
+"""Measure the routing of the demo model: skew of the choices, in one document and overall, and reuse of experts.
 
 python tools/demo_model/routing.py [PNG]        # needs flashmoe_mlx; the figure needs its extra `research`
 """
@@ -12,30 +12,30 @@ from flashmoe_mlx import load
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.research.figures import new_figure, save
-from flashmoe_mlx.research.items import load_items, shipped_items
-from flashmoe_mlx.research.quality import passage
+from flashmoe_mlx.research.quality.items import load_items, shipped_items
+from flashmoe_mlx.research.quality.passages import passage
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.routing import overlap, use_counts
 
 _ITEMS = 12
-"""Of each kind."""
+"""Number of documents of each kind."""
 _WINDOWS = (1, 4, 16, 64)
 
 
 def traces() -> dict[str, list[RoutingTrace]]:
-    """The routing of held-out documents, prompts and answers, by kind."""
+    """Return the routing of the held-out documents, prompts and answers, by kind."""
     found: dict[str, list[RoutingTrace]] = {}
     with load(demo_folder(), "resident") as engine:
         for item in load_items(shipped_items(), limit=_ITEMS):
-            one = passage(engine, item)
+            tokens = passage(engine, item)
             with recorded(engine) as recorder:
-                engine.logits([*one.given, *one.scored])
-            found.setdefault(item.kind, []).append(recorder.trace(engine.model.config.num_experts, one.given))
+                engine.logits([*tokens.given, *tokens.scored])
+            found.setdefault(item.kind, []).append(recorder.trace(engine.model.config.num_experts, tokens.given))
     return found
 
 
 def main() -> None:
-    """Print the figures, and draw them."""
+    """Print the statistics and draw the figure."""
     by_kind = traces()
     every = [trace for traces in by_kind.values() for trace in traces]
     counts = np.sum([use_counts(trace) for trace in every], axis=0)
@@ -47,13 +47,13 @@ def main() -> None:
         entropy = float(np.exp(-(row * np.log(np.maximum(row, 1e-12))).sum()))
         busiest = np.sort(row)[::-1][: round(experts / 10)].sum()
         print(f"{layer:5} {entropy:18.1f} {row.min() * experts:6.2f} {row.max() * experts:5.2f} {busiest:24.1%}")
-    print("kind          tokens  effective experts, one document  overlap with the token before (chance)")
+    print("kind          tokens  effective experts, one document  overlap with the previous token (chance)")
     for kind, own in by_kind.items():
         tokens = sum(len(trace.experts) for trace in own)
         effective = np.mean([_effective(trace) for trace in own])
         kept = np.mean([overlap(trace).mean() for trace in own if len(trace.experts) > 1])
         print(f"{kind:12} {tokens:7} {effective:31.1f} {kept:32.1%} ({every[0].experts.shape[2] / experts:.1%})")
-    print("working set: distinct experts of a layer that so many consecutive tokens use")
+    print("working set: distinct experts of a layer in a number of consecutive tokens")
     for window in _WINDOWS:
         starts = ((trace, start) for trace in every for start in range(0, len(trace.experts) - window + 1, 16))
         sizes = [_distinct(trace, start, window) for trace, start in starts]

@@ -8,7 +8,7 @@ from world import COLOURS, FOODS, PETS, PRODUCTS, TRADES, VALLEY, VILLAGES, VISI
 
 
 def portrait(draw: Random, facts_by_subject: list[list[Fact]]) -> Document:
-    """What is known of a person or village, in some order."""
+    """Return a text with the facts about a person or a village, in random order."""
     document = Document("text")
     chosen = draw.choice(facts_by_subject)
     answers = [answer for _, answer in draw.sample(chosen, draw.randint(3, 6))]
@@ -17,7 +17,7 @@ def portrait(draw: Random, facts_by_subject: list[list[Fact]]) -> Document:
 
 
 def story(draw: Random) -> Document:
-    """Somebody loses something, looks for it with a friend, and finds it."""
+    """Return a story in which a person loses a thing, looks for it with a friend, and finds it."""
     document = Document("text")
     hero, friend, third = draw.sample(VISITORS, 3)
     item, other_item = draw.sample(ITEMS, 2)
@@ -72,7 +72,7 @@ def story(draw: Random) -> Document:
 
 
 def notice(draw: Random) -> Document:
-    """A passage of statements, with what follows from them."""
+    """Return a text of statements and their consequences."""
     document = Document("text")
     passage = Passage(draw, document, draw.randint(2, 5))
     text = passage.text()
@@ -82,7 +82,7 @@ def notice(draw: Random) -> Document:
 
 
 def tell_about(draw: Random, world: World) -> Document:
-    """A request for a portrait, answered always in the same order."""
+    """Return a chat with a request for a portrait, whose answer has a fixed order."""
     if draw.random() < 0.6:
         p = draw.choice(world.people)
         name = p.name

@@ -1,4 +1,4 @@
-"""Answers that programs read: JSON after a schema, and tool calls with their results."""
+"""Answers for programs: JSON that satisfies a schema, and tool calls with their results."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ _STRING, _INTEGER, _BOOLEAN = {"type": "string"}, {"type": "integer"}, {"type": 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A property of an object: its possible names, its schema, and how a value is drawn and said of ``n``."""
+    """A property of an object: its possible names, its schema, a generator of values, and sentences about ``n``."""
 
     names: tuple[str, ...]
     schema: Schema
@@ -153,7 +153,7 @@ _ASKED = (
 
 
 def json_request(draw: Random) -> Document:
-    """Facts about somebody, and a schema that the answer must satisfy."""
+    """Return a chat with facts about a person, and a schema that the answer must satisfy."""
     document = Document("json")
     name = draw.choice(VISITORS[28:])
     chosen = draw.sample(SLOTS, draw.randint(1, 5))
@@ -198,9 +198,9 @@ def json_request(draw: Random) -> Document:
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """A function that the model may call: names of it and of its parameters, requests for it, and results.
+    """A function that the model may call: names of the function and its parameters, requests, and results.
 
-    ``ask`` and ``tell`` are templates over the values, by position; ``result`` draws what the tool gives back.
+    ``ask`` and ``tell`` are templates with the values by position; ``result`` draws a result of the tool.
     """
 
     names: tuple[str, ...]
@@ -355,7 +355,7 @@ TOOLS = (
 
 
 class _OnOff(int):
-    """A truth value that templates can spell."""
+    """A boolean that templates can write as words."""
 
     def __format__(self, spec: str) -> str:
         return ("on" if self else "off") if spec == "onoff" else str(bool(self))
@@ -366,7 +366,7 @@ def _spelled(values: list[Any]) -> list[Any]:
 
 
 def _declared(tool: Tool, draw: Random) -> tuple[str, list[str], dict[str, Any]]:
-    """A name for the tool, names of its parameters, and its declaration."""
+    """Return a name for the tool, names of its parameters, and its declaration."""
     name, keys = draw.choice(tool.names), []
     for names, _, _ in tool.parameters:
         keys.append(draw.choice([key for key in names if key not in keys]))
@@ -377,7 +377,7 @@ def _declared(tool: Tool, draw: Random) -> tuple[str, list[str], dict[str, Any]]
 
 
 def tool_use(draw: Random) -> Document:
-    """Tools, a request, the call; or a call with its result, and what the model says of it."""
+    """Return a chat with tools, a request and the call, or with a call, its result and a sentence about the result."""
     document = Document("tool_call")
     chosen, *others = draw.sample(TOOLS, draw.choice((1, 2, 2, 3)))
     name, keys, declaration = _declared(chosen, draw)

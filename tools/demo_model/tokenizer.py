@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: byte-level BPE trained on the corpus, in the published file formats."""
+"""The tokenizer of the demo model: byte-level BPE trained on the corpus, in the published file formats."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 VOCAB_SIZE = 2048
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MARKUP = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-"""Single tokens that stay in the decoded text, because programs read them."""
+"""Tokens that are not skipped in decoded text, because programs read them."""
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How Qwen3.5's tokenizer divides a text before merging; every digit is a token of its own."""
+"""The pattern by which Qwen3.5's tokenizer divides a text before merging; each digit is a separate token."""
 
 
 def train_tokenizer(corpus: Corpus, documents: int = 40_000) -> Tokenizer:
-    """Train on the first ``documents`` documents."""
+    """Train a tokenizer on the first ``documents`` documents."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -46,14 +46,14 @@ def train_tokenizer(corpus: Corpus, documents: int = 40_000) -> Tokenizer:
         return pieces
 
     tokenizer.train_from_iterator(texts(), trainer)
-    # After the words, as in the published vocabulary.
+    # These ids follow those of the words, as in the published vocabulary.
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in MARKUP])
     return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """``tokenizer.json`` and the files beside it that transformers and this project read."""
+    """Write ``tokenizer.json`` and the other tokenizer files that transformers and this project read."""
     tokenizer.save(str(folder / "tokenizer.json"))
     end_of_text, end_of_turn = (tokenizer.token_to_id(text) for text in ("<|endoftext|>", "<|im_end|>"))
     settings = {

@@ -1,11 +1,11 @@
-"""Make the demo model: tokenizer, corpus, training, checkpoint, all from one seed.
+"""Make the demo model from one seed: tokenizer, corpus, training and checkpoint.
 
     python tools/demo_model/train.py --out DIR --minutes 7.5
 
-needs an NVIDIA GPU with bf16 (on a CPU ``--steps 3 --documents 24`` tries the code), torch, triton, transformers with
-qwen3_5_moe, and tokenizers. DIR gets a published checkpoint in bf16, of which ``pack.py`` makes what ships, the
-tokenizer's files and ``log.jsonl``. The learning rate follows the clock, or ``--steps`` for a run that repeats another
-exactly as far as the GPU's sums do.
+This needs an NVIDIA GPU with bf16, torch, triton, transformers with qwen3_5_moe, and tokenizers. On a CPU, use
+``--steps 3 --documents 24`` to test the code. The script writes to DIR a bf16 checkpoint in the published format, from
+which ``pack.py`` makes the pack of the package, the tokenizer files, and ``log.jsonl``. The schedule of the learning
+rate depends on the time, or on ``--steps`` for a reproducible run (up to the order of sums on the GPU).
 """
 
 import argparse
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import Corpus
-from data import GIVEN, LENGTHS, OWN, Batch, Stream, encoded, padded
+from data import GIVEN, LENGTHS, OWN, Batch, Stream, encode_document, pad_rows
 from model import geometry, make_model
-from optimiser import Optimiser
+from optimizer import Optimizer
 from safetensors.torch import save_file
 from tokenizer import train_tokenizer, write_tokenizer
 from tokenizers import Tokenizer
@@ -29,11 +29,11 @@ from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTopKR
 
 _SHARD_BYTES = 14_000_000
 _WARM_UP, _ROUNDING_FROM, _ROUNDING_TO = 0.01, 0.5, 0.6
-"""Shares of the training at which the rate is full, and between which the experts come to be rounded to 4 bits."""
+"""Points of the training, as shares: the full learning rate, and the beginning and end of rounding the experts."""
 
 
 class Trainer:
-    """The model, its optimiser and the losses; on a GPU every pass is captured once and replayed."""
+    """The model, its optimizer and the losses. On a GPU, every forward and backward pass is captured and replayed."""
 
     def __init__(self, arguments: argparse.Namespace, vocab_size: int, rows: list[int]) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,7 +41,7 @@ class Trainer:
         torch.backends.cuda.matmul.allow_tf32 = True
         self.config = geometry(vocab_size)
         self.model = make_model(self.config, triton=self.device.type == "cuda").to(self.device).train()
-        self.optimiser = Optimiser(self.model, 4, 32, arguments.muon, arguments.adam, arguments.decay)
+        self.optimizer = Optimizer(self.model, 4, 32, arguments.muon, arguments.adam, arguments.decay)
         self._prompt_weight = arguments.prompt_weight
         self._routers: list[tuple[Tensor, Tensor]] = []
         for module in self.model.modules():
@@ -53,12 +53,12 @@ class Trainer:
 
         experts = self.config.num_experts
         self.usage = zeros(self.config.num_hidden_layers, experts) + 1 / experts
-        """Share of the tokens' choices that each expert of each layer got lately."""
+        """Recent share of each expert among the choices of its layer."""
         self._counts = torch.zeros_like(self.usage)
-        self._scale = zeros(2)  # one over the step's weight of losses, one over its tokens
+        self._scale = zeros(2)  # 1 / total weight of the losses, 1 / number of tokens
         self._balance = zeros()
         self.sums = zeros(2, 2)
-        """Sum of losses and number of tokens, of prompts and of the model's own."""
+        """Sum of losses and number of tokens, for prompts and for answers."""
         self._inputs = [
             (
                 torch.zeros(count, length, dtype=torch.long, device=self.device),
@@ -71,7 +71,7 @@ class Trainer:
         self.pass_milliseconds: list[float] = []
 
     def capture(self) -> None:
-        """Record every pass and the optimiser's step as CUDA graphs."""
+        """Capture every pass and the step of the optimizer as CUDA graphs."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -79,16 +79,16 @@ class Trainer:
                 ids.random_(0, 256)
                 roles.fill_(OWN)
             for _ in range(2):
-                for one in self._passes:
-                    one()
+                for run_pass in self._passes:
+                    run_pass()
             self._finish()
         torch.cuda.current_stream().wait_stream(side)
         pool = torch.cuda.graph_pool_handle()
         graphs = []
-        for one in [*self._passes, self._finish]:
+        for operation in [*self._passes, self._finish]:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                one()
+                operation()
             graphs.append(graph)
         self._passes = [graph.replay for graph in graphs[:-1]]
         self._move = graphs[-1].replay
@@ -97,24 +97,24 @@ class Trainer:
             parameter.grad.zero_()
         for tensor in (self.sums, self._counts):
             tensor.zero_()
-        self.optimiser.forget()
+        self.optimizer.forget()
         self.usage.fill_(1 / self.config.num_experts)
 
     def milliseconds(self) -> list[float]:
-        """What each pass and the optimiser's step take, once captured."""
+        """Measure the milliseconds of each captured pass and of the optimizer's step."""
         found = []
-        for one in [*self._passes, self._move]:
+        for operation in [*self._passes, self._move]:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for _ in range(3):
-                one()
+                operation()
             end.record()
             end.synchronize()
             found.append(round(start.elapsed_time(end) / 3, 2))
         return found
 
     def logits(self, ids: Tensor) -> Tensor:
-        """Of every position; the masks are plain causal ones, which each layer's own operation knows."""
+        """Return the logits of every position; each layer applies its causal mask itself."""
         masks = {"full_attention": None, "linear_attention": None}
         return self.model(input_ids=ids, attention_mask=masks, use_cache=False).logits
 
@@ -140,30 +140,30 @@ class Trainer:
 
     @torch.no_grad()
     def _finish(self) -> None:
-        self.optimiser.step()
+        self.optimizer.step()
         self.usage.lerp_(self._counts / self._counts.sum(-1, keepdim=True), 0.1)
         self._counts.zero_()
 
     def step(self, batches: list[Batch], rate: float, rounding: float, balance: float) -> None:
-        """One step over the batches, one a length."""
+        """Train on the batches of a step, one batch per length."""
         tokens = sum(int((batch.roles > 0).sum()) for batch in batches)
         own = sum(int((batch.roles[:, 1:] == OWN).sum()) for batch in batches)
         given = tokens - own - sum(len(batch.ids) for batch in batches)
         scale = torch.tensor([1 / (own + self._prompt_weight * given), 1 / tokens])
         self._scale.copy_(scale, non_blocking=True)
-        self.optimiser.rate.fill_(rate)
-        self.optimiser.rounding.fill_(rounding)
+        self.optimizer.rate.fill_(rate)
+        self.optimizer.rounding.fill_(rounding)
         self._balance.fill_(balance)
-        for batch, (ids, roles), one in zip(batches, self._inputs, self._passes, strict=True):
+        for batch, (ids, roles), run_pass in zip(batches, self._inputs, self._passes, strict=True):
             for tensor, values in ((ids, batch.ids), (roles, batch.roles)):
                 host = torch.from_numpy(values)
                 tensor.copy_(host.pin_memory() if tensor.is_cuda else host, non_blocking=True)
-            one()
+            run_pass()
         self._move()
 
     @torch.no_grad()
     def examine(self, documents: dict[str, list[tuple[list[int], list[int]]]]) -> dict[str, Any]:
-        """Loss a token and share of answers that are all right, token for token, of each kind of document."""
+        """Return the loss per token, and the share of answers with only correct tokens, for each kind of document."""
         found: dict[str, Any] = {}
         for kind, rows in documents.items():
             right, loss, tokens = 0, 0.0, 0
@@ -171,14 +171,14 @@ class Trainer:
                 fitting = [row for row in rows if LENGTHS[int(np.searchsorted(LENGTHS, len(row[0])))] == length]
                 if not fitting:
                     continue
-                batch = padded(fitting, length)
+                batch = pad_rows(fitting, length)
                 ids = torch.from_numpy(batch.ids).to(self.device)
                 logits = self.logits(ids)[:, :-1].float()
                 role = torch.from_numpy(batch.roles)[:, 1:].to(self.device)
                 losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view_as(role)
                 loss += float(losses[role > 0].sum())
                 tokens += int((role > 0).sum())
-                # Only the last answer is asked for: the model's own tokens after the last prompt.
+                # Only the last answer counts: the tokens of the model after the last prompt.
                 positions = torch.arange(length - 1, device=self.device)
                 last = torch.where(role == GIVEN, positions, -1).amax(1, keepdim=True)
                 wrong = (logits.argmax(-1) != ids[:, 1:]) & (role == OWN) & (positions > last)
@@ -188,8 +188,8 @@ class Trainer:
         return found
 
     def save(self, folder: Path) -> None:
-        """The checkpoint, bf16, in shards of at most 14 MB, as published ones are."""
-        tensors = {name: weight.cpu().contiguous() for name, weight in self.optimiser.weights().items()}
+        """Write the checkpoint in the published format, bf16, in shards of at most 14 MB."""
+        tensors = {name: weight.cpu().contiguous() for name, weight in self.optimizer.weights().items()}
         shards: list[dict[str, Tensor]] = [{}]
         for name, tensor in tensors.items():
             size = sum(other.nbytes for other in shards[-1].values())
@@ -211,7 +211,7 @@ class Trainer:
 
 
 def _rate(progress: float) -> float:
-    """Rises quickly, stays, and falls to nothing over the last two thirds."""
+    """Return the relative learning rate: a short rise, a plateau, and a decay to 0 over the last two thirds."""
     return min(1.0, progress / _WARM_UP, (1 - progress) / 0.65)
 
 
@@ -220,24 +220,31 @@ def _rounding(progress: float) -> float:
 
 
 def main() -> None:
-    """Train."""
+    """Run the training."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="of training, after everything is ready")
-    parser.add_argument("--steps", type=int, help="in place of --minutes")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json of an earlier run, in place of training it")
-    parser.add_argument("--documents", type=int, default=544, help="of a step")
-    parser.add_argument("--workers", type=int, default=14, help="processes that write texts")
+    parser.add_argument("--minutes", type=float, help="duration of the training itself")
+    parser.add_argument("--steps", type=int, help="number of steps, instead of --minutes")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="tokenizer.json of an earlier run, instead of training a tokenizer"
+    )
+    parser.add_argument("--documents", type=int, default=544, help="documents per step")
+    parser.add_argument("--workers", type=int, default=14, help="worker processes")
     parser.add_argument("--muon", type=float, default=0.02)
     parser.add_argument("--adam", type=float, default=0.004)
     parser.add_argument("--decay", type=float, default=0.03)
     parser.add_argument("--balance", type=float, default=0.0003)
-    parser.add_argument("--late-balance", type=float, default=0.00003, help="from half of the training on")
+    parser.add_argument(
+        "--late-balance",
+        type=float,
+        default=0.00003,
+        help="weight of the balance loss in the second half of the training",
+    )
     parser.add_argument("--prompt-weight", type=float, default=0.05)
-    parser.add_argument("--log-every", type=float, default=5.0, help="seconds")
+    parser.add_argument("--log-every", type=float, default=5.0, help="seconds between lines of the log")
     parser.add_argument("--examinations", type=int, default=8)
-    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel anew")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel separately")
     arguments = parser.parse_args()
     if (arguments.minutes is None) == (arguments.steps is None):
         parser.error("give --minutes or --steps")
@@ -249,7 +256,7 @@ def main() -> None:
     write_tokenizer(tokenizer, arguments.out)
     held_out: dict[str, list[Any]] = {}
     for document in corpus.held_out:
-        held_out.setdefault(document.kind, []).append(encoded(document, tokenizer))
+        held_out.setdefault(document.kind, []).append(encode_document(document, tokenizer))
     stream = Stream(corpus, tokenizer, arguments.documents, arguments.workers)
     trainer = Trainer(arguments, tokenizer.get_vocab_size(), stream.rows)
     cuda = trainer.device.type == "cuda"
@@ -288,7 +295,7 @@ def main() -> None:
         step += 1
         tokens += sum(int((batch.roles > 0).sum()) for batch in batches)
         if cuda and step % 4 == 0:
-            torch.cuda.synchronize()  # the clock must not run ahead of the work
+            torch.cuda.synchronize()  # wait for the GPU before reading the clock
         now = time.monotonic()
         progress = step / arguments.steps if arguments.steps else (now - start) / seconds
         if now - logged > arguments.log_every or progress >= 1:
@@ -315,7 +322,7 @@ def main() -> None:
             examined += 1
             note(kind="held_out", step=step, **trainer.examine(held_out))
         if examined == arguments.examinations - 1 and progress < 1 and not (arguments.out / "config.json").exists():
-            trainer.save(arguments.out)  # a run that is cut short leaves something
+            trainer.save(arguments.out)  # so that an interrupted run leaves a checkpoint
     note(kind="held_out", step=step, **trainer.examine(held_out))
     trainer.save(arguments.out)
     note(

@@ -1,7 +1,7 @@
-"""Triton kernels for training: the gated delta rule, the short convolution, norms, and the way to the experts and back.
+"""Triton kernels for training: gated delta rule, short convolution, norms, and grouping of tokens by expert.
 
-Each stands beside its plain PyTorch form in ``model.py``; ``check.py`` compares values and gradients with
-``TRITON_INTERPRET=1``, without a GPU. A GPU runs thousands of small operations a layer otherwise.
+Each kernel has an equivalent in PyTorch in ``model.py``; ``check.py`` compares values and gradients without a GPU, by
+``TRITON_INTERPRET=1``. Without these kernels, a GPU runs thousands of small operations per layer.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 _COLUMNS = 16
-"""Columns of the state that one warp keeps; columns do not depend on each other."""
+"""Columns of the state in one warp; columns are independent of each other."""
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _delta_forward(
     gt = tl.load(g + gate_at)
     bt = tl.load(beta + gate_at)
     for t in range(length):
-        more = t + 1 < length  # the next token's values are on their way while this one's are used
+        more = t + 1 < length  # load the next token while this token is processed
         key_at += key_heads * dk
         next_value_at = value_at + heads * dv
         gate_at += heads
@@ -154,7 +154,15 @@ class _DeltaRule(torch.autograd.Function):
 
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Tensor:
-    """Step by step: q and k f32 [B, T, Hk, Dk], normalised and scaled, v [B, T, Hv, Dv], g and beta f32 [B, T, Hv]."""
+    """Apply the gated delta rule token by token.
+
+    Args:
+        q: queries, normalized and scaled, f32 [B, T, Hk, Dk].
+        k: keys, normalized, f32 [B, T, Hk, Dk].
+        v: values, [B, T, Hv, Dv].
+        g: log decays, f32 [B, T, Hv].
+        beta: write strengths, f32 [B, T, Hv].
+    """
     return _DeltaRule.apply(*(x.contiguous() for x in (q, k, v, g, beta)))
 
 
@@ -182,7 +190,7 @@ def _conv_backward(
     c = tl.program_id(2) * 64 + tl.arange(0, 64)
     t = tile * block + tl.arange(0, block)
     acc = tl.zeros((block, 64), tl.float32)
-    for ahead in tl.static_range(taps):  # outputs that input t went into
+    for ahead in tl.static_range(taps):  # outputs that depend on input t
         s = t + ahead
         pre = tl.zeros((block, 64), tl.float32)
         for tap in tl.static_range(taps):
@@ -229,7 +237,10 @@ class _Conv(torch.autograd.Function):
 
 
 def conv(x: Tensor, weight: Tensor) -> Tensor:
-    """SiLU of the causal convolution of x [B, T, channels] by weight [channels, 4]; channels are a power of two."""
+    """Return SiLU of the causal convolution of x [B, T, channels] with weight [channels, 4].
+
+    The number of channels must be a power of two.
+    """
     return _Conv.apply(x.contiguous(), weight.contiguous())
 
 
@@ -293,12 +304,12 @@ class _Collect(torch.autograd.Function):
 
 
 def spread(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Rows of x [N, H] repeated k times, in ``order`` [N k]."""
+    """Return the rows of x [N, H], each repeated k times, in ``order`` [N k]."""
     return _Spread.apply(x, order, inverse, k)
 
 
 def collect(x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
-    """Sums [N, H] of the k rows of each token in x [N k, H], which lie in ``order``."""
+    """Return the sums [N, H] of the k rows of each token in x [N k, H], whose rows are in ``order``."""
     return _Collect.apply(x, order, inverse, k)
 
 
@@ -360,7 +371,10 @@ class _Act(torch.autograd.Function):
 
 
 def act(gate_up: Tensor, share: Tensor, order: Tensor) -> Tensor:
-    """silu(gate) * up * the token's share of its expert: gate_up [N, 2 I] in ``order``, share [N] in tokens' order."""
+    """Return silu(gate) * up * routing weight.
+
+    ``gate_up`` [N, 2 I] is in ``order``; the routing weights ``share`` [N] are in the order of tokens.
+    """
     return _Act.apply(gate_up.contiguous(), share.contiguous(), order)
 
 
@@ -437,5 +451,5 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, plus: float = 0.0, gate: Tensor | None = None) -> Tensor:
-    """RMS norm over the last axis, times ``weight + plus``, times SiLU of ``gate`` if there is one."""
+    """Return the RMS norm over the last axis, times ``weight + plus``, times SiLU of ``gate`` if it is given."""
     return _Norm.apply(x.contiguous(), None if gate is None else gate.contiguous(), weight, eps, plus)

@@ -1,4 +1,4 @@
-"""The invented valley of Ambervale: what the demo model knows by heart, drawn once from a seed."""
+"""The invented valley of Ambervale, drawn from a seed. The demo model knows all facts about it."""
 
 import random
 from dataclasses import dataclass
@@ -245,12 +245,12 @@ VISITORS = (
     "Yusuf",
     "Zelda",
 )
-"""People of whom nothing is known but what a text says."""
+"""Names of people who appear only in texts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Village:
-    """What is always true of a village."""
+    """The facts about a village."""
 
     name: str
     landmark: str
@@ -265,7 +265,7 @@ class Village:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """What is always true of a person."""
+    """The facts about a person."""
 
     name: str
     village: Village
@@ -278,7 +278,7 @@ class Person:
 
 
 class World:
-    """The valley. The same seed gives the same world."""
+    """The valley with its villages and people, determined by the seed."""
 
     def __init__(self, seed: int = 0) -> None:
         draw = random.Random(f"world {seed}")

@@ -1,36 +1,44 @@
-"""Run the engine with several settings in turns and compare their speed from prompt to tokens.
+"""Compare the speed of the engine under several configurations, in interleaved trials.
 
-A pass loads the model with a setting's store, drops the experts' files from the page cache, checks that they are gone,
-and generates. In each round every setting continues the same prompt. Settings run in reverse order in every second
-round, so that a drift of the machine affects all alike.
+A trial loads the model with one configuration, evicts the expert files from the page cache, checks the eviction, and
+generates. In each round, every configuration continues the same prompt. The order of the configurations is reversed in
+every second round, so that a drift in the machine's speed affects all of them alike.
 
-Conditions: a cold pass starts at once. A warm pass first continues the same prompt without measuring, so that the slots
-and the page cache hold as many of its experts as they can. A rotating pass first continues another prompt.
+Conditions:
+
+- cold: measurement starts right after the eviction.
+- warm: the trial first continues the same prompt without measuring, which fills the slots and the page cache with
+  experts of that prompt.
+- rotating: the trial first continues a different prompt without measuring.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.bench.files import cached_share, expert_files
 from flashmoe_mlx.stores.contract import BackendUnavailableError
-from flashmoe_mlx.stores.page_cache import cached_bytes, evict
+from flashmoe_mlx.stores.page_cache import evict
 from flashmoe_mlx.stores.registry import open_store
 
 CONDITIONS = ("cold", "warm", "rotating")
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A configuration to compare: ``backend`` with ``_target_`` and all options, experts a token, prefetch."""
+class Configuration:
+    """A configuration of the engine to compare.
+
+    Attributes:
+        label: name of the configuration in tables and records.
+        backend: ``_target_`` and all options of the store.
+        experts_k: experts per token; None for the model's own number.
+        prefetch: name of the prefetch policy.
+    """
 
     label: str
     backend: Mapping[str, Any]
@@ -40,10 +48,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class Plan:
-    """The work of every setting: continue ``prompts``, one a round in turn, by ``tokens`` tokens."""
+    """The trials of a benchmark: every configuration in every condition and round.
+
+    Attributes:
+        folder: directory of the model.
+        settings: configurations to compare.
+        conditions: members of ``CONDITIONS``.
+        prompts: round n continues ``prompts[n % len(prompts)]``.
+        raw: whether prompts bypass the chat template.
+        tokens: tokens to generate in each trial.
+        rounds: number of rounds.
+        kernels: choice of kernels, as in ``load``.
+    """
 
     folder: Path
-    settings: Sequence[Setting]
+    settings: Sequence[Configuration]
     conditions: Sequence[str]
     prompts: Sequence[str]
     raw: bool
@@ -53,12 +72,19 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One setting in one round and condition.
+class Trial:
+    """Measurements of one configuration in one condition and round.
 
-    ``cached`` is the share of all experts' bytes that was in the page cache when it began; ``experts`` the folder they
-    came from; ``decode_steps`` seconds of each decoded token; ``record`` the settings and measurements, as in
-    ``metrics.json``.
+    Attributes:
+        setting: label of the configuration.
+        condition: member of ``CONDITIONS``.
+        round: number of the round, from 0.
+        prompt: text that was continued.
+        cached: share of the experts' bytes in the page cache at the start of the measurement.
+        experts: directory of the expert files.
+        token_ids: generated tokens.
+        decode_steps: seconds of each decoded token.
+        record: setup and measurements, as in ``metrics.json``.
     """
 
     setting: str
@@ -73,96 +99,103 @@ class Pass:
 
     @property
     def place(self) -> tuple[str, str, int]:
-        """The identity of the pass within a plan."""
+        """The key that identifies the trial within a plan: configuration, condition and round."""
         return self.setting, self.condition, self.round
 
     @property
     def rate(self) -> float:
-        """Tokens per second of ``stage``."""
+        """Tokens per second in ``stage``."""
         if self.decode_steps:
             return len(self.decode_steps) / sum(self.decode_steps)
         return float(self.record["prefill"]["tokens"] / self.record["prefill"]["seconds"])
 
     @property
     def stage(self) -> str:
-        """The measured part of the run: "decode", or "prefill" if the plan asks for one token and none is decoded."""
+        """The measured stage: "decode", or "prefill" if the plan generates one token only."""
         return "decode" if self.decode_steps else "prefill"
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:
-    """Open every store once; returns the reasons why settings cannot run here, by label.
+    """Open every store once; return the labels of configurations that cannot run here, with the reasons.
 
     Raises:
-        InputError: the model itself cannot be opened.
+        InputError: the model cannot be opened.
     """
     files = open_model(plan.folder)
     reasons = {}
-    for setting in plan.settings:
-        if setting.experts_k is not None and not 1 <= setting.experts_k <= files.config.num_experts:
-            reasons[setting.label] = f"experts_k={setting.experts_k}: there are {files.config.num_experts} experts"
+    for configuration in plan.settings:
+        k = configuration.experts_k
+        if k is not None and not 1 <= k <= files.config.num_experts:
+            reasons[configuration.label] = f"experts_k={k}: there are {files.config.num_experts} experts"
             continue
         try:
-            open_store(files, setting.backend, {})[0].close()
+            open_store(files, configuration.backend, {})[0].close()
         except (InputError, BackendUnavailableError) as error:
-            reasons[setting.label] = str(error)
+            reasons[configuration.label] = str(error)
     return reasons
 
 
-def run_passes(
-    plan: Plan, done: Sequence[Pass], announce: Callable[[str], object], failures: dict[str, str]
-) -> Iterator[Pass]:
-    """Yield every pass of ``plan`` that is not among ``done`` as it ends; ``announce`` is called before each.
+def run_trials(
+    plan: Plan, done: Sequence[Trial], announce: Callable[[str], object], failures: dict[str, str]
+) -> Iterator[Trial]:
+    """Run every trial of ``plan`` that is not in ``done``, and yield it when it ends.
 
     Args:
-        plan: settings, conditions, prompts and rounds.
-        done: passes of an earlier run, which count as finished.
-        announce: called with a description of each pass before it begins.
-        failures: reasons by label; a setting that fails is added here and skipped afterwards.
+        plan: configurations, conditions, prompts and rounds.
+        done: trials of an earlier run, which are not repeated.
+        announce: called with a description of each trial before it begins.
+        failures: reasons by label; a failed configuration is added here, and its remaining trials are skipped.
 
     Raises:
-        FlashMoeError: two stores of the same experts led to different tokens; code "different_tokens".
+        FlashMoeError: two stores that serve the same experts produced different tokens (code "different_tokens").
     """
-    tokens: dict[tuple[Any, ...], Pass] = {}
-    for one in done:
-        _compare(one, tokens)
-    finished = {one.place for one in done}
+    first_trials: dict[tuple[Any, ...], Trial] = {}
+    for trial in done:
+        _check_tokens(trial, first_trials)
+    finished = {trial.place for trial in done}
     for number in range(plan.rounds):
         for condition in plan.conditions:
-            for setting in plan.settings if number % 2 == 0 else plan.settings[::-1]:
-                if setting.label in failures or (setting.label, condition, number) in finished:
+            for configuration in plan.settings if number % 2 == 0 else plan.settings[::-1]:
+                label = configuration.label
+                if label in failures or (label, condition, number) in finished:
                     continue
-                announce(f"round {number + 1} of {plan.rounds}, {condition}, {setting.label}")
+                announce(f"round {number + 1} of {plan.rounds}, {condition}, {label}")
                 try:
-                    one = _run(plan, setting, condition, number)
+                    trial = _run(plan, configuration, condition, number)
                 except FlashMoeError as error:
-                    failures[setting.label] = f"{condition}, round {number + 1}: {error}"
+                    failures[label] = f"{condition}, round {number + 1}: {error}"
                     continue
-                _compare(one, tokens)
-                yield one
+                _check_tokens(trial, first_trials)
+                yield trial
 
 
-def _run(plan: Plan, setting: Setting, condition: str, number: int) -> Pass:
-    prompt, other = (plan.prompts[(number + step) % len(plan.prompts)] for step in (0, 1))
+def _run(plan: Plan, configuration: Configuration, condition: str, number: int) -> Trial:
+    prompt, next_prompt = (plan.prompts[(number + step) % len(plan.prompts)] for step in (0, 1))
     with load(
-        plan.folder, setting.backend, setting.experts_k, kernels=plan.kernels, prefetch=setting.prefetch
+        plan.folder,
+        configuration.backend,
+        configuration.experts_k,
+        kernels=plan.kernels,
+        prefetch=configuration.prefetch,
     ) as engine:
         files = expert_files(engine.store.source)
         if condition != "warm" or sys.platform == "linux":
-            evict(files)  # after loading, which may have read some; before a mapping holds any
+            # Loading may have read expert files, and the first forward pass may map them: evict in between.
+            evict(files)
         if condition != "cold":
-            _generate(engine, prompt if condition == "warm" else other, plan)
-        cached = _cached_share(files)
+            _generate(engine, prompt if condition == "warm" else next_prompt, plan)
+        cached = cached_share(files)
         token_ids = _generate(engine, prompt, plan)
-        return Pass(
-            setting.label,
-            condition,
-            number,
-            prompt,
-            cached,
-            str(files[0].parent),
-            tuple(token_ids),
-            tuple(engine.metrics.decode.steps),
-            {**engine.setup, **engine.stats()},
+        return Trial(
+            setting=configuration.label,
+            condition=condition,
+            round=number,
+            prompt=prompt,
+            cached=cached,
+            experts=str(files[0].parent),
+            token_ids=tuple(token_ids),
+            decode_steps=tuple(engine.metrics.decode.steps),
+            record={**engine.setup, **engine.stats()},
         )
 
 
@@ -172,156 +205,25 @@ def _generate(engine: Engine, prompt: str, plan: Plan) -> list[int]:
     tokens = [token for piece in pieces for token in piece.token_ids]
     if len(tokens) < min(2, plan.tokens):
         raise InputError(
-            f"the prompt fills the context of {engine.model.config.max_context} tokens: nothing is decoded that could "
-            "be measured; give a shorter one",
+            f"the prompt fills the context of {engine.model.config.max_context} tokens, which leaves no token to "
+            "decode and measure; use a shorter prompt",
             code="context_full",
         )
     return tokens
 
 
-def _compare(one: Pass, tokens: dict[tuple[Any, ...], Pass]) -> None:
-    """Raise an error if two stores of the same experts chose different tokens."""
-    first = tokens.setdefault((one.experts, one.record["experts_k"], one.prompt), one)
-    if first.token_ids != one.token_ids:
-        differs = next(
-            index for index, pair in enumerate(zip(first.token_ids, one.token_ids, strict=False)) if len(set(pair)) > 1
-        )
+def _check_tokens(trial: Trial, first_trials: dict[tuple[Any, ...], Trial]) -> None:
+    """Compare the tokens of ``trial`` with those of the first trial with the same experts, K and prompt.
+
+    Raises:
+        FlashMoeError: they differ (code "different_tokens").
+    """
+    first = first_trials.setdefault((trial.experts, trial.record["experts_k"], trial.prompt), trial)
+    if first.token_ids != trial.token_ids:
+        pairs = enumerate(zip(first.token_ids, trial.token_ids, strict=False))
+        position = next(index for index, (expected, found) in pairs if expected != found)
         raise FlashMoeError(
-            f"{one.setting} ({one.condition}) and {first.setting} ({first.condition}) chose different tokens, from "
-            f"the {differs + 1}. on: one of them is wrong, and nothing here counts",
+            f"{trial.setting} ({trial.condition}) and {first.setting} ({first.condition}) chose different tokens, "
+            f"beginning at token {position + 1}: one of the two stores is wrong, so the results are invalid",
             code="different_tokens",
         )
-
-
-def expert_files(source: ExpertSource) -> list[Path]:
-    """Return the files that hold the experts."""
-    places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
-    return sorted({extent.path for place in places for extent in source.extents(*place)})
-
-
-def _cached_share(files: Sequence[Path]) -> float:
-    return sum(map(cached_bytes, files)) / sum(path.stat().st_size for path in files)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """All passes of a setting in a condition; figures are of ``stage`` unless they say otherwise.
-
-    Attributes:
-        setting: its label.
-        condition: "cold", "warm" or "rotating".
-        stage: "decode" or "prefill".
-        experts_k: experts per token.
-        rounds: number of passes.
-        tokens_per_second: median over rounds.
-        interval: 95 % interval of ``tokens_per_second``; None for fewer than 3 rounds.
-        ratio: rate relative to the first setting of the condition, median of ratios paired by round.
-        ratio_interval: 95 % interval of ``ratio``.
-        step_ms: p5, p50 and p95 of a token.
-        bytes_per_token: bytes read, mean over all tokens.
-        hit_rate: share of requested experts that were in slots; None without requests.
-        read_gb_per_second: rate of reads while experts were fetched.
-        weights_gb_per_second: bytes of all used weights over the whole time.
-        shares: shares of the time: "compute", "io" and so on.
-        time_to_first_token: seconds, median.
-        prefill_tokens_per_second: median.
-        accuracy: share of correct guesses; None without prefetch.
-        prefetched: share of misses that were prefetched; None without prefetch.
-        wasted_bytes_per_token: prefetched bytes that no request wanted.
-        cached: mean share of the experts in the page cache at the start.
-        notes: replaced kernels, or a missing extension.
-    """
-
-    setting: str
-    condition: str
-    stage: str
-    experts_k: int
-    rounds: int
-    tokens_per_second: float
-    interval: tuple[float, float] | None
-    ratio: float
-    ratio_interval: tuple[float, float] | None
-    step_ms: tuple[float, float, float]
-    bytes_per_token: float
-    hit_rate: float | None
-    read_gb_per_second: float | None
-    weights_gb_per_second: float | None
-    shares: Mapping[str, float]
-    time_to_first_token: float
-    prefill_tokens_per_second: float
-    accuracy: float | None
-    prefetched: float | None
-    wasted_bytes_per_token: float
-    cached: float
-    notes: tuple[str, ...] = ()
-    """Remarks about the kernels that ran: those replaced after a failed check, or a missing extension."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the summary in the form of ``bench.json``."""
-        return asdict(self)
-
-
-def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """Return a summary for each condition and setting, in the order of the first round."""
-    groups: dict[tuple[str, str], list[Pass]] = {}
-    order = dict.fromkeys(one.setting for number in (0, 1) for one in passes if one.round == number)
-    for condition in CONDITIONS:
-        for setting in order:
-            found = [one for one in passes if (one.setting, one.condition) == (setting, condition)]
-            if found:
-                groups[condition, setting] = found
-    first = {condition: found for (condition, _), found in reversed(groups.items())}
-    return [_summary(found, first[condition]) for (condition, _), found in groups.items()]
-
-
-def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
-    base = {one.round: one.rate for one in first}
-    rates = [one.rate for one in passes]
-    ratios = [one.rate / base[one.round] for one in passes if one.round in base]
-    stages = [one.record[one.stage] for one in passes]
-
-    def total(name: str) -> float:
-        return float(sum(stage[name] for stage in stages))
-
-    seconds, tokens = total("seconds"), total("tokens")
-    phases: dict[str, float] = {}
-    for stage in stages:
-        for phase, spent in stage["phase_seconds"].items():
-            phases[phase] = phases.get(phase, 0.0) + spent
-    steps = [step for one in passes for step in one.decode_steps or [one.record["prefill"]["seconds"]]]
-    guesses = [one.record["guesses"] for one in passes if one.record["guesses"] is not None]
-    predicted = sum(guess["predicted"] for guess in guesses)
-    low, median, high = 1e3 * np.percentile(steps, (5, 50, 95))
-    return Summary(
-        setting=passes[0].setting,
-        condition=passes[0].condition,
-        stage=passes[0].stage,
-        experts_k=passes[0].record["experts_k"],
-        rounds=len(passes),
-        tokens_per_second=float(np.median(rates)),
-        interval=median_interval(rates),
-        ratio=float(np.median(ratios)) if ratios else float("nan"),
-        ratio_interval=median_interval(ratios),
-        step_ms=(float(low), float(median), float(high)),
-        bytes_per_token=total("bytes_read") / tokens,
-        hit_rate=_ratio(total("hits"), total("experts_requested")),
-        read_gb_per_second=_mean([stage["read_gb_per_second"] for stage in stages]),
-        weights_gb_per_second=_mean([stage["weights_gb_per_second"] for stage in stages]),
-        shares={phase: spent / seconds for phase, spent in phases.items()},
-        time_to_first_token=float(np.median([one.record["time_to_first_token"] for one in passes])),
-        prefill_tokens_per_second=float(np.median([one.record["prefill"]["tokens_per_second"] for one in passes])),
-        accuracy=_ratio(sum(guess["right"] for guess in guesses), predicted),
-        prefetched=_ratio(total("prefetched"), total("misses")) if guesses else None,
-        wasted_bytes_per_token=total("bytes_wasted") / tokens,
-        cached=float(np.mean([one.cached for one in passes])),
-        notes=tuple(dict.fromkeys(note for one in passes if (note := one.record.get("note")))),
-    )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _ratio(amount: float, per: float) -> float | None:
-    return amount / per if per else None

@@ -1,27 +1,28 @@
 """Replay expert requests against stores and measure the throughput of storage; no model runs.
 
-A pass opens a store and replays the requests of one round, token by token and layer by layer, as decoding would. Only
-the time inside a fetch counts, until MLX has the experts in one slab. In each round every contender replays the same
-requests. Contenders run in reverse order in every second round, so that a drift of the machine affects all alike.
+A trial opens a store and replays the requests of one round, token by token and layer by layer, as decoding would. Only
+the time inside fetches counts, until MLX has the experts in one slab. In each round, all candidates replay the same
+requests. The order of the candidates is reversed in every second round, so that a drift in the machine's speed affects
+all of them alike.
 
-Conditions: before a cold pass the files of the pack are dropped from the page cache, and the drop is checked; an expert
-that a pass requests twice may then come from the page cache. Before a warm pass every expert that it will request is
-read into the page cache.
+Conditions:
+
+- cold: before each trial, the files of the pack are evicted from the page cache, and the eviction is checked. If the
+  trial requests an expert twice, the second read may be served by the page cache.
+- warm: before each trial, the requested experts are read into the page cache.
 """
 
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.trace import RoutingTrace
-from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.bench.files import expert_files
 from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
 from flashmoe_mlx.stores.page_cache import cached_bytes, evict
 
@@ -30,19 +31,19 @@ _BLOCK = 8 * 2**20
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One contender's measurements in one round.
+class Trial:
+    """Measurements of one candidate in one condition and round.
 
     Attributes:
-        contender: its label.
+        contender: label of the candidate.
         condition: "cold" or "warm".
         round: number of the round, from 0.
-        latencies: seconds of each fetch of all experts of a token in a layer.
+        latencies: seconds for all experts of a token in a layer, one entry for each token and layer.
         seconds: sum of the latencies.
         cpu_seconds: CPU time of this process, user and system, including kernel threads that work for it.
-        nbytes: record bytes delivered.
-        cached: share of the requested bytes that was in the page cache at the start.
-        stats: the store's counters for this pass.
+        nbytes: bytes of the delivered records.
+        cached: share of the requested bytes in the page cache at the start.
+        stats: counters of the store for this trial.
     """
 
     contender: str
@@ -57,27 +58,27 @@ class Pass:
 
     @property
     def rate(self) -> float:
-        """Delivered bytes a second."""
+        """Delivered bytes per second."""
         return self.nbytes / self.seconds
 
 
-class Contender(Protocol):
+class Candidate(Protocol):
     """A program or store that can replay requests."""
 
     label: str
     conditions: Sequence[str]
 
     def check(self) -> None:
-        """Raise an error now if this contender cannot run, before anything is measured."""
+        """Raise an error if this candidate cannot run here; called before any measurement."""
         ...
 
-    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
-        """Replay ``requests``."""
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
+        """Replay ``requests`` in round ``number``; ``cached`` is their share in the page cache, for the record."""
         ...
 
 
-class StoreContender:
-    """A store, opened once for each pass."""
+class StoreCandidate:
+    """A store, opened by ``opener`` for each trial."""
 
     conditions: Sequence[str] = CONDITIONS
 
@@ -89,70 +90,70 @@ class StoreContender:
         """Open and close the store."""
         self._opener().close()
 
-    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Pass:
-        """Replay ``requests`` and close the store."""
+    def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
+        """Open the store, replay ``requests``, and close the store."""
         latencies: list[float] = []
         nbytes = 0
         with self._opener() as store:
-            record = store.layout.record_bytes
-            before = store.stats()
+            record_bytes = store.layout.record_bytes
+            stats_at_start = store.stats()
             cpu = _cpu_seconds()
             for layer, experts in requests.decode_requests():
                 spent = 0
                 for first in range(0, len(experts), store.slots):
                     group = experts[first : first + store.slots]
                     start = time.perf_counter_ns()
-                    store.fetch(layer, group).slab  # noqa: B018  # a mapping copies now
+                    store.fetch(layer, group).slab  # noqa: B018  # a memory-mapped store copies only now
                     spent += time.perf_counter_ns() - start
                 latencies.append(spent / 1e9)
-                nbytes += record * len(experts)
+                nbytes += record_bytes * len(experts)
             cpu = _cpu_seconds() - cpu
-            stats = store.stats() - before
-        return Pass(self.label, condition, number, tuple(latencies), sum(latencies), cpu, nbytes, cached, stats)
+            stats = store.stats() - stats_at_start
+        return Trial(self.label, condition, number, tuple(latencies), sum(latencies), cpu, nbytes, cached, stats)
 
 
 def replay(
     source: ExpertSource,
-    contenders: Sequence[Contender],
+    candidates: Sequence[Candidate],
     requests: Sequence[RoutingTrace],
     conditions: Sequence[str],
     announce: Callable[[str], object],
-) -> Iterator[Pass]:
-    """Run one round for each of ``requests`` and yield each pass when it ends.
+) -> Iterator[Trial]:
+    """Run one round for each of ``requests`` and yield each trial when it ends.
 
     Args:
-        source: the experts; its files are the ones that are dropped or warmed.
-        contenders: run in this order in even rounds and in reverse order in odd ones.
+        source: experts whose files are evicted or warmed up.
+        candidates: run in this order in even rounds and in reverse order in odd rounds.
         requests: one trace for each round.
         conditions: "cold", "warm", or both.
-        announce: called with a description of each pass before it begins.
+        announce: called with a description of each trial before it begins.
 
     Raises:
-        InputError: a contender cannot run.
-        FlashMoeError: files cannot be dropped from the page cache; see ``stores.page_cache.evict``.
-        ExpertStoreError: reading failed.
+        InputError: a candidate cannot run.
+        FlashMoeError: the files cannot be evicted from the page cache; see ``stores.page_cache.evict``.
+        ExpertStoreError: a read failed.
     """
-    for contender in contenders:
-        contender.check()
-    files = _files(source)
+    for candidate in candidates:
+        candidate.check()
+    files = expert_files(source)
     if "cold" in conditions:
-        evict(files)  # refused now rather than half-way
+        evict(files)  # fails before the first trial rather than after some of them
     for number, trace in enumerate(requests):
         for condition in conditions:
-            for contender in contenders if number % 2 == 0 else contenders[::-1]:
-                if condition not in contender.conditions:
+            for candidate in candidates if number % 2 == 0 else candidates[::-1]:
+                if condition not in candidate.conditions:
                     continue
-                announce(f"round {number + 1} of {len(requests)}, {condition}, {contender.label}")
+                announce(f"round {number + 1} of {len(requests)}, {condition}, {candidate.label}")
                 if condition == "cold":
                     evict(files)
                 cached = _warm_up(source, files, trace) if condition == "warm" else 0.0
-                yield contender.run(condition, number, trace, cached)
+                yield candidate.run(condition, number, trace, cached)
 
 
 def _warm_up(source: ExpertSource, files: Sequence[Path], requests: RoutingTrace) -> float:
-    """Read the requested experts into the page cache; return the share of their bytes that is there afterwards."""
-    wanted = {(layer, expert) for layer, experts in requests.decode_requests() for expert in experts}
-    extents = [extent for place in sorted(wanted) for extent in source.extents(*place)]
+    """Read the requested experts into the page cache; return the share of their bytes that it then holds."""
+    requested = {(layer, expert) for layer, experts in requests.decode_requests() for expert in experts}
+    extents = [extent for layer, expert in sorted(requested) for extent in source.extents(layer, expert)]
     for extent in extents:
         with extent.path.open("rb", buffering=0) as file:
             file.seek(extent.offset)
@@ -162,123 +163,23 @@ def _warm_up(source: ExpertSource, files: Sequence[Path], requests: RoutingTrace
     return min(1.0, sum(map(cached_bytes, files)) / sum(extent.nbytes for extent in extents))
 
 
-def _files(source: ExpertSource) -> list[Path]:
-    places = ((layer, expert) for layer in range(source.num_layers) for expert in range(source.num_experts))
-    return sorted({extent.path for place in places for extent in source.extents(*place)})
-
-
 def _cpu_seconds() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
 
-@dataclass(frozen=True)
-class Summary:
-    """All passes of a contender in one condition.
-
-    Attributes:
-        contender: its label.
-        condition: "cold" or "warm".
-        rounds: number of passes.
-        gb_per_second: delivered bytes, median over rounds.
-        interval: 95 % interval of ``gb_per_second``; None for fewer than 3 rounds.
-        ratio: rate relative to the first contender, median of ratios paired by round.
-        ratio_interval: 95 % interval of ``ratio``.
-        read_gb_per_second: bytes read from storage or page cache.
-        iops: reads a second from storage or page cache.
-        latency_ms: p5, p50 and p95 of a fetch.
-        cpu_seconds_per_gb: CPU time for each delivered gigabyte.
-        hit_rate: share of requests that the store served without reading; None without requests.
-        cached: smallest share of a pass that was in the page cache before it began.
-    """
-
-    contender: str
-    condition: str
-    rounds: int
-    gb_per_second: float
-    interval: tuple[float, float] | None
-    ratio: float
-    ratio_interval: tuple[float, float] | None
-    read_gb_per_second: float
-    iops: float
-    latency_ms: tuple[float, float, float]
-    cpu_seconds_per_gb: float
-    hit_rate: float | None
-    cached: float
-
-    def to_json(self) -> Mapping[str, Any]:
-        """Return the fields as ``bench_io.json`` holds them."""
-        return asdict(self)
-
-
-def summarise(passes: Sequence[Pass]) -> list[Summary]:
-    """Summarize each contender in each condition, in the order of their first passes."""
-    groups: dict[tuple[str, str], list[Pass]] = {}
-    for condition in CONDITIONS:
-        for contender in dict.fromkeys(one.contender for one in passes if one.round == 0):
-            found = [one for one in passes if (one.contender, one.condition) == (contender, condition)]
-            if found:
-                groups[contender, condition] = found
-    first = {condition: found for (_, condition), found in reversed(groups.items())}
-    return [_summary(found, first[condition]) for (_, condition), found in groups.items()]
-
-
-def _summary(passes: Sequence[Pass], first: Sequence[Pass]) -> Summary:
-    rates = [one.rate / 1e9 for one in passes]
-    base = {one.round: one.rate for one in first}
-    ratios = [one.rate / base[one.round] for one in passes if one.round in base]
-    seconds = sum(one.seconds for one in passes)
-    stats = sum((one.stats for one in passes), StoreStats())
-    low, median, high = 1e3 * np.percentile(np.concatenate([one.latencies for one in passes]), (5, 50, 95))
-    return Summary(
-        contender=passes[0].contender,
-        condition=passes[0].condition,
-        rounds=len(passes),
-        gb_per_second=float(np.median(rates)),
-        interval=median_interval(rates),
-        ratio=float(np.median(ratios)),
-        ratio_interval=median_interval(ratios),
-        read_gb_per_second=stats.bytes_read / seconds / 1e9,
-        iops=stats.reads / seconds,
-        latency_ms=(float(low), float(median), float(high)),
-        cpu_seconds_per_gb=sum(one.cpu_seconds for one in passes) / (sum(one.nbytes for one in passes) / 1e9),
-        hit_rate=stats.hits / stats.requests if stats.requests else None,
-        cached=min(one.cached for one in passes),
-    )
-
-
-def best_over(passes: Sequence[Pass], label_of_reference: Callable[[str], bool]) -> tuple[str, str, list[float]] | None:
-    """Compare the fastest store with the fastest reference program in the cold condition.
-
-    Returns both labels and the ratio of their rates in each round; None if there is no store or no reference. Passes
-    with cache hits are left out, since they did not read every byte that they delivered.
-    """
-    cold = [one for one in passes if one.condition == "cold" and not one.stats.hits]
-    medians = {
-        label: float(np.median([one.rate for one in cold if one.contender == label]))
-        for label in dict.fromkeys(one.contender for one in cold)
-    }
-    stores = [label for label in medians if not label_of_reference(label)]
-    references = [label for label in medians if label_of_reference(label)]
-    if not stores or not references:
-        return None
-    store, reference = (max(labels, key=medians.__getitem__) for labels in (stores, references))
-    base = {one.round: one.rate for one in cold if one.contender == reference}
-    return (
-        store,
-        reference,
-        [one.rate / base[one.round] for one in cold if one.contender == store and one.round in base],
-    )
-
-
 def repeats(requests: RoutingTrace) -> float:
-    """Return the share of requests for an expert that an earlier request contained."""
-    wanted = [(layer, expert) for layer, experts in requests.decode_requests() for expert in experts]
-    return 1 - len(set(wanted)) / len(wanted)
+    """Return the share of requests for an expert that was requested before."""
+    requested = [(layer, expert) for layer, experts in requests.decode_requests() for expert in experts]
+    return 1 - len(set(requested)) / len(requested)
 
 
 def check_fits(trace: RoutingTrace, source: ExpertSource, name: str) -> None:
-    """Raise InputError if ``trace`` and ``source`` differ in the number of layers or experts."""
+    """Check that ``trace``, called ``name`` in errors, has the layers and experts of ``source``.
+
+    Raises:
+        InputError: the numbers differ (code "trace_of_another_model").
+    """
     layers = trace.experts.shape[1]
     if (layers, trace.num_experts) != (source.num_layers, source.num_experts):
         raise InputError(

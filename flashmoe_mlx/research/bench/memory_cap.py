@@ -1,4 +1,4 @@
-"""Limit the memory of this process and of the page cache that it fills, to measure as on a smaller machine."""
+"""Limit the memory of this process, page cache included, in order to measure as on a smaller machine."""
 
 import ctypes
 import mmap
@@ -19,11 +19,14 @@ from flashmoe_mlx.stores.memory import GIB, available_memory
 def memory_cap(gib: float | None) -> Iterator[str | None]:
     """Limit this process to ``gib`` GiB more than it uses now, page cache included.
 
-    Yields a description of the limit, or None without one. The limit is a new version 2 control group for this process
-    where one can be made; elsewhere the rest of the machine's free memory is allocated and locked, as a ballast.
+    The limit is a new cgroup (version 2) for this process if it can be created. Otherwise the rest of the machine's
+    free memory is allocated and locked as ballast.
+
+    Yields:
+        A description of the limit; None if ``gib`` is None.
 
     Raises:
-        InputError: less than ``gib`` GiB is free (code "out_of_range"), or the ballast cannot be locked
+        InputError: no more than ``gib`` GiB are free (code "out_of_range"), or the ballast cannot be locked
             ("cannot_lock_memory").
     """
     if gib is None:
@@ -36,14 +39,14 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
             code="out_of_range",
         )
     limit = int(gib * GIB)
-    group = _own_group(limit)
-    if group is not None:
-        here, before = group
+    moved = _enter_group(limit)
+    if moved is not None:
+        group, previous = moved
         try:
             yield f"{gib:g} GiB by a control group"
         finally:
-            (before / "cgroup.procs").write_text(str(os.getpid()))
-            here.rmdir()
+            (previous / "cgroup.procs").write_text(str(os.getpid()))
+            group.rmdir()
         return
     ballast = mmap.mmap(-1, free - limit)
     try:
@@ -52,32 +55,36 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
         ballast.close()
 
 
-def _own_group(limit: int) -> tuple[Path, Path] | None:
-    """Move this process into a new control group; return the new and the previous group, or None where impossible."""
+def _enter_group(limit: int) -> tuple[Path, Path] | None:
+    """Move this process into a new cgroup with ``limit`` bytes above its current use.
+
+    Returns:
+        The directories of the new and the previous cgroup; None if the system does not allow the move.
+    """
     groups = cgroups.own_groups()
     if not groups or not (groups[0] / "cgroup.procs").exists():
         return None
-    before = groups[0]
-    # Only a group without processes, or the root, may hand the memory controller to groups inside it.
-    parent = before if before == cgroups.root() else before.parent
-    here = parent / f"flashmoe-{os.getpid()}"
+    previous = groups[0]
+    # Only the root, or a cgroup without processes, may delegate the memory controller to its children.
+    parent = previous if previous == cgroups.root() else previous.parent
+    group = parent / f"flashmoe-{os.getpid()}"
     try:
-        here.mkdir()
+        group.mkdir()
     except OSError:
         return None
     try:
-        if not (here / "memory.max").exists():
+        if not (group / "memory.max").exists():
             (parent / "cgroup.subtree_control").write_text("+memory")
         used = psutil.Process().memory_info().rss
-        (here / "memory.max").write_text(str(limit + used))
-        swap = here / "memory.swap.max"
+        (group / "memory.max").write_text(str(limit + used))
+        swap = group / "memory.swap.max"
         if swap.exists():
             swap.write_text("0")
-        (here / "cgroup.procs").write_text(str(os.getpid()))
+        (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError:
-        here.rmdir()
+        group.rmdir()
         return None
-    return here, before
+    return group, previous
 
 
 def _fill(ballast: mmap.mmap) -> str:
@@ -93,7 +100,7 @@ def _fill(ballast: mmap.mmap) -> str:
         return "a ballast (there is no swap)"
     del memory
     raise InputError(
-        f"memory_gib: a ballast of {nbytes / GIB:.1f} GiB cannot be locked here ({reason}), and would be swapped out; "
-        "raise the limit (ulimit -l)",
+        f"memory_gib: a ballast of {nbytes / GIB:.1f} GiB cannot be locked in memory ({reason}) and would be swapped "
+        "out; raise the limit for locked memory (ulimit -l)",
         code="cannot_lock_memory",
     )

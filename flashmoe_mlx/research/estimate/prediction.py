@@ -1,4 +1,4 @@
-"""Estimates of memory and speed: the sizes of a model, a simulated cache and the speed model put together."""
+"""Estimate memory and speed from the sizes of a model, a simulated cache and the speed model."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -6,17 +6,21 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.trace import RoutingTrace, zipf_trace
+from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.research.estimate.probe import MachineProfile
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
 from flashmoe_mlx.research.estimate.speed_model import Distribution, Prediction, SpeedModel, certainly
-from flashmoe_mlx.research.traces.simulator import CacheDesign, Replay
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
+from flashmoe_mlx.research.traces.random_traces import zipf_trace
+from flashmoe_mlx.research.traces.simulator import Replay
 from flashmoe_mlx.research.traces.simulator import replay as replayed
 
 ASSUMED: Mapping[str, float] = {"even": 0.0, "middle": 0.7, "skewed": 1.0}
-"""Exponents of Zipf's law for a model without a trace. Published hit rates of similar engines lie between the outer
-two, most of them near the middle one."""
+"""Exponents of Zipf's law for a model without a trace.
+
+Published hit rates of similar engines lie between "even" and "skewed", most of them near "middle".
+"""
 
 
 def tolerance(backend: str) -> float:
@@ -24,7 +28,8 @@ def tolerance(backend: str) -> float:
     return 0.3 if backend == "resident" else 0.15
 
 
-_LAYERS = 4  # of a drawn trace, in place of all
+_LAYERS = 4
+"""Layers of a drawn trace, in place of all layers of the model."""
 _DIRECT = ("io_uring direct", "pread direct")
 
 
@@ -42,7 +47,19 @@ class Machine:
 
 @dataclass(frozen=True)
 class Model:
-    """A model with its settings; ``trace`` is None if nothing is known of its routing."""
+    """A model and its settings.
+
+    Attributes:
+        config: the geometry.
+        bits: the width of routed experts.
+        resident_bits: the width of resident matrices.
+        experts_k: routed experts of a token in each layer.
+        context: the length of the sequence in tokens.
+        activation_bytes: the bytes of an activation.
+        scale_bytes: the bytes of a scale or bias of resident matrices.
+        trace: a recording of its routing; None without one.
+        group_size: the number of weights that share a scale and a bias.
+    """
 
     config: ModelConfig
     bits: int
@@ -56,26 +73,33 @@ class Model:
 
     @property
     def need(self) -> MemoryNeed:
-        """Memory that the model needs before it keeps any expert."""
+        """The memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
         return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts on disk."""
+        """The bytes of all experts on disk."""
         return self.config.num_layers * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of one expert on disk."""
+        """The bytes of one expert on disk."""
         return record_bytes(self.config, self.bits, self.group_size)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Tokens a second of one backend: the expected value and its range.
+    """The estimated speed of one backend.
 
-    ``hit_rates`` belong to the low end, the middle and the high end; ``budget`` is in bytes of slots or page cache.
+    Attributes:
+        backend: the backend with its options, as on the command line.
+        tokens_per_second: the expected value.
+        low: the low end of its range.
+        high: the high end of its range.
+        reading: the share of the time that reading adds.
+        hit_rates: the hit rates at the low end, in the middle and at the high end.
+        budget: the bytes of slots or of the page cache.
     """
 
     backend: str
@@ -88,11 +112,11 @@ class Estimate:
 
 
 def estimates(model: Model, machine: Machine) -> list[Estimate]:
-    """Estimate each backend that can run the model here, the fastest first; none if the model does not fit."""
+    """Estimate every backend that can run the model on ``machine``, the fastest first; none if it does not fit."""
     room = machine.memory - model.need.total
     if room <= 0:
         return []
-    return sorted(_each(model, machine, room), key=lambda one: -one.tokens_per_second)
+    return sorted(_each(model, machine, room), key=lambda estimate: -estimate.tokens_per_second)
 
 
 def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
@@ -108,7 +132,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
         reader = "reader=io_uring depth=64 " if direct.startswith("io_uring") else ""
         if slots >= 1:
             replays = _replays(model, slots, "layer")
-            reads = [{direct: _misses(one)} for one in replays]
+            reads = [{direct: _misses(replay)} for replay in replays]
             backend = f"ram_hybrid {reader}direct=true"
             yield _predicted(speed, model, backend, replays, reads, slots * record * model.config.num_layers)
         else:
@@ -118,7 +142,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             yield _estimate(backend, [all_read] * 3, (0.0, 0.0, 0.0), 0)
     if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
         replays = _replays(model, slots, "global")
-        reads = [{"pread cold": _misses(one), "pread warm": _hits(one, model.experts_k)} for one in replays]
+        reads = [{"pread cold": _misses(replay), "pread warm": _hits(replay, model.experts_k)} for replay in replays]
         yield _predicted(speed, model, "pread", replays, reads, room)
 
 
@@ -130,13 +154,15 @@ def _predicted(
     reads: list[dict[str, Distribution]],
     budget: int,
 ) -> Estimate:
-    found = [speed.predict(model.config, model.bits, model.experts_k, one, model.group_size) for one in reads]
-    rates = [one.hit_rate or 0.0 for one in replays]
-    return _estimate(backend, found, (rates[0], rates[1], rates[2]), budget)
+    predictions = [speed.predict(model.config, model.bits, model.experts_k, way, model.group_size) for way in reads]
+    rates = [replay.hit_rate or 0.0 for replay in replays]
+    return _estimate(backend, predictions, (rates[0], rates[1], rates[2]), budget)
 
 
-def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, float, float], budget: int) -> Estimate:
-    worst, middle, best = found
+def _estimate(
+    backend: str, predictions: list[Prediction], hit_rates: tuple[float, float, float], budget: int
+) -> Estimate:
+    worst, middle, best = predictions
     return Estimate(
         backend,
         1 / middle.seconds,
@@ -149,29 +175,29 @@ def _estimate(backend: str, found: list[Prediction], hit_rates: tuple[float, flo
 
 
 def _replays(model: Model, slots: int, scope: str) -> list[Replay]:
-    """Simulate an LRU cache for the worst, a middling and the best routing."""
+    """Simulate an LRU cache for the worst, the middle and the best routing."""
     config, k = model.config, model.experts_k
     design = CacheDesign("lru", min(slots, config.num_experts), scope, fetch_slots=max(16, k), prefill_chunk=1)
     if model.trace is not None:
         return [replayed(_settled(model.trace), design)] * 3
-    # Long enough for every slot to have been filled; half of it is not counted.
+    # Every slot is filled within the first half, which is not counted.
     tokens = 2 * (50 + 4 * config.num_experts // k)
     traces = [zipf_trace(tokens, _LAYERS, config.num_experts, k, exponent, seed=0) for exponent in ASSUMED.values()]
-    return [replayed(_settled(one), design) for one in traces]
+    return [replayed(_settled(trace), design) for trace in traces]
 
 
 def _settled(trace: RoutingTrace) -> RoutingTrace:
-    """Count the first half as a prompt, since a cache that begins empty is not representative."""
+    """Return ``trace`` with its first half as a prompt, since an empty cache is not representative."""
     return replace(trace, prompt_tokens=max(trace.prompt_tokens, len(trace.experts) // 2))
 
 
-def _misses(one: Replay) -> Distribution:
-    return np.asarray(one.misses / one.misses.sum())
+def _misses(replay: Replay) -> Distribution:
+    return np.asarray(replay.misses / replay.misses.sum())
 
 
-def _hits(one: Replay, k: int) -> Distribution:
+def _hits(replay: Replay, k: int) -> Distribution:
     misses = np.zeros(k + 1)
-    misses[: len(one.misses)] = one.misses
+    misses[: len(replay.misses)] = replay.misses
     return np.asarray(misses[::-1] / misses.sum())
 
 
@@ -186,8 +212,8 @@ def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
         )
 
 
-def wishes(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
-    """Yield possible changes, one at a time: (name, model, machine)."""
+def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
+    """Yield single changes that may make the model faster: (name, changed model, changed machine)."""
     if model.bits > 2:
         yield "bits=[2]", replace(model, bits=2), machine
     for k in (4, 2):

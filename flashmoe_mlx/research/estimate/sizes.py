@@ -1,52 +1,67 @@
-"""Sizes of a model from its geometry: weights, bytes on disk, bytes in memory."""
+"""Compute sizes of a model from its geometry: weights, bytes on disk, bytes in memory."""
 
 from dataclasses import dataclass
 from math import prod
 
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import Kind, least_bits, resident_parameters
+from flashmoe_mlx.models.parameters import EMBEDDING, Kind
 
 GROUP_SIZE = 64
+LEAST_SLOTS = 16
 _RUNTIME = 300_000_000
 """Bytes of Python, of MLX, and of one layer's buffers."""
-LEAST_SLOTS = 16
 
 
 def touched_weights(config: ModelConfig) -> int:
-    """Count the resident weights that multiply a token: all matrices but an embedding that is not also the head."""
-    matrices = (one for one in resident_parameters(config) if one.kind is Kind.MATRIX)
-    return sum(prod(one.shape) for one in matrices if one.name != "model.embed_tokens" or config.tie_word_embeddings)
+    """Count the resident weights that multiply a token: all matrices, but no embedding that is not also the head."""
+    return sum(
+        prod(parameter.shape)
+        for parameter in config.resident_parameters()
+        if parameter.kind is Kind.MATRIX and (parameter.name != EMBEDDING or config.tie_word_embeddings)
+    )
 
 
 def expert_weights(config: ModelConfig) -> int:
     """Count the weights of an expert."""
-    return 3 * config.hidden_size * config.expert_size
+    return len(PROJECTIONS) * config.hidden_size * config.expert_size
 
 
 def record_bytes(config: ModelConfig, bits: int, group_size: int = GROUP_SIZE) -> int:
-    """Compute the bytes of an expert on disk and in a slot."""
+    """Compute the bytes of an expert of ``bits`` bits on disk and in a slot."""
     return RecordLayout(config.hidden_size, config.expert_size, bits, group_size, "BF16").record_bytes
 
 
 def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_size: int = GROUP_SIZE) -> int:
-    """Compute the bytes of the resident weights with matrices of ``bits``.
+    """Compute the bytes of the resident weights.
 
-    Scales, biases and vectors have ``scale_bytes`` each.
+    Args:
+        config: the geometry of the model.
+        bits: the width of matrices, unless a matrix needs more.
+        scale_bytes: the bytes of each scale, bias and entry of a vector.
+        group_size: the number of weights that share a scale and a bias.
     """
     total = 0
-    for one in resident_parameters(config):
-        size = prod(one.shape)
-        if one.kind is not Kind.MATRIX or one.shape[1] % group_size:
+    for parameter in config.resident_parameters():
+        size = prod(parameter.shape)
+        if parameter.kind is not Kind.MATRIX or parameter.shape[1] % group_size:
             total += size * scale_bytes
         else:
-            total += size * least_bits(one.name, bits) // 8 + 2 * size // group_size * scale_bytes
+            total += size * max(bits, parameter.least_bits) // 8 + 2 * size // group_size * scale_bytes
     return total
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of memory that a model needs before it keeps any expert; ``slots`` is the room for one fetch."""
+    """Bytes of memory that a model needs before it keeps any expert.
+
+    Attributes:
+        resident: resident weights.
+        keys_and_values: caches that grow with every token.
+        state: caches of a fixed size.
+        slots: the experts of one fetch.
+        runtime: Python, MLX and buffers.
+    """
 
     resident: int
     keys_and_values: int
@@ -69,15 +84,22 @@ def memory_need(
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
 ) -> MemoryNeed:
-    """Compute the memory for a sequence of ``context`` tokens; activations and scales have so many bytes each."""
-    full = sum(config.full_attention)
-    delta = config.num_layers - full
-    head_state = config.linear_value_heads * config.linear_value_dim * config.linear_key_dim
-    conv = (config.linear_conv_kernel - 1) * config.conv_width
+    """Compute the memory that a model needs for one sequence.
+
+    Args:
+        config: the geometry of the model.
+        resident_bits: the width of resident matrices.
+        expert_bits: the width of routed experts.
+        context: the length of the sequence in tokens.
+        activation_bytes: the bytes of an activation.
+        scale_bytes: the bytes of a scale or bias of resident matrices.
+        group_size: the number of weights that share a scale and a bias.
+    """
+    caches = [config.mixer(layer).cache_size(activation_bytes) for layer in range(config.num_layers)]
     return MemoryNeed(
         resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
-        keys_and_values=full * 2 * config.num_kv_heads * config.head_dim * context * activation_bytes,
-        state=delta * (4 * head_state + activation_bytes * conv),
+        keys_and_values=context * sum(cache.per_token for cache in caches),
+        state=sum(cache.fixed for cache in caches),
         slots=LEAST_SLOTS * record_bytes(config, expert_bits, group_size),
         runtime=_RUNTIME,
     )

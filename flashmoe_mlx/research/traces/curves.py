@@ -1,16 +1,18 @@
-"""Hit rate over capacity, for several policies on one trace."""
+"""Curves of the hit rate over the capacity of a cache, for several policies on one trace."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import RoutingTrace
-from flashmoe_mlx.research.traces.simulator import CacheDesign, Replay, replay
+from flashmoe_mlx.research.traces.cache_design import CacheDesign
+from flashmoe_mlx.research.traces.simulator import Replay
+from flashmoe_mlx.research.traces.simulator import replay as replay_trace
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The replays of one policy, one for each number of ``slots`` for each layer, in ascending order."""
+    """The replays of one policy and scope, one for each number of ``slots`` per layer, in ascending order."""
 
     policy: str
     scope: str
@@ -19,8 +21,8 @@ class Curve:
 
     @property
     def hit_rates(self) -> list[float]:
-        """Hit rates of decode, one for each number of slots."""
-        return [done.decode.hits / done.decode.requests for done in self.replays]
+        """The hit rates of decode, one for each number of slots."""
+        return [replay.decode.hits / replay.decode.requests for replay in self.replays]
 
 
 def curves(
@@ -37,23 +39,24 @@ def curves(
     Args:
         trace: the requests.
         policies: names, as in ``CacheDesign``.
-        slots: numbers of slots for each layer, in ascending order.
+        slots: numbers of slots per layer, in ascending order.
         scopes: "layer", "global", or both.
-        hot: as in ``replay``.
+        hot: the trace of hot experts, as in ``replay``.
         announce: called with a description of each replay before it begins.
 
     Raises:
-        InputError: as ``replay``, or the trace has only a prompt (code "nothing_decoded").
+        InputError: the trace has only a prompt (code "nothing_decoded"), or ``replay`` refuses it.
     """
     tokens = len(trace.experts)
     if trace.prompt_tokens == tokens:
         raise InputError(
-            "the trace has no decoded tokens, only a prompt: record more with max_tokens=", code="nothing_decoded"
+            "the trace has a prompt but no decoded tokens; record it again with a larger max_tokens=",
+            code="nothing_decoded",
         )
     for scope in scopes:
         for policy in policies:
             replays = []
             for number in slots:
-                announce(f"{policy}, {number} slots a layer{'' if scope == 'layer' else ', one pool'}")
-                replays.append(replay(trace, CacheDesign(policy, number, scope), hot=hot))
+                announce(f"{policy}, {number} slots per layer{'' if scope == 'layer' else ', one pool'}")
+                replays.append(replay_trace(trace, CacheDesign(policy, number, scope), hot=hot))
             yield Curve(policy, scope, tuple(slots), tuple(replays))

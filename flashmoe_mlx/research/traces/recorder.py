@@ -14,26 +14,32 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """An observer that keeps the choices of all ``num_layers`` layers in memory, two bytes each."""
+    """An observer that keeps the choices of all ``num_layers`` layers in memory, two bytes per chosen expert."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
         self._chosen: dict[int, list[npt.NDArray[np.uint16]]] = defaultdict(list)
 
     def __call__(self, layer: int, chosen: npt.NDArray[np.uint32]) -> None:
-        """Append the experts [T, K] that ``layer`` chose for the next tokens."""
+        """Append the experts [T, K] that ``layer`` chose for the next T tokens."""
         self._chosen[layer].append(chosen.astype(np.uint16))
 
     def trace(self, num_experts: int, prompt: Sequence[int], model: str = "", record_bytes: int = 0) -> RoutingTrace:
-        """Make a trace of everything recorded, of a sequence that began with the tokens ``prompt``.
+        """Return the trace of all recorded tokens.
 
-        A pass that was cut short has reached some layers only; its tokens are left out.
+        Tokens of an interrupted forward pass, which has not reached all layers, are left out.
+
+        Args:
+            num_experts: experts per layer.
+            prompt: tokens with which the recorded sequence began.
+            model: name of the model.
+            record_bytes: bytes of one expert; 0 if unknown.
 
         Raises:
-            InputError: no pass reached the last layer; code "nothing_recorded".
+            InputError: no forward pass reached the last layer (code "nothing_recorded").
         """
         if len(self._chosen) < self._num_layers:
-            raise InputError("no routing was recorded: the model has not run", code="nothing_recorded")
+            raise InputError("no routing was recorded, because the model has not run", code="nothing_recorded")
         layers = [np.concatenate(self._chosen[layer]) for layer in sorted(self._chosen)]
         tokens = min(map(len, layers))
         experts = np.stack([layer[:tokens] for layer in layers], axis=1)
@@ -43,7 +49,7 @@ class RoutingRecorder:
 
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
-    """Record the choices of ``engine`` inside the block; outside it costs nothing."""
+    """Record the choices of all layers of ``engine`` inside the ``with`` block."""
     recorder = RoutingRecorder(engine.model.config.num_layers)
     engine.observe_routing(recorder)
     try:
@@ -53,5 +59,5 @@ def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
 
 
 def prompt_hash(token_ids: Sequence[int]) -> str:
-    """Return the hash by which a trace names its prompt."""
+    """Return the hash of a prompt, by which a trace identifies it."""
     return xxhash.xxh3_64_hexdigest(np.array(token_ids, "<u4").tobytes())

@@ -1,1 +1,1 @@
-"""Formats in which models write tool calls, one module each, and what they share."""
+"""Formats in which models write tool calls, one module for each, and the parts that they share."""

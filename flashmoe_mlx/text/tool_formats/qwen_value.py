@@ -1,4 +1,4 @@
-"""The tags of Qwen's calls, and a parameter's value between them."""
+"""The tags of Qwen's format for tool calls, and the value of a parameter between them."""
 
 from flashmoe_mlx.text.tags import END_TOOL_CALL, TOOL_CALL, Segment
 from flashmoe_mlx.text.tool_formats.schemas import STRING, Parameter
@@ -10,48 +10,51 @@ MAY_FOLLOW = {
     END_FUNCTION: (END_TOOL_CALL, FUNCTION, TOOL_CALL),
     END_TOOL_CALL: (TOOL_CALL,),
 }
-"""The tags that may end a value, each with those of which one must come next; the end of the output may, too."""
+"""The tags that may end a value, each with the tags that may follow it; the end of the output may always follow."""
 
 
-class Value:
-    """A parameter's value as it comes; exactly one line break at either side is markup.
+class ParameterValue:
+    """The value of a parameter while it is read. One line break at the start and one at the end are markup.
 
-    A closing tag that something else follows belongs to the value if another ``</parameter>`` comes before the value
-    ends. Otherwise it closed the value, and the rest was noise between two parameters. Until that is known, the text
-    since the tag is held back.
+    If text follows a ``</parameter>``, the tag is part of the value if a further ``</parameter>`` comes before the end
+    of the value. Otherwise the tag closed the value, and the text is noise between two parameters. Until this is
+    decided, the tag and the text are held back.
+
+    Attributes:
+        name: name of the parameter; None if the value is to be dropped.
+        parameter: values that the schema allows.
+        candidate: tag that may end the value; empty if there is none.
     """
 
     def __init__(self, name: str | None, parameter: Parameter) -> None:
         self.name = name
-        """None for a value that is dropped."""
         self.parameter = parameter
         self.candidate = ""
-        """The tag that may end the value."""
         self._held: list[str] = []
-        """The candidate and the text since."""
+        """The candidate and the text after it."""
         self._space = False
-        """The held text has a line break after the tag."""
+        """Whether a line break follows the candidate in the held text."""
         self._after: list[str] = []
-        """A ``</parameter>`` that may have closed the value, and the text since."""
+        """A ``</parameter>`` that may have closed the value, and the text after it."""
         self._pieces: list[str] = []
         self._begun = False
         self._break = ""
-        """The line break before the value, of one character or two; empty if there is none."""
+        """The line break before the value, of one or two characters; empty if there is none."""
         self._tail = ""
-        """A line break at the end, which may be markup, or the beginning of one."""
+        """The line break at the end, or its beginning, which may be markup."""
 
     @property
     def streams(self) -> bool:
-        """Whether the value is a string, so that its pieces can be passed on at once."""
+        """Whether the value is a string, whose pieces can be output immediately."""
         return self.name is not None and self.parameter.kinds == STRING
 
     @property
     def closed(self) -> bool:
-        """Whether a closing tag and other text came, so that the value ends at the tag unless another one comes."""
+        """Whether text followed a closing tag, so that the value ends at the tag unless a further tag follows."""
         return bool(self._after)
 
-    def keep(self, text: str) -> str:
-        """Add text, unless the value may be closed; returns what is certain to belong to it."""
+    def append(self, text: str) -> str:
+        """Append text, or hold it back if the value may be closed; return the part that belongs to the value."""
         if not self._after:
             return self._add(text)
         if text:
@@ -59,14 +62,14 @@ class Value:
         return ""
 
     def close(self) -> str:
-        """End the value; returns the end of it that was held back."""
+        """End the value and return its last part, which was held back."""
         rest = "" if self._tail == (self._break or "\n") else self._tail
         self._tail = ""
         self._pieces.append(rest)
         return rest
 
     def text(self) -> str:
-        """Return the value so far."""
+        """Return the value read so far."""
         return "".join(self._pieces)
 
     def may_begin_end(self, tag: str) -> bool:
@@ -76,35 +79,35 @@ class Value:
         return tag in MAY_FOLLOW
 
     def begin_end(self, segment: Segment) -> None:
-        """Take a tag that may end the value."""
+        """Hold back a tag that may end the value."""
         self.candidate = segment.tag
         self._held = [segment.text or segment.tag]
         self._space = False
 
     def hold(self, text: str) -> None:
-        """Add text to what is held since the tag."""
+        """Append text to the held text after the tag."""
         self._held.append(text)
         self._space = self._space or "\n" in text
 
-    def held(self) -> str:
-        """Return the tag that may end the value, and the text since."""
+    def held_text(self) -> str:
+        """Return the tag that may end the value, and the text after it."""
         return "".join(self._held)
 
     def may_end(self) -> bool:
-        """Tell whether the tag stands as one does that ends a value: with a line break before or after it."""
+        """Tell whether the held tag has a line break before or after it, as a tag at the end of a value does."""
         return self._space or not self._break or self._at_line_start()
 
     def release(self) -> str:
-        """Keep the text held since the tag, which did not end the value; returns what is certain to belong to it."""
-        held, closed = self.held(), self.candidate == END_PARAMETER and self.may_end()
+        """Append the held text, whose tag did not end the value; return the part that belongs to the value."""
+        held, closed = self.held_text(), self.candidate == END_PARAMETER and self.may_end()
         self._held, self.candidate = [], ""
         if closed:
             self._after = [held]
             return ""
-        return self.keep(held)
+        return self.append(held)
 
     def reopen(self) -> str:
-        """Add everything since the tag that seemed to close the value, as another one does."""
+        """Append everything since the tag that seemed to close the value, because a further closing tag follows."""
         after, self._after = "".join(self._after), []
         return self._add(after)
 
@@ -128,5 +131,5 @@ class Value:
         return self._after[-1].endswith("\n") if self._after else self._tail == (self._break or "\n")
 
     def _at_line_start(self) -> bool:
-        nothing = not (self._after or self._pieces or self._tail)
-        return self._after_line_break() or (nothing and bool(self._break))
+        empty = not (self._after or self._pieces or self._tail)
+        return self._after_line_break() or (empty and bool(self._break))

@@ -1,6 +1,6 @@
-"""Tool calls of Qwen3-Coder, Qwen3.5 and their successors: ``<function=NAME>`` with a ``<parameter=NAME>`` each.
+"""The format of tool calls of Qwen3-Coder, Qwen3.5 and their successors.
 
-As the published templates write a call::
+The published templates write a call as follows::
 
     <tool_call>
     <function=NAME>
@@ -10,11 +10,14 @@ As the published templates write a call::
     </function>
     </tool_call>
 
-Models deviate from it, and values may hold the same tags. So a closing tag ends a value only if another tag that may
-follow it comes next; everything else belongs to the value. Read as calls are also: a function without ``<tool_call>``
-before it, if it was offered and is closed; several functions in one block; missing ``</parameter>``, ``</function>``
-and ``</tool_call>``. A parameter without a name is ignored, and so is text between parameters. All that is no call is
-text.
+Models deviate from this format, and values may contain the same tags. A closing tag therefore ends a value only if the
+next tag is one that may follow it; everything else belongs to the value. The reader also accepts:
+
+- a function without ``<tool_call>`` before it, if the function was declared and is closed;
+- several functions in one block;
+- missing ``</parameter>``, ``</function>`` and ``</tool_call>``.
+
+Parameters without a name, and text between parameters, are ignored. Everything outside calls is text.
 """
 
 from collections.abc import Iterable
@@ -29,7 +32,7 @@ from flashmoe_mlx.text.tool_formats.qwen_value import (
     FUNCTION,
     MAY_FOLLOW,
     PARAMETER,
-    Value,
+    ParameterValue,
 )
 from flashmoe_mlx.text.tool_formats.schemas import TEXT, ToolSchemas, convert
 
@@ -37,21 +40,24 @@ _LONGEST_NAME = 256
 
 
 class _Mode(Enum):
+    """The position of the reader: after ``<tool_call>`` in BLOCK, in a function but outside parameters in BODY."""
+
     TEXT = auto()
     BLOCK = auto()
-    """After ``<tool_call>``."""
     FUNCTION_NAME = auto()
     BODY = auto()
-    """In a function, outside its parameters."""
     PARAMETER_NAME = auto()
     VALUE = auto()
 
 
 class QwenXmlReader:
-    """Reads an answer, already split into text and the tags ``<tool_call>`` and ``</tool_call>``.
+    """A reader of an answer that was split into text and the tags ``<tool_call>`` and ``</tool_call>``.
 
-    ``calls`` are those found so far; the last may be incomplete, and a call without ``<tool_call>`` counts once it is
-    closed. Text is held back only while it may still be markup. Time is linear in the text.
+    Text is held back only while it may be markup. The time is linear in the length of the text.
+
+    Attributes:
+        calls: the calls read so far. The last call may be incomplete. A call without ``<tool_call>`` is removed if it
+            is not closed.
     """
 
     def __init__(self, tools: ToolSchemas) -> None:
@@ -62,40 +68,40 @@ class QwenXmlReader:
         self._mode = _Mode.TEXT
         self._text = AnswerText()
         self._in_block = False
-        """``<tool_call>`` came, or a function without it: ``</tool_call>`` is markup."""
+        """Whether ``</tool_call>`` is markup, because ``<tool_call>`` or a function preceded."""
         self._orphan = False
-        """The function has no ``<tool_call>`` before it."""
+        """Whether the function has no ``<tool_call>`` before it."""
         self._after_function = False
-        """Only whitespace came since a function of this block ended."""
+        """Whether only whitespace followed the last function of this block."""
         self._raw: list[str] = []
-        """What would be text if this were no call."""
+        """The input since the beginning of the call, which becomes text if the call turns out not to be one."""
         self._deltas: list[CallDelta] = []
-        """Pieces of a call that may yet turn out to be text."""
+        """Pieces of a call that may still turn out to be text."""
         self._call = ToolCall("", {})
         self._begun = False
-        """A parameter or an end tag followed the function's name: ``_call`` is among the calls."""
+        """Whether a parameter or an end tag followed the name of the function, so that ``_call`` is among ``calls``."""
         self._certain = False
-        """The call cannot become text any more."""
+        """Whether the call can no longer turn out to be text."""
         self._name = ""
-        self._value = Value("", TEXT)
+        self._value = ParameterValue("", TEXT)
 
-    def feed(self, segments: Iterable[Segment]) -> Output:
-        """Take the next segments of the answer; returns what they made certain."""
+    def add(self, segments: Iterable[Segment]) -> Output:
+        """Read the next segments of the answer; return the output that they complete."""
         for segment in segments:
             if segment.tag not in (TOOL_CALL, END_TOOL_CALL):
-                self._take_all(self._scanner.add(None, segment.text))
+                self._read_all(self._scanner.add(None, segment.text))
             else:
-                self._take_all([*self._scanner.finish(), segment])
-        return self._taken()
+                self._read_all([*self._scanner.finish(), segment])
+        return self._flush()
 
     def finish(self, rest: str = "") -> Output:
-        """End the answer with ``rest``, perhaps half a tag; returns what was held back."""
+        """Read ``rest``, which may be an incomplete tag, end the answer, and return the output that was held back."""
         if self._mode is not _Mode.VALUE and not (self._in_block and self._after_function):
-            self._take_all(self._scanner.add(None, rest))
+            self._read_all(self._scanner.add(None, rest))
             rest = ""
         rest = "".join(segment.text for segment in self._scanner.finish()) + rest
         if self._mode is _Mode.VALUE:
-            self._raw.append(rest)  # half a tag belongs to no value
+            self._raw.append(rest)  # an incomplete tag is not part of a value
             self._end_value_at_end()
         elif self._mode is not _Mode.TEXT:
             self._raw.append(rest)
@@ -104,39 +110,40 @@ class QwenXmlReader:
         if self._mode is not _Mode.TEXT and not self._certain:
             self._give_up()
         self._text.finish(bool(self.calls))
-        return self._taken()
+        return self._flush()
 
-    def _taken(self) -> Output:
-        self._output.content += self._text.take()
+    def _flush(self) -> Output:
+        """Return the output since the last call."""
+        self._output.content += self._text.flush()
         output, self._output = self._output, Output()
         return output
 
-    def _take_all(self, segments: Iterable[Segment]) -> None:
+    def _read_all(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
-            self._take(segment)
+            self._read(segment)
 
-    def _take(self, segment: Segment) -> None:
+    def _read(self, segment: Segment) -> None:
         if not segment.text and not segment.tag:
             return
         if self._mode is _Mode.TEXT:
-            self._take_text(segment)
+            self._read_text(segment)
             return
         if not self._certain:
             self._raw.append(segment.text)
         if self._mode is _Mode.BLOCK:
-            self._take_in_block(segment)
+            self._read_block(segment)
         elif self._mode is _Mode.FUNCTION_NAME:
-            self._take_function_name(segment)
+            self._read_function_name(segment)
         elif self._mode is _Mode.BODY:
-            self._take_in_body(segment)
+            self._read_body(segment)
         elif self._mode is _Mode.PARAMETER_NAME:
-            self._take_parameter_name(segment)
+            self._read_parameter_name(segment)
         else:
-            self._take_in_value(segment)
+            self._read_value(segment)
 
     # Outside functions
 
-    def _take_text(self, segment: Segment) -> None:
+    def _read_text(self, segment: Segment) -> None:
         if segment.tag == TOOL_CALL:
             self._open(segment, _Mode.BLOCK)
         elif segment.tag == FUNCTION and not self._text.ends_with(TOOL_CALL):
@@ -144,7 +151,7 @@ class QwenXmlReader:
             self._open(segment, _Mode.FUNCTION_NAME)
         elif segment.tag == END_TOOL_CALL and (self._in_block or self._after_function):
             self._in_block = False
-            self._text.meet_call()
+            self._text.skip_to_call()
         else:
             if segment.tag or segment.text.strip():
                 self._after_function = False
@@ -157,7 +164,7 @@ class QwenXmlReader:
         self._mode = mode
 
     def _give_up(self, unread: str = "") -> None:
-        """Make text of what seemed to be a call, except for ``unread``, which is looked at again."""
+        """Turn the input since the beginning of the call into text, except for its end ``unread``."""
         raw = "".join(self._raw)
         if self._begun:
             self.calls.pop()
@@ -166,41 +173,41 @@ class QwenXmlReader:
         self._after_function = False
         self._text.add(raw[: len(raw) - len(unread)])
 
-    def _take_in_block(self, segment: Segment) -> None:
+    def _read_block(self, segment: Segment) -> None:
         if segment.tag == FUNCTION:
             self._orphan = False
             self._name = ""
             self._mode = _Mode.FUNCTION_NAME
         elif segment.tag != TOOL_CALL and (segment.tag or segment.text.strip()):
             self._give_up(segment.text)
-            self._take(segment)
+            self._read(segment)
 
-    def _take_function_name(self, segment: Segment) -> None:
+    def _read_function_name(self, segment: Segment) -> None:
         name, closed, rest = segment.text.partition(">")
         if not segment.tag:
             self._name += name
         function = _name(self._name)
         if segment.tag or "\n" in name or len(self._name) > _LONGEST_NAME or (closed and not function):
             self._give_up(segment.text)
-            self._take(segment)
+            self._read(segment)
         elif closed and self._orphan and function not in self._tools:
             self._give_up(rest)
-            self._take(Segment(rest))
+            self._read(Segment(rest))
         elif closed:
             self._name = function
             self._mode = _Mode.BODY
             if not self._certain:
                 self._raw[-1] = self._raw[-1][: len(self._raw[-1]) - len(rest)]
-            self._take(Segment(rest))
+            self._read(Segment(rest))
 
     # In a function
 
-    def _take_in_body(self, segment: Segment) -> None:
+    def _read_body(self, segment: Segment) -> None:
         tag = segment.tag
         if not self._begun and tag not in (PARAMETER, END_FUNCTION, END_TOOL_CALL):
             if tag or segment.text.strip():
                 self._give_up(segment.text)
-                self._take(segment)
+                self._read(segment)
             return
         if tag in (PARAMETER, END_FUNCTION, END_TOOL_CALL):
             self._start()
@@ -210,10 +217,10 @@ class QwenXmlReader:
         elif tag in (END_FUNCTION, END_TOOL_CALL, FUNCTION, TOOL_CALL):
             self._end()
             if tag != END_FUNCTION:
-                self._take(segment)
+                self._read(segment)
 
     def _start(self) -> None:
-        """Begin a call, unless it has begun."""
+        """Add the call to ``calls``, unless that has been done."""
         if not self._begun:
             self._begun = True
             self._call = ToolCall(self._name, {}, complete=False)
@@ -224,14 +231,15 @@ class QwenXmlReader:
                 self._be_certain()
 
     def _be_certain(self) -> None:
+        """Output the pieces of the call, which cannot turn out to be text any more."""
         self._certain = True
         self._raw = []
-        self._text.meet_call()
+        self._text.skip_to_call()
         self._output.calls += self._deltas
         self._deltas = []
 
     def _end(self) -> None:
-        """End the call; what follows is text or another call."""
+        """Complete the call; text or a further call follows."""
         self._call.complete = True
         self._emit("}")
         self._be_certain()
@@ -245,21 +253,21 @@ class QwenXmlReader:
 
     # In a parameter
 
-    def _take_parameter_name(self, segment: Segment) -> None:
+    def _read_parameter_name(self, segment: Segment) -> None:
         line, newline, _ = segment.text.partition("\n")
         name, closed, _ = line.partition(">")
         room = _LONGEST_NAME - len(self._name)
         if segment.tag or len(name) > room or (newline and not closed):
             self._begin_value(None)
-            self._take_in_value(Segment(segment.text[room:]) if len(name) > room else segment)
+            self._read_value(Segment(segment.text[room:]) if len(name) > room else segment)
             return
         self._name += name
         if closed:
             self._begin_value(_name(self._name) or None)
-            self._take_in_value(Segment(segment.text[len(name) + 1 :]))
+            self._read_value(Segment(segment.text[len(name) + 1 :]))
 
     def _begin_value(self, name: str | None) -> None:
-        self._value = Value(name, TEXT if name is None else self._tools.parameter(self._call.name, name))
+        self._value = ParameterValue(name, TEXT if name is None else self._tools.parameter(self._call.name, name))
         self._mode = _Mode.VALUE
         if self._value.streams:
             self._emit(f"{self._separator()}{json_text(name)}: " + '"')
@@ -267,40 +275,40 @@ class QwenXmlReader:
     def _separator(self) -> str:
         return ", " if self._call.arguments else ""
 
-    def _take_in_value(self, segment: Segment) -> None:
+    def _read_value(self, segment: Segment) -> None:
         value = self._value
         if self._orphan and segment.tag == TOOL_CALL:
             self._give_up(segment.text)
-            self._take(segment)
+            self._read(segment)
         elif value.candidate == PARAMETER:
-            self._take_boundary(segment)
+            self._read_boundary(segment)
         elif value.candidate and not segment.tag:
             rest = segment.text.lstrip()
             value.hold(segment.text[: len(segment.text) - len(rest)])
             if rest:
-                self._pass_on(value.release())
-                self._pass_on(value.keep(rest))
+                self._emit_piece(value.release())
+                self._emit_piece(value.append(rest))
         elif value.candidate and segment.tag in MAY_FOLLOW[value.candidate] and value.may_end():
             self._end_value()
             if value.candidate != END_PARAMETER:
-                self._take_in_body(Segment(value.candidate, value.candidate))
-            self._take_without_raw(segment)
+                self._read_body(Segment(value.candidate, value.candidate))
+            self._read_again(segment)
         else:
-            self._pass_on(value.release())
+            self._emit_piece(value.release())
             if segment.tag == END_PARAMETER:
-                self._pass_on(value.reopen())
+                self._emit_piece(value.reopen())
             if value.may_begin_end(segment.tag):
                 value.begin_end(segment)
             else:
-                self._pass_on(value.keep(segment.text))
+                self._emit_piece(value.append(segment.text))
 
-    def _take_without_raw(self, segment: Segment) -> None:
-        """Take a segment again that ``_raw`` has already."""
+    def _read_again(self, segment: Segment) -> None:
+        """Read a segment that ``_raw`` already contains."""
         if self._mode is not _Mode.TEXT and not self._certain:
             self._raw.pop()
-        self._take(segment)
+        self._read(segment)
 
-    def _take_boundary(self, segment: Segment) -> None:
+    def _read_boundary(self, segment: Segment) -> None:
         """Read on after a ``<parameter=`` inside a value: the next parameter, if its name is declared.
 
         The name must be new, too, unless the value has been closed.
@@ -310,33 +318,33 @@ class QwenXmlReader:
         if not segment.tag and not closed and "\n" not in name:
             value.hold(segment.text)
             return
-        name = _name(value.held()[len(PARAMETER) :] + name)
+        name = _name(value.held_text()[len(PARAMETER) :] + name)
         new = value.closed or (name not in self._call.arguments and name != value.name)
         declared = self._tools.declares(self._call.name, name)
         if segment.tag or not closed or not name or "\n" in name or not (new and declared):
-            self._pass_on(value.release())
-            self._take_in_value(segment)
+            self._emit_piece(value.release())
+            self._read_value(segment)
             return
         self._end_value()
         self._begin_value(name)
-        self._take_in_value(Segment(rest))
+        self._read_value(Segment(rest))
 
-    def _pass_on(self, piece: str) -> None:
-        """Emit a piece of a value that is a string."""
+    def _emit_piece(self, piece: str) -> None:
+        """Output a piece of the value if the value is a string."""
         if piece and self._value.streams:
             self._emit(json_text(piece)[1:-1])
 
     def _end_value(self) -> None:
         value = self._value
         self._mode = _Mode.BODY
-        self._pass_on(value.close())
+        self._emit_piece(value.close())
         if value.name is None:
             return
         text = value.text()
         converted = convert(text, value.parameter)
         before, tag, _ = text.partition(END_PARAMETER)
         if tag and converted is not None and not value.parameter.fits(converted[0]):
-            first = convert(before, value.parameter)  # such as a number, a closing tag, and noise
+            first = convert(before, value.parameter)  # for example a number, a closing tag and noise
             converted = first if first is not None and value.parameter.fits(first[0]) else converted
         if value.streams:
             self._emit('"')
@@ -346,21 +354,24 @@ class QwenXmlReader:
             self._call.arguments[value.name] = converted[0]
 
     def _end_value_at_end(self) -> None:
-        """End the output inside a value: whole if its closing tag came, otherwise as much of a string as came."""
+        """End the answer inside a value; without a closing tag, keep the value only if it is a string."""
         value = self._value
         if value.candidate in MAY_FOLLOW:
             self._end_value()
             if value.candidate != END_PARAMETER:
-                self._take_in_body(Segment(value.candidate, value.candidate))
+                self._read_body(Segment(value.candidate, value.candidate))
         elif value.closed:
             self._end_value()
         elif value.name is not None and value.streams:
-            self._pass_on(value.release())
+            self._emit_piece(value.release())
             self._call.arguments[value.name] = value.text()
 
 
 def _name(text: str) -> str:
-    """Return the name in a tag, without spaces and quotes around it."""
+    """Return the name in a tag, without surrounding spaces and quotes."""
     name = text.strip()
     quoted = len(name) > 1 and name[0] == name[-1] and name[0] in "\"'"
     return name[1:-1].strip() if quoted else name
+
+
+READER = QwenXmlReader

@@ -1,6 +1,6 @@
-"""Types of arguments that models write as text, by the JSON schemas of the tools that a client declared.
+"""Convert arguments, which models write as text, to the types in the JSON schemas of the declared tools.
 
-Clients' declarations are not trusted: what makes no sense in them is taken for absent, and nothing here raises.
+The declarations come from clients and are not trusted: malformed parts are ignored, and nothing here raises an error.
 """
 
 import json
@@ -16,7 +16,7 @@ _DEEPEST_SCHEMA = 32
 _DEEPEST_VALUE = 100
 
 Kinds = frozenset[str] | None
-"""JSON types that a schema allows; None if it says nothing."""
+"""JSON types that a schema allows; None if it does not restrict the type."""
 
 STRING: Kinds = frozenset({"string"})
 _TYPES: dict[str, Kinds] = {
@@ -42,17 +42,17 @@ _ALIASES = {
     "dict": "object",
     "map": "object",
 }
-"""Names that are not JSON Schema's, but that tools written by hand use."""
+"""Names of types that are not part of JSON Schema but occur in hand-written tools."""
 _IMPLIED = {
     "object": ("properties", "additionalProperties", "required", "patternProperties"),
     "array": ("items", "prefixItems", "minItems", "maxItems", "uniqueItems"),
     "string": ("pattern", "minLength", "maxLength", "format", "contentEncoding"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
-"""Keywords that tell the type where "type" is missing."""
+"""Keywords that imply the type if "type" is missing."""
 
 _INSIDE = r"([^{0}\\]*(?:\\.[^{0}\\]*)*)\\?(?:{0}|\Z)"
-"""A string after its opening quote; an unclosed one goes to the end, so that no character is looked at twice."""
+"""A string after its opening quote. An unclosed string extends to the end, so that matching takes linear time."""
 _PYTHON = re.compile(rf"""(?s)"{_INSIDE.format('"')}|'{_INSIDE.format("'")}|\b(True|False|None)\b|,(?=\s*[\]}}])""")
 _ESCAPE = re.compile(r"""(?s)\\x([0-9A-Fa-f]{2})|\\(.)|["]""")
 _BRACKET = re.compile(r"""(?s)"[^"\\]*(?:\\.[^"\\]*)*\\?(?:"|\Z)|[\[\]{}]""")
@@ -60,14 +60,13 @@ _PYTHON_WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 class Parameter(NamedTuple):
-    """The values that a parameter's schema allows."""
+    """The values that a parameter's schema allows: JSON types, and the strings in an ``enum`` or ``const``."""
 
     kinds: Kinds
     words: frozenset[str] = frozenset()
-    """The texts that an ``enum`` or a ``const`` names."""
 
     def fits(self, value: Any) -> bool:
-        """Tell whether a value read by ``convert`` is of the right type: only a text may not be."""
+        """Tell whether a value returned by ``convert`` has an allowed type; only a string may have the wrong type."""
         return not isinstance(value, str) or self.kinds is None or "string" in self.kinds
 
 
@@ -75,7 +74,7 @@ TEXT = Parameter(STRING)
 
 
 class ToolSchemas:
-    """The tools that a client declared: their names, and the types of their parameters."""
+    """The declared tools: their names, and the types of their parameters."""
 
     def __init__(self, tools: object = ()) -> None:
         self._schemas: dict[str, Any] = {}
@@ -91,24 +90,25 @@ class ToolSchemas:
         return function in self._schemas
 
     def declares(self, function: str, parameter: str) -> bool:
-        """Tell whether ``function`` has ``parameter``; True where its parameters are not known."""
+        """Tell whether ``function`` has ``parameter``; True if the parameters of the function are unknown."""
         properties = self._declared(function)
         return not properties or parameter in properties
 
     def parameter(self, function: str, name: str) -> Parameter:
-        """Return the values that a parameter may have: any text if it is not declared."""
+        """Return the allowed values of a parameter: any string if the parameter is not declared."""
         key = (function, name)
         if key not in self._parameters:
             root = self._schemas.get(function)
             properties = self._declared(function)
-            others = root.get("additionalProperties") if isinstance(root, Mapping) else None
+            additional = root.get("additionalProperties") if isinstance(root, Mapping) else None
             reader = _Reader(root)
-            kinds = reader.kinds(properties.get(name, others))
+            kinds = reader.kinds(properties.get(name, additional))
             undeclared = kinds is None and name not in properties
             self._parameters[key] = TEXT if undeclared else Parameter(kinds, frozenset(reader.words))
         return self._parameters[key]
 
     def _declared(self, function: str) -> dict[str, Any]:
+        """Return the schemas of the declared parameters by name."""
         if function not in self._properties:
             root = self._schemas.get(function)
             self._properties[function] = _Reader(root).properties(root)
@@ -116,17 +116,20 @@ class ToolSchemas:
 
 
 class _Reader:
-    """Reads schemas below ``root``, to which their references are relative; each schema is read once."""
+    """A reader of schemas whose references are relative to ``root``; it reads each schema once.
+
+    Attributes:
+        words: strings in the ``enum`` and ``const`` keywords of the schemas read by ``kinds``.
+    """
 
     def __init__(self, root: Any) -> None:
         self.words: set[str] = set()
-        """The texts named by an ``enum`` or a ``const`` of the schemas read by ``kinds``."""
         self._root = root
         self._known: dict[int, Kinds] = {}
         self._seen: set[int] = set()
 
     def properties(self, schema: Any, depth: int = 0) -> dict[str, Any]:
-        """Return the schemas of the properties, also those behind references and in combined schemas."""
+        """Return the schemas of the properties by name, including those in references and combined schemas."""
         if not isinstance(schema, Mapping) or depth > _DEEPEST_SCHEMA or id(schema) in self._seen:
             return {}
         self._seen.add(id(schema))
@@ -148,8 +151,8 @@ class _Reader:
             self._known[id(schema)] = None  # a cycle adds nothing
             found: Kinds = None
             for part in self._parts(schema, depth + 1):
-                both = part if found is None or part is None else found & part
-                found = both or found
+                common = part if found is None or part is None else found & part
+                found = common or found
             if found is None:
                 implied = (name for name, keywords in _IMPLIED.items() if any(word in schema for word in keywords))
                 found = _TYPES.get(next(implied, ""))
@@ -159,7 +162,7 @@ class _Reader:
         return self._known[id(schema)]
 
     def _parts(self, schema: Mapping[str, Any], depth: int) -> Iterator[Kinds]:
-        """Yield what each keyword of a schema allows."""
+        """Yield the types that each keyword of a schema allows."""
         types = schema.get("type")
         yield _union(_TYPES.get(_type_name(name)) for name in (types if isinstance(types, list | tuple) else [types]))
         values = [*_items(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
@@ -172,7 +175,7 @@ class _Reader:
             yield _union(self.kinds(part, depth) for part in _items(schema.get(key)))
 
     def _target(self, reference: Any) -> Any:
-        """Return the schema that a local reference such as ``#/$defs/Unit`` names."""
+        """Return the schema at a local reference such as ``#/$defs/Unit``; None if there is none."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             return None
         found = self._root
@@ -188,10 +191,11 @@ class _Reader:
 
 
 def convert(text: str, parameter: Parameter) -> tuple[Any, str] | None:
-    """Read a value that a model wrote as text; returns it and its JSON, or None for an empty value of another type.
+    """Convert the text of a value; return the value and its JSON text.
 
-    A string stays as it is. For other types JSON counts, and Python's literals; text that is neither, or not of an
-    allowed type, stays text, as a wrong value shows its caller more than none.
+    A string is not changed. For other types, the text may be JSON or a Python literal. Text that is neither, or that
+    has the wrong type, stays a string, because a wrong value is more informative for the caller than no value. The
+    result is None for empty text if the parameter is not a string.
     """
     kinds = parameter.kinds
     if kinds == STRING or (text in parameter.words and parameter.fits(text)):
@@ -211,6 +215,7 @@ def convert(text: str, parameter: Parameter) -> tuple[Any, str] | None:
 
 
 def _fits(value: Any, kinds: Kinds) -> bool:
+    """Tell whether a parsed value may replace its text."""
     found = _kinds_of(value)
     if kinds is None or found is None:
         return isinstance(value, dict | list)
@@ -220,10 +225,10 @@ def _fits(value: Any, kinds: Kinds) -> bool:
 
 
 def _literal(text: str, kinds: Kinds) -> Any:
-    """Read JSON, or the same in Python's spelling.
+    """Parse ``text`` as JSON or as a Python literal.
 
     Raises:
-        ValueError: ``text`` is neither, or is nested too deeply.
+        ValueError: the text is neither, or it is nested too deeply.
     """
     word = text.lower()
     if kinds is not None and "boolean" in kinds and word in ("true", "false"):
@@ -240,11 +245,13 @@ def _literal(text: str, kinds: Kinds) -> Any:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, strict=False, parse_constant=_refuse, parse_float=_finite)  # models write line breaks
+    return json.loads(
+        text, strict=False, parse_constant=_refuse, parse_float=_finite
+    )  # not strict: models write line breaks in strings
 
 
 def _as_json(match: re.Match[str]) -> str:
-    """Return the JSON of a Python token: a quoted string, a word, or the comma before a closing bracket."""
+    """Return the JSON for a Python token: a quoted string, a constant, or a comma before a closing bracket."""
     double, single, word = match.groups()
     if word:
         return _PYTHON_WORDS[word]
@@ -281,7 +288,7 @@ def _check_depth(text: str) -> None:
 
 
 def _kinds_of(value: Any) -> Kinds:
-    """Return the type of a JSON value."""
+    """Return the type of a JSON value; None for values of other types."""
     if value is None:
         return _TYPES["null"]
     if isinstance(value, float):

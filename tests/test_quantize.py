@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTISED_BITS
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS
 from flashmoe_mlx.pack.least_squares import least_squares
-from flashmoe_mlx.pack.quantize import default_quantiser
+from flashmoe_mlx.pack.quantize import default_quantizer
 
 Quantised = tuple[mx.array, mx.array, mx.array]
 
@@ -41,7 +41,7 @@ def normal(shape: tuple[int, ...], dtype: mx.Dtype, seed: int = 0) -> mx.array:
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
-@pytest.mark.parametrize("bits", QUANTISED_BITS)
+@pytest.mark.parametrize("bits", QUANTIZED_BITS)
 def test_it_is_in_the_format_of_mlx(bits: int, group_size: int, dtype: mx.Dtype) -> None:
     dense = normal((3, 5, 256), dtype)
     made, theirs = least_squares(dense, bits, group_size), by_mlx(dense, bits, group_size)
@@ -70,7 +70,7 @@ VALUES = st.floats(-(2.0**100), 2.0**100, width=32) | st.sampled_from([0.0, -0.0
 
 
 @settings(max_examples=150, deadline=None)
-@given(values=arrays(np.float32, (1, 64), elements=VALUES), bits=st.sampled_from(QUANTISED_BITS))
+@given(values=arrays(np.float32, (1, 64), elements=VALUES), bits=st.sampled_from(QUANTIZED_BITS))
 def test_it_is_never_worse(values: npt.NDArray[np.float32], bits: int) -> None:
     """Whatever the values: constant, zero, one far from all others, too small or too large to square."""
     dense = mx.array(values).astype(mx.bfloat16)
@@ -93,6 +93,6 @@ def test_constant_groups_are_exact(value: float) -> None:
 
 
 def test_defaults() -> None:
-    assert {bits: default_quantiser(bits) for bits in QUANTISED_BITS} == dict.fromkeys(QUANTISED_BITS, "minmax") | {
+    assert {bits: default_quantizer(bits) for bits in QUANTIZED_BITS} == dict.fromkeys(QUANTIZED_BITS, "minmax") | {
         2: "least_squares"
     }

@@ -1,4 +1,4 @@
-"""An answer on the terminal as it comes: progress through the prompt, thinking apart from the answer, interrupts."""
+"""Streaming of an answer to the terminal: progress of prefill, thinking apart from the answer, interrupts."""
 
 import os
 import re
@@ -19,27 +19,27 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.keys import GenerationConfig
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Characters with which a model could command a person's terminal."""
+"""Control characters, with which a model could send commands to the terminal."""
 _INTERRUPTED = 130
 _BAR_DELAY = 1.0
-"""Seconds that a prompt may take before its progress is shown."""
+"""Seconds before the progress of prefill is shown."""
 
 
 @dataclass
 class Streamed:
-    """Everything that was shown of an answer."""
+    """Answer as far as it was shown."""
 
     text: str = ""
     reasoning: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     thinking: bool = False
-    """Whether the tokens end inside the model's thinking."""
+    """Whether the last token is part of the model's thinking."""
     stopped: BaseException | None = None
-    """The interrupt or the broken pipe that ended it."""
+    """Interrupt or output error that ended the answer early."""
 
     def take(self, piece: Piece) -> None:
         """Append ``piece``."""
@@ -50,10 +50,10 @@ class Streamed:
 
 
 def prompt_options(config: GenerationConfig) -> dict[str, Any]:
-    """Return everything that ``config`` asks of the prompt, as arguments of ``Engine.encode`` and ``generate``.
+    """Return the keys that shape the prompt as keyword arguments of ``Engine.encode`` and ``Engine.generate``.
 
     Raises:
-        InputError: the file of ``tools=`` does not hold tools.
+        InputError: the file given by ``tools=`` does not contain valid tools.
     """
     return {
         "raw": config.raw,
@@ -64,10 +64,13 @@ def prompt_options(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def stream(engine: Engine, config: GenerationConfig, asked: Mapping[str, Any]) -> Streamed:
-    """Generate, and show pieces as they come: the answer on stdout, thinking beside it.
+def stream(engine: Engine, config: GenerationConfig, options: Mapping[str, Any]) -> Streamed:
+    """Generate an answer and show each piece as soon as it is available.
 
-    ``asked`` comes from ``prompt_options``, which checks files before a model is loaded.
+    Args:
+        engine: the loaded model.
+        config: the prompt, and the limits and sampling options of the answer.
+        options: the result of ``prompt_options``, which checks files before a model is loaded.
     """
     bar = _PrefillBar()
     generation = engine.generate(
@@ -83,7 +86,7 @@ def stream(engine: Engine, config: GenerationConfig, asked: Mapping[str, Any]) -
         seed=config.seed,
         prefill_chunk=config.prefill_chunk,
         on_prefill=bar,
-        **asked,
+        **options,
     )
     shown = Streamed()
     printer = _Printer()
@@ -106,7 +109,7 @@ def stream(engine: Engine, config: GenerationConfig, asked: Mapping[str, Any]) -
 
 
 class _PrefillBar:
-    """A bar on stderr that appears once the prompt takes long, and is gone when it is done; nothing without a terminal.
+    """Progress bar of prefill on stderr, which appears after ``_BAR_DELAY`` if stderr is a terminal.
 
     Implements ``generation.PrefillProgress``.
     """
@@ -124,7 +127,7 @@ class _PrefillBar:
         self._shown_from = time.monotonic() + _BAR_DELAY
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that ``done`` of ``total`` tokens are done."""
+        """Show that ``done`` of ``total`` prompt tokens are processed."""
         if console.is_terminal and time.monotonic() >= self._shown_from:
             self._bar.start()
             self._bar.update(self._task, completed=done, total=total)
@@ -136,7 +139,7 @@ class _PrefillBar:
 
 
 class _Printer:
-    """Prints the answer to stdout. Thinking goes there too, dimmed, on a terminal; else to stderr."""
+    """Printer of pieces: the answer goes to stdout; thinking goes to a terminal dimmed, or else to stderr."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout is not None and sys.stdout.isatty()
@@ -172,26 +175,26 @@ class _Printer:
 
 @contextmanager
 def _interrupts(cancel: Callable[[], None]) -> Iterator[Callable[[], bool]]:
-    """Call ``cancel`` at an interrupt and let the layer at hand be finished; the second one ends the process at once.
+    """Call ``cancel`` at the first interrupt, which lets the current layer finish; exit at the second.
 
-    An exception could arrive anywhere, in the middle of the bookkeeping of a store from elsewhere too. Interrupts that
-    are ignored, as in a background job of a shell, stay ignored.
+    Yields a function that returns whether an interrupt has occurred. A handler that raises an exception instead could
+    leave a store's bookkeeping half done. Ignored interrupts, as in background jobs of a shell, stay ignored.
     """
     count = 0
 
-    def notice(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the form of a handler
+    def handle(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  # the signature of a handler
         nonlocal count
         count += 1
         if count > 1:
             os._exit(_INTERRUPTED)
         cancel()
-        with suppress(OSError, RuntimeError):  # stderr is closed, or was being written to
+        with suppress(OSError, RuntimeError):  # stderr is closed, or a write to it was interrupted
             show("stopping after this layer; interrupt again to stop at once")
 
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, notice)
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, handle)
     try:
         yield lambda: count > 0
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -1,9 +1,12 @@
-"""Items to score a model by: texts to read, and questions with a right answer.
+"""Items for scoring a model: texts, and questions with expected answers.
 
-An item is an object of a JSON Lines file. With ``text`` it is a plain text, of which perplexity is measured. Otherwise
-``messages`` (and ``tools``) ask for something, ``answer`` is a right answer, and at most one of these says how an
-answer is judged: ``exact`` (the words themselves), ``schema`` with ``json`` (JSON that satisfies the schema and equals
-that value), ``call`` (one tool call, ``name`` and ``arguments``).
+An item is an object in a JSON Lines file. An item with ``text`` is a plain text, whose perplexity is measured. Any
+other item is a question: ``messages`` (and ``tools``) are the prompt, and ``answer`` is a correct answer. At most one
+of these fields states how an answer is judged:
+
+- ``exact``: the answer must equal this text.
+- ``schema`` with ``json``: the answer must be JSON that satisfies the schema and equals this value.
+- ``call``: the answer must be one tool call with this ``name`` and these ``arguments``.
 """
 
 import importlib
@@ -25,7 +28,7 @@ _INVALID = "invalid_items"
 
 @dataclass(frozen=True)
 class Item:
-    """A question or a text; see the module's docstring."""
+    """A text or a question; the docstring of the module describes the fields."""
 
     kind: str
     text: str | None = None
@@ -39,20 +42,26 @@ class Item:
 
     @property
     def judged(self) -> bool:
-        """Whether an answer can be right or wrong."""
+        """Whether answers to this item can be judged."""
         return self.exact is not None or self.schema is not None or self.call is not None
 
 
 def shipped_items() -> Path:
-    """Return the path of the demo model's held-out set, which comes with the package."""
+    """Return the path of the held-out items of the demo model, which are part of the package."""
     return Path(str(package_files("flashmoe_mlx.made_models").joinpath("demo_model", "held_out.jsonl")))
 
 
 def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None = None) -> list[Item]:
-    """Read the items of a JSON Lines file: those of ``kinds``, and the first ``limit`` of each kind.
+    """Read items from a JSON Lines file.
+
+    Args:
+        path: the file.
+        kinds: kinds of items to keep; None for all.
+        limit: largest number of items to keep of each kind; None for all.
 
     Raises:
-        InputError: there is no such file, a line is not an item, or nothing is left.
+        InputError: the file does not exist (code "missing_items"), a line is not an item or no item is left
+            ("invalid_items"), or a kind does not occur ("unknown_kind").
     """
     text = read_text(path, _LARGEST_ITEMS)
     if text is None:
@@ -61,7 +70,9 @@ def load_items(path: Path, kinds: Sequence[str] | None = None, limit: int | None
     present = sorted({item.kind for item in items})
     for kind in kinds or ():
         if kind not in present:
-            raise InputError(f"{path}: no items of kind {kind}; it has {', '.join(present)}", code="unknown_kind")
+            raise InputError(
+                f"{path}: no items of kind {kind}; the kinds are {', '.join(present)}", code="unknown_kind"
+            )
     chosen: list[Item] = []
     counts: dict[str, int] = {}
     for item in items:
@@ -86,7 +97,11 @@ _FIELDS = {
 
 
 def _jsonschema() -> ModuleType:
-    """Import the package that checks answers against schemas; it comes with the extra ``evaluate``."""
+    """Import the package that checks answers against schemas, which the extra ``evaluate`` installs.
+
+    Raises:
+        InputError: it is not installed (code "missing_package").
+    """
     try:
         return importlib.import_module("jsonschema")
     except ImportError:
@@ -105,9 +120,9 @@ def _parse_item(line: str, where: str) -> Item:
         raise InputError(f"{where}: not an object with a kind", code=_INVALID)
     for name, value in values.items():
         if name != "json" and (name not in _FIELDS or not isinstance(value, _FIELDS[name])):
-            raise InputError(f"{where}: {name} is not known, or not of the right type", code=_INVALID)
+            raise InputError(f"{where}: {name} is unknown or has the wrong type", code=_INVALID)
     if ("text" in values) == ("messages" in values) or ("messages" in values) != ("answer" in values):
-        raise InputError(f"{where}: give text, or messages with an answer", code=_INVALID)
+        raise InputError(f"{where}: must have either text, or messages and answer", code=_INVALID)
     if "schema" in values:
         jsonschema = _jsonschema()
         try:
@@ -121,19 +136,25 @@ def _parse_item(line: str, where: str) -> Item:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the model, and how it was judged."""
+    """A model's answer to an item, and its judgment.
+
+    Attributes:
+        item: the question.
+        text: the answer.
+        right: whether the answer is correct.
+        parsed: whether the answer is JSON; None for an item without a schema.
+        valid: whether that JSON satisfies the schema; None for an item without a schema.
+    """
 
     item: Item
     text: str
     right: bool
     parsed: bool | None = None
-    """Of an item with a schema: whether the whole answer is JSON."""
     valid: bool | None = None
-    """Of an item with a schema: whether that JSON satisfies it."""
 
 
 def judge(item: Item, text: str) -> Answer:
-    """Judge ``text`` as an answer to ``item``."""
+    """Judge ``text`` as an answer to ``item``, which must be a judged item."""
     if item.exact is not None:
         return Answer(item, text, text == item.exact)
     if item.call is not None:

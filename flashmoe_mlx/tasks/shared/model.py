@@ -1,4 +1,4 @@
-"""Find or make the model that a configuration names."""
+"""Model of a configuration: its folder, which is filled first if the model is made on this machine."""
 
 import os
 import time
@@ -14,19 +14,19 @@ from flashmoe_mlx.made_models.demo import demo_folder, demo_has, demo_with_varia
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.tasks.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
 
-_PATIENCE = 600.0
-"""Seconds to wait for another process that makes the same model."""
+_TIMEOUT = 600.0
+"""Seconds to wait for another process that is making the same model."""
 _INTERVAL = 0.5
 
 
 def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
-    """Return the folder of a model; a synthetic one, or a variant of the demo model, is made first if need be.
+    """Return the folder of a model; make a synthetic model, or a variant of the demo model, if it is missing.
 
     Args:
         choice: the model.
-        *backends: settings of the backends that will read it, for the variants they name.
+        *backends: settings of the backends that will read the model; their ``variant`` must exist.
 
     Raises:
         InputError: there is no such model.
@@ -35,11 +35,11 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         folder = expand_path(choice.path)
         refuse_gguf_file(folder)
         if folder.is_file():
-            raise InputError(f"model.path={choice.path}: is a file; give the folder of a pack or a checkpoint")
+            raise InputError(f"model.path={choice.path}: not a folder; give the folder of a pack or a checkpoint")
         if not folder.is_dir():
             refuse_hub_id_of_format(choice.path)
             raise InputError(
-                f"model.path={choice.path}: no such folder; to get a model from the hub: "
+                f"model.path={choice.path}: no such folder; to download a model from the hub: "
                 f"task=pack source=<org>/<name> out={choice.path}"
             )
         return folder
@@ -47,7 +47,7 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         raise InputError(f"model={choice.name}: set model.path to a pack or a checkpoint")
     variants = {str(backend["variant"]) for backend in backends if backend.get("variant") is not None}
     if choice.synthetic is None and demo_has(variants):
-        return demo_folder()  # no folder for a cache is needed, and there may be none
+        return demo_folder()  # works without a cache folder
     cache_dir = cache_folder(choice)
 
     def make() -> Path:
@@ -60,13 +60,13 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         return _in_turn(make)
     except OSError as error:
         raise InputError(
-            f"{cache_dir}: cannot keep the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
+            f"{cache_dir}: cannot write the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
         ) from error
 
 
 def _in_turn(make: Callable[[], Path]) -> Path:
     """Make a model, or wait while another process makes it."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     waiting = False
     while True:
         try:
@@ -75,7 +75,7 @@ def _in_turn(make: Callable[[], Path]) -> Path:
             if error.code != "pack_in_use" or time.monotonic() > deadline:
                 raise
             if not waiting:
-                show(f"waiting for another process that is making this model, {_PATIENCE / 60:.0f} minutes at most")
+                show(f"waiting up to {_TIMEOUT / 60:.0f} minutes for another process that is making this model")
             waiting = True
             time.sleep(_INTERVAL)
 
@@ -89,18 +89,21 @@ def model_identity(folder: Path) -> str:
 
 
 def cache_folder(choice: ModelChoice) -> Path:
-    """Return the folder for models that are made here and for measurements of this machine.
+    """Return the folder for models made on this machine and for measurements of the machine.
 
-    An empty variable counts as unset, as the XDG specification says.
+    An empty environment variable counts as unset, in accordance with the XDG specification.
+
+    Raises:
+        InputError: no folder is set, and the user has no home folder.
     """
     if choice.cache_dir is not None:
         return expand_path(choice.cache_dir)
-    own = os.environ.get("FLASHMOE_CACHE")
-    if own:
-        return expand_path(own)
+    chosen = os.environ.get("FLASHMOE_CACHE")
+    if chosen:
+        return expand_path(chosen)
     try:
         return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
     except InputError as error:
         raise InputError(
-            "there is no home folder to keep models in: set HOME, FLASHMOE_CACHE or model.cache_dir", code=error.code
+            "no home folder for the cache of models: set HOME, FLASHMOE_CACHE or model.cache_dir", code=error.code
         ) from None

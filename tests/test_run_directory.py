@@ -1,4 +1,4 @@
-"""Folders of runs: claimed by one run at a time, recognised in places where a pack is to go."""
+"""Tests of run directories: claims by one run at a time, and recognition of records inside a pack."""
 
 import json
 import subprocess
@@ -9,9 +9,10 @@ import pytest
 from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 from flashmoe_mlx.cli.application import run
-from flashmoe_mlx.console.run_folder import Claims, claims, holds_only_records
+from flashmoe_mlx.cli.claims import Claims, claims
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
 FAST = ["raw=true", "prompt=Hello", "max_tokens=2"]
 
@@ -33,7 +34,7 @@ def test_two_runs_at_once_with_one_folder(
     key: str, more: list[str], tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"model.path={tiny_pack}", *FAST, *more, f"{key}={tmp_path / 'run'}"]
-    program = "import sys; from pathlib import Path; from flashmoe_mlx.console.run_folder import Claims; "
+    program = "import sys; from pathlib import Path; from flashmoe_mlx.cli.claims import Claims; "
     program += "Claims().take(Path(sys.argv[1]), ''); print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -48,7 +49,7 @@ def test_two_runs_at_once_with_one_folder(
     assert run(arguments) == 0  # the claim ended with the process
 
 
-def test_a_run_lets_go_of_its_folder(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_run_releases_its_directory(tiny_pack: Path, tmp_path: Path) -> None:
     for arguments, code in ((FAST, 0), (["experts_k=99"], 2)):
         assert run([f"model.path={tiny_pack}", *arguments, f"hydra.run.dir={tmp_path / str(code)}"]) == code
         with claims() as taken:
@@ -78,13 +79,13 @@ def test_the_record_of_packing_may_lie_in_the_pack(
     out.mkdir()
     monkeypatch.chdir(out)
     arguments = ["task=pack", "out=.", f"hydra.run.dir={folder}"]
-    assert run([*arguments, f"source={tmp_path / 'nothing'}"]) == 2  # leaves its record there, too
+    assert run([*arguments, f"source={tmp_path / 'nothing'}"]) == 2  # also leaves its record there
     assert run([*arguments, f"source={checkpoint}"]) == 0
     assert set(open_pack(out).experts) == {"q4"}
     assert run(["task=pack", "verify=true", f"out={out}"]) == 0
 
 
-def test_other_files_count(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_files_are_not_ignored(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "pack"
     (out / "outputs").mkdir(parents=True)
     (out / "outputs" / "thesis.txt").write_text("")
@@ -98,7 +99,7 @@ def test_other_files_count(checkpoint: Path, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "bench.json", "bench_io.json", "evaluate.json", "routing.moetrace"])
-def test_measurements_are_never_written_over(
+def test_measurements_are_never_overwritten(
     name: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = tmp_path / "run"
@@ -124,7 +125,7 @@ def record_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_a_later_try_replaces_the_failure(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_later_attempt_replaces_the_failure(tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", *FAST, f"hydra.run.dir={tmp_path}"]
     for argument, code in (("experts_k=99", "invalid_input"), ("seed=x", "invalid_value")):
         assert run([*arguments, argument]) == 2
@@ -133,7 +134,7 @@ def test_a_later_try_replaces_the_failure(tiny_pack: Path, tmp_path: Path) -> No
     assert not (tmp_path / "failure.json").exists()
 
 
-def test_a_sweep_that_never_began_leaves_its_folder_free(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_sweep_without_jobs_leaves_its_directory_free(tiny_pack: Path, tmp_path: Path) -> None:
     arguments = ["-m", f"model.path={tiny_pack}", *FAST, f"hydra.sweep.dir={tmp_path}"]
     assert run([*arguments, "backend=pread,nosuch"]) == 2
     assert run([*arguments, "backend=pread,mmap"]) == 0

@@ -1,4 +1,4 @@
-"""Several backends on one command line: ``backends=[pread,{name:pread,direct:true}]``."""
+"""Lists of backends on the command line, such as ``backends=[pread,{name:pread,direct:true}]``."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,14 +7,18 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores.registry import backend_settings
 
 
-def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return a label and all settings of each entry, a name or a mapping; those of ``otherwise`` if entries is None.
+def listed_backends(entries: Sequence[Any] | None, default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the complete settings of each backend by its label.
+
+    Args:
+        entries: names of backends, or mappings with a name and options; None: ``default`` alone.
+        default: the settings of ``backend=``.
 
     Raises:
-        InputError: an entry is neither, is named twice, or no such backend exists.
+        InputError: an entry is neither a name nor a mapping, is repeated, or there is no such backend.
     """
     found: dict[str, dict[str, Any]] = {}
-    for entry in [otherwise] if entries is None else entries:
+    for entry in [default] if entries is None else entries:
         if isinstance(entry, str):
             entry = {"name": entry}
         if not isinstance(entry, Mapping) or not (entry.get("name") or entry.get("_target_")):
@@ -28,15 +32,15 @@ def listed_backends(entries: Sequence[Any] | None, otherwise: Mapping[str, Any])
         shown = {} if entries is None else options
         label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
         if label in found:
-            raise InputError(f"backends: {label} is named twice", code="repeated_value")
+            raise InputError(f"backends: {label} is repeated", code="repeated_value")
         found[label] = settings
     if not found:
-        raise InputError("backends=[]: name at least one", code="empty_list")
+        raise InputError("backends=[]: name at least one backend", code="empty_list")
     return found
 
 
 def short_name(settings: Mapping[str, Any]) -> str:
-    """Return what a store with these settings is called: the module of its class."""
+    """Return the short name of a store with these settings: the module of its class."""
     return str(settings.get("_target_", "")).rpartition(".")[0].rpartition(".")[2]
 
 

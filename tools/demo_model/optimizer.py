@@ -1,19 +1,19 @@
-"""Muon for matrices, Adam for everything else, and weights of experts rounded to what 4 bits can hold.
+"""Muon for matrices, Adam for all other parameters, and quantization-aware training of the experts.
 
-Master weights are f32; the model computes with copies of them, in which experts are quantised as MLX does it once that
-begins. Gradients of the copies go to the masters unchanged (straight through).
+Master weights are f32. The model computes with copies, in which the weights of experts are gradually rounded to the
+values of MLX's 4-bit quantization. Gradients of the copies are applied to the masters unchanged (straight-through).
 """
 
 import torch
 from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic iteration that drives singular values towards one (K. Jordan et al., "Muon", 2024)."""
+"""Coefficients of the quintic iteration that moves singular values towards 1 (K. Jordan et al., "Muon", 2024)."""
 _BY_ADAM = ("embed_tokens", "lm_head", "mlp.gate.", "shared_expert_gate", "in_proj_a", "in_proj_b", "conv1d")
 
 
-def quantised(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """What is left of ``weight`` [..., in] after ``mx.quantize`` of its bf16 values, min-max, and back."""
+def quantized(weight: Tensor, bits: int, group_size: int) -> Tensor:
+    """Quantize the bf16 values of ``weight`` [..., in] like ``mx.quantize`` (min-max), and dequantize them."""
     groups = weight.bfloat16().float().unflatten(-1, (-1, group_size))
     high, low = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
     most = 2**bits - 1
@@ -25,12 +25,12 @@ def quantised(weight: Tensor, bits: int, group_size: int) -> Tensor:
     scale = torch.where(steps != 0, edge / torch.where(steps != 0, steps, 1), scale)
     bias = torch.where(steps != 0, edge, 0)
     codes = torch.round((groups - bias) / scale).clamp(0, most)
-    scale, bias = scale.bfloat16().float(), bias.bfloat16().float()  # MLX rounds them after it chose the codes
+    scale, bias = scale.bfloat16().float(), bias.bfloat16().float()  # MLX rounds them after choosing the codes
     return (codes * scale + bias).flatten(-2)
 
 
 def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
-    """Matrices [B, m, n] with m <= n made nearly orthogonal."""
+    """Return nearly orthogonal matrices for ``update`` [B, m, n] with m <= n."""
     a, b, c = _COEFFICIENTS
     x = update.bfloat16() if update.is_cuda else update
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -40,11 +40,12 @@ def orthogonal(update: Tensor, steps: int = 5) -> Tensor:
     return x.float()
 
 
-class Optimiser:
-    """``step`` reads the gradients of the model's parameters, moves the masters, and renews the model's weights.
+class Optimizer:
+    """An optimizer whose ``step`` applies the gradients to the master weights and updates the model's weights.
 
-    ``rate`` (of Muon; Adam's follow it) and ``rounding`` (0: experts as they are, 1: as quantised) are tensors, so that
-    a captured step can be replayed with other values.
+    ``rate`` is the learning rate of Muon, with which Adam's rate scales. ``rounding`` goes from 0 (experts are not
+    rounded) to 1 (experts are quantized). These two are tensors, so that a captured step can be replayed with different
+    values.
     """
 
     def __init__(self, model: nn.Module, bits: int, group_size: int, muon: float, adam: float, decay: float) -> None:
@@ -72,13 +73,13 @@ class Optimiser:
         self._second = {name: torch.zeros_like(self.masters[name]) for name in self._adam_names}
 
     def _pieces(self, name: str, tensor: Tensor) -> Tensor:
-        """A parameter as matrices [B, rows, columns]: gate and up of an expert are two."""
+        """Return a parameter as matrices [B, rows, columns]; gate and up projections are separate matrices."""
         rows, columns = tensor.shape[-2:]
         return tensor.reshape(-1, rows // 2 if name.endswith("gate_up_proj") else rows, columns)
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the weights by their gradients, which are then zero again."""
+        """Update the weights by their gradients, and set the gradients to zero."""
         self.steps += 1
         self._step_muon()
         self._step_adam()
@@ -117,20 +118,20 @@ class Optimiser:
             self.masters[name].sub_(first / (second.sqrt() + 1e-10) * (self.rate * self._adam * correction))
 
     def forget(self) -> None:
-        """Begin anew: no step was made."""
+        """Reset the state of the optimizer."""
         for tensor in (self.steps, *self._first.values(), *self._second.values()):
             tensor.zero_()
 
     @torch.no_grad()
     def renew(self) -> None:
-        """The model's weights from the masters."""
+        """Copy the master weights to the model, with rounded experts."""
         for name, parameter in self._parameters.items():
             master = self.masters[name]
             if ".experts." in name:
-                rounded = quantised(master, self._bits, self._group_size)
+                rounded = quantized(master, self._bits, self._group_size)
                 master = torch.lerp(master, rounded, self.rounding)
             parameter.data.copy_(master)
 
     def weights(self) -> dict[str, Tensor]:
-        """What is to be saved, bf16: the masters, of which experts are not rounded yet."""
+        """Return the weights to save: the masters in bf16, with experts that are not rounded."""
         return {name: master.bfloat16() for name, master in self.masters.items()}

@@ -1,0 +1,278 @@
+"""The blocks of decoder layers: their parameters, their construction, and the sizes of their caches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
+
+from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights
+from flashmoe_mlx.layers.attention import Attention
+from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.rope import Rope
+from flashmoe_mlx.models.parameters import ROUTER_BITS, Kind, Parameter
+from flashmoe_mlx.models.weights import ResidentWeights
+from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.on_host import ExpertsOnHost
+from flashmoe_mlx.moe.router import Router
+from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.strategies import choose_strategy
+from flashmoe_mlx.stores.contract import ExpertStore
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Bytes that a layer keeps of a sequence: for each token, and independently of its length."""
+
+    per_token: int = 0
+    fixed: int = 0
+
+
+class MixerBlock(Protocol):
+    """The part of a layer that mixes tokens; ``prefix`` is that of the layer, ``model.layers.0.`` for example."""
+
+    def parameters(self, prefix: str) -> Iterator[Parameter]:
+        """Yield the parameters in the order in which a token meets them."""
+        ...
+
+    def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> Attention | GatedDeltaNet:
+        """Make the block from its weights."""
+        ...
+
+    def cache_size(self, activation_bytes: int) -> CacheSize:
+        """Compute the size of its cache for activations of ``activation_bytes`` bytes each."""
+        ...
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """Full attention with norms of queries and keys, and an output gate beside every query.
+
+    Attributes:
+        hidden_size: the width of a token's vector.
+        num_heads: heads of queries.
+        num_kv_heads: heads of keys and values.
+        head_dim: the width of a head.
+        rope: the rotary embedding.
+        bias: whether the four projections have biases.
+        eps: the epsilon of the norms.
+        norm: the form in which checkpoints store the norms.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    bias: bool
+    eps: float
+    norm: Kind
+
+    @cached_property
+    def _frequencies(self) -> tuple[float, ...] | None:
+        return None if self.rope.yarn is None else self.rope.frequencies()
+
+    def parameters(self, prefix: str) -> Iterator[Parameter]:
+        """Yield the parameters in the order in which a token meets them."""
+        query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        shapes = {
+            "q_proj": (2 * query, self.hidden_size),
+            "k_proj": (key, self.hidden_size),
+            "v_proj": (key, self.hidden_size),
+            "o_proj": (self.hidden_size, query),
+        }
+        for name, shape in shapes.items():
+            yield Parameter(f"{prefix}self_attn.{name}", Kind.MATRIX, shape)
+            if self.bias:
+                yield Parameter(f"{prefix}self_attn.{name}.bias", Kind.PLAIN, shape[:1])
+        yield Parameter(f"{prefix}self_attn.q_norm.weight", self.norm, (self.head_dim,))
+        yield Parameter(f"{prefix}self_attn.k_norm.weight", self.norm, (self.head_dim,))
+
+    def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> Attention:
+        """Make the block from its weights."""
+        return Attention(
+            AttentionWeights(
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_dim,
+                self.rope.dim,
+                self.rope.theta,
+                _scaled_by_yarn(weights.vector(f"{prefix}self_attn.q_norm.weight"), self.rope),
+                _scaled_by_yarn(weights.vector(f"{prefix}self_attn.k_norm.weight"), self.rope),
+                self.eps,
+                self._frequencies,
+            ),
+            kernels,
+            weights.linear(f"{prefix}self_attn.q_proj"),
+            weights.linear(f"{prefix}self_attn.k_proj"),
+            weights.linear(f"{prefix}self_attn.v_proj"),
+            weights.linear(f"{prefix}self_attn.o_proj"),
+        )
+
+    def cache_size(self, activation_bytes: int) -> CacheSize:
+        """Compute the size of keys and values for activations of ``activation_bytes`` bytes each."""
+        return CacheSize(per_token=2 * self.num_kv_heads * self.head_dim * activation_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDeltaNetBlock:
+    """GatedDeltaNet: a short convolution, then the gated delta rule.
+
+    Attributes:
+        hidden_size: the width of a token's vector.
+        key_heads: heads of queries and keys.
+        value_heads: heads of values.
+        key_dim: the width of a head of keys.
+        value_dim: the width of a head of values.
+        conv_kernel: tokens that the convolution sees.
+        eps: the epsilon of the norm.
+    """
+
+    hidden_size: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int
+    eps: float
+
+    @property
+    def _value_width(self) -> int:
+        return self.value_heads * self.value_dim
+
+    @property
+    def _conv_width(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self._value_width
+
+    def parameters(self, prefix: str) -> Iterator[Parameter]:
+        """Yield the parameters in the order in which a token meets them."""
+        prefix += "linear_attn."
+        hidden, heads = self.hidden_size, self.value_heads
+        yield Parameter(f"{prefix}in_proj_qkv", Kind.MATRIX, (self._conv_width, hidden))
+        yield Parameter(f"{prefix}in_proj_z", Kind.MATRIX, (self._value_width, hidden))
+        yield Parameter(f"{prefix}in_proj_b", Kind.MATRIX, (heads, hidden))
+        yield Parameter(f"{prefix}in_proj_a", Kind.MATRIX, (heads, hidden))
+        yield Parameter(
+            f"{prefix}conv1d.weight", Kind.CONV, (self._conv_width, self.conv_kernel, 1), draw=_random_convolution
+        )
+        # The decay is an exponential of an exponential of these two.
+        yield Parameter(f"{prefix}A_log", Kind.EXACT, (heads,), draw=_random_a_log)
+        yield Parameter(f"{prefix}dt_bias", Kind.EXACT, (heads,), draw=_random_dt_bias)
+        # Every published layout stores this norm as the factor itself, even where it stores other norms less 1.
+        yield Parameter(f"{prefix}norm.weight", Kind.PLAIN, (self.value_dim,))
+        yield Parameter(f"{prefix}out_proj", Kind.MATRIX, (hidden, self._value_width))
+
+    def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> GatedDeltaNet:
+        """Make the block from its weights."""
+        prefix += "linear_attn."
+        return GatedDeltaNet(
+            DeltaWeights(
+                self.key_heads,
+                self.value_heads,
+                self.key_dim,
+                self.value_dim,
+                weights.vector(f"{prefix}conv1d.weight"),
+                weights.vector(f"{prefix}A_log"),
+                weights.vector(f"{prefix}dt_bias"),
+                weights.vector(f"{prefix}norm.weight"),
+                self.eps,
+            ),
+            kernels,
+            weights.linear(f"{prefix}in_proj_qkv"),
+            weights.linear(f"{prefix}in_proj_z"),
+            weights.linear(f"{prefix}in_proj_b"),
+            weights.linear(f"{prefix}in_proj_a"),
+            weights.linear(f"{prefix}out_proj"),
+        )
+
+    def cache_size(self, activation_bytes: int) -> CacheSize:
+        """Compute the size of the convolution's inputs, of ``activation_bytes`` bytes each, and of the f32 state."""
+        state = self.value_heads * self.value_dim * self.key_dim
+        return CacheSize(fixed=4 * state + activation_bytes * (self.conv_kernel - 1) * self._conv_width)
+
+
+@dataclass(frozen=True, slots=True)
+class MoeBlock:
+    """A mixture of experts behind a norm: softmax router, top K renormalized, a shared expert with a sigmoid gate.
+
+    Attributes:
+        hidden_size: the width of a token's vector.
+        num_experts: routed experts.
+        shared_expert_size: the inner width of the shared expert.
+        eps: the epsilon of the norm.
+        norm: the form in which checkpoints store the norm.
+    """
+
+    hidden_size: int
+    num_experts: int
+    shared_expert_size: int
+    eps: float
+    norm: Kind
+
+    def parameters(self, prefix: str) -> Iterator[Parameter]:
+        """Yield the resident parameters in the order in which a token meets them."""
+        hidden, size = self.hidden_size, self.shared_expert_size
+        yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (hidden,))
+        # Random logits of a router must differ enough for its choices to be clear.
+        yield Parameter(f"{prefix}mlp.gate", Kind.MATRIX, (self.num_experts, hidden), ROUTER_BITS, gain=2.0)
+        yield Parameter(f"{prefix}mlp.shared_expert.gate_proj", Kind.MATRIX, (size, hidden))
+        yield Parameter(f"{prefix}mlp.shared_expert.up_proj", Kind.MATRIX, (size, hidden))
+        yield Parameter(f"{prefix}mlp.shared_expert.down_proj", Kind.MATRIX, (hidden, size))
+        yield Parameter(f"{prefix}mlp.shared_expert_gate", Kind.MATRIX, (1, hidden), ROUTER_BITS)
+
+    def build(
+        self, layer: int, prefix: str, weights: ResidentWeights, kernels: Kernels, store: ExpertStore, experts_k: int
+    ) -> MixtureOfExperts:
+        """Make the block from its weights.
+
+        Args:
+            layer: the index of the layer.
+            prefix: the prefix of the layer, ``model.layers.0.`` for example.
+            weights: the resident weights.
+            kernels: the kernels to compute with.
+            store: serves the routed experts.
+            experts_k: routed experts of a token.
+        """
+        projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
+        shared = SharedExpert(ExpertWeights(*projections), kernels.expert_mlp)
+        strategy = choose_strategy(kernels, store.layout, weights.dtype, shared.weights)
+        router = Router(
+            weights.linear(f"{prefix}mlp.gate"),
+            weights.vector(f"{prefix}post_attention_layernorm.weight"),
+            self.eps,
+            experts_k,
+            weights.linear(f"{prefix}mlp.shared_expert_gate"),
+            kernels.rms_norm,
+            on_host=isinstance(strategy, ExpertsOnHost),
+        )
+        return MixtureOfExperts(layer, store, router, shared, strategy)
+
+
+def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:
+    """Return the factors ``norm`` [head dim] times YaRN's attention factor in the rotated dimensions.
+
+    A rotation is linear, so scaling its input equals scaling its output.
+    """
+    if rope.yarn is None:
+        return norm
+    rotated = mx.arange(len(norm)) < rope.dim
+    scaled = mx.where(rotated, norm.astype(mx.float32) * rope.yarn.attention_factor, norm).astype(norm.dtype)
+    mx.eval(scaled)
+    return scaled
+
+
+def _random_convolution(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
+    return random.normal(0, 0.5, shape)
+
+
+def _random_a_log(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
+    return np.asarray(np.log(random.uniform(0.5, 16, shape)))
+
+
+def _random_dt_bias(random: np.random.Generator, shape: tuple[int, ...]) -> npt.NDArray[np.floating]:
+    return random.uniform(-6, -1, shape)

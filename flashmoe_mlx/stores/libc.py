@@ -1,0 +1,27 @@
+"""Calls into the system's C library that Python does not offer, or offers only in newer versions."""
+
+import ctypes
+import functools
+
+# <asm-generic/mman-common.h>: since Linux 2.6.38, 5.14, 5.14, and 6.1
+MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
+
+
+@functools.cache
+def load_libc() -> ctypes.CDLL:
+    """Load the C library; its calls leave their error number in ``ctypes.get_errno()``.
+
+    ``ctypes`` releases the interpreter's lock during each call, so other threads run meanwhile.
+    """
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def madvise(address: int, nbytes: int, advice: int) -> int:
+    """Advise the system about the ``nbytes`` at ``address``, which begins a page; return the error number, or 0."""
+    failed = load_libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
+    return ctypes.get_errno() if failed else 0
+
+
+def address_of(memory: bytearray | memoryview) -> int:
+    """Return the address of writable memory of at least one byte."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

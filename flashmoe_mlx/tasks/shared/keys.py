@@ -1,0 +1,91 @@
+"""Keys of the command line that several tasks share, and the marks of keys with special values.
+
+All keys of a task are fields of the class ``Config`` in its module; their defaults and descriptions are in
+``configs/task/<name>.yaml`` and ``configs/generation.yaml``. This module must not import MLX: ``--help`` needs it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
+
+TEXT = {"text": True}
+"""Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
+TRACE_OPTION = {"text_options": ("trace",)}
+"""Metadata of a field with options: the option ``trace`` holds text."""
+
+
+@dataclass
+class ModelChoice:
+    """Choice of a model: a pack or checkpoint at ``path``, the shipped demo model, or a synthetic model.
+
+    Models that are made on this machine are kept under ``cache_dir``.
+    """
+
+    name: str = MISSING
+    path: str | None = field(default=None, metadata=TEXT)
+    cache_dir: str | None = field(default=None, metadata=TEXT)
+    shipped: bool = False
+    synthetic: SyntheticSizes | None = None
+
+
+@dataclass
+class TaskChoice:
+    """Choice of a task, which is the name of a module in ``flashmoe_mlx/tasks/``."""
+
+    name: str = MISSING
+
+
+@dataclass
+class CommonConfig:
+    """Keys of every task."""
+
+    task: TaskChoice = field(default_factory=TaskChoice)
+    debug: bool = False
+
+
+@dataclass
+class StoreConfig(CommonConfig):
+    """Keys of tasks that open an expert store."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    backend: dict[str, Any] = field(default_factory=dict, metadata=TRACE_OPTION)
+    experts_k: int | None = None
+
+
+@dataclass
+class EngineConfig(StoreConfig):
+    """Keys of tasks that run a model."""
+
+    kernels: str = "auto"
+
+
+@dataclass
+class PromptConfig(EngineConfig):
+    """Keys of tasks that send a prompt to a model."""
+
+    prompt: str = field(default="Tell me something about yourself.", metadata=TEXT)
+    prompt_file: str | None = field(default=None, metadata=TEXT)
+    raw: bool = False
+
+
+@dataclass
+class GenerationConfig(PromptConfig):
+    """Keys of tasks that answer one prompt: ``generate`` and ``trace``."""
+
+    max_tokens: int = 256
+    system: str | None = field(default=None, metadata=TEXT)
+    tools: str | None = field(default=None, metadata=TEXT)
+    thinking: bool | None = None
+    template_options: dict[str, Any] = field(default_factory=dict)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    prefill_chunk: int | None = None

@@ -1,0 +1,174 @@
+"""Model families: the protocol, the example in CONTRIBUTING.md, and sizes against the caches of real models."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoints import GEOMETRIES, Geometry, write_checkpoint
+
+import flashmoe_mlx
+from flashmoe_mlx import models
+from flashmoe_mlx.checkpoint.support import why_not
+from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
+from flashmoe_mlx.models.registry import families, family_of, find_family, parse_config
+from flashmoe_mlx.pack.writer import pack_checkpoint
+from flashmoe_mlx.research.estimate.sizes import memory_need
+
+ROOT = Path(__file__).parents[1]
+TOKENS = np.arange(7, 200, 13, dtype=np.int32) % 200
+ATTENTION_ONLY = replace(
+    GEOMETRIES["text"], layer_types="FF", vocab_size=BYTE_TOKENS, rotary_fraction=1.0, rope_theta=1e6
+)
+PUBLISHED = {hub_id: config for family in families() for hub_id, config in family.published.items()}
+
+
+def example() -> str:
+    """Return the source of the family in CONTRIBUTING.md."""
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    return next(block for block in blocks if "FAMILY = " in block)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Add the example as one more file of the package ``models``."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    (folder / "toy_moe.py").write_text(example())
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder)])
+    families.cache_clear()
+    yield
+    families.cache_clear()
+    sys.modules.pop("flashmoe_mlx.models.toy_moe", None)
+
+
+def toy_config(geometry: Geometry) -> dict[str, object]:
+    return {
+        "model_type": "toy_moe",
+        "num_hidden_layers": geometry.num_layers,
+        "hidden_size": geometry.hidden_size,
+        "vocab_size": geometry.vocab_size,
+        "max_position_embeddings": geometry.context,
+        "num_local_experts": geometry.experts,
+        "num_experts_per_tok": geometry.top_k,
+        "intermediate_size": geometry.expert_size,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "head_dim": geometry.head_dim,
+        "shared_intermediate_size": geometry.shared_expert_size,
+        "rope_theta": geometry.rope_theta,
+    }
+
+
+def write_toy(source: Path, folder: Path, geometry: Geometry) -> Path:
+    """Write the checkpoint ``source`` of a Qwen3.5-MoE, with one tensor for each expert, as a checkpoint of the toy."""
+    data = (source / "model.safetensors").read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header, values = json.loads(data[8:end]), bytearray(data[end:])
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+    renamed = {}
+    for name, entry in header.items():
+        if name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight", "model.norm.weight")):
+            begin, stop = entry["data_offsets"]
+            values[begin:stop] = (np.frombuffer(values[begin:stop], "<f4") + np.float32(1)).tobytes()
+        renamed[re.sub(r"(\.experts\.\d+\.)(\w+)", lambda match: match[1] + names[match[2]], name)] = entry
+    text = json.dumps(renamed).encode()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + values)
+    (folder / "config.json").write_text(json.dumps(toy_config(geometry)))
+    return folder
+
+
+def logits(folder: Path, **options: object) -> np.ndarray:
+    with flashmoe_mlx.load(folder, **options) as engine:
+        return engine.logits(TOKENS)
+
+
+@pytest.mark.usefixtures("toy")
+def test_example_family_is_found_without_a_list() -> None:
+    assert [family.model_types[0] for family in families()] == ["qwen3_5_moe", "toy_moe"]
+    assert why_not(toy_config(ATTENTION_ONLY)) is None
+    config = parse_config(toy_config(ATTENTION_ONLY))
+    assert family_of(config).series == ("Toy",)
+    assert "Qwen3.8 and Toy" in str(why_not({"model_type": "olmoe", "num_experts": 64}))
+    with pytest.raises(CheckpointError) as caught:
+        parse_config({**toy_config(ATTENTION_ONLY), "hidden_act": "gelu"})
+    assert caught.value.code == "unsupported_arithmetic"
+    with pytest.raises(CheckpointError) as caught:
+        find_family({"model_type": "toy_moe", "text_config": {"model_type": "qwen3_5_moe_text", "num_experts": 4}})
+    assert caught.value.code == "unsupported_model"
+
+
+@pytest.mark.usefixtures("toy")
+def test_example_family_equals_the_same_qwen(tmp_path: Path) -> None:
+    qwen = write_checkpoint(tmp_path / "qwen", ATTENTION_ONLY, seed=0, layout="per_expert")
+    toy = write_toy(qwen, tmp_path / "toy", ATTENTION_ONLY)
+    np.testing.assert_array_equal(logits(toy), logits(qwen))
+
+
+@pytest.mark.usefixtures("toy")
+def test_example_family_is_packed_and_generates(tmp_path: Path) -> None:
+    qwen = write_checkpoint(tmp_path / "qwen", ATTENTION_ONLY, seed=0, layout="per_expert")
+    toy = write_toy(qwen, tmp_path / "toy", ATTENTION_ONLY)
+    write_byte_tokenizer(toy)
+    packs = [tmp_path / "qwen-pack", tmp_path / "toy-pack"]
+    for source, pack in zip((qwen, toy), packs, strict=True):
+        pack_checkpoint(source, pack, bits=(4,), group_size=32)
+    expected, found = (logits(pack, backend="pread") for pack in packs)
+    np.testing.assert_array_equal(found, expected)
+    with flashmoe_mlx.load(packs[1], backend="pread") as engine:
+        pieces = list(engine.generate("a toy", raw=True, max_tokens=5, temperature=0))
+    assert sum(len(piece.token_ids) for piece in pieces) in range(1, 6)
+    assert pieces[-1].finish_reason in ("stop", "length")
+
+
+@pytest.mark.usefixtures("toy")
+def test_example_family_writes_the_config_that_it_reads() -> None:
+    config = replace(parse_config(toy_config(ATTENTION_ONLY)), rms_norm_eps=1e-6)
+    family = family_of(config)
+    assert family.parse_config(family.write_config(asdict(config))) == config
+
+
+@pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED)
+def test_families_write_the_configs_that_they_read(config: dict[str, object]) -> None:
+    parsed = parse_config(config)
+    assert family_of(parsed).parse_config(family_of(parsed).write_config(asdict(parsed))) == parsed
+
+
+def test_tool_formats_of_families_exist() -> None:
+    for family in families():
+        assert import_module(f"flashmoe_mlx.text.tool_formats.{family.tool_format}").READER
+
+
+def test_model_types_belong_to_one_family() -> None:
+    model_types = [kind for family in families() for kind in family.model_types]
+    assert len(set(model_types)) == len(model_types)
+
+
+def test_only_its_own_file_knows_a_family() -> None:
+    """No other module has names of Qwen3.5-MoE's config.json; synthetic models import their family."""
+    allowed = {"models/qwen3_5_moe.py", "models/other_models.py"}
+    package = ROOT / "flashmoe_mlx"
+    knowing = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"qwen3_5_moe|linear_num_|full_attention_interval", path.read_text())
+    }
+    assert knowing - allowed == {"made_models/synthetic.py"}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_estimated_caches_are_those_of_the_model(name: str, tmp_path: Path) -> None:
+    with flashmoe_mlx.load(write_checkpoint(tmp_path, GEOMETRIES[name], seed=0)) as engine:
+        cache = engine.new_cache()
+        engine.forward(TOKENS[:1] % 150, cache)
+        config = engine.model.config
+        itemsize = engine.model.norm.dtype.size
+        need = memory_need(config, 8, 8, 256, itemsize, 2, group_size=32)  # a cache grows by 256 tokens
+        assert need.keys_and_values + need.state == cache.nbytes
