@@ -28,8 +28,8 @@ from flashmoe_mlx.custom_kernels.routed_experts import cpu as routed_experts_cpu
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
-from flashmoe_mlx.models import build
 from flashmoe_mlx.models.code_paths import model_shapes
+from flashmoe_mlx.models.weights import ResidentWeights
 from flashmoe_mlx.research.bench import engine_bench as bench
 
 KERNELS = ("attention", "gated_delta_net", "routed_experts", "quantized_matvec", "rms_norm")
@@ -309,13 +309,13 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
 def test_weights_that_are_not_numbers_are_not_taken_for_a_bad_kernel(
     tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    taken = build._Resident._take
+    taken = ResidentWeights._take
 
     def spoiled_weights(self: Any, name: str, dtype: Any) -> mx.array:
         array = taken(self, name, dtype)
         return array * float("nan") if mx.issubdtype(array.dtype, mx.floating) else array
 
-    monkeypatch.setattr(build._Resident, "_take", spoiled_weights)
+    monkeypatch.setattr(ResidentWeights, "_take", spoiled_weights)
     with caplog.at_level(logging.WARNING), flashmoe_mlx.load(tiny_pack) as engine:
         assert engine.setup["replaced_kernels"] == []
     assert not caplog.records
