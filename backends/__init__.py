@@ -1,0 +1,1 @@
+"""Expert stores: one file for each backend."""

@@ -32,7 +32,7 @@ class RamHybridStore(ExpertStore):
         budget_gib: size of all slots in GiB; None for ``memory_share``.
         memory_share: size of all slots as a share of the memory that is free when the store is opened.
         policy: how a layer chooses the expert that loses its slot: "lru", "lfu", "s3fifo", or "pinned". "pinned" keeps
-            the experts that ``trace`` used most, and applies LRU to the rest.
+            the experts that ``trace`` used most, and applies LRU to all other experts.
         trace: path of a routing trace; required for "pinned" and for no other policy.
         slots: maximum number of distinct experts in one fetch, if the budget gives a layer that many.
         reader: "pread" or "io_uring".
@@ -149,10 +149,10 @@ def _budget(budget_gib: float | None, memory_share: float) -> int:
     MEMORY_SHARE.check("memory_share", memory_share)
     if budget_gib is not None:
         BUDGET_GIB.check("budget_gib", budget_gib)
-        most, where = slot_memory()
-        if budget_gib * GIB > most:
+        largest, name = slot_memory()
+        if budget_gib * GIB > largest:
             raise InputError(
-                f"backend.budget_gib={budget_gib:g}: too large for this machine, {where} {most / GIB:.3g} GiB",
+                f"backend.budget_gib={budget_gib:g}: too large for this machine: {name} is {largest / GIB:.3g} GiB",
                 code="budget_too_large",
             )
         return int(budget_gib * GIB)

@@ -1,7 +1,7 @@
-"""Emulate slots of an NVIDIA GPU: the real classes, with the reference of ``fill_slots`` in place of the kernel.
+"""An emulation of slots in the memory of an NVIDIA GPU: the reference of ``fill_slots`` replaces the kernel.
 
-A machine without a GPU then takes all branches of the stores for GPUs. Memory for arriving records holds NaN before and
-after each filling, so a record in a wrong row leaves NaN in a slot.
+A machine without a GPU then runs every branch of the stores for GPUs. The staging area holds NaN before and after each
+filling, so a record that is written to a wrong row leaves NaN in a slot.
 """
 
 import mlx.core as mx
@@ -13,11 +13,11 @@ from flashmoe_mlx.stores import gpu_slots, memory, slots
 from flashmoe_mlx.stores.filling import Filling
 
 NAN = 0xFF
-"""Floats of any width that consist of such bytes are NaN."""
+"""A byte whose repetition is NaN in every float type."""
 
 
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make stores that open from now on keep their slots as on a GPU."""
+    """Make stores that are opened later keep their slots as on a GPU."""
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(memory, "free_gpu_memory", memory.total_memory)
     monkeypatch.setattr(gpu_slots, "fill_slots", fill_in_place)
@@ -25,14 +25,14 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fill_in_place(slab: mx.array, records: mx.array, rows: mx.array) -> None:
-    """Overwrite rows of ``slab`` in place, as the kernel does, then fill ``records`` with NaN."""
+    """Write ``records`` into ``slab`` in place, as the kernel does, then fill ``records`` with NaN."""
     filled = np.array(reference.fill_slots(slab, records, rows))
     np.asarray(memoryview(slab))[:] = filled
     np.asarray(memoryview(records))[:] = NAN
 
 
 class PoisonedStagingArea(gpu_slots.StagingArea):
-    """StagingArea that hold NaN until a record is written to them."""
+    """A staging area that holds NaN until a record is written to it."""
 
     def fill(self, array: mx.array, slots: list[int]) -> Filling:
         self._slab.host[:] = bytes([NAN]) * self._slab.host.nbytes

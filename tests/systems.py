@@ -1,4 +1,4 @@
-"""Marks for tests of what only some systems have."""
+"""Marks for tests that need features of some systems."""
 
 import platform
 import sys
@@ -19,7 +19,7 @@ def _why_no_io_uring() -> str | None:
 
 WHY_NO_IO_URING = _why_no_io_uring()
 needs_io_uring = pytest.mark.skipif(WHY_NO_IO_URING is not None, reason=str(WHY_NO_IO_URING))
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has this feature")
 needs_nvrtc = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="NVIDIA's compiler has no wheel for this system"
 )

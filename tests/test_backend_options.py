@@ -1,4 +1,4 @@
-"""Numbers that options of backends accept: everything else is one line with the range, before anything is opened."""
+"""Numeric options outside their range are refused in one line before any file is opened."""
 
 import contextlib
 import inspect
@@ -25,7 +25,7 @@ from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import StoredExperts, write_experts
 
 # Outside the range of every option.
-NONSENSE = [
+INVALID = [
     math.nan, math.inf, -math.inf, 0, -1, -(10**30), -0.5, 10**30, 1e300, 10**400, 10**5000,
     True, False, np.bool_(True), "4", "many", "", "x" * 100, [1], {}, 1j, b"1",
 ]  # fmt: skip
@@ -61,36 +61,36 @@ def scattered(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
 
 
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)
-def test_nonsense_by_name(
+def test_invalid_values_by_name(
     backend: str, option: str, packed: StoredExperts, scattered: StoredExperts, tmp_path: Path
 ) -> None:
     stored = scattered if backend == "checkpoint" else packed
     settings = {key: value for key, value in backend_settings(backend).items() if key != "variant"}
     with nothing_left_behind(tmp_path):
-        for value in NONSENSE:
+        for value in INVALID:
             with pytest.raises(InputError) as caught:
                 create_store(stored.source, settings | {option: value})
-            check_refusal(caught.value, option)
+            assert_refused(caught.value, option)
 
 
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)
-def test_nonsense_from_python(
+def test_invalid_values_from_python(
     backend: str, option: str, packed: StoredExperts, scattered: StoredExperts, tmp_path: Path
 ) -> None:
-    """The constructors check for themselves."""
+    """The constructors check their options too."""
     if backend == "io_uring" and WHY_NO_IO_URING:
         pytest.skip(WHY_NO_IO_URING)
     stored = scattered if backend == "checkpoint" else packed
     store: type[ExpertStore] = get_class(backend_settings(backend)["_target_"])
     small: dict[str, Any] = {"budget_gib": 0.001} if backend == "ram_hybrid" else {}
     with nothing_left_behind(tmp_path):
-        for value in NONSENSE:
+        for value in INVALID:
             with pytest.raises(InputError) as caught:
                 store(stored.source, **small | {option: value})
-            check_refusal(caught.value, option)
+            assert_refused(caught.value, option)
 
 
-def check_refusal(error: InputError, option: str) -> None:
+def assert_refused(error: InputError, option: str) -> None:
     assert (error.code, error.exit_code) == ("option_out_of_range", 2)
     assert_one_line(error)
     text = str(error)
@@ -99,11 +99,11 @@ def check_refusal(error: InputError, option: str) -> None:
     assert len(text) < 200
 
 
-def test_depth_takes_a_thread_each_without_io_uring(packed: StoredExperts) -> None:
+def test_depth_is_limited_by_threads_without_io_uring(packed: StoredExperts) -> None:
     settings = {"_target_": "flashmoe_mlx.backends.resident.ResidentStore", "depth": 1025}
     with pytest.raises(InputError) as caught:
         create_store(packed.source, settings)
-    check_refusal(caught.value, "depth")
+    assert_refused(caught.value, "depth")
 
 
 @given(
@@ -111,7 +111,7 @@ def test_depth_takes_a_thread_each_without_io_uring(packed: StoredExperts) -> No
     st.booleans(),
     st.booleans(),
 )
-def test_a_limit_never_raises_anything_else(value: Any, integer: bool, exclusive: bool) -> None:
+def test_a_limit_accepts_or_refuses_any_value(value: Any, integer: bool, exclusive: bool) -> None:
     limit = Limit(2, 9, integer=integer, exclusive=exclusive)
     inside = type(value) is int or (type(value) is float and not integer)
     inside = inside and (value > 2 if exclusive else value >= 2) and value <= 9

@@ -1,4 +1,4 @@
-"""Error codes: docs/errors.md lists exactly the codes that the program uses, with their exit codes."""
+"""docs/errors.md lists exactly the error codes of the program, with their exit codes."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ SOURCES = [
     if "testing" not in path.parts
 ]
 FOREIGN = {"system_error": 1, "internal_error": 1}
-"""Codes of exceptions that are not ours: ``error_reports`` gives them."""
+"""Codes that ``error_reports`` gives to exceptions of other packages."""
 ROW = re.compile(r"^\| `(.*?)` \| (\d) \| (.*) \|$", re.MULTILINE)
 
 
@@ -39,7 +39,7 @@ CLASSES = {kind.__name__: kind for kind in subclasses(FlashMoeError) if kind.__m
 
 
 def texts(node: ast.expr, constants: dict[str, ast.expr]) -> set[str]:
-    """The values that ``node`` may have, as far as they are written down."""
+    """Return the string values that ``node`` may have, as far as they are literals."""
     if isinstance(node, ast.Constant):
         return {node.value} if isinstance(node.value, str) else set()
     if isinstance(node, ast.IfExp):
@@ -52,7 +52,7 @@ def texts(node: ast.expr, constants: dict[str, ast.expr]) -> set[str]:
 
 
 def named(target: ast.expr, value: ast.expr) -> dict[str, ast.expr]:
-    """Names and their values in an assignment such as ``A, B = "a", "b"``."""
+    """Return the values of the names in an assignment, for instance ``A, B = "a", "b"``."""
     if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
         pairs = zip(target.elts, value.elts, strict=True)
         return {name.id: part for name, part in pairs if isinstance(name, ast.Name)}
@@ -60,7 +60,7 @@ def named(target: ast.expr, value: ast.expr) -> dict[str, ast.expr]:
 
 
 def codes_in(source: str) -> Iterator[tuple[str, str | None]]:
-    """Yield each code that a module uses and the name that is called with it, where it is called with one."""
+    """Yield each code in the source of a module, with the name of the called class or function, or None."""
     tree = ast.parse(source)
     constants = {}
     for statement in tree.body:
@@ -71,8 +71,6 @@ def codes_in(source: str) -> Iterator[tuple[str, str | None]]:
         if isinstance(node, ast.Call):
             called = getattr(node.func, "id", getattr(node.func, "attr", None))
             given = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
-            if called == "_refuse" and isinstance(node.func, ast.Attribute):  # of the reader of packs
-                given += node.args[1:]
             for value in given:
                 for code in texts(value, constants):
                     yield code, called
@@ -90,7 +88,7 @@ def codes_in(source: str) -> Iterator[tuple[str, str | None]]:
 
 
 def used() -> dict[str, set[int]]:
-    """Every code in the sources, with the exit codes of the classes that are raised with it by name."""
+    """Return every code in the sources, with the exit codes of the classes that are raised with it."""
     found: dict[str, set[int]] = defaultdict(set)
     for path in SOURCES:
         for code, called in codes_in(path.read_text()):
@@ -123,18 +121,18 @@ def test_each_code_has_one_meaning() -> None:
     assert [meaning for meaning, count in meanings.items() if count > 1] == []
 
 
-def test_the_documented_codes_are_those_of_the_program() -> None:
+def test_documented_codes_equal_the_codes_of_the_program() -> None:
     listed, found = {code for code, _, _ in documented()}, used().keys()
     assert found - listed == set(), "add these codes to docs/errors.md"
     assert listed - found == set(), "docs/errors.md lists codes that nothing raises"
 
 
-def test_the_documented_exit_codes_are_those_of_the_program() -> None:
+def test_documented_exit_codes_equal_the_exit_codes_of_the_program() -> None:
     found = used()
     assert {code: found[code] for code, exit_code, _ in documented() if found[code] - {exit_code}} == {}
 
 
-def test_a_code_stands_beside_the_message() -> None:
+def test_errors_have_a_code_and_a_message() -> None:
     assert InputError("that", code="this").code == "this"
     assert (InputError("that").code, str(InputError("that"))) == ("invalid_input", "that")
     assert {OutputError, ExpertStoreError} < set(CLASSES.values())

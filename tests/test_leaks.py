@@ -1,4 +1,4 @@
-"""The check for what a test leaves behind: it sees what a store leaks, and not what a driver opens."""
+"""``nothing_left_behind`` detects leaks of a store and ignores the descriptors of a driver."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ Open = Callable[[Path | str], int]
 
 @pytest.fixture
 def opened() -> Iterator[Open]:
-    """Opens a file and leaves the descriptor open for the time of a test."""
+    """A function that opens a file until the end of the test."""
     with contextlib.ExitStack() as stack:
 
         def leak(path: Path | str) -> int:
@@ -29,16 +29,16 @@ def opened() -> Iterator[Open]:
 
 
 @pytest.mark.parametrize("driver", [False, True])
-def test_a_file_of_the_experts_that_stays_open(driver: bool, tmp_path: Path, opened: Open) -> None:
+def test_an_open_file_of_experts(driver: bool, tmp_path: Path, opened: Open) -> None:
     path = tmp_path / "layer_00.bin"
     path.write_bytes(b"experts")
     with pytest.raises(AssertionError), nothing_left_behind(tmp_path, driver):
         opened(path)
 
 
-@needs_linux  # elsewhere a descriptor of a file that is gone has no name
+@needs_linux  # on other systems the descriptor of a deleted file has no name
 @pytest.mark.parametrize("driver", [False, True])
-def test_a_file_that_is_gone_and_stays_open(driver: bool, tmp_path: Path, opened: Open) -> None:
+def test_an_open_deleted_file(driver: bool, tmp_path: Path, opened: Open) -> None:
     path = tmp_path / "layer_00.bin"
     path.write_bytes(b"experts")
 
@@ -52,7 +52,7 @@ def test_a_file_that_is_gone_and_stays_open(driver: bool, tmp_path: Path, opened
 
 @needs_io_uring
 @pytest.mark.parametrize("driver", [False, True])
-def test_a_ring_that_stays_open(driver: bool, tmp_path: Path) -> None:
+def test_an_open_ring(driver: bool, tmp_path: Path) -> None:
     rings = []
     with pytest.raises(AssertionError), nothing_left_behind(tmp_path, driver):
         rings.append(Ring(1, workers=False))
@@ -60,7 +60,7 @@ def test_a_ring_that_stays_open(driver: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("driver", [False, True])
-def test_a_thread_that_runs_on(driver: bool, tmp_path: Path) -> None:
+def test_a_running_thread(driver: bool, tmp_path: Path) -> None:
     end = threading.Event()
     thread = threading.Thread(target=end.wait)
     with pytest.raises(AssertionError), nothing_left_behind(tmp_path, driver):
@@ -70,16 +70,16 @@ def test_a_thread_that_runs_on(driver: bool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/dev/null", __file__])
-def test_a_file_that_a_driver_opens(path: str, tmp_path: Path, opened: Open) -> None:
-    """Devices and files elsewhere count only where no driver could have opened them."""
+def test_a_file_of_a_driver(path: str, tmp_path: Path, opened: Open) -> None:
+    """Devices and other files count only if no driver could have opened them."""
     with nothing_left_behind(tmp_path, driver=True):
         opened(path)
     with pytest.raises(AssertionError), nothing_left_behind(tmp_path, driver=False):
         opened(path)
 
 
-def test_one_file_in_place_of_another(tmp_path: Path, opened: Open) -> None:
-    """As many as before, but not the same."""
+def test_another_file_of_the_same_folder(tmp_path: Path, opened: Open) -> None:
+    """An equal number of descriptors is not enough."""
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_bytes(b"1")
     second.write_bytes(b"2")
@@ -94,7 +94,7 @@ def test_one_file_in_place_of_another(tmp_path: Path, opened: Open) -> None:
 
 
 @pytest.mark.parametrize("driver", [False, True])
-def test_a_file_that_is_closed_again_is_no_leak(driver: bool, tmp_path: Path) -> None:
+def test_a_closed_file_is_not_a_leak(driver: bool, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     with nothing_left_behind(tmp_path, driver), path.open("rb"):

@@ -1,4 +1,4 @@
-"""Limits of the system, for real, in a process of its own: descriptors and memory that run out."""
+"""Real limits of the system in a separate process: descriptors and memory that run out."""
 
 import subprocess
 import sys
@@ -30,8 +30,8 @@ def run(script: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "contiguous"), [("pread", True), ("mmap", True), ("checkpoint", False)])
-def test_descriptors_that_run_out(name: str, contiguous: bool, tmp_path: Path) -> None:
-    """An error while there are none, and the right bytes as soon as there are some again."""
+def test_descriptors_run_out(name: str, contiguous: bool, tmp_path: Path) -> None:
+    """Without descriptors a fetch fails; with descriptors again it returns the right bytes."""
     lines = run(
         """
 name, pieces, folder = sys.argv[1], sys.argv[2] == "True", Path(sys.argv[3])
@@ -73,8 +73,8 @@ with opened(name, stored.source) as store:
         ("resident", {}),
     ],
 )
-def test_memory_that_runs_out(name: str, options: dict[str, float], tmp_path: Path) -> None:
-    """A limit that leaves nothing to allocate: refused in a line, not a crash inside MLX."""
+def test_memory_runs_out(name: str, options: dict[str, float], tmp_path: Path) -> None:
+    """A store is refused in one line, and MLX does not crash."""
     lines = run(
         """
 name, options, folder = sys.argv[1], eval(sys.argv[2]), Path(sys.argv[3])

@@ -1,4 +1,4 @@
-"""Free memory is what the machine and the control groups around the process leave."""
+"""The available memory respects the machine, the control groups of the process, and the GPU."""
 
 import errno
 from pathlib import Path
@@ -36,27 +36,27 @@ def test_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert 0 < available_memory() <= total_memory()
 
 
-def test_the_tightest_group_counts(groups: Path) -> None:
-    """What it holds of files can be dropped, so it counts as free."""
+def test_the_smallest_limit_counts(groups: Path) -> None:
+    """Cached files of the group count as free, because the system can drop them."""
     control_group(groups / "outer" / "inner", "max", 2 * 2**20, 0)
     control_group(groups / "outer", str(10 * 2**20), 7 * 2**20, 2 * 2**20)
     assert total_memory() == 10 * 2**20
     assert available_memory() == 5 * 2**20
 
 
-def test_a_full_group_leaves_nothing(groups: Path) -> None:
+def test_a_full_group_has_no_free_memory(groups: Path) -> None:
     control_group(groups / "outer" / "inner", "1000", 5000, 0)
     assert available_memory() == 0
 
 
 @pytest.mark.parametrize("name", ["memory.max", "memory.current", "memory.stat"])
-def test_groups_that_cannot_be_read(groups: Path, name: str) -> None:
+def test_unreadable_groups_are_ignored(groups: Path, name: str) -> None:
     control_group(groups / "outer" / "inner", "1000", 5000, 0)
-    (groups / "outer" / "inner" / name).write_text("what\nis\nthis")
+    (groups / "outer" / "inner" / name).write_text("not\na\nnumber")
     assert total_memory() == psutil.virtual_memory().total
 
 
-def test_the_refusal_has_the_numbers(groups: Path) -> None:
+def test_the_refusal_states_both_sizes(groups: Path) -> None:
     control_group(groups / "outer", str(3 * GIB), GIB, 0)
     check_memory("this", 2 * GIB, "take less")
     with pytest.raises(InputError) as caught:
@@ -66,7 +66,7 @@ def test_the_refusal_has_the_numbers(groups: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1000, 2**21, 5 * 2**20 + 17])
-def test_large_pages_hold_the_same(size: int) -> None:
+def test_large_pages_keep_the_content(size: int) -> None:
     held = np.random.default_rng(0).integers(0, 256, size, np.uint8)
     before = held.tobytes()
     if size:
@@ -76,34 +76,34 @@ def test_large_pages_hold_the_same(size: int) -> None:
 
 @pytest.mark.parametrize("dtype", [mx.uint32, mx.bfloat16, mx.float32, mx.uint8])
 @pytest.mark.parametrize("shape", [(1,), (3, 5), (1100, 1024)])
-def test_arrays_at_cache_lines_are_the_same(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
+def test_aligned_arrays_are_equal(dtype: mx.Dtype, shape: tuple[int, ...]) -> None:
     array = (mx.random.uniform(0, 200, shape)).astype(dtype)
-    moved = align_to_cache_line(array)
-    assert moved.dtype == dtype
-    assert moved.shape == shape
-    assert mx.array_equal(moved, array)
-    held = memoryview(moved.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # arrays have the buffer protocol
+    aligned = align_to_cache_line(array)
+    assert aligned.dtype == dtype
+    assert aligned.shape == shape
+    assert mx.array_equal(aligned, array)
+    held = memoryview(aligned.reshape(-1).view(mx.uint8))  # type: ignore[arg-type]  # arrays have the buffer protocol
     assert np.frombuffer(held, np.uint8).ctypes.data % 64 == 0
 
 
 @pytest.mark.parametrize("size", [1, 4096, 5 * 2**20 + 17])
-def test_own_memory_is_zeroed_aligned_and_taken(size: int) -> None:
-    own = allocate_huge_pages(size)
-    assert len(own) == size
-    array = np.frombuffer(own, np.uint8)
+def test_huge_pages_are_zeroed_and_aligned(size: int) -> None:
+    allocated = allocate_huge_pages(size)
+    assert len(allocated) == size
+    array = np.frombuffer(allocated, np.uint8)
     assert array.ctypes.data % 2**21 == 0
     assert not array.any()
     array[-1] = 7
-    assert own[size - 1] == 7
+    assert allocated[size - 1] == 7
 
 
-def test_own_memory_that_is_refused() -> None:
-    with pytest.raises(OSError) as caught:  # noqa: PT011  # the error number says more than a text
+def test_huge_pages_that_the_system_refuses() -> None:
+    with pytest.raises(OSError) as caught:  # noqa: PT011  # the error number is checked below
         allocate_huge_pages(2**60)
     assert caught.value.errno in (errno.ENOMEM, errno.EFBIG, errno.EOVERFLOW)
 
 
-def test_slots_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(mx, "device_info", lambda _: {"free_memory": 3 * GIB})
     assert available_memory() == 3 * GIB

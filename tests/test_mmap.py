@@ -1,4 +1,4 @@
-"""What is the mmap store's own: no copies for the CPU, and files that shrink under the mapping."""
+"""Tests of the mmap store beyond the conformance suite: no copies for the CPU, and files that shrink."""
 
 import os
 import subprocess
@@ -24,8 +24,8 @@ def stored(tmp_path: Path) -> StoredExperts:
     return write_experts(tmp_path, bits=4, contiguous=True)
 
 
-def test_the_cpu_reads_the_file_itself(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a copy: what is written to the file shows, and the slab is not touched until MLX wants it."""
+def test_the_cpu_reads_the_mapping(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the file shows in ``host``, and the slab stays unused until MLX needs a copy."""
     copied: list[object] = []
     original = Slab.rows
     monkeypatch.setattr(Slab, "rows", lambda slab, slots: copied.append(slots) or original(slab, slots))
@@ -42,7 +42,7 @@ def test_the_cpu_reads_the_file_itself(stored: StoredExperts, monkeypatch: pytes
 
 
 def test_the_mapping_cannot_be_written_to(stored: StoredExperts) -> None:
-    with MmapStore(stored.source) as store, pytest.raises(TypeError, match="read-only"):
+    with MmapStore(stored.source) as store, pytest.raises(TypeError):
         store.fetch(0, [1]).host[0][0] = 1
 
 
@@ -53,24 +53,25 @@ def test_a_batch_outlives_its_store(stored: StoredExperts) -> None:
 
 
 @needs_linux
-def test_a_file_cut_short_between_the_check_and_the_touch(
+def test_a_file_truncated_between_the_check_and_the_access(
     stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel says so while it populates the pages; touching them would be a SIGBUS."""
+    """The kernel reports it while it loads the pages; an access to them would send SIGBUS."""
     with MmapStore(stored.source) as store:
         check(store.fetch(0, [0]), 0, [0], stored)
         path = stored.source.extents(0, 0)[0].path
         size = path.stat()
         os.truncate(path, 16384)
         monkeypatch.setattr(os, "fstat", lambda _: size)
-        with pytest.raises(ExpertReadError, match="cut short") as caught:
+        with pytest.raises(ExpertReadError) as caught:
             store.fetch(0, [7])
+        assert caught.value.code == "read_failed"
         assert_one_line(caught.value)
         assert (caught.value.layer, caught.value.expert) == (0, 7)
 
 
-def test_a_file_cut_short_does_not_end_the_process(stored: StoredExperts) -> None:
-    """With and without populating, in a process of its own."""
+def test_a_truncated_file_does_not_end_the_process(stored: StoredExperts) -> None:
+    """The process survives with and without ``populate``."""
     script = """
 import os, sys
 from pathlib import Path
@@ -85,13 +86,13 @@ for populate in (True, False):
         try:
             bytes(store.fetch(0, [11]).host[0])
         except ExpertReadError as error:
-            print(error)
+            print(error.code)
     stored = write_experts(Path(sys.argv[1]), 4, True)
 """
     folder = stored.paths()[0].parent
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert [line.count("the file ends here") for line in done.stdout.splitlines()] == [1, 1]
+    assert done.stdout.splitlines() == ["file_ends_early", "file_ends_early"]
 
 
 def test_experts_in_pieces_are_refused(tmp_path: Path) -> None:
@@ -102,7 +103,7 @@ def test_experts_in_pieces_are_refused(tmp_path: Path) -> None:
     assert_one_line(caught.value)
 
 
-def test_advice_that_does_not_exist(stored: StoredExperts) -> None:
+def test_unknown_advice(stored: StoredExperts) -> None:
     with pytest.raises(InputError) as caught:
         MmapStore(stored.source, advice="good")
     assert caught.value.code == "unknown_advice"
@@ -117,7 +118,7 @@ def test_an_old_kernel_still_serves(stored: StoredExperts, monkeypatch: pytest.M
         check(store.fetch(0, [7]), 0, [7], stored)
 
 
-def test_hints_are_for_what_is_mapped(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hints_advise_only_mapped_files(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashmoe_mlx.backends import mmap as backend
 
     hinted: list[Extent] = []

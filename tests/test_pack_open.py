@@ -1,4 +1,4 @@
-"""Opening gives the pack that was written, or an error of one line, whatever bytes its files hold."""
+"""For any content of its files, a pack opens as it was written or is refused in one line."""
 
 import copy
 import json

@@ -27,7 +27,7 @@ PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for par
         ),
     ],
 )
-def test_397b_records_are_those_of_flash_moe(
+def test_397b_records_equal_the_records_of_flash_moe(
     bits: int, record_bytes: int, offsets: list[int], shapes: list[tuple[int, int]]
 ) -> None:
     layout = RecordLayout(hidden_size=4096, intermediate_size=1024, bits=bits, group_size=64, dtype="BF16")

@@ -146,7 +146,7 @@ def test_a_disk_that_fails(original: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert all("expert 1 (record at byte 16384) is damaged: cannot be read (Input/output error)" in f for f in found)
 
 
-def test_the_checksums_are_those_of_xxh3(original: Path) -> None:
+def test_the_checksums_are_xxh3(original: Path) -> None:
     manifest = json.loads((original / "pack.json").read_text())
     for name, entry in manifest["files"].items():
         if "xxh3" in entry:

@@ -1,4 +1,4 @@
-"""The page cache is what the kernel says it is."""
+"""Files in the page cache are measured and evicted."""
 
 import os
 from pathlib import Path
@@ -17,13 +17,13 @@ PAGE = os.sysconf("SC_PAGESIZE")
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """Three pages and a byte, just written."""
+    """A new file of three pages and a byte."""
     path = tmp_path / "file"
     path.write_bytes(os.urandom(3 * PAGE + 1))
     return path
 
 
-def test_what_was_just_written_is_in_it(file: Path) -> None:
+def test_a_new_file_is_cached(file: Path) -> None:
     assert cached_bytes(file) == 4 * PAGE
 
 
@@ -32,8 +32,8 @@ def test_an_empty_file_has_no_pages(tmp_path: Path) -> None:
     assert cached_bytes(tmp_path / "empty") == 0
 
 
-def test_a_file_larger_than_memory_is_looked_at_in_parts(tmp_path: Path) -> None:
-    """A whole one could not be mapped: the system refuses private mappings beyond its memory."""
+def test_a_file_larger_than_memory_is_measured(tmp_path: Path) -> None:
+    """The system refuses private mappings that are larger than its memory."""
     size = 2 * total_memory() // PAGE * PAGE
     with (tmp_path / "large").open("wb") as file:
         file.truncate(size)
@@ -43,7 +43,7 @@ def test_a_file_larger_than_memory_is_looked_at_in_parts(tmp_path: Path) -> None
 
 
 def in_memory(folder: Path) -> bool:
-    """Whether files in ``folder`` are nowhere else than in the page cache."""
+    """Return whether files in ``folder`` exist only in the page cache."""
     kinds = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     mounts = {Path(point): kind for _, point, kind, *_ in kinds}
     return next(mounts[parent] for parent in (folder, *folder.parents) if parent in mounts) in ("tmpfs", "ramfs")
@@ -51,7 +51,7 @@ def in_memory(folder: Path) -> bool:
 
 @needs_linux
 def test_eviction(file: Path) -> None:
-    """Dirty pages are written first; then reading brings pages back."""
+    """Dirty pages are written before they are dropped, and reads bring pages back."""
     content = file.read_bytes()
     if in_memory(file.parent):
         with pytest.raises(FlashMoeError) as caught:
@@ -66,7 +66,7 @@ def test_eviction(file: Path) -> None:
 
 
 @needs_linux
-def test_files_that_live_in_memory_are_refused() -> None:
+def test_files_in_memory_are_refused() -> None:
     folder = Path("/dev/shm")
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         pytest.skip("no filesystem in memory")

@@ -1,4 +1,4 @@
-"""Paths as people write them, and errors that name the file."""
+"""Paths of users are expanded and quoted, and errors name their file."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ NOWHERE = [
 
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A user whose number the system does not know, without HOME."""
+    """A user without HOME whose ID the system does not know."""
     for name in ("HOME", "XDG_CACHE_HOME", "FLASHMOE_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "getuid", lambda: 123456)
@@ -38,7 +38,7 @@ def test_home_folders_are_found() -> None:
 
 
 @pytest.mark.parametrize(("text", "code"), NOWHERE)
-def test_paths_to_nowhere(text: str, code: str) -> None:
+def test_invalid_paths(text: str, code: str) -> None:
     for use in (expand_path, flashmoe_mlx.load, load_runs, lambda path: model_folder(ModelChoice(path=path))):
         with pytest.raises(InputError) as raised:
             use(text)
@@ -48,15 +48,15 @@ def test_paths_to_nowhere(text: str, code: str) -> None:
 
 @pytest.mark.usefixtures("homeless")
 def test_without_a_home_folder() -> None:
-    with pytest.raises(InputError, match="set HOME, or give the full path"):
-        expand_path("~/x")
-    with pytest.raises(InputError, match=r"set HOME, FLASHMOE_CACHE or model\.cache_dir") as raised:
-        cache_folder(ModelChoice())
-    assert raised.value.code == "no_home_folder"
-    assert model_folder(ModelChoice(name="demo", shipped=True), {"variant": "q4"}).is_dir()  # needs no cache
+    for use in (lambda: expand_path("~/x"), lambda: cache_folder(ModelChoice())):
+        with pytest.raises(InputError) as raised:
+            use()
+        assert raised.value.code == "no_home_folder"
+        assert "set HOME" in str(raised.value)
+    assert model_folder(ModelChoice(name="demo", shipped=True), {"variant": "q4"}).is_dir()  # needs no cache folder
 
 
-def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
+def test_errors_name_the_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space") as raised, name_in_errors(tmp_path / "x"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert raised.value.filename == str(tmp_path / "x")
@@ -66,7 +66,7 @@ def test_errors_of_writing_name_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "é" * 200, "x/" * 3000, "\ud800"])
-def test_names_that_no_file_can_have(path: str) -> None:
+def test_impossible_file_names(path: str) -> None:
     with pytest.raises(InputError) as raised:
         expand_path(path)
     assert raised.value.code == "invalid_path"

@@ -1,4 +1,4 @@
-"""What is the pread store's own: threads, chunks, hints, real checkpoints. The rest is in test_stores.py."""
+"""Tests of the pread store beyond the conformance suite: threads, chunks, hints, and real checkpoints."""
 
 import errno
 import gc
@@ -42,7 +42,7 @@ def test_more_slots_than_memory(stored: StoredExperts, tmp_path: Path, monkeypat
     assert_one_line(caught.value)
 
 
-def test_threads_that_do_not_start(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_that_cannot_start(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Thread.start
     started = 0
 
@@ -62,13 +62,13 @@ def test_threads_that_do_not_start(stored: StoredExperts, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize(("chunk_mib", "reads"), [(None, 1), (1, 1), (1 / 64, 2), (1 / 128, 4), (0.005, 8)])
 def test_chunks(stored: StoredExperts, chunk_mib: float | None, reads: int) -> None:
-    """Records here have 32 KiB; chunks are whole pages."""
+    """Records here have 32 KiB, and chunks are whole pages."""
     with PreadStore(stored.source, threads=2, chunk_mib=chunk_mib) as store:
         check(store.fetch(1, [5]), 1, [5], stored)
         assert store.stats().reads == reads
 
 
-def test_reads_of_a_byte(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reads_of_one_byte(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: original(fd, [buffers[0][:1]], offset))
     with PreadStore(stored.source) as store:
@@ -76,7 +76,7 @@ def test_reads_of_a_byte(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch)
         assert store.stats().reads == len(stored.expected[1, 2])
 
 
-def test_reads_ahead_are_used_or_wasted(stored: StoredExperts) -> None:
+def test_prefetches_are_used_or_wasted(stored: StoredExperts) -> None:
     size = stored.source.layout.record_bytes
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3, 4, 5])
@@ -85,12 +85,12 @@ def test_reads_ahead_are_used_or_wasted(stored: StoredExperts) -> None:
         stats = store.stats()
         assert (stats.misses, stats.prefetched, stats.bytes_read) == (3, 2, 3 * size)
         assert stats.bytes_wasted == size
-        check(store.fetch(0, [4]), 0, [4], stored)  # what was not asked for is gone
+        check(store.fetch(0, [4]), 0, [4], stored)  # the unused prefetch is gone
         assert store.stats().prefetched == 2
 
 
-def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two chunks; its slot is free again, and the new hint gets its reads."""
+def test_a_cancelled_prefetch_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancelled prefetch ends between two chunks, and its slot serves the new hint."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
     size = stored.source.layout.record_bytes
     monkeypatch.setattr(read_ahead, "_CHUNK", size // 8)
@@ -107,7 +107,7 @@ def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with PreadStore(stored.source, slots=2, threads=1) as store:
         store.prefetch(0, [1, 2])
         assert begun.wait(10)
-        store.prefetch(3, [4, 5])  # one slot is still being written to, the other never was
+        store.prefetch(3, [4, 5])  # one slot is still being written to, the other is free
         assert [expert for _, expert in store._reader._hinted] == [4]
         go.set()
         _wait_for(lambda: store._reader._hinted[3, 4].finished.is_set())
@@ -119,7 +119,7 @@ def test_a_stale_read_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert len(store._reader._hinted) == 2
 
 
-def test_reads_ahead_that_nobody_wanted_are_counted_at_the_end(stored: StoredExperts) -> None:
+def test_unused_prefetches_are_counted_at_the_end(stored: StoredExperts) -> None:
     store = PreadStore(stored.source)
     store.prefetch(0, [3])
     _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
@@ -135,7 +135,7 @@ def _wait_for(condition: Callable[[], bool]) -> None:
 
 
 @needs_linux
-def test_direct_reads_leave_nothing_in_the_page_cache(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_reads_open_files_with_o_direct(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     flags: list[int] = []
     original = os.open
 
@@ -145,7 +145,7 @@ def test_direct_reads_leave_nothing_in_the_page_cache(stored: StoredExperts, mon
 
     monkeypatch.setattr(os, "open", opened)
     with PreadStore(stored.source, direct=True) as store:
-        store.prefetch(1, [4])  # a hint would bring pages in
+        store.prefetch(1, [4])  # opens nothing yet
         assert flags == []
         check(store.fetch(1, [5]), 1, [5], stored)
     assert [flag & os.O_DIRECT for flag in flags] == [os.O_DIRECT]
@@ -171,31 +171,30 @@ def test_a_filesystem_without_direct_reads(stored: StoredExperts, monkeypatch: p
     assert "direct=false" in caught.value.reason
 
 
-# Reads that get lost
+# Lost reads
 
 
-def test_an_error_of_the_queue_inside_a_read_is_an_error(
-    stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An IndexError says that there is nothing left to read only where the queue raises it."""
+def test_an_index_error_inside_a_read_is_an_error(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An IndexError means that no read is left only if the queue raises it."""
     original = thread_reader.read_exactly
 
     def fail(fd: int, view: memoryview, offset: int) -> int:
         if offset == 5 * len(view):
-            raise IndexError("of the read itself")
+            raise IndexError("from the read")
         return original(fd, view, offset)
 
     with PreadStore(stored.source) as store:
         monkeypatch.setattr(thread_reader, "read_exactly", fail)
-        with pytest.raises(IndexError, match="of the read itself"):
+        with pytest.raises(IndexError) as caught:
             store.fetch(0, [4, 5])
+        assert caught.value.args == ("from the read",)
         monkeypatch.undo()
         check(store.fetch(0, [4, 5]), 0, [4, 5], stored)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_read_that_no_thread_makes(threads: int, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer bytes than planned, and nobody failed: an error, never what was in the slot before."""
+    """If fewer bytes arrive than requested, the fetch fails instead of serving the old content of the slot."""
     original = thread_reader._Batch._next
 
     def lose_the_last(batch: Any) -> Any:
@@ -215,8 +214,8 @@ def test_a_read_that_no_thread_makes(threads: int, stored: StoredExperts, monkey
         check(store.fetch(0, [4, 5]), 0, [4, 5], stored)
 
 
-def test_a_part_that_is_never_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The record counts as not read, and the fetch reads it."""
+def test_an_incomplete_prefetch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An incomplete prefetch is not used; the fetch reads the record."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
     monkeypatch.setattr(read_ahead, "_CHUNK", stored.source.layout.record_bytes // 4)
     original = read_ahead._Prefetch.run
@@ -234,7 +233,7 @@ def test_a_part_that_is_never_read_ahead(tmp_path: Path, monkeypatch: pytest.Mon
         assert store.stats().prefetched == 0
 
 
-def test_a_thread_that_reads_ahead_survives_any_error(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prefetch_thread_survives_any_error(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> int:
         raise IndexError
 
@@ -251,19 +250,19 @@ def test_a_thread_that_reads_ahead_survives_any_error(stored: StoredExperts, mon
         assert store.stats().prefetched == 1
 
 
-def test_a_read_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whenever a cancelled read ends, its bytes are counted as wasted, once."""
+def test_a_prefetch_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes of a cancelled prefetch count as wasted exactly once, whenever it ends."""
     size = stored.source.layout.record_bytes
     asked: list[bool] = []
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
         _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
 
-        def ends_after_the_first_question(_: object) -> bool:
+        def end_after_the_first_look(_: object) -> bool:
             asked.append(True)
             return len(asked) == 1
 
-        monkeypatch.setattr(read_ahead._Prefetch, "writing", property(ends_after_the_first_question))
+        monkeypatch.setattr(read_ahead._Prefetch, "writing", property(end_after_the_first_look))
         reader = store._reader
         reader._cancel(reader._hinted.values())
         reader._hinted = {}
@@ -272,7 +271,7 @@ def test_a_read_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch
         assert reader._wasted() == 0
 
 
-def test_files_that_nobody_closes(tmp_path: Path) -> None:
+def test_unclosed_files_are_closed_at_the_last_reference(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     with nothing_left_behind(tmp_path):
@@ -295,7 +294,7 @@ def test_files_may_be_opened_after_a_close(tmp_path: Path) -> None:
 
 
 class Interrupted(SimpleQueue[Any]):
-    """Interrupts whoever waits for the first time."""
+    """A queue that interrupts the first wait of the main thread."""
 
     waits = 0
 
@@ -307,8 +306,8 @@ class Interrupted(SimpleQueue[Any]):
         return super().get(*arguments, **options)
 
 
-def test_an_interrupt_leaves_no_read_behind(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next fetch must not race with reads of the one that was interrupted, which go into the same slots."""
+def test_no_read_runs_on_after_an_interrupt(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads of an interrupted fetch end before the next fetch uses the same slots."""
     original = os.preadv
 
     def slow(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -327,7 +326,7 @@ def test_an_interrupt_leaves_no_read_behind(stored: StoredExperts, monkeypatch: 
         check(store.fetch(1, [7]), 1, [7], stored)
 
 
-# Straight from a real checkpoint
+# A real checkpoint
 
 GEOMETRY = GEOMETRIES["wide"]
 
@@ -337,7 +336,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("source") / "checkpoint", GEOMETRY, 0, "mlx4", shards=4)
 
 
-def test_nine_extents_make_a_record(checkpoint: Path) -> None:
+def test_a_record_of_nine_extents(checkpoint: Path) -> None:
     experts = classify_tensors(Checkpoint.open(checkpoint)).experts
     tensors, size, payload = read_checkpoint(checkpoint), experts.layout.record_bytes, experts.layout.payload_bytes
     assert len(experts.extents(0, 0)) == 9
@@ -350,8 +349,8 @@ def test_nine_extents_make_a_record(checkpoint: Path) -> None:
         assert store.stats().reads == 9 * 3 * GEOMETRY.num_layers
 
 
-def test_extents_that_adjoin_are_read_at_once(tmp_path: Path) -> None:
-    """An original checkpoint has gate and up fused: two halves of one row."""
+def test_adjacent_extents_are_one_read(tmp_path: Path) -> None:
+    """Dense checkpoints fuse gate and up, so both are one read."""
     folder = write_checkpoint(tmp_path / "checkpoint", GEOMETRY, 0, "fused")
     experts = classify_tensors(Checkpoint.open(folder)).experts
     assert len(experts.extents(0, 0)) == 3
@@ -364,7 +363,7 @@ def test_extents_that_adjoin_are_read_at_once(tmp_path: Path) -> None:
         assert bytes(host[: len(expected)]) == expected
 
 
-def test_a_checkpoint_cut_short_while_open(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_truncated_while_open(checkpoint: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     with PreadStore(classify_tensors(Checkpoint.open(folder)).experts) as store:
         store.fetch(0, [0])

@@ -1,4 +1,4 @@
-"""What is the ram_hybrid store's own: its budget, its counters, what happens to slots when a read fails."""
+"""Tests of the ram_hybrid store beyond the conformance suite: budget, policies, counters, and failed reads."""
 
 import errno
 import os
@@ -69,24 +69,26 @@ def test_a_share_of_free_memory(stored: StoredExperts, monkeypatch: pytest.Monke
         ({"reader": "floppy"}, "unknown_reader"),
     ],
 )
-def test_options_that_make_no_store(stored: StoredExperts, options: dict[str, Any], code: str, tmp_path: Path) -> None:
+def test_invalid_options(stored: StoredExperts, options: dict[str, Any], code: str, tmp_path: Path) -> None:
     with nothing_left_behind(tmp_path), pytest.raises(InputError) as caught:
         RamHybridStore(stored.source, **{"budget_gib": 0.001, **options})
     assert caught.value.code == code
     assert_one_line(caught.value)
 
 
-def test_a_budget_that_no_machine_has(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Even where there are not so many experts; the line says how much there is."""
+def test_a_budget_larger_than_the_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message states the size of the memory, even if the experts would fit."""
     monkeypatch.setattr(memory, "total_memory", lambda: 16 * 2**30)
-    with pytest.raises(InputError, match="16 GiB") as caught:
+    with pytest.raises(InputError) as caught:
         RamHybridStore(stored.source, budget_gib=17)
     assert caught.value.code == "budget_too_large"
+    assert "16 GiB" in str(caught.value)
     monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
     monkeypatch.setattr(memory, "free_gpu_memory", lambda: 8 * 2**30)
-    with pytest.raises(InputError, match="8 GiB") as caught:
+    with pytest.raises(InputError) as caught:
         RamHybridStore(stored.source, budget_gib=9)
     assert caught.value.code == "budget_too_large"
+    assert "8 GiB" in str(caught.value)
 
 
 def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +99,8 @@ def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: py
     assert_one_line(caught.value)
 
 
-def test_layers_do_not_push_each_other_out(stored: StoredExperts) -> None:
-    """One pool for all layers would hit nothing here: a token needs more than it holds before it comes again."""
+def test_layers_do_not_evict_each_other(stored: StoredExperts) -> None:
+    """With a common pool for all layers nothing would be hit, because a token needs more experts than it holds."""
     with RamHybridStore(stored.source, budget_gib=gib(3)) as store:
         for _ in range(5):
             for layer in range(LAYERS):
@@ -108,10 +110,10 @@ def test_layers_do_not_push_each_other_out(stored: StoredExperts) -> None:
 
 @pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("policy", sorted(POLICIES))
-def test_it_counts_as_the_policy_alone_does(
+def test_counters_equal_those_of_the_policy(
     policy: str, gpu: bool, stored: StoredExperts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The store and a bare cache see the same requests, so every counter is the same."""
+    """The store and a bare cache with the same requests have the same counters."""
     if gpu:
         gpu_slots_on_cpu.emulate(monkeypatch)
     trace = zipf_trace(tokens=60, layers=LAYERS, num_experts=EXPERTS, k=3, exponent=1.0, seed=3)
@@ -154,7 +156,7 @@ def test_a_trace_of_another_model(stored: StoredExperts, tmp_path: Path) -> None
     assert_one_line(caught.value)
 
 
-def test_slots_that_change_hands_hold_nothing_old(stored: StoredExperts) -> None:
+def test_reused_slots_hold_no_old_bytes(stored: StoredExperts) -> None:
     with RamHybridStore(stored.source, budget_gib=gib(2)) as store:
         batch = store.fetch(0, [1, 2])
         memoryview(batch.slab).cast("B")[:] = b"\xff" * batch.slab.nbytes  # type: ignore[arg-type]
@@ -162,7 +164,7 @@ def test_slots_that_change_hands_hold_nothing_old(stored: StoredExperts) -> None
         assert store.stats().evictions == 2
 
 
-def test_a_failed_read_frees_its_slots_and_no_others(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_read_frees_only_its_slots(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     original = os.preadv
     with RamHybridStore(stored.source, budget_gib=gib(4), depth=1) as store:
         check(store.fetch(0, [1, 2, 3]), 0, [1, 2, 3], stored)
@@ -175,7 +177,7 @@ def test_a_failed_read_frees_its_slots_and_no_others(stored: StoredExperts, monk
 
         monkeypatch.setattr(os, "preadv", fail)
         with pytest.raises(ExpertReadError) as caught:
-            store.fetch(0, [2, 5, 6])  # 5 takes the free slot, 6 that of 1
+            store.fetch(0, [2, 5, 6])  # 5 takes the free slot, 6 the slot of 1
         assert (caught.value.layer, caught.value.expert) == (0, 6)
         assert store.stats() == before
         monkeypatch.undo()
@@ -184,8 +186,8 @@ def test_a_failed_read_frees_its_slots_and_no_others(stored: StoredExperts, monk
         assert (done.hits, done.misses, done.evictions) == (2, 2, 0)
 
 
-def test_an_interrupt_during_a_read_is_remembered(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot must never be taken for one that holds an expert which did not arrive."""
+def test_an_interrupted_read_is_repeated(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted read must not leave an expert in the cache that did not arrive."""
     with RamHybridStore(stored.source, budget_gib=gib(4)) as store:
 
         def interrupt(*_: object) -> tuple[int, int]:
@@ -200,7 +202,7 @@ def test_an_interrupt_during_a_read_is_remembered(stored: StoredExperts, monkeyp
 
 
 @needs_io_uring
-def test_misses_by_io_uring(stored: StoredExperts) -> None:
+def test_misses_read_through_io_uring(stored: StoredExperts) -> None:
     with RamHybridStore(stored.source, budget_gib=gib(4), reader="io_uring", depth=2) as store:
         for layer in range(LAYERS):
             for experts in ([1, 2, 3, 4], [3, 4, 5], [11, 1]):
@@ -220,7 +222,7 @@ def test_preloaded_experts_are_hits(stored: StoredExperts) -> None:
         assert store.stats().evictions == 2
 
 
-def test_hot_experts_are_preloaded_and_the_hottest_stay_longest(stored: StoredExperts, tmp_path: Path) -> None:
+def test_the_hottest_experts_are_preloaded(stored: StoredExperts, tmp_path: Path) -> None:
     choices = np.zeros((3, LAYERS, 2), np.uint16)
     choices[:, :, 0], choices[:, :, 1] = 7, [[9], [9], [5]]
     RoutingTrace(choices, EXPERTS, 0, "test", "").save(tmp_path / "trace")
@@ -246,10 +248,10 @@ def test_preloading_from_a_failing_disk_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-def test_what_was_read_ahead_changes_places_with_its_slot(
+def test_prefetched_records_swap_memory_with_slots(
     gpu: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory goes back and forth between slots and reads ahead: nothing that is kept may be read over."""
+    """Prefetches swap memory with slots; no prefetch may overwrite a kept expert."""
     if gpu:
         gpu_slots_on_cpu.emulate(monkeypatch)
     with RamHybridStore(stored.source, budget_gib=gib(5), slots=3) as store:
@@ -264,15 +266,13 @@ def test_what_was_read_ahead_changes_places_with_its_slot(
         assert store.stats().prefetched > 0
         before = store.stats()
         for layer in range(LAYERS):
-            for expert in [one for one in range(EXPERTS) if one in store._caches[layer]]:
+            for expert in [expert for expert in range(EXPERTS) if expert in store._caches[layer]]:
                 check(store.fetch(layer, [expert]), layer, [expert], stored)
         assert store.stats().misses == before.misses
 
 
-def test_records_read_ahead_and_records_read_now_go_to_their_own_slots(
-    stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU they arrive in the same rows: hinted ones first, last and in the middle of a request."""
+def test_prefetched_and_read_records_reach_their_slots(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU all records of a request share the staging area; the hinted experts are first, last, or between."""
     gpu_slots_on_cpu.emulate(monkeypatch)
     for hinted in ([3], [5], [7], [3, 7], [7, 3], [5, 3, 7]):
         with RamHybridStore(stored.source, budget_gib=gib(6)) as store:
@@ -285,10 +285,10 @@ def test_records_read_ahead_and_records_read_now_go_to_their_own_slots(
             check(store.fetch(0, [7, 5, 3, 1]), 0, [7, 5, 3, 1], stored)
 
 
-def test_a_failed_read_on_a_gpu_leaves_nothing_for_the_next_request(
+def test_a_failed_read_on_a_gpu_does_not_affect_the_next_request(
     stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Some of it had arrived, ahead or at once, when the read failed; none of it was committed."""
+    """Records that arrived before a read failed are never committed."""
     gpu_slots_on_cpu.emulate(monkeypatch)
     original = os.preadv
 

@@ -1,4 +1,4 @@
-"""The resident store: all experts are read once, or refused with the sizes in the message."""
+"""Tests of the resident store beyond the conformance suite: it reads everything once or refuses."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ def stored(tmp_path: Path) -> StoredExperts:
     return write_experts(tmp_path, bits=4, contiguous=True)
 
 
-def test_the_files_are_not_needed_any_more(stored: StoredExperts) -> None:
+def test_files_are_not_needed_after_opening(stored: StoredExperts) -> None:
     with ResidentStore(stored.source) as store:
         for path in stored.paths():
             path.unlink()
@@ -31,7 +31,7 @@ def test_the_files_are_not_needed_any_more(stored: StoredExperts) -> None:
         assert stats.bytes_read == LAYERS * EXPERTS * stored.source.layout.record_bytes
 
 
-def test_what_does_not_fit_is_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_that_do_not_fit_are_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashmoe_mlx.stores.memory.available_memory", lambda: 2**20)
     with pytest.raises(InputError) as caught:
         ResidentStore(stored.source)

@@ -1,4 +1,4 @@
-"""Slots hold what they should: every policy against hand-worked sequences and a naive implementation of its rule."""
+"""Every policy agrees with sequences worked out by hand and with a naive implementation of its rule."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,24 +21,24 @@ def make_cache(name: str, capacity: int) -> SlotCache:
 
 
 def lost(cache: SlotCache, *request: int) -> list[int]:
-    """The experts, of 0 to 99, that the request costs their slots."""
+    """Return the experts, among 0 to 99, that lose their slots in a request."""
     before = [expert for expert in range(100) if expert in cache]
     cache.place(request)
     return [expert for expert in before if expert not in cache]
 
 
-# Naive implementations: experts in lists, the rule as it is written
+# Naive implementations, with experts in lists and the rule in its original words
 
 
 class Naive:
-    """A request is one use of all its experts: those that are there first, then the others."""
+    """A request uses each of its experts once: first the experts in slots, then all others."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.inside: set[int] = set()
 
     def request(self, experts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """What it misses, and what it evicts."""
+        """Return the misses and the evicted experts."""
         misses, evicted = [expert for expert in experts if expert not in self.inside], []
         for expert in experts:
             if expert in self.inside:
@@ -67,7 +67,7 @@ class Naive:
 
 
 class NaiveLRU(Naive):
-    """The history of all uses; the least recent is the one whose last use is furthest back."""
+    """Keeps the history of all uses; the victim has the earliest last use."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
@@ -102,7 +102,7 @@ class NaivePinned(NaiveLRU):
 
 
 class NaiveS3FIFO(Naive):
-    """Algorithm 1 of the paper, by the names it uses there; the head of a queue is the start of its list."""
+    """Algorithm 1 of the paper, with its names; the head of a queue is the start of its list."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
@@ -181,11 +181,11 @@ each_policy = pytest.mark.parametrize("name", POLICIES)
 
 
 class Checked:
-    """A cache and its naive twin, which must agree; and everything that must hold whatever the policy is."""
+    """A cache and its naive twin, whose results must agree, and the invariants of all policies."""
 
     def __init__(self, name: str, capacity: int) -> None:
         self.cache, self.naive = make_cache(name, capacity), NAIVE[name](capacity)
-        self.slots: dict[int, int] = {}  # of each expert inside
+        self.slots: dict[int, int] = {}  # of each expert in the cache
         self.hits = self.misses = self.evictions = self.dropped = self.requests = 0
 
     def place(self, experts: Sequence[int]) -> None:
@@ -264,7 +264,7 @@ def test_a_request_may_fill_the_cache(name: str, capacity: int) -> None:
 
 
 @each_policy
-def test_the_same_requests_have_the_same_outcome(name: str) -> None:
+def test_equal_requests_have_equal_results(name: str) -> None:
     random = np.random.default_rng(0)
     requests = [random.choice(EXPERTS, 4, replace=False).tolist() for _ in range(300)]
     first, second = make_cache(name, 12), make_cache(name, 12)
@@ -272,7 +272,7 @@ def test_the_same_requests_have_the_same_outcome(name: str) -> None:
 
 
 @each_policy
-def test_requests_that_cannot_be_placed_change_nothing(name: str) -> None:
+def test_refused_requests_change_nothing(name: str) -> None:
     cache, twin = make_cache(name, 3), make_cache(name, 3)
     for request in ([0, 1], [1, 2]):
         assert cache.place(request) == twin.place(request)
@@ -293,7 +293,7 @@ def test_an_empty_request(name: str) -> None:
 
 
 @each_policy
-def test_what_could_not_be_read_is_free_again(name: str) -> None:
+def test_dropped_experts_free_their_slots(name: str) -> None:
     cache = make_cache(name, 3)
     cache.place([1, 2, 3])
     freed = cache.place([4]).slots[4]
@@ -320,7 +320,7 @@ def test_lru_by_hand() -> None:
     assert cache.place([10]) == Placement({10: 0}, (), 0)
     assert cache.place([40]) == Placement({40: 1}, (40,), 1)  # 20 was used before 30 and 10
     assert cache.place([20, 10]) == Placement({20: 2, 10: 0}, (20,), 1)  # 30 is the oldest
-    assert lost(cache, 50, 60) == [10, 40]  # a hit of a request is an earlier use than its misses
+    assert lost(cache, 50, 60) == [10, 40]  # the hits of a request count before its misses
     assert 20 in cache
 
 
@@ -340,21 +340,21 @@ def test_lfu_by_hand() -> None:
     cache.place([1])
     cache.place([1])
     cache.place([2])
-    assert lost(cache, 3) == [2]  # once against twice
-    assert lost(cache, 2) == [3]  # once against twice
-    assert lost(cache, 3) == [1]  # both twice, and 2 was used later: the uses of 2 before its eviction count
-    assert lost(cache, 4) == [2]  # twice, 3 twice but later
+    assert lost(cache, 3) == [2]  # 1 use against 2
+    assert lost(cache, 2) == [3]  # 1 use against 2
+    assert lost(cache, 3) == [1]  # 2 uses each, including the use of 2 before its eviction; 2 was used later
+    assert lost(cache, 4) == [2]  # 2 uses each; 3 was used later
     assert lost(cache, 2) == [4]
 
 
-def test_lfu_passes_over_the_current_request() -> None:
+def test_lfu_skips_the_current_request() -> None:
     cache = make_cache("lfu", 2)
     for request in ([1], [2], [2], [2]):
         cache.place(request)
     assert lost(cache, 1, 3) == [2]
 
 
-def test_lfu_forgets_the_uses_of_what_could_not_be_read() -> None:
+def test_lfu_forgets_the_uses_of_dropped_experts() -> None:
     cache = make_cache("lfu", 2)
     for request in ([1], [1], [1], [2], [2]):
         cache.place(request)
@@ -387,25 +387,25 @@ def test_s3fifo_by_hand() -> None:
     assert [expert for expert in range(12) if expert in cache] == [2, 3, 8, 10]
 
 
-def test_s3fifo_takes_the_next_when_the_oldest_is_asked_for() -> None:
+def test_s3fifo_skips_the_current_request() -> None:
     cache = make_cache("s3fifo", 3)
     for request in ([1], [2], [3]):
         cache.place(request)
     assert lost(cache, 1, 4) == [2]
-    assert lost(cache, 5) == [1]  # passed over, it kept its place as the oldest; one hit is not enough to stay
+    assert lost(cache, 5) == [1]  # it was skipped but stayed the oldest; one hit does not keep it
 
 
-def test_s3fifo_counts_three_hits_and_no_more() -> None:
+def test_s3fifo_counts_at_most_three_hits() -> None:
     cache = make_cache("s3fifo", 4)
     for request in ([1, 2], [1, 2], [1, 2], [3, 4]):
         cache.place(request)
     assert lost(cache, 5) == [3]  # S = 4, 5; M = 1, 2
     for request in 3 * [[1, 2]] + 100 * [[1]]:
         cache.place(request)
-    assert lost(cache, 4, 5, 6) == [1]  # S is asked for; in M all go around three times
+    assert lost(cache, 4, 5, 6) == [1]  # S is in the request; in M each expert goes around three times
 
 
-def test_s3fifo_keeps_what_is_used_again_through_a_scan_and_lru_does_not() -> None:
+def test_s3fifo_resists_a_scan_and_lru_does_not() -> None:
     hits = {}
     for name in ("lru", "s3fifo"):
         cache = make_cache(name, 20)
@@ -426,13 +426,13 @@ def test_pinned_by_hand() -> None:
     cache.place([8, 7, 9, 1])
     assert lost(cache, 2) == [9]
     assert lost(cache, 3) == [1]
-    assert lost(cache, 3, 2, 4) == [8]  # the last resort: the coldest of the pinned
+    assert lost(cache, 3, 2, 4) == [8]  # no unpinned expert is left: the coldest pinned expert
     assert lost(cache, 8) == [3]  # pinned again
     assert lost(cache, 5, 6) == [2, 4]
     assert lost(cache, 1, 2, 3, 4) == [5, 6, 7, 8]
 
 
-def test_pinned_experts_take_no_room_before_they_come() -> None:
+def test_pinned_experts_reserve_no_slots() -> None:
     cache = SlotCache(4, make_policy("pinned", 4, [7, 8]))
     cache.place([1, 2, 3, 4])
     assert len(cache) == 4
@@ -454,7 +454,7 @@ def test_pinned_experts_stay_while_requests_fit_beside_them(requests: list[list[
 
 
 @pytest.mark.parametrize("name", ["nosuch", "", "LRU"])
-def test_an_unknown_policy_lists_those_there_are(name: str) -> None:
+def test_an_unknown_policy_lists_the_known_policies(name: str) -> None:
     with pytest.raises(InputError) as caught:
         make_policy(name, 4)
     assert caught.value.code == "unknown_policy"

@@ -1,4 +1,4 @@
-"""Filling slots: every record ends in its slot, whatever memory the slots are in and whatever was filled before."""
+"""Every record reaches its slot, for every kind of memory and every sequence of fillings."""
 
 import weakref
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
 
 
 def use_memory_kind(kind: MemoryKind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have stores opened from now on keep their slots in ``kind``."""
+    """Make stores that are opened later keep their slots in memory of ``kind``."""
     if kind is MemoryKind.GPU:
         gpu_slots_on_cpu.emulate(monkeypatch)
     else:
@@ -45,15 +45,15 @@ def use_memory_kind(kind: MemoryKind, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(params=MemoryKind, ids=lambda kind: kind.name)
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def memory_kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     use_memory_kind(request.param, monkeypatch)
     return request.param
 
 
 @pytest.fixture
-def maker(kind: MemoryKind) -> SlotMaker:
+def maker(memory_kind: MemoryKind) -> SlotMaker:
     made = SlotMaker(RECORD, AT_ONCE)
-    assert made.kind is kind
+    assert made.kind is memory_kind
     return made
 
 
@@ -62,10 +62,10 @@ def record(number: int) -> bytes:
 
 
 def contents(slots: Any, which: list[int]) -> list[bytes]:
-    """Records as arrays and as the CPU sees them, which must agree."""
+    """Return the records in slots; assert that arrays and the CPU have the same bytes."""
     batch = slots.batch(which)
     host = [bytes(view) for view in batch.host]
-    assert [np.array(one).tobytes() for one in batch.records] == host
+    assert [np.array(array).tobytes() for array in batch.records] == host
     assert [np.array(batch.slab[slot]).tobytes() for slot in batch.slots] == host
     return host
 
@@ -74,18 +74,18 @@ def contents(slots: Any, which: list[int]) -> list[bytes]:
 def test_records_go_to_their_slots_in_any_order(maker: SlotMaker, order: list[int]) -> None:
     slots = maker.make(COUNT)
     filling = slots.fill(order)
-    for slot in sorted(order):  # written in another order than asked for
+    for slot in sorted(order):  # not the order of the request
         filling.rows[slot][:] = record(slot)
     filling.commit()
     assert contents(slots, order) == [record(slot) for slot in order]
 
 
-def test_a_slot_twice(maker: SlotMaker) -> None:
+def test_a_repeated_slot_is_refused(maker: SlotMaker) -> None:
     with pytest.raises(ValueError, match="twice"):
         maker.make(COUNT).fill([1, 2, 1])
 
 
-def test_a_commit_twice(maker: SlotMaker) -> None:
+def test_a_second_commit_is_refused(maker: SlotMaker) -> None:
     slots = maker.make(COUNT)
     filling = slots.fill([1])
     filling.commit()
@@ -93,7 +93,7 @@ def test_a_commit_twice(maker: SlotMaker) -> None:
         filling.commit()
 
 
-def test_no_slots_at_all(maker: SlotMaker) -> None:
+def test_a_filling_without_slots(maker: SlotMaker) -> None:
     slots = maker.make(COUNT)
     filling = slots.fill([])
     assert filling.rows == {}
@@ -101,7 +101,7 @@ def test_no_slots_at_all(maker: SlotMaker) -> None:
     assert contents(slots, []) == []
 
 
-def test_rows_of_other_slots_are_not_handed_out(maker: SlotMaker) -> None:
+def test_a_filling_has_only_its_own_rows(maker: SlotMaker) -> None:
     filling = maker.make(COUNT).fill([3])
     with pytest.raises(KeyError):
         filling.rows[0]
@@ -109,7 +109,7 @@ def test_rows_of_other_slots_are_not_handed_out(maker: SlotMaker) -> None:
 
 @pytest.mark.parametrize("kind", [Slab, HostSlots])
 def test_records_move_from_other_memory(maker: SlotMaker, kind: type[Slab | HostSlots]) -> None:
-    """What is moved goes to the slot that is named, not to the first of the request."""
+    """A moved record reaches the slot that the call names, not the first slot of the filling."""
     other = HostSlots(3, RECORD, CopyBuffer(RECORD)) if kind is HostSlots else Slab(3, RECORD)
     for place, row in enumerate(other.rows(range(3))):
         row[:] = record(100 + place)
@@ -120,7 +120,7 @@ def test_records_move_from_other_memory(maker: SlotMaker, kind: type[Slab | Host
     filling.rows[4][:] = record(4)
     filling.commit()
     assert contents(slots, [0, 2, 4]) == [record(102), record(100), record(4)]
-    other.rows([0])[0][:] = bytes(RECORD)  # memory that was exchanged belongs to the other now
+    other.rows([0])[0][:] = bytes(RECORD)  # swapped memory now belongs to the other slots
     filling = slots.fill([5])
     filling.rows[5][:] = record(5)
     filling.commit()
@@ -128,7 +128,7 @@ def test_records_move_from_other_memory(maker: SlotMaker, kind: type[Slab | Host
 
 
 def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records of all layers arrive in the same memory: what was handed out before may hold others by now."""
+    """All layers share the staging area, so a later filling makes an earlier one invalid."""
     gpu_slots_on_cpu.emulate(monkeypatch)
     maker = SlotMaker(RECORD, AT_ONCE)
     first, second = maker.make(COUNT), maker.make(COUNT)
@@ -141,7 +141,7 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert contents(second, [2]) == [record(2)]
     with pytest.raises(ValueError, match="5 slots to fill at once, but there is memory for 4"):
         first.fill(range(AT_ONCE + 1))
-    late = second.fill([3])  # the refusal has not ended anything
+    late = second.fill([3])  # the refused filling has not ended it
     late.rows[3][:] = record(3)
     late.commit()
     assert contents(second, [3]) == [record(3)]
@@ -160,7 +160,7 @@ def test_one_filling_at_a_time_reaches_a_gpu(monkeypatch: pytest.MonkeyPatch) ->
     ),
 )
 def test_any_sequence_of_fillings(kind: MemoryKind, steps: list[tuple[int, list[int], str]]) -> None:
-    """Slots of two layers against two dicts; slots of a filling that was given up are undefined."""
+    """The slots of two layers agree with two dicts; the slots of an abandoned filling are undefined."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         use_memory_kind(kind, monkeypatch)
         maker = SlotMaker(RECORD, AT_ONCE)
@@ -182,11 +182,11 @@ def test_any_sequence_of_fillings(kind: MemoryKind, steps: list[tuple[int, list[
                     known[layer][slot] = content
             if ending != "abandon":
                 filling.commit()
-            for one, expected in zip(layers, known, strict=True):
-                assert contents(one, list(expected)) == list(expected.values())
+            for filled, expected in zip(layers, known, strict=True):
+                assert contents(filled, list(expected)) == list(expected.values())
 
 
-# Which memory
+# The choice of memory
 
 
 @pytest.mark.parametrize(
@@ -198,11 +198,11 @@ def test_any_sequence_of_fillings(kind: MemoryKind, steps: list[tuple[int, list[
         (False, True, True, None, MemoryKind.SHARED),
         (False, False, True, None, MemoryKind.HOST),
         (False, False, False, None, MemoryKind.SHARED),
-        (False, False, True, False, MemoryKind.SHARED),  # kernels=mlx where there are kernels for the CPU
+        (False, False, True, False, MemoryKind.SHARED),  # kernels=mlx on a machine with CPU kernels
         (False, False, False, True, MemoryKind.HOST),
     ],
 )
-def test_the_kernels_in_use_decide(
+def test_the_kernels_determine_the_memory(
     gpu: bool,
     metal: bool,
     extension: bool,
@@ -215,14 +215,13 @@ def test_the_kernels_in_use_decide(
     monkeypatch.setattr(native, "extension", lambda: object() if extension else None)
     with slots_for(host_kernels):
         assert choose_memory_kind() is expected
-    assert choose_memory_kind() is (
-        MemoryKind.GPU if gpu else MemoryKind.SHARED if metal else MemoryKind.HOST if extension else MemoryKind.SHARED
-    )
+    by_default = MemoryKind.HOST if extension and not metal else MemoryKind.SHARED
+    assert choose_memory_kind() is (MemoryKind.GPU if gpu else by_default)
 
 
-@pytest.mark.skipif(native.extension() is None or mx.metal.is_available(), reason="there is one kind for all kernels")
+@pytest.mark.skipif(native.extension() is None or mx.metal.is_available(), reason="only one kind of memory")
 @pytest.mark.parametrize(("kernels", "kind"), [("auto", HostSlots), ("mlx", Slab), ("reference", Slab)])
-def test_an_engine_says_which_kernels_it_uses(kernels: str, kind: type[Any], tiny_pack: Path) -> None:
+def test_an_engine_chooses_the_memory_for_its_kernels(kernels: str, kind: type[Any], tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, "resident", kernels=kernels) as engine:
         assert {type(slots) for slots in engine.store._layers} == {kind}
 
@@ -231,7 +230,7 @@ def test_an_engine_says_which_kernels_it_uses(kernels: str, kind: type[Any], tin
 
 
 def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes of all slots that are made from now on."""
+    """Record the size in bytes of all slots that are made later."""
     made: list[int] = []
     for kind in (Slab, HostSlots, GpuSlots):
         original = kind.__init__
@@ -245,11 +244,11 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("preload", [False, True])
-def test_what_is_refused_is_what_is_allocated(
-    kind: MemoryKind, preload: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+def test_the_checked_size_is_the_allocated_size(
+    memory_kind: MemoryKind, preload: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots, copies for MLX, arrivals on a GPU and reads ahead, in every layer."""
-    assert kind in MemoryKind
+    """The checked size covers slots, copies for MLX, the staging area, and prefetches in all layers."""
+    assert memory_kind in MemoryKind
     claims: list[int] = []
     monkeypatch.setattr(ram_hybrid, "check_memory", lambda _, nbytes, __: claims.append(nbytes))
     made = allocations(monkeypatch)
@@ -262,8 +261,8 @@ def test_what_is_refused_is_what_is_allocated(
     assert 5 * LAYERS * size < sum(made) <= claims[0] < sum(made) + 4 * size
 
 
-def test_what_a_resident_store_is_refused_for(
-    kind: MemoryKind, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+def test_the_checked_size_of_a_resident_store(
+    memory_kind: MemoryKind, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims: list[int] = []
     monkeypatch.setattr(resident, "check_memory", lambda _, nbytes, __: claims.append(nbytes))
@@ -272,12 +271,12 @@ def test_what_a_resident_store_is_refused_for(
         assert sum(made) <= claims[0]
         for layer in range(LAYERS):
             check(store.fetch(layer, range(EXPERTS)), layer, list(range(EXPERTS)), stored)
-    copies = EXPERTS * stored.source.layout.record_bytes if kind is MemoryKind.HOST else 0
-    assert sum(made) <= claims[0] + copies  # and these once, not once a layer
+    copies = EXPERTS * stored.source.layout.record_bytes if memory_kind is MemoryKind.HOST else 0
+    assert sum(made) <= claims[0] + copies  # once for the store, not once for each layer
 
 
 def test_copies_that_do_not_fit_are_refused(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX would crash."""
+    """Without the check MLX would crash."""
     use_memory_kind(MemoryKind.HOST, monkeypatch)
     with ResidentStore(stored.source) as store:
         batch = store.fetch(0, range(EXPERTS))
@@ -295,7 +294,7 @@ def test_kernels_that_read_arrays_cause_no_copies(stored: StoredExperts, monkeyp
     made = allocations(monkeypatch)
 
     def never(*_: object) -> Slab:
-        raise AssertionError("copied")
+        raise AssertionError("experts were copied")
 
     monkeypatch.setattr(host_slots.CopyBuffer, "room", never)
     with slots_for(host_kernels=False), ResidentStore(stored.source) as store:

@@ -1,8 +1,9 @@
-"""Every backend passes the tests that any store must pass; most need nothing but their name."""
+"""Every backend passes the conformance suite, with several options and on emulated machines."""
 
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import gpu_slots_on_cpu
 import mlx.core as mx
@@ -16,38 +17,39 @@ from flashmoe_mlx.stores.gpu_slots import GpuBatch
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.slab import SlabBatch
 from flashmoe_mlx.stores.slots import slots_for
-from flashmoe_mlx.testing import ExpertStoreTests, Fault, StoredExperts
+from flashmoe_mlx.testing import ExpertStoreTests, Fault
 
-FIVE_A_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}
+FIVE_PER_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}
+"""A budget of five slots in each of four layers."""
 
 
 SERVING = frozenset(
     {
-        "test_it_is_what_it_says",
+        "test_the_emulation_takes_effect",
         "test_every_record",
         "test_any_number_of_experts_in_any_order",
         "test_the_three_views_are_the_same_bytes",
         "test_duplicates_share_a_slot",
         "test_a_batch_stays_valid_until_the_next_fetch",
-        "test_slots_are_refilled_whatever_they_held",
+        "test_slots_are_refilled_completely",
         "test_a_hint_never_changes_results",
     }
 )
-"""What bytes are served, which is all that the memory of slots can change."""
+"""Tests of the served bytes, which alone depend on the memory of the slots."""
 FILLING = SERVING | {
     "test_short_reads",
     "test_an_error_at_the_nth_read",
-    "test_reads_ahead_that_fail_are_met_when_asked_for",
-    "test_interrupts_anywhere_neither_hang_nor_spoil",
+    "test_failed_prefetches_are_reported_by_the_fetch",
+    "test_interrupts_at_any_point",
     "test_any_sequence_of_calls",
 }
-"""And how reads reach them, which memory and reader change together."""
+"""Tests that depend on the memory of the slots and on the reader."""
 FILLING_ONCE = FILLING - {"test_an_error_at_the_nth_read"}
-"""The same where each expert is nine reads, which ``TestCheckpoint`` lets fail one by one."""
+"""The same without the n-th read, which ``TestCheckpoint`` covers for experts in nine pieces."""
 
 
-def only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[ExpertStoreTests]]:
-    """Keep only these tests: another class runs all of them through the same code but for what these are about."""
+def keep_only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[ExpertStoreTests]]:
+    """Drop all other tests from a class, because another class runs them through the same code."""
 
     def reduced(tests: type[ExpertStoreTests]) -> type[ExpertStoreTests]:
         for name in dir(tests):
@@ -58,11 +60,11 @@ def only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[Exper
     return reduced
 
 
-class _ThroughTheRing(ExpertStoreTests):
-    """Reads that go through io_uring are disturbed where the kernel's answers come in."""
+class _ThroughRing(ExpertStoreTests):
+    """Injects faults into the answers of the ring."""
 
-    least = 1
-    """Bytes of which a short read brings a multiple."""
+    alignment = 1
+    """A short read returns a multiple of this number of bytes."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         original, count = uring.Ring.run, 0
@@ -75,7 +77,7 @@ class _ThroughTheRing(ExpertStoreTests):
                 uring.RingRead(
                     read.file,
                     read.offset,
-                    read.view[: max(outcome // self.least * self.least, self.least)],
+                    read.view[: max(outcome // self.alignment * self.alignment, self.alignment)],
                     read.buffer,
                 )
                 if outcome is not None and outcome > 0
@@ -102,7 +104,7 @@ class TestPreadInChunks(ExpertStoreTests):
 
 
 class _Direct(ExpertStoreTests):
-    """Reads past the page cache: short ones bring whole pages."""
+    """Reads that bypass the page cache: a short read returns whole pages."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
         def aligned(number: int) -> int | None:
@@ -117,7 +119,7 @@ class TestPreadDirect(_Direct):
     options = {"slots": 6, "direct": True}
 
 
-@only(FILLING_ONCE)
+@keep_only(FILLING_ONCE)
 class TestPreadOnACheckpoint(ExpertStoreTests):
     backend = "pread"
     options = {"slots": 6}
@@ -142,7 +144,7 @@ class TestResident(ExpertStoreTests):
 
 class TestRamHybrid(ExpertStoreTests):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
 
 class TestMmap(ExpertStoreTests):
@@ -168,125 +170,142 @@ class TestMmapByPageFaults(ExpertStoreTests):
     options = {"slots": 6, "populate": False, "advice": "random"}
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-        pytest.skip("page faults are not calls that could fail: a failing disk is a SIGBUS, as the docstring says")
+        pytest.skip("a page fault is not a call that can fail: a failing disk sends SIGBUS")
 
 
 @needs_io_uring
-class TestUring(_ThroughTheRing):
+class TestUring(_ThroughRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False, "workers": True}
 
 
 @needs_io_uring
-class TestUringDirect(_ThroughTheRing):
+class TestUringDirect(_ThroughRing):
     backend = "io_uring"
     options = {"slots": 6, "registered": True, "chunk_mib": 1 / 128, "depth": 3}
-    least = 4096
+    alignment = 4096
 
 
 @needs_io_uring
-class TestUringOnACheckpoint(_ThroughTheRing):
+class TestUringOnACheckpoint(_ThroughRing):
     backend = "io_uring"
     options = {"slots": 6, "direct": False}
     contiguous = False
 
 
-# Slots in other memory
+# Emulated machines
 
 
-class _ForMlx(ExpertStoreTests):
-    """As with ``kernels=mlx``: experts are read as arrays, in place."""
+class _Emulated(ExpertStoreTests):
+    """Runs the suite inside ``machine``, and checks by the type of batches that the emulation takes effect."""
 
-    def open_store(self, stored: StoredExperts) -> ExpertStore:
+    batch_type: ClassVar[type]
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
+        """Emulate the machine."""
+        raise NotImplementedError
+
+    @pytest.fixture(autouse=True)
+    def emulated(self) -> Iterator[None]:
+        with self.machine():
+            yield
+
+    def test_the_emulation_takes_effect(self, store: ExpertStore) -> None:
+        assert isinstance(store.fetch(0, [1]), self.batch_type)
+
+
+class _ForMlx(_Emulated):
+    """``kernels=mlx``, which reads experts as arrays."""
+
+    batch_type = SlabBatch
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
         with slots_for(host_kernels=False):
-            return super().open_store(stored)
-
-    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
-        assert isinstance(store.fetch(0, [1]), SlabBatch)
+            yield
 
 
 class TestRamHybridForMlx(_ForMlx):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
 
-@only(SERVING)
+@keep_only(SERVING)
 class TestResidentForMlx(_ForMlx):
     backend = "resident"
 
 
-class _ForTheCpu(ExpertStoreTests):
-    """As with kernels that read experts where the CPU sees them, whether this machine has got them or not."""
+class _ForTheCpu(_Emulated):
+    """CPU kernels, which read ``host``, even if this machine has none."""
 
-    def open_store(self, stored: StoredExperts) -> ExpertStore:
+    batch_type = SlabBatch if mx.metal.is_available() else HostBatch
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
         with slots_for(host_kernels=True):
-            return super().open_store(stored)
-
-    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
-        if not mx.metal.is_available():
-            assert isinstance(store.fetch(0, [1]), HostBatch)
+            yield
 
 
-@only(SERVING)
+@keep_only(SERVING)
 class TestRamHybridForTheCpu(_ForTheCpu):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
 
-@only(SERVING)
+@keep_only(SERVING)
 class TestResidentForTheCpu(_ForTheCpu):
     backend = "resident"
 
 
-class _AsOnCuda(ExpertStoreTests):
-    """All that a store does where its slots are in an NVIDIA GPU, but for the kernel that fills them."""
+class _AsOnCuda(_Emulated):
+    """An NVIDIA GPU that holds the slots; the reference replaces the kernel that fills them."""
 
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as monkeypatch:  # one of its own, which no test undoes
+    batch_type = GpuBatch
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as monkeypatch:  # no test can undo a separate context
             gpu_slots_on_cpu.emulate(monkeypatch)
             yield
-
-    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
-        assert isinstance(store.fetch(0, [1]), GpuBatch)
 
 
 class TestRamHybridAsOnCuda(_AsOnCuda):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
 
-@only(FILLING)
+@keep_only(FILLING)
 class TestRamHybridAsOnCudaPreloaded(_AsOnCuda):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER | {"preload": True, "slots": 3, "policy": "s3fifo"}
+    options = FIVE_PER_LAYER | {"preload": True, "slots": 3, "policy": "s3fifo"}
 
 
-@only(FILLING)
+@keep_only(FILLING)
 class TestRamHybridAsOnCudaDirect(_AsOnCuda, _Direct):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER | {"direct": True, "policy": "lfu"}
+    options = FIVE_PER_LAYER | {"direct": True, "policy": "lfu"}
 
 
 @needs_io_uring
-@only(FILLING)
-class TestRamHybridAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
+@keep_only(FILLING)
+class TestRamHybridAsOnCudaByUring(_AsOnCuda, _ThroughRing):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER | {"reader": "io_uring"}
+    options = FIVE_PER_LAYER | {"reader": "io_uring"}
 
 
 @needs_io_uring
-@only(FILLING)
-class TestRamHybridAsOnCudaDirectByUring(_AsOnCuda, _ThroughTheRing):
+@keep_only(FILLING)
+class TestRamHybridAsOnCudaDirectByUring(_AsOnCuda, _ThroughRing):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER | {"reader": "io_uring", "direct": True, "depth": 2}
-    least = 4096
+    options = FIVE_PER_LAYER | {"reader": "io_uring", "direct": True, "depth": 2}
+    alignment = 4096
 
 
-@only(FILLING_ONCE)
+@keep_only(FILLING_ONCE)
 class TestRamHybridAsOnCudaOnACheckpoint(_AsOnCuda):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
     contiguous = False
 
 
@@ -295,89 +314,75 @@ class TestResidentAsOnCuda(_AsOnCuda):
 
 
 @needs_io_uring
-@only(FILLING)
-class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughTheRing):
+@keep_only(FILLING)
+class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughRing):
     backend = "resident"
     options = {"reader": "io_uring", "depth": 3}
 
 
-@only(SERVING)
-class TestPreadAsOnCuda(ExpertStoreTests):
-    """Its slots are in memory that the CPU and the GPU share, so it takes no branch of its own."""
+@keep_only(SERVING)
+class TestPreadAsOnCuda(_AsOnCuda):
+    """The CPU and the GPU share the slots of this store."""
 
+    batch_type = SlabBatch
     backend = "pread"
     options = {"slots": 6}
 
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            gpu_slots_on_cpu.emulate(monkeypatch)
-            yield
+
+@keep_only(SERVING)
+class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
+    """The copies for the GPU are in memory that the CPU shares."""
+
+    batch_type = HostBatch
 
 
-@only(SERVING)
-class TestMmapAsOnCuda(TestMmap):
-    """Copies for the GPU are in such memory, too."""
+class _AsOnMetal(_Emulated):
+    """A Mac, on which the CPU and Metal share the memory of MLX."""
 
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            gpu_slots_on_cpu.emulate(monkeypatch)
-            yield
+    def asarray(self, array: Any, copy: bool) -> mx.array:
+        """Stand in for ``mx.asarray``."""
+        assert array.flags.writeable or not copy
+        assert copy is False
+        return mx.array(array)
 
-
-class TestMmapAsOnMetal(TestMmap):
-    """Metal takes the mapping itself for a buffer, if it may be written to."""
-
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        def in_place(array: Any, copy: bool) -> mx.array:
-            assert array.flags.writeable or not copy
-            assert copy is False
-            return mx.array(array)
-
+    @contextmanager
+    def machine(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-            monkeypatch.setattr(mx, "asarray", in_place)
+            monkeypatch.setattr(mx, "asarray", self.asarray)
             yield
 
 
-@only(SERVING)
-class TestMmapAsOnMetalThatTakesNoMapping(TestMmap):
-    """Then it is copied."""
+class TestMmapAsOnMetal(_AsOnMetal, TestMmap):
+    """Metal makes buffers of the mapping itself if it is writable."""
 
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        def refuse(*_: object, **__: object) -> mx.array:
-            raise ValueError("not such memory")
-
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-            monkeypatch.setattr(mx, "asarray", refuse)
-            yield
+    batch_type = HostBatch
 
 
-@only(SERVING)
-class TestRamHybridAsOnMetal(ExpertStoreTests):
-    """Metal and the CPU share MLX's memory, whatever the kernels."""
+@keep_only(SERVING)
+class TestMmapAsOnMetalThatRefusesTheMapping(_AsOnMetal, TestMmap):
+    """Experts are copied if Metal cannot use the mapping."""
 
+    batch_type = HostBatch
+
+    def asarray(self, array: Any, copy: bool) -> mx.array:
+        raise ValueError(f"Metal cannot use {array.nbytes} bytes, copy={copy}")
+
+
+@keep_only(SERVING)
+class TestRamHybridAsOnMetal(_AsOnMetal):
+    batch_type = SlabBatch
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
-    @pytest.fixture(autouse=True)
-    def emulated(self) -> Iterator[None]:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-            yield
 
-    def test_it_is_what_it_says(self, store: ExpertStore) -> None:
-        assert isinstance(store.fetch(0, [1]), SlabBatch)
+# Real GPUs
 
 
 @pytest.mark.cuda
 class TestRamHybridOnCuda(ExpertStoreTests):
     backend = "ram_hybrid"
-    options = FIVE_A_LAYER
+    options = FIVE_PER_LAYER
 
 
 @pytest.mark.cuda

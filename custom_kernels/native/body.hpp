@@ -44,16 +44,16 @@ INLINE F load_part(const float* x, int64_t i, int64_t count) {
 
 // Store the codes of a chunk as floats, in the order of packed vectors.
 template <int BITS, int J>
-INLINE void dequantise_codes(W w, F s, F b, float* to) {
+INLINE void dequantize_codes(W w, F s, F b, float* to) {
     store(to + 16 * J, fma(decode<BITS, J>(w), s, b));
-    if constexpr (J + 1 < codes_per_lane(BITS)) dequantise_codes<BITS, J + 1>(w, s, b, to);
+    if constexpr (J + 1 < codes_per_lane(BITS)) dequantize_codes<BITS, J + 1>(w, s, b, to);
 }
 
 template <int BITS, int GROUP>
-INLINE void dequantise_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
+INLINE void dequantize_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
     constexpr int per_group = kPerGroup<BITS, GROUP>;
     for (int c = 0; c < chunks; ++c)
-        dequantise_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
+        dequantize_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
                                   spread<per_group>(biases, c), to + c * kChunk<BITS>);
 }
 
@@ -107,7 +107,7 @@ void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* acr
                                            tail);
                     codes = tail.codes, scales = tail.scales, biases = tail.biases, chunks = tail.chunks;
                 }
-                dequantise_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
+                dequantize_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
                                                   scratch + r * block, chunks);
             }
             multiply_tokens(scratch, block, int64_t{chunks} * kChunk<BITS>, across + b * block * width, width,

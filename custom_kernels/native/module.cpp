@@ -172,7 +172,7 @@ PyObject* products(PyObject*, PyObject* args) {
         }
         const float* in = floats(held, x, "x", tokens * all[0].matrix.columns);
         WithoutGil released;
-        quantised_products(all, in, tokens, add);
+        quantized_products(all, in, tokens, add);
     });
 }
 

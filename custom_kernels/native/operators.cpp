@@ -315,7 +315,7 @@ void multiply_many(const Product& product, const float* x, int64_t count, int64_
 
 } // namespace
 
-void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
     if (products.empty()) return;
     const int64_t columns = products[0].matrix.columns;
     token_blocks(tokens, [&](int64_t first, int64_t count) {

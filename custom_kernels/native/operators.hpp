@@ -23,7 +23,7 @@ struct Product {
 };
 
 // Compute products of `x` with matrices of the same number of columns; with `add`, add them to the results.
-void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
 
 // Compute y [tokens, width] = x / rms(x) * weight.
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);

@@ -60,8 +60,8 @@ class RoutingTrace:
         record_bytes: size of an expert in bytes; 0 if it is unknown.
 
     Raises:
-        InputError: the attributes contradict each other (code "invalid_trace"), or a token chose an expert twice or one
-            that does not exist ("invalid_choice").
+        InputError: the attributes contradict each other (code "invalid_trace"), or a token chose an expert twice, or an
+            expert that does not exist ("invalid_choice").
     """
 
     experts: npt.NDArray[np.uint16]
@@ -103,9 +103,9 @@ class RoutingTrace:
             wrong = outside | (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1)
             if wrong.any():
                 row = int(wrong.argmax())
-                what = f"an expert not among the {self.num_experts}" if outside[row] else "an expert twice"
+                choice = f"an expert not among the {self.num_experts}" if outside[row] else "an expert twice"
                 token, layer = divmod(start + row, layers)
-                return f"token {token} chose {what} in layer {layer}"
+                return f"token {token} chose {choice} in layer {layer}"
         return None
 
     def save(self, path: Path) -> None:

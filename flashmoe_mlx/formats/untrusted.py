@@ -73,7 +73,8 @@ def parse_object(text: str, *, strict: bool = True) -> dict[str, Any]:
     infinities, and numbers too large for a float.
 
     Raises:
-        ValueError: ``text`` is not such an object; the message is a predicate, without the name of the file.
+        ValueError: ``text`` is not one valid JSON object; the message is a predicate without a subject, such as "is not
+            valid JSON: ...".
     """
     constant, number = (_refuse_constant, _finite) if strict else (None, None)
     try:

@@ -1,0 +1,1 @@
+"""Packs: writing, opening, and verification."""

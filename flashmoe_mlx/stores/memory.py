@@ -38,10 +38,10 @@ def available_memory() -> int:
 
 
 def slot_memory() -> tuple[int, str]:
-    """Return the largest possible size of all slots in bytes, and the words of a message before that size."""
+    """Return the largest possible size of all slots in bytes, and the name of this size for a message."""
     if slots_on_gpu():
-        return free_gpu_memory(), "whose GPU has free"
-    return total_memory(), "which has"
+        return free_gpu_memory(), "the free memory of its GPU"
+    return total_memory(), "its memory"
 
 
 def check_memory(what: str, nbytes: int, remedy: str) -> None:

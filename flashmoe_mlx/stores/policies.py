@@ -106,16 +106,16 @@ class LFU(EvictionPolicy):
 
 
 class S3FIFO(EvictionPolicy):
-    """Evicts experts without a second request early, from a small queue, and keeps the rest in a main queue.
+    """Evicts experts without a second request early, from a small queue, and keeps all other experts in a main queue.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1: a small queue for a tenth
-    of ``capacity`` (rounded down, at least 1), a main queue for the rest, and a ghost queue that remembers as many
-    experts evicted from the small queue as the main queue holds. Hits are counted up to 3. More than one hit moves an
-    expert from the small queue into the main queue, where its count restarts at 0; a requested ghost goes there at
-    once. In the main queue an expert goes around again for each hit.
+    of ``capacity`` (rounded down, at least 1), a main queue for the remaining slots, and a ghost queue. The ghost queue
+    remembers as many experts evicted from the small queue as the main queue holds. Hits are counted up to 3. More than
+    one hit moves an expert from the small queue into the main queue, where its count restarts at 0; a requested ghost
+    goes there directly. In the main queue an expert goes around once more for each hit.
 
     This class decides three points that the paper leaves open. An eviction ends when one expert has lost its slot, even
-    if that only made room in the main queue for an expert from the small queue. An expert of the current request is
+    if it only freed a place in the main queue for an expert from the small queue. An expert of the current request is
     skipped and keeps its place. If no expert of a queue can be evicted, an expert of the other queue is.
     """
 
@@ -196,11 +196,11 @@ def _put_back(queue: OrderedDict[int, int], kept: Sequence[tuple[int, int]]) -> 
 
 
 class Pinned(EvictionPolicy):
-    """Keeps the hottest experts once they are in slots, and applies LRU to the rest.
+    """Keeps the hottest experts once they are in slots, and applies LRU to all other experts.
 
     The first experts of ``hot`` (hottest first) are pinned, up to half of ``capacity``, rounded down; the remaining
-    slots serve the rest of each request. No slot is reserved for a pinned expert before its first request. When a
-    request needs more slots than the unpinned experts occupy, the coldest pinned expert outside the request loses its
+    slots serve the other experts of each request. No slot is reserved for a pinned expert before its first request. If
+    a request needs more slots than the unpinned experts occupy, the coldest pinned expert outside the request loses its
     slot; it is pinned again when it returns.
     """
 

@@ -62,7 +62,7 @@ class ReadAhead:
         self._queue: SimpleQueue[_Prefetch | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._hinted: dict[tuple[int, int], _Prefetch] = {}
-        self._finished: list[_Prefetch] = []  # perhaps still running, so that their slots are not free yet
+        self._retired: list[_Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
 
     def fetch(self, layer: int, experts: Sequence[int]) -> tuple[Slab, dict[int, int], StoreStats]:
         """Load distinct ``experts`` of ``layer`` into slots of the slab, where they stay valid until the next call.
@@ -75,7 +75,7 @@ class ReadAhead:
         slab = self._slab
         assert isinstance(slab, Slab)
         ahead = self._claim(layer, experts)
-        taken = {job.slot for job in self._finished if job.writing} | {job.slot for job in ahead.values()}
+        taken = {job.slot for job in self._retired if job.writing} | {job.slot for job in ahead.values()}
         free = (slot for slot in range(slab.count) if slot not in taken)
         slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
         self._in_use = frozenset(slots.values())
@@ -112,7 +112,7 @@ class ReadAhead:
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
         self._cancel(set(hinted.values()).difference(ahead.values()))
-        self._finished += ahead.values()
+        self._retired += ahead.values()
         self._hinted = {}
         return ahead
 
@@ -123,9 +123,13 @@ class ReadAhead:
         ahead: "Mapping[int, _Prefetch]",
         move: "Callable[[int, _Prefetch], None] | None" = None,
     ) -> StoreStats:
-        """Read the experts of ``wanted`` that were not prefetched.
+        """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
-        ``move`` brings a prefetched expert to its row; None if batches are served in place.
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            ahead: the prefetch of each expert that has one; all other experts are read now.
+            move: brings a prefetched expert to its row; None if batches are served in place.
         """
         done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
         failed = []
@@ -162,7 +166,7 @@ class ReadAhead:
         kept = {place: job for place, job in self._hinted.items() if place in wanted}
         self._cancel(set(self._hinted.values()).difference(kept.values()))
         self._hinted = kept
-        taken = {job.slot for job in kept.values()} | {job.slot for job in self._finished if job.writing}
+        taken = {job.slot for job in kept.values()} | {job.slot for job in self._retired if job.writing}
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
         new = [place for place in wanted if place not in kept][: max(0, self._slots - len(taken))]
         for place, slot in zip(new, free, strict=False):
@@ -186,6 +190,7 @@ class ReadAhead:
         return StoreStats(bytes_wasted=self._wasted())
 
     def _started(self) -> Slab | HostSlots:
+        """Allocate the slots for prefetches and start the threads, once; return the slots."""
         record = self._source.layout.record_bytes
         if self._slab is None:
             self._slab = HostSlots(self._slots, record, CopyBuffer(record))
@@ -207,15 +212,15 @@ class ReadAhead:
     def _cancel(self, jobs: Iterable["_Prefetch"]) -> None:
         for job in jobs:
             job.cancelled = True
-            self._finished.append(job)
+            self._retired.append(job)
 
     def _wasted(self) -> int:
         """Return the bytes of finished prefetches that no request used, and forget these prefetches."""
         writing: list[_Prefetch] = []
         finished: list[_Prefetch] = []
-        for job in self._finished:  # one look at each: a prefetch may end at any moment
+        for job in self._retired:  # one look at each: a prefetch may end at any moment
             (writing if job.writing else finished).append(job)
-        self._finished = writing
+        self._retired = writing
         return sum(job.nbytes for job in finished if not job.used)
 
 

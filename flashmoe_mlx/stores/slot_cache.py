@@ -47,8 +47,8 @@ class SlotCache:
     def place(self, experts: Sequence[int]) -> Placement:
         """Give each of ``experts`` a slot; no expert of the request loses its slot to another.
 
-        The policy sees one use of each expert: first the experts that have a slot, then the rest, both in the order of
-        the request.
+        The policy sees one use of each expert: first the experts that have a slot, then the misses, each in the order
+        of the request.
 
         Raises:
             ValueError: an expert occurs twice, or there are more than ``capacity``; the cache stays as it was.

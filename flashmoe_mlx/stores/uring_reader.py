@@ -102,8 +102,8 @@ class UringReader:
         count = 0
         while todo:
             batch, todo = todo[: self._depth], todo[self._depth :]
-            handed = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
-            results = self._ring.run(handed)
+            ring_reads = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
+            results = self._ring.run(ring_reads)
             count += len(batch)
             nbytes += sum(max(0, done) for done in results)
             remainders = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))

@@ -1,4 +1,4 @@
-"""Detect descriptors and threads that a test leaves behind."""
+"""Detection of descriptors and threads that a test leaves behind."""
 
 import contextlib
 import fcntl
@@ -17,12 +17,12 @@ _F_GETPATH = 50  # <sys/fcntl.h> of macOS
 
 @contextlib.contextmanager
 def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[None]:
-    """Assert that descriptors and threads are the same at the end as at the beginning.
+    """Assert that the enclosed code leaves the open descriptors and the number of threads as they were.
 
     Args:
-        folder: experts of the tests are below it.
-        driver: whether a driver in this process may open descriptors of its own at any time, as that of a GPU does at
-            its first use; then only files below ``folder`` and rings of io_uring count. None: if a GPU is in use.
+        folder: a folder above all files of experts.
+        driver: whether a driver in this process may open descriptors at any time, as the driver of a GPU does at its
+            first use. If so, only files below ``folder`` and rings of io_uring count. None: whether a GPU is in use.
     """
     driver = mx.default_device() == mx.gpu if driver is None else driver
     gc.collect()
@@ -33,7 +33,7 @@ def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[No
 
 
 def _descriptors(folder: Path, driver: bool) -> Counter[str]:
-    """Count the descriptors of each file."""
+    """Return the number of descriptors of each file."""
     root = f"{folder.resolve()}/"
     targets = Counter(_target(fd) for fd in [int(entry.name) for entry in Path("/dev/fd").iterdir()])
     if driver:
@@ -43,7 +43,7 @@ def _descriptors(folder: Path, driver: bool) -> Counter[str]:
 
 
 def _target(fd: int) -> str:
-    """Return the path behind a descriptor; empty if it is closed, as the descriptor of the listing itself is."""
+    """Return the path of a descriptor, or an empty string if it is closed, like that of the listing itself."""
     try:
         if sys.platform != "linux":
             return fcntl.fcntl(fd, _F_GETPATH, bytes(1024)).rstrip(b"\0").decode()

@@ -1,12 +1,12 @@
-"""The tests that every store must pass.
+"""The conformance suite: tests that every store must pass.
 
     from flashmoe_mlx.testing import ExpertStoreTests
 
     class TestMyStore(ExpertStoreTests):
         backend = {"_target_": "my_package.MyStore"}
 
-The files are written by the tests, and what a store serves is compared with what was written: no test learns from one
-method of a store what another should return.
+The tests write files of experts and compare the served bytes with the written bytes. No test takes the result of one
+method of a store as the expected result of another.
 """
 
 import contextlib
@@ -42,29 +42,32 @@ from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
 
 Fault = Callable[[int], int | None]
-"""What becomes of the n-th read, counted from 1: None, nothing; a negative number, it fails with that errno; a positive
-one, it brings at most so many bytes. May sleep."""
+"""A function from the number of a read, counted from 1, to its outcome.
+
+None lets the read happen, a negated error number makes it fail, and a positive number limits the bytes that it returns.
+The function may sleep.
+"""
 
 _Injector = Callable[[Fault], None]
 
 
 class ExpertStoreTests:
-    """Subclass it and name the ``backend``; its tests are then collected with yours.
+    """The tests of a store. Subclass it and set ``backend``; pytest then collects the tests with yours.
 
-    A store that does not read with ``os.preadv`` also overrides ``inject``, so that storage can fail under it.
+    If the store does not read with ``os.preadv``, also override ``inject``, so that the tests can make its reads fail.
     """
 
     backend: ClassVar[str | Mapping[str, Any]]
-    """A file of ``configs/backend/``, or a mapping with ``_target_`` and options."""
+    """The name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options."""
     options: ClassVar[Mapping[str, Any]] = {}
-    """Options that differ from the defaults; preferably a fetch holds at least 3 experts, but not all 12."""
+    """Options that differ from the defaults; a fetch should hold at least 3 experts, but not all 12."""
     bits: ClassVar[int] = 4
-    """Width of the experts in the files."""
+    """Width of the experts in bits."""
     contiguous: ClassVar[bool] = True
-    """Each expert in one piece, as in a pack; false: in nine, as in a quantised checkpoint."""
+    """Whether each expert is one piece, as in a pack, or nine pieces, as in a quantized checkpoint."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-        """Let ``fault`` decide the outcome of every read from now on, counted from 1 again."""
+        """Let ``fault`` determine the outcome of every later read; the count begins at 1 again."""
         original, lock, count = os.preadv, threading.Lock(), 0
 
         def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -82,7 +85,7 @@ class ExpertStoreTests:
         monkeypatch.setattr(os, "preadv", preadv)
 
     def open_store(self, stored: StoredExperts) -> ExpertStore:
-        """Open a new store."""
+        """Open the store under test."""
         named = backend_settings(self.backend) if isinstance(self.backend, str) else dict(self.backend)
         named.pop("variant", None)
         return create_store(stored.source, named | dict(self.options))
@@ -90,18 +93,18 @@ class ExpertStoreTests:
     @pytest.fixture(scope="class")
     @classmethod
     def stored(cls, tmp_path_factory: pytest.TempPathFactory) -> StoredExperts:
-        """Experts on disk, shared by tests that only read them."""
+        """Experts on disk that all tests share and none may change."""
         return write_experts(tmp_path_factory.mktemp("experts"), cls.bits, cls.contiguous)
 
     @pytest.fixture
-    def own(self, tmp_path: Path) -> StoredExperts:
+    def private(self, tmp_path: Path) -> StoredExperts:
         """Experts on disk that a test may damage."""
         return write_experts(tmp_path, self.bits, self.contiguous)
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
-    def set_aside(cls) -> Iterator[None]:
-        """What is there already: each of the many collections below would look through all of it."""
+    def freeze_garbage(cls) -> Iterator[None]:
+        """Exclude existing objects from the many garbage collections of these tests, which would search all of them."""
         gc.collect()
         gc.freeze()
         yield
@@ -109,19 +112,19 @@ class ExpertStoreTests:
 
     @pytest.fixture(autouse=True)
     def nothing_leaks(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-        """Descriptors and threads are the same after each test as before."""
+        """Assert that each test leaves the open descriptors and the threads as they were."""
         with nothing_left_behind(tmp_path_factory.getbasetemp()):
             yield
 
     @pytest.fixture
-    def store(self, stored: StoredExperts, nothing_leaks: None) -> Iterator[ExpertStore]:  # noqa: ARG002  # for order
-        """A store that is closed after the test."""
+    def store(self, stored: StoredExperts, nothing_leaks: None) -> Iterator[ExpertStore]:  # noqa: ARG002  # sets the order of fixtures
+        """An open store, closed after the test."""
         with self.open_store(stored) as opened:
             yield opened
 
     @pytest.fixture
     def injector(self, monkeypatch: pytest.MonkeyPatch) -> _Injector:
-        """A function that disturbs all later reads of a test."""
+        """A function that applies a fault to all later reads of a test."""
 
         def install(fault: Fault) -> None:
             monkeypatch.undo()
@@ -129,7 +132,7 @@ class ExpertStoreTests:
 
         return install
 
-    # What is served
+    # Served bytes
 
     def test_every_record(self, store: ExpertStore, stored: StoredExperts) -> None:
         for layer in range(LAYERS):
@@ -189,7 +192,7 @@ class ExpertStoreTests:
         check(store.fetch(0, [1]), 0, [1], stored)
 
     @pytest.mark.parametrize("bad", [True, False, np.bool_(True), 1.0, np.float32(1), "1", None, [1], 1j, float("nan")])
-    def test_indices_that_are_none(self, store: ExpertStore, bad: Any) -> None:
+    def test_indices_that_are_not_integers(self, store: ExpertStore, bad: Any) -> None:
         for layer, experts in ((0, [bad]), (bad, [1])):
             with pytest.raises(ExpertRequestError) as caught:
                 store.fetch(layer, experts)
@@ -217,8 +220,8 @@ class ExpertStoreTests:
         check(batch, 2, [7, 5], stored)
         assert total.item() == sum(map(sum, (stored.expected[2, 7], stored.expected[2, 5])))
 
-    def test_slots_are_refilled_whatever_they_held(self, store: ExpertStore, stored: StoredExperts) -> None:
-        """Every expert is requested once, so each must be read; the old content of the slots is NaN."""
+    def test_slots_are_refilled_completely(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Every expert is requested once and must be read; the previous content of the slots is NaN."""
         places = np.random.default_rng(1).permutation(EXPERTS).tolist()
         before = store.stats()
         for group in _groups(places, min(3, store.slots)):
@@ -226,7 +229,7 @@ class ExpertStoreTests:
                 batch = store.fetch(layer, group)
                 check(batch, layer, group, stored)
                 if (store.stats() - before).hits:
-                    pytest.skip("this store has all experts from the start: poisoning them would change them")
+                    pytest.skip("this store never reads again: NaN would change its experts")
                 memoryview(batch.slab).cast("B")[:] = b"\xff" * batch.slab.nbytes  # type: ignore[arg-type]
 
     def test_a_hint_never_changes_results(self, store: ExpertStore, stored: StoredExperts) -> None:
@@ -238,22 +241,20 @@ class ExpertStoreTests:
             check(store.fetch(layer, experts), layer, experts, stored)
         store.prefetch(0, [])
 
-    def test_hints_change_nothing_that_is_counted_but_what_they_cost(
-        self, store: ExpertStore, stored: StoredExperts
-    ) -> None:
-        """The same requests with right, wrong and no hints: the same hits, misses, evictions and bytes."""
+    def test_hints_change_no_counter_of_requests(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Right and wrong hints leave hits, misses, evictions, and bytes as they are without hints."""
         random = np.random.default_rng(3)
         requests = [(step % LAYERS, random.permutation(EXPERTS)[: min(3, store.slots)].tolist()) for step in range(24)]
         size = len(stored.expected[0, 0])
         with self.open_store(stored) as plain:
             for step, (layer, experts) in enumerate(requests):
-                before, plainly = store.stats(), plain.stats()
+                before, plain_before = store.stats(), plain.stats()
                 if step % 3:
                     store.prefetch(layer, experts if step % 3 == 1 else [(expert + 1) % EXPERTS for expert in experts])
                     time.sleep(0.002)
                 check(store.fetch(layer, experts), layer, experts, stored)
                 plain.fetch(layer, experts)
-                done, expected = store.stats() - before, plain.stats() - plainly
+                done, expected = store.stats() - before, plain.stats() - plain_before
                 assert (done.hits, done.misses, done.evictions) == (expected.hits, expected.misses, expected.evictions)
                 assert done.bytes_read == expected.bytes_read == done.misses * size
                 assert 0 <= done.prefetched <= done.misses
@@ -262,7 +263,7 @@ class ExpertStoreTests:
                     assert done.prefetched == 0
             assert plain.stats().prefetched == plain.stats().bytes_wasted == 0
 
-    # Storage that fails
+    # Failing storage
 
     @pytest.mark.parametrize("nbytes", [1000, 4096, 10_000])
     def test_short_reads(self, nbytes: int, stored: StoredExperts, injector: _Injector) -> None:
@@ -276,9 +277,9 @@ class ExpertStoreTests:
         with self.open_store(stored) as store:
             check(store.fetch(1, [2, 9]), 1, [2, 9], stored)
             check(store.fetch(3, [9]), 3, [9], stored)
-        assert reached.is_set(), "the reads of this store were not reached: override inject()"
+        assert reached.is_set(), "no read of this store was intercepted: override inject()"
 
-    # Which error it is only the message tells, so one of them is enough for a disk that never recovers.
+    # The error number only affects the message, so one number is enough for a disk that never recovers.
     @pytest.mark.parametrize(
         ("error", "always"),
         [(errno.EIO, True), *((error, False) for error in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENOMEM))],
@@ -286,7 +287,7 @@ class ExpertStoreTests:
     def test_an_error_at_the_nth_read(
         self, error: int, always: bool, stored: StoredExperts, injector: _Injector
     ) -> None:
-        """For n = 1, 2, 3 and so on until no read fails, as SQLite tests I/O errors."""
+        """Reads fail for n = 1, 2, 3 and so on until no read fails, as in the I/O error tests of SQLite."""
         requests = [(0, [1, 2]), (2, [3]), (1, [0, 5, 9]), (0, [1, 4])]
         for nth in range(1, 1000):
             hit = threading.Event()
@@ -304,14 +305,14 @@ class ExpertStoreTests:
                 self._check_failure(failure, stored)
                 assert failure.reason == os.strerror(error)
             if not hit.is_set():
-                assert nth > 1, "the reads of this store were not reached: override inject()"
+                assert nth > 1, "no read of this store was intercepted: override inject()"
                 return
-        raise AssertionError("a thousand reads for four requests")
+        raise AssertionError("four requests took a thousand reads")
 
     def _fetch_all(
         self, stored: StoredExperts, requests: Sequence[tuple[int, list[int]]], injector: _Injector
     ) -> list[ExpertReadError]:
-        """Return the failures of ``requests``; check every success, and all requests again after the faults."""
+        """Return the failures of ``requests``; check every success, and check all requests again without faults."""
         failures: list[ExpertReadError] = []
         try:
             opened = self.open_store(stored)
@@ -344,10 +345,10 @@ class ExpertStoreTests:
         )
 
     @pytest.mark.parametrize("always", [False, True], ids=["once", "for ever"])
-    def test_reads_ahead_that_fail_are_met_when_asked_for(
+    def test_failed_prefetches_are_reported_by_the_fetch(
         self, always: bool, stored: StoredExperts, injector: _Injector
     ) -> None:
-        """Only the fetch that wants an expert reports that a hint could not read it."""
+        """A failed prefetch is reported only by a fetch of that expert."""
         with self.open_store(stored) as store:
             injector(lambda number: -errno.EIO if always or number == 1 else None)
             store.prefetch(1, [2, 9])
@@ -362,7 +363,7 @@ class ExpertStoreTests:
             check(store.fetch(1, [2, 9]), 1, [2, 9], stored)
             check(store.fetch(2, [0, 4]), 2, [0, 4], stored)
 
-    def test_a_close_during_reads_ahead(self, stored: StoredExperts, injector: _Injector) -> None:
+    def test_a_close_during_prefetches(self, stored: StoredExperts, injector: _Injector) -> None:
         store = self.open_store(stored)
         injector(lambda _: time.sleep(0.01))
         for layer in range(LAYERS):
@@ -370,28 +371,28 @@ class ExpertStoreTests:
         store.close()
         assert store.stats().prefetched == 0
 
-    def test_files_cut_short_while_open(self, own: StoredExperts) -> None:
-        """At any length: a typed error or the right bytes, and never the end of the process."""
-        with self.open_store(own) as store:
-            check(store.fetch(0, [1]), 0, [1], own)
+    def test_files_truncated_while_open(self, private: StoredExperts) -> None:
+        """At any length a fetch returns the right bytes or raises a typed error; the process never ends."""
+        with self.open_store(private) as store:
+            check(store.fetch(0, [1]), 0, [1], private)
             for keep in (0.99, 0.5, 0.1, 0.0):
-                for path in own.paths():
+                for path in private.paths():
                     os.truncate(path, int(path.stat().st_size * keep))
                 for layer in range(LAYERS):
                     for expert in (EXPERTS - 1, 5, 0):
                         try:
-                            check(store.fetch(layer, [expert]), layer, [expert], own)
+                            check(store.fetch(layer, [expert]), layer, [expert], private)
                         except ExpertReadError as failure:
                             assert failure.code == "file_ends_early"
                             assert_one_line(failure)
                             assert (failure.layer, failure.expert) == (layer, expert)
                             assert failure.offset >= failure.path.stat().st_size
-                            self._check_failure(failure, own)
+                            self._check_failure(failure, private)
 
-    def test_files_that_are_gone_before_they_are_opened(self, own: StoredExperts) -> None:
-        for path in own.paths():
+    def test_files_deleted_before_they_are_opened(self, private: StoredExperts) -> None:
+        for path in private.paths():
             path.unlink()
-        with pytest.raises(ExpertReadError) as caught, self.open_store(own) as store:
+        with pytest.raises(ExpertReadError) as caught, self.open_store(private) as store:
             store.fetch(1, [1])
         assert caught.value.code == "no_such_file"
         assert_one_line(caught.value)
@@ -403,7 +404,7 @@ class ExpertStoreTests:
         monkeypatch.setattr(os, "open", refuse)
         try:
             store = self.open_store(stored)
-        except ExpertReadError as failure:  # it reads when it is opened
+        except ExpertReadError as failure:  # a store that reads when it is opened
             assert failure.code == "too_many_open_files"
             return
         with store:
@@ -413,19 +414,19 @@ class ExpertStoreTests:
             monkeypatch.undo()
             check(store.fetch(1, [1]), 1, [1], stored)
 
-    def test_a_file_replaced_while_open_is_still_the_old_one(self, own: StoredExperts) -> None:
-        with self.open_store(own) as store:
-            check(store.fetch(0, [1]), 0, [1], own)
-            for path in own.paths():
+    def test_a_file_replaced_while_open_is_read_as_before(self, private: StoredExperts) -> None:
+        with self.open_store(private) as store:
+            check(store.fetch(0, [1]), 0, [1], private)
+            for path in private.paths():
                 new = path.with_suffix(".new")
                 new.write_bytes(bytes(path.stat().st_size))
                 new.replace(path)
-            check(store.fetch(0, [1, 2]), 0, [1, 2], own)
+            check(store.fetch(0, [1, 2]), 0, [1, 2], private)
 
     # Threads, signals, processes
 
     def test_signals_during_reads(self, store: ExpertStore, stored: StoredExperts) -> None:
-        """A read that a signal interrupts is repeated: no signal may change the bytes."""
+        """An interrupted read is repeated, so signals never change the served bytes."""
         received = 0
 
         def handle(*_: object) -> None:
@@ -439,10 +440,10 @@ class ExpertStoreTests:
                 check(store.fetch(step % LAYERS, experts), step % LAYERS, experts, stored)
         assert received > 0
 
-    def test_interrupts_anywhere_neither_hang_nor_spoil(self, store: ExpertStore, stored: StoredExperts) -> None:
-        """Real signals at random moments, as from an impatient person."""
+    def test_interrupts_at_any_point(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Interrupts at many different moments, as from Ctrl-C."""
         for layer in range(LAYERS):
-            # Opens files and starts threads: an interrupt may lose one before it has a name.
+            # Files and threads are opened here: an interrupt could lose a new descriptor before it is stored.
             store.prefetch(layer, [0])
             store.fetch(layer, [0])
         interrupted = 0
@@ -462,22 +463,22 @@ class ExpertStoreTests:
                 check(store.fetch(layer, group), layer, group, stored)
         assert interrupted > 0
 
-    def test_threads_that_take_turns(self, store: ExpertStore, stored: StoredExperts) -> None:
-        turn = threading.Lock()
+    def test_threads_in_turn(self, store: ExpertStore, stored: StoredExperts) -> None:
+        turns = threading.Lock()
 
         def read(seed: int) -> None:
             random = np.random.default_rng(seed)
             for _ in range(25):
                 layer, experts = int(random.integers(LAYERS)), random.permutation(EXPERTS)[:3].tolist()
-                with turn:
+                with turns:
                     check_host(store.fetch(layer, experts), layer, experts, stored)
 
         with ThreadPoolExecutor(4) as readers:
             list(readers.map(read, range(4)))
         assert store.stats().fetches == 100
 
-    def test_threads_that_do_not_and_a_close(self, stored: StoredExperts) -> None:
-        """Fetches run one after the other, and each is counted; after the close all raise StoreClosedError."""
+    def test_threads_at_once_and_a_close(self, stored: StoredExperts) -> None:
+        """Simultaneous fetches run one after the other and are all counted; after ``close`` they raise an error."""
         store = self.open_store(stored)
         barrier = threading.Barrier(5)
 
@@ -510,8 +511,8 @@ class ExpertStoreTests:
             time.sleep(0.05)
 
         injector(slow)
-        with ThreadPoolExecutor(1) as other:
-            fetching = other.submit(store.fetch, 1, [1, 2, 3])
+        with ThreadPoolExecutor(1) as pool:
+            fetching = pool.submit(store.fetch, 1, [1, 2, 3])
             while not (begun.is_set() or fetching.done()):
                 time.sleep(0.001)
             store.close()
@@ -520,7 +521,7 @@ class ExpertStoreTests:
         with pytest.raises(StoreClosedError):
             store.fetch(1, [1])
 
-    def test_close_is_final_and_may_be_repeated(self, stored: StoredExperts) -> None:
+    def test_a_second_close_has_no_effect(self, stored: StoredExperts) -> None:
         store = self.open_store(stored)
         store.fetch(0, [0, 1])
         stats = store.stats()
@@ -534,10 +535,10 @@ class ExpertStoreTests:
                 assert_one_line(caught.value)
         assert store.stats() == stats
 
-    def test_a_store_that_nobody_closes_leaves_nothing_behind(
+    def test_an_unclosed_store_leaves_nothing_behind(
         self, stored: StoredExperts, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """The end of the last reference frees descriptors and threads, though perhaps a little later."""
+        """Descriptors and threads are freed soon after the last reference to the store goes."""
         with nothing_left_behind(tmp_path_factory.getbasetemp()):
             threads = threading.active_count()
             store = self.open_store(stored)
@@ -550,16 +551,16 @@ class ExpertStoreTests:
             while threading.active_count() > threads and time.monotonic() < end:
                 time.sleep(0.001)
 
-    def test_a_context_closes(self, stored: StoredExperts) -> None:
+    def test_the_end_of_a_with_block_closes(self, stored: StoredExperts) -> None:
         with pytest.raises(ZeroDivisionError), self.open_store(stored) as store:
             raise ZeroDivisionError
         with pytest.raises(StoreClosedError):
             store.fetch(0, [0])
 
-    def test_a_forked_process_is_told(self, store: ExpertStore, stored: StoredExperts) -> None:
+    def test_a_forked_process_is_refused(self, store: ExpertStore, stored: StoredExperts) -> None:
         store.fetch(0, [1])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # newer versions of Python dislike forks with threads
+            warnings.simplefilter("ignore", DeprecationWarning)  # newer versions of Python warn of forks with threads
             child = os.fork()
         if child == 0:
             code = 1
@@ -575,7 +576,7 @@ class ExpertStoreTests:
 
     # Counting
 
-    def test_stats_add_up(self, store: ExpertStore, stored: StoredExperts) -> None:
+    def test_counters_add_up(self, store: ExpertStore, stored: StoredExperts) -> None:
         size, opened = len(stored.expected[0, 0]), store.stats()
         assert (opened.fetches, opened.requests, opened.fetch_seconds) == (0, 0, 0.0)
         start = time.perf_counter()
@@ -594,7 +595,7 @@ class ExpertStoreTests:
         assert opened + stats == store.stats()
 
     def test_any_sequence_of_calls(self, stored: StoredExperts) -> None:
-        """A random sequence of calls, compared with a dict of the files' content."""
+        """Random sequences of calls return the bytes of the files."""
 
         class Machine(_StoreMachine):
             def __init__(machine) -> None:  # noqa: N805  # self is the test
@@ -606,7 +607,7 @@ class ExpertStoreTests:
 
 
 class _StoreMachine(RuleBasedStateMachine):
-    """Opens, uses and closes a store in any order."""
+    """Opens, uses, and closes a store in any order."""
 
     def __init__(self, opener: Callable[[], ExpertStore], stored: StoredExperts) -> None:
         super().__init__()
@@ -667,7 +668,7 @@ class _StoreMachine(RuleBasedStateMachine):
 
 
 def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
-    """Assert that the batch holds ``experts``, for MLX and for the CPU."""
+    """Assert that all views of the batch hold ``experts`` of ``layer``."""
     check_host(batch, layer, experts, stored)
     assert len(batch.records) == len(experts)
     for expert, slot, record in zip(experts, batch.slots, batch.records, strict=True):
@@ -677,7 +678,7 @@ def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: Stored
 
 
 def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
-    """Assert that the batch holds ``experts`` for the CPU; in any thread."""
+    """Assert that ``host`` of the batch holds ``experts`` of ``layer``; may run in any thread."""
     assert len(batch.slots) == len(batch.host) == len(experts)
     for expert, view in zip(experts, batch.host, strict=True):
         expected = stored.expected[layer, expert]
@@ -685,7 +686,7 @@ def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: S
 
 
 def assert_one_line(error: BaseException) -> None:
-    """Assert that the message is one line."""
+    """Assert that the message is one printable line."""
     text = str(error)
     assert text
     assert text.isprintable()
@@ -702,7 +703,7 @@ def _groups(experts: Sequence[int], size: int) -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Hypothesis measures garbage collection, and an interrupt there would be lost."""
+    """Disable garbage collection: Hypothesis hooks into it, and an interrupt there would be lost."""
     gc.disable()
     try:
         yield
@@ -712,9 +713,9 @@ def _no_garbage_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _handling(number: int, handler: Callable[..., object]) -> Iterator[None]:
-    before = signal.signal(number, handler)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(number, before)
+        signal.signal(number, previous)

@@ -1,4 +1,4 @@
-"""Random experts on disk, and the bytes that a store must serve, known without any store."""
+"""Random experts on disk, and the bytes that a store must serve."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,22 +16,28 @@ _SIZE, _GROUP_SIZE = 128, 64
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """``source`` for a store, and ``expected[layer, expert]``: the first bytes of that expert's slot.
+    """Experts on disk.
 
-    The files are written from ``expected``; nothing of it ever goes through a store.
+    Attributes:
+        source: the location of the experts, for a store.
+        expected: for each (layer, expert) the first bytes of its slot. The files are written from these bytes, so they
+            do not depend on any store.
     """
 
     source: ExpertSource
     expected: Mapping[tuple[int, int], bytes]
 
     def paths(self) -> list[Path]:
-        """Return the paths of all files."""
+        """Return the paths of all files of the experts."""
         every = (self.source.extents(layer, expert) for layer, expert in self.expected)
         return sorted({extent.path for extents in every for extent in extents})
 
 
 def write_experts(folder: Path, bits: int, contiguous: bool) -> StoredExperts:
-    """Write experts of ``bits``, each in one piece as in a pack, or in nine as in a quantised checkpoint."""
+    """Write random experts of ``bits`` bits into ``folder``.
+
+    An expert is one piece, as in a pack, if ``contiguous``, and otherwise nine pieces, as in a quantized checkpoint.
+    """
     layout = RecordLayout(_SIZE, _SIZE, bits, _GROUP_SIZE, "BF16")
     random = np.random.default_rng(bits)
     payloads = {(n, e): random.bytes(layout.payload_bytes) for n in range(LAYERS) for e in range(EXPERTS)}
@@ -46,7 +52,7 @@ def write_experts(folder: Path, bits: int, contiguous: bool) -> StoredExperts:
 
 @dataclass(frozen=True)
 class _StackedTensors:
-    """Each component of all experts of a layer together, as published checkpoints store them; two files a layer."""
+    """Experts stored by component, as in published checkpoints, in two files for each layer."""
 
     folder: Path
     layout: RecordLayout
@@ -67,7 +73,7 @@ def _write_tensors(folder: Path, layout: RecordLayout, payloads: Mapping[tuple[i
     for layer in range(LAYERS):
         for number, components in enumerate((layout.components[:5], layout.components[5:])):
             path = folder / f"model-{layer}-{number}.safetensors"
-            content = b"header "  # an odd start: nothing is aligned in such files
+            content = b"header "  # an odd length: checkpoints do not align tensors
             for component in components:
                 starts[layer, component.name] = (path, len(content))
                 begin, end = component.offset, component.offset + component.nbytes

@@ -51,7 +51,7 @@ std::vector<float> results(int seed) {
         Weights down(random, hidden, inner, bits, group);
         std::vector<float> y(tokens * inner), other(tokens * inner), normed(tokens * inner);
         for (bool add : {false, true})
-            quantised_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
+            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
         rms_norm(y.data(), other.data(), tokens, inner, 1e-6f, normed.data());
         all.insert(all.end(), y.begin(), y.end());
         all.insert(all.end(), other.begin(), other.end());
