@@ -530,7 +530,7 @@ TOOL = {"type": "function", "function": {"name": "lamp"}}
         ({"template_options": {"a b": 1}}, "template_options: 'a b' is not the name"),
         ({"template_options": {3: 1}}, "template_options: 3 is not the name"),
         ({"template_options": [1]}, "template_options is of type list"),
-        ({"template_options": {"a": object()}}, "JSON values only"),
+        ({"template_options": {"a": object()}}, "which JSON does not have"),
         ({"tools": {}}, "tools must be a list"),
         ({"tools": "x"}, "tools must be a list"),
         ({"tools": ["x"]}, "tools[0] must be an object such as"),

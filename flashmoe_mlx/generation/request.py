@@ -60,7 +60,7 @@ class Request:
                 f"logprobs={self.logprobs!r}: must be a whole number, 0 for the chosen token alone, or None for none",
                 code="invalid_logprobs",
             )
-        if isinstance(self.stop, str):
+        if type(self.stop) is not tuple:
             raise InputError(f"stop={self.stop!r:.60}: must be a tuple of texts", code="invalid_stop")
         if len(self.stop) > _MOST_STOPS:
             raise InputError(f"stop: {len(self.stop)} texts; at most {_MOST_STOPS} are allowed", code="invalid_stop")
