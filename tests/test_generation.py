@@ -314,6 +314,13 @@ def test_closing_leaves_no_piece(engine: Engine) -> None:
     assert next(generation, None) is None
 
 
+def test_closing_during_a_step_leaves_no_further_piece(engine: Engine) -> None:
+    generation = engine.generate(PROMPT, logits_processors=[lambda logits, _: (generation.close(), logits)[1]])
+    pieces = list(generation)
+    assert len(pieces) == 1
+    assert next(generation, None) is None
+
+
 @pytest.mark.parametrize(("chunk", "kept"), [(None, 0), (4, 4)])
 def test_a_trace_of_a_pass_that_was_cut_short_has_no_layers_missing(
     engine: Engine, chunk: int | None, kept: int
