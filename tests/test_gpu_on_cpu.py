@@ -4,7 +4,7 @@ slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_
 
 import ctypes
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
@@ -27,6 +27,9 @@ from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.generation.request import Request
+from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
+from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
@@ -79,8 +82,8 @@ def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def said(
     pack: Path,
-    prompt: Sequence[int] = PROMPT,
-    steps: Sequence[int] = STEPS,
+    prompt: list[int] = PROMPT,
+    steps: tuple[int, ...] = STEPS,
     launches: Launches | None = None,
     **options: Any,
 ) -> Logits:
@@ -91,7 +94,7 @@ def said(
         return steps_of(engine, prompt, steps)
 
 
-def steps_of(engine: Engine, prompt: Sequence[int] = PROMPT, steps: Sequence[int] = STEPS) -> Logits:
+def steps_of(engine: Engine, prompt: list[int] = PROMPT, steps: tuple[int, ...] = STEPS) -> Logits:
     cache = engine.new_cache()
     return np.concatenate([engine.forward(prompt, cache), *(engine.forward([token], cache) for token in steps)])
 
@@ -218,6 +221,37 @@ def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
     assert len(set(expected)) > 1
     with device(mx.float32):
         assert answer(slots=7, prefetch="early_router") == expected
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_sequences_together(device: Device, tiny_pack: Path) -> None:
+    """Steps of 3 rows and of more than every kernel's limit take checked paths only: warnings are errors.
+
+    The first sequence is taken back to a snapshot between them, into which no kernel may have written.
+    """
+    with device(mx.float32), flashmoe_mlx.load(tiny_pack) as engine:
+        runner = engine.runner
+        count = 14
+
+        def begun(index: int, max_tokens: int) -> Sequence:
+            request = Request([index + 1, 17, 42], ChosenSampling(SamplingOptions()), max_tokens)
+            sequence = runner.begin(request)
+            runner.prefill(sequence)
+            return sequence
+
+        def decoded(sequences: list[Sequence]) -> list[list[int]]:
+            while running := [sequence for sequence in sequences if sequence.finish_reason is None]:
+                runner.decode(running)
+            return [sequence.token_ids for sequence in sequences]
+
+        with runner.exclusive():
+            expected = [decoded([begun(index, 3)])[0] for index in range(count)]
+            sequences = [begun(index, 3) for index in range(count)]
+            snapshot = sequences[0].cache.snapshot()
+            runner.decode(sequences[:3])
+            sequences[0].cache.restore(snapshot)
+            del sequences[0].token_ids[1:]
+            assert decoded(sequences) == expected
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])

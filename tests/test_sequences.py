@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,60 @@ def alone(engine: Engine, prompt: list[int], **options: Any) -> list[int]:
     sequence = begin(engine, prompt, **options)
     run_together(engine, [sequence])
     return sequence.token_ids
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 9, 17])
+def test_every_number_of_sequences(engine: Engine, count: int) -> None:
+    """Kernels for CPUs have a path for 2 to 8 rows and another one for more; an unchecked path would warn."""
+    prompts = [[number, 5, 17] for number in range(count)]
+    expected = [alone(engine, prompt, max_tokens=4) for prompt in prompts]
+    sequences = [begin(engine, prompt, max_tokens=4) for prompt in prompts]
+    run_together(engine, sequences)
+    assert [sequence.token_ids for sequence in sequences] == expected
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_any_schedule(random: Random) -> None:
+    """Prompts between decode steps of other sequences, steps of some of them, snapshots, every kind of sampling."""
+    engine = _shared_engine()
+    limit = engine.model.config.max_context
+    kinds = (
+        SamplingOptions(),
+        SamplingOptions(temperature=1.3, top_k=40),
+        SamplingOptions(repetition_penalty=1.5),
+        SamplingOptions(frequency_penalty=0.7, temperature=0.8, top_p=0.9),
+    )
+    wanted = [
+        {
+            "prompt": [random.randrange(250) for _ in range(random.choice([1, 2, 30, limit - 3, limit]))],
+            "sampling": random.choice(kinds),
+            "seed": random.randrange(100),
+            "max_tokens": random.choice([1, 2, 9]),
+            "prefill_chunk": random.choice([7, 100, 1024]),
+        }
+        for _ in range(5)
+    ]
+    expected = [alone(engine, **dict(each)) for each in wanted]
+    sequences = [begin(engine, **dict(each)) for each in wanted]
+    waiting = list(sequences)
+    with engine.runner.exclusive():
+        while unfinished := [sequence for sequence in sequences if sequence.status is not Status.FINISHED]:
+            running = [sequence for sequence in unfinished if sequence.status is Status.DECODING]
+            if waiting and (not running or random.random() < 0.3):
+                engine.runner.prefill(waiting.pop())
+                continue
+            greedy = [sequence for sequence in running if sequence.request.sampling.options == kinds[0]]
+            chosen = random.sample(running, random.randint(1, len(running)))
+            if greedy and random.random() < 0.3:
+                snapshot, length = greedy[0].cache.snapshot(), len(greedy[0].token_ids)
+                engine.runner.decode(chosen)
+                if greedy[0].finish_reason is None:
+                    greedy[0].cache.restore(snapshot)
+                    del greedy[0].token_ids[length:]
+            else:
+                engine.runner.decode(chosen)
+    assert [sequence.token_ids for sequence in sequences] == expected
 
 
 @pytest.mark.parametrize("policy", POLICIES)
