@@ -433,6 +433,15 @@ def test_a_processor_that_leaves_nothing_is_an_error(engine: Engine) -> None:
     assert list(generation) == []
 
 
+@pytest.mark.parametrize("result", [lambda logits: None, lambda logits: logits[:5], lambda logits: logits[None]])
+def test_a_processor_must_return_logits(engine: Engine, result: Any) -> None:
+    """A forgotten ``return`` is the most likely mistake; an array of another shape would choose another token."""
+    generation = engine.generate("Hello", logits_processors=[lambda logits, _: result(logits)])
+    with pytest.raises(InputError) as raised:
+        next(generation)
+    assert raised.value.code == "invalid_processor"
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [

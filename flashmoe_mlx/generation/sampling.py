@@ -203,6 +203,7 @@ class Sampler:
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``. Code "no_token_left" if the logits
                 processors exclude every token.
+            InputError: a processor does not return logits [vocabulary]; code "invalid_processor".
         """
         logits = checked_logits(logits)
         if not self._processors:
@@ -212,6 +213,12 @@ class Sampler:
             self._history = TokenHistory(self._prompt, len(logits))
         for process in self._processors:
             scores = process(scores, self._history)
+            if np.shape(scores) != logits.shape:
+                raise InputError(
+                    f"a logits processor returned an array of shape {np.shape(scores)}; it must return the changed "
+                    f"logits, {logits.shape}",
+                    code="invalid_processor",
+                )
         if not np.isfinite(scores.max()):
             raise FlashMoeError("the logits processors leave no token to choose", code="no_token_left")
         token = self._drawn(scores)
