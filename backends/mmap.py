@@ -1,4 +1,4 @@
-"""The pack mapped into memory: the operating system loads the pages, and bytes are copied only where MLX needs it."""
+"""The pack mapped into memory: the system loads the pages, and bytes are copied only where MLX needs a copy."""
 
 import contextlib
 import errno

@@ -71,7 +71,7 @@ class RandomInputs:
         )
 
     def like(self, weight: QuantizedWeight, rows: int | None = None, columns: int | None = None) -> QuantizedWeight:
-        """Draw a quantized matrix in the format of ``weight``, also of its size unless ``rows``, ``columns`` say so."""
+        """Draw a quantized matrix in the format of ``weight``, by default also of its size."""
         assert weight.scales is not None
         assert weight.bits is not None
         assert weight.group_size is not None

@@ -38,7 +38,7 @@ class ModelFiles:
         """Return the experts of a variant.
 
         Args:
-            name: the variant; None for the one with the most bits, and among these the first by name.
+            name: name of the variant; None for the variant with the most bits, the first by name in case of a tie.
 
         Raises:
             InputError: there is no such variant.

@@ -1,4 +1,4 @@
-"""Caches of sequences: size, snapshots, cutting back."""
+"""Caches of sequences: size, snapshots, trimming."""
 
 from pathlib import Path
 
@@ -90,7 +90,7 @@ def test_a_recurrent_state_cannot_be_cut(engine: Engine) -> None:
 
 
 def rows(tokens: int, start: int = 0) -> mx.array:
-    """Distinct values for each token, [1, 2 heads, tokens, 4]."""
+    """Return values that differ for each token, [1, 2 heads, tokens, 4]."""
     values = mx.arange(start, start + tokens, dtype=mx.float32)[None, None, :, None]
     return mx.broadcast_to(values, (1, 2, tokens, 4))
 

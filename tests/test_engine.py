@@ -109,7 +109,7 @@ def test_profile_changes_times_alone(tiny_pack: Path) -> None:
 def test_a_decode_step_evaluates_once_a_layer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = engine.new_cache()
     engine.forward(engine.encode(PROMPT), cache)
-    engine.forward([7], cache)  # kernels are compared with their references at their first use
+    engine.forward([7], cache)  # kernels are compared with their references during loading
     calls = 0
     evaluate = mx.eval
 
@@ -299,7 +299,7 @@ def test_a_pass_that_failed_spoils_its_sequence_alone(engine: Engine, monkeypatc
         patched.setattr(engine.store, "fetch", lambda layer, experts: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.forward(tokens, cache)
-    with pytest.raises(InputError, match=r"failed half-way: begin again with new_cache\(\)"):
+    with pytest.raises(InputError, match=r"failed halfway: begin again with new_cache\(\)"):
         engine.forward(tokens, cache)
     np.testing.assert_array_equal(engine.logits(tokens), expected)
 

@@ -108,7 +108,7 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 
 def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
-    """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
+    """No signal handler can run between the steps in which ``with`` takes and releases a lock implemented in C."""
     context = engine.runner.exclusive()
     assert isinstance(context, type(threading.Lock()))
     assert not context.locked()
@@ -366,7 +366,7 @@ def test_guesses_are_counted_by_phase(
     assert stats["guesses"]["predicted"] == counted[policy] * TINY.experts_per_token
 
 
-# Logits by which no token can be chosen
+# Logits from which no token can be chosen
 
 
 @pytest.mark.parametrize(("value", "place"), [(np.nan, 3), (np.inf, 3), (-np.inf, slice(None))])
@@ -429,7 +429,7 @@ def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch:
         assert "".join(piece.text for piece in pieces) == ""
         assert "".join(piece.reasoning for piece in pieces) == "Let me s"
 
-        scripted(monkeypatch, spoken)  # raw text is not looked into
+        scripted(monkeypatch, spoken)  # raw text is not searched
         pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(spoken)))
         assert "".join(piece.text for piece in pieces) == text
 
@@ -463,7 +463,7 @@ def test_thinking_is_switched_by_the_template(thinking_model: Path) -> None:
     ],
 )
 def test_a_template_that_does_not_read_enable_thinking(tmp_path: Path, template: str, fulfilled: set[bool]) -> None:
-    """A request for the template's own behavior is no mistake; any other value would have no effect."""
+    """A value that the template fulfills anyway is accepted; any other value would have no effect."""
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", template)) as engine:
         for thinking in (False, True):
             options: dict[str, Any]

@@ -84,7 +84,7 @@ def said(
     launches: Launches | None = None,
     **options: Any,
 ) -> Logits:
-    """Return the logits of a prompt and of each step after it; ``launches`` forgets the checks made by loading."""
+    """Return the logits of a prompt and of each step after it; ``launches`` excludes launches during loading."""
     with flashmoe_mlx.load(pack, **options) as engine:
         if launches is not None:
             launches.clear()
@@ -133,7 +133,7 @@ def hybrid(slots_a_layer: int, **options: Any) -> dict[str, Any]:
 )
 def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.metal(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
-        launches.clear()  # those of the checks
+        launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS)
         assert engine.setup["kernels"]["gated_delta_net of prompts"] == "mx.fast.gated_delta_update"
@@ -153,7 +153,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
         filled = "fill_slots" in launches  # stores that keep everything fill their slots once, when they are opened
-        launches.clear()  # those of the checks
+        launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
         assert "custom kernel dense_experts" in engine.setup["kernels"].values()

@@ -1,4 +1,4 @@
-"""Kernels are checked at load, on every code path that a model takes, and the report says what runs."""
+"""Kernels are checked at load, on every code path that a model takes, and reports name the implementations that run."""
 
 import json
 import logging

@@ -198,7 +198,8 @@ def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: m
     check(cases.attention(geometry, dtype, context=context, tokens=tokens))
 
 
-# Heads, kv heads, dimensions and rotated ones: full and half rows of a product, few and odd heads a key, other widths.
+# Heads, kv heads, dimensions, rotated dimensions: full and half rows of a product, few and odd heads per key, other
+# widths.
 ATTENTIONS = [(32, 2, 256, 64), (16, 2, 256, 64), (10, 2, 256, 128)]
 ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
 

@@ -1,4 +1,4 @@
-"""The checker runs right kernels right and catches every planted fault."""
+"""The checker runs correct kernels correctly and detects every planted fault."""
 
 import metal_on_cpu
 import mlx.core as mx

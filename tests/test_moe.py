@@ -254,7 +254,7 @@ def difference(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 def test_rows_together_are_rows_alone(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
-    """Few and many tokens, in several groups of slots. Every token uses all experts: rounding could turn a choice."""
+    """Few and many tokens, in several groups of slots. Every token uses all experts: rounding could change a choice."""
     with device(), flashmoe_mlx.load(tiny_pack, slots=5, experts_k=TINY.num_experts) as engine:
         block = block_of(engine)
         for tokens in (2, FEW_ON_CUDA + 2):
@@ -267,7 +267,7 @@ def test_rows_together_are_rows_alone(
 def test_every_strategy_computes_the_block_by_its_definition(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
-    k = TINY.num_experts if tolerance == ROUNDED else None  # rounded scores could turn a choice
+    k = TINY.num_experts if tolerance == ROUNDED else None  # rounded scores could change a choice
     with device(), flashmoe_mlx.load(tiny_pack, slots=13 if k is None else 16, experts_k=k) as engine:
         block = block_of(engine, 2)
         for tokens in (1, FEW_ON_CUDA, FEW_ON_CUDA + 5):
@@ -278,7 +278,7 @@ def test_every_strategy_computes_the_block_by_its_definition(
 @needs_extension
 @pytest.mark.parametrize("slots", [4, 9, 16])
 def test_kernels_for_cpus_give_a_row_the_same_bits_beside_other_rows(slots: int, tiny_pack: Path) -> None:
-    """Up to the number of tokens above which they multiply in another way."""
+    """Above some number of tokens, the kernels multiply in a different way; all smaller numbers are tested."""
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
         for block in (layer.experts for layer in engine.model.layers):
             for tokens in range(2, native.few_tokens() + 1):

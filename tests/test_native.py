@@ -363,7 +363,7 @@ WRONG_VARIABLES = [
 
 @pytest.fixture
 def fresh_extension(extension: ModuleType) -> Iterator[None]:
-    """Have the variables read again, here and after the test."""
+    """Read the environment variables again, here and after the test."""
     native.extension.cache_clear()
     yield
     native.extension.cache_clear()

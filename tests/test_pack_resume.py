@@ -127,7 +127,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
     for _ in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as packer:
             assert packer.stdout is not None
-            packer.stdout.readline()  # all imports are done
+            packer.stdout.readline()  # all modules have been imported
             time.sleep(delays.uniform(0, usual))
             packer.send_signal(signal.SIGKILL)
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2])

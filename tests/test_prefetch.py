@@ -92,7 +92,7 @@ def test_previous_token_hints_what_the_layer_chose_last(tiny_pack: Path, monkeyp
     assert [name for name, _, _ in calls] == ["fetch", "prefetch"] * 2 * LAYERS
     for number, (_, layer, experts) in enumerate(call for call in calls if call[0] == "prefetch"):
         assert layer == (number + 1) % LAYERS
-        if number >= LAYERS - 1:  # the layer's choice for the token before is among the calls
+        if number >= LAYERS - 1:  # the layer's choice for the previous token is among the calls
             assert sorted(experts) == decoded[number + 1 - LAYERS][2]
 
 
@@ -228,7 +228,7 @@ def test_the_next_router_guesses_for_every_sequence() -> None:
 
 
 def test_sequences_come_and_go() -> None:
-    """The experts of the token before belong to the sequence, whichever sequences run beside it."""
+    """The experts of the previous token belong to the sequence, whichever sequences run beside it."""
     store = HintedStore()
     prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]
     first, second, x = Guesses(), Guesses(), mx.zeros((1, 6))
@@ -237,7 +237,7 @@ def test_sequences_come_and_go() -> None:
     step(prefetcher, [second], x, chosen([4, 5]), chosen([0, 1]))
     assert store.hints == [
         (0, [0, 1]),  # after the first step, for the first sequence
-        (1, [2, 3]),  # the second sequence has no token before
+        (1, [2, 3]),  # the second sequence has no previous token
         (0, [4, 0, 5, 1]),
         (1, [1, 2]),
         (0, [4, 5]),

@@ -1,4 +1,4 @@
-"""The choice of a token: filters, penalties, what a model publishes, and logits by which none can be chosen."""
+"""The choice of a token: filters, penalties, published options, and logits from which no token can be chosen."""
 
 import json
 import math
@@ -28,7 +28,7 @@ def test_filters_leave_what_they_should(temperature: float, options: dict[str, A
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
     order = np.argsort(-scaled)
     probabilities = np.exp(scaled[order]) / np.exp(scaled).sum()
-    # The definition, one token after the other.
+    # The definition, token by token.
     kept = list(zip(order.tolist(), probabilities.tolist(), strict=True))[: options.get("top_k") or None]
     kept = [(token, p / sum(p for _, p in kept)) for token, p in kept]
     if "top_p" in options:
@@ -108,7 +108,7 @@ def history(logits: list[float], prompt: list[int], generated: list[int]) -> Tok
 @settings(deadline=None)
 @given(sequences(), st.floats(0.01, 100))
 def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], penalty: float) -> None:
-    """As transformers defines it: over the prompt and what was generated, however often."""
+    """As transformers defines it: each token of the prompt and the answer is penalized once."""
     logits, prompt, generated = sequence
     expected = list(logits)
     for token in {*prompt, *generated}:
@@ -116,13 +116,13 @@ def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], 
     before = np.array(logits)
     found = RepetitionPenalty(penalty)(before, history(*sequence))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_array_equal(before, logits)  # the argument is left alone
+    np.testing.assert_array_equal(before, logits)  # the argument is not changed
 
 
 @settings(deadline=None)
 @given(sequences(), st.floats(-2, 2), st.floats(-2, 2))
 def test_count_penalties(sequence: tuple[list[float], list[int], list[int]], presence: float, frequency: float) -> None:
-    """As vLLM defines them: logits -= frequency * count, logits -= presence * (count > 0), over what was generated."""
+    """As vLLM defines them: logits -= frequency * count, logits -= presence * (count > 0), over generated tokens."""
     logits, _, generated = sequence
     expected = [
         value - frequency * generated.count(token) - presence * (token in generated)
@@ -159,7 +159,7 @@ def test_greedy_with_penalties(
         generated.append(chosen)
 
 
-# What a model publishes
+# Published options
 
 
 def published(folder: Path, content: object) -> PublishedSampling:

@@ -1,4 +1,4 @@
-"""Several sequences in one pass: the tokens of each are those that it has alone."""
+"""Several sequences in one pass: each sequence gets the same tokens as it gets alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def begin(engine: Engine, prompt: list[int], **options: Any) -> Sequence:
 
 
 def run_together(engine: Engine, sequences: list[Sequence]) -> None:
-    """Prefill each sequence, then decode all that are not finished in one pass a token."""
+    """Prefill each sequence, then decode all unfinished sequences together, one pass per token."""
     runner = engine.runner
     with runner.exclusive():
         for sequence in sequences:

@@ -1,4 +1,4 @@
-"""Stop strings: found wherever a text is cut into pieces."""
+"""Stop strings are found however a text is divided into pieces."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from flashmoe_mlx.generation.stopping import StopStrings
 
 
 def stopped(pieces: Sequence[str], stop: Sequence[str]) -> tuple[str, str | None]:
-    """Return the text that comes out of ``pieces``, and the stop string that ended it."""
+    """Return the text before a stop string in ``pieces``, and the stop string that ended it."""
     search = StopStrings(stop)
     text = "".join([search.add(piece) for piece in pieces])
     return (text if search.found else text + search.finish()), search.found
 
 
 def plainly(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
-    """Compute the same, character by character."""
+    """Compute the result of ``stopped`` character by character."""
     for end in range(1, len(text) + 1):
         found = [one for one in stop if text[:end].endswith(one)]
         if found:

@@ -46,5 +46,5 @@ def _rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
 
 @cache
 def _periods(frequencies: tuple[float, ...]) -> mx.array:
-    """Return positions per radian of each pair, which MLX calls frequencies."""
+    """Return the positions per radian of each pair, which MLX calls frequencies."""
     return mx.array(1.0 / np.array(frequencies), mx.float32)

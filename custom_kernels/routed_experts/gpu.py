@@ -96,7 +96,7 @@ def can_fuse_shared_expert(shared: ExpertWeights, form: ExpertFormat) -> bool:
 
 def code_path(
     x: mx.array,
-    slab: mx.array,  # noqa: ARG001  # the operation's
+    slab: mx.array,  # noqa: ARG001  # the signature of the operation
     rows: mx.array,  # noqa: ARG001
     routing_weights: mx.array,
     form: ExpertFormat,
@@ -104,7 +104,8 @@ def code_path(
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
-    On one machine, these phrases and the sizes of a model decide between one dispatch and two, and on tensor cores.
+    On a given machine, these phrases and the sizes of a model determine the number of dispatches and whether tensor
+    cores are used.
     """
     if len(x) > most_tokens() or not supports(form, x.dtype):
         return None

@@ -13,7 +13,7 @@ Scores = npt.NDArray[np.float64]
 
 
 def checked_logits(logits: Logits) -> Logits:
-    """Return ``logits`` [..., vocabulary] if a token can be chosen by them.
+    """Return ``logits`` [..., vocabulary] if a token can be chosen from them.
 
     -inf is allowed and excludes a token, as long as another token remains.
 

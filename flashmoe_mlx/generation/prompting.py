@@ -35,16 +35,16 @@ def render_prompt(
     enable_thinking: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render ``prompt`` with ``template``; a string that is ``raw``, or for which there is no template, stays as it is.
+    """Render ``prompt`` with ``template``; return a ``raw`` string, or a string without a template, unchanged.
 
     Args:
         prompt: the user's message, or messages with "role" and "content".
         template: the model's chat template; None for a model without a template.
-        raw: whether to leave the template out.
+        raw: whether to skip the template.
         system: the system message.
         tools: declarations of functions, in the form of the OpenAI API.
-        enable_thinking: whether the model may think before it answers; None leaves it to the template. False is no
-            mistake for a model that never thinks.
+        enable_thinking: whether the model may think before it answers; None leaves it to the template. False is also
+            accepted for a model that never thinks.
         template_options: further variables of the template, such as ``{"reasoning_effort": "low"}``.
 
     Raises:
@@ -96,7 +96,7 @@ def render_prompt(
 
 
 def _check_text_only(messages: Sequence[Message]) -> None:
-    """Refuse images and the like: templates write marks for them that mean nothing without the image."""
+    """Refuse images and other media: templates replace them with marks that mean nothing without the media."""
     for index, message in enumerate(messages):
         parts = message.get("content") if isinstance(message, Mapping) else None
         found = find_non_text_part(parts, f"messages[{index}].content") if isinstance(parts, list | tuple) else ""
@@ -105,7 +105,7 @@ def _check_text_only(messages: Sequence[Message]) -> None:
 
 
 def _check_read(options: Mapping[str, Any], template: ChatTemplate) -> None:
-    """Refuse options that change nothing."""
+    """Refuse options that the template does not read."""
     for name in options:
         if name != _THINKING and not template.reads(name):
             known = ", ".join(sorted(template.variables)) or "none"
@@ -139,7 +139,7 @@ def _options(enable_thinking: bool | None, template_options: Mapping[str, Any] |
         if name in _RESERVED:
             raise InputError(f"template_options.{name} cannot be set: {_RESERVED[name]}", code=_INVALID)
     for value in (enable_thinking, options.get(_THINKING)):
-        if not isinstance(value, bool | None):  # templates compare with true and false, and take "no" for neither
+        if not isinstance(value, bool | None):  # templates compare with true and false, and "no" equals neither of them
             raise InputError(f"enable_thinking={value!r}: must be true, false or null", code=_INVALID)
     if enable_thinking is None:
         return options

@@ -19,11 +19,11 @@ _MOST_STOPS = 64
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt in tokens, and how to answer it.
+    """A tokenized prompt, and the options of its answer.
 
     Attributes:
         prompt_ids: the tokens of the prompt, all of them in the vocabulary.
-        sampling: how tokens are chosen.
+        sampling: the sampling options.
         max_tokens: the largest number of tokens to generate, thinking included.
         seed: makes the draws repeatable; None for different draws each time.
         stop_ids: tokens that end the answer, such as the model's end of text.
@@ -70,7 +70,7 @@ class Request:
 
 
 def checked_chunk(prefill_chunk: int | None) -> int:
-    """Return the number of tokens in a chunk, for None the default.
+    """Return the number of tokens in a chunk; None stands for the default.
 
     Raises:
         InputError: it is not a positive integer; code "invalid_prefill_chunk".

@@ -72,7 +72,7 @@ class Runner:
         """Process the prompt of a waiting ``sequence``, in chunks, and choose its first token.
 
         Raises:
-            FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot go on then.
+            FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot continue afterwards.
         """
         tokens, size = sequence.request.prompt_ids, sequence.request.prefill_chunk
         layers = self.model.config.num_layers
@@ -100,11 +100,12 @@ class Runner:
     def decode(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose the next token of each.
 
-        All of them must be decoding. The tokens of a sequence do not depend on its company. A cancelled sequence ends
-        before the pass or, if all are cancelled, at the next layer.
+        All sequences must be decoding. The tokens of a sequence do not depend on the other sequences. A cancelled
+        sequence ends before the pass or, if all are cancelled, at the next layer.
 
         Raises:
-            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can go on then.
+            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can continue
+                afterwards.
         """
         for sequence in sequences:
             if sequence.cancelled:
@@ -141,7 +142,7 @@ class Runner:
 
         Raises:
             InputError: an earlier pass over this sequence failed; code "broken_sequence".
-            FlashMoeError: an expert cannot be read, or the logits are no numbers (code "bad_logits").
+            FlashMoeError: an expert cannot be read, or a logit is NaN or +inf (code "bad_logits").
         """
         return self._logits(self._hidden([token_ids], [cache], [guesses], decoding), [cache])
 
@@ -153,10 +154,10 @@ class Runner:
         decoding: bool,
         before_layer: Callable[[int], None] | None = None,
     ) -> mx.array:
-        """Compute the hidden states [T, hidden] of the new tokens of each sequence; the end stays lazy."""
+        """Compute the hidden states [T, hidden] of the new tokens of each sequence; the last operations stay lazy."""
         if any(cache.broken for cache in caches):
             raise InputError(
-                "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
+                "a pass over this sequence failed halfway: begin again with new_cache()", code="broken_sequence"
             )
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)

@@ -85,7 +85,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int, fraction
         text: the text model's part of a ``config.json``.
         head_dim: the width of a head.
         max_context: the context in tokens.
-        fraction: the part of a head that is rotated, where the config does not say.
+        fraction: the rotated part of a head if the config does not state it.
 
     Raises:
         CheckpointError: settings are missing, malformed, out of range or contradictory, or the kind is neither

@@ -18,7 +18,7 @@ class ExpertsInPlace:
     Attributes:
         kernel: as ``routed_experts.reference.routed_experts``.
         form: the format of the records.
-        fuse_shared: whether ``kernel`` takes the shared expert along.
+        fuse_shared: whether ``kernel`` also applies the shared expert.
     """
 
     kernel: Callable[..., mx.array]

@@ -33,7 +33,7 @@ class RoutedExperts(Protocol):
             residual: the residual stream [T, hidden].
             routing: the experts of each token and their weights.
             shared: the expert that every token uses.
-            groups: the chosen experts, to be fetched in turn.
+            groups: the chosen experts, to be fetched group by group.
 
         Returns:
             [T, hidden] in the dtype of ``residual``.
@@ -66,8 +66,8 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
     Args:
         kernels: the implementations that the model runs.
         layout: the layout of the layer's records.
-        dtype: of activations.
-        shared: the layer's shared expert, which a kernel may take along.
+        dtype: the type of activations.
+        shared: the layer's shared expert, which a kernel may also apply.
     """
     form = expert_format(layout)
     if form is None:

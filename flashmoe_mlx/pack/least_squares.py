@@ -2,8 +2,8 @@
 
 ``mx.quantize`` spreads its codes from the smallest to the largest value of a group. With few bits this wastes codes on
 the extremes: for 64 normal numbers in 2 bits, the best four levels span about six tenths of the range. This module
-starts from several ranges, narrowed toward the middle. From each it improves codes and (scale, bias) in turn: first the
-nearest codes, then the line of least squares through the values of each code. This is Lloyd's method with levels at
+starts from several ranges, narrowed toward the middle. From each it improves codes and (scale, bias) alternately: first
+the nearest codes, then the line of least squares through the values of each code. This is Lloyd's method with levels at
 equal distances. The best result for each group is kept, including that of ``mx.quantize``.
 """
 
