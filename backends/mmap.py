@@ -151,7 +151,7 @@ class _Mapping:
         while code in (errno.EINTR, errno.EAGAIN):
             code = madvise(self._address(extent), extent.nbytes, MADV_POPULATE_READ)
         if code not in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14, which reads pages when they are touched
-            raise OSError(code, "the pages cannot be read (I/O error, or the file was cut short)")
+            raise OSError(code, "the pages cannot be read (I/O error, or the file was truncated)")
 
     def _address(self, extent: Extent) -> int:
         return self._bytes.ctypes.data + extent.offset

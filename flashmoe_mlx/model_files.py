@@ -72,7 +72,7 @@ def open_model(folder: Path) -> ModelFiles:
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():
         raise InputError(
-            f"{folder}: packing did not finish; run the same task=pack command again, it resumes",
+            f"{folder}: packing did not finish; run the same task=pack command again to resume",
             code="unfinished_pack",
         )
     if (folder / RESIDENT).exists():

@@ -396,7 +396,7 @@ except FlashMoeError as error:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.stderr == ""
         assert done.stdout == (
-            f"{out}: no space left (File too large); make room and run the same command again, it resumes\n"
+            f"{out}: no space left (File too large); make room and run the same command again to resume\n"
         )
     assert tree(pack_checkpoint(source, out, bits=[4, 2]).folder) == tree(expected.folder)
 

@@ -96,7 +96,7 @@ def refuse_other_arithmetic(
 ) -> None:
     """Refuse the config of a text model if a field asks for arithmetic that this package does not do.
 
-    An unknown field is refused if its name speaks of arithmetic and its value does not turn the feature off; any other
+    An unknown field is refused if its name suggests arithmetic and its value does not turn the feature off; any other
     unknown field is ignored.
 
     Args:
@@ -112,7 +112,7 @@ def refuse_other_arithmetic(
         value = text.get(name)
         if value is not None and not any(_same(value, choice) for choice in supported):
             choices = " or ".join(shown(choice) for choice in supported)
-            raise _other(f"{name} is {shown(value)}; this version computes with {choices} alone")
+            raise _other(f"{name} is {shown(value)}; this version supports only {choices}")
     if not _off(text.get("mlp_only_layers")):
         raise _other("mlp_only_layers: layers without experts are not supported")
     if not _off(text.get("use_sliding_window")):

@@ -30,7 +30,7 @@ def checked_logits(logits: Logits) -> Logits:
         found = "hold +inf" if np.isposinf(highest).any() else "make every token impossible (all are -inf)"
     raise FlashMoeError(
         f"the model's logits {found}: its weights are damaged (task=pack verify=true checks a pack), or a kernel is "
-        "wrong (task=doctor checks them; kernels=reference does without)",
+        "wrong (task=doctor checks them; kernels=reference avoids them)",
         code="bad_logits",
     )
 

@@ -63,7 +63,7 @@ def render_prompt(
             "enable_thinking or template_options": options,
         }
         unused = [name for name, value in given.items() if value]
-        why = "raw=true leaves the chat template out" if raw else "this model has no chat template"
+        why = "raw=true disables the chat template" if raw else "this model has no chat template"
         if unused:
             raise InputError(f"{unused[0]} needs a chat template, and {why}", code="no_chat_template")
         if not isinstance(prompt, str):
@@ -77,7 +77,7 @@ def render_prompt(
             raise InputError(f"system is of type {type(system).__name__}; give text", code="invalid_system")
         if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
             raise InputError(
-                "there is a system message among the messages already: leave out system=", code="invalid_system"
+                "the messages already contain a system message: leave out system=", code="invalid_system"
             )
         messages = [{"role": "system", "content": system}, *messages]
     _check_text_only(messages)
@@ -119,7 +119,7 @@ def _check_thinking(asked: bool, text: str) -> None:
     """Refuse ``asked`` unless ``text``, the output of a template without the option, happens to satisfy it."""
     thinks = text.rstrip().endswith(THINK)
     if asked != thinks:
-        why = "always lets the model think" if thinks else "has no thinking that could be switched on"
+        why = "always lets the model think" if thinks else "has no thinking to switch on"
         raise InputError(
             f"enable_thinking={asked} (thinking={json.dumps(asked)} on the command line): this model's chat template "
             f"{why}; leave it out",

@@ -51,7 +51,7 @@ class Runner:
         if self._lock.locked():
             raise EngineBusyError(
                 "the engine is busy with another call: it runs one forward pass at a time. Let threads take turns, "
-                "with a lock of yours around each step, or load an engine for each thread"
+                "with your own lock around each step, or load an engine for each thread"
             )
         return self._lock
 

@@ -188,7 +188,7 @@ class Sampler:
     ) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise InputError(
-                f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time",
+                f"seed={seed!r}: must be a whole number, at least 0, or null for a different draw each time",
                 code="invalid_sampling",
             )
         self._options = options

@@ -87,5 +87,5 @@ def quantization_of(
             if columns % group_size == 0 and columns * bits % 32 == 0 and (weight, scales) == (packed, groups):
                 return bits, group_size
     raise InputError(
-        f"{name}: weight {list(weight)} with scales {list(scales)} is no supported quantization of {list(dense)}"
+        f"{name}: weight {list(weight)} with scales {list(scales)} is not a supported quantization of {list(dense)}"
     )
