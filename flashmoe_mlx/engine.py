@@ -142,8 +142,8 @@ class Engine:
 
     def __repr__(self) -> str:
         config = self.model.config
-        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {self.setup['experts_k']} per
-        token>"
+        used = self.setup["experts_k"]
+        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {used} per token>"
 
     def __enter__(self) -> Self:
         return self

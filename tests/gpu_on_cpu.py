@@ -92,13 +92,13 @@ def _forget_kernels() -> None:
                     value.cache_clear()
 
 
-def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Replace ``function`` by ``other`` in every module of the package."""
+def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Replace ``function`` by ``replacement`` in every module of the package."""
     for name, module in list(sys.modules.items()):
         if name.startswith("flashmoe_mlx"):
             for attribute, value in list(vars(module).items()):
                 if value is function:
-                    monkeypatch.setattr(module, attribute, other)
+                    monkeypatch.setattr(module, attribute, replacement)
 
 
 def _in_f32(product: Callable[..., mx.array]) -> Callable[..., mx.array]:

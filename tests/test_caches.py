@@ -35,7 +35,7 @@ def test_a_snapshot_continues_as_the_sequence_does(engine: Engine) -> None:
     np.testing.assert_array_equal(continued(engine, snapshot, TOKENS[6:]), expected)
 
 
-def test_restore_leaves_the_snapshot_as_it_is(engine: Engine) -> None:
+def test_restore_does_not_change_the_snapshot(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.forward(TOKENS[:6], cache)
     snapshot = cache.snapshot()
@@ -57,7 +57,7 @@ def test_a_snapshot_of_nothing(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.forward(TOKENS, cache), expected)
 
 
-def test_a_broken_sequence_is_whole_after_restore(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restore_repairs_a_broken_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = engine.new_cache()
     engine.forward(TOKENS[:6], cache)
     snapshot = cache.snapshot()

@@ -151,7 +151,7 @@ def test_model_types_belong_to_one_family() -> None:
     assert len(set(model_types)) == len(model_types)
 
 
-def test_only_its_own_file_knows_a_family() -> None:
+def test_no_other_module_names_fields_of_a_family() -> None:
     """No other module has names of Qwen3.5-MoE's config.json; synthetic models import their family."""
     allowed = {"models/qwen3_5_moe.py", "models/other_models.py"}
     package = ROOT / "flashmoe_mlx"

@@ -11,7 +11,7 @@ def random_bytes(seed: int, count: int, size: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, 256, (count, size), np.uint8))
 
 
-def test_the_reference() -> None:
+def test_the_reference_overwrites_the_given_rows() -> None:
     slots = [4, 0]
     slab, records = random_bytes(0, 5, 32), random_bytes(1, 3, 32)
     expected = np.array(slab)

@@ -79,7 +79,7 @@ def test_a_module_imports_from_its_own_floor_and_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "backends"])
-def test_a_backend_imports_formats_and_stores_alone(name: str) -> None:
+def test_a_backend_imports_only_formats_and_stores(name: str) -> None:
     assert {room(target) for target in imports(name)} <= ALLOWED_FROM_BACKENDS
 
 

@@ -166,7 +166,7 @@ def test_interleaved_generations_keep_their_answers_and_measurements(tiny_pack: 
                     open_ones.remove(index)
                 else:
                     found[index] += piece.token_ids
-        assert [(tokens, counts(one)) for tokens, one in zip(found, generations, strict=True)] == alone
+        assert [(tokens, counts(generation)) for tokens, generation in zip(found, generations, strict=True)] == alone
 
 
 # Cancellation and progress
@@ -370,7 +370,7 @@ def test_guesses_are_counted_by_phase(
 
 
 @pytest.mark.parametrize(("value", "place"), [(np.nan, 3), (np.inf, 3), (-np.inf, slice(None))])
-def test_bad_logits_are_refused_everywhere(
+def test_bad_logits_are_refused_by_every_caller(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, value: float, place: int | slice
 ) -> None:
     compute = Model.logits
@@ -409,7 +409,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(spoken))
 
 
-def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thinking_is_separated_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with flashmoe_mlx.load(thinking_model) as engine:
         text = "Let me see.\n</think>\n\nIt is 4."
         spoken = engine.tokenizer.encode(text)
@@ -556,7 +556,7 @@ def test_a_second_system_message(engine: Engine) -> None:
     assert raised.value.code == "invalid_system"
 
 
-def test_a_model_without_a_template_says_so(tmp_path: Path, engine: Engine) -> None:
+def test_a_missing_template_is_reported(tmp_path: Path, engine: Engine) -> None:
     assert "chat template" not in (engine.setup["note"] or "")
     with flashmoe_mlx.load(checkpoint(tmp_path / "model")) as bare:
         assert "this model has no chat template" in bare.setup["note"]
@@ -573,7 +573,7 @@ def test_a_model_without_a_template_says_so(tmp_path: Path, engine: Engine) -> N
 # Sampling as the model publishes it
 
 
-def test_a_model_samples_as_it_publishes(tmp_path: Path) -> None:
+def test_published_sampling_is_the_default(tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95}
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", settings=settings)) as engine:
 

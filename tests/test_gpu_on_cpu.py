@@ -77,7 +77,7 @@ def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic_pack("whole-chunks", WHOLE_CHUNKS, tmp_path_factory.mktemp("cache")).folder
 
 
-def said(
+def compute_logits(
     pack: Path,
     prompt: Sequence[int] = PROMPT,
     steps: Sequence[int] = STEPS,
@@ -103,7 +103,7 @@ def difference(got: Logits, expected: Logits) -> float:
 @pytest.fixture(scope="module")
 def expected(tiny_pack: Path) -> Logits:
     """The logits of the references on a CPU."""
-    return said(tiny_pack, kernels="reference")
+    return compute_logits(tiny_pack, kernels="reference")
 
 
 def ran(launches: Launches, *kernels: str) -> bool:
@@ -165,14 +165,14 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
 @pytest.mark.parametrize("slots", [5, 16])
-def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tiny_pack: Path) -> None:
+def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: int, tiny_pack: Path) -> None:
     """In bf16, the type of scales. Every token uses all experts, because rounding a score may change a choice."""
     options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}
     with device() as launches:
-        got = said(tiny_pack, launches=launches, **options)
+        got = compute_logits(tiny_pack, launches=launches, **options)
         assert ran(launches, *SHARED)
         assert ran(launches, *SPLIT) == (slots < TINY.num_experts), "the first group takes it along"
-        rounded = said(tiny_pack, kernels="reference", **options)
+        rounded = compute_logits(tiny_pack, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
 
@@ -193,18 +193,18 @@ def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tin
 def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) -> None:
     options = {"backend": "resident", "prompt": PROMPT[:2], "steps": STEPS[:2]}
     with gpu_on_cpu.cuda(gpu=gpu) as launches:
-        got = said(whole_chunks, launches=launches, **options)
+        got = compute_logits(whole_chunks, launches=launches, **options)
         assert ran(launches, *kernels)
-        rounded = said(whole_chunks, kernels="reference", **options)
+        rounded = compute_logits(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
     pack = synthetic_pack("long", replace(TINY, max_context=512), tmp_path).folder
     prompt = (PROMPT * 13)[:254]
-    expected = said(pack, prompt=prompt, kernels="mlx")
+    expected = compute_logits(pack, prompt=prompt, kernels="mlx")
     with gpu_on_cpu.metal(mx.float32):
-        assert difference(said(pack, prompt=prompt), expected) < EXACT
+        assert difference(compute_logits(pack, prompt=prompt), expected) < EXACT
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])

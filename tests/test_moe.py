@@ -86,12 +86,12 @@ def test_the_router_chooses_the_best_experts_by_mlx_and_by_numpy(drawn: tuple[Fl
     np.testing.assert_allclose(all_weights[:, -1], 0.5)
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("by_numpy", [False, True])
 @pytest.mark.parametrize("logit", [-200.0, -3.0, 0.0, 3.0, 200.0])
-def test_the_shared_expert_is_weighted_by_a_sigmoid(on_host: bool, logit: float) -> None:
+def test_the_shared_expert_is_weighted_by_a_sigmoid(by_numpy: bool, logit: float) -> None:
     x = mx.array([[2.0, 1.0, 0.0, logit]])
     made = router_of_scores(3, 2)
-    router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, on_host=on_host)
+    router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
     routing = router.route(x, PhaseClock())
     expected = 1 / (1 + np.exp(-logit))
     assert routing.experts.tolist() == [[0, 1]]
@@ -101,10 +101,10 @@ def test_the_shared_expert_is_weighted_by_a_sigmoid(on_host: bool, logit: float)
     np.testing.assert_array_equal(np.array(routing.all_weights)[:, -1:], np.array(routing.shared_weight))
 
 
-def test_the_router_evaluates_what_it_is_given_in_the_same_wait() -> None:
-    for on_host in (False, True):
+def test_the_router_evaluates_further_arrays_in_the_same_wait() -> None:
+    for by_numpy in (False, True):
         made = router_of_scores(3, 2)
-        router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, on_host=on_host)
+        router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
         clock = PhaseClock(split=True)
         router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), clock, mx.arange(3) + 1)
         assert list(clock.seconds) == ["router_wait"]
@@ -251,7 +251,7 @@ def difference(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 @on_every_device
-def test_rows_together_are_rows_alone(
+def test_several_rows_equal_single_rows(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
     """Few and many tokens, in several groups of slots. Every token uses all experts: rounding could change a choice."""

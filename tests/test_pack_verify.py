@@ -84,7 +84,7 @@ def test_a_flipped_bit_in_another_file(folder: Path, name: str) -> None:
     assert name in str(caught.value)
 
 
-def test_a_large_file_is_left_to_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_verification_reads_a_large_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashmoe_mlx.pack.listed_files._MAX_HASHED", 1000)
     path = folder / "resident.safetensors"
     flip(path, path.stat().st_size - 1)

@@ -78,11 +78,11 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     [(None, 96), (64, 96), (7, 29), (1, 12)],  # small chunks take long; test_oracle.py tests all of them
     ids=["one-shot", "chunks-of-64", "chunks-of-7", "chunks-of-1"],
 )
-def test_prefill(opened: Opened, chunk: int | None, tokens: int) -> None:
+def test_prefill_equals_transformers(opened: Opened, chunk: int | None, tokens: int) -> None:
     opened.check(opened.engine.logits(opened.recording.tokens[:tokens], prefill_chunk=chunk))
 
 
-def test_cached_decode(opened: Opened) -> None:
+def test_cached_decode_equals_transformers(opened: Opened) -> None:
     tokens, cache = opened.recording.tokens, opened.engine.new_cache()
     opened.check(opened.engine.forward(tokens[:PROMPT_LENGTH], cache))
     steps = range(PROMPT_LENGTH, PROMPT_LENGTH + DECODE_STEPS)

@@ -81,7 +81,9 @@ def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str, monkeypatch
     assert all(found == tokens["none"] for found in tokens.values())
 
 
-def test_previous_token_hints_what_the_layer_chose_last(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previous_token_hints_the_previous_choice_of_the_layer(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with flashmoe_mlx.load(tiny_pack, prefetch="previous_token") as engine:
         cache = engine.new_cache()
         engine.forward([1, 2], cache)
@@ -111,7 +113,9 @@ def test_early_router_hints_each_layer_before_its_mixer(tiny_pack: Path, monkeyp
         assert sorted(hint[2]) == fetch[2]
 
 
-def test_next_router_is_the_next_layers_own_router(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_router_guesses_with_the_router_of_the_next_layer(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without this layer's experts and the next layer's mixer, the guess would be the choice itself."""
     with flashmoe_mlx.load(tiny_pack, prefetch="next_router") as engine:
         cache = engine.new_cache()
@@ -227,7 +231,7 @@ def test_the_next_router_guesses_for_every_sequence() -> None:
     assert (second.predicted, second.correct) == (2, 0)
 
 
-def test_sequences_come_and_go() -> None:
+def test_sequences_may_start_and_end_at_any_step() -> None:
     """The experts of the previous token belong to the sequence, whichever sequences run beside it."""
     store = HintedStore()
     prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ Logits = npt.NDArray[np.float32]
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7, "min_p": 0.1}]
 )
-def test_filters_leave_what_they_should(temperature: float, options: dict[str, Any]) -> None:
+def test_filters_keep_the_tokens_of_their_definition(temperature: float, options: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).normal(0, 4, 50).astype(np.float32)
     with np.errstate(over="ignore"):
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
@@ -58,7 +58,7 @@ def test_filters_leave_what_they_should(temperature: float, options: dict[str, A
         ([[0, 1], [-np.inf, -np.inf]], "every token impossible"),
     ],
 )
-def test_logits_by_which_no_token_can_be_chosen(logits: Any, reason: str) -> None:
+def test_logits_without_a_possible_token_are_refused(logits: Any, reason: str) -> None:
     array = np.array(logits, np.float32)
     calls: list[Any] = [checked_logits]
     if array.ndim == 1:
@@ -199,7 +199,7 @@ QWEN = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95, "eos_
          "greedy, presence_penalty -1, frequency_penalty 0.5 (model's own)"),
     ],
 )  # fmt: skip
-def test_the_models_own_and_what_is_asked_for(
+def test_published_and_requested_options(
     tmp_path: Path, content: dict[str, Any], asked: dict[str, Any], options: dict[str, Any], description: str
 ) -> None:
     chosen = published(tmp_path, content).choose(**asked)
@@ -234,7 +234,7 @@ def test_malformed_values_of_a_file_are_refused(tmp_path: Path, key: str, value:
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"temperature": NaN}', '{"temperature": Infinity}', '{"top_p": -Infinity}']
 )
-def test_files_that_are_no_settings(tmp_path: Path, text: str) -> None:
+def test_files_that_hold_no_settings(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"generation_config\.json"):
         published(tmp_path, text)
 

@@ -19,7 +19,7 @@ def stopped(pieces: Sequence[str], stop: Sequence[str]) -> tuple[str, str | None
 def plainly(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
     """Compute the result of ``stopped`` character by character."""
     for end in range(1, len(text) + 1):
-        found = [one for one in stop if text[:end].endswith(one)]
+        found = [string for string in stop if text[:end].endswith(string)]
         if found:
             longest = max(found, key=len)
             return text[: end - len(longest)], longest
@@ -41,7 +41,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(pieces: list[st
         if search.found is not None:
             break
         rest = "".join(pieces[: number + 1])[len(given_out) :]
-        assert rest == "" or any(one.startswith(rest) for one in stop)
+        assert rest == "" or any(string.startswith(rest) for string in stop)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(pieces: list[st
         (["é"], "café!", ("caf", "é")),
     ],
 )
-def test_examples(stop: list[str], text: str, expected: tuple[str, str | None]) -> None:
+def test_stop_strings_by_hand(stop: list[str], text: str, expected: tuple[str, str | None]) -> None:
     assert stopped(list(text), stop) == expected
     assert stopped([text], stop) == expected
 

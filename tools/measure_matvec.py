@@ -91,7 +91,7 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
     wide = [(w, s.astype(mx.float32), b.astype(mx.float32)) for w, s, b in sets[:4]]
     x = mx.array(random.standard_normal((1, columns), np.float32))
     mx.eval(x, wide)
-    shares = [[part for one in sets for part in _share(one, number, threads)] for number in range(threads)]
+    shares = [[part for matrix in sets for part in _share(matrix, number, threads)] for number in range(threads)]
 
     def ours() -> int:
         for weight, scales, biases in sets:
@@ -116,13 +116,13 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
             start = time.perf_counter()
             calls = sides[name]()
             found[name].append((time.perf_counter() - start) / calls)
-    share = [other / own for own, other in zip(found["ours"], found["plain"], strict=True)]
-    ratio = [other / own for own, other in zip(found["ours"], found["mlx"], strict=True)]
-    own = [1e6 * one for one in found["ours"]]
+    share = [plain_time / own_time for own_time, plain_time in zip(found["ours"], found["plain"], strict=True)]
+    ratio = [mlx_time / own_time for own_time, mlx_time in zip(found["ours"], found["mlx"], strict=True)]
+    microseconds = [1e6 * seconds for seconds in found["ours"]]
     cells = (
         f"{rows}x{columns}, {bits}",
-        _shown(own, ".0f"),
-        f"{nbytes / median(own) / 1e3:.1f}",
+        _shown(microseconds, ".0f"),
+        f"{nbytes / median(microseconds) / 1e3:.1f}",
         _shown(share, ".2f"),
         f"{1e6 * median(found['mlx']):.0f}",
         _shown(ratio, ".0f"),

@@ -54,12 +54,12 @@ def is_shard_name(name: Any) -> bool:
     return isinstance(name, str) and name.isprintable() and "/" not in name and name.endswith(".safetensors")
 
 
-def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> CheckpointError:
+def nothing_here(folder: Path, problem: str, code: str, remedy: str = "") -> CheckpointError:
     """Return the error for a folder without a model.
 
     Args:
         folder: the folder.
-        what: the missing files, for the message.
+        problem: the missing files.
         code: the code of the error; files in an unreadable format have a code of their own.
         remedy: the advice if the content of the folder suggests none.
     """
@@ -70,7 +70,7 @@ def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> Checkp
     if other is not None:
         return CheckpointError(f"{folder}: weights in {other} cannot be read; {USE_INSTEAD}", code="unsupported_format")
     instead = _found_instead(folder, names) or remedy
-    return CheckpointError(f"{folder}: {what}{instead and f'; {instead}'}", code=code)
+    return CheckpointError(f"{folder}: {problem}{instead and f'; {instead}'}", code=code)
 
 
 def broken_link(path: Path) -> CheckpointError:

@@ -112,11 +112,11 @@ def refuse_other_arithmetic(
         value = text.get(name)
         if value is not None and not any(_same(value, choice) for choice in supported):
             choices = " or ".join(shown(choice) for choice in supported)
-            raise _other(f"{name} is {shown(value)}; this version supports only {choices}")
+            raise _unsupported(f"{name} is {shown(value)}; this version supports only {choices}")
     if not _off(text.get("mlp_only_layers")):
-        raise _other("mlp_only_layers: layers without experts are not supported")
+        raise _unsupported("mlp_only_layers: layers without experts are not supported")
     if not _off(text.get("use_sliding_window")):
-        raise _other("use_sliding_window: attention over a window is not supported")
+        raise _unsupported("use_sliding_window: attention over a window is not supported")
     no_windows = "use_sliding_window" in text
     known = {*fixed, *read, *_READ_ELSEWHERE, *(_OF_WINDOWS if no_windows else ())}
     for name, value in text.items():
@@ -124,7 +124,9 @@ def refuse_other_arithmetic(
             continue
         if any(_ARITHMETIC.fullmatch(word) for word in (name.lower(), *re.findall("[a-z0-9]+", name.lower()))):
             called = name if name.isidentifier() else shown(name)
-            raise _other(f"{called} is {shown(value)}; this version does not know that field, which may change results")
+            raise _unsupported(
+                f"{called} is {shown(value)}; this version does not know that field, which may change results"
+            )
 
 
 def _off(value: Any) -> bool:
@@ -143,9 +145,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _refused(what: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {what}", code="invalid_config")
+def _refused(problem: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {problem}", code="invalid_config")
 
 
-def _other(what: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {what}; use mlx-lm for this model", code="unsupported_arithmetic")
+def _unsupported(problem: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {problem}; use mlx-lm for this model", code="unsupported_arithmetic")

@@ -39,8 +39,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             held = False
         except OSError as error:
             raise PackError(
-                f"{folder}: this filesystem has no file locks ({error.strerror}); choose a folder on another
-                filesystem", code="no_file_locks",
+                f"{folder}: this filesystem has no file locks ({error.strerror}); choose another filesystem",
+                code="no_file_locks",
             ) from error
         if not held:
             raise PackError(f"{folder}: another process is writing this pack; wait until it ends", code="pack_in_use")

@@ -76,9 +76,7 @@ def render_prompt(
         if not isinstance(system, str):
             raise InputError(f"system is of type {type(system).__name__}; give text", code="invalid_system")
         if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
-            raise InputError(
-                "the messages already contain a system message: leave out system=", code="invalid_system"
-            )
+            raise InputError("the messages already contain a system message: leave out system=", code="invalid_system")
         messages = [{"role": "system", "content": system}, *messages]
     _check_text_only(messages)
     declared = None if tools is None else checked_tools(tools)

@@ -57,8 +57,8 @@ class Request:
         checked_chunk(self.prefill_chunk)
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             raise InputError(
-                f"logprobs={self.logprobs!r}: must be a whole number, 0 for only the chosen token, or None for no log
-                probabilities", code="invalid_logprobs",
+                f"logprobs={self.logprobs!r}: must be a whole number (0 for only the chosen token) or None",
+                code="invalid_logprobs",
             )
         if len(self.stop) > _MOST_STOPS:
             raise InputError(f"stop: {len(self.stop)} texts; at most {_MOST_STOPS} are allowed", code="invalid_stop")

@@ -248,7 +248,7 @@ class MoeBlock:
             experts_k,
             weights.linear(f"{prefix}mlp.shared_expert_gate"),
             kernels.rms_norm,
-            on_host=isinstance(strategy, ExpertsOnHost),
+            by_numpy=isinstance(strategy, ExpertsOnHost),
         )
         return MixtureOfExperts(layer, store, router, shared, strategy)
 

@@ -42,7 +42,7 @@ class Router:
         experts_k: routed experts for each token.
         shared_gate: the logit of the shared expert's weight.
         rms_norm: an implementation of the norm.
-        on_host: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
+        by_numpy: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
             a further operation to a thread than for the operation.
     """
 
@@ -52,7 +52,7 @@ class Router:
     experts_k: int
     shared_gate: Linear
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
-    on_host: bool = False
+    by_numpy: bool = False
 
     def normalize(self, residual: mx.array) -> mx.array:
         """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
@@ -67,7 +67,7 @@ class Router:
 
         ``also`` is evaluated in the same wait.
         """
-        if self.on_host:
+        if self.by_numpy:
             with clock.computing("router_wait"):
                 experts, all_weights = self.choose_on_host(x)
                 mx.eval(*also)

@@ -54,13 +54,13 @@ class _Candidate:
         self.errors = mx.square(self.codes * scale[..., None] + bias[..., None] - values).sum(-1)
         mx.eval(self.scales, self.biases, self.codes, self.errors)
 
-    def take_better(self, other: "_Candidate") -> None:
-        """Replace each group by that of ``other`` if its error is smaller; infinite and NaN errors never are."""
-        better = other.errors < self.errors
-        self.scales = mx.where(better, other.scales, self.scales)
-        self.biases = mx.where(better, other.biases, self.biases)
-        self.codes = mx.where(better[..., None], other.codes, self.codes)
-        self.errors = mx.where(better, other.errors, self.errors)
+    def take_better(self, candidate: "_Candidate") -> None:
+        """Replace each group by that of ``candidate`` if its error is smaller; infinite and NaN errors never are."""
+        better = candidate.errors < self.errors
+        self.scales = mx.where(better, candidate.scales, self.scales)
+        self.biases = mx.where(better, candidate.biases, self.biases)
+        self.codes = mx.where(better[..., None], candidate.codes, self.codes)
+        self.errors = mx.where(better, candidate.errors, self.errors)
         mx.eval(self.scales, self.biases, self.codes, self.errors)
 
 

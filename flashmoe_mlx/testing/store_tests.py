@@ -464,13 +464,13 @@ class ExpertStoreTests:
         assert interrupted > 0
 
     def test_threads_in_turn(self, store: ExpertStore, stored: StoredExperts) -> None:
-        turns = threading.Lock()
+        lock = threading.Lock()
 
         def read(seed: int) -> None:
             random = np.random.default_rng(seed)
             for _ in range(25):
                 layer, experts = int(random.integers(LAYERS)), random.permutation(EXPERTS)[:3].tolist()
-                with turns:
+                with lock:
                     check_host(store.fetch(layer, experts), layer, experts, stored)
 
         with ThreadPoolExecutor(4) as readers:
