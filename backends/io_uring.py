@@ -10,7 +10,7 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 
 
 class UringStore(ReadingStore):
-    """Reads every requested expert through one ring; threads read only hinted experts.
+    """A store that reads every requested expert through one ring; threads read only hinted experts.
 
     Args:
         source: the location of the experts.

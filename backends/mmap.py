@@ -25,7 +25,7 @@ _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV
 
 
 class MmapStore(ExpertStore):
-    """Serves experts from a mapping of the layer files.
+    """A store that serves experts from a mapping of the layer files.
 
     CPU kernels read the mapping itself (``batch.host``), and so do Metal kernels that take single records
     (``batch.records``). MLX operations and kernels on other devices get a copy (``batch.slab``).

@@ -60,7 +60,14 @@ class RandomInputs:
         return mx.array(self._random.integers(0, 2**32, shape, np.uint32))
 
     def quantized(self, rows: int, columns: int, bits: int, group_size: int) -> QuantizedWeight:
-        """Draw a quantized matrix whose products with normal vectors have values around 1."""
+        """Draw a quantized matrix whose products with normal vectors have values around 1.
+
+        Args:
+            rows: rows of the matrix.
+            columns: columns of the matrix.
+            bits: width of a code.
+            group_size: codes that share a scale and a bias.
+        """
         groups = (rows, columns // group_size)
         return QuantizedWeight(
             self.words(rows, columns * bits // 32),

@@ -326,7 +326,7 @@ class Engine:
         enable_thinking: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the tokens that ``generate`` would send for a prompt; see ``render_prompt`` for errors."""
+        """Return the tokens that ``generate`` sends for a prompt; arguments and errors are those of ``generate``."""
         text = render_prompt(
             prompt,
             self.tokenizer.chat_template,

@@ -38,7 +38,7 @@ LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return every module of the package by its dotted name."""
     found = {}
     for base in ("flashmoe_mlx", "backends", "custom_kernels"):
         for path in sorted((ROOT / base).rglob("*.py")):
@@ -51,7 +51,7 @@ MODULES = modules()
 
 
 def imports(name: str) -> Iterator[str]:
-    """The modules of the package that ``name`` imports when it is imported itself, or inside a function."""
+    """Return the modules of the package that ``name`` imports, at its import or inside a function."""
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flashmoe_mlx":
             for alias in node.names:
@@ -62,7 +62,7 @@ def imports(name: str) -> Iterator[str]:
 
 
 def room(name: str) -> str:
-    """The room of a module: the first part of its name inside the package; empty for the package itself."""
+    """Return the room of a module: the first part of its name inside the package; empty for the package itself."""
     return name.partition(".")[2].partition(".")[0]
 
 

@@ -61,7 +61,7 @@ def keep_only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[
 
 
 class _ThroughRing(ExpertStoreTests):
-    """Injects faults into the answers of the ring."""
+    """Tests that inject faults into the answers of the ring."""
 
     alignment = 1
     """A short read returns a multiple of this number of bytes."""
@@ -197,7 +197,7 @@ class TestUringOnACheckpoint(_ThroughRing):
 
 
 class _Emulated(ExpertStoreTests):
-    """Runs the suite inside ``machine``, and checks by the type of batches that the emulation takes effect."""
+    """The suite inside ``machine``; the type of batches shows that the emulation takes effect."""
 
     batch_type: ClassVar[type]
 

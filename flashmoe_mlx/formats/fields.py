@@ -53,14 +53,14 @@ class Reader:
         self._values = values
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE) -> int:
-        """Return the integer ``name``, from ``least`` to ``most``."""
+        """Return the integer ``name``, which must be from ``least`` to ``most``; ``default`` if it has no value."""
         value = self._get(name, default)
         if type(value) is not int or not least <= value <= most:
             raise _refused(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None, most: float) -> float:
-        """Return the number ``name``, above 0 and at most ``most``."""
+        """Return the number ``name``, which must be above 0 and at most ``most``; ``default`` if it has no value."""
         value = self._get(name, default)
         # Written so that NaN fails.
         if type(value) not in (int, float) or not 0 < value <= most:
@@ -68,7 +68,7 @@ class Reader:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return the truth value ``name``."""
+        """Return the truth value ``name``; ``default`` if it has no value."""
         value = self._get(name, default)
         if type(value) is not bool:
             raise _refused(f"{name} is {shown(value)}; it must be true or false")

@@ -174,7 +174,7 @@ class PublishedSampling:
 
 
 class Sampler:
-    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
+    """A source of the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
 
     ``processors`` change the logits after the penalties of ``options`` and before its temperature, as in transformers.
     """

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for ``stop`` in a text that arrives in pieces.
+    """A search for ``stop`` in a text that arrives in pieces.
 
     The joined results do not depend on the division of the text into pieces: the occurrence that is complete first ends
     the text, and the longest of several occurrences that end together. Text is held back only while it may begin a stop

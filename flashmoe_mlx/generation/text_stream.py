@@ -36,7 +36,7 @@ class Piece:
 
 
 class TextStream:
-    """Turns the tokens of one sequence into pieces while they are generated."""
+    """A conversion of the tokens of one sequence to pieces while they are generated."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         request = sequence.request

@@ -13,7 +13,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsInPlace:
-    """Applies all experts of a group in one call, lazily.
+    """A strategy that applies all experts of a group in one call, lazily.
 
     Attributes:
         kernel: as ``routed_experts.reference.routed_experts``.

@@ -13,7 +13,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsOnHost:
-    """Applies all experts of any number of tokens in one call for each group, without delay.
+    """A strategy that applies all experts of any number of tokens in one call per group, without delay.
 
     Experts are added to the residual one by one in ascending order, and a fused shared expert last. A token's sum
     therefore depends neither on the number of slots nor on the other tokens.

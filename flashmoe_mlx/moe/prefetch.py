@@ -41,7 +41,7 @@ class Guesses:
 
 
 class Prefetcher:
-    """Hints experts of the following layer to ``store``.
+    """Base class of prefetchers, which hint experts of the following layer to ``store``.
 
     ``begin_pass`` names the sequences of each forward pass and its phase. Only decode steps are guessed and counted.
     ``DecoderLayer`` and ``MixtureOfExperts`` report every layer: ``begins``, ``guess`` before the router's choice is
@@ -108,14 +108,14 @@ class Prefetcher:
 
 
 class PreviousToken(Prefetcher):
-    """Guesses that every layer chooses the same experts as for the previous token."""
+    """A prefetcher that guesses that every layer chooses the same experts as for the previous token."""
 
     def _likely(self, following: int, guess: mx.array | None) -> Likely:  # noqa: ARG002
         return [guesses.last.get(following, ()) for guesses in self._sequences]
 
 
 class NextRouter(Prefetcher):
-    """Guesses by applying layer L+1's router to layer L's residual.
+    """A prefetcher that applies layer L+1's router to layer L's residual.
 
     The residual still lacks layer L's experts and layer L+1's mixer. The last layer is followed by the first layer of a
     token that is not known yet: no guess.
@@ -136,7 +136,7 @@ class NextRouter(Prefetcher):
 
 
 class EarlyRouter(Prefetcher):
-    """Guesses by applying a layer's router to the residual before the layer's mixer.
+    """A prefetcher that applies a layer's router to the residual before the layer's mixer.
 
     The guess is closer to the choice than the guess of ``NextRouter`` and more often correct, but reads have only the
     mixer's time. Its immediate evaluation costs one more synchronization per layer, so it suits CPUs.

@@ -19,7 +19,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 
 class RoutedExperts(Protocol):
-    """Applies the experts of one layer."""
+    """A strategy that applies the experts of one layer."""
 
     def __call__(
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
@@ -46,7 +46,7 @@ class RoutedExperts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ByTokenCount:
-    """Uses ``few`` for up to ``most`` tokens, and ``many`` for more."""
+    """A strategy that uses ``few`` for up to ``most`` tokens, and ``many`` for more tokens."""
 
     most: int
     few: RoutedExperts
