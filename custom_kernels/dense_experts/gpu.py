@@ -23,7 +23,7 @@ def code_path(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtyp
 
 
 def dense_experts(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype) -> Matrices:
-    """Compute ``reference.dense_experts`` for arguments with a ``code_path``; arguments as for ``reference.dense_experts``."""
+    """Compute ``reference.dense_experts`` for arguments with a ``code_path``."""
     size, experts = form.hidden_size * form.intermediate_size, len(rows)
     wide = (experts, form.intermediate_size, form.hidden_size)
     tall = (experts, form.hidden_size, form.intermediate_size)

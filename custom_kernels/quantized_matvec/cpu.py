@@ -33,10 +33,7 @@ def products(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array
 def quantized_matvec(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> mx.array:
-    """Compute ``reference.quantized_matvec`` for ``x`` in f32 and any number of vectors.
-
-    Arguments are those of ``reference.quantized_matvec``.
-    """
+    """Compute ``reference.quantized_matvec`` for ``x`` in f32 and any number of vectors."""
     return products(x, [QuantizedWeight(weight, scales, biases, bits, group_size)])[0]
 
 

@@ -56,10 +56,7 @@ def code_path(
 def quantized_matvec(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
 ) -> mx.array:
-    """Compute ``reference.quantized_matvec`` for arguments with a ``code_path``.
-
-    Arguments are those of ``reference.quantized_matvec``.
-    """
+    """Compute ``reference.quantized_matvec`` for arguments with a ``code_path``."""
     tokens, columns = x.shape
     outputs = weight.shape[0]
     template: dict[str, int | mx.Dtype] = {

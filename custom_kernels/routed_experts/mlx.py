@@ -16,8 +16,5 @@ def routed_experts(
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
 ) -> mx.array:
-    """Compute ``reference.routed_experts``, each expert by MLX's quantized products.
-
-    Arguments are those of ``reference.routed_experts``.
-    """
+    """Compute ``reference.routed_experts``, each expert by MLX's quantized products."""
     return reference.routed_experts(x, slab, rows, routing_weights, form, shared, expert_mlp)
