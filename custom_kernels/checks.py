@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...])
 CodePath = tuple[str, ...]
-"""Phrases that name a code path, such as ("one token", "4 bits in groups of 64"); empty ones are not shown."""
+"""Phrases that name a code path, such as ("one token", "4 bits in groups of 64"); empty phrases are not shown."""
 
 TOLERANCE = {mx.float32: 2e-3, mx.bfloat16: 5e-2}
 """Largest accepted difference between a kernel and its reference in the same types, relative to the largest value.

@@ -132,7 +132,7 @@ def test_every_way_to_import_is_seen(source: str) -> None:
 
 
 def test_folders_of_the_checkout_are_imported_under_the_name_of_the_package() -> None:
-    """``import backends`` works in the folder of a checkout alone."""
+    """``import backends`` works only in the folder of a checkout."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

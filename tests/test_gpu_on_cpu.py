@@ -262,7 +262,7 @@ def test_the_probe_checks_kernels_for_every_k_that_it_measures(
 def test_doctor_examines_the_kernels_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA alike."""
+    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA equally."""
     small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)

@@ -185,7 +185,7 @@ def spoiled(
 def ran(engine: Engine) -> np.ndarray:
     """Return the logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
     cache = engine.new_cache()
-    tokens = [3] * 30 + list(range(30))  # alike, so that they choose the same experts
+    tokens = [3] * 30 + list(range(30))  # equal tokens, which choose the same experts
     return np.concatenate([engine.forward(tokens, cache), *(engine.forward([token], cache) for token in (5, 6, 7))])
 
 

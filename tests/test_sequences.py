@@ -247,7 +247,7 @@ def test_prompts_are_checked_for_every_sequence(engine: Engine, prompt: list[int
 
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_failed_choice_ends_every_sequence_of_the_pass(engine: Engine, fails_at: int) -> None:
-    """In the second pass one sequence has chosen its token, one cannot, and one was not asked."""
+    """In the second pass, one sequence has chosen a token, the second cannot choose, and the third has not tried."""
     calls = 0
 
     def fail(logits: np.ndarray, _: object) -> np.ndarray:

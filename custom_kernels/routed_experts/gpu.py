@@ -290,8 +290,8 @@ def _tickets(words: int) -> mx.array:
     """Return work counters for one call, and room for tagged hidden values.
 
     A call leaves the counters as the next call needs them. Calls that run at once must not share counters; 256 calls in
-    a row have different ones. A function made by ``mx.compile`` always uses the counters of its tracing, so it must not
-    run concurrently with itself.
+    a row have different counters. A function made by ``mx.compile`` always uses the counters of its tracing, so it must
+    not run concurrently with itself.
     """
     rows = _all_tickets(words)
     return rows[next(_calls) % len(rows)]

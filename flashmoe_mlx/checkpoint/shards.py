@@ -60,7 +60,7 @@ def nothing_here(folder: Path, problem: str, code: str, remedy: str = "") -> Che
     Args:
         folder: the folder.
         problem: the missing files.
-        code: the code of the error; files in an unreadable format have a code of their own.
+        code: the code of the error; files in an unreadable format have a separate code.
         remedy: the advice if the content of the folder suggests none.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))

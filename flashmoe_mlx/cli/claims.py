@@ -15,7 +15,7 @@ from flashmoe_mlx.tasks.shared.run_directory import refuse_used
 
 
 class ClaimError(BaseException):
-    """Wrapper of an error in a callback; Hydra would turn a subclass of ``Exception`` into a warning and go on."""
+    """Wrapper of an error in a callback; Hydra would turn a subclass of ``Exception`` into a warning and continue."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))

@@ -206,14 +206,14 @@ class Runner:
 
 @contextmanager
 def _ending(sequences: list[Sequence]) -> Iterator[None]:
-    """End ``sequences`` if the enclosed passes do: they are finished if cancelled, and cannot go on after an error."""
+    """End ``sequences`` if an enclosed pass ends early: finish them if cancelled, and mark them broken after an error."""
     try:
         yield
     except _CancelledError:
         for sequence in sequences:
             sequence.finish("cancelled")
     except BaseException:
-        # Also where all layers saw the same tokens: some sequences may have chosen a token, and others none.
+        # Errors after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
             sequence.cache.broken = True
         raise

@@ -118,7 +118,7 @@ class ChosenSampling:
         return f"{text} (model's own)" if len(own) == len(stated) else f"{text} (model's own: {', '.join(own)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all options, the names of the published ones, and the description."""
+        """Return all options, the names of the published options, and the description."""
         return {**asdict(self.options), "published": sorted(self.published), "description": self.describe()}
 
 

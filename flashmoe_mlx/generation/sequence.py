@@ -32,7 +32,7 @@ class Sequence:
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
-            "cancelled"; None while the answer goes on.
+            "cancelled"; None while the answer continues.
         metrics: the measurements of this sequence.
         guesses: the prefetcher's guesses about this sequence.
         cancelled: whether ``cancel`` was called.

@@ -51,7 +51,7 @@ class Parameter:
         shape: its shape, dense.
         least_bits: the smallest width to which a matrix may be quantized.
         gain: the factor by which the entries of a random matrix exceed 1 / sqrt(in), for synthetic models.
-        draw: draws a random vector for synthetic models; None for ones.
+        draw: draws a random vector for synthetic models; None for a vector of ones.
     """
 
     name: str

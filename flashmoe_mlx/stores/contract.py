@@ -243,7 +243,7 @@ class ExpertStore(ABC):
         return _index(layer, self.source.num_layers, "layer"), indices
 
     def _refuse_other_process(self) -> None:
-        # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock for ever.
+        # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock forever.
         if os.getpid() != self._process:
             raise StoreClosedError(
                 "this store was opened by another process; open one in this process", code="store_of_another_process"

@@ -3,7 +3,7 @@
 A trial opens a store and replays the requests of one round, token by token and layer by layer, as decoding would. Only
 the time inside fetches counts, until MLX has the experts in one slab. In each round, all candidates replay the same
 requests. The order of the candidates is reversed in every second round, so that a drift in the machine's speed affects
-all of them alike.
+all of them equally.
 
 Conditions:
 
