@@ -63,7 +63,7 @@ WHOLE_CHUNKS = SyntheticSizes(
     bits=4,
     seed=0,
 )
-"""The smallest model whose every product goes through tensor cores and the copy engine."""
+"""The smallest model all of whose products use tensor cores and the copy engine."""
 
 
 @pytest.fixture(autouse=True)

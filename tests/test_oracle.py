@@ -105,7 +105,7 @@ def test_long_recordings_equal_transformers(case: LongCase) -> None:
 
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
 def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
-    """The everyday tests use small chunks for a few tokens only, because they take long."""
+    """The everyday tests use small chunks only for a few tokens, because small chunks take long."""
     recording = case.load()
     with flashmoe_mlx.load(case.write_checkpoint(tmp_path)) as engine:
         for chunk in (1, 7):

@@ -1,4 +1,4 @@
-"""Our logits are those of transformers: the recordings of ``oracle/``, which need no torch to be read."""
+"""Logits equal those of transformers in the recordings of ``oracle/``, which can be read without torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

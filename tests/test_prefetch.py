@@ -35,7 +35,7 @@ def generated(engine: Engine, count: int = 12) -> list[int]:
 
 
 def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[int]]]:
-    """Return a list that grows by the store's fetches and hints, in order."""
+    """Return a list to which the fetches and hints of the store are appended, in order."""
     calls: list[tuple[str, int, list[int]]] = []
     for name in ("fetch", "prefetch"):
         original = getattr(engine.store, name)

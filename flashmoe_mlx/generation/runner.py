@@ -206,7 +206,7 @@ class Runner:
 
 @contextmanager
 def _ending(sequences: list[Sequence]) -> Iterator[None]:
-    """End ``sequences`` if an enclosed pass ends early: finish them if cancelled, and mark them broken after an error."""
+    """Finish ``sequences`` if an enclosed pass is cancelled, and mark them as broken after an error."""
     try:
         yield
     except _CancelledError:

@@ -745,7 +745,7 @@ most of them; without alternatives, training would never ask, for example, for t
 
 
 def reworded(draw: Random, document: Document) -> None:
-    """Replace two thirds of the questions that have an alternative wording by it."""
+    """Reword two thirds of the questions for which there is an alternative wording."""
     for message in document.messages:
         if message["role"] == "user":
             for pattern, ways in _OTHER_WAYS:
