@@ -128,11 +128,11 @@ class Engine:
     ) -> None:
         self.store = store
         self.setup = setup
-        """Experts a token, their format, kernels, prefetch, the backend with its options; fit for JSON."""
+        """Experts per token, their format, kernels, prefetch, and the backend with its options, for JSON."""
         self.sampling = sampling or PublishedSampling({}, samples=False)
         """The sampling options that the model publishes: the defaults of ``generate``."""
         self.metrics = RunMetrics()
-        """Measurements of the generation that was begun last; each ``Generation`` has its own."""
+        """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
         self.runner = Runner(model, store, PhaseClock(profile), prefetcher)
         """Runs several sequences together, for callers that schedule them."""

@@ -25,7 +25,7 @@ Launches = Counter[str]
 
 HOPPER = nvidia.Gpu(multiprocessors=3, capability=9, shared_memory=120_000)
 AMPERE = nvidia.Gpu(multiprocessors=3, capability=8, shared_memory=160_000)
-"""Has tensor cores and no copy engine."""
+"""A GPU with tensor cores and without a copy engine."""
 FREE_MEMORY = 2**32
 
 

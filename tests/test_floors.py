@@ -32,7 +32,7 @@ FLOORS = (
     ("__main__",),
     ("testing",),
 )
-"""Rooms of the package from the ground up; rooms of one floor do not import each other."""
+"""Rooms of the package, the lowest floor first; rooms of one floor do not import each other."""
 ALLOWED_FROM_BACKENDS = {"errors", "paths", "formats", "stores"}
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -38,7 +38,7 @@ Logits = npt.NDArray[np.float32]
 Device = Callable[..., AbstractContextManager[Launches]]
 
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(5, 250, 20)]
-"""Longer than the most tokens of any kernel for decode steps; ``most_tokens`` lowers CUDA's 256."""
+"""A prompt longer than the limit of any kernel for decode steps; ``most_tokens`` lowers CUDA's limit of 256."""
 STEPS = (65, 66, 67)
 EXACT = 1e-4
 """Largest difference of logits in f32, relative to the largest logit; correct kernels give 3e-6."""

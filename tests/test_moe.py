@@ -37,9 +37,9 @@ needs_extension = pytest.mark.skipif(native.extension() is None, reason="kernels
 Floats = npt.NDArray[np.float64]
 
 EXACT = 1e-4
-"""Largest difference in f32, relative to the largest value; about 1e-6 where everything is right."""
+"""Largest difference in f32, relative to the largest value; correct code gives about 1e-6."""
 ROUNDED = 0.05
-"""The same in bf16."""
+"""Largest difference in bf16, relative to the largest value."""
 FEW_ON_CUDA = 4
 """Tokens up to which the tests have CUDA read experts in place."""
 

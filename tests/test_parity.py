@@ -27,7 +27,7 @@ import flashmoe_mlx
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 SAME_ENGINE_TOLERANCE = 1e-4
-"""Between two ways of feeding the same tokens to our own engine: only the order of float32 sums differs."""
+"""Largest difference between two divisions of the same tokens into passes: only the order of float32 sums differs."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ SERVING = frozenset(
         "test_a_hint_never_changes_results",
     }
 )
-"""Tests of the served bytes, which alone depend on the memory of the slots."""
+"""Tests of the served bytes; no other test depends on the memory of the slots."""
 FILLING = SERVING | {
     "test_short_reads",
     "test_an_error_at_the_nth_read",
@@ -45,7 +45,7 @@ FILLING = SERVING | {
 }
 """Tests that depend on the memory of the slots and on the reader."""
 FILLING_ONCE = FILLING - {"test_an_error_at_the_nth_read"}
-"""The same without the n-th read, which ``TestCheckpoint`` covers for experts in nine pieces."""
+"""These tests without the n-th read, which ``TestCheckpoint`` covers for experts in nine pieces."""
 
 
 def keep_only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[ExpertStoreTests]]:

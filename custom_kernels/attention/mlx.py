@@ -10,7 +10,7 @@ from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Res
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 
 _SCORES = 2**26
-"""Most attention scores that are held at once; longer prompts go through in blocks of queries."""
+"""Maximum number of attention scores held at once; longer prompts are divided into blocks of queries."""
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:

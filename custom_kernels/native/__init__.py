@@ -42,9 +42,9 @@ _INTERFACE = 4
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
 _SHOWN = 40
-"""Most characters of an invalid variable in an error."""
+"""Maximum number of characters of an invalid variable in an error."""
 _COPIED = 2**18
-"""Most elements of a result that is copied into an array; MLX allocates a larger one, which is written in place."""
+"""Maximum number of elements of a copied result; a larger result is written in place to memory of MLX."""
 
 
 @cache

@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
-"""With more tokens at once, applying an expert to all of its tokens together is faster.
+"""With more tokens, it is faster to apply each expert to all of its tokens together.
 
 Measured on an NVIDIA H200, not yet on Metal. Prompts have any length: above 8 tokens, a kernel must not be compiled for
 the number of tokens.
@@ -37,7 +37,7 @@ _WORKERS = 8
 """Simdgroups that multiply, in the kernel with one dispatch."""
 _STAGERS = 6
 _IN_FLIGHT = 50_000
-"""Least bytes of weights that a multiprocessor requests before the first arrive.
+"""Minimum number of bytes of weights that a multiprocessor requests before the first bytes arrive.
 
 With less, memory idles; with more, threadgroups receive each other's hidden values late.
 """

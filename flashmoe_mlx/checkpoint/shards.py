@@ -16,7 +16,7 @@ _SINGLE = "model.safetensors"
 _LARGEST_INDEX = 512 * 2**20
 """Limit in bytes; the largest known index, of Kimi K3, has 57 MiB."""
 _OTHER_WEIGHTS = ("adapter", "consolidated", "optimizer", "training", "mmproj", "vision", "visual", "mtp", "draft")
-"""Prefixes of the names of files that hold something other than the model."""
+"""Prefixes of the names of safetensors files without weights of the model."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors")

@@ -79,7 +79,7 @@ class ClaimDirectory(Callback):
         _claim(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Claim ``hydra.sweep.dir``, which must not hold an earlier sweep, lest their records be mixed."""
+        """Claim ``hydra.sweep.dir``, which must not hold an earlier sweep, so that records are not mixed."""
         _claim(config, "hydra.sweep.dir")
 
 

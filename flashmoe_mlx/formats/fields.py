@@ -7,7 +7,7 @@ from typing import Any
 from flashmoe_mlx.errors import CheckpointError
 
 LARGEST_SIZE = 2**24
-"""The limit of all sizes in a config: products of any three fit a 128-bit integer, and a typo fails early."""
+"""The limit of all sizes in a config. Products of any three sizes fit into 128 bits, and a typo fails early."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
@@ -94,7 +94,7 @@ class Reader:
 def refuse_other_arithmetic(
     text: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]], read: Collection[str] = ()
 ) -> None:
-    """Refuse the config of a text model if a field asks for arithmetic that this package does not do.
+    """Refuse the config of a text model if a field asks for arithmetic that this package does not implement.
 
     An unknown field is refused if its name suggests arithmetic and its value does not turn the feature off; any other
     unknown field is ignored.

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "cancelled"]
 PrefillProgress = Callable[[int, int], object]
 """Called with the number of prompt tokens that are done, fractions of a chunk included, and with their total."""
 PREFILL_CHUNK = 1024
-"""Tokens of a prompt that go through the model together, unless a request says otherwise."""
+"""The default number of prompt tokens that go through the model together."""
 _LONGEST_STOP = 4096
 _MOST_STOPS = 64
 

@@ -38,7 +38,7 @@ class Runner:
         self.store = store
         self.clock = clock
         self.observer: RoutingObserver | None = None
-        """Told of every routing decision."""
+        """Receives every routing decision."""
         self._prefetcher = prefetcher
         self._lock = threading.Lock()
 

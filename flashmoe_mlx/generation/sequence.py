@@ -16,11 +16,11 @@ class Status(Enum):
     """The states of a sequence."""
 
     WAITING = auto()
-    """Its prompt has not been processed."""
+    """The prompt has not been processed."""
     DECODING = auto()
-    """It has at least one token, and its answer continues."""
+    """The sequence has at least one generated token, and the answer continues."""
     FINISHED = auto()
-    """``finish_reason`` says why."""
+    """The answer has ended; ``finish_reason`` gives the reason."""
 
 
 class Sequence:

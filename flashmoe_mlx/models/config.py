@@ -13,7 +13,7 @@ from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Pa
 
 MOST_LAYERS = 2**12
 MOST_EXPERTS = 2**16
-"""Limits for objects that are made for each layer or expert before any file has proven that these exist."""
+"""Limits for objects that are made for each layer or expert before any file has proven that it exists."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,11 +32,11 @@ class Kind(Enum):
     MATRIX = auto()
     """``name.weight`` [out, in], dense or quantized with ``name.scales`` and ``name.biases``."""
     NORM = auto()
-    """The factor of an RMS norm that Hugging Face checkpoints store less 1."""
+    """The factor of an RMS norm, from which Hugging Face checkpoints subtract 1."""
     CONV = auto()
     """Depthwise convolution [channels, kernel, 1]; Hugging Face has [channels, 1, kernel], the same bytes."""
     PLAIN = auto()
-    """A vector that every layout stores as it is used, for example the factor of an RMS norm or a bias."""
+    """A vector that every layout stores unchanged, for example the factor of an RMS norm or a bias."""
     EXACT = auto()
     """A plain vector that the model needs in float32, for example the exponent of an exponential."""
 
