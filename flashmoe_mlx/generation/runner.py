@@ -1,8 +1,11 @@
 """Forward passes of one model, one at a time: the lock, the clock and the prefetcher that all sequences share."""
 
+import operator
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import SupportsIndex
 
 import mlx.core as mx
 import numpy as np
@@ -11,7 +14,7 @@ from flashmoe_mlx.errors import EngineBusyError, InputError
 from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.generation.metrics import measured_pass
 from flashmoe_mlx.generation.request import PrefillProgress, Request
-from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
@@ -58,9 +61,13 @@ class Runner:
     def begin(
         self, request: Request, on_prefill: PrefillProgress | None = None, start: float | None = None
     ) -> Sequence:
-        """Return a sequence for ``request``, without tokens; see ``Sequence`` for the other arguments."""
+        """Return a sequence for ``request``, without tokens; see ``Sequence`` for the other arguments.
+
+        Raises:
+            InputError: the prompt is refused; see ``checked_tokens``.
+        """
         return Sequence(
-            request,
+            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
             self.model.new_cache(),
             self.model.config.max_context,
             prefetches=self._prefetcher is not None,
@@ -68,22 +75,48 @@ class Runner:
             start=start,
         )
 
+    def checked_tokens(self, token_ids: Iterable[SupportsIndex], before: int = 0) -> list[int]:
+        """Return ``token_ids``, which follow ``before`` other tokens, as plain integers.
+
+        Raises:
+            InputError: there are none (code "empty_prompt"), one is not in the vocabulary (code "unknown_token"), or
+                they exceed the context (code "prompt_too_long").
+        """
+        config = self.model.config
+        tokens = [operator.index(token) for token in token_ids]
+        if not tokens:
+            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
+        for token in tokens:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
+        if before + len(tokens) > config.max_context:
+            raise InputError(
+                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
+                code="prompt_too_long",
+            )
+        return tokens
+
     def prefill(self, sequence: Sequence) -> None:
         """Process the prompt of a waiting ``sequence``, in chunks, and choose its first token.
 
         Raises:
+            InputError: the sequence is not waiting (code "not_waiting"), or an earlier pass over it failed (code
+                "broken_sequence").
             FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot go on then.
         """
+        if sequence.status is not Status.WAITING:
+            raise InputError("the prompt of this sequence was processed before", code="not_waiting")
+        _refuse_broken([sequence.cache])
         tokens, size = sequence.request.prompt_ids, sequence.request.prefill_chunk
         layers = self.model.config.num_layers
-        for start in range(0, len(tokens), size):
-            chunk = tokens[start : start + size]
+        with _ending([sequence]):
+            for start in range(0, len(tokens), size):
+                chunk = tokens[start : start + size]
 
-            def before_layer(layer: int, start: int = start, length: int = len(chunk)) -> None:
-                sequence.report(start + length * layer // layers)
-                _refuse_cancelled([sequence])
+                def before_layer(layer: int, start: int = start, length: int = len(chunk)) -> None:
+                    sequence.report(start + length * layer // layers)
+                    _refuse_cancelled([sequence])
 
-            try:
                 with measured_pass([(sequence.metrics.prefill, len(chunk))], self.store, self.clock):
                     hidden = self._hidden([chunk], [sequence.cache], [sequence.guesses], False, before_layer)
                     if start + size < len(tokens):
@@ -92,43 +125,45 @@ class Runner:
                     (logits,) = self._logits(hidden[-1:], [sequence.cache])
                     with self.clock.phase("sample"):
                         sequence.take(logits)
-            except _CancelledError:
-                sequence.finish("cancelled")
-                return
-        sequence.report(len(tokens))
+            sequence.report(len(tokens))
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose the next token of each.
 
-        All of them must be decoding. The tokens of a sequence do not depend on its company. A cancelled sequence ends
+        Finished sequences are left out. The logits of a sequence depend on its company only by rounding, because
+        products of more rows may sum in another order: by 1e-6 of the largest logit in f32. A cancelled sequence ends
         before the pass or, if all are cancelled, at the next layer.
 
         Raises:
+            InputError: a sequence is still waiting (code "not_decoding"), is there twice (code "duplicate_sequence"),
+                or an earlier pass over it failed (code "broken_sequence"). The other sequences are as they were.
             FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can go on then.
         """
         for sequence in sequences:
-            if sequence.cancelled:
+            if sequence.cancelled and sequence.finish_reason is None:
                 sequence.finish("cancelled")
         running = [sequence for sequence in sequences if sequence.finish_reason is None]
         if not running:
             return
         caches = [sequence.cache for sequence in running]
-        try:
-            with measured_pass([(sequence.metrics.decode, 1) for sequence in running], self.store, self.clock):
-                hidden = self._hidden(
-                    [sequence.token_ids[-1:] for sequence in running],
-                    caches,
-                    [sequence.guesses for sequence in running],
-                    True,
-                    lambda _: _refuse_cancelled(running),
-                )
-                logits = self._logits(hidden, caches)
-                with self.clock.phase("sample"):
-                    for sequence, row in zip(running, logits, strict=True):
-                        sequence.take(row)
-        except _CancelledError:
-            for sequence in running:
-                sequence.finish("cancelled")
+        _refuse_broken(caches)
+        if any(sequence.status is Status.WAITING for sequence in running):
+            raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise InputError("a sequence is in the list twice", code="duplicate_sequence")
+        measured = measured_pass([(sequence.metrics.decode, 1) for sequence in running], self.store, self.clock)
+        with _ending(running), measured:
+            hidden = self._hidden(
+                [sequence.token_ids[-1:] for sequence in running],
+                caches,
+                [sequence.guesses for sequence in running],
+                True,
+                lambda _: _refuse_cancelled(running),
+            )
+            logits = self._logits(hidden, caches)
+            with self.clock.phase("sample"):
+                for sequence, row in zip(running, logits, strict=True):
+                    sequence.take(row)
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, which join the tokens in ``cache``.
@@ -143,6 +178,7 @@ class Runner:
             InputError: an earlier pass over this sequence failed; code "broken_sequence".
             FlashMoeError: an expert cannot be read, or the logits are no numbers (code "bad_logits").
         """
+        _refuse_broken([cache])
         return self._logits(self._hidden([token_ids], [cache], [guesses], decoding), [cache])
 
     def _hidden(
@@ -154,10 +190,6 @@ class Runner:
         before_layer: Callable[[int], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of the new tokens of each sequence; the end stays lazy."""
-        if any(cache.broken for cache in caches):
-            raise InputError(
-                "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
-            )
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
         context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer)
@@ -168,6 +200,28 @@ class Runner:
         logits = self.model.logits(hidden)
         self.clock.evaluate("head", logits, *(array for cache in caches for array in cache.arrays()))
         return checked_logits(np.array(logits))
+
+
+@contextmanager
+def _ending(sequences: list[Sequence]) -> Iterator[None]:
+    """End ``sequences`` if the enclosed passes do: they are finished if cancelled, and cannot go on after an error."""
+    try:
+        yield
+    except _CancelledError:
+        for sequence in sequences:
+            sequence.finish("cancelled")
+    except BaseException:
+        # Also where all layers saw the same tokens: some sequences may have chosen a token, and others none.
+        for sequence in sequences:
+            sequence.cache.broken = True
+        raise
+
+
+def _refuse_broken(caches: list[SequenceCache]) -> None:
+    if any(cache.broken for cache in caches):
+        raise InputError(
+            "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
+        )
 
 
 def _refuse_cancelled(sequences: list[Sequence]) -> None:
