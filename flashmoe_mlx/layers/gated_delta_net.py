@@ -29,7 +29,7 @@ class GatedDeltaNet:
     def __call__(
         self, x: mx.array, caches: Sequence[RecurrentState], lengths: Sequence[int], residual: mx.array
     ) -> mx.array:
-        """Apply the layer to new tokens of several sequences; arguments and result as of ``Attention``."""
+        """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
         projected = project_all((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x)
         return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)
 

@@ -34,7 +34,7 @@ class Linear(QuantizedWeight):
         return sum(array.nbytes for array in (self.weight, self.scales, self.biases, self.bias) if array is not None)
 
     def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Look up rows of W, as of an embedding table: [T] to [T, in] of type ``dtype``."""
+        """Look up rows of W, such as an embedding table: [T] to [T, in] of type ``dtype``."""
         if self.bits is None:
             return self.weight[indices].astype(dtype)
         assert self.scales is not None
@@ -44,7 +44,7 @@ class Linear(QuantizedWeight):
 
 
 def project_all(linears: Sequence[Linear], x: mx.array) -> tuple[mx.array, ...]:
-    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; returns a [T, out] of each."""
+    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; return one [T, out] per map."""
     if any(linear.bits is None for linear in linears):
         return tuple(linear(x) for linear in linears)
     results = zip(linears[0].products(x, linears, None), linears, strict=True)
