@@ -524,7 +524,7 @@ PREFIX = "language_model.model.layers.1.mlp."
         (retyped(f"{PREFIX}switch_mlp.up_proj.scales", dtype="I16"), "has type I16, expected BF16 or F16 or F32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.weight", dtype="I32"), "has type I32, expected U32"),
         (retyped(f"{PREFIX}switch_mlp.up_proj.biases", shape=[4, 1, 64]), "has shape"),
-        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "no supported quantization"),
+        (retyped(f"{PREFIX}switch_mlp.up_proj.weight", shape=[4, 32, 16]), "is not a supported quantization"),
         (retyped("language_model.model.norm.weight", shape=[1, 64]), r"has shape \[1, 64\], config.json needs \[64\]"),
     ],
 )
