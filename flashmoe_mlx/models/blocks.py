@@ -20,7 +20,7 @@ from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
-from flashmoe_mlx.moe.strategies import choose_strategy
+from flashmoe_mlx.moe.strategies import choose_in_memory, choose_strategy
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -250,7 +250,8 @@ class MoeBlock:
             kernels.rms_norm,
             on_host=isinstance(strategy, ExpertsOnHost),
         )
-        return MixtureOfExperts(layer, store, router, shared, strategy)
+        in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)
+        return MixtureOfExperts(layer, store, router, shared, strategy, in_memory)
 
 
 def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:

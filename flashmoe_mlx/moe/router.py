@@ -75,8 +75,8 @@ class Router:
             return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
         chosen, weights = self.choose(x)
         clock.evaluate("router_wait", chosen, weights, *also)
-        shared = mx.sigmoid(self.shared_gate(x))
-        return Routing(np.array(chosen), weights, shared, mx.concatenate([weights, shared.astype(mx.float32)], axis=-1))
+        shared = self.shared_weight(x)
+        return Routing(np.array(chosen), weights, shared, with_shared(weights, shared))
 
     def choose(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Choose experts lazily: uint32 [T, K] and their weights, f32 [T, K]."""
@@ -84,6 +84,10 @@ class Router:
         chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
         return chosen, weights / weights.sum(-1, keepdims=True)
+
+    def shared_weight(self, x: mx.array) -> mx.array:
+        """Compute the weight [T, 1] of the shared expert lazily."""
+        return mx.sigmoid(self.shared_gate(x))
 
     def choose_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
         """Choose experts at once: [T, K] and all weights [T, K + 1], the shared expert's last."""
@@ -94,3 +98,8 @@ class Router:
         weights /= weights.sum(-1, keepdims=True)
         shared_weight = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
         return chosen.astype(np.uint32), np.concatenate([weights, shared_weight], axis=-1)
+
+
+def with_shared(weights: mx.array, shared_weight: mx.array) -> mx.array:
+    """Return ``weights``, f32 [T, K], and then ``shared_weight`` [T, 1], as f32 [T, K + 1]."""
+    return mx.concatenate([weights, shared_weight.astype(mx.float32)], axis=-1)
