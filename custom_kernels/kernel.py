@@ -1,18 +1,21 @@
-"""One body of source, run as a Metal or a CUDA kernel.
+"""One body of source that runs as a Metal and as a CUDA kernel.
 
-A body is written in the words that Metal and CUDA share, or that ``dialects/`` give them. The rules: every load is cast
-to float; arrays in threadgroup memory are declared
-``SHARED``, parameters that point to one ``threadgroup``; helpers get indices as arguments, because Metal hands them to
-the body alone; no lambdas; grids in whole threadgroups, because CUDA would start more threads and Metal would not.
+A body uses only words that Metal and CUDA share or that ``dialects/`` defines for both. The rules:
 
-Scalars come as template arguments (``bits_of`` a float) or as shapes of inputs, never as arrays: on CUDA MLX keeps
-arrays of up to 8 bytes in memory that the host shares, and every simdgroup that reads one may have to cross the bus.
+- cast every load to float;
+- declare arrays in threadgroup memory ``SHARED``, and pointer parameters to them ``threadgroup``;
+- pass indices to helper functions as arguments, because Metal gives them to the body alone;
+- use no lambdas;
+- start whole threadgroups, because CUDA rounds a grid up and Metal does not.
+
+Pass scalars as template arguments (a float by ``bits_of``) or as shapes of inputs, never as arrays: on CUDA MLX keeps
+arrays of up to 8 bytes in memory shared with the host, and every simdgroup that reads one may have to cross the bus.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import cast
+from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
@@ -21,24 +24,33 @@ Arguments = Mapping[str, int | mx.Dtype]
 Outputs = Sequence[tuple[tuple[int, ...], mx.Dtype]]
 
 
-def dialect() -> str | None:
-    """What custom kernels of the default device are written in: "metal", "cuda" or, on a CPU, None."""
+def dialect() -> Literal["metal", "cuda"] | None:
+    """Return the language of kernels for the default device: "metal" or "cuda"; None on a CPU."""
     if mx.default_device() != mx.gpu:
         return None
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 class Kernel:
-    """The kernel ``<folder>/<body>.h`` with ``inputs`` and ``outputs``, after the dialect's words and ``headers``.
+    """The kernel in ``<body>.h`` beside the module that makes it.
 
-    ``switches`` become 0 or 1 for the preprocessor: bodies with and without an input need them. Inputs ``in_place`` are
-    written to; nothing may be reading them, and what is to see the writing must use an output of the kernel.
-    ``shared_memory`` is what a body for CUDA alone declares as ``extern __shared__``, in bytes.
+    Its source is the dialect's words, then ``headers``, then the body.
+
+    Args:
+        package: the ``__package__`` of that module.
+        body: name of the file with the body, without its suffix.
+        inputs: names of the inputs.
+        outputs: names of the outputs.
+        headers: names of files in ``dialects/``.
+        switches: names that are defined as 0 or 1 for the preprocessor, for bodies with an optional input.
+        in_place: names of the inputs that the kernel writes to. Nothing else may be reading these arrays, and later
+            operations that read them must use an output of the kernel.
+        shared_memory: size in bytes of the memory that a body for CUDA declares as ``extern __shared__``.
     """
 
     def __init__(
         self,
-        folder: str,
+        package: str | None,
         body: str,
         inputs: Sequence[str],
         outputs: Sequence[str],
@@ -47,17 +59,19 @@ class Kernel:
         in_place: Sequence[str] = (),
         shared_memory: int = 0,
     ) -> None:
+        assert package is not None
+        folder = package.rpartition(".")[2]
         self.name = "_".join([folder, body, *(name.lower() for name, on in (switches or {}).items() if on)])
         self.inputs, self.outputs, self.in_place = list(inputs), list(outputs), list(in_place)
         self.shared_memory = shared_memory
-        self._body = (folder, f"{body}.h")
+        self._body = (package, f"{body}.h")
         self._headers = headers
         self._switches = switches or {}
 
     def source(self, dialect: str) -> tuple[str, str]:
-        """Header and body."""
+        """Return the header and the body."""
         switches = "".join(f"#define {name} {int(value)}\n" for name, value in self._switches.items())
-        headers = [_text("dialects", f"{name}.h") for name in (dialect, *self._headers)]
+        headers = [dialect_text(name) for name in (dialect, *self._headers)]
         return "\n".join([switches, *headers]), _text(*self._body)
 
     def __call__(
@@ -68,7 +82,15 @@ class Kernel:
         threads: int,
         template: Arguments,
     ) -> list[mx.array]:
-        """Run ``threadgroups`` groups of ``threads`` threads; ``outputs`` are shapes and types."""
+        """Run the kernel.
+
+        Args:
+            inputs: arrays, in the order of the kernel's inputs.
+            outputs: shape and type of each output.
+            threadgroups: number of threadgroups in each dimension.
+            threads: number of threads in a threadgroup.
+            template: values of the template arguments.
+        """
         x, y, z = threadgroups
         kernel = compiled(dialect(), self)
         return kernel(
@@ -83,6 +105,7 @@ class Kernel:
 
 @cache
 def compiled(dialect: str | None, kernel: Kernel) -> Callable[..., list[mx.array]]:
+    """Return MLX's function that runs ``kernel``; MLX compiles it at the first call."""
     assert dialect is not None, "custom kernels need a GPU"
     name, inputs, outputs, (header, body) = kernel.name, kernel.inputs, kernel.outputs, kernel.source(dialect)
     if dialect == "metal":
@@ -92,19 +115,24 @@ def compiled(dialect: str | None, kernel: Kernel) -> Callable[..., list[mx.array
     return cast(Callable[..., list[mx.array]], made)
 
 
+def dialect_text(name: str) -> str:
+    """Return the text of ``dialects/<name>.h``."""
+    return _text("flashmoe_mlx.custom_kernels", "dialects", f"{name}.h")
+
+
 @cache
-def _text(*path: str) -> str:
-    return files("flashmoe_mlx.custom_kernels").joinpath(*path).read_text()
+def _text(package: str, *path: str) -> str:
+    return files(package).joinpath(*path).read_text()
 
 
 def bits_of(value: float) -> int:
-    """``value`` in f32 as an int32, for a template argument that a body reads with ``as_type<float>``."""
+    """Return the bits of ``value`` in f32 as an int32, for a body that reads it by ``as_type<float>``."""
     return int(np.float32(value).view(np.int32))
 
 
 @lru_cache(maxsize=16)
 def length_as_shape(length: int) -> mx.array:
-    """[length] bytes without a meaning, for kernels that ask for the shape alone: it comes along with the launch."""
+    """Return [length] bytes without a meaning, for kernels that read the shape alone, which comes with the launch."""
     array = _ruler(1 << (length - 1).bit_length())[:length]
     mx.eval(array)
     return array

@@ -1,18 +1,24 @@
-"""What kernels must know of an NVIDIA GPU and MLX does not tell, from NVIDIA's driver."""
+"""Properties of an NVIDIA GPU that MLX does not report, from NVIDIA's driver."""
 
 import ctypes
 from dataclasses import dataclass
 from functools import cache
 
 COPY_ENGINE = 9
-"""The first compute capability whose multiprocessors copy rows to shared memory by themselves (cp.async.bulk)."""
+"""The first major compute capability with asynchronous bulk copies to shared memory (cp.async.bulk)."""
 _MULTIPROCESSORS, _CAPABILITY, _SHARED_MEMORY = 16, 75, 97
 """CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN of cuda.h."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``capability`` is the major compute capability, ``shared_memory`` what a threadgroup can have, in bytes."""
+    """Properties of a GPU.
+
+    Attributes:
+        multiprocessors: number of multiprocessors.
+        capability: major compute capability.
+        shared_memory: largest shared memory of a threadgroup, in bytes.
+    """
 
     multiprocessors: int
     capability: int
@@ -21,10 +27,10 @@ class Gpu:
 
 @cache
 def gpu() -> Gpu:
-    """The first GPU, which is the one that MLX uses.
+    """Return the properties of the first GPU, which MLX uses.
 
     Raises:
-        RuntimeError: the driver cannot be asked.
+        RuntimeError: the driver is missing or reports an error.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")

@@ -1,38 +1,41 @@
-"""The sizes and formats of a model that decide which code paths its kernels take."""
+"""The sizes and formats of a model, which decide the code paths of its kernels."""
 
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
-from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
-from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
-from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
+from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
 
 
 @dataclass(frozen=True)
 class Projection:
-    """Quantised matrices that are multiplied by the same vectors in one call, with a residual added or not."""
+    """Quantized matrices that one call multiplies by the same vectors.
 
-    weights: tuple[Weight, ...]
+    Attributes:
+        weights: the matrices.
+        residual: whether the call adds a residual to the product.
+    """
+
+    weights: tuple[QuantizedWeight, ...]
     residual: bool = False
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model as kernels see it; of every weight only shape, format and type count, never its values.
+    """A model as kernels see it: of every weight only the shape, format and type count, never the values.
 
     Attributes:
-        dtype: of activations.
+        dtype: type of activations.
         hidden_size: width of a token's vector.
-        attention: one layer of each distinct shape.
-        delta: the same of GatedDeltaNet layers.
-        projections: all calls with resident quantised matrices.
-        experts: how routed experts lie in their records; None if they are dense.
-        shared: the shared expert of each distinct form.
-        experts_k: routed experts a token.
-        num_experts: routed experts a layer.
-        slots: records that a store holds at once.
+        attention: a full-attention layer of each distinct shape.
+        delta: a GatedDeltaNet layer of each distinct shape.
+        projections: all calls with resident quantized matrices.
+        experts: the format of routed experts; None if they are dense.
+        shared: the shared expert of each distinct format.
+        experts_k: routed experts per token.
+        num_experts: routed experts per layer.
+        slots: number of records that the store holds at once.
     """
 
     dtype: mx.Dtype
@@ -46,10 +49,10 @@ class ModelShapes:
     num_experts: int
     slots: int
 
-    def in_several_groups(self, most_tokens: int | None) -> bool:
-        """Whether ``most_tokens`` tokens (None: any number) may choose more experts than there are slots.
+    def needs_several_groups(self, most_tokens: int | None) -> bool:
+        """Return whether a call may need more experts than there are slots, and so apply them in groups.
 
-        Their experts are then applied in groups.
+        ``most_tokens`` is the largest number of tokens of a call; None stands for any number.
         """
         wanted = self.num_experts if most_tokens is None else most_tokens * self.experts_k
         return self.slots < min(self.num_experts, wanted)

@@ -1,8 +1,8 @@
-"""An engine that takes the branches of a GPU, on a CPU: MLX says that a GPU is there, and kernels run on a machine.
+"""Emulate a GPU on a CPU: MLX reports a GPU, so an engine takes the branches for GPUs, and kernels run on a machine.
 
-All seams are here. What the product asks MLX is answered as on a GPU, so no branch of the product needs a name here;
-arrays stay on the CPU, where MLX's own operations run. A kernel that is replaced by MLX's operations, which would give
-right numbers, fails the test. ``docs/faults.md`` lists what this cannot show.
+All patches are in this module. They answer the questions that the package asks MLX, so they need no names of its
+branches. Arrays stay on the CPU, where MLX's operations run. Replacing a kernel by MLX's operations, which would give
+correct numbers, fails the test. ``docs/faults.md`` lists the limits of emulation.
 """
 
 import logging
@@ -21,7 +21,7 @@ import pytest
 from flashmoe_mlx.custom_kernels import nvidia, precision
 
 Launches = Counter[str]
-"""How many times each kernel ran, by name."""
+"""The number of calls of each kernel, by name."""
 
 HOPPER = nvidia.Gpu(multiprocessors=3, capability=9, shared_memory=120_000)
 AMPERE = nvidia.Gpu(multiprocessors=3, capability=8, shared_memory=160_000)
@@ -31,7 +31,7 @@ FREE_MEMORY = 2**32
 
 @contextmanager
 def metal(dtype: mx.Dtype = mx.bfloat16) -> Iterator[Launches]:
-    """As on a Mac, activations of ``dtype``; the kernels' Metal text runs on ``metal_on_cpu``."""
+    """Emulate a Mac with activations of ``dtype``; the kernels' Metal text runs on ``metal_on_cpu``."""
     launches: Launches = Counter()
     with _gpu(dtype, {"device_name": "Metal on a CPU"}) as patch, metal_on_cpu.writable("keys", "values"):
         patch.setattr(mx.metal, "is_available", lambda: True)
@@ -41,7 +41,7 @@ def metal(dtype: mx.Dtype = mx.bfloat16) -> Iterator[Launches]:
 
 @contextmanager
 def cuda(dtype: mx.Dtype = mx.bfloat16, gpu: nvidia.Gpu = HOPPER, at_once: int = 2) -> Iterator[Launches]:
-    """As with an NVIDIA GPU, activations of ``dtype``; the kernels' CUDA text runs on ``cuda_on_cpu``."""
+    """Emulate an NVIDIA GPU with activations of ``dtype``; the kernels' CUDA text runs on ``cuda_on_cpu``."""
     launches: Launches = Counter()
     capability = {"compute_capability_major": gpu.capability, "compute_capability_minor": 0}
     with _gpu(dtype, {"device_name": "CUDA on a CPU", "free_memory": FREE_MEMORY, **capability}) as patch:
@@ -70,7 +70,7 @@ def _gpu(dtype: mx.Dtype, information: dict[str, Any]) -> Iterator[pytest.Monkey
 
 @contextmanager
 def _no_warnings() -> Iterator[None]:
-    """Fail if the package warns, as it does of a kernel that differs from its reference and was replaced."""
+    """Fail if the package logs a warning, for example about a kernel that differs from its reference."""
     warned: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
@@ -84,7 +84,7 @@ def _no_warnings() -> Iterator[None]:
 
 
 def _forget_kernels() -> None:
-    """Clear what is made once a process, so that no kernel outlives the machine that it was made for."""
+    """Clear the caches of kernels, so that no kernel outlives its machine."""
     for name, module in list(sys.modules.items()):
         if name.startswith("flashmoe_mlx.custom_kernels") and ".native" not in name:
             for value in vars(module).values():
@@ -93,7 +93,7 @@ def _forget_kernels() -> None:
 
 
 def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """``other`` in place of ``function`` in every module of the package that has it."""
+    """Replace ``function`` by ``other`` in every module of the package."""
     for name, module in list(sys.modules.items()):
         if name.startswith("flashmoe_mlx"):
             for attribute, value in list(vars(module).items()):
@@ -102,7 +102,7 @@ def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], o
 
 
 def _in_f32(product: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """``product`` with sums in f32, as on a GPU: on a CPU MLX adds up in the type of what it is given."""
+    """Return ``product`` with sums in f32, as on a GPU; on a CPU, MLX accumulates in the type of the inputs."""
 
     def wide(value: Any) -> Any:
         return value.astype(mx.float32) if isinstance(value, mx.array) and value.dtype == mx.bfloat16 else value
@@ -115,7 +115,7 @@ def _in_f32(product: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def _counting(make: Callable[..., Any], launches: Launches) -> Callable[..., Any]:
-    """``make`` returns kernels that count their calls."""
+    """Return ``make`` with kernels that count their calls."""
 
     @wraps(make)
     def made(name: str, *rest: Any, **options: Any) -> Callable[..., list[mx.array]]:

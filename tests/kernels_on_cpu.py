@@ -1,4 +1,4 @@
-"""What the machines that run kernels of GPUs on a CPU share: the call that MLX defines, buffers, and clang."""
+"""Common parts of the machines that run GPU kernels on a CPU: the call that MLX defines, buffers, and clang."""
 
 import ctypes
 import hashlib
@@ -31,12 +31,12 @@ _OPTIONS = [
 
 
 class KernelFault(AssertionError):  # noqa: N818  # the kernel's, not the caller's
-    """What a kernel did that its language does not define, or would not compile."""
+    """An operation of a kernel that its language does not define, or a compiler error."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One call of a kernel: arrays that are evaluated and contiguous, and the threads that are to run on them."""
+    """One call of a kernel: evaluated, contiguous arrays and a grid of threads."""
 
     inputs: list[mx.array]
     outputs: list[mx.array]
@@ -48,7 +48,7 @@ class Launch:
 
 
 def launched(run: Callable[[Launch], None]) -> Callable[..., list[mx.array]]:
-    """What ``mx.fast.metal_kernel`` and ``mx.fast.cuda_kernel`` return, but ``run`` fills the outputs at once."""
+    """Return a function with the signature of MLX's kernels; ``run`` fills its outputs at the call."""
 
     def call(
         *,
@@ -81,21 +81,29 @@ class Buffer:
         self.nbytes = array.nbytes
         if not output:
             self._bytes[:] = self._array
+        self._given = None if output else self._bytes.copy()
 
     def give_back(self) -> None:
-        """Put what the kernel left into the array."""
-        self._array[:] = self._bytes
+        """Copy an output, or the bytes of an input that the kernel changed, into the array.
+
+        Unchanged bytes of an input stay, because a store may have filled other slots of it meanwhile.
+        """
+        if self._given is None:
+            self._array[:] = self._bytes
+        else:
+            changed = self._bytes != self._given
+            self._array[changed] = self._bytes[changed]
 
 
 class Clang:
-    """Clang on texts that may include the headers of ``folder``, always with ``options``."""
+    """Clang with ``options``, for texts that may include the headers of ``folder``."""
 
     def __init__(self, folder: Path, options: Sequence[str] = ()) -> None:
         self._headers = [path.read_text() for path in sorted(folder.glob("*.h"))]
         self._options = [*_OPTIONS, f"-I{folder}", *options]
 
     def make(self, suffix: str, text: str, *options: str) -> Path:
-        """The file made of ``text`` in C++: once for all processes of a user, until something that counts changes."""
+        """Compile ``text``, C++, and return the file; a cache shared by a user's processes keeps it."""
         folder = Path(tempfile.gettempdir(), f"kernels_on_cpu-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
         command = [_zig(), "cc", *self._options, *options]
@@ -113,7 +121,7 @@ class Clang:
         return file
 
     def load(self, text: str, *options: str) -> ctypes.CDLL:
-        """``text`` compiled, linked and loaded."""
+        """Compile, link and load ``text``."""
         return _loaded(self.make(".so", text, "-shared", *options, "-lm"))
 
 
@@ -124,7 +132,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 @cache
 def _zig() -> str:
-    """The compiler from its wheel; ``python -m ziglang`` would start Python to start it."""
+    """Return the compiler of the wheel; ``python -m ziglang`` would start another Python first."""
     found = find_spec("ziglang")
     assert found is not None, "pip install ziglang"
     assert found.origin is not None

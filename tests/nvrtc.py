@@ -1,7 +1,7 @@
-"""Compile kernels for CUDA where there is no GPU, by NVIDIA's run-time compiler from its wheel.
+"""Compile kernels for CUDA without a GPU, by the wheel of NVIDIA's run-time compiler.
 
-Around a body stands what MLX writes there (its ``mlx/backend/cuda/custom_kernel.cpp``): arguments in the order of
-inputs and outputs, template arguments as constants inside the function.
+The text around a body is the same as MLX's (``mlx/backend/cuda/custom_kernel.cpp``): arguments in the order of inputs
+and outputs, template arguments as constants inside the function.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def compile_for_cuda(
     template: Mapping[str, int | mx.Dtype],
     architecture: str = "sm_90a",
 ) -> bytes:
-    """The machine code; AssertionError with the compiler's words if there is none."""
+    """Return the machine code; raise AssertionError with the compiler's messages on failure."""
     header, body = kernel.source("cuda")
     pairs = []
     for name, dtype in zip(kernel.inputs, inputs, strict=True):
@@ -66,7 +66,7 @@ def compile_for_cuda(
 
 
 def registers(cubin: bytes) -> int:
-    """Of a thread of the one kernel in ``cubin``: EIATTR_REGCOUNT in its ELF section ``.nv.info``."""
+    """Return the registers per thread of the kernel in ``cubin``: EIATTR_REGCOUNT in the section ``.nv.info``."""
     (sections,) = struct.unpack_from("<Q", cubin, 0x28)
     count, names = struct.unpack_from("<HH", cubin, 0x3C)
     headers = [struct.unpack_from("<IIQQQQ", cubin, sections + 64 * i) for i in range(count)]

@@ -1,6 +1,6 @@
-"""CUDA kernels equal their references on a machine that runs their text on a CPU, in any order of their threads and
-however few threadgroups run at once; and the machine notices what would hang or differ. The everyday twins of
-``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
+"""CUDA kernels equal their references on a machine that runs their text on a CPU, with any order of threads and any
+number of concurrent threadgroups; and the machine detects kernels that hang or whose results vary. These are the
+everyday counterparts of ``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,13 @@ from cuda_on_cpu import Machine
 from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
-from flashmoe_mlx.custom_kernels import attention, dense_experts, kernel, routed_experts
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
+from flashmoe_mlx.custom_kernels import kernel
+from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
@@ -55,11 +58,11 @@ def test_routed_experts(bits: int, group_size: int, k: int, shared: bool, at_onc
     for number in at_once:
         with gpu_on_cpu.cuda(at_once=number) as launches:
             check(case, launches, name)
-            assert not any(np.array(turns)[0, 0] for turns in routed_experts._all_turns(k * 512)), "zero again"
+            assert not any(np.array(tickets)[0, 0] for tickets in routed_experts._all_tickets(k * 512)), "zero again"
 
 
 def test_routed_experts_called_again_and_again(on_hopper: gpu_on_cpu.Launches) -> None:
-    """Every call leaves the counters as the next finds them."""
+    """Every call resets the counters for the next call."""
     made = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, k=2, shared=False)
     first = np.array(made.custom()[0].astype(F32))
     for _ in range(3):
@@ -67,9 +70,9 @@ def test_routed_experts_called_again_and_again(on_hopper: gpu_on_cpu.Launches) -
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(2, 208), (4, 208), (8, 16)])
-def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, on_hopper: gpu_on_cpu.Launches) -> None:
-    case = kernel_cases.quantised_matvec(rows, 1024, BF16, bits=bits, group_size=64)
-    check(case, on_hopper, "quantised_matvec_stream")
+def test_quantized_matvec_of_whole_chunks(bits: int, rows: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.quantized_matvec(rows, 1024, BF16, bits=bits, group_size=64)
+    check(case, on_hopper, "quantized_matvec_stream")
 
 
 @pytest.mark.parametrize(("bits", "group_size", "shared"), [(2, 64, False), (4, 128, True)])
@@ -77,7 +80,7 @@ def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_o
     sizes = {"bits": bits, "group_size": group_size}
     routed = kernel_cases.routed_experts(WHOLE_STEPS, BF16, tokens=2, k=3, shared=shared, **sizes)
     check(routed, on_ampere, "routed_experts_gate_up_tensor" + "_with_shared_expert" * shared)
-    check(kernel_cases.quantised_matvec(48, 256, BF16, tokens=2, **sizes), on_ampere, "quantised_matvec_tensor")
+    check(kernel_cases.quantized_matvec(48, 256, BF16, tokens=2, **sizes), on_ampere, "quantized_matvec_tensor")
 
 
 @pytest.mark.parametrize(
@@ -87,14 +90,14 @@ def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_o
 def test_attention_on_tensor_cores(
     heads: int, kv_heads: int, width: int, rotary: int, contexts: tuple[int, ...], on_hopper: gpu_on_cpu.Launches
 ) -> None:
-    """Tiles that are full, begun or alone."""
+    """Full, partial and single tiles."""
     geometry = Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
     for context in contexts:
         case = kernel_cases.attention(geometry, BF16, context=context, seed=context)
         check(case, on_hopper, "attention_decode_tensor")
 
 
-def test_more_tiles_of_a_span_than_are_under_way(
+def test_more_tiles_of_a_span_than_are_in_flight(
     on_ampere: gpu_on_cpu.Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "_BLOCKS", 1)
@@ -109,7 +112,7 @@ BODIES = {
     "gated_delta_net_step": partial(kernel_cases.gated_delta_net, SMALL, tokens=20),
     "attention_decode": partial(kernel_cases.attention, SMALL, context=300),
     "attention_prepare": partial(kernel_cases.attention, SMALL, context=20, tokens=9),
-    "quantised_matvec_body": partial(kernel_cases.quantised_matvec, 20, 384, bits=3, group_size=32, tokens=8),
+    "quantized_matvec_body": partial(kernel_cases.quantized_matvec, 20, 384, bits=3, group_size=32, tokens=8),
 }
 
 
@@ -135,7 +138,7 @@ def test_fill_slots(slots: tuple[int, ...], size: int, on_hopper: gpu_on_cpu.Lau
     np.testing.assert_array_equal(np.array(slab), expected)
 
 
-WORDS = "".join(kernel._text("dialects", f"{name}.h") for name in ("cuda", "copy_engine"))
+WORDS = "".join(kernel.dialect_text(name) for name in ("cuda", "copy_engine"))
 
 
 def planted(source: str, threadgroups: int = 1) -> None:

@@ -15,7 +15,7 @@ from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.tasks import doctor
 
-MATVEC = partial(cases.quantised_matvec, 32, 128, on_cpu=True)
+MATVEC = partial(cases.quantized_matvec, 32, 128, on_cpu=True)
 
 
 def wrong(dtype: mx.Dtype) -> cases.Case:
@@ -36,7 +36,7 @@ def test_a_table_and_a_record(
     monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC)]))
     doctor.run(doctor.Config(), tmp_path)
     shown = capsys.readouterr()
-    assert "| quantised_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in shown.out + shown.err
+    assert "| quantized_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in shown.out + shown.err
     record = json.loads((tmp_path / "doctor.json").read_text())
     (finding,) = record["findings"]
     assert finding["passed"]
@@ -58,15 +58,18 @@ def test_what_fails_is_named_and_recorded(
     with pytest.raises(FlashMoeError) as caught:
         doctor.run(doctor.Config(), tmp_path)
     assert caught.value.code == "kernels_failed"
-    assert "quantised_matvec (32x128" in str(caught.value)
+    assert "quantized_matvec (32x128" in str(caught.value)
     shown = capsys.readouterr()
     assert reason in shown.out + shown.err
-    assert [one["passed"] for one in json.loads((tmp_path / "doctor.json").read_text())["findings"]] == [True, False]
+    assert [finding["passed"] for finding in json.loads((tmp_path / "doctor.json").read_text())["findings"]] == [
+        True,
+        False,
+    ]
 
 
 def test_the_cases_cover_every_kernel() -> None:
     operations = {make(mx.float32).operation for name, make in doctor._cases(on_gpu=False, on_cpu=True)}
-    assert operations == {"routed_experts", "gated_delta_net", "attention", "quantised_matvec"}
+    assert operations == {"routed_experts", "gated_delta_net", "attention", "quantized_matvec"}
 
 
 def test_it_runs_after_the_plain_install(tmp_path: Path) -> None:
@@ -77,7 +80,7 @@ sys.modules["pytest"] = sys.modules["_pytest"] = sys.modules["hypothesis"] = Non
 from functools import partial
 from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.tasks import doctor
-doctor._cases = lambda *_: iter([("tiny", partial(cases.quantised_matvec, 32, 128, on_cpu=True))])
+doctor._cases = lambda *_: iter([("tiny", partial(cases.quantized_matvec, 32, 128, on_cpu=True))])
 from flashmoe_mlx.__main__ import main
 sys.exit(main(["task=doctor"]))
 """
@@ -85,7 +88,7 @@ sys.exit(main(["task=doctor"]))
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "| quantised_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in done.stdout + done.stderr
+    assert "| quantized_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in done.stdout + done.stderr
 
 
 def test_only_the_testing_package_imports_what_only_tests_need() -> None:

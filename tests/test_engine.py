@@ -15,7 +15,8 @@ from conftest import TINY
 
 import flashmoe_mlx
 from flashmoe_mlx import engine as engine_module
-from flashmoe_mlx.custom_kernels import choose, dense_experts
+from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_experts
 from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.moe.by_expert import expert_weights
@@ -273,7 +274,7 @@ def test_experts_of_a_prompt_by_dense_matrices(slots: int, tiny_pack: Path, monk
 
     def dense(slab: mx.array, rows: mx.array, *rest: object) -> tuple[mx.array, mx.array, mx.array]:
         made_of.append(len(rows))
-        return dense_experts.reference.dense_experts(slab, rows, *rest)
+        return dense_experts.dense_experts(slab, rows, *rest)
 
     monkeypatch.setattr(engine_module, "choose", lambda _: replace(choose("mlx"), dense_experts=dense))
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:

@@ -1,4 +1,4 @@
-"""Overwriting slots in a GPU's memory equals making a new array with other rows."""
+"""Overwriting slots in a GPU's memory gives the same array as the reference, which makes a new one."""
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ def test_the_reference() -> None:
 @pytest.mark.parametrize("size", [16, 4096, 32768, 7_077_888])
 def test_in_place_equals_the_reference(slots: tuple[int, ...], size: int) -> None:
     slab, records, rows = random_bytes(0, 7, size), random_bytes(1, 4, size), mx.array(slots, mx.int32)
-    slab = slab + mx.array(0, mx.uint8)  # the output of an operation: in the GPU's own memory
+    slab = slab + mx.array(0, mx.uint8)  # the output of an operation is in the GPU's own memory
     mx.eval(slab)
     expected = np.array(reference.fill_slots(slab, records, rows))
     fill_slots(slab, records, rows)

@@ -1,5 +1,5 @@
-"""An engine on a GPU says what one on a CPU says: every branch that only a GPU takes, from the kernels' choice to slots
-in a GPU's memory, with the kernels' own Metal and CUDA texts run on a CPU (``gpu_on_cpu``).
+"""An engine on a GPU gives the same logits as an engine on a CPU: all branches for GPUs, from the choice of kernels to
+slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_on_cpu``).
 """
 
 import ctypes
@@ -21,10 +21,11 @@ from gpu_on_cpu import Launches
 from systems import needs_linux
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import choose, nvidia, routed_experts
+from flashmoe_mlx.custom_kernels import choose, nvidia
 from flashmoe_mlx.custom_kernels.cases import Geometry
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.estimate import probe
@@ -37,12 +38,12 @@ Logits = npt.NDArray[np.float32]
 Device = Callable[..., AbstractContextManager[Launches]]
 
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(5, 250, 20)]
-"""Longer than the most tokens that any kernel of a step takes; ``most_tokens`` lowers CUDA's 256."""
+"""Longer than the most tokens of any kernel for decode steps; ``most_tokens`` lowers CUDA's 256."""
 STEPS = (65, 66, 67)
 EXACT = 1e-4
-"""Largest difference of logits in f32, relative to the largest one; it is 3e-6 where everything is right."""
+"""Largest difference of logits in f32, relative to the largest logit; correct kernels give 3e-6."""
 ROUNDED = 0.05
-"""The same in bf16, between kernels and references that both round to it; 0.01 where everything is right."""
+"""Largest relative difference in bf16 between kernels and references, which both round; correct kernels give 0.01."""
 
 WHOLE_CHUNKS = SyntheticSizes(
     num_layers=4,
@@ -67,7 +68,7 @@ WHOLE_CHUNKS = SyntheticSizes(
 
 @pytest.fixture(autouse=True)
 def most_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of a few tokens pass the switch that CUDA has at 256."""
+    """Lower CUDA's limit of 256 tokens, so that short prompts exceed it."""
     monkeypatch.setitem(routed_experts.MOST_TOKENS, "cuda", 12)
 
 
@@ -101,7 +102,7 @@ def difference(got: Logits, expected: Logits) -> float:
 
 @pytest.fixture(scope="module")
 def expected(tiny_pack: Path) -> Logits:
-    """What the references say on a CPU."""
+    """The logits of the references on a CPU."""
     return said(tiny_pack, kernels="reference")
 
 
@@ -112,7 +113,7 @@ def ran(launches: Launches, *kernels: str) -> bool:
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
 SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
 MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
-PRODUCTS = ("quantised_matvec_body",)
+PRODUCTS = ("quantized_matvec_body",)
 RECORD_BYTES = 32768
 
 
@@ -165,7 +166,7 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
 @pytest.mark.parametrize("slots", [5, 16])
 def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tiny_pack: Path) -> None:
-    """In bf16, as scales are. Every token uses all experts, because a rounded score may turn a choice."""
+    """In bf16, the type of scales. Every token uses all experts, because rounding a score may change a choice."""
     options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}
     with device() as launches:
         got = said(tiny_pack, launches=launches, **options)
@@ -180,11 +181,11 @@ def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tin
     [
         (
             gpu_on_cpu.HOPPER,
-            ("routed_experts_fused_with_shared_expert", "quantised_matvec_stream", "attention_decode_tensor"),
+            ("routed_experts_fused_with_shared_expert", "quantized_matvec_stream", "attention_decode_tensor"),
         ),
         (
             gpu_on_cpu.AMPERE,
-            ("routed_experts_gate_up_tensor_with_shared_expert", "quantised_matvec_tensor", "attention_decode_tensor"),
+            ("routed_experts_gate_up_tensor_with_shared_expert", "quantized_matvec_tensor", "attention_decode_tensor"),
         ),
     ],
     ids=["hopper", "ampere"],
@@ -221,7 +222,7 @@ def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
 def test_scales_have_the_type_of_activations(device: Device, tiny_pack: Path) -> None:
-    """Kernels of GPUs read both in one type; those for CPUs take any scales as they lie in the file."""
+    """Kernels for GPUs need scales in the type of activations; kernels for CPUs accept the scales of the file."""
     with device(mx.float32):
         assert not choose("auto").accepts_any_scale_dtype
         with flashmoe_mlx.load(tiny_pack) as engine:
@@ -229,7 +230,7 @@ def test_scales_have_the_type_of_activations(device: Device, tiny_pack: Path) ->
             assert engine.model.head.scales.dtype == mx.float32
 
 
-def test_what_a_gpu_is_asked() -> None:
+def test_the_properties_of_a_gpu() -> None:
     with gpu_on_cpu.cuda():
         assert memory.slots_on_gpu()
         assert memory.available_memory() == gpu_on_cpu.FREE_MEMORY
@@ -245,7 +246,7 @@ def test_what_a_gpu_is_asked() -> None:
 def test_the_probe_checks_kernels_for_every_k_that_it_measures(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A path that loading did not check would be MLX's, and measured as ours; warnings are errors."""
+    """On an unchecked path the probe would measure MLX's operation as the kernel; warnings are errors."""
     sizes = replace(TINY, num_layers=2)
     monkeypatch.setattr(probe, "SIZES", {"large": sizes, "small": sizes})
     monkeypatch.setattr(probe, "EXPERTS", (1, 4))
@@ -261,7 +262,7 @@ def test_the_probe_checks_kernels_for_every_k_that_it_measures(
 def test_doctor_examines_the_kernels_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Metal alone, in both types, small and called once: emulation is slow, and doctor takes CUDA the same way."""
+    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA alike."""
     small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
@@ -271,14 +272,14 @@ def test_doctor_examines_the_kernels_of_a_gpu(
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
     record = json.loads((tmp_path / "doctor.json").read_text())
     assert record["dialect"] == record["kernels"] == "metal"
-    found = {(one["kernel"], one["geometry"], one["dtype"]) for one in record["findings"] if one["passed"]}
-    operations = ("routed_experts", "gated_delta_net", "attention", "quantised_matvec")
+    found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
+    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
     assert "Custom kernels: metal." in capsys.readouterr().err
 
 
 class Driver:
-    """NVIDIA's driver as far as it is asked; ``status`` is what every call returns."""
+    """The functions of NVIDIA's driver that the package calls; every call returns ``status``."""
 
     def __init__(self, status: int) -> None:
         self._status = status
@@ -294,7 +295,7 @@ class Driver:
         return self._status
 
 
-def test_what_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_properties_from_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(0))
     assert nvidia.gpu.__wrapped__() == Gpu(multiprocessors=132, capability=9, shared_memory=232448)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(3))
@@ -302,7 +303,7 @@ def test_what_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
         nvidia.gpu.__wrapped__()
 
 
-def test_a_driver_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise OSError("no such file")
 

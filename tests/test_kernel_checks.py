@@ -22,32 +22,26 @@ from systems import needs_linux
 import flashmoe_mlx
 from flashmoe_mlx import custom_kernels
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import UncheckedPathWarning, kernel, native
-from flashmoe_mlx.custom_kernels.native import operations as native_operations
-from flashmoe_mlx.custom_kernels.operation import CodePath, Operation, Sample, check_operations
+from flashmoe_mlx.custom_kernels import AttentionInputs, DeltaInputs, UncheckedPathWarning, kernel, native
+from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample, check_kernels
+from flashmoe_mlx.custom_kernels.routed_experts import cpu as routed_experts_cpu
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
-from flashmoe_mlx.models import build
 from flashmoe_mlx.models.code_paths import model_shapes
+from flashmoe_mlx.models.weights import ResidentWeights
 from flashmoe_mlx.research.bench import engine_bench as bench
 
-KERNELS = {
-    "attention": "gated_attention",
-    "gated_delta_net": "gated_delta_net",
-    "routed_experts": "routed_experts",
-    "quantised_matvec": "quantised_products",
-    "rms_norm": "rms_norm",
-}
-"""Operations, and the functions of ``native`` that are their kernels."""
+KERNELS = ("attention", "gated_delta_net", "routed_experts", "quantized_matvec", "rms_norm")
+"""Operations with kernels in the extension."""
 
 NO_MODEL: Any = None
 
 # --- one operation ----------------------------------------------------------------------------------------------------
 
 
-def doubling(custom: Callable[[mx.array], mx.array]) -> Operation[[mx.array], mx.array]:
-    """Doubles vectors; one path for an element alone, another for several, none for matrices."""
+def doubling(custom: Callable[[mx.array], mx.array]) -> CheckedKernel[[mx.array], mx.array]:
+    """Return a kernel that doubles vectors: one path for a single element, another for several, none for matrices."""
 
     def path(x: mx.array) -> CodePath | None:
         return ("one" if len(x) == 1 else "several",) if x.ndim == 1 else None
@@ -57,11 +51,11 @@ def doubling(custom: Callable[[mx.array], mx.array]) -> Operation[[mx.array], mx
             x = mx.arange(1, size + 1, dtype=mx.float32)
             yield Sample((x,), (x[:2],), lambda results: [results[0][:2]])
 
-    return Operation("doubling", lambda x: 2 * x, lambda x: x + x, custom, path, samples)
+    return CheckedKernel("doubling", lambda x: 2 * x, lambda x: x + x, custom, path, samples)
 
 
-def report_of(operation: Operation[Any, Any]) -> custom_kernels.KernelReport:
-    return check_operations([operation], NO_MODEL, [("doubling", "mx.add"), ("other", "mx.multiply")], None)
+def report_of(kernel: CheckedKernel[Any, Any]) -> custom_kernels.KernelReport:
+    return check_kernels([kernel], NO_MODEL, {"doubling": "mx.add", "other": "mx.multiply"}, None)
 
 
 def test_a_kernel_that_agrees_runs_on_every_path() -> None:
@@ -72,7 +66,7 @@ def test_a_kernel_that_agrees_runs_on_every_path() -> None:
     assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4]
     assert calls == [1, 3, 5, 2]
     assert operation(mx.array([[1.0]])).tolist() == [[2]]
-    assert len(calls) == 4, "what it does not take goes to MLX"
+    assert len(calls) == 4, "MLX handles unsupported arguments"
     assert report.names == {
         "other": "mx.multiply",
         "doubling: one": "custom kernel doubling",
@@ -108,12 +102,12 @@ def test_a_kernel_that_fails_on_one_path_is_replaced_there_alone(
 
 @pytest.mark.parametrize("bad", [3, 5])
 def test_one_bad_sample_of_a_path_is_enough(bad: int) -> None:
-    """Whether a good one comes before it or after it."""
+    """A good sample may come before or after it."""
     assert report_of(doubling(lambda x: x if len(x) == bad else x * 2)).replaced == ["doubling: several"]
 
 
 def test_a_kernel_whose_reference_fails_is_replaced(caplog: pytest.LogCaptureFixture) -> None:
-    """As where memory is short: a model runs without the kernel, and a person is told."""
+    """For example for lack of memory: the model runs without the kernel, and the user is told."""
     operation = doubling(lambda x: x * 2)
 
     def failing(x: mx.array) -> mx.array:
@@ -135,7 +129,7 @@ def test_checks_for_several_models_add_up() -> None:
     def none_of_several(_: ModelShapes) -> Iterator[Sample]:
         yield Sample((mx.array([1.0]),), (mx.array([1.5]),))
 
-    operation.code_paths = none_of_several
+    operation.samples = none_of_several
     report = report_of(operation)
     assert report.replaced == ["doubling: one"]
     assert "doubling: several" not in report.names
@@ -153,8 +147,11 @@ def test_an_unchecked_path_runs_mlx_and_says_so_once() -> None:
 # --- engines ----------------------------------------------------------------------------------------------------------
 
 
-def tokens_of(operation: str, arguments: Sequence[Any]) -> int:
-    return len(arguments[0])
+def tokens_of(arguments: Sequence[Any]) -> int:
+    (first, *_) = arguments
+    if isinstance(first, AttentionInputs):
+        return len(first.k)
+    return len(first.qkv if isinstance(first, DeltaInputs) else first)
 
 
 def most_tokens_of_an_expert(arguments: Sequence[Any]) -> int:
@@ -166,13 +163,14 @@ def most_tokens_of_an_expert(arguments: Sequence[Any]) -> int:
 def spoiled(
     operation: str, when: Callable[[Sequence[Any]], bool], calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Make the kernel of ``operation`` wrong by half ``when`` its arguments say so, and count its calls by tokens."""
-    original = getattr(native, KERNELS[operation])
+    """Make the kernel of ``operation`` wrong by half for arguments that ``when`` selects; count its calls."""
+    folder = getattr(custom_kernels, operation)
+    original = folder.OPERATION.cpu
 
     def wrong(*arguments: Any) -> Any:
-        calls["one token" if tokens_of(operation, arguments) == 1 else "several"] += 1
+        calls["one token" if tokens_of(arguments) == 1 else "several"] += 1
         spoil = when(arguments)
-        result = original(*arguments)
+        result = original.run(*arguments)
         if not spoil:
             return result
         parts = [result] if isinstance(result, mx.array) else list(result)
@@ -180,12 +178,12 @@ def spoiled(
         return parts[0] if isinstance(result, mx.array) else tuple(parts)
 
     with monkeypatch.context() as patched:
-        patched.setattr(native, KERNELS[operation], wrong)
+        patched.setattr(folder, "OPERATION", replace(folder.OPERATION, cpu=replace(original, run=wrong)))
         yield
 
 
 def ran(engine: Engine) -> np.ndarray:
-    """Logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
+    """Return the logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
     cache = engine.new_cache()
     tokens = [3] * 30 + list(range(30))  # alike, so that they choose the same experts
     return np.concatenate([engine.forward(tokens, cache), *(engine.forward([token], cache) for token in (5, 6, 7))])
@@ -193,7 +191,7 @@ def ran(engine: Engine) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def expected_logits(tiny_pack: Path) -> np.ndarray:
-    """What the references say."""
+    """The logits of the references."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     with flashmoe_mlx.load(tiny_pack, kernels="reference") as engine:
@@ -212,11 +210,11 @@ RIGHT = "right"
 def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     operation: str, fault: str, tiny_pack: Path, expected_logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The report about a path is compared with what is called when that path runs, not with what a check found."""
+    """The report about a path must match the calls when that path runs, not the outcome of a check."""
     calls: Counter[str] = Counter()
 
     def when(arguments: Sequence[Any]) -> bool:
-        several = tokens_of(operation, arguments) > 1
+        several = tokens_of(arguments) > 1
         if operation == "routed_experts" and several:
             several = most_tokens_of_an_expert(arguments) > 8
         return fault != RIGHT and several == (fault == PROMPT)
@@ -224,7 +222,7 @@ def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     if operation == "routed_experts" and fault == DECODE:
 
         def when(arguments: Sequence[Any]) -> bool:
-            return tokens_of(operation, arguments) == 1
+            return tokens_of(arguments) == 1
 
     with spoiled(operation, when, calls, monkeypatch), flashmoe_mlx.load(tiny_pack) as engine:
         calls.clear()
@@ -272,7 +270,7 @@ def test_few_tokens_of_an_expert_are_a_path_with_a_check(tiny_pack: Path, monkey
 def test_no_call_takes_an_unchecked_path(
     prefetch: str, changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Warnings are errors: an engine goes through every number of tokens, and every path was checked at load."""
+    """Warnings are errors: an engine runs with every number of tokens, and load must have checked every path."""
     folder = synthetic_pack("model", replace(TINY, **changes), tmp_path).folder
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -291,12 +289,12 @@ def test_no_call_takes_an_unchecked_path(
 def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
     experts: int, k: int, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every number of tokens and of slots: all groups but the last go without the shared expert."""
-    monkeypatch.setattr(Operation, "_disagreement", lambda *_: None)
+    """For every number of tokens and of slots: only the last group includes the shared expert."""
+    monkeypatch.setattr(CheckedKernel, "_disagreement", lambda *_: None)
     with flashmoe_mlx.load(tiny_pack) as engine:
         shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
         operation = engine.model.kernels.routed_experts_cpu
-    assert isinstance(operation, Operation)
+    assert isinstance(operation, CheckedKernel)
     form = shapes.experts
     assert form is not None
     for slots in range(k, experts + 1):
@@ -304,20 +302,20 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
         checked = {verdict.path for verdict in operation.check(replace(shapes, slots=slots))}
         for tokens in range(1, 2 * experts):
             if min(experts, tokens * k) > slots:
-                path = native_operations.experts_path(mx.zeros((tokens, 1)), [], *[mx.zeros(0)] * 2, form)
+                path = routed_experts_cpu.code_path(mx.zeros((tokens, 1)), [], *[mx.zeros(0)] * 2, form)
                 assert path in checked, (tokens, slots)
 
 
 def test_weights_that_are_not_numbers_are_not_taken_for_a_bad_kernel(
     tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    taken = build._Resident._take
+    taken = ResidentWeights._take
 
     def spoiled_weights(self: Any, name: str, dtype: Any) -> mx.array:
         array = taken(self, name, dtype)
         return array * float("nan") if mx.issubdtype(array.dtype, mx.floating) else array
 
-    monkeypatch.setattr(build._Resident, "_take", spoiled_weights)
+    monkeypatch.setattr(ResidentWeights, "_take", spoiled_weights)
     with caplog.at_level(logging.WARNING), flashmoe_mlx.load(tiny_pack) as engine:
         assert engine.setup["replaced_kernels"] == []
     assert not caplog.records
@@ -328,15 +326,17 @@ def test_a_check_leaves_the_store_and_its_counters_alone(tiny_pack: Path) -> Non
         assert engine.store.stats().requests == 0
 
 
-# --- what a person sees -----------------------------------------------------------------------------------------------
+# --- messages to the user ---------------------------------------------------------------------------------------------
 
 
 def test_a_program_that_loads_a_model_sees_a_warning_on_stderr(tiny_pack: Path) -> None:
     script = f"""
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import native
-right = native.routed_experts
-native.routed_experts = lambda x, *rest: right(x, *rest) * 1.5
+from dataclasses import replace
+from flashmoe_mlx.custom_kernels import routed_experts
+right = routed_experts.OPERATION
+wrong = replace(right.cpu, run=lambda *arguments: right.cpu.run(*arguments) * 1.5)
+routed_experts.OPERATION = replace(right, cpu=wrong)
 flashmoe_mlx.load({str(tiny_pack)!r}).close()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -381,9 +381,9 @@ def test_a_person_is_told_that_a_kernel_was_replaced(
 
 
 def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks and references run while a pass loads its engine, and none while it generates."""
+    """Checks and references run while a pass loads its engine, not while it generates."""
     events: list[str] = []
-    check, generate = Operation._disagreement, bench._generate
+    check, generate = CheckedKernel._disagreement, bench._generate
 
     def checked(self: Any, sample: Any) -> Any:
         events.append("check")
@@ -395,7 +395,7 @@ def test_no_check_runs_inside_the_clock_of_a_cold_pass(tiny_pack: Path, monkeypa
         events.append("clock stops")
         return result
 
-    monkeypatch.setattr(Operation, "_disagreement", checked)
+    monkeypatch.setattr(CheckedKernel, "_disagreement", checked)
     monkeypatch.setattr(bench, "_generate", generated)
     setting = bench.Configuration("pread", {"_target_": "flashmoe_mlx.backends.pread.PreadStore"}, 2, "none")
     plan = bench.Plan(tiny_pack, [setting], ["cold"], ["Hello, experts"], True, 5, 2, "auto")
@@ -421,8 +421,9 @@ def _running(events: Sequence[str]) -> Iterator[bool]:
 def test_metal_kernels_pass_their_check_and_every_path_was_checked(
     tiny_pack: Path, expected_logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (kernel, custom_kernels, custom_kernels.attention, custom_kernels.gated_delta_net,
-                   custom_kernels.quantised_matvec, custom_kernels.routed_experts):  # fmt: skip
+    folders = ("attention", "gated_delta_net", "quantized_matvec", "routed_experts")
+    gpus = (getattr(custom_kernels, folder).gpu for folder in folders)
+    for module in (kernel, custom_kernels, custom_kernels.gated_delta_net.mlx, *gpus):
         monkeypatch.setattr(module, "dialect", lambda: "metal")
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
     kernel.compiled.cache_clear()
@@ -433,6 +434,6 @@ def test_metal_kernels_pass_their_check_and_every_path_was_checked(
     finally:
         kernel.compiled.cache_clear()
     assert setup["replaced_kernels"] == []
-    for operation in ("attention", "gated_delta_net", "routed_experts", "quantised_matvec"):
+    for operation in ("attention", "gated_delta_net", "routed_experts", "quantized_matvec"):
         assert any(path.startswith(f"{operation}: one token") for path in setup["kernels"])
     np.testing.assert_allclose(got, expected_logits, rtol=0, atol=1e-3)

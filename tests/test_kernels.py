@@ -1,5 +1,5 @@
-"""Custom kernels equal their references in f64: as Metal text run on the CPU every day, on GPUs with ``-m metal`` or
-``-m cuda``; and what chooses between them chooses right.
+"""Custom kernels equal their references in f64: in everyday tests as Metal text that runs on the CPU, on GPUs with
+``-m metal`` or ``-m cuda``; and ``choose`` selects the right implementations.
 """
 
 import logging
@@ -13,23 +13,19 @@ import pytest
 from nvrtc import compile_for_cuda, registers
 from systems import needs_linux, needs_nvrtc
 
-from flashmoe_mlx.custom_kernels import (
-    attention,
-    cases,
-    choose,
-    dense_experts,
-    gated_delta_net,
-    kernel,
-    native,
-    quantised_matvec,
-    routed_experts,
-)
+from flashmoe_mlx.custom_kernels import DeltaInputs, ExpertWeights, QuantizedWeight, cases, choose, kernel, native
+from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, relative_error
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
+from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
+from flashmoe_mlx.custom_kernels.gated_delta_net import gpu as gated_delta_net
+from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
 
@@ -43,12 +39,12 @@ SMALL = GEOMETRIES["small"]
 PUBLISHED = [name for name in GEOMETRIES if name != "small"]
 WIDTHS = [(bits, group_size) for bits in (2, 3, 4, 8) for group_size in (32, 64, 128)]
 ODD = cases.Geometry(128, 384, 5, 1, 96, 20, 1, 3, 64, 16)
-"""Sizes that no model has: rows that fill no simdgroup, rotary pairs that fill no lanes, five heads a key."""
+"""Sizes of no real model: rows and rotary pairs that do not fill a simdgroup, five query heads per key head."""
 
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where the kernels run."""
+    """The device that runs the kernels."""
     if request.param == "metal on cpu":
         monkeypatch.setattr(kernel, "dialect", lambda: "metal")
         monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
@@ -65,7 +61,7 @@ def check(case: Case) -> None:
 
 
 def only_on_a_gpu(target: str, condition: bool, instead: str) -> None:
-    """Skip by emulation what differs from another case there in nothing that emulation can show."""
+    """Skip a case by emulation that emulation cannot distinguish from another case."""
     if condition and target == "metal on cpu":
         pytest.skip(f"by emulation {instead}")
 
@@ -111,7 +107,7 @@ def test_grouped_experts_out_of_the_kernel(dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 4, 6), (100, 5, 40), (3, 20, 33)])
 def test_grouped_experts(tokens: int, k: int, experts: int) -> None:
-    dense = dense_experts.reference.dense_experts
+    dense = dense_reference.dense_experts
     check(cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
 
 
@@ -150,7 +146,7 @@ def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, r
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("decay", [1.0, 0.9999, 1e-3, 1e-30, 0.0])
 def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDelta) -> None:
-    """The system of a chunk is as badly conditioned as it gets; a decay of 0 forgets everything."""
+    """These keys give a chunk's system its worst condition; a decay of 0 forgets everything."""
     random = np.random.default_rng(0)
     heads, tokens, size = 4, 150, 32
 
@@ -168,7 +164,7 @@ def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDel
         mx.array(random.standard_normal((1, heads, 16, size)), mx.float32),
     ]
     with mx.stream(mx.cpu):
-        expected = gated_delta_net.reference.gated_delta(*(array.astype(mx.float64) for array in inputs))
+        expected = delta_reference.gated_delta(*(array.astype(mx.float64) for array in inputs))
         mx.eval(expected)
     for found, exact in zip(rule(*inputs), expected, strict=True):
         assert relative_error(found, exact) <= TOLERANCE[mx.float32]
@@ -177,13 +173,13 @@ def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDel
 @pytest.mark.parametrize("rule", RULES[:2])
 def test_a_prompt_in_pieces_equals_the_whole(rule: GatedDelta) -> None:
     made = cases.delta_inputs(SMALL, mx.float32, tokens=150)
-    whole = gated_delta_net.reference.gated_delta_net(*made.arrays, made.weights, made.past, made.state, rule)
-    outputs, past, state = [], made.past, made.state
+    whole = delta_reference.gated_delta_net(made, rule)
+    outputs, states = [], (made.conv_state, made.recurrent_state)
     for piece in (slice(0, 70), slice(70, 71), slice(71, 150)):
-        arrays = [array[piece] for array in made.arrays]
-        y, past, state = gated_delta_net.reference.gated_delta_net(*arrays, made.weights, past, state, rule)
+        arrays = [array[piece] for array in (made.qkv, made.z, made.b, made.a)]
+        y, *states = delta_reference.gated_delta_net(DeltaInputs(*arrays, made.weights, *states), rule)
         outputs.append(y)
-    for found, expected in zip((mx.concatenate(outputs), past, state), whole, strict=True):
+    for found, expected in zip((mx.concatenate(outputs), *states), whole, strict=True):
         assert relative_error(found, expected.astype(mx.float64, stream=mx.cpu)) <= TOLERANCE[mx.float32]
 
 
@@ -211,7 +207,7 @@ ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
 @pytest.mark.parametrize("context", [1, 2, 31, 32, 33, 64, 65, 2048, 2049, 12_345])
 @pytest.mark.parametrize(("heads", "kv_heads", "width", "rotary"), ATTENTIONS)
 def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary: int, context: int) -> None:
-    """Tiles that are full, begun or alone, and more of them in a span than are under way at once."""
+    """Full, partial and single tiles, and more tiles in a span than are in flight at once."""
     geometry = cases.Geometry(64, 32, heads, kv_heads, width, rotary, 1, 1, 32, 16)
     weights = cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
     assert attention.stages_on_tensor_cores(weights, mx.bfloat16)
@@ -221,9 +217,9 @@ def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 8])
 @pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
-def test_quantised_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype, target: str) -> None:
+def test_quantized_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype, target: str) -> None:
     only_on_a_gpu(target, dtype == mx.bfloat16 and group_size != 64, "f32, which is exact, shows groups of every size")
-    check(cases.quantised_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
+    check(cases.quantized_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -260,7 +256,7 @@ def test_routed_experts_in_one_dispatch(bits: int, group_size: int, k: int, shar
 
 @pytest.mark.cuda
 def test_routed_experts_called_again_and_again() -> None:
-    """Every call leaves the counters as the next finds them, and calls may run beside each other."""
+    """Every call resets the counters for the next call, and calls may run concurrently."""
     made = cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
     first = np.array(made.custom()[0].astype(mx.float32))
     for together in (1, 7, 300):
@@ -273,13 +269,13 @@ def test_routed_experts_called_again_and_again() -> None:
 @pytest.mark.cuda
 @pytest.mark.parametrize(("rows", "columns"), [(16, 1024), (208, 3072), (4096, 4096), (1024, 8192)])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_quantised_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
-    check(cases.quantised_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
+def test_quantized_matvec_of_whole_chunks(bits: int, rows: int, columns: int) -> None:
+    check(cases.quantized_matvec(rows, columns, mx.bfloat16, bits=bits, group_size=128 if rows == 208 else 64))
 
 
 @pytest.mark.usefixtures("target")
 def test_a_far_position_is_rotated_exactly() -> None:
-    """One float for the angle would be off by a thousandth here."""
+    """An angle in one float would have an error of a thousandth here."""
     geometry = cases.Geometry(64, 32, 1, 1, 32, 8, 1, 1, 32, 16)
     check(cases.attention(geometry, mx.float32, context=100_000, tokens=2))
 
@@ -291,13 +287,13 @@ def test_the_checks_notice_an_unwritten_element() -> None:
     assert relative_error(mx.ones((3,)), whole.astype(mx.float64)) == float("inf")
 
 
-@pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantised_matvec"])
+@pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantized_matvec"])
 def test_mlx_operations_equal_the_references(operation: str) -> None:
     make = {
         "routed_experts": partial(cases.routed_experts, SMALL, group_size=32),
         "gated_delta_net": partial(cases.gated_delta_net, SMALL, tokens=3),
         "attention": partial(cases.attention, SMALL, context=70, tokens=9),
-        "quantised_matvec": partial(cases.quantised_matvec, 64, 128),
+        "quantized_matvec": partial(cases.quantized_matvec, 64, 128),
     }[operation]
     case = make(mx.float32)
     for found, expected in zip(case.standard(), case.reference(), strict=True):
@@ -309,9 +305,10 @@ def test_mlx_operations_equal_the_references(operation: str) -> None:
 def test_expert_mlp_by_mlx_equals_the_reference(bits: int | None, tokens: int) -> None:
     random = np.random.default_rng(0)
 
-    def weight(rows: int, columns: int) -> Weight:
+    def weight(rows: int, columns: int) -> QuantizedWeight:
         dense = mx.array(random.standard_normal((rows, columns)) * columns**-0.5, mx.float32)
-        return Weight(dense) if bits is None else Weight(*mx.quantize(dense, group_size=64, bits=bits), bits, 64)
+        quantized = mx.quantize(dense, group_size=64, bits=bits or 4)
+        return QuantizedWeight(dense) if bits is None else QuantizedWeight(*quantized, bits, 64)
 
     expert = ExpertWeights(weight(192, 128), weight(192, 128), weight(128, 192))
     x = mx.array(random.standard_normal((tokens, 128)), mx.float32)
@@ -352,14 +349,14 @@ def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_siz
     assert compile_for_cuda(down, [BF16, U8, I32, F32, *own], [BF16], template | parts)
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
     template |= {"SIMDGROUPS": 4, "DEPTH": 4}
-    assert compile_for_cuda(quantised_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
+    assert compile_for_cuda(quantized_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
 
 
 H200 = Gpu(multiprocessors=132, capability=9, shared_memory=232448)
 
 
 def launches(registers_a_thread: int, threads: int) -> bool:
-    """Whether a multiprocessor has the registers: 16384 in each of four parts, which simdgroups are dealt to."""
+    """Return whether a multiprocessor has enough registers: 16384 in each of four parts, which share the simdgroups."""
     simdgroups = -(-threads // 128)  # in a part
     return simdgroups * 32 * (-(-registers_a_thread // 8) * 8) <= 16384
 
@@ -377,10 +374,10 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
     fused = routed_experts.fused_kernel(shared, plan.shared_memory)
     code = compile_for_cuda(fused, inputs, [BF16], template)
     assert launches(registers(code), plan.threads)
-    matvec = quantised_matvec.stream_plan(1024, 4096, bits, group_size, H200)
+    matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
     assert matvec is not None
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size} | dict(matvec.template)
-    stream = quantised_matvec.stream_kernel(matvec.shared_memory)
+    stream = quantized_matvec.stream_kernel(matvec.shared_memory)
     assert compile_for_cuda(stream, [BF16, U32, BF16, BF16], [BF16], template)
 
 
@@ -397,7 +394,7 @@ def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None
     else:
         assert plan.template["SLOTS"] >= 2
         assert plan.shared_memory <= device.shared_memory
-    matvec = quantised_matvec.stream_plan(geometry.hidden, geometry.intermediate, bits, 64, device)
+    matvec = quantized_matvec.stream_plan(geometry.hidden, geometry.intermediate, bits, 64, device)
     assert matvec is not None
     assert matvec.shared_memory <= device.shared_memory
 
@@ -407,7 +404,7 @@ def test_older_gpus_keep_two_dispatches() -> None:
     assert form is not None
     older = Gpu(multiprocessors=108, capability=8, shared_memory=166912)
     assert routed_experts.fused_plan(form, BF16, 1, 4, older) is None
-    assert quantised_matvec.stream_plan(4096, 4096, 4, 64, older) is None
+    assert quantized_matvec.stream_plan(4096, 4096, 4, 64, older) is None
 
 
 @pytest.mark.parametrize(
@@ -415,8 +412,8 @@ def test_older_gpus_keep_two_dispatches() -> None:
     [(H200, 4), (Gpu(108, 8, 166912), 4), (Gpu(128, 8, 101376), 2), (Gpu(170, 12, 101376), 2), (Gpu(40, 7, 65536), 0)],
     ids=["H200", "A100", "Ada", "Blackwell with little memory", "Turing"],
 )
-def test_tiles_of_attention_under_way(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capability and memory come from NVIDIA's driver, as for all other kernels."""
+def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Capability and memory come from NVIDIA's driver, as for all kernels."""
     monkeypatch.setattr(attention, "gpu", lambda: device)
     monkeypatch.setattr(attention, "dialect", lambda: "cuda")
     weights = cases.attention_inputs(GEOMETRIES["397B"], mx.bfloat16, context=1).weights
@@ -464,10 +461,10 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_quantised_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
+def test_quantized_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
     template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
     template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}
-    assert compile_for_cuda(quantised_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
+    assert compile_for_cuda(quantized_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
 
 
 def test_unknown_preference() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import psutil
 import pytest
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.allocation import align_to_cache_line, allocate_huge_pages, use_huge_pages
@@ -24,13 +25,13 @@ def control_group(folder: Path, limit: str, used: int, cached: int) -> None:
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own").write_text("0::/outer/inner\n")
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "own")
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cgroups, "_MEMBERSHIP", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "groups")
     return tmp_path / "groups"
 
 
 def test_without_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_OWN_CGROUP", tmp_path / "none")
+    monkeypatch.setattr(cgroups, "_MEMBERSHIP", tmp_path / "none")
     assert total_memory() == psutil.virtual_memory().total
     assert 0 < available_memory() <= total_memory()
 

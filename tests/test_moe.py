@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from systems import needs_linux
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import choose, native, routed_experts
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels import ExpertWeights, QuantizedWeight, choose, native
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.layers.linear import Linear
@@ -115,7 +115,7 @@ def test_the_router_evaluates_what_it_is_given_in_the_same_wait() -> None:
 
 def test_a_strategy_is_chosen_for_kernels_and_records() -> None:
     layout = RecordLayout(128, 128, 4, 64, "F32")
-    weight = Weight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), 4, 64)
+    weight = QuantizedWeight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), 4, 64)
     shared = ExpertWeights(weight, weight, weight)
     dense = RecordLayout(128, 128, None, None, "F32")
     for preference in ("auto", "mlx", "reference"):
@@ -127,7 +127,7 @@ def test_a_strategy_is_chosen_for_kernels_and_records() -> None:
 @needs_extension
 @pytest.mark.parametrize(("bits", "fused"), [(4, True), (None, False)])
 def test_kernels_for_cpus_read_where_the_cpu_reads(bits: int | None, fused: bool) -> None:
-    weight = Weight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), bits, 64)
+    weight = QuantizedWeight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), bits, 64)
     layout = RecordLayout(128, 128, 4, 64, "BF16")
     strategy = choose_strategy(choose("auto"), layout, mx.float32, ExpertWeights(weight, weight, weight))
     assert isinstance(strategy, ExpertsOnHost)
@@ -139,7 +139,7 @@ def test_kernels_for_cpus_read_where_the_cpu_reads(bits: int | None, fused: bool
     ("device", "many"), [(gpu_on_cpu.metal, ExpertsOneByOne), (gpu_on_cpu.cuda, ExpertsGrouped)], ids=["metal", "cuda"]
 )
 def test_kernels_for_gpus_read_few_tokens_in_place(device: Callable[..., Any], many: type) -> None:
-    weight = Weight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), 4, 64)
+    weight = QuantizedWeight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), 4, 64)
     shared = ExpertWeights(weight, weight, weight)
     with device(mx.float32):
         kernels = choose("auto")
@@ -232,7 +232,7 @@ def plain_mlp(x: Floats, expert: ExpertWeights) -> Floats:
     return product
 
 
-def dense(weight: Weight) -> Floats:
+def dense(weight: QuantizedWeight) -> Floats:
     if weight.bits is None:
         return exact(weight.weight)
     scales, biases = weight.scales, weight.biases

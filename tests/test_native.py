@@ -1,5 +1,5 @@
-"""The extension for CPUs: every kernel equals its reference in f64 on every instruction set that this machine has;
-threads, forks, bad arguments; and the choice of it.
+"""The extension for CPUs: kernels equal their references in f64 on every instruction set of this machine; threads,
+forks, bad arguments, and the choice of the extension.
 """
 
 import os
@@ -24,13 +24,15 @@ import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import cases, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
-from flashmoe_mlx.custom_kernels.inputs import Inputs
+from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import reference
+from flashmoe_mlx.custom_kernels.routed_experts.cpu import routed_experts
 from flashmoe_mlx.errors import InputError
 
 SMALL = GEOMETRIES["small"]
 ODD = Geometry(160, 288, 5, 1, 80, 20, 1, 3, 48, 16)
-"""Sizes that no model has: rows that end within a block and within a chunk, five heads a key."""
+"""Sizes of no real model: rows that end inside a block and inside a chunk, five query heads per key head."""
 F32 = mx.float32
 
 
@@ -46,7 +48,7 @@ def extension() -> ModuleType:
 
 @pytest.fixture(params=EXTENSION.instruction_sets())
 def instructions(request: pytest.FixtureRequest, extension: ModuleType) -> Iterator[str]:
-    """Every instruction set of this machine in turn; those of others are tested there."""
+    """Every instruction set of this machine."""
     before = extension.instruction_set()
     extension.use_instruction_set(request.param)
     yield request.param
@@ -73,7 +75,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
     for columns in (group_size, 3 * group_size, 19 * group_size):
         for tokens in (1, 2, 7, 9):
             check(
-                cases.quantised_matvec(
+                cases.quantized_matvec(
                     29, columns, F32, bits=bits, group_size=group_size, tokens=tokens, scales=scales, on_cpu=True
                 )
             )
@@ -82,7 +84,7 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 16, 18, 33, 64, 65, 130])
 def test_products_of_several_vectors(tokens: int) -> None:
-    check(cases.quantised_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
+    check(cases.quantized_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
 
 
 @pytest.mark.usefixtures("instructions")
@@ -107,13 +109,13 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int) -> None:
     )
 
 
-def test_routed_experts_add_to_what_is_there_and_a_shared_expert_may_differ() -> None:
-    """Groups of experts come one after the other, and a 2-bit variant keeps its shared expert at 4 bits."""
+def test_routed_experts_add_to_a_residual_and_a_shared_expert_may_differ() -> None:
+    """The kernel adds groups of experts to earlier results; a 2-bit variant keeps its shared expert at 4 bits."""
     two, four = (cases.expert_inputs(SMALL, F32, bits=bits, group_size=32, tokens=5, k=2) for bits in (2, 4))
-    before = mx.random.normal(two.x.shape)
-    got = native.routed_experts(two.x, two.records, two.rows, two.shares, two.form, four.shared, before)
-    expected = reference.routed_experts(two.x, two.slab, two.rows, two.shares, two.form, four.shared)
-    assert cases.relative_error(got, (before + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
+    residual = mx.random.normal(two.x.shape)
+    got = routed_experts(two.x, two.records, two.rows, two.routing_weights, two.form, four.shared, residual)
+    expected = reference.routed_experts(two.x, two.slab, two.rows, two.routing_weights, two.form, four.shared)
+    assert cases.relative_error(got, (residual + expected).astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
 @pytest.mark.usefixtures("instructions", "threads")
@@ -133,7 +135,7 @@ def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_attention_with_given_frequencies(tokens: int) -> None:
-    """As of YaRN."""
+    """YaRN gives frequencies."""
     frequencies = tuple(0.7 / (3 * pair + 1) for pair in range(SMALL.rotary_dim // 2))
     check(cases.attention(SMALL, F32, context=300, tokens=tokens, on_cpu=True, frequencies=frequencies))
 
@@ -157,27 +159,27 @@ def test_shapes_of_published_models(make: Callable[..., Case], name: str) -> Non
 
 
 def test_instruction_sets_agree_to_the_last_bits(extension: ModuleType) -> None:
-    """Sums are taken in one order by all; but portable code rounds products before it adds, and VNNI sums integers."""
+    """All sums have the same order, but portable code rounds products before it adds, and VNNI sums integers."""
     inputs = cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=12, k=2)
     results = {}
     for name in extension.instruction_sets():
         extension.use_instruction_set(name)
         results[name] = np.array(
-            native.routed_experts(inputs.x, inputs.records, inputs.rows, inputs.shares, inputs.form, inputs.shared)
+            routed_experts(inputs.x, inputs.records, inputs.rows, inputs.routing_weights, inputs.form, inputs.shared)
         )
     extension.use_instruction_set("auto")
-    others = [results.pop(name) for name in ("portable", "avx512_vnni") if name in results]
+    rounded = [results.pop(name) for name in ("portable", "avx512_vnni") if name in results]
     fused = list(results.values())
     for result in fused[1:]:
         np.testing.assert_allclose(result, fused[0], rtol=1e-6, atol=1e-7)
-    for result in others:
-        np.testing.assert_allclose(result, (fused or others)[0], rtol=1e-5, atol=1e-5)
+    for result in rounded:
+        np.testing.assert_allclose(result, (fused or rounded)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("bits", native.BITS)
 def test_vectors_of_any_magnitude(bits: int) -> None:
-    """One value far above the others of its group, groups of very different sizes, of zeros, of next to nothing."""
+    """One value far above the rest of its group; groups of very different sizes, of zeros, and of tiny values."""
     random = np.random.default_rng(bits)
     x = random.standard_normal((1, 640), np.float32)
     x[0, 70] = 1e5
@@ -190,24 +192,24 @@ def test_vectors_of_any_magnitude(bits: int) -> None:
     dense = np.array(mx.dequantize(weight, scales, biases, group_size=64, bits=bits), np.float64)
     for end in (640, 448, 128, 64):
         x[0, end:] = 0
-        got = np.array(native.quantised_product(mx.array(x), weight, scales, biases, bits, 64))
+        got = np.array(quantized_matvec(mx.array(x), weight, scales, biases, bits, 64))
         np.testing.assert_allclose(got[0], dense @ x[0].astype(np.float64), atol=1e-6 * np.abs(dense * x).sum(-1).max())
 
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_no_number_does_not_become_one(value: float) -> None:
+def test_nan_and_infinity_stay_nonfinite(value: float) -> None:
     x = np.ones((1, 192), np.float32)
     x[0, 100] = value
     weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (5, 24), np.uint32))
-    got = native.quantised_product(mx.array(x), weight, mx.ones((5, 3)), mx.zeros((5, 3)), 4, 64)
+    got = quantized_matvec(mx.array(x), weight, mx.ones((5, 3)), mx.zeros((5, 3)), 4, 64)
     assert not np.isfinite(np.array(got)).any()
 
 
 def test_many_threads_at_once(extension: ModuleType) -> None:
-    """Whoever finds the pool busy computes alone: all are right."""
+    """A caller that finds the pool busy computes alone; all results are correct."""
     extension.use_threads(4)
-    case = cases.quantised_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
+    case = cases.quantized_matvec(600, 1024, F32, scales=mx.bfloat16, on_cpu=True)
     expected = np.array(case.custom()[0])
     with ThreadPoolExecutor(8) as pool:
         for result in pool.map(lambda _: np.array(case.custom()[0]), range(400)):
@@ -215,7 +217,7 @@ def test_many_threads_at_once(extension: ModuleType) -> None:
     extension.use_threads(native.usable_cores())
 
 
-def test_a_forked_process_has_threads_of_its_own() -> None:
+def test_a_forked_process_starts_new_threads() -> None:
     script = """
 import os, sys
 import numpy as np
@@ -291,22 +293,22 @@ def test_vectors_of_another_type_are_refused(extension: ModuleType, wrong: str, 
 
 @pytest.mark.parametrize("dtype", [mx.int64, mx.uint32, mx.int16, mx.float32])
 def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
-    """An int64 has the bytes of two int32, and was read as such."""
+    """The bytes of an int64 could be read as two int32."""
     made = cases.expert_inputs(SMALL, F32, bits=4, group_size=32, tokens=2, k=2)
     rows = mx.maximum(made.rows, 0).astype(dtype)
     with pytest.raises(ValueError, match="rows: elements of type int32 are needed"):
-        native.routed_experts(made.x, made.records, rows, made.shares, made.form, made.shared)
+        routed_experts(made.x, made.records, rows, made.routing_weights, made.form, made.shared)
 
 
 @pytest.mark.parametrize("tokens", [8, 600])
 @pytest.mark.parametrize("residual", [False, True])
 def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
-    """Small ones are copied into MLX's memory, large ones are written there in place."""
-    inputs = Inputs(F32, 0)
-    weight, x = inputs.quantised(512, 64, 4, 32), inputs.normal(tokens, 64)
-    before = inputs.normal(tokens, 512) if residual else None
-    (got,) = native.quantised_products(x, [weight], before)
-    expected = x @ weight.dense().T + (0 if before is None else before)
+    """Small results are copied into MLX's memory; large results are written there in place."""
+    inputs = RandomInputs(F32, 0)
+    weight, x = inputs.quantized(512, 64, 4, 32), inputs.normal(tokens, 64)
+    added = inputs.normal(tokens, 512) if residual else None
+    (got,) = products(x, [weight], added)
+    expected = x @ weight.dense().T + (0 if added is None else added)
     assert cases.relative_error(got, expected.astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
@@ -329,12 +331,12 @@ def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
         extension.products(x, 1, (MATRIX,), (np.zeros((8, 2), np.float32)[:, 0],), False)
 
 
-def test_an_input_with_gaps_is_read_as_it_means() -> None:
-    case = cases.quantised_matvec(40, 128, F32, tokens=3, on_cpu=True)
+def test_an_input_with_gaps_is_read_correctly() -> None:
+    case = cases.quantized_matvec(40, 128, F32, tokens=3, on_cpu=True)
     weight = mx.array(np.random.default_rng(0).integers(0, 2**32, (40, 16), np.uint32))
     scales = mx.random.normal((40, 2))
     x = mx.random.normal((128, 3)).T
-    got = native.quantised_product(x, weight, scales, scales, 4, 64)
+    got = quantized_matvec(x, weight, scales, scales, 4, 64)
     np.testing.assert_allclose(
         got, mx.quantized_matmul(x, weight, scales, scales, group_size=64, bits=4), rtol=1e-4, atol=1e-4
     )
@@ -407,33 +409,6 @@ def test_every_task_names_a_wrong_environment_variable(
     assert line.startswith(f"flashmoe_mlx: {variable[0]}={variable[1]}: ")
 
 
-@pytest.mark.parametrize(
-    ("membership", "files", "cores"),
-    [
-        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "150000 100000"}, 2),
-        ("0::/a\n", {"a/cpu.max": "50000 100000"}, 1),
-        ("0::/\n", {}, None),
-        (
-            "4:cpu,cpuacct:/d\n",
-            {"cpu,cpuacct/d/cpu.cfs_quota_us": "300000", "cpu,cpuacct/d/cpu.cfs_period_us": "100000"},
-            3,
-        ),
-        ("4:cpu:/d\n", {"cpu/d/cpu.cfs_quota_us": "-1", "cpu/d/cpu.cfs_period_us": "100000"}, None),
-    ],
-)
-def test_quotas_of_control_groups(membership: str, files: dict[str, str], cores: int | None, tmp_path: Path) -> None:
-    (tmp_path / "cgroup").write_text(membership)
-    for name, text in files.items():
-        path = tmp_path / "root" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    assert native._quota(tmp_path / "cgroup", tmp_path / "root") == cores
-
-
-def test_quota_where_there_are_no_control_groups(tmp_path: Path) -> None:
-    assert native._quota(tmp_path / "none", tmp_path) is None
-
-
 def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack) as engine:
         engine.logits(list(range(30)))
@@ -442,7 +417,7 @@ def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> N
         "attention": ["one token", "several tokens"],
         "gated_delta_net": ["one token", "several tokens"],
         "routed_experts": ["one token", "2 to 8 tokens", "more than 8 tokens"],
-        "quantised_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
+        "quantized_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
         "rms_norm": ["one token", "several tokens"],
     }.items():
         for path in paths:
@@ -453,7 +428,7 @@ def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> N
 
 
 @pytest.mark.parametrize("backend", ["pread", "mmap", "resident", "ram_hybrid"])
-def test_an_engine_says_the_same_with_and_without(tiny_pack: Path, backend: str) -> None:
+def test_an_engine_gives_the_same_logits_with_and_without(tiny_pack: Path, backend: str) -> None:
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 200, 60)]
     logits = {}
     for kernels in ("auto", "mlx"):

@@ -13,7 +13,8 @@ from pack_oracle import assert_one_line
 from tiny_checkpoints import YARN
 
 import flashmoe_mlx
-from flashmoe_mlx.custom_kernels import attention, dialect, native
+from flashmoe_mlx.custom_kernels import AttentionWeights, dialect, native
+from flashmoe_mlx.custom_kernels.attention import gpu, mlx, reference
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.layers.rope import Rope, read_rope
 from flashmoe_mlx.models.registry import parse_config
@@ -252,11 +253,11 @@ def test_ignoring_yarn_would_change_logits(tmp_path: Path) -> None:
 def test_given_frequencies_replace_powers_of_theta() -> None:
     """In the table that kernels for GPUs read, and on the path through MLX."""
     plain = Rope(16, 1e4).frequencies()
-    table, given_table = (attention._rotary(16, 1e4, given) for given in (None, plain))
+    table, given_table = (gpu._rotary(16, 1e4, given) for given in (None, plain))
     np.testing.assert_allclose(np.array(table), np.array(given_table), rtol=1e-6, atol=1e-12)
     norm = mx.ones((32,))
-    weights = [attention.AttentionWeights(2, 1, 32, 16, 1e4, norm, norm, 1e-6, given) for given in (None, plain)]
+    weights = [AttentionWeights(2, 1, 32, 16, 1e4, norm, norm, 1e-6, given) for given in (None, plain)]
     x = mx.random.normal((1, 2, 5, 32), key=mx.random.key(0))
-    for rotated in (attention._rotated, attention.reference.rotate):
+    for rotated in (mlx._rotate, reference.rotate):
         ours, theirs = (np.array(rotated(x, layer, 1000)) for layer in weights)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)  # f32 angles at position 1000

@@ -13,11 +13,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import attention, cases, gated_delta_net, quantised_matvec, routed_experts
+from flashmoe_mlx.custom_kernels import cases
+from flashmoe_mlx.custom_kernels.attention import gpu as attention_gpu
+from flashmoe_mlx.custom_kernels.attention import mlx as attention_mlx
+from flashmoe_mlx.custom_kernels.gated_delta_net import gpu as delta_gpu
+from flashmoe_mlx.custom_kernels.gated_delta_net import mlx as delta_mlx
+from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as matvec_gpu
+from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as experts_gpu
+from flashmoe_mlx.custom_kernels.routed_experts.samples import format_of
 
 _STAMP = """
     unsigned long long now;
@@ -115,10 +125,10 @@ def errors(geometries: Sequence[str]) -> Iterator[str]:
 
 
 def _matvec_case(rows: int, columns: int, dtype: mx.Dtype, *, bits: int, tokens: int) -> cases.Case:
-    return cases.quantised_matvec(rows, columns, dtype, bits=bits, group_size=32, tokens=tokens)
+    return cases.quantized_matvec(rows, columns, dtype, bits=bits, group_size=32, tokens=tokens)
 
 
-_OPERATIONS = ("routed_experts", "gated_delta_net", "attention", "quantised_matvec")
+_OPERATIONS = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
 
 
 def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
@@ -142,7 +152,7 @@ def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
     for bits, k in ((4, 4), (4, 10), (2, 4), (3, 4), (8, 4)) if "routed_experts" in operations else ():
         form, sets, nbytes, gathered = _expert_sets(bits, k)
         routes = [
-            ("ours", lambda value, n, sets=sets, form=form: routed_experts.routed_experts(
+            ("ours", lambda value, n, sets=sets, form=form: experts_gpu.routed_experts(
                 value, sets[n % len(sets)][0], sets[n % len(sets)][1], sets[n % len(sets)][2], form)),
             ("MLX", lambda value, n, gathered=gathered, bits=bits: _gathered(value, gathered[n % len(gathered)], bits)),
         ]  # fmt: skip
@@ -155,40 +165,34 @@ def speeds(bandwidth: float, operations: Sequence[str]) -> Iterator[str]:
     for context in (1024, 4096, 32768) if "attention" in operations else ():
         yield row(*_attention(big, dtype, context))
     shapes = ((4096, 4096), (12288, 4096), (1024, 4096), (4096, 1024), (248320, 4096))
-    for rows, columns in shapes if "quantised_matvec" in operations else ():
+    for rows, columns in shapes if "quantized_matvec" in operations else ():
         yield row(*_matvec(rows, columns, dtype))
 
 
 def _expert_sets(bits: int, k: int) -> tuple[object, list[tuple[mx.array, mx.array, mx.array]], int, list[object]]:
-    from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
-    from flashmoe_mlx.formats.record import RecordLayout
-
-    layout = RecordLayout(4096, 1024, bits, 64, "BF16")
-    form = expert_format(layout)
-    assert form is not None
-    count = max(2, int(_CACHE_BYTES // (k * layout.record_bytes)) + 1)
+    form, payload_bytes = format_of(cases.GEOMETRIES["397B"], mx.bfloat16, bits, 64)
+    count = max(2, int(_CACHE_BYTES // (k * form.record_bytes)) + 1)
     sets, gathered = [], []
     for number in range(count):
-        inputs = cases._Inputs(mx.bfloat16, number)  # noqa: SLF001  # the same random records
-        slab = mx.concatenate([cases._record(inputs, layout)[None] for _ in range(k)])  # noqa: SLF001
-        rows, shares = mx.array([list(range(k))], mx.int32), mx.full((1, k), 1 / k)
+        slab = RandomInputs(mx.bfloat16, number).slab(form, k)
+        rows, weights = mx.array([list(range(k))], mx.int32), mx.full((1, k), 1 / k)
         experts = [form.expert(slab[i : i + 1].reshape(-1)) for i in range(k)]
         stacked = [
             [mx.stack([getattr(getattr(expert, name), part) for expert in experts]) for part in _PARTS]
             for name in ("gate", "up", "down")
         ]
-        mx.eval(slab, rows, shares, stacked)
-        sets.append((slab, rows, shares))
-        gathered.append((stacked, rows.astype(mx.uint32), shares.astype(mx.bfloat16)))
-    return form, sets, k * layout.payload_bytes, gathered
+        mx.eval(slab, rows, weights, stacked)
+        sets.append((slab, rows, weights))
+        gathered.append((stacked, rows.astype(mx.uint32), weights.astype(mx.bfloat16)))
+    return form, sets, k * payload_bytes, gathered
 
 
 _PARTS = ("weight", "scales", "biases")
 
 
-def _gathered(x: mx.array, one: tuple[list[list[mx.array]], mx.array, mx.array], bits: int) -> mx.array:
+def _gathered(x: mx.array, experts: tuple[list[list[mx.array]], mx.array, mx.array], bits: int) -> mx.array:
     """Compute the routed experts as mlx-lm does."""
-    (gate, up, down), rows, shares = one
+    (gate, up, down), rows, weights = experts
 
     def product(value: mx.array, parts: list[mx.array]) -> mx.array:
         return mx.gather_qmm(value, *parts, rhs_indices=rows, transpose=True, group_size=64, bits=bits)
@@ -196,27 +200,26 @@ def _gathered(x: mx.array, one: tuple[list[list[mx.array]], mx.array, mx.array],
     wide = x[:, None, None, :]
     gated = product(wide, gate)
     hidden = gated * mx.sigmoid(gated) * product(wide, up)
-    return (product(hidden, down).squeeze(-2) * shares[..., None]).sum(-2)
+    return (product(hidden, down).squeeze(-2) * weights[..., None]).sum(-2)
 
 
 def _delta(big: cases.Geometry, dtype: mx.Dtype) -> tuple[str, int, dict[str, float]]:
     sets = [cases.delta_inputs(big, dtype, seed=seed) for seed in range(40)]
-    width = sets[0].arrays[0].shape[1]
+    width = sets[0].qkv.shape[1]
     unit = mx.ones((width,), dtype)
 
     def step(implementation: Callable[..., tuple[mx.array, mx.array, mx.array]]) -> Callable[..., mx.array]:
         def run(qkv: mx.array, number: int) -> mx.array:
-            one = sets[number % len(sets)]
-            return implementation(qkv, *one.arrays[1:], one.weights, one.past, one.state)[0]
+            return implementation(replace(sets[number % len(sets)], qkv=qkv))[0]
 
         return run
 
     def glue(value: mx.array) -> mx.array:
         return mx.fast.rms_norm(mx.concatenate([value, value], axis=-1)[:, :width], unit, 1e-6)
 
-    routes = [("ours", step(gated_delta_net.step)), ("MLX", step(gated_delta_net.gated_delta_net))]
+    routes = [("ours", step(delta_gpu.gated_delta_net)), ("MLX", step(delta_mlx.gated_delta_net))]
     title = "GatedDeltaNet step, beside gated_delta_update and the operations around it"
-    return title, 2 * sets[0].state.nbytes, compare(routes, glue, sets[0].arrays[0])
+    return title, 2 * sets[0].recurrent_state.nbytes, compare(routes, glue, sets[0].qkv)
 
 
 def _attention(big: cases.Geometry, dtype: mx.Dtype, context: int) -> tuple[str, int, dict[str, float]]:
@@ -225,8 +228,7 @@ def _attention(big: cases.Geometry, dtype: mx.Dtype, context: int) -> tuple[str,
 
     def step(implementation: Callable[..., tuple[mx.array, mx.array, mx.array]]) -> Callable[..., mx.array]:
         def run(q_and_gate: mx.array, number: int) -> mx.array:
-            one = sets[number % len(sets)]
-            return implementation(q_and_gate, *one.arrays[1:], one.weights, one.keys, one.values, context - 1)[0]
+            return implementation(replace(sets[number % len(sets)], q_and_gate=q_and_gate))[0]
 
         return run
 
@@ -234,14 +236,14 @@ def _attention(big: cases.Geometry, dtype: mx.Dtype, context: int) -> tuple[str,
         y = value[:, : big.heads * big.head_dim]
         return mx.concatenate([y, y], axis=-1)
 
-    routes = [("ours", step(attention.fused_gated_attention)), ("MLX", step(attention.gated_attention))]
-    times = compare(routes, glue, sets[0].arrays[0])
+    routes = [("ours", step(attention_gpu.gated_attention)), ("MLX", step(attention_mlx.gated_attention))]
+    times = compare(routes, glue, sets[0].q_and_gate)
     return f"attention decode, context {context}", 2 * context * big.kv_heads * big.head_dim * dtype.size, times
 
 
 def _matvec(rows: int, columns: int, dtype: mx.Dtype) -> tuple[str, int, dict[str, float]]:
-    weights = [cases._Inputs(dtype, seed).quantised(rows, columns, 4, 64) for seed in range(  # noqa: SLF001
-        max(2, int(_CACHE_BYTES // (rows * columns * 0.56)) + 1))]  # fmt: skip
+    count = max(2, int(_CACHE_BYTES // (rows * columns * 0.56)) + 1)
+    weights = [RandomInputs(dtype, seed).quantized(rows, columns, 4, 64) for seed in range(count)]
     mx.eval([[w.weight, w.scales, w.biases] for w in weights])
     unit = mx.ones((columns,), dtype)
 
@@ -251,15 +253,15 @@ def _matvec(rows: int, columns: int, dtype: mx.Dtype) -> tuple[str, int, dict[st
 
     def step(implementation: Callable[..., mx.array]) -> Callable[..., mx.array]:
         def run(value: mx.array, number: int) -> mx.array:
-            one = weights[number % len(weights)]
-            return implementation(value, one.weight, one.scales, one.biases, 4, 64)
+            weight = weights[number % len(weights)]
+            return implementation(value, weight.weight, weight.scales, weight.biases, 4, 64)
 
         return run
 
-    routes = [("ours", step(quantised_matvec.quantised_matvec)), ("MLX", step(quantised_matvec.by_mlx))]
+    routes = [("ours", step(matvec_gpu.quantized_matvec)), ("MLX", step(matvec_mlx.quantized_matvec))]
     x = mx.random.normal((1, columns)).astype(dtype)
     nbytes = sum(part.nbytes for part in (weights[0].weight, weights[0].scales, weights[0].biases) if part is not None)
-    return f"quantised matvec {rows}x{columns}, 4 bit", nbytes, compare(routes, glue, x)
+    return f"quantized matvec {rows}x{columns}, 4 bit", nbytes, compare(routes, glue, x)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Measure quantised products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
+"""Measure quantized products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
 
     python tools/measure_matvec.py
     python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import native
+from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import quantized_matvec
 from flashmoe_mlx.research.intervals import median_interval
 
 _SETS_BYTES = 300e6
@@ -75,7 +76,7 @@ def _by_instructions(extension: ModuleType, rounds: int) -> None:
                 for _ in range(rounds):
                     start = time.perf_counter()
                     for matrix in matrices:
-                        native.quantised_product(x, *matrix, bits, _GROUP)
+                        quantized_matvec(x, *matrix, bits, _GROUP)
                     speeds.append(nbytes / (time.perf_counter() - start) / 1e9)
                 cells.append(f"{median(speeds):.0f}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
@@ -94,7 +95,7 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
 
     def ours() -> int:
         for weight, scales, biases in sets:
-            native.quantised_product(x, weight, scales, biases, bits, _GROUP)
+            quantized_matvec(x, weight, scales, biases, bits, _GROUP)
         return count
 
     def plain() -> int:

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import cases, dense_experts, dialect, expert_mlp, gated_delta_net, routed_experts
-from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, reference
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels import cases, dialect
+from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
+from flashmoe_mlx.custom_kernels.expert_mlp import mlx as expert_mlp
+from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, gpu, mlx, reference
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.custom_kernels.routed_experts.samples import format_of
 
 _SLOTS = 16
 
@@ -46,18 +49,17 @@ def recurrence(geometry: cases.Geometry, lengths: list[int]) -> Iterator[str]:
     yield f"|---|---|---|---|{'---|' if device else ''}"
     for tokens in lengths:
         made = cases.delta_inputs(geometry, mx.bfloat16 if device else mx.float32, tokens=tokens)
-        arguments = (*made.arrays, made.weights, made.past, made.state)
         calls = 4 if device else 1
 
         def without_recurrence(*arrays: mx.array) -> tuple[mx.array, mx.array]:
             return arrays[2], arrays[5]
 
         routes: list[Callable[[], object]] = [
-            lambda arguments=arguments: gated_delta_net.gated_delta_net(*arguments),
-            lambda arguments=arguments: reference.gated_delta_net(*arguments, rule),
+            lambda made=made: mlx.gated_delta_net(made),
+            lambda made=made: reference.gated_delta_net(made, rule),
         ]
-        routes += [lambda arguments=arguments: gated_delta_net.step(*arguments)] if device else []
-        routes += [lambda arguments=arguments: reference.gated_delta_net(*arguments, without_recurrence)]
+        routes += [lambda made=made: gpu.gated_delta_net(made)] if device else []
+        routes += [lambda made=made: reference.gated_delta_net(made, without_recurrence)]
         slow_repeats = 2 if tokens > 100 else 5
         times = [
             milliseconds(route, calls if number else 1, 5 if number else slow_repeats)
@@ -76,10 +78,8 @@ def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int]
         lengths: numbers of tokens.
         one_by_one: whether to measure each expert separately as well.
     """
-    layout = RecordLayout(geometry.hidden, geometry.intermediate, 4, 64, "BF16")
-    form = expert_format(layout)
-    assert form is not None
-    record = cases._record(cases._Inputs(mx.bfloat16, 0), layout)[None]  # noqa: SLF001  # the random records of the kernel tests
+    form, _ = format_of(geometry, mx.bfloat16, 4, 64)
+    record = RandomInputs(mx.bfloat16, 0).slab(form, 1)
     slab = mx.contiguous(mx.broadcast_to(record, (available, record.shape[1])))
     random = np.random.default_rng(0)
     titles = ["a token at a time", "dense", *(["one by one"] if one_by_one else [])]

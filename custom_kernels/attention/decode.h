@@ -1,6 +1,6 @@
 // One query over a span of the cache: scores, softmax and the sum of values, for HEADS_AT_ONCE heads that share keys.
-// Grid: x = spans, y = query heads / HEADS_AT_ONCE. Every simdgroup takes each SIMDGROUPS-th key of its span; lane l
-// holds the WIDTH dimensions from l * WIDTH on. Sums are kept relative to the largest score so far.
+// Grid: x = spans, y = query heads / HEADS_AT_ONCE. A simdgroup processes every SIMDGROUPS-th key of its span; lane l
+// holds WIDTH dimensions, beginning at l * WIDTH. Sums are relative to the largest score so far.
 
 const int part = threadgroup_position_in_grid.x;
 const int head = threadgroup_position_in_grid.y * HEADS_AT_ONCE;

@@ -1,24 +1,26 @@
-// One token on NVIDIA's tensor cores: norm and rotary embedding of its queries, its key and value into the cache, and
-// attention over a span of the cache, for all query heads of a kv head at once (16 rows of a product; absent ones are 0).
+// One token on NVIDIA's tensor cores: norm and rotary embedding of its queries, storage of its key and value in the
+// cache, and attention over a span of the cache, for all query heads of a kv head at once (up to 16 rows of a product;
+// missing rows are 0).
 // Grid: x = spans, y = kv heads; SIMDGROUPS simdgroups.
 //
-// Keys and values come in tiles of KEYS, copied into shared memory while the STAGES - 1 tiles before them are worked on.
-// The copies begin before the queries are ready, so in a long context those cost nothing; what they need is loaded first,
-// or it would wait behind the tiles. Tiles go from the last to the first: the token's own key, which no copy brings, is
-// in the first one then. Of a tile's scores [16, KEYS] every simdgroup computes 8 keys over 1 / PARTS of the dimensions and
-// shares them; after that all go through the same softmax, and each sums up its own dimensions of the values.
+// Keys and values arrive in tiles of KEYS, which are copied into shared memory while the previous STAGES - 1 tiles are
+// processed. The copies begin before the queries are ready, so in a long context preparing queries costs no time; its
+// inputs are loaded first, because they would wait behind the tiles. Tiles are processed from last to first, so the
+// token's own key, which no copy provides, is in the first processed tile. A simdgroup computes the scores of 8 of a
+// tile's keys over 1 / PARTS of the dimensions and shares them; then all simdgroups compute the same softmax, and each
+// sums its own dimensions of the values.
 
 constexpr int GROUP = HEADS / KV_HEADS;
 constexpr int THREADS = 32 * SIMDGROUPS;
-constexpr int CHUNKS = DIM / 8;                             // of a row
-constexpr int TILE = KEYS * CHUNKS;                         // chunks of a tile of keys or of values
+constexpr int CHUNKS = DIM / 8;                             // in a row
+constexpr int TILE = KEYS * CHUNKS;                         // chunks in a tile of keys or values
 constexpr int PARTS = SIMDGROUPS / (KEYS / 8);              // of the dimensions in scores
-constexpr int STEPS = DIM / PARTS / 16;                     // products for 8 keys over one part
-constexpr int PITCH = KEYS + 8;                             // of a row of scores; 8 rows of pairs in different banks
+constexpr int STEPS = DIM / PARTS / 16;                     // products for 8 keys over one part of the dimensions
+constexpr int PITCH = KEYS + 8;                             // of rows of scores; 8 rows of pairs are in different banks
 constexpr int OWN = DIM / SIMDGROUPS;                       // dimensions of the values in a simdgroup
-constexpr int PIECES = DIM / 32;                            // 32 dimensions of a head, two for each of 16 lanes
-constexpr int TURNED = ROTARY / 64;                         // pieces whose partners are as many pieces on
-constexpr int ROUNDS = GROUP / (2 * SIMDGROUPS) + 1;        // over query heads and the new key, two rows a simdgroup
+constexpr int PIECES = DIM / 32;                            // of 32 dimensions of a head, two for each of 16 lanes
+constexpr int ROTATED = ROTARY / 64;                        // pieces whose rotary partners are as many pieces later
+constexpr int ROUNDS = GROUP / (2 * SIMDGROUPS) + 1;        // over query heads and the new key, two rows per simdgroup
 
 extern __shared__ uint4 stages[];
 SHARED uint4 query_tile[16 * CHUNKS];
@@ -32,7 +34,7 @@ const int span = ((length + KEYS - 1) / KEYS + MOST_SPANS - 1) / MOST_SPANS * KE
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
 const int tiles = (end - begin + KEYS - 1) / KEYS;
-const int last = begin + (tiles - 1) * KEYS;  // where the last tile begins
+const int last = begin + (tiles - 1) * KEYS;  // the first key of the last tile
 const bool has_new = part == spans - 1;
 const int new_row = length - 1 - last;  // in the last tile
 const long first_row = (long)kv_head * keys_shape[2];
@@ -41,7 +43,7 @@ const T* last_values = values + (first_row + last) * DIM;
 
 const int two = lane % 16 * 2;  // the lane's dimensions in every piece
 uint rows[ROUNDS][PIECES], norms[ROUNDS][PIECES];
-float2 frequency[TURNED], lost[TURNED];
+float2 frequency[ROTATED], lost[ROTATED];
 uint4 value_chunk = make_uint4(0, 0, 0, 0);
 #pragma unroll
 for (int round = 0; round < ROUNDS; round++) {
@@ -54,10 +56,10 @@ for (int round = 0; round < ROUNDS; round++) {
       rows[round][piece] = *(const uint*)(from + piece * 32 + two);
       norms[round][piece] = *(const uint*)(norm + piece * 32 + two);
     }
-    // In this block, or the compiler moves them past the copies.
+    // Inside this block, because the compiler would move them past the copies.
     if (round == 0) {
 #pragma unroll
-      for (int piece = 0; piece < TURNED; piece++) {
+      for (int piece = 0; piece < ROTATED; piece++) {
         frequency[piece] = *(const float2*)(frequencies + piece * 32 + two);
         lost[piece] = *(const float2*)(frequencies + ROTARY / 2 + piece * 32 + two);
       }
@@ -80,12 +82,12 @@ for (int number = 1; number < STAGES - 1; number++) {
   end_batch();
 }
 
-float2 cosines[TURNED], sines[TURNED];
+float2 cosines[ROTATED], sines[ROTATED];
 #pragma unroll
-for (int piece = 0; piece < TURNED; piece++) {
+for (int piece = 0; piece < ROTATED; piece++) {
   const float position = float(length - 1);
-  sincospif(2.0f * rotary_turns(position, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
-  sincospif(2.0f * rotary_turns(position, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
+  sincospif(2.0f * rotary_revolutions(position, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
+  sincospif(2.0f * rotary_revolutions(position, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
 }
 #pragma unroll
 for (int round = 0; round < ROUNDS; round++) {
@@ -110,12 +112,12 @@ for (int round = 0; round < ROUNDS; round++) {
       x[piece].y *= scale * norm.y;
     }
 #pragma unroll
-    for (int piece = 0; piece < TURNED; piece++) {
-      const float2 low = x[piece], high = x[piece + TURNED];
+    for (int piece = 0; piece < ROTATED; piece++) {
+      const float2 low = x[piece], high = x[piece + ROTATED];
       x[piece].x = low.x * cosines[piece].x - high.x * sines[piece].x;
       x[piece].y = low.y * cosines[piece].y - high.y * sines[piece].y;
-      x[piece + TURNED].x = high.x * cosines[piece].x + low.x * sines[piece].x;
-      x[piece + TURNED].y = high.y * cosines[piece].y + low.y * sines[piece].y;
+      x[piece + ROTATED].x = high.x * cosines[piece].x + low.x * sines[piece].x;
+      x[piece + ROTATED].y = high.y * cosines[piece].y + low.y * sines[piece].y;
     }
     if (row < GROUP + has_new) {
       uint4* tile = row < GROUP ? query_tile : stages;
@@ -141,7 +143,7 @@ if (has_new && mine < CHUNKS) {
 wait_for_batches<STAGES - 2>();
 wait_for_threadgroup();
 
-// A simdgroup's share of the scores: keys from 8 * (simdgroup / PARTS) on, one part of the dimensions.
+// The scores of a simdgroup: 8 keys from 8 * (simdgroup / PARTS), over one part of the dimensions.
 const int score_part = simdgroup % PARTS, score_keys = simdgroup / PARTS * 8;
 const int g = lane / 4, c = lane % 4;  // an accumulator holds rows g and g + 8, columns 2 c and 2 c + 1
 uint q[STEPS][4];
@@ -150,7 +152,7 @@ for (int step = 0; step < STEPS; step++) {
   load_tiles(q[step], query_tile + chunk_of<DIM>(lane % 16, (score_part * STEPS + step) * 2 + lane / 16));
 }
 
-const float unit = 1.4426950408889634f * rsqrtf(float(DIM));  // of scores, so that powers of two serve
+const float unit = 1.4426950408889634f * rsqrtf(float(DIM));  // of scores, so that the softmax uses powers of two
 float sums[OWN / 8][4];
 #pragma unroll
 for (int i = 0; i < OWN / 8; i++) {
@@ -182,7 +184,7 @@ for (int number = 0; number < tiles; number++) {
   *(float2*)(own_scores + 8 * PITCH) = make_float2(even[2] + odd[2], even[3] + odd[3]);
   wait_for_threadgroup();
 
-  // Scores of rows g and g + 8 as the product with the values wants them: keys 2 c + {0, 1, 8, 9} of every 16.
+  // Scores of rows g and g + 8 in the order of the product with the values: keys 2 c + {0, 1, 8, 9} of every 16.
   float weights[2][KEYS / 4];
 #pragma unroll
   for (int low = 0; low < 2; low++) {
@@ -247,7 +249,7 @@ for (int number = 0; number < tiles; number++) {
     }
   }
   wait_for_batches<STAGES - 2>();
-  wait_for_threadgroup();  // the next tile is there, and nobody reads this one any more
+  wait_for_threadgroup();  // the next tile has arrived, and all threads have read this one
 }
 
 #pragma unroll

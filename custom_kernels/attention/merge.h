@@ -1,5 +1,5 @@
-// What the spans of the cache gave, put together, times the output gate. Grid: x = query heads, y = slices of 32
-// dimensions; every simdgroup takes each SIMDGROUPS-th span, at most MOST_SPANS / SIMDGROUPS of them.
+// The combination of the results of all spans of the cache, times the output gate. Grid: x = query heads, y = slices of
+// 32 dimensions; a simdgroup processes every SIMDGROUPS-th span, at most MOST_SPANS / SIMDGROUPS spans.
 
 constexpr int MOST = MOST_SPANS / SIMDGROUPS;
 const int head = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
@@ -8,7 +8,7 @@ const int simdgroup = simdgroup_index_in_threadgroup;
 const int spans = partial_shape[1];
 const long first = (long)head * spans;
 
-// Loads first: they take longer than everything else.
+// Load first: loads take longer than everything else.
 float values[MOST], maxima[MOST];
 #pragma unroll
 for (int i = 0; i < MOST; i++) {

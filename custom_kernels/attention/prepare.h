@@ -1,5 +1,5 @@
-// Norm and rotary embedding of one head of one token, a simdgroup each; keys and values go into the cache, in place.
-// Grid: x = query heads, then heads of keys, then of values; y = tokens.
+// Norm and rotary embedding of one head of one token per simdgroup; keys and values are written to the cache in place.
+// Grid: x = query heads, then key heads, then value heads; y = tokens.
 
 const int index = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;
 const int lane = thread_index_in_simdgroup;
@@ -38,8 +38,8 @@ for (int c = lane; c < DIM; c += 32) {
   float value = row[c];
   if (c < ROTARY) {
     const int pair = c % pairs;
-    const float turns = rotary_turns(float(start + token), frequencies[pair], frequencies[pairs + pair]);
-    const float angle = 6.283185307179586f * turns;
+    const float revolutions = rotary_revolutions(float(start + token), frequencies[pair], frequencies[pairs + pair]);
+    const float angle = 6.283185307179586f * revolutions;
     const float partner = c < pairs ? -row[c + pairs] : row[c - pairs];
     value = value * cosine(angle) + partner * sine(angle);
   }

@@ -1,4 +1,4 @@
-// The matrices of some experts, dense. Eight weights a thread.
+// The dense matrices of some experts, eight weights per thread.
 // Grid: x = SIZE / 8 / THREADS, rounded up, of one matrix; y = experts; z = gate, up, down.
 
 const int eight = int(threadgroup_position_in_grid.x) * THREADS + int(thread_index_in_threadgroup);
@@ -9,7 +9,7 @@ if (eight < SIZE / 8) {
   const int weight_at = projection == 0 ? GATE_WEIGHT : projection == 1 ? UP_WEIGHT : DOWN_WEIGHT;
   const int scales_at = projection == 0 ? GATE_SCALES : projection == 1 ? UP_SCALES : DOWN_SCALES;
   const int biases_at = projection == 0 ? GATE_BIASES : projection == 1 ? UP_BIASES : DOWN_BIASES;
-  // Rows are whole groups, so the groups of a matrix can be counted through.
+  // Rows are whole groups, so groups are numbered across the rows of a matrix.
   const float scale = float(((const device S*)(record + scales_at))[eight / (GROUP / 8)]);
   const float bias = float(((const device S*)(record + biases_at))[eight / (GROUP / 8)]);
   const device uchar* codes = record + weight_at + (long)eight * BITS;

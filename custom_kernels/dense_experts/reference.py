@@ -1,18 +1,24 @@
-"""The matrices of some experts, dense, in elementary operations."""
+"""The matrices of some experts, dequantized, in elementary operations."""
 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
+
+Matrices = tuple[mx.array, mx.array, mx.array]
 
 
-def dense_experts(
-    slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype
-) -> tuple[mx.array, mx.array, mx.array]:
-    """Gate, up and down of the experts in ``rows``, int32 [E], of ``slab``, uint8 [rows, record bytes].
+def dense_experts(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype) -> Matrices:
+    """Return gate, up and down of some experts as dense matrices.
+
+    Args:
+        slab: records, uint8 [records, record_bytes].
+        rows: rows of ``slab``, int32 [E].
+        form: format of the records.
+        dtype: type of the results.
 
     Returns:
-        ``dtype`` [E, intermediate, hidden], the same, and [E, hidden, intermediate].
+        Gate and up [E, intermediate, hidden], down [E, hidden, intermediate].
     """
     experts = [form.expert(slab[row : row + 1].reshape(-1)) for row in np.array(rows)]
     gate, up, down = (

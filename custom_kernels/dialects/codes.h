@@ -1,10 +1,10 @@
 // Products with weights in MLX's affine format: weight = scale * code + bias, codes packed least significant bit first.
 //
-// A thread takes CHUNK consecutive codes of a row at a time; they belong to one group, since groups are multiples of
-// it. So a chunk adds scale * sum(code * x) + bias * sum(x), and sum(x) is computed once for all rows.
+// A thread processes CHUNK consecutive codes of a row at a time. Groups are multiples of CHUNK, so a chunk belongs to
+// one group and contributes scale * sum(code * x) + bias * sum(x); sum(x) is computed once for all rows.
 //
-// A code becomes a float without a conversion: put at the top of the mantissa of 2^BITS it reads as 2^BITS + code, and
-// 2^BITS * sum(x) is subtracted with the bias.
+// A code becomes a float without a conversion instruction: at the top of the mantissa of 2^BITS it reads as
+// 2^BITS + code. The bias term subtracts 2^BITS * sum(x).
 
 constant constexpr int CHUNK = 32;
 
@@ -39,7 +39,7 @@ inline Codes<BITS> load_codes(const device uint* row, int chunk) {
   return codes;
 }
 
-// 2^BITS + code number `index`.
+// Return 2^BITS + code `index`.
 template <int BITS>
 inline float raised_code(thread const Codes<BITS>& codes, int index) {
   const int bit = index * BITS, word = bit / 32, first = bit % 32, place = 23 - BITS;
@@ -54,7 +54,7 @@ inline float raised_code(thread const Codes<BITS>& codes, int index) {
   return as_type<float>((found & (((1u << BITS) - 1u) << place)) | (uint(127 + BITS) << 23));
 }
 
-// sum((2^BITS + code) * x) over a chunk.
+// Return sum((2^BITS + code) * x) over a chunk.
 template <int BITS>
 inline float raised_dot(thread const Codes<BITS>& codes, thread const float* x) {
   float even = 0.0f, odd = 0.0f;
@@ -66,7 +66,7 @@ inline float raised_dot(thread const Codes<BITS>& codes, thread const float* x) 
   return even + odd;
 }
 
-// CHUNK values as floats, and their sum.
+// CHUNK values as floats and their sum.
 template <typename T>
 inline float load_chunk(const device T* from, thread float* x) {
   float sum = 0.0f;
@@ -78,7 +78,7 @@ inline float load_chunk(const device T* from, thread float* x) {
   return sum;
 }
 
-// The products of ROWS consecutive rows, from row `first` of a matrix with `columns` columns, with one chunk of x.
+// Add the products of ROWS rows with one chunk of x, beginning at row `first` of a matrix with `columns` columns.
 template <int BITS, int GROUP, int ROWS, typename S>
 inline void add_products(
     const device uint* weight, const device S* scales, const device S* biases, long first, int columns, int chunk,
@@ -101,8 +101,8 @@ inline void add_products(
   }
 }
 
-// Sums N values, a power of two, over teams of TEAM >= N neighbouring lanes with fewer exchanges than N separate sums.
-// Lane l of a team returns the sum of value number `sum_index<N>(l)`; lanes from N on repeat what the first N have.
+// Sum N values (a power of two) over teams of TEAM >= N adjacent lanes, with fewer shuffles than N separate sums. Lane
+// l of a team returns the sum of value `sum_index<N>(l)`; lanes N and above repeat the results of the first N lanes.
 template <int N, int TEAM>
 inline float team_sums(thread float* values, uint lane) {
   uint mask = 1;
@@ -125,7 +125,7 @@ inline float team_sums(thread float* values, uint lane) {
   return sum;
 }
 
-// The N low bits of a lane in reverse.
+// Return the lowest bits of a lane's number, below N, in reverse order.
 template <int N>
 inline int sum_index(uint lane) {
   int index = 0;

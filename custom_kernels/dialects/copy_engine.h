@@ -1,19 +1,19 @@
-// What kernels with weights brought by the copy engine use of NVIDIA's machine beyond CUDA's words: barriers in shared
-// memory, copies that report to them, words that threadgroups hand to each other.
+// PTX operations of kernels whose weights the copy engine transfers: barriers in shared memory, copies that signal
+// these barriers, and words that threadgroups pass to each other.
 
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint4 name[]
 
 inline void barrier_init(unsigned long long* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// What was initialised is visible to the copy engine.
+// Make initialized barriers visible to the copy engine.
 inline void barriers_are_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 inline void barrier_arrive(unsigned long long* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrive, and have the barrier wait for `bytes` that copies bring.
+// Arrive at the barrier, and let it also wait for `bytes` from copies.
 inline void barrier_expect(unsigned long long* barrier, uint bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
@@ -32,7 +32,7 @@ inline void barrier_wait(unsigned long long* barrier, int phase) {
       "r"(phase)
       : "memory");
 }
-// What is brought is read once: it shall be the first to leave the L2 cache.
+// The data is read once, so it should leave the L2 cache first.
 inline void bring(void* to, const void* from, uint bytes, unsigned long long* barrier) {
   unsigned long long policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -42,14 +42,14 @@ inline void bring(void* to, const void* from, uint bytes, unsigned long long* ba
       "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
-// Words that one threadgroup hands to others, each beside a tag in 8 bytes that are written at once: whoever finds the
-// tag has the word, without a fence.
+// Words that one threadgroup passes to others. A word and its tag are written as one value of 8 bytes, so a reader that
+// sees the tag has the word, without a fence.
 inline void publish(uint2* place, uint word, uint tag) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(__cvta_generic_to_global(place)),
                "l"((unsigned long long)(tag) << 32 | word)
                : "memory");
 }
-// Four of them, once all have the tag.
+// Return four words, once all carry the tag.
 inline uint4 wait_for_words(const uint4* from, uint tag) {
   unsigned long long found[4];
   bool there;

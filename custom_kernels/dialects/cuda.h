@@ -1,4 +1,4 @@
-// Metal's words in CUDA, as far as the bodies use them. Threadgroups are one-dimensional.
+// Metal's names in CUDA, as far as the bodies use them. Threadgroups are one-dimensional.
 
 typedef unsigned int uint;
 typedef unsigned short ushort;
@@ -41,7 +41,7 @@ __device__ inline float simd_max(float value) {
   return value;
 }
 
-// Loads of what is read once: weights pass through the caches without staying.
+// Load data that is read once, such as weights, so that the caches do not keep it.
 __device__ inline uint4 load_once(const uint4* from) {
   return __ldcs(from);
 }

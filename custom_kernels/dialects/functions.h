@@ -4,14 +4,14 @@ inline float silu(float x) {
   return x / (1.0f + exponential(-x));
 }
 
-// Below every score, and far enough from infinity that differences stay numbers.
+// Less than every score, and far enough from infinity that differences are finite.
 constant constexpr float LOWEST = -1e30f;
 
-// The angle of a rotary embedding, position * frequency, in turns between -1/2 and 1/2. The frequency is in turns, rounded
-// to f32, and `lost` is what the rounding lost. Whole turns are taken off before the angle is rounded: exact at any
-// position, where one float would lose a digit for every power of ten.
-inline float rotary_turns(float position, float frequency, float lost) {
-  const float turns = position * frequency;
-  const float rest = multiply_add(position, frequency, -turns) + position * lost;
-  return (turns - nearest(turns)) + rest;
+// Return the angle of a rotary embedding, position * frequency, in revolutions between -1/2 and 1/2. The frequency is
+// in revolutions per position, rounded to f32; `lost` is its rounding error. Whole revolutions are subtracted before
+// the angle is rounded, so the result is exact at any position; one float would lose a digit for every power of ten.
+inline float rotary_revolutions(float position, float frequency, float lost) {
+  const float revolutions = position * frequency;
+  const float rest = multiply_add(position, frequency, -revolutions) + position * lost;
+  return (revolutions - nearest(revolutions)) + rest;
 }

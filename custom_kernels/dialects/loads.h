@@ -1,4 +1,4 @@
-// Loads of neighbouring values as floats, wide where the type allows.
+// Loads of adjacent values as floats, as wide as the type allows.
 
 inline void load_four(const device float* from, thread float* x) {
   float4 four = *(const device float4*)from;
@@ -15,7 +15,7 @@ inline void load_four(const device bfloat16_t* from, thread float* x) {
   x[3] = as_type<float>(two.y & 0xffff0000u);
 }
 
-// N values; four at a time if N is a multiple of four, which the address then must be as well.
+// Load N values; if N is a multiple of four, four at a time from an address aligned to four values.
 template <int N, typename T>
 inline void load_some(const device T* from, thread float* x) {
   if (N % 4 == 0) {

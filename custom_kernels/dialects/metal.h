@@ -1,7 +1,7 @@
-// What a body may use beyond the words that Metal and CUDA share; cuda.h gives the same names.
+// Names that bodies use beyond the common part of Metal and CUDA; cuda.h defines the same names.
 
 #ifndef SHARED
-#define SHARED threadgroup  // of an array declared in a kernel; parameters that point to one are `threadgroup`
+#define SHARED threadgroup  // for arrays declared in a kernel; pointer parameters to them are `threadgroup`
 #endif
 
 inline uint4 load_once(const device uint4* from) {

@@ -1,4 +1,4 @@
-// What kernels on NVIDIA's tensor cores share: products of tiles, and two bf16 numbers in a word.
+// Products of tiles on NVIDIA's tensor cores, and pairs of bf16 numbers in a word.
 
 inline uint shared_address(const void* of) {
   return uint(__cvta_generic_to_shared(of));
@@ -13,16 +13,16 @@ inline float high_half(uint pair) {
 inline float2 halves_of(uint pair) {
   return make_float2(low_half(pair), high_half(pair));
 }
-// Two values as bf16, the first in the lower half.
+// Return two values as bf16 in a word, the first in the lower half.
 inline uint pair_of(float low, float high) {
   uint pair;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 
-// sums [16, 8] += a b, of bf16 numbers, a [16, 16] and b [16, 8], or of 8-bit integers, a [16, 32] without signs and
-// b [32, 8] with. Volatile, or the compiler moves it to where its result is used, which is not all lanes; those then
-// wait for ever.
+// Compute sums [16, 8] += a b, for bf16 numbers a [16, 16] and b [16, 8], or unsigned 8-bit integers a [16, 32] and
+// signed b [32, 8]. The assembly is volatile: otherwise the compiler moves it into a branch that only some lanes take,
+// and these wait for the other lanes forever.
 inline void multiply(float* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])

@@ -1,4 +1,4 @@
-// Stores of neighbouring values, wide where the type allows; the address must be as aligned as the whole.
+// Stores of adjacent values, as wide as the type allows, to an address aligned to their total size.
 
 inline void store_eight(device float* to, thread const float* x) {
 #pragma unroll

@@ -1,15 +1,15 @@
 // Products with weights in MLX's affine format on NVIDIA's tensor cores; for bf16 activations and codes of 2 or 4 bits.
 //
-// The plain way (codes.h) needs five instructions a code, more than a Hopper GPU has time for while a code comes from
-// memory. Here two codes become two bf16 numbers in one: put into the mantissa of 128 they read as 128 + code, exactly.
-// 128 * sum(x) is subtracted with the bias, sums are in f32.
+// codes.h needs five instructions per code, more than a Hopper GPU can execute while memory delivers a code. Here one
+// instruction turns two codes into two bf16 numbers: in the mantissa of 128 they read as 128 + code, exactly. The bias
+// term subtracts 128 * sum(x); sums are in f32.
 //
-// mma.m16n8k16 multiplies 16 rows of weights with 16 values of x; which columns those are is free, as long as both
-// sides agree. Lane 4 g + c holds rows g and g + 8 and takes 32 consecutive codes of each in one load; a word of codes
-// gives pairs (j, j + half). x lies in shared memory in that order (`stage`). Of the 8 columns of the other operand
-// one serves each group of the 128 codes that a step takes of a row, so that groups do not mix.
+// mma.m16n8k16 multiplies 16 rows of weights by 16 values of x. Any 16 columns will do, if both operands use the same.
+// Lane 4 g + c holds rows g and g + 8 and loads 32 consecutive codes of each at once; a word of codes gives the pairs
+// (j, j + half). `stage` stores x in shared memory in this order. The other operand has 8 columns; each group of the
+// 128 codes in a step has a column for itself, so that groups do not mix.
 
-constexpr int STEP = 128;  // codes of a row that a simdgroup takes at a time
+constexpr int STEP = 128;  // codes of a row in one step of a simdgroup
 
 template <int BITS>
 struct Chunk {
@@ -33,18 +33,19 @@ inline Chunk<BITS> load_chunk_of_codes(const uint* from) {
   return chunk;
 }
 
-// Codes j and j + 16 / BITS of a word as 128 + code.
+// Return codes j and j + 16 / BITS of a word as 128 + code.
 template <int BITS>
 inline uint pair_of_codes(uint word, int j) {
   const uint mask = (1u << BITS) - 1u;
   return ((word >> (BITS * j)) & (mask | mask << 16)) | 0x43004300u;
 }
 
-// x, bf16 [columns], into `pairs` [columns / 2] in the order of the codes, and the sum of every group into `sums`. For
-// `threads` threads, of which this is number `mine`; whole simdgroups, which then must wait for each other.
+// Store x, bf16 [columns], into `pairs` [columns / 2] in the order of the codes, and the sum of every group into
+// `sums`. `threads` threads in whole simdgroups share the work; `mine` is the number of this thread. They must
+// synchronize after.
 template <int BITS, int GROUP>
 inline void stage(const __nv_bfloat16* x, int columns, int mine, int threads, uint* pairs, float* sums) {
-  constexpr int unit = 32 / BITS;  // codes of a word
+  constexpr int unit = 32 / BITS;  // codes in a word
   for (int i = mine; i < columns / 8; i += threads) {
     const uint4 eight = *(const uint4*)(x + 8 * i);
     float sum = (low_half(eight.x) + high_half(eight.x)) + (low_half(eight.y) + high_half(eight.y)) +
@@ -63,7 +64,7 @@ inline void stage(const __nv_bfloat16* x, int columns, int mine, int threads, ui
       ordered.w = __byte_perm(eight.y, eight.w, 0x7632);
       *(uint4*)(pairs + 4 * i) = ordered;
     } else {
-      // A word spans two of these eights: this one is the low or the high half of its pairs.
+      // A word spans two blocks of eight values: this block is the low or the high half of its pairs.
       unsigned short* halves = (unsigned short*)(pairs + i / 2 * 8) + i % 2;
       const uint words[4] = {eight.x, eight.y, eight.z, eight.w};
 #pragma unroll
@@ -75,7 +76,7 @@ inline void stage(const __nv_bfloat16* x, int columns, int mine, int threads, ui
   }
 }
 
-// One matrix row for a lane: where its codes, scales and biases begin.
+// The first codes, scales and biases of a lane's row.
 struct Row {
   const uint* weight;
   const __nv_bfloat16* scales;
@@ -87,14 +88,14 @@ inline Row row_of(const uint* weight, const __nv_bfloat16* scales, const __nv_bf
   return Row{weight + row * (columns / 32 * BITS), scales + row * (columns / GROUP), biases + row * (columns / GROUP)};
 }
 
-// What a lane needs of one step: codes of both rows, and the scales and biases of their groups, two to a word.
+// A lane's operands of one step: codes of both rows, and the scales and biases of their groups, two per word.
 template <int BITS>
 struct Step {
   Chunk<BITS> low, high;
   uint low_scales, low_biases, high_scales, high_biases;
 };
 
-// Of a step's 1 or 2 groups.
+// For the 1 or 2 groups of a step.
 template <int GROUP>
 inline uint load_groups(const __nv_bfloat16* values, int step) {
   if (GROUP == STEP) {
@@ -104,7 +105,7 @@ inline uint load_groups(const __nv_bfloat16* values, int step) {
 }
 
 // The products of a lane's two rows with x, over every `stride`-th step. Loads run DEPTH steps ahead; `begin` starts
-// them and needs nothing of x, so that x can be staged meanwhile.
+// them and does not read x, so that x can be staged meanwhile.
 template <int BITS, int GROUP, int DEPTH>
 struct RowProducts {
   Row low, high;
@@ -131,7 +132,7 @@ struct RowProducts {
     }
   }
 
-  // Results are right in the lanes with c = 0: for rows g and g + 8.
+  // Only lanes with c = 0 have valid results, for rows g and g + 8.
   inline void finish(const uint* pairs, const float* sums, float* results) {
     constexpr int groups = STEP / GROUP;
     const int c = lane % 4, column = lane / 4;

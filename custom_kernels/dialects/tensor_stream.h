@@ -1,34 +1,33 @@
-// Products of one vector with weights in MLX's affine format on NVIDIA's tensor cores, the weights brought into shared
-// memory by the copy engine of Hopper GPUs and later ones; for bf16 activations and codes of 2, 4 or 8 bits.
+// Products of one vector with weights in MLX's affine format on NVIDIA's tensor cores, for bf16 activations and codes
+// of 2, 4 or 8 bits. The copy engine of Hopper and later GPUs transfers the weights into shared memory.
 //
-// Copies of whole rows are asked for long before they are used and report to a barrier in shared memory; they pass
-// through no registers. So enough is under way to keep memory busy.
+// Copies of whole rows are requested long before their use and signal a barrier in shared memory, without registers. So
+// enough copies are in flight to keep memory busy.
 //
-// The tensor cores multiply integers: codes with a vector in fixed point, of 15 bits and a power of two for each group;
-// a step is at most 1/8192 of the largest value, finer than the rounding of bf16 inputs by far. A value is 256 * high +
-// low, two planes of 8 bits with signs. Codes in the upper halves of bytes stay there and count 16 times as much: a mask
-// is all that four codes need. Making codes bf16 takes several times the instructions, and a Hopper GPU has no time for
-// more while a code comes from memory.
+// The tensor cores multiply integers: codes by a vector in fixed point, with 15 bits and a power of two for each group.
+// A step is at most 1/8192 of the largest value, much finer than the rounding of bf16 inputs. A value is 256 * high +
+// low, stored as two planes of signed bytes. Codes in the upper halves of bytes stay there and count 16 times as much,
+// so four codes need only a mask. Conversion to bf16 would take several times the instructions, more than a Hopper GPU
+// can execute while memory delivers a code.
 //
-// A simdgroup takes CHUNK consecutive codes of 16 rows at a time. mma.m16n8k32 multiplies 16 rows with 8 columns, of
-// which a vector would need one. Here they keep planes and groups apart: lane 4 g + c takes a quarter of the chunk,
-// number c, of its two rows, and column n holds plane n / 4 of quarter n % 4, zeros elsewhere. So sums of several
-// groups grow side by side, and all lanes apply scales at once. Only lanes with c = g % 4 hold values of the columns that
-// are not zero, those of a quarter, and keep them while rows change. Lanes walk through their quarters in different
-// orders, and two blocks of rows may lie some bytes more apart than their rows do, so that fewer lanes read the same bank
-// of shared memory.
+// A simdgroup processes CHUNK consecutive codes of 16 rows at a time. mma.m16n8k32 multiplies 16 rows by 8 columns, and
+// a vector would need only one. Here the columns separate planes and groups: lane 4 g + c processes quarter c of the
+// chunk in its two rows, and column n holds plane n / 4 of quarter n % 4, and zeros elsewhere. So sums of several
+// groups accumulate in parallel, and all lanes apply scales at once. Only lanes with c = g % 4 hold nonzero values of a
+// column, those of one quarter, and keep them for all rows. Lanes visit the pieces of their quarters in different
+// orders, and a gap may separate two blocks of rows, so that fewer lanes read the same bank of shared memory.
 
 constexpr int CHUNK = 512;          // codes of a row
-constexpr int QUARTER = CHUNK / 4;  // of which a lane takes these
+constexpr int QUARTER = CHUNK / 4;  // codes of a row for one lane
 
-// A vector in shared memory: two planes, then for each group what 1 in the lower plane stands for, and its sum. In the
-// planes values lie as masks give up their codes, 4 at a time: of a word (2 bits) or two (4 bits) those of the lower
-// halves of bytes, then those of the upper.
+// The bytes of a staged vector in shared memory: two planes, then for each group the value of 1 in the lower plane, and
+// the group's sum. The planes are in the order in which masks extract codes, 4 at a time: from one word (2 bits) or two
+// words (4 bits), first the lower halves of bytes, then the upper halves.
 inline constexpr int staged_bytes(int width, int group) {
   return 2 * width + width / group * 8;
 }
 
-// Stage values 8 i to 8 i + 7 of a vector of `width`. Whole simdgroups with consecutive `i`.
+// Stage values 8 i to 8 i + 7 of a vector of `width`, by whole simdgroups with consecutive `i`.
 template <int BITS, int GROUP>
 inline void stage(uint4 eight, int i, int width, uchar* vector) {
   constexpr uint magnitudes = 0x7fff7fffu;
@@ -42,7 +41,7 @@ inline void stage(uint4 eight, int i, int width, uchar* vector) {
     most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, mask));
     sum += __shfl_xor_sync(0xffffffffu, sum, mask);
   }
-  // The exponent of the largest magnitude, as it stands in a float; with room for what is made of it.
+  // The exponent bits of the largest magnitude in a float, clamped so that the derived exponents are valid.
   const uint exponent = max(max(most & 0xffffu, most >> 16) >> 7, 16u);
   if (i % (GROUP / 8) == 0) {
     ((float2*)(vector + 2 * width))[i / (GROUP / 8)] = make_float2(__uint_as_float((exponent - 13) << 23), sum);
@@ -51,16 +50,16 @@ inline void stage(uint4 eight, int i, int width, uchar* vector) {
   uint fixed[8], raised[8];
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    fixed[j] = __float_as_uint(fmaf(values[j], steps, 12582912.0f));  // 1.5 * 2^23: the lower bits are the integer
+    fixed[j] = __float_as_uint(fmaf(values[j], steps, 12582912.0f));  // 1.5 * 2^23: low bits are the integer
     raised[j] = fixed[j] + 128;
   }
 #pragma unroll
   for (int plane = 0; plane < 2; plane++) {
     const uint* from = plane ? fixed : raised;
-    const uint pick = plane ? 0x0040 : 0x0051;  // the lowest byte of two words, or the one above it
+    const uint pick = plane ? 0x0040 : 0x0051;  // the lowest byte of two words, or the second lowest
     uchar* to = vector + plane * width + 8 * i;
     if (BITS == 2) {
-      // A word of 16 codes spans two of these eights.
+      // A word of 16 codes spans two blocks of eight values.
       unsigned short* halves = (unsigned short*)(to - i % 2 * 8) + i % 2;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
@@ -78,7 +77,7 @@ inline void stage(uint4 eight, int i, int width, uchar* vector) {
       if (BITS == 8) {
         *(uint2*)to = make_uint2(words[0], words[1]);
       } else {
-        uint* pairs = (uint*)(to - i % 2 * 4);  // of two words of codes, their lower halves, then their upper ones
+        uint* pairs = (uint*)(to - i % 2 * 4);  // for two words of codes, their lower halves, then their upper halves
         pairs[0] = words[0], pairs[2] = words[1];
       }
     }
@@ -87,18 +86,18 @@ inline void stage(uint4 eight, int i, int width, uchar* vector) {
 
 template <int BITS, int GROUP>
 struct Stream {
-  static constexpr int CODES = CHUNK * BITS / 8, SCALES = CHUNK / GROUP * 2;  // bytes of a chunk of a row
-  static constexpr int TURNS = QUARTER * BITS / 8 / 16;  // 16 bytes of codes each
-  static constexpr int GROUPS = QUARTER / GROUP;         // of a quarter
-  static constexpr int LOADS = 8 / TURNS;                // 16 bytes of a plane each, in a turn
-  static constexpr float UNIT = BITS == 8 ? 1.0f : 1.0f / 16.0f;  // what sums of products count
+  static constexpr int CODES = CHUNK * BITS / 8, SCALES = CHUNK / GROUP * 2;  // bytes per chunk of a row
+  static constexpr int STEPS = QUARTER * BITS / 8 / 16;  // of 16 bytes of codes
+  static constexpr int GROUPS = QUARTER / GROUP;         // in a quarter
+  static constexpr int LOADS = 8 / STEPS;                // of 16 bytes of a plane, in a step
+  static constexpr float UNIT = BITS == 8 ? 1.0f : 1.0f / 16.0f;  // weight of the sums of products
 
   int g, c, order;
-  int codes_at, codes_on, scales_at, scales_on;  // of the lane's first row, and from there to its second
+  int codes_at, codes_on, scales_at, scales_on;  // offsets of the lane's first row, and distances to its second
   bool feeds;
-  uint4 x[8];                  // a plane of a quarter; zero where the lane does not feed
-  float steps[GROUPS][2];      // of the groups of two columns: what 1 in the plane stands for
-  float sums[GROUPS][2];       // their sums, where the columns are of the upper plane
+  uint4 x[8];                  // a plane of a quarter; zero in lanes without nonzero columns
+  float steps[GROUPS][2];      // for the groups of two columns, the value of 1 in the plane
+  float sums[GROUPS][2];       // sums of these groups, where the columns hold the upper plane
 
   inline void begin(int lane) {
     g = lane / 4, c = lane % 4;
@@ -110,12 +109,12 @@ struct Stream {
     }
   }
 
-  // Chunk number `chunk` of a vector of `width` that was staged.
+  // Load chunk `chunk` of a staged vector of `width`.
   inline void take(const uchar* vector, int width, int chunk) {
     if (feeds) {
       const uint4* own = (const uint4*)(vector + g / 4 * width + (chunk * 4 + c) * QUARTER);
 #pragma unroll
-      for (int turn = 0; turn < TURNS; turn++) {
+      for (int turn = 0; turn < STEPS; turn++) {
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
           x[turn * LOADS + i] = own[(turn ^ order) * LOADS + i];
@@ -131,14 +130,15 @@ struct Stream {
     }
   }
 
-  // Four codes in the lower or the upper halves of the bytes of `word`; upper ones stay there, 16 times as large.
+  // Return four codes from the lower or upper halves of the bytes of `word`; upper ones stay there, 16 times as large.
   inline uint some_codes(uint word, bool upper) const {
     constexpr uint mask = BITS == 8 ? 0xffffffffu : BITS == 4 ? 0x0f0f0f0fu : 0x03030303u;
     return word & (upper ? mask << 4 : mask);
   }
 
-  // Where the 16 rows of a chunk lie, in two blocks, from the first code, scale or bias on: rows of codes are `row_bytes`
-  // apart, blocks `block_bytes`; those of scales and of biases `scale_bytes` and `scale_block_bytes`.
+  // Set the places of the 16 rows of a chunk, in two blocks, relative to the first code, scale or bias. The distances
+  // of rows and blocks are `row_bytes` and `block_bytes` for codes, `scale_bytes` and `scale_block_bytes` for the
+  // others.
   inline void lay_out(int row_bytes, int block_bytes, int scale_bytes, int scale_block_bytes) {
     codes_at = g % 2 * block_bytes + g / 2 * row_bytes + c * (QUARTER * BITS / 8);
     codes_on = 4 * row_bytes;
@@ -146,18 +146,18 @@ struct Stream {
     scales_on = 4 * scale_bytes;
   }
 
-  // The products of a chunk of 16 rows with what was taken, times `factor`, into `products` [16]; product 2 r + b is of
-  // row r of block b.
+  // Store the products of a chunk of 16 rows with the loaded chunk of the vector, times `factor`, into `products` [16];
+  // product 2 r + b belongs to row r of block b.
   inline void multiply_chunk(const uchar* codes, const uchar* scales, const uchar* biases, float factor,
                              float* products) const {
-    uint4 low[TURNS], high[TURNS];  // of both rows of the lane
+    uint4 low[STEPS], high[STEPS];  // for both rows of the lane
 #pragma unroll
-    for (int turn = 0; turn < TURNS; turn++) {
+    for (int turn = 0; turn < STEPS; turn++) {
       const int place = codes_at + (turn ^ order) * 16;
       low[turn] = *(const uint4*)(codes + place);
       high[turn] = *(const uint4*)(codes + codes_on + place);
     }
-    uint scale[2][GROUPS], bias[2][GROUPS];  // the groups of two quarters, two in a word
+    uint scale[2][GROUPS], bias[2][GROUPS];  // for the groups of two quarters, two per word
 #pragma unroll
     for (int row = 0; row < 2; row++) {
       const int place = scales_at + row * scales_on;
@@ -170,18 +170,18 @@ struct Stream {
         bias[row][0] = *(const uint*)(biases + place);
       }
     }
-    int dots[2][GROUPS][4];  // of lower and of upper halves
+    int dots[2][GROUPS][4];  // of lower and upper halves
 #pragma unroll
     for (int i = 0; i < 8 * GROUPS; i++) {
       dots[i / (4 * GROUPS)][i / 4 % GROUPS][i % 4] = 0;
     }
 #pragma unroll
-    for (int step = 0; step < TURNS; step++) {
-      // Turns of two groups in turn, so that fewer products wait for the one before.
-      const int turn = GROUPS == 2 ? step % 2 * (TURNS / 2) + step / 2 : step;
+    for (int step = 0; step < STEPS; step++) {
+      // Alternate between two groups, so that fewer products wait for the previous one.
+      const int turn = GROUPS == 2 ? step % 2 * (STEPS / 2) + step / 2 : step;
       const uint a[4] = {low[turn].x, low[turn].y, low[turn].z, low[turn].w};
       const uint b[4] = {high[turn].x, high[turn].y, high[turn].z, high[turn].w};
-      const int group = turn / (TURNS / GROUPS);
+      const int group = turn / (STEPS / GROUPS);
 #pragma unroll
       for (int i = 0; i < LOADS; i++) {
         const uint4 four = x[turn * LOADS + i];
@@ -200,7 +200,7 @@ struct Stream {
     }
 #pragma unroll
     for (int row = 0; row < 2; row++) {
-      // Groups of the first quarter, then of the second; biases first, which wait for no product.
+      // Groups of the first quarter, then of the second; biases first, because they wait for no product.
       float result = 0.0f;
 #pragma unroll
       for (int i = 0; i < 2 * GROUPS; i++) {

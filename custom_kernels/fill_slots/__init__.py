@@ -1,7 +1,10 @@
 """Overwrite slots in a GPU's memory, in place.
 
-MLX has no operation that writes into an existing array: its updates make a new one unless nothing else refers to the
-old, and then a store would copy gigabytes for every expert. On CUDA a kernel can write to what it was given to read.
+MLX cannot write into an existing array: an update makes a new array unless nothing else refers to the old one, so a
+store would copy gigabytes for every expert. On CUDA a kernel can write to its inputs.
+
+This folder has no ``OPERATION``: stores call the kernel, not models, and MLX has no implementation to replace it if a
+check at load failed. Tests compare it with its reference.
 """
 
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from flashmoe_mlx.custom_kernels.fill_slots import reference
 __all__ = ["fill_slots", "reference"]
 
 _WIDTH = 16
-"""Bytes that a thread copies at a time."""
+"""Bytes per copy of a thread."""
 _BLOCK = 256
 _BLOCKS_A_RECORD = 64
 
@@ -40,9 +43,12 @@ def _kernel() -> Callable[..., list[mx.array]]:
 
 
 def fill_slots(slab: mx.array, records: mx.array, slots: mx.array) -> None:
-    """Overwrite the rows ``slots``, int32 [N], of ``slab``, uint8 [count, record bytes], with the first N ``records``.
+    """Overwrite rows of ``slab`` with the first N ``records``, in place; only on CUDA.
 
-    Both in place and on CUDA alone; record bytes must be a multiple of 16, and nothing may be reading those rows.
+    Args:
+        slab: uint8 [count, record_bytes], where record_bytes is a multiple of 16.
+        records: uint8 [N or more, record_bytes].
+        slots: rows of ``slab``, int32 [N], which no computation may be reading.
     """
     outputs = _kernel()(
         inputs=[slab, records, slots],

@@ -1,7 +1,7 @@
-// A few tokens through GatedDeltaNet, one value head a threadgroup: convolution and SiLU, normalised q and k, decay and
-// beta, the recurrence with its state in registers, gated RMSNorm. Grid: x = value heads.
+// GatedDeltaNet for a few tokens, one value head per threadgroup: convolution and SiLU, normalized q and k, decay and
+// beta, the recurrence with its state in registers, the gated RMS norm. Grid: x = value heads.
 //
-// A simdgroup holds ROWS rows of the state; lane l its columns l, l + 32, ...
+// A simdgroup holds ROWS rows of the state; lane l holds columns l, l + 32, ...
 
 const int head = threadgroup_position_in_grid.x;
 const int key_head = head / (VALUE_HEADS / KEY_HEADS);
@@ -11,7 +11,7 @@ const int first_row = int(simdgroup_index_in_threadgroup) * ROWS;
 const int tokens = qkv_shape[0];
 const int key_width = KEY_HEADS * KEY_DIM, value_width = VALUE_HEADS * VALUE_DIM;
 const int channels = 2 * key_width + value_width;
-const int mixed_size = 2 * KEY_DIM + VALUE_DIM;  // q, k, v of this head
+const int mixed_size = 2 * KEY_DIM + VALUE_DIM;  // q, k and v of this head
 
 SHARED float mixed[2 * KEY_DIM + VALUE_DIM];
 SHARED float out[VALUE_DIM];
@@ -21,7 +21,7 @@ float memory[ROWS * COLUMNS];
 for (int i = 0; i < ROWS; i++) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
-    memory[i * COLUMNS + j] = state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j];
+    memory[i * COLUMNS + j] = recurrent_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j];
   }
 }
 
@@ -33,7 +33,7 @@ for (int token = 0; token < tokens; token++) {
 #pragma unroll
     for (int tap = 0; tap < TAPS; tap++) {
       const int at = token + tap - (TAPS - 1);
-      const float value = at < 0 ? float(past[(long)(at + TAPS - 1) * channels + channel])
+      const float value = at < 0 ? float(conv_state[(long)(at + TAPS - 1) * channels + channel])
                                  : float(qkv[(long)at * channels + channel]);
       sum += value * float(convolution[channel * TAPS + tap]);
     }
@@ -65,7 +65,7 @@ for (int token = 0; token < tokens; token++) {
   const float softplus = step > 20.0f ? step : logarithm(1.0f + exponential(step));
   const float decay = exponential(-exponential(float(a_log[head])) * softplus);
 
-  // y = S_new q with S_new = decay S + change k^T, so S k and S q both come from the old state, in one pass.
+  // y = S_new q with S_new = decay S + change k^T, so one pass over the old state gives both S k and S q.
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
     float recalled = 0.0f, asked = 0.0f;
@@ -102,10 +102,10 @@ for (int token = 0; token < tokens; token++) {
 for (int i = 0; i < ROWS; i++) {
 #pragma unroll
   for (int j = 0; j < COLUMNS; j++) {
-    new_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j] = memory[i * COLUMNS + j];
+    new_recurrent_state[((long)head * VALUE_DIM + first_row + i) * KEY_DIM + lane + 32 * j] = memory[i * COLUMNS + j];
   }
 }
-// The last inputs of the convolution; q and k are shared by several value heads, and the first of them writes.
+// Store the last inputs of the convolution; several value heads share q and k, and the first of them stores these.
 const bool writes_keys = head % (VALUE_HEADS / KEY_HEADS) == 0;
 for (int c = mine; c < mixed_size; c += THREADS) {
   if (c < 2 * KEY_DIM && !writes_keys) {
@@ -115,7 +115,7 @@ for (int c = mine; c < mixed_size; c += THREADS) {
                                       : 2 * key_width + head * VALUE_DIM + c - 2 * KEY_DIM;
   for (int place = 0; place < TAPS - 1; place++) {
     const int at = tokens + place - (TAPS - 1);
-    new_past[(long)place * channels + channel] =
-        at < 0 ? past[(long)(at + TAPS - 1) * channels + channel] : qkv[(long)at * channels + channel];
+    new_conv_state[(long)place * channels + channel] =
+        at < 0 ? conv_state[(long)(at + TAPS - 1) * channels + channel] : qkv[(long)at * channels + channel];
   }
 }

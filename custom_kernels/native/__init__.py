@@ -1,8 +1,10 @@
-"""Kernels for CPUs, in a C++ extension; see ``operators.hpp`` for what each computes.
+"""The C++ extension with kernels for CPUs, and what the ``cpu.py`` of all operations share.
 
-Buffers go in and out: an ``mx.array`` is one, and is evaluated when it is looked into. What is returned is evaluated.
-Two environment variables are read once, at the first use; empty ones count as unset: ``FLASHMOE_THREADS`` (1 to 256;
-default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
+``operators.hpp`` describes the kernels. They read and write Python buffers; an ``mx.array`` is a buffer, and is
+evaluated when it is accessed. Results are evaluated.
+
+Two environment variables are read once, at the first use; an empty variable counts as unset: ``FLASHMOE_THREADS`` (1 to
+256; default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
 ``neon`` or ``portable``; default: the best of this machine).
 """
 
@@ -10,7 +12,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,10 +21,8 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels.attention.reference import AttentionWeights
-from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
-from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaWeights
-from flashmoe_mlx.custom_kernels.routed_experts.format import PROJECTIONS, ExpertFormat
+from flashmoe_mlx import cgroups
+from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 from flashmoe_mlx.errors import InputError
 
 BITS = (2, 3, 4, 8)
@@ -35,24 +34,25 @@ MISSING = (
     "install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install) and run pip install again"
 )
 
-# `python -m flashmoe_mlx` in a checkout runs the checkout's Python, while the compiled part lies where pip put it.
+# `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
 _INTERFACE = 4
-"""Counts changes of what the compiled part takes, so that one of another version is not called."""
-_SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+"""Version of the compiled part's interface; another version is not called."""
+SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
+"""Numbers of the types of scales in the compiled part."""
 _SHOWN = 40
-"""Characters of a wrong variable that an error repeats."""
+"""Most characters of an invalid variable in an error."""
 _COPIED = 2**18
-"""Elements up to which an array is made by copying; larger ones are allocated by MLX and written in place."""
+"""Most elements of a result that is copied into an array; MLX allocates a larger one, which is written in place."""
 
 
 @cache
 def extension() -> ModuleType | None:
-    """Load the compiled part; None where it was not built, or was built for another version of this package.
+    """Load the compiled part; return None if it was not built, or was built for another version of this package.
 
     Raises:
-        InputError: an environment variable asks for what is not there.
+        InputError: an environment variable is invalid, or names instructions that this machine does not have.
     """
     try:
         native = import_module(f"{__name__}._native")
@@ -83,173 +83,77 @@ def _threads(wanted: str | None, most: int) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and on Linux the quota of its control group."""
+    """Return the cores that this process may use: its affinity, and on Linux the quota of its control group."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    quota = cgroups.cpu_quota()
     return cores if quota is None else max(1, min(cores, quota))
 
 
-def _quota(membership: Path, root: Path) -> int | None:
-    """Whole cores that control groups (version 2, else 1) allow this process and all groups above it."""
-    try:
-        groups = dict(line.split(":", 2)[1:] for line in membership.read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    limits = []
-    own = Path(groups.get("", "/").lstrip("/"))
-    for folder in (own, *own.parents):
-        with_quota = _numbers(root / folder / "cpu.max")
-        if len(with_quota) == 2:
-            limits.append(with_quota[0] / with_quota[1])
-    for name, path in groups.items():
-        if "cpu" in name.split(","):
-            own = root / name / path.lstrip("/")
-            quota, period = (_numbers(own / f"cpu.cfs_{what}_us") for what in ("quota", "period"))
-            if quota and period and quota[0] > 0:
-                limits.append(quota[0] / period[0])
-    return round(min(limits) + 0.49) if limits else None
-
-
-def _numbers(path: Path) -> list[int]:
-    try:
-        return [int(word) for word in path.read_text().split()]
-    except (OSError, ValueError):  # no such file, or "max"
-        return []
-
-
 def description() -> str:
-    """What runs, for the record of a run."""
-    native = _loaded()
+    """Return the instruction set and the number of threads, for the records of runs."""
+    native = loaded()
     return f"{native.instruction_set()}, {native.threads()} threads"
 
 
 def few_tokens() -> int:
-    """Return up to how many vectors products pass over the codes; for more, blocks are dequantised."""
-    few: int = _loaded().FEW_TOKENS
+    """Return the most vectors for which products read the codes directly; for more, blocks are dequantized first."""
+    few: int = loaded().FEW_TOKENS
     return few
 
 
-def takes_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:
-    """Whether there are kernels for matrices of this form."""
-    return bits in BITS and group_size in GROUP_SIZES and scales in _SCALES
+def tokens_phrase(tokens: int) -> str:
+    """Return the phrase for the number of tokens in the names of code paths of products."""
+    few = few_tokens()
+    return "one token" if tokens == 1 else f"2 to {few} tokens" if tokens <= few else f"more than {few} tokens"
 
 
-def takes_weight(weight: Weight) -> bool:
-    """Whether there are kernels for this matrix."""
-    return takes_matrix(weight.bits, weight.group_size, None if weight.scales is None else weight.scales.dtype)
+def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:
+    """Return whether there are kernels for matrices of this format."""
+    return bits in BITS and group_size in GROUP_SIZES and scales in SCALES
 
 
-def quantised_product(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
-) -> mx.array:
-    """As ``quantised_matvec.reference.quantised_matvec`` for ``x`` in f32, any number of vectors."""
-    return quantised_products(x, [Weight(weight, scales, biases, bits, group_size)])[0]
+def supports_weight(weight: QuantizedWeight) -> bool:
+    """Return whether there are kernels for this matrix."""
+    return supports_matrix(weight.bits, weight.group_size, None if weight.scales is None else weight.scales.dtype)
 
 
-def quantised_products(x: mx.array, weights: Sequence[Weight], before: mx.array | None = None) -> tuple[mx.array, ...]:
-    """As ``quantised_matvec.Products`` for ``x`` in f32, any number of vectors."""
-    tokens = len(x)
-    matrices = tuple(_matrix(one) for one in weights)
-    results = [_Output((tokens, matrix[3]), before) for matrix in matrices]
-    _loaded().products(x, tokens, matrices, tuple(y.buffer for y in results), before is not None)
-    return tuple(y.array() for y in results)
-
-
-def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """X / rms(x) * weight for ``x`` [T, width] in f32."""
-    y = _Output(x.shape)
-    _loaded().rms_norm(x, *x.shape, weight, eps, y.buffer)
-    return y.array()
-
-
-def routed_experts(
-    x: mx.array,
-    records: Sequence[memoryview],
-    rows: mx.array,
-    shares: mx.array,
-    form: ExpertFormat,
-    shared: ExpertWeights | None = None,
-    before: mx.array | None = None,
-) -> mx.array:
-    """As ``routed_experts.reference.routed_experts`` in f32, for any number of tokens.
-
-    ``rows`` names elements of ``records``, each in place. ``before`` [T, hidden] is added; it is what other experts
-    said of the same tokens.
-    """
-    y = _Output(x.shape, before)
-    offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
-    layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, _SCALES[form.dtype], offsets)
-    matrices = None if shared is None else tuple(_matrix(one) for one in (shared.gate, shared.up, shared.down))
-    _loaded().experts(x, len(x), list(records), layout, rows, shares, rows.shape[1], matrices, y.buffer)
-    return y.array()
-
-
-def joins(shared: ExpertWeights) -> bool:
-    """Whether ``routed_experts`` can take this shared expert along."""
-    return all(takes_weight(one) for one in (shared.gate, shared.up, shared.down)) and (
-        shared.gate.bits,
-        shared.gate.group_size,
-    ) == (shared.up.bits, shared.up.group_size)
-
-
-def _matrix(weight: Weight) -> tuple[mx.array, mx.array, mx.array, int, int, int, int, int]:
+def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, int, int, int, int]:
+    """Return a matrix as the compiled part takes it: three arrays, rows, columns, bits, group size, type of scales."""
     assert weight.scales is not None
     assert weight.biases is not None
     assert weight.bits is not None
     assert weight.group_size is not None
     rows, groups = weight.scales.shape
-    form = (rows, groups * weight.group_size, weight.bits, weight.group_size, _SCALES[weight.scales.dtype])
+    form = (rows, groups * weight.group_size, weight.bits, weight.group_size, SCALES[weight.scales.dtype])
     return (weight.weight, weight.scales, weight.biases, *form)
 
 
-def gated_delta_net(
-    qkv: mx.array, z: mx.array, b: mx.array, a: mx.array, weights: DeltaWeights, past: mx.array, state: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As ``gated_delta_net.reference.gated_delta_net`` in f32, with ``past`` and ``state`` overwritten."""
-    shape = (weights.key_heads, weights.value_heads, weights.key_dim, weights.value_dim, weights.taps)
-    y = _Output(z.shape)
-    own = (weights.convolution, weights.a_log, weights.dt_bias, weights.norm)
-    _loaded().delta_net(qkv, z, b, a, len(qkv), *own, shape, weights.eps, past, state, y.buffer)
-    return y.array(), past, state
-
-
-def gated_attention(
-    q_and_gate: mx.array,
-    k: mx.array,
-    v: mx.array,
-    weights: AttentionWeights,
-    keys: mx.array,
-    values: mx.array,
-    start: int,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As ``attention.reference.gated_attention`` in f32, with the cache written in place."""
-    heads, dim = weights.heads, weights.head_dim
-    y = _Output((len(k), heads * dim))
-    shape = (heads, weights.kv_heads, dim, weights.rotary_dim, keys.shape[2], start)
-    norms = (weights.q_norm, weights.k_norm)
-    own = (shape, weights.turns(), weights.eps)
-    _loaded().attention(q_and_gate, k, v, len(k), *norms, *own, keys, values, y.buffer)
-    return y.array(), keys, values
-
-
-def _loaded() -> ModuleType:
+def loaded() -> ModuleType:
+    """Return the compiled part, which must be there."""
     native = extension()
     assert native is not None, "the extension was not built"
     return native
 
 
-class _Output:
-    """Room for a result in f32; MLX cannot take over memory of others on a CPU, so a small one is copied."""
+class Output:
+    """Memory for a result in f32.
 
-    def __init__(self, shape: tuple[int, ...], before: mx.array | None = None) -> None:
+    On a CPU MLX cannot take over a buffer, so a small result is copied, and a large one is allocated by MLX.
+
+    Args:
+        shape: shape of the result.
+        residual: initial values, to which the kernel adds; None stands for zeros.
+    """
+
+    def __init__(self, shape: tuple[int, ...], residual: mx.array | None = None) -> None:
         self._array: mx.array | None = None
         if math.prod(shape) > _COPIED:
-            self._array = mx.zeros(shape) if before is None else mx.array(np.asarray(before))
+            self._array = mx.zeros(shape) if residual is None else mx.array(np.asarray(residual))
             mx.eval(self._array)
             self.buffer: mx.array | npt.NDArray[np.float32] = self._array
         else:
-            self.buffer = np.zeros(shape, np.float32) if before is None else np.array(before)
+            self.buffer = np.zeros(shape, np.float32) if residual is None else np.array(residual)
 
     def array(self) -> mx.array:
-        """The result."""
+        """Return the result."""
         return mx.array(self.buffer) if self._array is None else self._array

@@ -1,4 +1,4 @@
-// Standard headers come before the target is set: what they define may be linked into code for any machine.
+// Include standard headers before setting the target: the linker may merge their functions into code for any machine.
 #include <cmath>
 #include <cstring>
 

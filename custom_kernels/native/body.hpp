@@ -1,9 +1,9 @@
-// The operations, in the words of a `lanes_*.hpp`. Included once by each instruction set's source, inside a namespace
-// of its own, so that no code made for one machine can be linked into what another runs.
+// The operations, over the vectors of a `lanes_*.hpp`. The source of each instruction set includes this file once,
+// inside a separate namespace, so that the linker cannot merge code for different machines.
 
 INLINE F exponential(F x) {
     // exp(x) = 2^n exp(r), |r| <= ln(2) / 2; the polynomial is that of Cephes' expf.
-    x = smaller(splat(88.0f), larger(splat(-87.0f), x)); // in this order NaN stays NaN
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x)); // in this order NaN remains NaN
     F n = rounded(x * splat(1.44269504f));
     F r = fma(n, splat(-0.693359375f), x);
     r = fma(n, splat(2.12194440e-4f), r);
@@ -18,8 +18,8 @@ INLINE F exponential(F x) {
 
 INLINE F sigmoid(F x) { return splat(1.0f) / (splat(1.0f) + exponential(zero() - x)); }
 
-// Calls f(i, vector) for the vectors of `count` floats; the last may be partial and then is a copy, which f returns
-// to be written back.
+// Call f(i, vector) for all vectors of `count` floats. A partial last vector is a copy; the value that f returns is
+// written back.
 template <typename Function>
 INLINE void over(float* x, int64_t count, Function f) {
     int64_t i = 0;
@@ -39,24 +39,25 @@ INLINE F load_part(const float* x, int64_t i, int64_t count) {
     return load(last);
 }
 
-// --- products of many vectors -----------------------------------------------------------------------------------------
+// --- products of many vectors
+// -----------------------------------------------------------------------------------------
 
-// Codes of a chunk as numbers, in the order of packed vectors.
+// Store the codes of a chunk as floats, in the order of packed vectors.
 template <int BITS, int J>
-INLINE void dequantise_codes(W w, F s, F b, float* to) {
+INLINE void dequantize_codes(W w, F s, F b, float* to) {
     store(to + 16 * J, fma(decode<BITS, J>(w), s, b));
-    if constexpr (J + 1 < codes_per_lane(BITS)) dequantise_codes<BITS, J + 1>(w, s, b, to);
+    if constexpr (J + 1 < codes_per_lane(BITS)) dequantize_codes<BITS, J + 1>(w, s, b, to);
 }
 
 template <int BITS, int GROUP>
-INLINE void dequantise_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
+INLINE void dequantize_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
     constexpr int per_group = kPerGroup<BITS, GROUP>;
     for (int c = 0; c < chunks; ++c)
-        dequantise_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
+        dequantize_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
                                   spread<per_group>(biases, c), to + c * kChunk<BITS>);
 }
 
-// tile[r][t] += sum over k of block[r][k] * across[k][t].
+// Compute tile[r][t] += sum over k of block[r][k] * across[k][t].
 template <int VECTORS>
 INLINE void multiply_block(const float* block, int64_t stride, int64_t length, const float* across, int width,
                            float* tile) {
@@ -93,11 +94,11 @@ void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* acr
     const int64_t groups = m.groups(), blocks = (groups + 15) / 16;
     Tail tail;
     std::memset(tile, 0, sizeof(float) * ((end - begin + kRows - 1) / kRows * kRows * width));
-    for (int64_t b = 0; b < blocks; ++b) { // outside, so that this part of `across` stays in the cache for all rows
+    for (int64_t b = 0; b < blocks; ++b) { // outer loop, so that this part of `across` stays in the cache for all rows
         for (int64_t row = begin; row < end; row += kRows) {
             int chunks = kPerGroup<BITS, GROUP>;
             for (int r = 0; r < kRows; ++r) {
-                const int64_t at = row + r < end ? row + r : end - 1; // rows beyond are multiplied and not used
+                const int64_t at = row + r < end ? row + r : end - 1; // results of rows beyond the end are unused
                 const uint8_t* codes = m.codes + at * m.row_bytes() + b * block_bytes;
                 const uint8_t* scales = m.scales + at * m.scale_row_bytes() + b * 16 * size;
                 const uint8_t* biases = m.biases + at * m.scale_row_bytes() + b * 16 * size;
@@ -106,7 +107,7 @@ void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* acr
                                            tail);
                     codes = tail.codes, scales = tail.scales, biases = tail.biases, chunks = tail.chunks;
                 }
-                dequantise_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
+                dequantize_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
                                                   scratch + r * block, chunks);
             }
             multiply_tokens(scratch, block, int64_t{chunks} * kChunk<BITS>, across + b * block * width, width,
@@ -149,7 +150,7 @@ void rms_norm(const float* x, const float* weight, int64_t count, float eps, flo
 
 // --- GatedDeltaNet ------------------------------------------------------------------------------------------------
 
-void convolve(const float* past, const float* qkv, const float* weights, int64_t tokens, int64_t channels,
+void convolve(const float* conv_state, const float* qkv, const float* weights, int64_t tokens, int64_t channels,
               int64_t taps, int64_t begin, int64_t end, float* mixed) {
     for (int64_t t = 0; t < tokens; ++t) {
         float* out = mixed + t * channels;
@@ -158,7 +159,7 @@ void convolve(const float* past, const float* qkv, const float* weights, int64_t
             F total = zero();
             for (int64_t tap = 0; tap < taps; ++tap) {
                 const int64_t row = t + tap - (taps - 1);
-                const float* x = row < 0 ? past + (row + taps - 1) * channels : qkv + row * channels;
+                const float* x = row < 0 ? conv_state + (row + taps - 1) * channels : qkv + row * channels;
                 F w = count == kLanes ? gather(weights + c * taps + tap, static_cast<int>(taps)) : zero();
                 if (count < kLanes) {
                     float partial[kLanes] = {};
@@ -175,7 +176,8 @@ void convolve(const float* past, const float* qkv, const float* weights, int64_t
 }
 
 void delta(const DeltaShape& shape, int64_t head, int64_t tokens, const float* mixed, const float* z, const float* b,
-           const float* a, const float* a_log, const float* dt_bias, const float* norm, float eps, float* state,
+           const float* a, const float* a_log, const float* dt_bias, const float* norm, float eps,
+           float* recurrent_state,
            float* y, float* scratch) {
     const int64_t dk = shape.key_dim, dv = shape.value_dim, key_head = head / (shape.value_heads / shape.key_heads);
     float *q = scratch, *k = scratch + dk, *out = scratch + 2 * dk;
@@ -195,10 +197,10 @@ void delta(const DeltaShape& shape, int64_t head, int64_t tokens, const float* m
         const float decay = std::exp(-rate * softplus);
         const float beta = 1.0f / (1.0f + std::exp(-b[t * shape.value_heads + head]));
         const float k_q = dot_product(k, q, dk);
-        // y = (decay S + change k) q = decay (S q) + change (k q): one pass finds both products, the next updates S.
+        // y = (decay S + change k) q = decay (S q) + change (k q): one pass computes both products, the next updates S.
         const F decays = splat(decay);
         for (int64_t d = 0; d < dv; ++d) {
-            float* s = state + d * dk;
+            float* s = recurrent_state + d * dk;
             F with_k = zero(), with_q = zero();
             for (int64_t i = 0; i < dk; i += kLanes) {
                 F values = load(s + i);
@@ -223,7 +225,7 @@ void delta(const DeltaShape& shape, int64_t head, int64_t tokens, const float* m
 
 // --- attention ----------------------------------------------------------------------------------------------------
 
-constexpr int64_t kSpan = 64;  // keys at a time
+constexpr int64_t kSpan = 64;  // keys per step
 constexpr int kHeadsAtOnce = 4;
 
 template <int HEADS>
@@ -268,9 +270,9 @@ void attend(const float* queries, int64_t heads, int64_t dim, const float* keys,
             for (int64_t i = count; i < kSpan; ++i) own[i] = -INFINITY;
             F most = load(own);
             for (int64_t i = kLanes; i < kSpan; i += kLanes) most = larger(most, load(own + i));
-            const float before = peaks[2 * h], peak = std::fmax(before, largest(most));
-            if (peak > before) {
-                const float factor = std::exp(before - peak);
+            const float previous = peaks[2 * h], peak = std::fmax(previous, largest(most));
+            if (peak > previous) {
+                const float factor = std::exp(previous - peak);
                 peaks[2 * h] = peak, peaks[2 * h + 1] *= factor;
                 for (int64_t i = 0; i < dim; i += kLanes)
                     store(sums + h * dim + i, load(sums + h * dim + i) * splat(factor));

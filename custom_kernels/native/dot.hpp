@@ -1,4 +1,4 @@
-// Rows of a matrix times a few vectors, in the words of `dot_floats.hpp` or `dot_bytes.hpp`.
+// Rows of a matrix times a few vectors, by the functions of `dot_floats.hpp` or `dot_bytes.hpp`.
 
 template <int BITS, int GROUP, int TOKENS>
 void dot_rows(const Matrix& m, int64_t begin, int64_t end, const Vector* x, float* const* out) {

@@ -1,17 +1,18 @@
-// A few vectors in integers, exact to 24 bits: in each group x = scale * (65536 high + 256 middle + low), three signed
-// bytes. x is rounded to 2^-24 of the largest of its group, about what a float keeps of that one. VNNI multiplies them
-// by unsigned codes and adds up in 32 bits, four bytes to a lane, exactly.
+// Products of a few vectors as integers of 24 bits. In each group x = scale * (65536 high + 256 middle + low), with
+// three signed bytes. x is rounded to 2^-24 of the largest value of its group, about the precision of a float. VNNI
+// multiplies the bytes by unsigned codes and adds four products per lane in 32 bits, exactly.
+//
 // For AVX-512 with VNNI and VBMI; included after `lanes_avx512.hpp` and `formats.hpp` and before `dot.hpp`.
 
 constexpr float kMost = 8355000.0f; // the largest integer: less than 127.5 * 65536, where `high` would overflow
-constexpr float kLeast = 1e-30f;    // a group below is taken for zero, since 1 / scale would overflow
+constexpr float kLeast = 1e-30f;    // smaller groups count as zero, because 1 / scale would overflow
 
-// Bytes of a lane are multiplied four at a time: parts of a chunk.
+// The number of parts of a chunk; a part has four bytes of each lane, which are multiplied at once.
 template <int BITS>
 constexpr int kParts = codes_per_lane(BITS) / 4;
 
 struct Vector {
-    const uint8_t* planes; // of each chunk [high, middle, low][part][64]
+    const uint8_t* planes; // for each chunk [high, middle, low][part][64]
     const float *scales, *sums;
 
     Vector() = default;
@@ -24,8 +25,8 @@ int64_t vector_bytes(int64_t columns, int group) {
     return 3 * packed_length(columns, group) + 8 * packed_sums(columns, group);
 }
 
-// Where codes of a lane lie in a part: byte k of part p is code 4 k + p of 2 bits, 2 k + p of 4 bits, else 4 p + k.
-// This brings 16 bytes, of one or more lanes, from the codes' order to that of parts.
+// The order of codes in parts: byte k of part p is code 4 k + p of 2 bits, 2 k + p of 4 bits, else 4 p + k. The shuffle
+// takes 16 bytes of one or more lanes from the order of codes to the order of parts.
 template <int BITS>
 INLINE __m512i by_part(__m512i bytes) {
     if constexpr (BITS == 2)
@@ -37,7 +38,7 @@ INLINE __m512i by_part(__m512i bytes) {
     return bytes;
 }
 
-// Where each byte of a lane comes from among codes of 3 bits, of which a lane has three bytes.
+// The source of each byte of a lane among codes of 3 bits; the codes of a lane take three bytes.
 struct ThreeBytes {
     uint8_t of[64];
     constexpr ThreeBytes() : of() {
@@ -49,7 +50,7 @@ inline constexpr ThreeBytes kThreeBytes{};
 template <int BITS>
 INLINE void split(const uint8_t* p, __m512i* part) {
     if constexpr (BITS == 3) {
-        // Three bytes to a lane; then, of each pair of lanes, the eight bits that begin at each code.
+        // Three bytes per lane; then, for each pair of lanes, the eight bits that begin at each code.
         const __m512i lanes = _mm512_permutexvar_epi8(_mm512_loadu_si512(kThreeBytes.of),
                                                       _mm512_maskz_loadu_epi8((uint64_t{1} << 48) - 1, p));
         const __m512i seven = _mm512_set1_epi8(7);
@@ -58,7 +59,7 @@ INLINE void split(const uint8_t* p, __m512i* part) {
     } else {
         const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8((1 << BITS) - 1);
         part[0] = BITS == 8 ? bytes : _mm512_and_si512(bytes, mask);
-#pragma GCC unroll 4 // or parts lie in memory
+#pragma GCC unroll 4 // keeps parts in registers
         for (int i = 1; i < kParts<BITS>; ++i) part[i] = _mm512_and_si512(_mm512_srli_epi16(bytes, BITS * i), mask);
     }
 }
@@ -77,7 +78,7 @@ void prepare_typed(const float* x, int64_t columns, int group, uint8_t* to) {
         for (int i = 0; i < chunk; i += kLanes) {
             const int64_t at = first + i;
             if (at % group == 0) {
-                __m512i most = _mm512_setzero_si512(); // as bits, of which those of NaN are the largest
+                __m512i most = _mm512_setzero_si512(); // bits of floats; NaN has the largest
                 for (int64_t k = at; k < at + group && at < columns; k += kLanes)
                     most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_loadu_si512(x + k),
                                                                    _mm512_set1_epi32(0x7fffffff)));
@@ -89,7 +90,7 @@ void prepare_typed(const float* x, int64_t columns, int group, uint8_t* to) {
                 inverse = _mm512_set1_ps(zero ? 0.0f : kMost / largest);
             }
             const __m512 values = at < columns ? _mm512_loadu_ps(x + at) : _mm512_setzero_ps();
-            // With 0x80 added to both lower bytes they are unsigned; flipping their highest bits takes it away again.
+            // Adding 0x80 makes both lower bytes unsigned; flipping their highest bits subtracts it again.
             const __m512i whole = _mm512_xor_si512(
                 _mm512_add_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(values, inverse)), offset), offset);
             for (int plane = 0; plane < 3; ++plane)
@@ -118,7 +119,7 @@ void prepare(const float* x, int64_t columns, int bits, int group, uint8_t* to) 
     }
 }
 
-// Codes of a chunk times a vector: the sum of every lane, in units of the vector's scale.
+// Return codes of a chunk times a vector: the sum of every lane, in units of the vector's scale.
 template <int BITS>
 INLINE F multiply_parts(const __m512i* part, const uint8_t* planes) {
     constexpr int parts = kParts<BITS>;
@@ -128,14 +129,14 @@ INLINE F multiply_parts(const __m512i* part, const uint8_t* planes) {
             sum = _mm512_dpbusd_epi32(sum, part[i], _mm512_load_si512(planes + (plane * parts + i) * 64));
         return sum;
     };
-    // Below 2^31, since 15 * 128 * 8 * 65793 is.
+    // Less than 2^31, because 15 * 128 * 8 * 65793 is.
     const __m512i upper = add(_mm512_slli_epi32(add(_mm512_setzero_si512(), 0), 8), 1);
     if constexpr (BITS < 8) return {_mm512_cvtepi32_ps(add(_mm512_slli_epi32(upper, 8), 2))};
     const __m512 lower = _mm512_cvtepi32_ps(add(_mm512_setzero_si512(), 2));
     return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256.0f), lower)};
 }
 
-// The first `chunks` chunks of block `b`.
+// Add the first `chunks` chunks of block `b`.
 template <int BITS, int GROUP, int TOKENS>
 INLINE void add_block(const uint8_t* codes, F scales, const Vector* x, int64_t b, int chunks, F* total) {
     F own[TOKENS];

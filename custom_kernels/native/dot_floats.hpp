@@ -1,5 +1,5 @@
-// A few vectors in floats: codes become floats lane by lane, a chunk at a time, and meet a vector that was put into the
-// same order once (`pack`). Included after `formats.hpp` and before `dot.hpp`.
+// Products of a few vectors in floats: codes become floats lane by lane, a chunk at a time; `pack` puts a vector into
+// the same order once. Included after `formats.hpp` and before `dot.hpp`.
 
 struct Vector {
     const float *packed, *sums;
@@ -29,7 +29,7 @@ struct Codes {
     }
 };
 
-// The first `chunks` chunks of block `b`.
+// Add the first `chunks` chunks of block `b`.
 template <int BITS, int GROUP, int TOKENS>
 INLINE void add_block(const uint8_t* codes, F scales, const Vector* x, int64_t b, int chunks, F* total) {
     for (int c = 0; c < chunks; ++c) {

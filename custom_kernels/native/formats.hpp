@@ -1,7 +1,7 @@
-// MLX's affine format: a chunk is 16 lanes of codes, a block 16 groups. Included after a `lanes_*.hpp`, once by each
-// instruction set's source.
+// MLX's affine format: a chunk is 16 lanes of codes, a block is 16 groups. The source of each instruction set includes
+// this file once, after a `lanes_*.hpp`.
 //
-// The product of a group factors: sum((s q + b) x) = s sum(q x) + b sum(x).
+// The product with a group can be factored: sum((s q + b) x) = s sum(q x) + b sum(x).
 
 INLINE F any_scales(const uint8_t* p, Scale type) {
     if (type == Scale::bf16) return load_scales<Scale::bf16>(p);
@@ -11,10 +11,10 @@ INLINE F any_scales(const uint8_t* p, Scale type) {
 template <int BITS>
 constexpr int kChunkBytes = BITS == 3 ? 48 : 64;
 template <int BITS>
-constexpr int kChunk = 16 * codes_per_lane(BITS); // codes
+constexpr int kChunk = 16 * codes_per_lane(BITS); // codes in a chunk
 
 template <int BITS, int GROUP>
-constexpr int kPerGroup = GROUP / codes_per_lane(BITS); // lanes of a group, and chunks of a block
+constexpr int kPerGroup = GROUP / codes_per_lane(BITS); // lanes in a group, and chunks in a block
 
 void pack(const float* x, int64_t columns, int bits, int group, float* packed) {
     const int per_lane = codes_per_lane(bits), chunk = 16 * per_lane;
@@ -31,7 +31,7 @@ void pack(const float* x, int64_t columns, int bits, int group, float* packed) {
             }
 }
 
-// The sum of every group, and zeros up to the end of the last block.
+// Store the sum of every group, and zeros up to the end of the last block.
 void add_up_groups(const float* x, int64_t columns, int group, float* sums) {
     const int64_t groups = columns / group, padded = packed_length(columns, group) / group;
     for (int64_t g = 0; g < groups; ++g) {
@@ -42,7 +42,7 @@ void add_up_groups(const float* x, int64_t columns, int group, float* sums) {
     for (int64_t g = groups; g < padded; ++g) sums[g] = 0.0f;
 }
 
-// The end of a row that fills no block: codes up to a whole chunk and scales up to 16, zero beyond.
+// A copy of the last, partial block of a row, padded with zeros: codes to a whole chunk, scales to 16.
 struct Tail {
     uint8_t codes[32 * 64];
     uint8_t scales[64], biases[64];
@@ -61,7 +61,7 @@ void read_tail(const uint8_t* codes, const uint8_t* scales, const uint8_t* biase
     std::memcpy(tail.biases, biases, groups * size);
 }
 
-// Calls function<BITS, GROUP>(m, arguments...).
+// Call function<BITS, GROUP>(m, arguments...).
 #define FOR_GROUPS(function, bits_, ...)                                     \
     if (m.group == 32) return function<bits_, 32>(m, __VA_ARGS__);           \
     if (m.group == 64) return function<bits_, 64>(m, __VA_ARGS__);           \

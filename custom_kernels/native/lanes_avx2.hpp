@@ -64,7 +64,7 @@ INLINE F gather(const float* p, int stride) {
     return {_mm256_i32gather_ps(p, index, 4), _mm256_i32gather_ps(p + 8 * stride, index, 4)};
 }
 
-// 24 bytes by two loads that overlap, so that nothing beyond them is touched.
+// Load 24 bytes by two overlapping loads, so that no other byte is read.
 INLINE __m256i load_24_bytes(const uint8_t* p) {
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8));
@@ -87,10 +87,10 @@ INLINE F decode(W w) {
             _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(w.high, J * BITS), mask))};
 }
 
-// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+// Return a vector whose lane i is element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
 template <int PER_GROUP>
 INLINE F spread(F block, int chunk) {
-    const int32_t* index = kGroupOfLane<PER_GROUP>.of + 16 * chunk; // of which the permutation takes three bits
+    const int32_t* index = kGroupOfLane<PER_GROUP>.of + 16 * chunk; // the permutation uses three bits of it
     const __m256 half = 2 * chunk < PER_GROUP ? block.low : block.high;
     return {_mm256_permutevar8x32_ps(half, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))),
             _mm256_permutevar8x32_ps(half, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + 8)))};

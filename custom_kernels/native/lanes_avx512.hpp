@@ -57,14 +57,14 @@ template <int BITS, int J>
 INLINE F decode(W w) {
     __m512i shifted = J ? _mm512_srli_epi32(w.v, J * BITS) : w.v;
     if constexpr (BITS == 8) return {_mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)))};
-    // A table look-up takes the low four bits of a lane: neither mask nor conversion.
+    // A table lookup uses the low four bits of a lane, without a mask or a conversion.
     const __m512 table = BITS == 2   ? _mm512_setr_ps(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3)
                          : BITS == 3 ? _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7)
                                      : _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm512_permutexvar_ps(shifted, table)};
 }
 
-// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+// Return a vector whose lane i is element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
 template <int PER_GROUP>
 INLINE F spread(F block, int chunk) {
     const int32_t* index = kGroupOfLane<PER_GROUP>.of + 16 * chunk;

@@ -43,7 +43,7 @@ INLINE F times_power_of_two(F a, F whole) {
 }
 
 INLINE float sum(F a) {
-    // In the order of the other instruction sets: halves, quarters, pairs.
+    // In the same order as the other instruction sets: halves, quarters, pairs.
     float32x4_t c = vaddq_f32(vaddq_f32(a.v0, a.v2), vaddq_f32(a.v1, a.v3));
     float32x2_t d = vadd_f32(vget_low_f32(c), vget_high_f32(c));
     return vget_lane_f32(d, 0) + vget_lane_f32(d, 1);
@@ -99,7 +99,7 @@ INLINE F decode(W w) {
             decode_four<BITS, J>(w.v3)};
 }
 
-// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+// Return a vector whose lane i is element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
 template <int PER_GROUP>
 INLINE F spread(F block, int chunk) {
     float values[16], lanes[16];

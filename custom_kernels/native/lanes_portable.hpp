@@ -1,4 +1,4 @@
-// Sixteen floats in a vector of the compiler's, which makes of it what the machine has.
+// Sixteen floats in a vector type of the compiler, which maps it to the machine's registers.
 #pragma once
 
 typedef float Floats __attribute__((vector_size(64)));
@@ -24,7 +24,8 @@ inline F operator+(F a, F b) { return {a.v + b.v}; }
 inline F operator-(F a, F b) { return {a.v - b.v}; }
 inline F operator*(F a, F b) { return {a.v * b.v}; }
 inline F operator/(F a, F b) { return {a.v / b.v}; }
-inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; } // a machine without the instruction would call a function
+// std::fma would be a function call on machines without the instruction.
+inline F fma(F a, F b, F c) { return {a.v * b.v + c.v}; }
 inline F larger(F a, F b) { return {a.v > b.v ? a.v : b.v}; }
 inline F smaller(F a, F b) { return {a.v < b.v ? a.v : b.v}; }
 inline F rounded(F a) { return {(a.v + 12582912.0f) - 12582912.0f}; } // 1.5 * 2^23: for |a| below 2^22
@@ -104,7 +105,7 @@ inline F decode(W w) {
     return {__builtin_convertvector(whole, Floats)};
 }
 
-// Lane i: element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
+// Return a vector whose lane i is element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
 template <int PER_GROUP>
 inline F spread(F block, int chunk) {
     float values[16], lanes[16];

@@ -1,4 +1,4 @@
-// Python's side: buffers in and out, checked; no headers but Python's stable ones.
+// The Python module: checks and passes buffers. It uses only Python's stable interface.
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
@@ -20,12 +20,12 @@ using namespace flashmoe;
 
 struct PythonError {}; // an exception is already set
 
-// What the elements of a buffer must be.
+// The required type of a buffer's elements.
 struct Elements {
     const char* name;
-    const char* formats; // of Python's struct module, one character each
+    const char* formats; // characters of Python's struct module
     Py_ssize_t bytes;
-    const char* other = nullptr; // MLX's own name for a type that struct does not have
+    const char* other = nullptr; // MLX's format for a type that struct lacks
 };
 
 constexpr Elements kFloat{"f32", "f", 4}, kInt{"int32", "il", 4}, kCodes{"uint32", "IL", 4}, kByte{"uint8", "B", 1},
@@ -33,17 +33,17 @@ constexpr Elements kFloat{"f32", "f", 4}, kInt{"int32", "il", 4}, kCodes{"uint32
 
 bool has(const Py_buffer& view, const Elements& wanted) {
     if (view.itemsize != wanted.bytes) return false;
-    std::string format = view.format ? view.format : "B"; // as the buffer protocol says
+    std::string format = view.format ? view.format : "B"; // the default of the buffer protocol
     if (wanted.other && format == wanted.other) return true;
     if (format.size() == 2 && std::strchr("@=<", format[0])) format.erase(0, 1); // little-endian like this machine
     return format.size() == 1 && std::strchr(wanted.formats, format[0]);
 }
 
-// A buffer, held; read from a copy if its elements do not lie one after the other.
+// A buffer that is held; if its elements are not contiguous, a contiguous copy.
 class Buffer {
 public:
     Buffer(PyObject* object, const char* what, const Elements& elements, int64_t count, bool writable = false) {
-        // MLX gives strides whether they are asked for or not: nobody else checks them.
+        // MLX returns strides whether requested or not, so contiguity must be checked here.
         if (PyObject_GetBuffer(object, &view_, PyBUF_STRIDES | PyBUF_FORMAT | (writable ? PyBUF_WRITABLE : 0)) != 0)
             throw PythonError{};
         try {
@@ -172,7 +172,7 @@ PyObject* products(PyObject*, PyObject* args) {
         }
         const float* in = floats(held, x, "x", tokens * all[0].matrix.columns);
         WithoutGil released;
-        quantised_products(all, in, tokens, add);
+        quantized_products(all, in, tokens, add);
     });
 }
 
@@ -192,11 +192,11 @@ PyObject* norm(PyObject*, PyObject* args) {
     });
 }
 
-// Where an expert lies in its record.
+// The layout of an expert's record.
 struct Format {
     long long hidden, inner;
     int bits, group, type;
-    long long offsets[9]; // gate, up, down; of each weight, scales, biases
+    long long offsets[9]; // of weight, scales and biases of gate, up and down
 
     explicit Format(PyObject* tuple) {
         long long* o = offsets;
@@ -230,10 +230,10 @@ struct Format {
 };
 
 PyObject* experts(PyObject*, PyObject* args) {
-    PyObject *x, *records, *form, *rows, *shares, *shared, *y;
+    PyObject *x, *records, *form, *rows, *routing_weights, *shared, *y;
     long long tokens, choices;
     if (!PyArg_ParseTuple(args, "OLO!O!OOLOO", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
-                          &shares, &choices, &shared, &y))
+                          &routing_weights, &choices, &shared, &y))
         return nullptr;
     return guarded([&] {
         Held held;
@@ -241,7 +241,7 @@ PyObject* experts(PyObject*, PyObject* args) {
         const Format format(form);
         const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
         const float* in = floats(held, x, "x", tokens * hidden);
-        const float* weights = floats(held, shares, "shares", tokens * columns);
+        const float* weights = floats(held, routing_weights, "routing_weights", tokens * columns);
         float* out = floats(held, y, "y", tokens * hidden, true);
         held.push_back(std::make_unique<Buffer>(rows, "rows", kInt, tokens * choices));
         const int32_t* row = held.back()->as<const int32_t>();
@@ -260,9 +260,10 @@ PyObject* experts(PyObject*, PyObject* args) {
             }
         all.erase(std::remove_if(all.begin(), all.end(), [](const ExpertUses& one) { return one.uses.empty(); }),
                   all.end());
-        if (tokens == 1) // an expert named twice comes once, with both shares
+        if (tokens == 1) // an expert that is chosen twice runs once, with both weights
             for (ExpertUses& one : all)
-                for (; one.uses.size() > 1; one.uses.pop_back()) one.uses[0].share += one.uses.back().share;
+                for (; one.uses.size() > 1; one.uses.pop_back())
+                    one.uses[0].routing_weight += one.uses.back().routing_weight;
         if (shared != Py_None) {
             PyObject *gate, *up, *down;
             if (!PyArg_ParseTuple(shared, "O!O!O!", &PyTuple_Type, &gate, &PyTuple_Type, &up, &PyTuple_Type, &down))
@@ -282,11 +283,12 @@ PyObject* experts(PyObject*, PyObject* args) {
 }
 
 PyObject* delta_net(PyObject*, PyObject* args) {
-    PyObject *qkv, *z, *b, *a, *convolution, *a_log, *dt_bias, *norm, *past, *state, *y;
+    PyObject *qkv, *z, *b, *a, *convolution, *a_log, *dt_bias, *norm, *conv_state, *recurrent_state, *y;
     long long tokens, key_heads, value_heads, key_dim, value_dim, taps;
     float eps;
     if (!PyArg_ParseTuple(args, "OOOOLOOOO(LLLLL)fOOO", &qkv, &z, &b, &a, &tokens, &convolution, &a_log, &dt_bias,
-                          &norm, &key_heads, &value_heads, &key_dim, &value_dim, &taps, &eps, &past, &state, &y))
+                          &norm, &key_heads, &value_heads, &key_dim, &value_dim, &taps, &eps,
+                          &conv_state, &recurrent_state, &y))
         return nullptr;
     return guarded([&] {
         Held held;
@@ -302,11 +304,12 @@ PyObject* delta_net(PyObject*, PyObject* args) {
         const float* in[4] = {floats(held, qkv, "qkv", tokens * channels),
                               floats(held, z, "z", tokens * shape.value_width()),
                               floats(held, b, "b", tokens * value_heads), floats(held, a, "a", tokens * value_heads)};
-        float* own_past = floats(held, past, "past", (taps - 1) * channels, true);
-        float* own_state = floats(held, state, "state", value_heads * value_dim * key_dim, true);
+        float* own_conv_state = floats(held, conv_state, "conv_state", (taps - 1) * channels, true);
+        float* own_recurrent_state =
+            floats(held, recurrent_state, "recurrent_state", value_heads * value_dim * key_dim, true);
         float* out = floats(held, y, "y", tokens * shape.value_width(), true);
         WithoutGil released;
-        gated_delta_net(layer, in[0], in[1], in[2], in[3], tokens, own_past, own_state, out);
+        gated_delta_net(layer, in[0], in[1], in[2], in[3], tokens, own_conv_state, own_recurrent_state, out);
     });
 }
 
@@ -379,16 +382,16 @@ PyMethodDef methods[] = {
      "products(x, tokens, matrices, results, add): each result = (or +=) x times the transpose of its matrix"},
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
-     "experts(x, tokens, records, format, rows, shares, choices, shared, y): y += what the experts say"},
+     "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y): y += weighted outputs"},
     {"delta_net", delta_net, METH_VARARGS,
-     "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, past, state, y)"},
+     "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, conv_state, recurrent_state, y)"},
     {"attention", attention, METH_VARARGS,
      "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},
     {"use_threads", use_threads, METH_VARARGS, "Share work among so many threads, the caller included."},
-    {"threads", thread_count, METH_NOARGS, "How many threads share work."},
+    {"threads", thread_count, METH_NOARGS, "Return the number of threads."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,24 +1,24 @@
-// What every instruction set offers: the operations on a range of rows, heads or tokens that one thread works through.
+// The interface of every instruction set: operations on a range of rows, heads or tokens, for one thread.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-// Registers are passed about as structures: without this, compilers put them into memory.
+// Functions pass registers in structures; without this attribute, compilers put them into memory.
 #define INLINE inline __attribute__((always_inline))
 
 namespace flashmoe {
 
-constexpr int kLanes = 16;     // floats that the bodies handle at once, whatever the width of the registers
+constexpr int kLanes = 16;     // floats in a vector, whatever the width of the registers
 constexpr int kMostTokens = 4; // vectors that share one pass over the codes
-constexpr int kTile = 64;      // vectors that share one dequantised block
+constexpr int kTile = 64;      // vectors that share one dequantized block
 constexpr int kSlack = 8;
 constexpr int kScratch = 8 * 16 * 128;
-constexpr int kAhead = 8192;   // bytes: how far ahead codes are prefetched
+constexpr int kAhead = 8192;   // bytes between codes in use and prefetched codes
 
 enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-// A matrix [rows, columns] in MLX's affine format. Nothing is aligned.
+// A matrix [rows, columns] in MLX's affine format, without any alignment.
 struct Matrix {
     const uint8_t* codes;
     const uint8_t* scales;
@@ -35,10 +35,10 @@ struct Matrix {
     int64_t scale_row_bytes() const { return groups() * scale_bytes(); }
 };
 
-// Codes of one 32-bit lane; 3-bit codes are spread, eight of them in 24 bits.
+// Return the number of codes in a 32-bit lane; eight 3-bit codes take 24 of the bits.
 constexpr int codes_per_lane(int bits) { return bits == 2 ? 16 : bits == 8 ? 4 : 8; }
 
-// Which of a block's 16 groups each lane of each chunk belongs to.
+// The group of each lane of each chunk, among the 16 groups of a block.
 template <int PER_GROUP>
 struct GroupOfLane {
     int32_t of[16 * PER_GROUP];
@@ -49,14 +49,14 @@ struct GroupOfLane {
 template <int PER_GROUP>
 inline constexpr GroupOfLane<PER_GROUP> kGroupOfLane{};
 
-// Where column `column` is in a packed vector.
+// Return the place of column `column` in a packed vector.
 inline int64_t packed_place(int64_t column, int bits) {
     const int64_t per_lane = codes_per_lane(bits), chunk = kLanes * per_lane, within = column % chunk;
     return column - within + kLanes * (within % per_lane) + within / per_lane;
 }
 
-// A packed vector: blocks of 16 groups, zero at the end; in a chunk of 16 lanes, element [j][i] is that of
-// code j of lane i.
+// Return the length of a packed vector: blocks of 16 groups, zero at the end; in a chunk of 16 lanes, element [j][i]
+// belongs to code j of lane i.
 inline int64_t packed_length(int64_t columns, int group) {
     int64_t block = int64_t{kLanes} * group;
     return (columns + block - 1) / block * block;
@@ -78,47 +78,47 @@ struct AttentionShape {
 struct Operations {
     const char* name;
 
-    // `x` [columns] as `multiply` wants it: in the order of `bits`.
+    // Store `x` [columns] in the order that `multiply` needs for `bits`.
     void (*pack)(const float* x, int64_t columns, int bits, int group, float* packed);
 
-    // `x` [columns] as `dot` wants it, and the bytes that it takes, whole cache lines.
+    // Prepare `x` [columns] for `dot`, and return the size of a prepared vector in bytes, in whole cache lines.
     int64_t (*vector_bytes)(int64_t columns, int group);
     void (*prepare)(const float* x, int64_t columns, int bits, int group, uint8_t* to);
 
-    // out[t][row - begin] = row of `m` times vector t, for up to kMostTokens prepared vectors.
+    // Compute out[t][row - begin] = row of `m` times vector t, for up to kMostTokens prepared vectors.
     void (*dot)(const Matrix& m, int64_t begin, int64_t end, int tokens, const uint8_t* const* vectors,
                 float* const* out);
 
-    // tile[row - begin][t] for up to kTile vectors; `across` [packed_length][width] holds the packed vectors side by
-    // side, `width` a multiple of 16. `tile` has room for kSlack more rows; `scratch`: kScratch floats.
+    // Compute tile[row - begin][t] for up to kTile vectors. `across` [packed_length][width] holds the packed vectors
+    // side by side; `width` is a multiple of 16. `tile` has room for kSlack more rows, `scratch` for kScratch floats.
     void (*multiply)(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
                      float* scratch);
 
-    // gate = silu(gate) * up.
+    // Compute gate = silu(gate) * up.
     void (*swiglu)(float* gate, const float* up, int64_t count);
 
-    // Channels [begin, end) of silu(convolution) of `tokens` tokens. `padded` row r is past[r] or qkv[r - (taps - 1)].
-    void (*convolve)(const float* past, const float* qkv, const float* weights, int64_t tokens, int64_t channels,
+    // Compute channels [begin, end) of silu(convolution) for `tokens` tokens after `conv_state` [taps - 1, channels].
+    void (*convolve)(const float* conv_state, const float* qkv, const float* weights, int64_t tokens, int64_t channels,
                      int64_t taps, int64_t begin, int64_t end, float* mixed);
 
-    // One value head through all tokens. `scratch`: 2 * key_dim + value_dim floats.
+    // Run the recurrence of one value head over all tokens. `scratch` has 2 * key_dim + value_dim floats.
     void (*delta)(const DeltaShape& shape, int64_t head, int64_t tokens, const float* mixed, const float* z,
                   const float* b, const float* a, const float* a_log, const float* dt_bias, const float* norm,
-                  float eps, float* state, float* y, float* scratch);
+                  float eps, float* recurrent_state, float* y, float* scratch);
 
-    // out = x / rms(x) * weight, for one row of `count`; `weight` null: 1.
+    // Compute out = x / rms(x) * weight for one row of `count`; a null `weight` stands for 1.
     void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
 
-    // `heads` queries [heads][dim] against keys [begin, end) of one kv head: unnormalised sums [heads][dim], and the
-    // largest score and the sum of weights of each head, [heads][2]. `scratch`: heads * 64 floats.
+    // Attend from queries [heads][dim] to keys [begin, end) of one kv head: store unnormalized sums [heads][dim], and
+    // the largest score and the sum of weights of each head, [heads][2]. `scratch` has heads * 64 floats.
     void (*attend)(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values,
                    int64_t begin, int64_t end, float* sums, float* peaks, float* scratch);
 
-    // x[i] *= sigmoid(gate[i]).
+    // Compute x[i] *= sigmoid(gate[i]).
     void (*gate)(float* x, const float* gate, int64_t count);
 };
 
-// Null where this machine, or this build, lacks it.
+// Return the operations of an instruction set; null if this machine or this build lacks it.
 const Operations* portable_operations();
 const Operations* avx2_operations();
 const Operations* avx512_operations();

@@ -20,8 +20,8 @@ const Operations* best() {
     return portable_operations();
 }
 
-// Memory that a thread keeps between calls, so that the system need not clear it anew each time. At a whole cache line:
-// vectors that straddle two take twice as long to load.
+// Memory that a thread keeps between calls, so that the system does not clear new pages every time. It is aligned to a
+// cache line, because vectors across two lines take twice as long to load.
 class Scratch {
 public:
     Scratch() = default;
@@ -52,7 +52,7 @@ float* scratch(int64_t count) {
 
 enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
 
-constexpr int64_t kBytesAtOnce = 24 * 1024; // weights that a thread takes at a time, so that all end together
+constexpr int64_t kBytesAtOnce = 24 * 1024; // bytes of weights per step of a thread, so that all end together
 
 int64_t rows_at_once(const Matrix& m, int64_t tokens) {
     const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();
@@ -66,7 +66,7 @@ bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
 }
 
-// Vectors as `dot` wants them for a matrix's format.
+// Vectors that are prepared for `dot` with a matrix's format.
 struct Prepared {
     int64_t bytes;
     uint8_t* memory;
@@ -78,7 +78,7 @@ struct Prepared {
         : bytes(operations().vector_bytes(m.columns, m.group)), memory(reinterpret_cast<uint8_t*>(memory_)) {}
     uint8_t* vector(int64_t i) const { return memory + i * bytes; }
 
-    // `row(i)`: the i-th vector.
+    // `row(i)` returns vector i.
     template <typename Row>
     void fill(const Matrix& m, int64_t count, const Row& row) const {
         const Operations& own = operations();
@@ -88,7 +88,7 @@ struct Prepared {
     }
 };
 
-// Rows [begin, end) times vectors [0, count), count <= kFewTokens, into to[t * stride + row - begin].
+// Store rows [begin, end) times vectors [0, count), count <= kFewTokens, in to[t * stride + row - begin].
 void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t count, float* to, int64_t stride) {
     const uint8_t* vectors[kMostTokens];
     float* out[kMostTokens];
@@ -99,7 +99,7 @@ void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t
     }
 }
 
-// `count` vectors, packed and side by side: [packed length][width]. `row(i)`: the i-th vector.
+// Store `count` packed vectors side by side, [packed length][width]; `row(i)` returns vector i.
 template <typename Row>
 float* across(const Matrix& m, int64_t count, int64_t width, const Row& row) {
     const int64_t length = packed_length(m.columns, m.group);
@@ -121,7 +121,7 @@ void many(const Matrix& m, int64_t begin, int64_t end, const float* across, int6
     operations().multiply(m, begin, end, across, static_cast<int>(width), tile, scratch<kOwn>(kScratch));
 }
 
-// Calls f(first, count) for blocks of tokens as large as one pass takes; what few tokens remain come by themselves.
+// Call f(first, count) for blocks of tokens as large as one pass allows; a few remaining tokens form another block.
 template <typename Function>
 void token_blocks(int64_t tokens, const Function& f) {
     int64_t first = 0;
@@ -159,7 +159,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
             few(e.down, begin, end, prepared_middle, count, out, rows);
             for (int64_t t = 0; t < count; ++t)
                 for (int64_t r = 0; r < rows; ++r)
-                    y[uses[t].token * hidden + begin + r] += uses[t].share * out[t * rows + r];
+                    y[uses[t].token * hidden + begin + r] += uses[t].routing_weight * out[t * rows + r];
         });
         return;
     }
@@ -183,11 +183,11 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         many(e.down, begin, end, middle, width, out);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = 0; r < rows; ++r)
-                y[uses[t].token * hidden + begin + r] += uses[t].share * out[r * width + t];
+                y[uses[t].token * hidden + begin + r] += uses[t].routing_weight * out[r * width + t];
     });
 }
 
-// All experts of one token in two loops: decoding.
+// Apply all experts of one token in two loops; this is the decode step.
 void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_t hidden, float* y) {
     const Operations& own = operations();
     const int64_t count = static_cast<int64_t>(experts.size());
@@ -237,8 +237,8 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
         float* out = scratch<kOwnTile>(rows);
         for (int64_t i = 0; i < count; ++i) {
             few(experts[i].expert.down, begin, end, middles[i], 1, out, rows);
-            const float share = experts[i].uses[0].share;
-            for (int64_t r = 0; r < rows; ++r) y[begin + r] += share * out[r];
+            const float routing_weight = experts[i].uses[0].routing_weight;
+            for (int64_t r = 0; r < rows; ++r) y[begin + r] += routing_weight * out[r];
         }
     });
 }
@@ -261,7 +261,7 @@ bool choose_operations(const char* name) {
 
 namespace {
 
-// All products of up to kFewTokens vectors in one loop.
+// Compute all products of up to kFewTokens vectors in one loop.
 void multiply_few(const std::vector<Product>& products, const float* x, int64_t count, int64_t first, bool add) {
     const int64_t matrices = static_cast<int64_t>(products.size());
     std::vector<int64_t> starts(matrices + 1, 0);
@@ -307,15 +307,15 @@ void multiply_many(const Product& product, const float* x, int64_t count, int64_
         many(m, begin, end, inputs, width, tile);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = begin; r < end; ++r) {
-                const float before = add ? out[t * m.rows + r] : 0.0f;
-                out[t * m.rows + r] = before + tile[(r - begin) * width + t];
+                const float residual = add ? out[t * m.rows + r] : 0.0f;
+                out[t * m.rows + r] = residual + tile[(r - begin) * width + t];
             }
     });
 }
 
 } // namespace
 
-void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
     if (products.empty()) return;
     const int64_t columns = products[0].matrix.columns;
     token_blocks(tokens, [&](int64_t first, int64_t count) {
@@ -341,27 +341,27 @@ void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64
 }
 
 void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
-                     int64_t tokens, float* past, float* state, float* y) {
+                     int64_t tokens, float* conv_state, float* recurrent_state, float* y) {
     const DeltaShape& shape = layer.shape;
     const Operations& own = operations();
-    const int64_t channels = shape.channels(), before = shape.taps - 1;
+    const int64_t channels = shape.channels(), kept = shape.taps - 1;
     for (int64_t first = 0; first < tokens; first += kTile) {
         const int64_t count = std::min<int64_t>(kTile, tokens - first);
         const float* x = qkv + first * channels;
         float* mixed = scratch<kMixed>(count * channels);
         parallel(channels, count == 1 ? 2048 : 256, [&](int64_t begin, int64_t end, int) {
-            own.convolve(past, x, layer.convolution, count, channels, shape.taps, begin, end, mixed);
-            for (int64_t row = 0; row < before; ++row) { // ascending: what is read lies further on
+            own.convolve(conv_state, x, layer.convolution, count, channels, shape.taps, begin, end, mixed);
+            for (int64_t row = 0; row < kept; ++row) { // ascending, because the source rows come later
                 const int64_t from = row + count;
-                const float* source = from < before ? past + from * channels : x + (from - before) * channels;
-                std::memmove(past + row * channels + begin, source + begin, sizeof(float) * (end - begin));
+                const float* source = from < kept ? conv_state + from * channels : x + (from - kept) * channels;
+                std::memmove(conv_state + row * channels + begin, source + begin, sizeof(float) * (end - begin));
             }
         });
         parallel(shape.value_heads, 1, [&](int64_t begin, int64_t end, int) {
             for (int64_t head = begin; head < end; ++head)
                 own.delta(shape, head, count, mixed, z + first * shape.value_width(), b + first * shape.value_heads,
                           a + first * shape.value_heads, layer.a_log, layer.dt_bias, layer.norm, layer.eps,
-                          state + head * shape.value_dim * shape.key_dim, y + first * shape.value_width(),
+                          recurrent_state + head * shape.value_dim * shape.key_dim, y + first * shape.value_width(),
                           scratch<kOwn>(2 * shape.key_dim + shape.value_dim));
         });
     }
@@ -369,13 +369,13 @@ void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, 
 
 namespace {
 
-// Norm and rotation of one head's vector; `turns`: cosines and then sines of its position.
-void place(const Operations& own, const AttentionLayer& layer, const float* x, const float* norm, const float* turns,
-           float* out) {
+// Normalize and rotate one head's vector; `rotations` holds the cosines, then the sines of its position.
+void place(const Operations& own, const AttentionLayer& layer, const float* x, const float* norm,
+           const float* rotations, float* out) {
     own.rms_norm(x, norm, layer.shape.head_dim, layer.eps, out);
     const int64_t pairs = layer.shape.rotary_dim / 2;
     for (int64_t i = 0; i < pairs; ++i) {
-        const float low = out[i], high = out[i + pairs], cosine = turns[i], sine = turns[i + pairs];
+        const float low = out[i], high = out[i + pairs], cosine = rotations[i], sine = rotations[i + pairs];
         out[i] = low * cosine - high * sine;
         out[i + pairs] = high * cosine + low * sine;
     }
@@ -392,34 +392,34 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
     for (int64_t first = 0; first < tokens; first += kTile) {
         const int64_t count = std::min<int64_t>(kTile, tokens - first);
         float* queries = scratch<kQueries>(count * heads * dim);
-        std::vector<float> turns(count * 2 * pairs);
+        std::vector<float> rotations(count * 2 * pairs);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t i = 0; i < pairs; ++i) {
                 const double angle = static_cast<double>(shape.start + first + t) * layer.frequencies[i];
-                turns[t * 2 * pairs + i] = static_cast<float>(std::cos(angle));
-                turns[t * 2 * pairs + pairs + i] = static_cast<float>(std::sin(angle));
+                rotations[t * 2 * pairs + i] = static_cast<float>(std::cos(angle));
+                rotations[t * 2 * pairs + pairs + i] = static_cast<float>(std::sin(angle));
             }
         parallel(count * (heads + kv_heads), 32, [&](int64_t begin, int64_t end, int) {
             for (int64_t item = begin; item < end; ++item) {
                 const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
-                const float* own_turns = turns.data() + t * 2 * pairs;
+                const float* own_rotations = rotations.data() + t * 2 * pairs;
                 if (head < heads) {
-                    place(own, layer, q_and_gate + ((first + t) * heads + head) * 2 * dim, layer.q_norm, own_turns,
+                    place(own, layer, q_and_gate + ((first + t) * heads + head) * 2 * dim, layer.q_norm, own_rotations,
                           queries + (t * heads + head) * dim);
                     continue;
                 }
                 const int64_t kv = head - heads, at = (kv * shape.capacity + shape.start + first + t) * dim;
-                place(own, layer, k + ((first + t) * kv_heads + kv) * dim, layer.k_norm, own_turns, keys + at);
+                place(own, layer, k + ((first + t) * kv_heads + kv) * dim, layer.k_norm, own_rotations, keys + at);
                 std::memcpy(values + at, v + ((first + t) * kv_heads + kv) * dim, sizeof(float) * dim);
             }
         });
 
-        // One token's keys are shared out among the threads; of several tokens, the tokens are.
+        // Threads share the keys of a single token, or else the tokens.
         const int64_t end_of_keys = shape.start + first + count;
         const int64_t span = count > 1 ? end_of_keys
                                        : std::max<int64_t>(128, (end_of_keys + 8 * threads() - 1) / (8 * threads()));
         const int64_t spans = (end_of_keys + span - 1) / span;
-        const int64_t part = group * (dim + 2); // sums, then peak and weight of each head
+        const int64_t part = group * (dim + 2); // sums, then the peak and the weight of each head
         float* partial = scratch<kPartial>(count * kv_heads * spans * part);
         parallel(count * kv_heads * spans, 1, [&](int64_t begin, int64_t end, int) {
             for (int64_t item = begin; item < end; ++item) {

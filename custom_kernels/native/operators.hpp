@@ -1,4 +1,4 @@
-// The operations on whole arrays, shared among threads.
+// The operations on whole arrays, whose work the threads routing_weight.
 #pragma once
 
 #include <vector>
@@ -7,35 +7,35 @@
 
 namespace flashmoe {
 
-// Vectors up to which a product passes over the codes; for more, blocks are dequantised. Python checks both.
+// The most vectors for which a product reads the codes directly; for more, blocks are dequantized. Python checks both.
 constexpr int64_t kFewTokens = 8;
 
-// The best that this machine can run, or what `choose_operations` named.
+// Return the best operations that this machine can run, or those that `choose_operations` selected.
 const Operations& operations();
 
-// False if there is no such instruction set here; "auto" is the best.
+// Select an instruction set by name, the best for "auto"; return false if this machine lacks it.
 bool choose_operations(const char* name);
 
-// y [tokens, rows] = x [tokens, columns] times the transpose of `matrix`.
+// A matrix and the result y [tokens, rows] = x [tokens, columns] times its transpose.
 struct Product {
     Matrix matrix;
     float* y;
 };
 
-// Products of one `x` with matrices of as many columns. With `add` to what is in every y, else in its place.
-void quantised_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
+// Compute products of `x` with matrices of the same number of columns; with `add`, add them to the results.
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
 
-// y [tokens, width] = x / rms(x) * weight.
+// Compute y [tokens, width] = x / rms(x) * weight.
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);
 
 struct Expert {
     Matrix gate, up, down;
 };
 
-// Token `token` uses an expert with weight `share`.
+// The use of an expert by token `token`, with a routing weight.
 struct Use {
     int64_t token;
-    float share;
+    float routing_weight;
 };
 
 struct ExpertUses {
@@ -43,7 +43,7 @@ struct ExpertUses {
     std::vector<Use> uses;
 };
 
-// y[token] += share * down(silu(gate x) * up x), for every use; x and y are [tokens, hidden].
+// Compute y[token] += routing_weight * down(silu(gate x) * up x) for every use; x and y are [tokens, hidden].
 void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y);
 
 struct DeltaLayer {
@@ -52,18 +52,19 @@ struct DeltaLayer {
     float eps;
 };
 
-// `past` [taps - 1, channels] and `state` [value heads, Dv, Dk] are replaced by what follows the tokens.
+// Compute y, and replace `conv_state` [taps - 1, channels] and `recurrent_state` [value heads, Dv, Dk] by their values
+// after the tokens.
 void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
-                     int64_t tokens, float* past, float* state, float* y);
+                     int64_t tokens, float* conv_state, float* recurrent_state, float* y);
 
 struct AttentionLayer {
     AttentionShape shape;
-    const double* frequencies; // of each rotated pair, in radians for each position
+    const double* frequencies; // of each rotated pair, in radians per position
     float eps;
     const float *q_norm, *k_norm;
 };
 
-// `keys` and `values` [kv heads, capacity, D] receive the tokens' own; y [tokens, heads * D].
+// Store the tokens' keys and values in the caches [kv heads, capacity, D], and compute y [tokens, heads * D].
 void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
                      int64_t tokens, float* keys, float* values, float* y);
 

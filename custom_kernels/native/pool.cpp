@@ -19,7 +19,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Between two operations of one token pass some microseconds of Python; a thread that sleeps takes longer to wake.
+// Python spends a few microseconds between two operations of a token; waking a sleeping thread takes longer.
 constexpr auto kSpin = std::chrono::microseconds(100);
 
 inline void relax() {
@@ -34,18 +34,18 @@ class Pool {
 public:
     explicit Pool(int count) : count_(count), ranges_(count) {}
 
-    // May run with fewer threads than asked for, if the system gives no more.
+    // Start threads; there may be fewer than requested, if the system refuses more.
     void start() {
         for (int number = 1; number < count_; ++number) {
             try {
                 std::thread([this, number] { serve(number); }).detach();
-            } catch (const std::exception&) { // no more threads, or no memory for one
+            } catch (const std::exception&) { // no more threads, or no memory for another
                 break;
             }
         }
     }
 
-    // Ends the threads; no loop may be under way.
+    // End the threads; no loop may be running.
     void stop() {
         stopping_.store(true);
         run(1, 1, [](void*, int64_t, int64_t, int) {}, nullptr);
@@ -60,8 +60,8 @@ public:
         }
         const uint64_t opened = ((gate_.load(std::memory_order_relaxed) >> kEpoch) + 1) << kEpoch | kOpen;
         {
-            // Sequentially consistent with `asleep_`: either a thread sees the loop before it sleeps, or we see it
-            // asleep and wake it.
+            // Sequentially consistent with `asleep_`: either a thread sees the loop before it sleeps, or the caller
+            // sees that it sleeps and wakes it.
             gate_.store(opened, std::memory_order_seq_cst);
             if (asleep_.load(std::memory_order_seq_cst) > 0) {
                 std::lock_guard<std::mutex> lock(mutex_);
@@ -80,30 +80,31 @@ public:
     }
 
 private:
-    // How many threads are inside the loop, whether more may enter, and which loop it is, in one word: a thread enters
-    // by raising the number while the rest is as it saw it.
+    // The number of threads inside the loop, whether more may enter, and the number of the loop, in one word: a thread
+    // enters by raising the first number, if the rest has not changed.
     static constexpr uint64_t kInside = 0xffff, kOpen = 1 << 16;
     static constexpr int kEpoch = 17;
 
-    // What a thread has to do, and on a cache line of its own.
+    // The remaining items of a thread, on a separate cache line.
     struct alignas(64) Range {
         std::atomic<int64_t> next{0};
         int64_t end = 0;
     };
 
-    // An exception must not leave a thread: the caller throws it again, once all threads are out of the loop.
+    // An exception must not leave a thread; the caller rethrows it after all threads have left the loop.
     void work(int thread) noexcept {
         try {
             take_part(thread);
         } catch (...) {
             std::lock_guard<std::mutex> lock(failing_);
             if (!error_) error_ = std::current_exception();
-            for (Range& range : ranges_) range.next.store(range.end, std::memory_order_relaxed); // the rest is in vain
+            // The remaining work is useless.
+            for (Range& range : ranges_) range.next.store(range.end, std::memory_order_relaxed);
         }
     }
 
     void take_part(int thread) {
-        for (int i = 0; i < count_; ++i) { // its own range, then those of the others
+        for (int i = 0; i < count_; ++i) { // this thread's range, then the ranges of other threads
             Range& range = ranges_[(thread + i) % count_];
             while (range.next.load(std::memory_order_relaxed) < range.end) {
                 const int64_t begin = range.next.fetch_add(step_, std::memory_order_relaxed);
@@ -128,7 +129,7 @@ private:
         }
     }
 
-    // The state of the gate once a loop was opened that is not `seen`.
+    // Return the state of the gate after a loop other than `seen` was opened.
     uint64_t wait(uint64_t seen) {
         const auto until = Clock::now() + kSpin;
         for (int spins = 0;; ++spins) {
@@ -156,23 +157,23 @@ private:
     std::mutex mutex_;
     std::condition_variable wake_;
     std::mutex failing_;
-    std::exception_ptr error_; // of this loop; written under `failing_`, read when no other thread is inside
+    std::exception_ptr error_; // of this loop; written under `failing_`, read after all other threads have left
 };
 
-// Never freed: its threads may be waiting in it when the process ends, or when another takes its place.
+// Never freed: its threads may be waiting in it when the process ends, or when another pool replaces it.
 std::atomic<Pool*> pool{nullptr};
-std::vector<Pool*>* const retired = new std::vector<Pool*>; // leak checkers see them here; guarded by `busy`
+std::vector<Pool*>* const retired = new std::vector<Pool*>; // keeps them reachable for leak checkers; guarded by `busy`
 std::atomic<int> wanted{1};
 std::atomic_flag busy = ATOMIC_FLAG_INIT;
 
-// Gives the pool back, also when a loop ends with an exception.
+// Release the pool, also when a loop ends with an exception.
 struct ClearBusy {
     ClearBusy() = default;
     ClearBusy(const ClearBusy&) = delete;
     ~ClearBusy() { busy.clear(std::memory_order_release); }
 };
 
-// A child has none of the threads, and perhaps a loop of another thread of its parent that will never end.
+// A child process has no threads, and possibly a loop of its parent's that will never end.
 void forget_in_child() {
     pool.store(nullptr);
     busy.clear();
@@ -183,11 +184,11 @@ void forget_in_child() {
 void set_threads(int count) {
     while (busy.test_and_set(std::memory_order_acquire)) sched_yield();
     const ClearBusy at_end;
-    retired->reserve(retired->size() + 1); // may throw, while nothing has changed yet
+    retired->reserve(retired->size() + 1); // may throw, before anything changes
     wanted.store(count < 1 ? 1 : count > kMostThreads ? kMostThreads : count);
-    if (Pool* before = pool.exchange(nullptr)) {
-        before->stop();
-        retired->push_back(before);
+    if (Pool* previous = pool.exchange(nullptr)) {
+        previous->stop();
+        retired->push_back(previous);
     }
 }
 

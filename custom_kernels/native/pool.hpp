@@ -1,27 +1,26 @@
-// Threads that wait for a loop to share.
+// Threads that share the work of loops.
 #pragma once
 
 #include <cstdint>
 
 namespace flashmoe {
 
-// The loop's body: items [begin, end), and which of the threads runs it (0 is the caller).
+// The body of a loop: items [begin, end), and the number of the thread (0 is the caller).
 using Body = void (*)(void* context, int64_t begin, int64_t end, int thread);
 
 constexpr int kMostThreads = 256;
 
-// Threads that take part, the caller included; to be set before the first loop, or between loops.
+// Set the number of threads, including the caller, before the first loop or between loops.
 void set_threads(int count);
 int threads();
 
-// Runs `body` on all of [0, count), `step` items at a time, and returns when all of them are done. Every thread has a
-// range for itself, so that it reads memory in one go, and helps the others when it is through. While another thread's
-// loop is under way the caller does everything itself: many callers are right, and never more threads than were asked
-// for. The first exception of a body ends the loop early and is thrown to the caller; the pool stays usable. Must be
-// called without the GIL.
+// Run `body` on all of [0, count), `step` items at a time, and return when all items are done. Each thread first works
+// on a contiguous range, then helps the other threads. While another caller's loop runs, the caller does all its work
+// alone, so concurrent calls are correct and never use more threads than set. The first exception of a body ends the
+// loop early and is rethrown in the caller; the pool remains usable. Call without the GIL.
 void run(int64_t count, int64_t step, Body body, void* context);
 
-// The same for anything that can be called.
+// Run `parallel` with any callable.
 template <typename Function>
 void parallel(int64_t count, int64_t step, const Function& function) {
     run(count, step,

@@ -1,5 +1,5 @@
 // y = sum over a token's choices of weight * down hidden, ROWS rows for each team of TEAM lanes.
-// Grid: x = rows / (ROWS * 32 / TEAM), y = tokens; each simdgroup takes every SIMDGROUPS-th choice.
+// Grid: x = rows / (ROWS * 32 / TEAM), y = tokens; a simdgroup processes every SIMDGROUPS-th choice.
 
 const int token = threadgroup_position_in_grid.y;
 const uint lane = thread_index_in_simdgroup;
@@ -32,7 +32,7 @@ for (int choice = simdgroup_index_in_threadgroup; choice < CHOICES; choice += SI
     biases = shared_down_biases;
   }
 #endif
-  const float share = shares[token * CHOICES + choice];
+  const float share = routing_weights[token * CHOICES + choice];
   const device float* input = hidden + (long)(token * CHOICES + choice) * INTERMEDIATE;
   for (int chunk = int(lane) % TEAM; chunk < INTERMEDIATE / CHUNK; chunk += TEAM) {
     float values[CHUNK], found[ROWS];

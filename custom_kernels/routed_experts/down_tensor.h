@@ -1,5 +1,5 @@
-// down.h on tensor cores: 16 rows a threadgroup. Grid: x = rows / 16, y = tokens; a simdgroup takes every SIMDGROUPS-th
-// choice.
+// down.h on tensor cores: 16 rows per threadgroup. Grid: x = rows / 16, y = tokens; a simdgroup processes every
+// SIMDGROUPS-th choice.
 
 const int token = threadgroup_position_in_grid.y;
 const int first = threadgroup_position_in_grid.x * 16;
@@ -43,7 +43,7 @@ for (int choice = simdgroup; choice < CHOICES; choice += SIMDGROUPS) {
   __syncwarp();
   float results[2] = {0.0f, 0.0f};
   products.finish(pairs, sums[simdgroup], results);
-  const float share = shares[token * CHOICES + choice];
+  const float share = routing_weights[token * CHOICES + choice];
   total[0] += share * results[0];
   total[1] += share * results[1];
 }

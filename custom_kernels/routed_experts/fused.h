@@ -1,19 +1,20 @@
 // Routed experts in one dispatch for one token, on tensor cores (tensor_stream.h).
 //
-// UNITS of gate and up, whose 16 rows (8 of each) give 8 hidden values, are drawn from a counter in the order of experts.
-// Units of down, whose 16 rows give 16 of y over all choices, are dealt out: two at a time to a threadgroup, and of these
-// all products with the first EXPERTS_A_PART experts first, because their hidden values are the first to be there. A
-// threadgroup waits for hidden values of others only when no unit of gate and up is left to draw. Each was drawn by a
-// threadgroup that runs and waits for nothing before it is done; so none waits for ever, however few run at once.
+// A unit of gate and up has 16 rows (8 of each) and gives 8 hidden values; threadgroups draw these units from a
+// counter, in the order of experts. A unit of down has 16 rows and gives 16 values of y over all choices; these units
+// are assigned to threadgroups, two at a time. Products with the first EXPERTS_A_PART experts come first, because their
+// hidden values arrive first. A threadgroup waits for hidden values only after all units of gate and up have been
+// drawn. Each of these was drawn by a running threadgroup, which completes it without waiting; so no threadgroup waits
+// forever, however few run at once.
 //
-// Simdgroups have roles. One asks the copy engine for weights, which pass through SLOTS of shared memory; no more is
-// under way at once than keeps memory busy, or everything else that crosses the chip would wait behind it. WORKERS
-// multiply, in teams of as many as a row of gate has chunks; a slot belongs to one team. One adds up what the workers of
-// a slot found, and hands hidden values to all threadgroups. STAGERS take them as they come.
+// Simdgroups have roles. One requests weights from the copy engine, which pass through SLOTS of shared memory; only as
+// many copies are in flight as keep memory busy, because all other traffic on the chip waits behind them. WORKERS
+// multiply, in teams with one worker per chunk of a row of gate; a slot belongs to one team. One simdgroup adds the
+// results of a slot's workers, and sends hidden values to all threadgroups. STAGERS receive these as they arrive.
 //
-// `turns`: two words 128 bytes apart, units drawn and the tag of the call before; then COPIES times all hidden values, in
-// words that carry the tag of the call, so that those of earlier calls do not count. Several copies, or all threadgroups
-// would read the same lines of cache at once.
+// `tickets` holds two words 128 bytes apart, the number of drawn units and the tag of the previous call; then COPIES
+// times all hidden values, in words that carry the tag of their call and so differ from those of earlier calls. With
+// one copy, all threadgroups would read the same cache lines at once.
 // Grid: x = any number of threadgroups of WORKERS + 2 + STAGERS simdgroups.
 
 constexpr int UP_ROW = HIDDEN * BITS / 8, UP_SCALES_ROW = HIDDEN / GROUP * 2;
@@ -24,33 +25,33 @@ constexpr int UP_UNITS = CHOICES * (INTERMEDIATE / 8), DOWN_UNITS = HIDDEN / 16;
 constexpr int PARTS = (CHOICES + EXPERTS_A_PART - 1) / EXPERTS_A_PART, PART_CHUNKS = EXPERTS_A_PART * EXPERT_CHUNKS;
 constexpr int SLOT_CHUNKS = UP_CHUNKS > PART_CHUNKS ? UP_CHUNKS : PART_CHUNKS;
 constexpr int ROUTED = CHOICES - WITH_SHARED_EXPERT;
-constexpr int WORDS = CHOICES * INTERMEDIATE / 2;  // of hidden values
+constexpr int WORDS = CHOICES * INTERMEDIATE / 2;  // words of hidden values
 constexpr int WORKERS = TEAM * TEAMS, ASKS = WORKERS, ADDS = WORKERS + 1, STAGES = WORKERS + 2;
-constexpr int JOBS = INTERMEDIATE / 256;  // an expert's hidden values for stagers
-constexpr int END = UP_UNITS + PARTS;     // steps: units of gate and up, parts of units of down, this
+constexpr int JOBS = INTERMEDIATE / 256;  // of a stager, per expert
+constexpr int END = UP_UNITS + PARTS;     // steps are units of gate and up, then parts of units of down, then END
 
 DYNAMIC_SHARED(memory);
 uchar* slots = (uchar*)memory;
 uchar* staged_x = slots + SLOTS * SLOT_BYTES;
 uchar* staged_hidden = staged_x + staged_bytes(HIDDEN, GROUP);
 float* partial = (float*)(staged_hidden + staged_bytes(CHOICES * INTERMEDIATE, GROUP));
-unsigned long long* full = (unsigned long long*)(partial + 16 * SLOTS * SLOT_CHUNKS);  // two for each slot
+unsigned long long* full = (unsigned long long*)(partial + 16 * SLOTS * SLOT_CHUNKS);  // two per slot
 unsigned long long* done = full + 2 * SLOTS;
 unsigned long long* empty = done + SLOTS;
 unsigned long long* x_there = empty + SLOTS;
 unsigned long long* all_drawn = x_there + 1;
-unsigned long long* hidden_there = all_drawn + 1;  // of each choice
+unsigned long long* hidden_there = all_drawn + 1;  // one per choice
 int* row_of = (int*)(hidden_there + CHOICES);
 float* share_of = (float*)(row_of + CHOICES);
-int* step_of = (int*)(share_of + CHOICES);  // what a slot is for
+int* step_of = (int*)(share_of + CHOICES);  // the step of each slot
 uint* tag = (uint*)(step_of + SLOTS);
 
 const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
 const int mine = thread_index_in_threadgroup, group = threadgroup_position_in_grid.x, groups = gridDim.x;
-uint* counters = const_cast<uint*>(turns);
+uint* counters = const_cast<uint*>(tickets);
 uint2* hidden = (uint2*)(counters + 64);
 
-// Every simdgroup begins with what takes long to come. x first of all: behind weights it would wait for all of theirs.
+// Every simdgroup begins with its slowest loads; x comes first, because it would wait behind all requested weights.
 constexpr int EIGHTS = HIDDEN / 8, OWN = (EIGHTS + 32 * WORKERS - 1) / (32 * WORKERS);
 uint4 own[OWN];
 uint drawn = 0;
@@ -62,10 +63,10 @@ if (simdgroup == ASKS) {
 } else if (simdgroup == ADDS) {
   for (int i = lane; i < CHOICES; i += 32) {
     row_of[i] = i < ROUTED ? rows[i] : 0;
-    share_of[i] = shares[i];
+    share_of[i] = routing_weights[i];
   }
 } else {
-  // A few barriers by each: all of them by one would take half a microsecond.
+  // Each thread initializes a few barriers; one thread would take half a microsecond for all.
   if (lane == 0) {
     for (int i = simdgroup < ASKS ? simdgroup : simdgroup - 2; i < 4 * SLOTS + 2 + CHOICES; i += WORKERS + STAGERS) {
       barrier_init(full + i, i < 2 * SLOTS        ? 1
@@ -89,22 +90,22 @@ if (simdgroup == ASKS) {
 __syncthreads();
 
 if (simdgroup == ASKS) {
-  int number = 0;      // of slots filled
-  int copies = 0;      // asked for
-  int under_way = 0;   // of the last 32, one a lane: the barrier that the copy reports to, and its phase
+  int number = 0;      // filled slots
+  int copies = 0;      // requested copies
+  int in_flight = 0;   // of the last 32 copies, one per lane: the copy's barrier and its phase
   auto wait_for_slot = [&] {
     if (number >= SLOTS) {
       barrier_wait(empty + number % SLOTS, (number / SLOTS - 1) & 1);
     }
   };
-  // Wait until fewer than `most` copies are under way; the next goes to piece `piece` of the slot.
+  // Wait until fewer than `most` copies are in flight; the next copy goes to piece `piece` of the slot.
   auto wait_for_copies = [&](int piece, int most) {
     if (copies >= most) {
-      const int before = __shfl_sync(0xffffffffu, under_way, (copies - most) % 32);
+      const int before = __shfl_sync(0xffffffffu, in_flight, (copies - most) % 32);
       barrier_wait(full + before / 2, before & 1);
     }
     if (lane == copies % 32) {
-      under_way = (number % SLOTS * 2 + piece) * 2 + (number / SLOTS & 1);
+      in_flight = (number % SLOTS * 2 + piece) * 2 + (number / SLOTS & 1);
     }
     copies++;
   };
@@ -153,7 +154,7 @@ if (simdgroup == ASKS) {
   }
   if (lane == 0) {
     barrier_arrive(all_drawn);
-    // Each threadgroup has drawn two numbers too many; the last one of all leaves the counters to the next call.
+    // Each threadgroup draws two numbers too many; the last threadgroup resets the counters for the next call.
     if (next == UP_UNITS + 2 * groups - 1) {
       counters[0] = 0;
       counters[32] = *tag;
@@ -213,7 +214,7 @@ if (simdgroup == ASKS) {
 } else if (simdgroup == ADDS) {
   const int half = lane / 16;
   int number = 0;
-  // The sums of the products in the next slot, `chunks` times 16; each half of the lanes adds every second chunk.
+  // Return the sums of the products in the next slot, 16 per chunk; each half of the lanes adds every second chunk.
   auto sum_of_slot = [&](int chunks) {
     const float* products = partial + 16 * SLOT_CHUNKS * (number % SLOTS) + lane;
     float sum = 0.0f;
@@ -234,7 +235,7 @@ if (simdgroup == ASKS) {
     if (unit >= UP_UNITS) {
       break;
     }
-    // Lanes 2 r and 2 r + 1 hold gate and up of row r; two rows are a word.
+    // Lanes 2 r and 2 r + 1 hold gate and up of row r; two rows make a word.
     const float sum = sum_of_slot(UP_CHUNKS), other = __shfl_xor_sync(0xffffffffu, sum, 1);
     const float value = silu(lane % 2 ? other : sum) * (lane % 2 ? sum : other);
     const float beside = __shfl_xor_sync(0xffffffffu, value, 2);
@@ -245,7 +246,7 @@ if (simdgroup == ASKS) {
     }
   }
   for (int pair = group; pair < DOWN_UNITS; pair += 2 * groups) {
-    const int unit = pair + half * groups;  // of this half of the lanes
+    const int unit = pair + half * groups;  // the unit of this half of the lanes
     float sum = 0.0f;
     for (int part = 0; part < PARTS; part++) {
       for (int i = 0; i < 2 && pair + i * groups < DOWN_UNITS; i++) {
@@ -259,7 +260,7 @@ if (simdgroup == ASKS) {
     }
   }
 } else if (simdgroup >= STAGES) {
-  barrier_wait(all_drawn, 0);  // before, few are there, and asking for them would hold up weights
+  barrier_wait(all_drawn, 0);  // earlier, few have arrived, and polling for them would delay weights
   for (int job = group < DOWN_UNITS ? simdgroup - STAGES : CHOICES * JOBS; job < CHOICES * JOBS; job += STAGERS) {
     const int choice = job / JOBS;
     if (row_of[choice] >= 0) {
@@ -289,7 +290,7 @@ if (simdgroup == ASKS) {
   weights.lay_out(UP_ROW, UP_BLOCK, UP_SCALES_ROW, 8 * UP_SCALES_ROW);
   barrier_wait(x_there, 0);
   int number = simdgroup / TEAM, step;
-  int taken = -1;  // the chunk of the vector that registers hold
+  int taken = -1;  // the chunk of the vector in registers
   while (true) {
     const int slot = number % SLOTS;
     barrier_wait(full + 2 * slot, number / SLOTS & 1);
@@ -321,7 +322,7 @@ if (simdgroup == ASKS) {
   }
   weights.lay_out(DOWN_ROW, DOWN_BLOCK, DOWN_SCALES_ROW, 8 * DOWN_SCALES_ROW);
   taken = -1;
-  int dealt = simdgroup % TEAM;  // chunks, to the members of the team in turn
+  int dealt = simdgroup % TEAM;  // chunks go round the members of the team
   while (step < END) {
     const int slot = number % SLOTS, before = (step - UP_UNITS) * PART_CHUNKS;
     const int chunks = min(DOWN_CHUNKS - before, PART_CHUNKS);

@@ -1,5 +1,5 @@
-// hidden = silu(gate x) * up x of one choice (token, expert) and ROWS rows of it a threadgroup.
-// Grid: x = rows / ROWS, y = choices; THREADS threads share a row, each with other chunks of its columns.
+// hidden = silu(gate x) * up x for ROWS rows of one choice (a token and an expert) per threadgroup.
+// Grid: x = rows / ROWS, y = choices; THREADS threads share a row, and each processes some chunks of its columns.
 
 const int choice = threadgroup_position_in_grid.y;
 const int first = threadgroup_position_in_grid.x * ROWS;
@@ -12,7 +12,7 @@ const int row = routed ? rows[choice / CHOICES * (CHOICES - 1) + choice % CHOICE
 const bool routed = true;
 const int row = rows[choice];
 #endif
-if (row < 0) {  // not in this slab; the second dispatch passes over it
+if (row < 0) {  // not in this slab; the second dispatch skips it
   if (thread_index_in_threadgroup < ROWS) {
     hidden[(long)choice * INTERMEDIATE + first + thread_index_in_threadgroup] = 0.0f;
   }

@@ -1,4 +1,4 @@
-// gate_up.h on tensor cores: 8 rows a threadgroup, of which a lane holds one of gate and the same one of up.
+// gate_up.h on tensor cores: 8 rows per threadgroup; a lane holds one row of gate and the same row of up.
 // Grid: x = rows / 8, y = choices; SIMDGROUPS simdgroups share the columns.
 
 const int choice = threadgroup_position_in_grid.y;

@@ -1,4 +1,4 @@
-"""The routed experts of many tokens: each is made dense once and applied to all of its tokens, several at a time."""
+"""The routed experts of many tokens: several experts at a time are dequantized once and applied to all their tokens."""
 
 from collections.abc import Callable
 
@@ -6,27 +6,38 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels.routed_experts.format import ExpertFormat
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 
 DenseExperts = Callable[[mx.array, mx.array, ExpertFormat, mx.Dtype], tuple[mx.array, mx.array, mx.array]]
 Indices = npt.NDArray[np.intp]
 
 AT_ONCE = 16
-"""Experts that are dense at once: 0.4 GB of them at the 397B's geometry, in bf16."""
+"""Experts that are dense at once: 0.4 GB at the 397B geometry, in bf16."""
 
 
 def grouped_experts(
     x: mx.array,
     slab: mx.array,
     rows: npt.NDArray[np.int32],
-    shares: mx.array,
+    routing_weights: mx.array,
     form: ExpertFormat,
     dense_experts: DenseExperts,
 ) -> mx.array:
-    """As ``reference.routed_experts`` without a shared expert, for many tokens; ``rows`` as the host knows them.
+    """Compute ``reference.routed_experts`` without a shared expert, for many tokens.
 
-    Tokens of an expert are padded to those of the most wanted one beside it. The sums are in f32 and so is the result;
-    they are in the order of rows, whatever the GPU does first.
+    The tokens of an expert are padded to the largest number of tokens of an expert beside it. Sums are in the order of
+    rows, whatever the order of work on the GPU.
+
+    Args:
+        x: [T, hidden].
+        slab: records, uint8 [records, record_bytes].
+        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        routing_weights: f32 [T, K].
+        form: format of the records.
+        dense_experts: an implementation of ``dense_experts``.
+
+    Returns:
+        f32 [T, hidden].
     """
     tokens, choices = np.nonzero(rows >= 0)
     row = rows[tokens, choices]
@@ -40,7 +51,7 @@ def grouped_experts(
         pairs = slice(at[0], at[-1])
         experts = distinct[start : start + AT_ONCE]
         out, places = _apply(x, slab, experts, at - at[0], tokens[pairs], form, dense_experts)
-        y = _added(y, out, places, tokens[pairs], choices[pairs], shares)
+        y = _added(y, out, places, tokens[pairs], choices[pairs], routing_weights)
     return y
 
 
@@ -53,7 +64,17 @@ def _apply(
     form: ExpertFormat,
     dense_experts: DenseExperts,
 ) -> tuple[mx.array, Indices]:
-    """The outputs of ``experts``, whose tokens lie between ``bounds``, and the row of each pair among them."""
+    """Return the outputs of ``experts`` and, for each pair of a token and an expert, its row among the outputs.
+
+    Args:
+        x: [T, hidden].
+        slab: the records.
+        experts: rows of ``slab``.
+        bounds: where the tokens of each expert begin and end in ``tokens``.
+        tokens: row of ``x`` of each pair.
+        form: format of the records.
+        dense_experts: an implementation of ``dense_experts``.
+    """
     counts = np.diff(bounds)
     most = -(-int(counts.max()) // 8) * 8
     places = np.repeat(np.arange(len(counts)) * most - bounds[:-1], counts) + np.arange(len(tokens))
@@ -67,17 +88,26 @@ def _apply(
 
 
 def _added(
-    y: mx.array, out: mx.array, places: Indices, tokens: Indices, choices: Indices, shares: mx.array
+    y: mx.array, out: mx.array, places: Indices, tokens: Indices, choices: Indices, routing_weights: mx.array
 ) -> mx.array:
-    """``y`` with the outputs of all pairs, times their shares, added to their tokens, no token twice at once."""
+    """Return ``y`` plus the weighted outputs of all pairs, with each token updated once.
+
+    Args:
+        y: f32 [T, hidden].
+        out: outputs of the experts.
+        places: row of ``out`` of each pair of a token and an expert.
+        tokens: token of each pair.
+        choices: column of the pair in ``routing_weights``.
+        routing_weights: f32 [T, K].
+    """
     order = np.argsort(tokens, kind="stable")
     own, first, counts = np.unique(tokens[order], return_index=True, return_counts=True)
     token = np.repeat(np.arange(len(own)), counts)
-    turn = np.arange(len(tokens)) - np.repeat(first, counts)
-    from_places, from_shares = (np.zeros((len(own), counts.max()), np.int32) for _ in range(2))
-    from_places[token, turn] = places[order]
-    from_shares[token, turn] = (tokens * shares.shape[1] + choices)[order]
+    position = np.arange(len(tokens)) - np.repeat(first, counts)
+    from_places, from_weights = (np.zeros((len(own), counts.max()), np.int32) for _ in range(2))
+    from_places[token, position] = places[order]
+    from_weights[token, position] = (tokens * routing_weights.shape[1] + choices)[order]
     used = np.arange(counts.max()) < counts[:, None]
-    factors = mx.where(mx.array(used), shares.reshape(-1)[mx.array(from_shares)], 0)
+    factors = mx.where(mx.array(used), routing_weights.reshape(-1)[mx.array(from_weights)], 0)
     parts = (out[mx.array(from_places)].astype(mx.float32) * factors[..., None]).sum(axis=1)
     return y.at[mx.array(own.astype(np.int32))].add(parts)

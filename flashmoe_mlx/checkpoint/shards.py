@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.checkpoint.formats import USE_INSTEAD
-from flashmoe_mlx.checkpoint.support import gguf_advice
+from flashmoe_mlx.checkpoint.support import gguf_error
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.untrusted import read_object
@@ -65,7 +65,7 @@ def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> Checkp
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     if any(name.lower().endswith(".gguf") for name in names):
-        return gguf_advice(folder)
+        return gguf_error(folder)
     other = _other_format(names)
     if other is not None:
         return CheckpointError(f"{folder}: weights in {other} cannot be read; {USE_INSTEAD}", code="unsupported_format")

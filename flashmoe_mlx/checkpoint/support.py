@@ -62,10 +62,10 @@ def refuse_gguf_file(path: Path) -> None:
     except OSError:
         return
     if found:
-        raise gguf_advice(path)
+        raise gguf_error(path)
 
 
-def gguf_advice(path: object) -> CheckpointError:
+def gguf_error(path: object) -> CheckpointError:
     """Return the error for a GGUF file in place of a checkpoint."""
     return CheckpointError(
         f"{path}: weights in GGUF cannot be read or packed; use the folder of the original safetensors checkpoint, or "

@@ -103,18 +103,24 @@ def check_key(key: str, tasks: Collection[str] | None) -> None:
         InputError: the key does not exist, or a task does not read it; the message names the nearest key.
     """
     root = root_of(key)
-    known = sorted({*known_keys(), *GROUPS})
-    if root not in known:
-        own = sorted({*keys_of(next(iter(tasks))), *GROUPS}) if tasks else known
-        nearest = difflib.get_close_matches(root, own, n=1) or difflib.get_close_matches(root, known, n=1)
-        hint = f"did you mean {nearest[0]}{key[len(root) :]}?" if nearest else f"the keys are {', '.join(own)}"
-        raise InputError(f"{key}: no such key; {hint}", code="unknown_key")
+    unread = [task for task in tasks or () if root not in ("experiment", *keys_of(task))]
+    if (unread or not tasks) and root not in GROUPS and root not in known_keys():
+        raise _unknown_key(key, tasks)
+    if unread:
+        raise unread_key(root, unread)
     if root == "task" and key != "task":
         raise InputError(f"{key}: to choose a task, give its name: task={', '.join(task_names())}", code="unknown_key")
-    if root not in ("task", "experiment") and tasks and any(root not in keys_of(task) for task in tasks):
-        raise unread_key(root, tasks)
     if key.startswith("model."):
         _check_model_key(key)
+
+
+def _unknown_key(key: str, tasks: Collection[str] | None) -> InputError:
+    root = root_of(key)
+    known = sorted({*known_keys(), *GROUPS})
+    own = sorted({*keys_of(next(iter(tasks))), *GROUPS}) if tasks else known
+    nearest = difflib.get_close_matches(root, own, n=1) or difflib.get_close_matches(root, known, n=1)
+    hint = f"did you mean {nearest[0]}{key[len(root) :]}?" if nearest else f"the keys are {', '.join(own)}"
+    return InputError(f"{key}: no such key; {hint}", code="unknown_key")
 
 
 def _check_model_key(key: str) -> None:

@@ -42,7 +42,7 @@ def read_exactly(fd: int, view: memoryview, offset: int) -> int:
     ``view`` is writable and of format "B".
 
     Raises:
-        EOFError: the file ends inside the range; ``args[0]`` is the size of the file in bytes.
+        EOFError: the file ends inside the range; ``args[0]`` is the first byte that is missing.
         OSError: the system reported an error.
     """
     done = reads = 0

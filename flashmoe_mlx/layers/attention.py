@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import AttentionWeights, Kernels
+from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
 from flashmoe_mlx.layers.cache import KVCache
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.sequences import by_sequence
@@ -44,10 +44,12 @@ class Attention:
         """Return the cache of a sequence without tokens."""
         return KVCache()
 
-    def _attend(self, cache: KVCache, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    def _attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Attend within one sequence; all arrays are [T, ...] of its new tokens."""
-        length, weights = queries.shape[0], self.weights
-        reserved = cache.reserve(length, weights.kv_heads, weights.head_dim, queries.dtype)
-        y, cache.keys, cache.values = self.kernels.attention(queries, keys, values, weights, *reserved, cache.length)
+        length, weights = q_and_gate.shape[0], self.weights
+        keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
+        y, cache.keys, cache.values = self.kernels.attention(
+            AttentionInputs(q_and_gate, k, v, weights, keys, values, cache.length)
+        )
         cache.length += length
         return y

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels import DeltaInputs, DeltaWeights, Kernels
 from flashmoe_mlx.layers.cache import RecurrentState
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.sequences import by_sequence
@@ -42,6 +42,6 @@ class GatedDeltaNet:
         if cache.conv_state is None or cache.recurrent_state is None:
             cache.conv_state, cache.recurrent_state = self.weights.empty(qkv.dtype)
         y, cache.conv_state, cache.recurrent_state = self.kernels.gated_delta_net(
-            qkv, z, b, a, self.weights, cache.conv_state, cache.recurrent_state
+            DeltaInputs(qkv, z, b, a, self.weights, cache.conv_state, cache.recurrent_state)
         )
         return y

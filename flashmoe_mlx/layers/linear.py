@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.expert_mlp import Weight
-from flashmoe_mlx.custom_kernels.quantised_matvec import Products, by_mlx, one_by_one
+from flashmoe_mlx.custom_kernels.quantized_matvec.mlx import quantized_matvec
+from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
+from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 
-_BY_MLX = one_by_one(by_mlx)
+_BY_MLX = one_by_one(quantized_matvec)
 
 
 @dataclass(frozen=True, slots=True)
-class Linear(Weight):
+class Linear(QuantizedWeight):
     """A linear map, y = x W^T + bias; ``products`` multiplies if W is quantized."""
 
     bias: mx.array | None = None

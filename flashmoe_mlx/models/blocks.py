@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.rope import Rope

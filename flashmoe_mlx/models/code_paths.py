@@ -1,10 +1,10 @@
-"""What a built model asks of kernels, for their check at load."""
+"""The calls of kernels that a built model makes, for the check of kernels at load."""
 
 from collections.abc import Iterator, Sequence
 
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
@@ -12,7 +12,7 @@ from flashmoe_mlx.models.decoder import DecoderLayer, Model
 
 
 def model_shapes(model: Model) -> ModelShapes:
-    """Describe ``model`` to its kernels."""
+    """Return the shapes of ``model`` for its kernels."""
     first = model.layers[0].experts
     mixers = [layer.mixer for layer in model.layers]
     experts = (layer.experts.shared.weights for layer in model.layers)
@@ -47,19 +47,20 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
         yield from _calls([mixer.out_proj], residual=True)
     router = [layer.experts.router.gate, layer.experts.router.shared_gate]
     yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
-    for one in router:
-        yield from _calls([one])
+    for linear in router:
+        yield from _calls([linear])
 
 
 def _calls(linears: Sequence[Linear], residual: bool = False) -> Iterator[Projection]:
-    """The calls that ``Linear`` or ``together`` makes: dense matrices are MLX's, and separate quantised ones."""
-    quantised = [one for one in linears if one.bits is not None]
-    if len(quantised) == len(linears):
+    """Yield the calls for quantized matrices: one call together unless a matrix is dense, else one call for each."""
+    quantized = [linear for linear in linears if linear.bits is not None]
+    if len(quantized) == len(linears):
         yield Projection(tuple(linears), residual)
     else:
-        yield from (Projection((one,), residual) for one in quantised)
+        yield from (Projection((linear,), residual) for linear in quantized)
 
 
 def _expert_format(expert: ExpertWeights) -> tuple[object, ...]:
-    matrices = (expert.gate, expert.up, expert.down)
-    return tuple((one.weight.shape, None if one.bits is None else one.format_name) for one in matrices)
+    return tuple(
+        (matrix.weight.shape, None if matrix.bits is None else matrix.format_name) for matrix in expert.matrices
+    )

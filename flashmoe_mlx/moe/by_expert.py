@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels import ExpertWeights, QuantizedWeight
 from flashmoe_mlx.formats.components import record_views
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.moe.groups import ExpertGroups
@@ -50,8 +50,8 @@ def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:
     """Return the matrices inside ``record``, uint8 [record bytes], as views."""
     parts = record_views(record, layout)
 
-    def weight(projection: str) -> Weight:
-        return Weight(
+    def weight(projection: str) -> QuantizedWeight:
+        return QuantizedWeight(
             parts[f"{projection}.weight"],
             parts.get(f"{projection}.scales"),
             parts.get(f"{projection}.biases"),

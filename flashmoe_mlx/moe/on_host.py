@@ -19,7 +19,7 @@ class ExpertsOnHost:
     therefore depends neither on the number of slots nor on the other tokens.
 
     Attributes:
-        kernel: as ``native.routed_experts``.
+        kernel: as ``routed_experts.cpu.routed_experts``.
         form: the format of the records.
         fuse_shared: whether ``kernel`` takes the shared expert along.
     """

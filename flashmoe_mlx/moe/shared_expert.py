@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.expert_mlp import ExpertWeights
+from flashmoe_mlx.custom_kernels import ExpertWeights
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import ExpertWeights, Kernels, native, routed_experts
-from flashmoe_mlx.custom_kernels.routed_experts.format import expert_format
+from flashmoe_mlx.custom_kernels import ExpertWeights, Kernels
+from flashmoe_mlx.custom_kernels.expert_format import expert_format
+from flashmoe_mlx.custom_kernels.routed_experts import cpu, gpu
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.moe.by_expert import ExpertsOneByOne
 from flashmoe_mlx.moe.grouped import ExpertsGrouped
@@ -73,7 +74,7 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
     if form is None:
         return ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.routed_experts_cpu is not None:
-        return ExpertsOnHost(kernels.routed_experts_cpu, form, native.joins(shared))
+        return ExpertsOnHost(kernels.routed_experts_cpu, form, cpu.can_fuse_shared_expert(shared))
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
         many = ExpertsGrouped(kernels.dense_experts, form)
@@ -92,7 +93,7 @@ def choose_in_memory(
     For the arguments, see ``choose_strategy``.
     """
     form = expert_format(layout)
-    if form is None or kernels.routed_experts_gpu is None or not routed_experts.fits(form, dtype):
+    if form is None or kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
         return None
-    fuse_shared = routed_experts.joins(shared, form)
+    fuse_shared = gpu.can_fuse_shared_expert(shared, form)
     return ExpertsInMemory(kernels.routed_experts_gpu, form, fuse_shared, kernels.most_gpu_tokens)

@@ -53,15 +53,24 @@ def pack_checkpoint(
 ) -> Pack:
     """Make, finish or extend the pack in ``out`` from the checkpoint ``source``.
 
-    Experts that the checkpoint already has in one of ``bits`` are copied byte for byte, others quantised in groups of
-    ``group_size`` by ``quantiser`` (one of ``QUANTIZERS``; None for the default of each width). ``packed_experts`` is a
-    flash-moe folder of the same model, taken over as the variant of its width by hard links. ``delete_source`` removes
-    every shard once nothing more is needed from it.
+    Args:
+        source: the checkpoint, or its folder.
+        out: the folder of the pack.
+        bits: the width of each variant. Experts that the checkpoint has in one of these widths are copied byte for
+            byte.
+        group_size: the number of weights that share a scale and a bias.
+        resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
+        quantiser: chooses scales and biases, one of ``QUANTIZERS``; None for the default of each width.
+        packed_experts: a flash-moe folder of the same model, whose files become the variant of their width by hard
+            links.
+        delete_source: delete every shard of the source that is no longer needed.
+        progress: shows the progress.
+        ignored: returns whether a path in ``out`` may be there before packing begins.
 
     Raises:
         CheckpointError: the source is incomplete or not supported.
         PackError: ``out`` cannot become this pack.
-        FlashMoeError: no space left.
+        FlashMoeError: no space is left.
     """
     settings = _checked(bits, group_size, resident_bits, quantiser)
     progress = progress or Silent()

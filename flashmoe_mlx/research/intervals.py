@@ -58,3 +58,8 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     ratios = np.asarray(numerators, float)[picks].sum(1) / np.asarray(denominators, float)[picks].sum(1)
     low, high = np.percentile(ratios, (2.5, 97.5))
     return float(low), float(high)
+
+
+def format_interval(interval: tuple[float, float] | None) -> str:
+    """Return " [low, high]", to follow a value in a table; an empty string for None."""
+    return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"

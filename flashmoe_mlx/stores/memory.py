@@ -1,14 +1,11 @@
 """Measurement of the available memory, and a check to make before a large allocation."""
 
-from pathlib import Path
-
 import mlx.core as mx
 import psutil
 
+from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
 
-_OWN_CGROUP = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
 GIB = 2**30
 
 
@@ -66,17 +63,8 @@ def _cgroup_limits() -> list[tuple[int, int]]:
 
     ``used`` leaves out cached files, which the system can drop.
     """
-    try:
-        lines = _OWN_CGROUP.read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), None)
-    if own is None:
-        return []
     found = []
-    for folder in (_CGROUPS / own, *(_CGROUPS / own).parents):
-        if not folder.is_relative_to(_CGROUPS):
-            break
+    for folder in cgroups.own_groups():
         try:
             limit = (folder / "memory.max").read_text().strip()
             if limit == "max":

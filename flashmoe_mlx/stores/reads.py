@@ -40,7 +40,7 @@ class Read:
     def failed(self, layer: int, error: OSError | EOFError) -> ExpertReadError:
         """Return the error to raise for a failure of this read in ``layer``.
 
-        ``args[0]`` of an EOFError is the size of the file.
+        ``args[0]`` of an EOFError is the first byte of the file that is missing.
         """
         if isinstance(error, EOFError):
             reason = "the file ends here, in the middle of the expert"
@@ -63,7 +63,7 @@ def plan_reads(
     """
     for expert, row in wanted:
         done = 0
-        for extent in coalesced(source.extents(layer, expert)):
+        for extent in coalesce(source.extents(layer, expert)):
             step = chunk_bytes or extent.nbytes
             for start in range(0, extent.nbytes, step):
                 end = min(start + step, extent.nbytes)
@@ -98,7 +98,7 @@ def chunk_bytes(chunk_mib: float | None) -> int | None:
     return int(chunk_mib * _MIB) // _PAGE * _PAGE
 
 
-def coalesced(extents: Sequence[Extent]) -> list[Extent]:
+def coalesce(extents: Sequence[Extent]) -> list[Extent]:
     """Join extents that follow each other both in their file and in ``extents``."""
     joined: list[Extent] = []
     for extent in extents:

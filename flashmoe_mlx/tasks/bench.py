@@ -27,6 +27,7 @@ from flashmoe_mlx.research.bench.engine_summary import Summary, summarize
 from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
+from flashmoe_mlx.research.intervals import format_interval
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
@@ -244,10 +245,10 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
         compute = 1 - summary.shares.get("io", 0.0) - summary.shares.get("other", 0.0)
         table.add_row(
             f"{summary.setting} {_MARK}" if summary.notes else summary.setting,
-            f"{summary.tokens_per_second:.3g}{_bracketed(summary.interval)}",
+            f"{summary.tokens_per_second:.3g}{format_interval(summary.interval)}",
             "1"
             if summary.setting == summaries[0].setting
-            else f"{summary.ratio:.3g}{_bracketed(summary.ratio_interval)}",
+            else f"{summary.ratio:.3g}{format_interval(summary.ratio_interval)}",
             "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in summary.step_ms),
             f"{summary.bytes_per_token / 1e6:.4g}",
             _percent(summary.hit_rate),
@@ -268,10 +269,6 @@ def _prefetch_lines(summaries: Sequence[Summary]) -> Iterator[str]:
                 f"{_percent(summary.prefetched)} of the reads started early, "
                 f"{summary.wasted_bytes_per_token / 1e6:.3g} MB/token wasted"
             )
-
-
-def _bracketed(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def _percent(share: float | None) -> str:

@@ -29,7 +29,7 @@ from flashmoe_mlx.research.bench.io_bench import (
 )
 from flashmoe_mlx.research.bench.io_summary import Summary, compare_fastest, summarize
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.research.intervals import format_interval, median_interval
 from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
@@ -201,10 +201,10 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
         spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in summary.latency_ms)
         table.add_row(
             summary.contender,
-            f"{summary.gb_per_second:.3g}{_bracketed(summary.interval)}",
+            f"{summary.gb_per_second:.3g}{format_interval(summary.interval)}",
             "1"
             if summary.contender == summaries[0].contender
-            else f"{summary.ratio:.3g}{_bracketed(summary.ratio_interval)}",
+            else f"{summary.ratio:.3g}{format_interval(summary.ratio_interval)}",
             f"{summary.iops:.0f}",
             f"{spread}{'*' if summary.contender.startswith(LABEL) else ''}",
             f"{summary.cpu_seconds_per_gb:.2f}",
@@ -215,14 +215,10 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     return table
 
 
-def _bracketed(interval: tuple[float, float] | None) -> str:
-    return "" if interval is None else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
-
-
 def _compare_with_fio(trials: Sequence[Trial]) -> None:
     found = compare_fastest(trials, lambda label: label.startswith(LABEL))
     if found is None:
         return
     store, reference, ratios = found
-    shown = f"{median(ratios):.2f}{_bracketed(median_interval(ratios))}"
+    shown = f"{median(ratios):.2f}{format_interval(median_interval(ratios))}"
     show(f"cold, {store} / {reference}: {shown}")

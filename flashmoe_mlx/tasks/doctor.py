@@ -1,4 +1,4 @@
-"""``task=doctor``: every kernel against its reference on this machine, timed; a table to paste into an issue."""
+"""``task=doctor``: compare every kernel with its reference on this machine and time it; print a table for an issue."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -44,12 +44,12 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """Whether the kernel may be used here."""
+        """Whether the error is acceptable."""
         return self.error is not None and self.error <= self.accepted
 
 
 def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a task
-    """Check, show the table, and leave ``doctor.json`` in ``run_dir``.
+    """Check and time all kernels, print the table, and write ``doctor.json`` to ``run_dir``.
 
     Raises:
         FlashMoeError: a kernel cannot run or differs from its reference.
@@ -67,11 +67,11 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
     write_json(run_dir / "doctor.json", _record(gpu, kernels, findings))
     for line in _report(kernels, findings):
         show(line)
-    failed = [f"{one.kernel} ({one.case}, {one.geometry}, {one.dtype})" for one in findings if not one.passed]
+    failed = [f"{bad.kernel} ({bad.case}, {bad.geometry}, {bad.dtype})" for bad in findings if not bad.passed]
     if failed:
         raise FlashMoeError(
             f"{len(failed)} of {len(findings)} checks failed: {'; '.join(failed)}. Runs use MLX's own operations in "
-            "place of these; please report the table above",
+            "place of these kernels; please report the table above",
             code="kernels_failed",
         )
 
@@ -88,8 +88,8 @@ def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype
             partial(cases.gated_delta_net, geometry, tokens=5),
             partial(cases.attention, geometry, context=1000),
             partial(cases.attention, geometry, context=100, tokens=7),
-            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden),
-            partial(cases.quantised_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
+            partial(cases.quantized_matvec, geometry.hidden, geometry.hidden),
+            partial(cases.quantized_matvec, geometry.hidden, geometry.hidden, bits=8, tokens=4),
         ]
         for make in makers:
             yield name, partial(make, on_cpu=on_cpu)
@@ -107,7 +107,7 @@ def _examined(case: Case, geometry: str, custom: bool) -> Finding:
 
 
 def _reason(failure: Exception) -> str:
-    """Return the first line of its message, fit for a cell of the table."""
+    """Return the first line of the message, escaped for a cell of the table."""
     first, *_ = str(failure).splitlines() or [type(failure).__name__]
     return first.replace("|", "\\|")
 
@@ -134,27 +134,27 @@ def _record(gpu: str | None, kernels: str | None, findings: list[Finding]) -> di
         "device": {str(key): str(value) for key, value in mx.device_info(mx.default_device()).items()},
         "dialect": gpu,
         "kernels": kernels,
-        "findings": [asdict(one) | {"passed": one.passed} for one in findings],
+        "findings": [asdict(found) | {"passed": found.passed} for found in findings],
     }
 
 
 def _report(kernels: str | None, findings: list[Finding]) -> Iterator[str]:
-    """Markdown."""
+    """Yield the lines of a report in Markdown."""
     described = ", ".join(f"{key} {value}" for key, value in environment().items() if isinstance(value, str))
     yield f"{described}, {mx.device_info(mx.default_device()).get('device_name', mx.default_device())}"
     if kernels is None:
-        yield "No GPU that MLX can use, and no kernels for CPUs: MLX's operations are checked here."
+        yield "MLX finds no GPU, and the kernels for CPUs are not installed: this table checks MLX's operations."
     else:
-        yield f"Custom kernels: {kernels}. Times: microseconds a call, launch included; weights mostly in cache."
+        yield f"Custom kernels: {kernels}. Times: microseconds per call, launch included; weights mostly in cache."
     yield ""
-    yield "| kernel | case | shape | type | error | ours, us | MLX, us | |"
+    yield "| kernel | case | shape | type | error | kernel, us | MLX, us | |"
     yield "|---|---|---|---|---|---|---|---|"
-    for one in findings:
-        error = "-" if one.error is None else f"{one.error:.1e}"
-        verdict = "ok" if one.passed else one.reason or f"FAILED: over {one.accepted:.0e}"
+    for found in findings:
+        error = "-" if found.error is None else f"{found.error:.1e}"
+        verdict = "ok" if found.passed else found.reason or f"FAILED: over {found.accepted:.0e}"
         yield (
-            f"| {one.kernel} | {one.case} | {one.geometry} | {one.dtype} | {error} "
-            f"| {_shown(one.microseconds)} | {_shown(one.mlx_microseconds)} | {verdict} |"
+            f"| {found.kernel} | {found.case} | {found.geometry} | {found.dtype} | {error} "
+            f"| {_shown(found.microseconds)} | {_shown(found.mlx_microseconds)} | {verdict} |"
         )
 
 

@@ -90,8 +90,8 @@ def run(config: Config, run_dir: Path) -> None:
     if profile is not None:
         machine = Machine(profile, memory)
         found = estimates(model, machine)
-        changed = [(wish, estimates(other, on)) for wish, other, on in what_ifs(model, machine)]
-        helps = {wish: best[0].tokens_per_second for wish, best in changed if best}
+        changed = [(change, estimates(other, on)) for change, other, on in what_ifs(model, machine)]
+        helps = {change: best[0].tokens_per_second for change, best in changed if best}
         for line in _profile_lines(profile):
             show(line)
         print_table(_table(found))
@@ -152,7 +152,7 @@ def _published_online(name: str) -> Mapping[str, Any]:
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = parse_config(published)
     widths = ", ".join(map(str, QUANTIZED_BITS))
-    stated, group_size = _stated_quantisation(published, folder)
+    stated, group_size = _find_quantization(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
     if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
@@ -180,11 +180,11 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     activation_bytes = activation_type().size
     scale_bytes = 2 if choose("auto").accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
-    group_size = group_size if bits == stated else GROUP_SIZE  # else it is quantised for the pack
+    group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
     return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)
 
 
-def _stated_quantisation(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
+def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
     """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs."""
     layout = None if folder is None else _layout_on_disk(folder)
     if layout is not None:

@@ -1,9 +1,9 @@
 """Run CUDA kernels on a CPU: their text, compiled by clang, on a machine of coroutines (``machine.h``).
 
-``Machine.cuda_kernel`` stands in for ``mx.fast.cuda_kernel``. What it catches, as a ``KernelFault``: threads that wait
-for each other for ever, also when few threadgroups run at once; barriers at which too many arrive; misaligned copies.
-What is read before its copy has landed, or was never written, is NaN or far off. What it cannot know: the order in
-which a GPU makes writes visible, and its speed.
+``Machine.cuda_kernel`` replaces ``mx.fast.cuda_kernel``. It raises ``KernelFault`` for threads that wait for each other
+forever, also when few threadgroups run at once, for barriers with too many arrivals, and for misaligned copies. Data
+that is read before its copy has arrived, and unwritten data, is NaN or far off. The order in which a GPU makes writes
+visible cannot be checked here.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?uint4 (\w+)\[\]")
 
 
 class Machine:
-    """Makes kernels that run here, ``at_once`` threadgroups at a time, in an order that depends on ``seed``."""
+    """Runs kernels, ``at_once`` threadgroups at a time, in an order that depends on ``seed``."""
 
     def __init__(self, at_once: int, seed: int) -> None:
         self._at_once = at_once
@@ -38,7 +38,7 @@ class Machine:
         header: str = "",
         shared_memory: int = 0,
     ) -> Callable[..., list[mx.array]]:
-        """As ``mx.fast.cuda_kernel``; the kernel runs when it is called. Inputs that it writes to change."""
+        """Return a kernel as ``mx.fast.cuda_kernel`` does; it runs at its call. Inputs that it writes to change."""
 
         def run(launch: Launch) -> None:
             arrays = [*launch.inputs, *launch.outputs]
@@ -68,7 +68,7 @@ class Machine:
 def _unit(
     names: Sequence[str], dtypes: Sequence[mx.Dtype], source: str, header: str, template: Sequence[tuple[str, Any]]
 ) -> str:
-    """A C++ file with the kernel's body as a function of the machine."""
+    """Return a C++ file with the kernel's body as a function of the machine."""
     constants = [
         f"using {name} = {C_TYPES[value]};" if isinstance(value, mx.Dtype) else f"constexpr int {name} = {value};"
         for name, value in template
@@ -88,5 +88,5 @@ def _unit(
 
 
 def _in_ptx(function: str) -> bool:
-    """Whether ``machine.h`` has this function of the dialect: clang for a CPU takes no assembly for a GPU."""
+    """Return whether ``machine.h`` replaces this function, which has assembly for a GPU."""
     return "asm" in function or "__cvta" in function

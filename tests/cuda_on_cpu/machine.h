@@ -1,7 +1,8 @@
-// Runs CUDA kernels on a CPU: every thread is a coroutine, and threads meet at barriers, shuffles and tensor cores as a
-// simdgroup does. Copies by the copy engine land later and in any order, those of a thread when it waits for them; until
-// then their target holds rubbish. Which simdgroup goes on next is drawn at random, and as few threadgroups run at once
-// as asked. Here are CUDA's own words and, under the names of custom_kernels/dialects, what is written there in PTX.
+// A machine that runs CUDA kernels on a CPU. Every thread is a coroutine; threads synchronize at barriers, shuffles and
+// tensor-core operations. Copies of the copy engine arrive later and in any order, copies of a thread when it waits for
+// them; until then their target holds garbage. The next simdgroup to run is drawn at random, and the number of
+// concurrent threadgroups is limited. This file defines CUDA's names and, under the names of custom_kernels/dialects,
+// replacements for the functions in PTX.
 
 #include <math.h>
 #include <setjmp.h>
@@ -96,7 +97,7 @@ struct OwnCopy {
 struct Threadgroup;
 struct Thread {
   ucontext_t context;
-  jmp_buf place;  // where it goes on
+  jmp_buf place;  // where it continues
   Threadgroup* group;
   int number, batches, own_copies;
   bool begun, done;
@@ -125,7 +126,7 @@ static Copy copies[MOST_COPIES];
 static int copies_under_way, threads_a_group;
 static uint64_t random_state;
 static const char* fault;
-static long events;  // of those that others may wait for
+static long events;  // number of events that other threads may wait for
 
 static inline uint drawn(uint below) {
   random_state = random_state * 6364136223846793005ull + 1442695040888963407ull;
@@ -162,7 +163,7 @@ static inline void fail(const char* what) {
 static inline Dimension place_of(int group) {
   return Dimension{group % grid.x, group / grid.x % grid.y, group / grid.x / grid.y};
 }
-// Arrays that a kernel declares as shared are static; each threadgroup has its own bytes of them while it runs.
+// Shared arrays of a kernel are static; each threadgroup has a copy of their bytes, which is swapped in while it runs.
 extern "C" char __start_shared_memory[] __attribute__((weak));
 extern "C" char __stop_shared_memory[] __attribute__((weak));
 static Threadgroup* running;
@@ -188,7 +189,7 @@ static inline void __syncthreads() {
     }
   }
 }
-// All lanes give `words` and the last to come works on them.
+// All lanes pass `words`; the last lane to arrive processes them.
 template <typename Work>
 static inline const uint* meet(const uint* given, int words, Work work) {
   Simdgroup& own = now->group->simdgroups[now->number / LANES];
@@ -382,7 +383,8 @@ static inline uint pair_of(float low, float high) {
 
 static inline float power_of_two(float x) { return exp2f(x); }
 
-// A thread's own copies (cp.async): their target is rubbish from the beginning on, and they land when they are waited for.
+// Copies of a thread (cp.async): their target is garbage from the start, and they arrive when the thread waits for
+// them.
 static inline void begin_copy(uint4* to, const void* from, bool there = true) {
   if (uintptr_t(to) % 16 || uintptr_t(from) % 16) {
     fail("a copy is not aligned to 16 bytes");
@@ -407,8 +409,8 @@ static inline void wait_for_batches() {
   }
   now->own_copies = left;
 }
-// ldmatrix: lane l gives row l % 8 of tile l / 8, and gets of each tile columns 2 c and 2 c + 1 of row g, l being 4 g + c;
-// transposed, rows 2 c and 2 c + 1 of column g.
+// ldmatrix: lane l = 4 g + c passes row l % 8 of tile l / 8, and receives columns 2 c and 2 c + 1 of row g of each
+// tile; transposed, rows 2 c and 2 c + 1 of column g.
 template <bool TRANSPOSED>
 static inline void load_matrices(uint* tiles, const uint4* row) {
   uint given[2];
@@ -460,7 +462,7 @@ static void begin(Threadgroup* group, int number, size_t shared) {
   }
 }
 
-// Run `size` threadgroups of `threads`, `at_once` at a time; null, or what went wrong.
+// Run `size` threadgroups of `threads`, `at_once` at a time; return null or an error message.
 extern "C" const char* run(void** arrays, const uint* size, int threads, int at_once, size_t shared, uint64_t seed) {
   if (threads > MOST_THREADS || threads % LANES) {
     return "the machine has no so large threadgroups";

@@ -1,11 +1,11 @@
 """Run Metal kernels on a CPU: the text that MLX generates, compiled by clang and executed under a strict checker.
 
-``metal_kernel`` stands in for ``mx.fast.metal_kernel``. What it catches, as a ``KernelFault``: address spaces that are
-mixed, accesses out of bounds or misaligned, writes to inputs, races, reads of what nobody wrote, barriers and simdgroup
-operations that not all threads reach, outputs that are not written. What it cannot know: how a real GPU orders sums
-inside ``simd_sum``, how exact its functions are, and whether Apple's compiler takes the text.
+``metal_kernel`` replaces ``mx.fast.metal_kernel``. It raises ``KernelFault`` for mixed address spaces, accesses out of
+bounds or misaligned, writes to inputs, races, reads of unwritten memory, barriers and simdgroup operations that some
+threads do not reach, and unwritten outputs. It cannot check the order of sums inside ``simd_sum`` on a real GPU, the
+accuracy of Metal's functions, and whether Apple's compiler accepts the text.
 
-``metal.h`` is the part of Metal's library that the kernels use, ``machine.cpp`` the machine that runs them.
+``metal.h`` is the part of Metal's library that the kernels use; ``machine.cpp`` runs the kernels.
 """
 
 import ctypes
@@ -28,13 +28,13 @@ _CLANG = Clang(
     _HERE, ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-mcpu=baseline", "-fno-vectorize", "-fno-slp-vectorize"]
 )
 
-_mlx_kernel = mx.fast.metal_kernel  # tests put ours in its place
+_mlx_kernel = mx.fast.metal_kernel  # tests replace it by the function below
 _in_place: set[str] = set()
 
 
 @contextmanager
 def writable(*names: str) -> Iterator[None]:
-    """Let kernels write to the inputs called ``names``; the arrays change."""
+    """Let kernels write to the inputs ``names``, whose arrays change."""
     _in_place.update(names)
     try:
         yield
@@ -45,7 +45,7 @@ def writable(*names: str) -> Iterator[None]:
 def metal_kernel(
     name: str, input_names: Sequence[str], output_names: Sequence[str], source: str, header: str = ""
 ) -> Callable[..., list[mx.array]]:
-    """As ``mx.fast.metal_kernel``; the kernel runs when it is called, on the CPU."""
+    """Return a kernel as ``mx.fast.metal_kernel`` does; it runs on the CPU at its call."""
     real = _mlx_kernel(name, list(input_names), list(output_names), source, header)
     libraries: dict[object, ctypes.CDLL] = {}
 
@@ -61,7 +61,7 @@ def metal_kernel(
                 verbose=True,
             )
 
-        # All that MLX's text depends on.
+        # MLX's text depends on shapes, types and template arguments.
         arrays = tuple((array.shape, array.dtype) for array in [*launch.inputs, *launch.outputs])
         which = (arrays, tuple(launch.template))
         if which not in libraries:
@@ -73,7 +73,7 @@ def metal_kernel(
 
 
 def _with_shapes(source: str, names: Sequence[str], arrays: Sequence[mx.array]) -> tuple[list[str], list[mx.array]]:
-    """The buffers that MLX passes for inputs: after one whose shape ``source`` asks for comes that shape."""
+    """Return the buffers that MLX passes for inputs: each array, and its shape if ``source`` reads that."""
     all_names, buffers = [], []
     for name, array in zip(names, arrays, strict=True):
         all_names.append(name)
@@ -86,7 +86,7 @@ def _with_shapes(source: str, names: Sequence[str], arrays: Sequence[mx.array]) 
 
 
 def generated_text(function: Callable[..., Any], inputs: Sequence[mx.array]) -> str:
-    """What MLX prints of the kernel in ``function`` when it is traced: its exact Metal source."""
+    """Return the Metal source that MLX prints when it traces the kernel in ``function``."""
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as printed:
         sys.stdout.flush()
         before = os.dup(1)
@@ -102,7 +102,7 @@ def generated_text(function: Callable[..., Any], inputs: Sequence[mx.array]) -> 
 
 
 def _unit(text: str) -> str:
-    """A C++ file with the kernel and one function that calls it with buffers and a position."""
+    """Return a C++ file with the kernel and a function that calls it with buffers and a position."""
     instantiation = re.compile(r"^template \[\[host_name.*\]\] \[\[kernel\]\] decltype\((.*?)\) \1;$", re.MULTILINE)
     found = instantiation.search(text)
     text = instantiation.sub("", text)

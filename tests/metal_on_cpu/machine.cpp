@@ -1,10 +1,10 @@
-// Runs a Metal kernel on the CPU, one threadgroup after the other, and checks every access to memory.
+// A machine that runs a Metal kernel on the CPU, one threadgroup after the other, and checks every memory access.
 //
-// Threads are fibers. Each runs until a barrier or a simdgroup operation, which it leaves when all that must come have
-// come. The kernel is compiled with the instrumentation of -fsanitize=thread, whose calls end here: `touch` knows all
-// buffers and who wrote and read each of their cells last. Two accesses to a cell by different threads, one of them a
-// write, are a race unless a barrier with the right flags lies between them; between threadgroups nothing helps.
-// This file is compiled once, without that instrumentation, and linked to every kernel.
+// Threads are fibers. Each runs until a barrier or a simdgroup operation, and continues when all other threads
+// concerned have arrived there. The kernel is compiled with the instrumentation of -fsanitize=thread, whose functions
+// are defined here: `touch` knows all buffers, and the last thread that wrote or read each cell. Two accesses to a cell
+// by different threads, one of them a write, are a race unless a barrier with the right flags separates them; nothing
+// separates threadgroups. This file is compiled once, without the instrumentation, and linked to every kernel.
 
 #include "metal.h"
 
@@ -28,7 +28,7 @@ constexpr uint32_t kNobody = 0, kMany = 0xffffffffu;
 constexpr uint32_t kThreadgroupMemory = 32 * 1024;  // Metal's limit
 
 struct Moment {
-  uint32_t who = kNobody;  // number in the whole grid + 1
+  uint32_t who = kNobody;  // number of the thread in the grid, plus 1
   uint32_t barriers = 0, simdgroup_barriers = 0;
 };
 struct Cell {
@@ -43,7 +43,7 @@ struct Buffer {
 };
 enum class Waiting { kNo, kThreadgroup, kSimdgroup, kExchange };
 struct Fiber {
-  jmp_buf place;  // where it goes on
+  jmp_buf place;  // where it continues
   char* stack;
   Position position;
   Waiting waiting;
@@ -62,7 +62,7 @@ static Buffer shared;
 static Fiber* fibers;
 static Simdgroup simdgroups[32];
 static int thread_count, current, arrived;
-static uint32_t first_number;            // of the running threadgroup's threads
+static uint32_t first_number;            // number of the first thread of the running threadgroup
 static uint32_t barriers[2];             // passed by the running threadgroup: device, threadgroup memory
 static void (*entry)(void**, const Position*);
 static void** arguments;
@@ -85,7 +85,7 @@ static bool same_threadgroup(const Moment& moment) {
   return moment.who > first_number && moment.who <= first_number + thread_count;
 }
 
-// Whether what happened at `moment` lies before what the current thread does now.
+// Return whether `moment` is ordered before the current thread's present access.
 static bool before(const Moment& moment, int kind) {
   if (moment.who == kNobody) return true;
   if (moment.who == kMany) return moment.barriers < barriers[kind];
@@ -96,7 +96,7 @@ static bool before(const Moment& moment, int kind) {
   return other / 32 == current / 32 && moment.simdgroup_barriers < fibers[current].simdgroup_barriers[kind];
 }
 
-// What the machine itself hands to a thread: its arguments, its position, values of other lanes.
+// Memory of the machine that threads read: arguments, positions, values of other lanes.
 static bool ours(const char* at) {
   const Position& position = fibers[current].position;
   return (at >= (char*)arguments && at < (char*)(arguments + buffer_count)) ||
@@ -144,7 +144,7 @@ static void touch(const void* address, size_t size, bool write, bool aligned) {
   const int kind = buffer == &shared;
   for (size_t cell = offset / kCell; cell <= (offset + size - 1) / kCell; cell++) {
     Cell& seen = buffer->cells[cell];
-    const bool fresh = kind && !same_threadgroup(seen.write);  // left by an earlier threadgroup
+    const bool fresh = kind && !same_threadgroup(seen.write);  // written by an earlier threadgroup
     const Moment now = {first_number + current + 1, barriers[kind], fiber.simdgroup_barriers[kind]};
     if (kind && !same_threadgroup(seen.read) && seen.read.who != kMany) seen.read = {};
     if (kind && seen.read.who == kMany && fresh) seen.read = {};
@@ -168,7 +168,7 @@ static void touch(const void* address, size_t size, bool write, bool aligned) {
   }
 }
 
-// Switches cost no system call, as those of swapcontext do.
+// Switch fibers without a system call, unlike swapcontext.
 static void pause(Fiber& fiber) {
   if (!_setjmp(fiber.place)) _longjmp(scheduler, 1);
 }
@@ -177,7 +177,7 @@ static void resume(Fiber& fiber) {
   if (!_setjmp(scheduler)) _longjmp(fiber.place, 1);
 }
 
-// Runs the kernel once for each threadgroup.
+// Run the kernel once for each threadgroup.
 static void run_fiber() {
   Fiber& fiber = fibers[current];
   while (true) {
@@ -209,7 +209,7 @@ static void wait(Waiting kind, int site, int flags) {
   pause(fiber);
 }
 
-// Lets the threads from `first` on go if all of them wait for the same thing.
+// Release the threads from `first` on if all of them wait for the same event.
 static bool release(int first, int last, Waiting kind, int* count) {
   if (*count < last - first) return false;
   for (int i = first; i < last; i++) {
@@ -300,7 +300,7 @@ const uint* metal_exchange(uint value, int site) {
 uint metal_lane() { return machine::current % 32; }
 
 extern "C" {
-// The unaligned ones are neighbouring accesses that clang has merged; what the kernel says itself claims to be aligned.
+// Clang merges adjacent accesses into unaligned ones; explicit accesses of the kernel are marked as aligned.
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}
@@ -314,15 +314,15 @@ ACCESS(1) ACCESS(2) ACCESS(4) ACCESS(8) ACCESS(16)
 #undef ACCESS
 void* __tsan_memcpy(void* to, const void* from, unsigned long size) { return memcpy(to, from, size); }
 void* __tsan_memset(void* to, int value, unsigned long size) { return memset(to, value, size); }
-// What clang calls to make a bf16; round to nearest, ties to even.
+// Convert a float to bf16, as clang's code requires: round to nearest, ties to even.
 __bf16 __truncsfbf2(float value) {
   const uint32_t bits = __builtin_bit_cast(uint32_t, value);
   const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return __builtin_bit_cast(__bf16, uint16_t(nan ? bits >> 16 | 0x40 : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16));
 }
 
-// Runs the kernel `call` on `count` buffers; null, or what went wrong. `unwritten` gets, for every buffer, the number of
-// bytes that an output has and nobody wrote, and `first` the first of them.
+// Run the kernel `call` on `count` buffers; return null or an error message. Store the number of unwritten bytes of
+// every output in `unwritten`, and the first of them in `first`.
 const char* metal_run(void (*call)(void**, const Position*), int count, const char** names, void** data,
                       const size_t* sizes, const uint8_t* writable, const uint8_t* initialised, const uint32_t* grid,
                       const uint32_t* group, size_t* unwritten, size_t* first) {

@@ -1,7 +1,7 @@
 // The part of Metal's library that the kernels use, for clang on a CPU.
 //
-// With STRICT defined the address spaces are kept apart, and mixing them is a compile error; that build is never run.
-// Without it they are erased, because clang instruments no access to another address space.
+// With STRICT defined, address spaces are distinct, and mixing them is a compile error; this build never runs. Without
+// STRICT they are erased, because clang does not instrument accesses to other address spaces.
 
 #ifdef STRICT
 #define device __attribute__((address_space(1)))
@@ -14,7 +14,7 @@
 #endif
 #define thread
 #define kernel
-// C++ has no local variables in an address space; one threadgroup runs at a time, so a static one is the same.
+// C++ has no local variables in an address space. One threadgroup runs at a time, so static variables are equivalent.
 #define SHARED static threadgroup __attribute__((section("metal_threadgroup")))
 
 typedef unsigned int uint;
@@ -35,7 +35,7 @@ VECTORS(uint)
 
 enum class mem_flags { mem_none = 0, mem_device = 1, mem_threadgroup = 2, mem_device_and_threadgroup = 3 };
 
-// Implemented in machine.cpp. Every one waits for the other threads that it concerns, at the same `site`.
+// Implemented in machine.cpp. Each function waits until all threads that it concerns are at the same `site`.
 void metal_barrier(int flags, bool whole_threadgroup, int site);
 const uint* metal_exchange(uint value, int site);
 uint metal_lane();
@@ -61,7 +61,7 @@ template <typename T>
 inline T simd_broadcast(T value, ushort lane, int site = __builtin_LINE()) {
   return as_type<T>(metal_exchange(as_type<uint>(value), site)[lane]);
 }
-// Pairwise over the lanes' bits; Metal leaves the order open.
+// Pairwise over the bits of the lane; Metal does not define the order.
 inline float simd_sum(float value, int site = __builtin_LINE()) {
   const uint* all = metal_exchange(as_type<uint>(value), site);
   float sums[32];
@@ -89,7 +89,7 @@ inline float rsqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 }  // namespace precise
 }  // namespace metal
 
-// What Metal tells a thread about itself.
+// The position of a thread.
 struct Position {
   uint3 thread_position_in_grid, thread_position_in_threadgroup, threadgroup_position_in_grid;
   uint3 threads_per_threadgroup, threadgroups_per_grid, threads_per_grid;

@@ -1,5 +1,5 @@
-// Exceptions in the loops of the pool: in the caller's part, in that of any other thread, in several at once. Each must
-// reach the caller, and the next loop must run on all threads as if nothing had been.
+// Exceptions in the loops of the pool: in the caller, in another thread, and in several threads at once. Each must reach
+// the caller, and the next loop must run on all threads as usual.
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -23,7 +23,7 @@ void require(bool condition, const char* what) {
     std::exit(1);
 }
 
-// Every thread waits until all are inside the loop, so that each of them takes part.
+// Wait until all threads are inside the loop, so that each takes part.
 void run_on_all_threads() {
     std::atomic<int> inside{0};
     std::atomic<int64_t> sum{0};
@@ -35,7 +35,7 @@ void run_on_all_threads() {
     require(sum.load() == kThreads * (kThreads + 1) / 2, "a loop after a failure");
 }
 
-// What `fails(thread)` are to throw, thrown while all threads are inside.
+// Throw in the threads for which `fails(thread)` holds, while all threads are inside the loop.
 template <typename Error, typename Fails>
 void fail(const Fails& fails, const char* what) {
     std::atomic<int> inside{0};

@@ -1,5 +1,5 @@
-// Several threads at once through every operation of the extension for CPUs, on every instruction set, compared with what
-// one thread alone finds: for sanitizers (.ci/sanitize). Buffers are exactly as long as they must be.
+// Every operation of the extension for CPUs, called by several threads at once, on every instruction set, compared with
+// the results of a single thread; for sanitizers (.ci/sanitize). Buffers have exactly the required length.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +38,7 @@ std::vector<float> noise(std::mt19937& random, int64_t count) {
     return values;
 }
 
-// Everything that the operations say of inputs drawn from `seed`.
+// Return the results of all operations on inputs drawn from `seed`.
 std::vector<float> results(int seed) {
     std::mt19937 random(seed);
     std::vector<float> all;
@@ -51,7 +51,7 @@ std::vector<float> results(int seed) {
         Weights down(random, hidden, inner, bits, group);
         std::vector<float> y(tokens * inner), other(tokens * inner), normed(tokens * inner);
         for (bool add : {false, true})
-            quantised_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
+            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
         rms_norm(y.data(), other.data(), tokens, inner, 1e-6f, normed.data());
         all.insert(all.end(), y.begin(), y.end());
         all.insert(all.end(), other.begin(), other.end());
@@ -68,12 +68,12 @@ std::vector<float> results(int seed) {
         const auto qkv = noise(random, tokens * shape.channels()), z = noise(random, tokens * shape.value_width());
         const auto b = noise(random, tokens * 4), a = noise(random, tokens * 4);
         const auto convolution = noise(random, shape.channels() * 4), rates = noise(random, 4), norm = noise(random, 16);
-        auto past = noise(random, 3 * shape.channels()), state = noise(random, 4 * 16 * 32);
+        auto conv_state = noise(random, 3 * shape.channels()), recurrent_state = noise(random, 4 * 16 * 32);
         y.assign(tokens * shape.value_width(), 0.0f);
         const DeltaLayer layer{shape, convolution.data(), rates.data(), rates.data(), norm.data(), 1e-6f};
-        gated_delta_net(layer, qkv.data(), z.data(), b.data(), a.data(), tokens, past.data(), state.data(), y.data());
+        gated_delta_net(layer, qkv.data(), z.data(), b.data(), a.data(), tokens, conv_state.data(), recurrent_state.data(), y.data());
         all.insert(all.end(), y.begin(), y.end());
-        all.insert(all.end(), state.begin(), state.end());
+        all.insert(all.end(), recurrent_state.begin(), recurrent_state.end());
 
         const int64_t start = 150;
         const AttentionShape heads{6, 2, 32, 8, start + tokens, start};

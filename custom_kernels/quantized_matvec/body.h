@@ -1,5 +1,5 @@
-// y = W x + bias for TOKENS vectors x, ROWS rows of W a threadgroup.
-// Grid: x = rows / ROWS; THREADS threads share a row, each with other chunks of its columns.
+// y = W x for TOKENS vectors x, ROWS rows of W per threadgroup.
+// Grid: x = rows / ROWS; THREADS threads share a row, and each processes some chunks of its columns.
 
 const int first = threadgroup_position_in_grid.x * ROWS;
 const uint lane = thread_index_in_simdgroup;

@@ -1,4 +1,4 @@
-// body.h on tensor cores: 16 rows a threadgroup. Grid: x = rows / 16, y = vectors; SIMDGROUPS simdgroups share the
+// body.h on tensor cores: 16 rows per threadgroup. Grid: x = rows / 16, y = vectors; SIMDGROUPS simdgroups share the
 // columns.
 
 const int token = threadgroup_position_in_grid.y;

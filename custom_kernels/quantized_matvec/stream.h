@@ -1,4 +1,4 @@
-// body.h on tensor cores, with weights brought by the copy engine (tensor_stream.h): one vector. Weights pass through
+// body.h for one vector on tensor cores, with weights from the copy engine (tensor_stream.h). Weights pass through
 // SLOTS of shared memory, BATCH times 16 rows at a time. Grid: x = any number of threadgroups, which divide the rows;
 // SIMDGROUPS simdgroups share the columns.
 
@@ -9,7 +9,7 @@ constexpr int SLOT_BYTES = ROWS * (ROW_BYTES + 2 * SCALE_BYTES);
 DYNAMIC_SHARED(memory);
 uchar* slots = (uchar*)memory;
 uchar* vector = slots + SLOTS * SLOT_BYTES;
-float* partial = (float*)(vector + staged_bytes(COLUMNS, GROUP));  // of two steps
+float* partial = (float*)(vector + staged_bytes(COLUMNS, GROUP));  // for two steps
 unsigned long long* full = (unsigned long long*)(partial + 2 * ROWS * CHUNKS);
 const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
 const int mine = thread_index_in_threadgroup;
@@ -27,7 +27,7 @@ auto ask = [&](int step) {
   bring(to + ROWS * (ROW_BYTES + SCALE_BYTES), (const uchar*)biases + row * SCALE_BYTES, rows * SCALE_BYTES, barrier);
 };
 
-// Before weights are asked for: these few bytes would wait behind all of theirs.
+// Before weights are requested: these few bytes would wait behind them.
 for (int i = mine; i < COLUMNS / 8; i += 32 * SIMDGROUPS) {
   stage<BITS, GROUP>(__ldcg((const uint4*)x + i), i, COLUMNS, vector);
 }
@@ -44,7 +44,7 @@ Stream<BITS, GROUP> weights;
 weights.begin(lane);
 weights.lay_out(2 * ROW_BYTES, ROW_BYTES, 2 * SCALE_BYTES, SCALE_BYTES);
 __syncthreads();
-int taken = -1;  // the chunk of x that registers hold
+int taken = -1;  // the chunk of x in registers
 for (int step = 0; step < steps; step++) {
   const uchar* codes = slots + step % SLOTS * SLOT_BYTES;
   const int tiles = min(BATCH, OUTPUTS / 16 - (first + step) * BATCH);
@@ -64,7 +64,7 @@ for (int step = 0; step < steps; step++) {
   if (mine == 0 && step + SLOTS < steps) {
     ask(step + SLOTS);
   }
-  const int row = mine - 32 * (SIMDGROUPS - (ROWS + 31) / 32);  // not the simdgroup that asks
+  const int row = mine - 32 * (SIMDGROUPS - (ROWS + 31) / 32);  // not in the simdgroup that requests weights
   if (row >= 0 && row < 16 * tiles) {
     float sum = 0.0f;
 #pragma unroll

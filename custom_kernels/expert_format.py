@@ -1,4 +1,4 @@
-"""Where the matrices of an expert lie in its record, and what a kernel needs of an expert that is resident."""
+"""The places of an expert's matrices in its record."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.expert_mlp.reference import ExpertWeights, Weight
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 from flashmoe_mlx.formats.arrays import MLX_DTYPES
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 
@@ -15,9 +15,16 @@ __all__ = ["PROJECTIONS", "ExpertFormat", "expert_format"]
 
 @dataclass(frozen=True)
 class ExpertFormat:
-    """The format of MLX affine records: ``offsets`` in bytes, by "gate.weight", "gate.scales" and so on.
+    """The format of records whose matrices are in MLX's affine format.
 
-    ``dtype`` is that of scales and biases.
+    Attributes:
+        hidden_size: width of a token's vector.
+        intermediate_size: width between the expert's matrices.
+        bits: width of a code.
+        group_size: codes that share a scale and a bias.
+        dtype: type of scales and biases.
+        record_bytes: size of a record, padding included.
+        offsets: offset in bytes of every component: "gate.weight", "gate.scales", "gate.biases", "up.weight", ...
     """
 
     hidden_size: int
@@ -29,23 +36,23 @@ class ExpertFormat:
     offsets: Mapping[str, int]
 
     def expert(self, record: mx.array) -> ExpertWeights:
-        """The matrices of ``record``, uint8 [record bytes], as views."""
+        """Return the matrices of ``record``, uint8 [record_bytes], as views."""
         return ExpertWeights(*(self._weight(record, projection) for projection in PROJECTIONS))
 
     def shape(self, projection: str) -> tuple[int, int]:
-        """Rows and columns of "gate", "up" or "down"."""
+        """Return rows and columns of ``projection``: "gate", "up" or "down"."""
         if projection == "down":
             return self.hidden_size, self.intermediate_size
         return self.intermediate_size, self.hidden_size
 
     def resized(self, hidden_size: int, intermediate_size: int) -> "ExpertFormat":
-        """Describe records of the same format with experts of other sizes."""
+        """Return the same format for experts of other sizes."""
         dtype = next(name for name, dtype in MLX_DTYPES.items() if dtype == self.dtype)
         form = expert_format(RecordLayout(hidden_size, intermediate_size, self.bits, self.group_size, dtype))
         assert form is not None
         return form
 
-    def _weight(self, record: mx.array, projection: str) -> Weight:
+    def _weight(self, record: mx.array, projection: str) -> QuantizedWeight:
         rows, columns = self.shape(projection)
         shapes = {"weight": (rows, columns * self.bits // 32), "scales": (rows, columns // self.group_size)}
         shapes["biases"] = shapes["scales"]
@@ -55,12 +62,12 @@ class ExpertFormat:
             offset, shape = self.offsets[f"{projection}.{name}"], shapes[name]
             return record[offset : offset + shape[0] * shape[1] * dtype.size].view(dtype).reshape(shape)
 
-        return Weight(part("weight"), part("scales"), part("biases"), self.bits, self.group_size)
+        return QuantizedWeight(part("weight"), part("scales"), part("biases"), self.bits, self.group_size)
 
 
 @cache
 def expert_format(layout: RecordLayout) -> ExpertFormat | None:
-    """Describe the records of ``layout`` to kernels; None for dense records."""
+    """Return the format of the records of ``layout``; None if they are dense."""
     if layout.bits is None or layout.group_size is None:
         return None
     return ExpertFormat(

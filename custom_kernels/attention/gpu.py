@@ -1,0 +1,192 @@
+"""The kernels of attention for GPUs.
+
+One token takes two dispatches on NVIDIA's tensor cores, else three; several tokens take one, then MLX's attention.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.attention.mlx import attention
+from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
+from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
+from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
+from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect, length_as_shape
+from flashmoe_mlx.custom_kernels.nvidia import gpu
+from flashmoe_mlx.custom_kernels.random_inputs import Geometry
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.custom_kernels.weights import AttentionWeights, rotations
+
+_CACHE = ["keys", "values", "frequencies", "seen"]
+PREPARE = Kernel(
+    __package__,
+    "prepare",
+    ["q_and_gate", "k", "v", "q_norm", "k_norm", *_CACHE],
+    ["queries"],
+    ["functions"],
+    in_place=["keys", "values"],
+)
+DECODE = Kernel(
+    __package__, "decode", ["queries", "keys", "values", "seen"], ["partial", "peaks"], ["functions", "loads"]
+)
+MERGE = Kernel(__package__, "merge", ["partial", "peaks", "q_and_gate"], ["y"], ["functions"])
+_SIMDGROUPS = 8
+_SPANS = 64
+_TILE = 32
+"""Keys of a tile on tensor cores."""
+_BF16_PRODUCTS = 8
+"""The first major compute capability whose tensor cores multiply bf16."""
+_MUCH_SHARED_MEMORY = 160 * 1024
+_BLOCKS = 128
+"""Threadgroups that fill a GPU on tensor cores, each with most of a multiprocessor's shared memory."""
+
+
+@cache
+def decode_on_tensor_cores(width: int, stages: int) -> Kernel:
+    """Return ``PREPARE`` and ``DECODE`` in one kernel, for heads of ``width``, with ``stages`` tiles in flight."""
+    return Kernel(
+        __package__,
+        "decode_tensor",
+        ["q_and_gate", "k", "v", "q_norm", "k_norm", *_CACHE],
+        ["partial", "peaks"],
+        ["functions", "mma", "tiles"],
+        in_place=["keys", "values"],
+        shared_memory=stages * _TILE * width * 2 * 2,
+    )
+
+
+def code_path(inputs: AttentionInputs) -> CodePath | None:
+    """Return the code path of ``gated_attention``; None if it does not support the inputs."""
+    weights, dtype, tokens = inputs.weights, inputs.q_and_gate.dtype, len(inputs.q_and_gate)
+    if dtype not in (mx.float32, mx.bfloat16) or weights.head_dim % 32 or weights.head_dim > 256:
+        return None
+    if tokens > 1:
+        return (tokens_phrase(tokens),)
+    return tokens_phrase(tokens), "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
+
+
+def gated_attention(inputs: AttentionInputs) -> Results:
+    """Compute ``reference.gated_attention`` for inputs with a ``code_path``; write to the caches in place.
+
+    The caches must be evaluated, contiguous, and unused by all computations still to run.
+    """
+    q_and_gate, weights, keys, values = inputs.q_and_gate, inputs.weights, inputs.keys, inputs.values
+    tokens, dtype = q_and_gate.shape[0], q_and_gate.dtype
+    heads, width = weights.heads, weights.head_dim
+    end = inputs.start + tokens
+    seen = length_as_shape(end)
+    template: dict[str, int | mx.Dtype] = {
+        "T": dtype,
+        "HEADS": heads,
+        "KV_HEADS": weights.kv_heads,
+        "DIM": width,
+    }
+    frequencies = _rotary(weights.rotary_dim, weights.theta, weights.frequencies)
+    arrays = [q_and_gate, inputs.k, inputs.v, weights.q_norm, weights.k_norm, keys, values, frequencies, seen]
+    norm_and_rotary: dict[str, int | mx.Dtype] = {"ROTARY": weights.rotary_dim, "EPS": bits_of(weights.eps)}
+    if tokens == 1 and (stages := stages_on_tensor_cores(weights, dtype)):
+        most_spans = max(32, _BLOCKS // weights.kv_heads // 32 * 32)
+        tiles = -(-end // _TILE)
+        spans = -(-tiles // -(-tiles // most_spans))
+        partial, peaks = decode_on_tensor_cores(width, stages)(
+            arrays,
+            [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
+            (spans, weights.kv_heads, 1),
+            32 * _SIMDGROUPS,
+            template
+            | norm_and_rotary
+            | {"KEYS": _TILE, "STAGES": stages, "SIMDGROUPS": _SIMDGROUPS, "MOST_SPANS": most_spans},
+        )
+        return _merged(partial, peaks, q_and_gate, template, most_spans), keys, values
+
+    (queries,) = PREPARE(
+        arrays,
+        [((1, heads, tokens, width), dtype)],
+        (heads + 2 * weights.kv_heads, tokens, 1),
+        32,
+        template | norm_and_rotary,
+    )
+    if tokens > 1:
+        # The kernel that writes the caches also returns the queries, so attention over both runs after it.
+        gate = q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1]
+        mixed = attention(queries, keys[:, :, :end], values[:, :, :end])
+        y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
+        return y.reshape(tokens, heads * width), keys, values
+
+    spans = -(-end // max(_SIMDGROUPS, -(-end // _SPANS)))
+    group = heads // weights.kv_heads
+    at_once = next(count for count in (4, 2, 1) if group % count == 0)
+    partial, peaks = DECODE(
+        [queries, keys, values, seen],
+        [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
+        (spans, heads // at_once, 1),
+        32 * _SIMDGROUPS,
+        template | {"HEADS_AT_ONCE": at_once, "WIDTH": width // 32, "SIMDGROUPS": _SIMDGROUPS},
+    )
+    return _merged(partial, peaks, q_and_gate, template, _SPANS), keys, values
+
+
+def _merged(
+    partial: mx.array, peaks: mx.array, q_and_gate: mx.array, template: dict[str, int | mx.Dtype], most_spans: int
+) -> mx.array:
+    heads, _, width = partial.shape
+    (y,) = MERGE(
+        [partial, peaks, q_and_gate],
+        [((1, heads * width), q_and_gate.dtype)],
+        (heads, width // 32, 1),
+        32 * _SIMDGROUPS,
+        template | {"SIMDGROUPS": _SIMDGROUPS, "MOST_SPANS": most_spans},
+    )
+    return y
+
+
+def stages_on_tensor_cores(weights: AttentionWeights, dtype: mx.Dtype) -> int:
+    """Return how many tiles are in flight at once if one token goes through NVIDIA's tensor cores, else 0."""
+    supported = (
+        dialect() == "cuda"
+        and dtype == weights.q_norm.dtype == weights.k_norm.dtype == mx.bfloat16
+        and weights.head_dim in (128, 256)
+        and weights.rotary_dim % 64 == 0
+        and 0 < weights.rotary_dim <= weights.head_dim
+        and weights.heads // weights.kv_heads <= 16
+    )
+    return _stages_on_this_gpu() if supported else 0
+
+
+def _stages_on_this_gpu() -> int:
+    """Return 4 where a threadgroup has at least 160 KiB of shared memory, 2 with less, 0 without bf16 products."""
+    if gpu().capability < _BF16_PRODUCTS:
+        return 0
+    return 4 if gpu().shared_memory >= _MUCH_SHARED_MEMORY else 2
+
+
+@cache
+def _rotary(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None) -> mx.array:
+    """Return revolutions per position, [rotary_dim]: rounded to f32, then the rounding errors."""
+    revolutions = rotations(rotary_dim, theta, frequencies) / (2 * np.pi)
+    rounded = revolutions.astype(np.float32)
+    host = mx.array(np.concatenate([rounded, (revolutions - rounded).astype(np.float32)]))
+    array = host * 1  # the result of an operation is in the GPU's own memory
+    mx.eval(array)
+    return array
+
+
+def samples(model: ModelShapes) -> Iterator[Sample]:
+    """Yield one token after a context and several tokens, with the true sizes of the model."""
+    for weights in model.attention[:1]:
+        geometry = Geometry(0, 0, weights.heads, weights.kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
+        for tokens, start in ((1, 300), (5, 70)):
+            drawn = attention_inputs(
+                geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
+            )
+            # A layer may have more properties, such as its rotary embedding, which stay.
+            own = replace(weights, q_norm=drawn.weights.q_norm, k_norm=drawn.weights.k_norm)
+            expected = replace(drawn, weights=own)
+            written = [mx.contiguous(cache * 1) for cache in (drawn.keys, drawn.values)]
+            mx.eval(written)
+            inputs = replace(expected, keys=written[0], values=written[1])
+            if code_path(inputs) is not None:
+                yield Sample((inputs,), (expected,))

@@ -1,0 +1,52 @@
+"""Random inputs of attention."""
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
+from flashmoe_mlx.custom_kernels.random_inputs import Geometry, RandomInputs
+from flashmoe_mlx.custom_kernels.weights import AttentionWeights
+
+
+def attention_inputs(
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    context: int,
+    tokens: int = 1,
+    seed: int = 0,
+    theta: float = 1e7,
+    eps: float = 1e-6,
+) -> AttentionInputs:
+    """Draw tokens at the end of a filled cache.
+
+    Args:
+        geometry: sizes of the layer.
+        dtype: type of activations, weights and caches.
+        context: number of tokens in the cache after the call.
+        tokens: number of tokens of the call, part of ``context``.
+        seed: seed of the random numbers.
+        theta: base of the rotary embedding.
+        eps: epsilon of the norms.
+    """
+    inputs = RandomInputs(dtype, seed)
+    weights = AttentionWeights(
+        geometry.heads,
+        geometry.kv_heads,
+        geometry.head_dim,
+        geometry.rotary_dim,
+        theta,
+        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
+        inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
+        eps,
+    )
+    width, kv_width = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
+    return AttentionInputs(
+        inputs.normal(tokens, 2 * width),
+        inputs.normal(tokens, kv_width),
+        inputs.normal(tokens, kv_width),
+        weights,
+        inputs.normal(*room),
+        inputs.normal(*room),
+        context - tokens,
+    )

@@ -1,0 +1,31 @@
+"""Products of the same vectors with several quantized matrices."""
+
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
+
+Products = Callable[[mx.array, Sequence[QuantizedWeight], mx.array | None], tuple[mx.array, ...]]
+"""Products of ``x`` [T, in] with quantized matrices [out, in]: one result [T, out] for each matrix.
+
+The last argument is a residual [T, out] to add to the product with the only matrix, or None.
+"""
+
+
+def one_by_one(product: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]) -> Products:
+    """Return ``Products`` that call ``product`` for each matrix; see ``reference.quantized_matvec``."""
+
+    def products(
+        x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None
+    ) -> tuple[mx.array, ...]:
+        results = []
+        for weight in weights:
+            assert weight.scales is not None
+            assert weight.biases is not None
+            assert weight.bits is not None
+            assert weight.group_size is not None
+            results.append(product(x, weight.weight, weight.scales, weight.biases, weight.bits, weight.group_size))
+        return tuple(results) if residual is None else (residual + results[0],)
+
+    return products

@@ -1,0 +1,153 @@
+"""The kernel of routed experts in the C++ extension: any number of tokens, from records in the host's memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels import native
+from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
+from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS, ExpertFormat
+from flashmoe_mlx.custom_kernels.native.reduced import BLOCK_GROUPS, FEW, MANY, reduced
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, format_name
+
+
+def can_fuse_shared_expert(shared: ExpertWeights) -> bool:
+    """Return whether ``routed_experts`` supports this shared expert."""
+    return all(native.supports_weight(matrix) for matrix in shared.matrices) and (
+        shared.gate.bits,
+        shared.gate.group_size,
+    ) == (shared.up.bits, shared.up.group_size)
+
+
+def code_path(
+    x: mx.array,
+    records: Sequence[memoryview],  # noqa: ARG001  # the operation's
+    rows: mx.array,  # noqa: ARG001
+    routing_weights: mx.array,  # noqa: ARG001
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,  # noqa: ARG001
+) -> CodePath | None:
+    """Return the code path of ``routed_experts``; None if it does not support the arguments.
+
+    With many tokens, a single expert may still have few; the path for many tokens includes this case.
+    """
+    if x.dtype != mx.float32 or not native.supports_matrix(form.bits, form.group_size, form.dtype):
+        return None
+    fused = ""
+    if shared is not None:
+        if not can_fuse_shared_expert(shared):
+            return None
+        formats = dict.fromkeys((shared.gate.format_name, shared.down.format_name))
+        fused = f"with a shared expert of {' and '.join(formats)}"
+    return native.tokens_phrase(len(x)), format_name(form.bits, form.group_size, form.dtype), fused
+
+
+def routed_experts(
+    x: mx.array,
+    records: Sequence[memoryview],
+    rows: mx.array,
+    routing_weights: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,
+) -> mx.array:
+    """Compute ``reference.routed_experts`` in f32 for any number of tokens.
+
+    Args:
+        x: [T, hidden].
+        records: records of experts, in place.
+        rows: index in ``records`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        routing_weights: f32 [T, K]; [T, K + 1] with a shared expert, whose weight is the last.
+        form: format of the records.
+        shared: an expert for every token, or None.
+        residual: [T, hidden] to add to the result, such as the outputs of an earlier group of experts; or None.
+    """
+    y = native.Output(x.shape, residual)
+    offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
+    scales = native.SCALES[form.dtype]
+    layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, scales, offsets)
+    matrices = None if shared is None else tuple(native.matrix(matrix) for matrix in shared.matrices)
+    native.loaded().experts(x, len(x), list(records), layout, rows, routing_weights, rows.shape[1], matrices, y.buffer)
+    return y.array()
+
+
+def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Return ``function``, which expects a slab, with the arguments of ``routed_experts``; it copies the records."""
+
+    def adapted(
+        x: mx.array,
+        records: Sequence[memoryview],
+        rows: mx.array,
+        routing_weights: mx.array,
+        form: ExpertFormat,
+        shared: ExpertWeights | None = None,
+        residual: mx.array | None = None,
+    ) -> mx.array:
+        slab = mx.array(np.stack([np.frombuffer(record, np.uint8) for record in records]))
+        y = function(x, slab, rows, routing_weights, form, shared)
+        return y if residual is None else residual + y
+
+    return adapted
+
+
+def samples(model: ModelShapes) -> Iterator[Sample]:
+    """Yield one token, few and many tokens, with and without each shared expert."""
+    form = model.experts
+    if form is None or model.dtype != mx.float32:
+        return
+    if not native.supports_matrix(form.bits, form.group_size, form.dtype):
+        return
+    inputs, form = RandomInputs(model.dtype, 0), _reduced_format(form)
+    records = [memoryview(inputs.record(form).data) for _ in range(2)]
+    fused = [shared for shared in model.shared if can_fuse_shared_expert(shared)]
+    drawn = [_reduced_expert(inputs, shared, form.hidden_size) for shared in fused]
+    for tokens, most in ((1, 1), (FEW, native.few_tokens()), (MANY, None)):
+        alone = len(fused) < len(model.shared) or model.needs_several_groups(most)
+        for shared in [*drawn, *([None] if alone else [])]:
+            yield _sample(inputs, form, records, tokens, shared)
+
+
+def _sample(
+    inputs: RandomInputs, form: ExpertFormat, records: list[memoryview], tokens: int, shared: ExpertWeights | None
+) -> Sample:
+    """Return a sample whose tokens all use one expert, and some of them a second."""
+    rows = np.full((tokens, 3), -1, np.int32)
+    rows[:, 1] = 1
+    # Their number is not a multiple of any block.
+    second = slice(0, 1) if tokens == 1 else slice(0, 2) if tokens == FEW else slice(10, 29)
+    rows[second, 0] = 0
+    x, residual = (inputs.normal(tokens, form.hidden_size) for _ in range(2))
+    weights = mx.softmax(inputs.normal(tokens, 3 + (shared is not None)), axis=-1)
+    compared = mx.array(sorted({second.start, tokens - 1}))
+    arguments = (x, records, mx.array(rows), weights, form, shared, residual)
+    expected = (
+        x[compared],
+        records,
+        mx.array(rows)[compared],
+        weights[compared],
+        form,
+        shared,
+        residual[compared],
+    )
+    return Sample(arguments, expected, lambda results: [results[0][compared]])
+
+
+def _reduced_format(form: ExpertFormat) -> ExpertFormat:
+    """Return ``form`` with the smallest sizes that have a whole block and the remainder of a row."""
+    block = BLOCK_GROUPS * form.group_size
+    return form.resized(reduced(form.hidden_size, block), reduced(form.intermediate_size, block))
+
+
+def _reduced_expert(inputs: RandomInputs, expert: ExpertWeights, hidden_size: int) -> ExpertWeights:
+    """Draw an expert in the format of ``expert``, with inputs of ``hidden_size``."""
+    assert expert.down.group_size is not None
+    inner = reduced(len(expert.gate.weight), BLOCK_GROUPS * expert.down.group_size)
+    return ExpertWeights(
+        inputs.like(expert.gate, inner, hidden_size),
+        inputs.like(expert.up, inner, hidden_size),
+        inputs.like(expert.down, hidden_size, inner),
+    )

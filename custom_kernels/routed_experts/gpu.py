@@ -1,0 +1,331 @@
+"""The kernels of routed experts for GPUs.
+
+One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else takes two.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from itertools import count
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
+from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
+from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
+
+MOST_TOKENS = {"metal": 8, "cuda": 256}
+"""With more tokens at once, applying an expert to all of its tokens together is faster.
+
+Measured on an NVIDIA H200, not yet on Metal. Prompts have any length: above 8 tokens, a kernel must not be compiled for
+the number of tokens.
+"""
+
+_CHUNK = 32
+_ROWS = 4
+_SIMDGROUPS = 4
+_MOST_SIMDGROUPS = 12
+_DEPTH = 4
+"""Steps whose weights are in flight at once."""
+_FUSED_CHUNK = 512
+_WORKERS = 8
+"""Simdgroups that multiply, in the kernel with one dispatch."""
+_STAGERS = 6
+_IN_FLIGHT = 50_000
+"""Least bytes of weights that a multiprocessor requests before the first arrive.
+
+With less, memory idles; with more, threadgroups receive each other's hidden values late.
+"""
+_MOST_SLOTS = 12
+_MOST_EXPERTS_A_PART = 8
+"""Each takes four copies; a simdgroup requests 32."""
+_COPIES = 2
+_SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
+_SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
+
+
+@cache
+def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
+    """Return the kernels of the two dispatches, with or without a shared expert, on tensor cores or not."""
+    switches = {"WITH_SHARED_EXPERT": with_shared}
+    gate_up = ["x", "slab", "rows", *(_SHARED_UP if with_shared else ())]
+    down = ["hidden", "slab", "rows", "routing_weights", *(_SHARED_DOWN if with_shared else ())]
+    headers = ["functions", "mma", "tensor_codes"] if tensor else ["functions", "loads", "codes"]
+    suffix = "_tensor" if tensor else ""
+    return (
+        Kernel(__package__, f"gate_up{suffix}", gate_up, ["hidden"], headers, switches),
+        Kernel(__package__, f"down{suffix}", down, ["y"], headers, switches),
+    )
+
+
+@cache
+def fused_kernel(with_shared: bool, shared_memory: int) -> Kernel:
+    """Return the kernel with one dispatch; ``shared_memory`` in bytes."""
+    return Kernel(
+        __package__,
+        "fused",
+        ["x", "slab", "rows", "routing_weights", "tickets", *(_SHARED_UP + _SHARED_DOWN if with_shared else ())],
+        ["y"],
+        ["functions", "mma", "copy_engine", "tensor_stream"],
+        {"WITH_SHARED_EXPERT": with_shared},
+        in_place=["tickets"],
+        shared_memory=shared_memory,
+    )
+
+
+def supports(form: ExpertFormat, dtype: mx.Dtype) -> bool:
+    """Return whether the kernels support experts of this format with activations of ``dtype``."""
+    return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+
+
+def can_fuse_shared_expert(shared: ExpertWeights, form: ExpertFormat) -> bool:
+    """Return whether the shared expert has the format of the routed experts, and so can join their dispatches."""
+    return shared.gate.weight.shape[0] == form.intermediate_size and all(
+        matrix.bits == form.bits
+        and matrix.group_size == form.group_size
+        and matrix.scales is not None
+        and matrix.scales.dtype == form.dtype
+        for matrix in shared.matrices
+    )
+
+
+def code_path(
+    x: mx.array,
+    slab: mx.array,  # noqa: ARG001  # the operation's
+    rows: mx.array,  # noqa: ARG001
+    routing_weights: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> CodePath | None:
+    """Return the code path of ``routed_experts``; None if it does not support the arguments.
+
+    On one machine, these phrases and the sizes of a model decide between one dispatch and two, and on tensor cores.
+    """
+    if len(x) > most_tokens() or not supports(form, x.dtype):
+        return None
+    if shared is not None and not can_fuse_shared_expert(shared, form):
+        return None
+    choices = routing_weights.shape[1] - (shared is not None)
+    return (
+        tokens_phrase(len(x)),
+        format_name(form.bits, form.group_size, form.dtype),
+        f"K={choices}",
+        "" if shared is None else "with the shared expert",
+    )
+
+
+def most_tokens() -> int:
+    """Return the largest number of tokens for which these kernels are used on the default device."""
+    return MOST_TOKENS.get(dialect() or "metal", 0)
+
+
+def routed_experts(
+    x: mx.array,
+    slab: mx.array,
+    rows: mx.array,
+    routing_weights: mx.array,
+    form: ExpertFormat,
+    shared: ExpertWeights | None = None,
+) -> mx.array:
+    """Compute ``reference.routed_experts`` for arguments with a ``code_path``.
+
+    More than ``MOST_TOKENS`` tokens of the device give correct results, but slowly.
+    """
+    tokens, choices = routing_weights.shape
+    template: dict[str, int | mx.Dtype] = {
+        "T": x.dtype,
+        "S": form.dtype,
+        "HIDDEN": form.hidden_size,
+        "INTERMEDIATE": form.intermediate_size,
+        "BITS": form.bits,
+        "GROUP": form.group_size,
+        "CHOICES": choices,
+        "RECORD_BYTES": form.record_bytes,
+    }
+    offsets = {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
+    plan = fused_plan(form, x.dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
+    if plan is not None:
+        own = _parts(shared.gate, shared.up, shared.down) if shared else []
+        (y,) = fused_kernel(shared is not None, plan.shared_memory)(
+            [x, slab, rows, routing_weights, _tickets(_COPIES * choices * form.intermediate_size), *own],
+            [(x.shape, x.dtype)],
+            (plan.threadgroups, 1, 1),
+            plan.threads,
+            {**template, **offsets, **plan.template},
+        )
+        return y
+
+    up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
+    down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
+
+    tensor = on_tensor_cores(form, x.dtype)
+    gate_up, down = kernels(shared is not None, tensor)
+    if tensor:
+        up_rows, up_threads = 8, 32 * _SIMDGROUPS
+        up_template = {"SIMDGROUPS": _SIMDGROUPS, "DEPTH": _DEPTH}
+        down_rows, simdgroups = 16, min(choices, _MOST_SIMDGROUPS)
+        down_template = {"SIMDGROUPS": simdgroups, "DEPTH": _DEPTH}
+    else:
+        up_rows, up_threads = _ROWS, min(256, _whole_simdgroups(form.hidden_size // _CHUNK))
+        up_template = {"ROWS": _ROWS, "THREADS": up_threads}
+        team = min(32, max(_ROWS, _power_of_two(form.intermediate_size // _CHUNK)))
+        down_rows, simdgroups = _ROWS * 32 // team, min(choices, _MOST_SIMDGROUPS)
+        down_template = {"ROWS": _ROWS, "TEAM": team, "SIMDGROUPS": simdgroups}
+    (hidden,) = gate_up(
+        [x, slab, rows, *(_parts(shared.gate, shared.up) if shared else ())],
+        [((tokens * choices, form.intermediate_size), x.dtype if tensor else mx.float32)],
+        (form.intermediate_size // up_rows, tokens * choices, 1),
+        up_threads,
+        template | up_offsets | up_template,
+    )
+    (y,) = down(
+        [hidden, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
+        [(x.shape, x.dtype)],
+        (form.hidden_size // down_rows, tokens, 1),
+        32 * simdgroups,
+        template | down_offsets | down_template,
+    )
+    return y
+
+
+def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
+    """Return whether experts run on NVIDIA's tensor cores: 2 or 4 bits, with scales and activations in bf16."""
+    return (
+        dialect() == "cuda"
+        and form.bits in (2, 4)
+        and form.group_size in (64, 128)
+        and dtype == form.dtype == mx.bfloat16
+        and form.hidden_size % 256 == 0
+        and form.intermediate_size % 256 == 0
+    )
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """The division of work of the kernel with one dispatch.
+
+    Attributes:
+        template: values of template arguments.
+        threadgroups: number of threadgroups.
+        threads: threads of a threadgroup.
+        shared_memory: shared memory of a threadgroup, in bytes.
+    """
+
+    template: Mapping[str, int]
+    threadgroups: int
+    threads: int
+    shared_memory: int
+
+
+def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, device: Gpu) -> FusedPlan | None:
+    """Plan one dispatch on tensor cores: a threadgroup per multiprocessor.
+
+    Args:
+        form: format of the experts.
+        dtype: type of activations.
+        tokens: number of tokens.
+        choices: experts per token, with the shared expert.
+        device: the GPU.
+
+    Returns:
+        None where two dispatches are necessary: several tokens, 3 bits, small groups, another type than bf16, columns
+        that are not a multiple of a chunk, and a GPU without the copy engine or enough memory.
+    """
+    hidden, intermediate = form.hidden_size, form.intermediate_size
+    if (
+        tokens > 1
+        or device.capability < COPY_ENGINE
+        or form.bits not in (2, 4, 8)
+        or form.group_size not in (64, 128)
+        or not dtype == form.dtype == mx.bfloat16
+        or hidden % _FUSED_CHUNK
+        or intermediate % _FUSED_CHUNK
+        or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
+    ):
+        return None
+    team = min(hidden // _FUSED_CHUNK, _WORKERS)
+    teams = _WORKERS // team
+    # At least two parts: most products then finish before the last hidden values arrive.
+    part = min(-(-choices // 2), _MOST_EXPERTS_A_PART, max(1, hidden // intermediate))
+    gap = 8 * form.bits  # between blocks of rows, to place them in different banks
+
+    def rows_bytes(columns: int) -> int:
+        """Return the bytes of 16 rows with their scales and biases."""
+        return 16 * (columns * form.bits // 8 + 4 * columns // form.group_size) + 2 * gap
+
+    up, down = rows_bytes(hidden), part * rows_bytes(intermediate)
+    slot = -(-max(up, down) // 128) * 128
+    products = 4 * 16 * max(hidden, part * intermediate) // _FUSED_CHUNK
+    vectors = (hidden + choices * intermediate) * (2 * form.group_size + 8) // form.group_size
+    rest = vectors + 8 * (2 + choices) + 8 * choices + 8
+    slot_and_all = slot + products + 4 * 8 + 4
+    slots = min(_MOST_SLOTS, (device.shared_memory - rest) // slot_and_all) // teams * teams
+    if slots < 2:
+        return None
+    sizes = {"SLOT_BYTES": slot, "SLOTS": slots, "BLOCK_GAP": gap, "EXPERTS_A_PART": part, "COPIES": _COPIES}
+    ahead = {"AHEAD": min(slots, -(-_IN_FLIGHT // (up // 2))), "AHEAD_DOWN": min(slots, -(-_IN_FLIGHT // down))}
+    simdgroups = {"TEAM": team, "TEAMS": teams, "STAGERS": _STAGERS}
+    threads = 32 * (team * teams + 2 + _STAGERS)
+    return FusedPlan(sizes | ahead | simdgroups, device.multiprocessors, threads, slots * slot_and_all + rest)
+
+
+_calls = count()
+
+
+@cache
+def _all_tickets(words: int) -> list[mx.array]:
+    tickets = mx.zeros((256, 64 + words), mx.uint32)
+    rows = [tickets[i : i + 1] for i in range(len(tickets))]
+    mx.eval(rows)
+    return rows
+
+
+def _tickets(words: int) -> mx.array:
+    """Return work counters for one call, and room for tagged hidden values.
+
+    A call leaves the counters as the next call needs them. Calls that run at once must not share counters; 256 calls in
+    a row have different ones. A function made by ``mx.compile`` always uses the counters of its tracing, so it must not
+    run concurrently with itself.
+    """
+    rows = _all_tickets(words)
+    return rows[next(_calls) % len(rows)]
+
+
+def _parts(*weights: QuantizedWeight) -> list[mx.array]:
+    return [part for weight in weights for part in (weight.weight, weight.scales, weight.biases) if part is not None]
+
+
+def _whole_simdgroups(threads: int) -> int:
+    return -(-threads // 32) * 32
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def samples(model: ModelShapes) -> Iterator[Sample]:
+    """Yield one token and several tokens, with and without the shared expert, with the true sizes of the model."""
+    if model.experts is None or not supports(model.experts, model.dtype):
+        return
+    inputs, form, k = RandomInputs(model.dtype, 0), model.experts, model.experts_k
+    slab = inputs.slab(form, 3)
+    fused = [shared for shared in model.shared if can_fuse_shared_expert(shared, form)]
+    drawn = [inputs.expert_like(shared) for shared in fused[:1]]
+    several = most_tokens()
+    for tokens in (1, min(several, 9)):
+        rows = np.full((tokens, k), -1, np.int32)
+        if tokens == 1:
+            rows[0] = np.arange(k) % 3
+        else:
+            rows[:, 0] = np.arange(tokens) % 3
+            rows[0, -1] = 1
+        alone = len(fused) < len(model.shared) or model.needs_several_groups(1 if tokens == 1 else several)
+        for shared in [*drawn, *([None] if alone else [])]:
+            x = inputs.normal(tokens, form.hidden_size)
+            scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)
+            yield Sample((x, slab, mx.array(rows), mx.softmax(scores, axis=-1), form, shared))
