@@ -132,10 +132,11 @@ def bits_of(value: float) -> int:
 
 @lru_cache(maxsize=16)
 def length_as_shape(length: int) -> mx.array:
-    """Return [length] bytes without a meaning, for kernels that read the shape alone, which comes with the launch."""
-    array = _ruler(1 << (length - 1).bit_length())[:length]
-    mx.eval(array)
-    return array
+    """Return [length] bytes without a meaning, for kernels that read the shape alone, which comes with the launch.
+
+    The slice stays lazy: to evaluate it would be to wait for the passes that are under way.
+    """
+    return _ruler(1 << (length - 1).bit_length())[:length]
 
 
 @cache

@@ -49,7 +49,8 @@ class MixtureOfExperts:
             whole = self.whole_layer(len(residual))
             if whole is not None:
                 assert self.in_memory is not None
-                y, chosen = self.in_memory(residual, self.router, self.shared, whole)
+                with context.clock.computing("experts"):
+                    y, chosen = self.in_memory(residual, self.router, self.shared, whole)
                 context.used.add(self.layer, chosen)
                 return y
         clock, prefetcher = context.clock, context.prefetcher

@@ -72,6 +72,10 @@ class UsedExperts:
         """Return all indices in one array, int32 [layers * T * K], lazily."""
         return mx.concatenate([chosen.reshape(-1) for chosen in self._chosen]).astype(mx.int32)
 
+    def __len__(self) -> int:
+        """Return the number of layers."""
+        return len(self._layers)
+
     def count(self, indices: npt.NDArray[np.integer]) -> None:
         """Count the uses in the store; ``indices`` are the values of ``indices()``."""
         if self._layers:
