@@ -1,6 +1,6 @@
 """Decoding without the host: where a store holds all experts on a GPU, the router's choice and the token stay there.
 
-Emulated GPUs run it on a CPU (``gpu_on_cpu``). What waits for each layer, with an observer of the routing, is the truth.
+Emulated GPUs run it on a CPU (``gpu_on_cpu``). Passes that wait for each layer, for an observer, are the truth.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +23,7 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.device_sampling import draw
 from flashmoe_mlx.generation.request import Request
+from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, Sampler, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.moe.experts import MixtureOfExperts
@@ -107,6 +108,15 @@ def assert_same_state(engine: Engine, one: Sequence, other: Sequence) -> None:
     np.testing.assert_allclose(engine.forward([7, 8], one.cache.snapshot()), expected, rtol=0, atol=1e-4)
 
 
+def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
+    """Slots for CPU kernels are outside MLX's memory."""
+    with flashmoe_mlx.load(tiny_pack, backend="resident") as engine:
+        if engine.model.kernels.routed_experts_cpu is not None:
+            assert engine.store.in_memory(0) is None
+        assert finish(engine, begin(engine, max_tokens=3))
+        assert engine.runner._steps is None
+
+
 @pytest.mark.parametrize("sampling", [SamplingOptions(), WARM], ids=["greedy", "sampled"])
 def test_tokens_counters_and_state(sampling: SamplingOptions, engine: Engine) -> None:
     expected = waiting(engine, sampling=sampling, seed=3)
@@ -160,10 +170,10 @@ def test_a_stop_token(place: int, engine: Engine) -> None:
 
 def test_the_last_token_begins_no_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    original = type(engine.model).forward
-    monkeypatch.setattr(type(engine.model), "forward", lambda *rest: passes.append(1) or original(*rest))
+    original = Runner._begin
+    monkeypatch.setattr(Runner, "_begin", lambda *rest: passes.append(1) or original(*rest))
     finish(engine, begin(engine, max_tokens=5))
-    assert len(passes) == 5
+    assert len(passes) == 4
 
 
 def test_cancelled_between_steps(engine: Engine) -> None:
@@ -183,14 +193,14 @@ def test_cancelled_within_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch
     with engine.runner.exclusive():
         engine.runner.prefill(sequence)
         engine.runner.decode([sequence])
-        original = MixtureOfExperts.__call__
+        original = MixtureOfExperts.apply
 
-        def cancel(block: MixtureOfExperts, *rest: Any) -> mx.array:
+        def cancel(block: MixtureOfExperts, *rest: Any) -> tuple[mx.array, mx.array]:
             if block.layer == 1:
                 sequence.cancel()
             return original(block, *rest)
 
-        monkeypatch.setattr(MixtureOfExperts, "__call__", cancel)
+        monkeypatch.setattr(MixtureOfExperts, "apply", cancel)
         engine.runner.decode([sequence])
     assert sequence.finish_reason == "cancelled"
     assert sequence.token_ids == expected.token_ids
@@ -269,7 +279,7 @@ def test_stores_and_policies(kind: str, tiny_pack: Path) -> None:
                 assert finish(engine, sequence) == expected.token_ids, options
                 assert counters(sequence)["hits"] == counters(expected)["misses"]
                 in_memory = options.get("prefetch", "none") == "none" and "profile" not in options
-                assert engine.runner._in_memory == in_memory
+                assert (engine.runner._steps is not None) == in_memory
 
 
 def test_slots_that_fill_up(tiny_pack: Path) -> None:
@@ -282,17 +292,8 @@ def test_slots_that_fill_up(tiny_pack: Path) -> None:
                 engine.store.fetch(layer, range(start, start + 8))
         before = engine.store.stats()
         assert finish(engine, begin(engine, max_tokens=4)) == expected
-        assert engine.runner._in_memory
+        assert engine.runner._steps is not None
         assert (engine.store.stats() - before).misses == 0
-
-
-def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
-    """Slots for CPU kernels are outside MLX's memory."""
-    with flashmoe_mlx.load(tiny_pack, backend="resident") as engine:
-        if engine.setup["kernels"].get("routed_experts", "").startswith("C++"):
-            assert engine.store.in_memory(0) is None
-        assert finish(engine, begin(engine, max_tokens=3))
-        assert not engine.runner._in_memory
 
 
 @settings(max_examples=200, deadline=None)

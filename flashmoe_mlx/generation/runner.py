@@ -15,6 +15,7 @@ from flashmoe_mlx.generation.sequence import Sequence, Step
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.steps import TracedSteps
 from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
@@ -31,15 +32,33 @@ class Runner:
     ``begin`` and ``exclusive`` may be called at any time, everything else inside ``exclusive``.
     """
 
-    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock, prefetcher: Prefetcher | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore,
+        clock: PhaseClock,
+        prefetcher: Prefetcher | None,
+        traces: bool = True,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: the model.
+            store: the store of its experts.
+            clock: measures all passes.
+            prefetcher: hints experts, or None.
+            traces: whether MLX can trace the model's kernels, so that steps can be begun before they are needed; it
+                cannot trace what replaces a kernel of routed experts.
+        """
         self.model = model
         self.store = store
         self.clock = clock
         self.observer: RoutingObserver | None = None
         """Told of every routing decision."""
         self._prefetcher = prefetcher
-        self._in_memory = False
-        """Whether the store is known to hold all layers in memory."""
+        self._traces = traces
+        self._steps: TracedSteps | None = None
+        """Known once the store holds all layers in memory."""
         self._lock = threading.Lock()
 
     def exclusive(self) -> AbstractContextManager[object]:
@@ -150,11 +169,11 @@ class Runner:
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Whether the next steps of ``sequence`` need nothing from the host."""
-        if self._used_experts() is None or not sequence.can_choose_on_device:
+        if not self._traces or self._used_experts() is None or not sequence.can_choose_on_device:
             return False
-        if not self._in_memory:  # once true, always true: a store keeps a layer that it has offered
-            self._in_memory = all(layer.experts.whole_layer(1) is not None for layer in self.model.layers)
-        return self._in_memory
+        if self._steps is None:  # a store keeps the layers that it has offered
+            self._steps = TracedSteps.of(self.model)
+        return self._steps is not None
 
     def _decode_ahead(self, sequence: Sequence) -> None:
         """Finish the step under way, or begin one; the step after it is begun first, so that the device never waits."""
@@ -183,12 +202,11 @@ class Runner:
         """
         mark = sequence.cache.mark()
         used = UsedExperts(self.store)
-        cache, guesses = [sequence.cache], [sequence.guesses]
+        context = ForwardContext(self.clock, before_layer=lambda _: _refuse_cancelled([sequence]), used=used)
+        assert self._steps is not None
         try:
-            hidden = self._hidden(
-                tokens, [1], cache, guesses, used, lambda _: _refuse_cancelled([sequence]), decoding=True
-            )
             with self.clock.computing("head"):
+                hidden = self._steps.hidden(tokens, sequence.cache, context)
                 logits = self.model.logits(hidden)[0]
                 token, number = sequence.choose_on_device(logits)
                 finite = mx.isfinite(logits).all(keepdims=True)

@@ -39,12 +39,16 @@ def _projections(model: Model) -> Iterator[Projection]:
 
 def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     mixer = layer.mixer
+    if isinstance(mixer, Attention | GatedDeltaNet) and mixer.joint is not None:
+        yield from _calls([mixer.joint])
     if isinstance(mixer, Attention):
         yield from _calls([mixer.q_proj, mixer.k_proj, mixer.v_proj])
         yield from _calls([mixer.o_proj], residual=True)
     elif isinstance(mixer, GatedDeltaNet):
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a])
         yield from _calls([mixer.out_proj], residual=True)
+    if layer.experts.router.joint is not None:
+        yield from _calls([layer.experts.router.joint])
     router = [layer.experts.router.gate, layer.experts.router.shared_gate]
     yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
     for linear in router:

@@ -51,11 +51,15 @@ class DecoderLayer:
         if context.prefetcher is not None:
             context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
-            x = self.mixer(self.kernels.rms_norm(x, self.input_norm, self.eps), caches, lengths, x)
+            x = self.mixer(self.normalize(x), caches, lengths, x)
         clock.settle("attention", x)
         x = self.experts(x, context)
         clock.settle("experts", x)
         return x
+
+    def normalize(self, x: mx.array) -> mx.array:
+        """Normalize the residual stream [T, hidden] for the mixer."""
+        return self.kernels.rms_norm(x, self.input_norm, self.eps)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,9 +48,8 @@ class MixtureOfExperts:
         if context.used is not None:
             whole = self.whole_layer(len(residual))
             if whole is not None:
-                assert self.in_memory is not None
                 with context.clock.computing("experts"):
-                    y, chosen = self.in_memory(residual, self.router, self.shared, whole)
+                    y, chosen = self.apply(residual, whole)
                 context.used.add(self.layer, chosen)
                 return y
         clock, prefetcher = context.clock, context.prefetcher
@@ -70,6 +69,11 @@ class MixtureOfExperts:
 
         groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch)
         return self.strategy(x, residual, routing, self.shared, groups)
+
+    def apply(self, residual: mx.array, whole: LayerInMemory) -> tuple[mx.array, mx.array]:
+        """Route and apply the experts of ``whole``, the result of ``whole_layer``; see ``ExpertsInMemory``."""
+        assert self.in_memory is not None
+        return self.in_memory(residual, self.router, self.shared, whole)
 
     def whole_layer(self, tokens: int) -> LayerInMemory | None:
         """Return all experts of the layer if ``tokens`` tokens can use them without waiting for the router's choice."""

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import ExpertFormat
-from flashmoe_mlx.moe.router import Router, with_shared
+from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
 
@@ -44,14 +44,13 @@ class ExpertsInMemory:
             [T, hidden] in the dtype of ``residual``, and the chosen experts, uint32 [T, K]; both lazy.
         """
         x = router.normalize(residual)
-        chosen, weights = router.choose(x)
-        shared_weight = router.shared_weight(x)
-        rows = whole.table[chosen]
+        chosen, rows, all_weights = router.choose(x, whole.table)
         if self.fuse_shared:
-            all_weights = with_shared(weights, shared_weight)
             y = self.kernel(x, whole.slab, rows, all_weights, self.form, shared.weights)
         else:
-            y = self.kernel(x, whole.slab, rows, weights, self.form, None) + shared(x, shared_weight)
+            weights, shared_weight = mx.split(all_weights, [router.experts_k], axis=-1)
+            routed = self.kernel(x, whole.slab, rows, weights, self.form, None)
+            y = routed + shared(x, shared_weight.astype(x.dtype))
         return residual + y, chosen
 
 
