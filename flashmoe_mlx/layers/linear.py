@@ -67,19 +67,16 @@ def join(linears: Sequence[Linear], rows_multiple: int = 16) -> tuple[Linear, li
         rest = mx.zeros((missing, parts[0].shape[1]), parts[0].dtype)
         return mx.contiguous(mx.concatenate([*parts, rest]))
 
-    matrix = replace(
-        first,
-        weight=joined([linear.weight for linear in linears]),
-        scales=joined([linear.scales for linear in linears if linear.scales is not None]),
-        biases=joined([linear.biases for linear in linears if linear.biases is not None]),
-    )
-    mx.eval(matrix.weight, matrix.scales, matrix.biases)
+    weight = joined([linear.weight for linear in linears])
+    scales = joined([linear.scales for linear in linears if linear.scales is not None])
+    biases = joined([linear.biases for linear in linears if linear.biases is not None])
+    mx.eval(weight, scales, biases)
     views = []
     for end, count in zip(accumulate(counts), counts, strict=True):
-        weight, scales, biases = (part[end - count : end] for part in (matrix.weight, matrix.scales, matrix.biases))
-        mx.eval(weight, scales, biases)
-        views.append(replace(first, weight=weight, scales=scales, biases=biases))
-    return matrix, views
+        parts = [part[end - count : end] for part in (weight, scales, biases)]
+        mx.eval(parts)
+        views.append(replace(first, weight=parts[0], scales=parts[1], biases=parts[2]))
+    return replace(first, weight=weight, scales=scales, biases=biases), views
 
 
 def project_all(linears: Sequence[Linear], x: mx.array, joint: Linear | None = None) -> tuple[mx.array, ...]:
