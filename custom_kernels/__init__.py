@@ -76,10 +76,18 @@ class Kernels:
 
 
 def operations() -> dict[str, Operation[..., Any]]:
-    """Find the operations: all folders whose ``__init__.py`` defines ``OPERATION``, by the operation's name."""
+    """Find the operations: all folders whose ``__init__.py`` defines ``OPERATION``, by the operation's name.
+
+    Raises:
+        ValueError: two operations have one name.
+    """
     folders = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__) if module.ispkg)
-    found = (folder.OPERATION for folder in folders if hasattr(folder, "OPERATION"))
-    return {operation.name: operation for operation in found}
+    found: dict[str, Operation[..., Any]] = {}
+    for operation in (folder.OPERATION for folder in folders if hasattr(folder, "OPERATION")):
+        if operation.name in found:
+            raise ValueError(f"{__name__}: two operations are named {operation.name}")
+        found[operation.name] = operation
+    return found
 
 
 def choose(preference: str) -> Kernels:

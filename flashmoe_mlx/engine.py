@@ -1,6 +1,5 @@
 """The Python interface: load a model, run it on tokens, generate text."""
 
-import operator
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -211,14 +210,14 @@ class Engine:
             FlashMoeError: a logit is NaN or +inf; code "bad_logits".
             EngineBusyError: another forward pass is running.
         """
-        return self._forward(self._checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
+        return self._forward(self.runner.checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
 
         The result takes 4 bytes for each token and vocabulary entry. Raises the errors of ``forward``.
         """
-        tokens = self._checked_tokens(token_ids, 0)
+        tokens = self.runner.checked_tokens(token_ids)
         size = checked_chunk(prefill_chunk)
         cache = self.new_cache()
         chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
@@ -300,7 +299,7 @@ class Engine:
             template_options=template_options,
         )
         request = Request(
-            prompt_ids=self._checked_tokens(token_ids, 0),
+            prompt_ids=token_ids,
             sampling=sampling,
             max_tokens=max_tokens,
             seed=seed,
@@ -342,18 +341,3 @@ class Engine:
             if not cache.length:
                 self._guesses = Guesses()
             return self.runner.logits(tokens, cache, self._guesses, decoding=decoding and cache.length > 0)
-
-    def _checked_tokens(self, token_ids: Sequence[SupportsIndex], before: int) -> list[int]:
-        config = self.model.config
-        tokens = [operator.index(token) for token in token_ids]
-        if not tokens:
-            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
-        for token in tokens:
-            if not 0 <= token < config.vocab_size:
-                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
-        if before + len(tokens) > config.max_context:
-            raise InputError(
-                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
-                code="prompt_too_long",
-            )
-        return tokens

@@ -105,6 +105,30 @@ def test_example_family_is_found_without_a_list() -> None:
     assert caught.value.code == "unsupported_model"
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "FAMILY = replace(FAMILY, config=Other)",
+        "FAMILY = replace(FAMILY, model_types=('new_moe',))",
+    ],
+    ids=["model_type", "config"],
+)
+def test_two_families_of_one_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
+    """The first in the order of files would hide the second."""
+    (tmp_path / "a_copy.py").write_text(
+        "from dataclasses import replace\nfrom flashmoe_mlx.models.qwen3_5_moe import FAMILY\n"
+        f"class Other(FAMILY.config): pass\n{lines}\n"
+    )
+    monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
+    families.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="several families"):
+            families()
+    finally:
+        families.cache_clear()
+        sys.modules.pop("flashmoe_mlx.models.a_copy", None)
+
+
 @pytest.mark.usefixtures("toy")
 def test_example_family_equals_the_same_qwen(tmp_path: Path) -> None:
     qwen = write_checkpoint(tmp_path / "qwen", ATTENTION_ONLY, seed=0, layout="per_expert")

@@ -314,6 +314,13 @@ def test_closing_leaves_no_piece(engine: Engine) -> None:
     assert next(generation, None) is None
 
 
+def test_closing_during_a_step_leaves_no_further_piece(engine: Engine) -> None:
+    generation = engine.generate(PROMPT, logits_processors=[lambda logits, _: (generation.close(), logits)[1]])
+    pieces = list(generation)
+    assert len(pieces) == 1
+    assert next(generation, None) is None
+
+
 @pytest.mark.parametrize(("chunk", "kept"), [(None, 0), (4, 4)])
 def test_a_trace_of_a_pass_that_was_cut_short_has_no_layers_missing(
     engine: Engine, chunk: int | None, kept: int
@@ -523,7 +530,7 @@ TOOL = {"type": "function", "function": {"name": "lamp"}}
         ({"template_options": {"a b": 1}}, "template_options: 'a b' is not the name"),
         ({"template_options": {3: 1}}, "template_options: 3 is not the name"),
         ({"template_options": [1]}, "template_options is of type list"),
-        ({"template_options": {"a": object()}}, "JSON values only"),
+        ({"template_options": {"a": object()}}, "which JSON does not have"),
         ({"tools": {}}, "tools must be a list"),
         ({"tools": "x"}, "tools must be a list"),
         ({"tools": ["x"]}, "tools[0] must be an object such as"),

@@ -21,9 +21,9 @@ from systems import needs_linux
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.device_sampling import draw
 from flashmoe_mlx.generation.request import Request
-from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, Sampler, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.moe.experts import MixtureOfExperts
@@ -114,7 +114,7 @@ def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
         if engine.model.kernels.routed_experts_cpu is not None:
             assert engine.store.in_memory(0) is None
         assert finish(engine, begin(engine, max_tokens=3))
-        assert engine.runner._steps is None
+        assert not engine.runner._ahead.ready
 
 
 @pytest.mark.parametrize("sampling", [SamplingOptions(), WARM], ids=["greedy", "sampled"])
@@ -170,8 +170,8 @@ def test_a_stop_token(place: int, engine: Engine) -> None:
 
 def test_the_last_token_begins_no_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    original = Runner._begin
-    monkeypatch.setattr(Runner, "_begin", lambda *rest: passes.append(1) or original(*rest))
+    original = StepsAhead._begin
+    monkeypatch.setattr(StepsAhead, "_begin", lambda *rest: passes.append(1) or original(*rest))
     finish(engine, begin(engine, max_tokens=5))
     assert len(passes) == 4
 
@@ -279,7 +279,7 @@ def test_stores_and_policies(kind: str, tiny_pack: Path) -> None:
                 assert finish(engine, sequence) == expected.token_ids, options
                 assert counters(sequence)["hits"] == counters(expected)["misses"]
                 in_memory = options.get("prefetch", "none") == "none" and "profile" not in options
-                assert (engine.runner._steps is not None) == in_memory
+                assert engine.runner._can_run_ahead(sequence) == in_memory
 
 
 def test_slots_that_fill_up(tiny_pack: Path) -> None:
@@ -292,7 +292,7 @@ def test_slots_that_fill_up(tiny_pack: Path) -> None:
                 engine.store.fetch(layer, range(start, start + 8))
         before = engine.store.stats()
         assert finish(engine, begin(engine, max_tokens=4)) == expected
-        assert engine.runner._steps is not None
+        assert engine.runner._ahead.ready
         assert (engine.store.stats() - before).misses == 0
 
 

@@ -56,6 +56,15 @@ def test_the_operations_of_the_package() -> None:
     }
 
 
+def test_two_operations_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_copy").mkdir()
+    (tmp_path / "a_copy" / "__init__.py").write_text("from flashmoe_mlx.custom_kernels.attention import OPERATION\n")
+    monkeypatch.setattr(custom_kernels, "__path__", [*custom_kernels.__path__, str(tmp_path)])
+    with pytest.raises(ValueError, match="attention"):
+        operations()
+    sys.modules.pop(f"{custom_kernels.__name__}.a_copy", None)
+
+
 @pytest.mark.usefixtures("example")
 def test_the_example_runs_by_mlx_on_a_cpu() -> None:
     x = mx.array([[-100.0, 0.5, 100.0]])

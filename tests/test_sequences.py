@@ -34,11 +34,12 @@ def begin(engine: Engine, prompt: list[int], **options: Any) -> Sequence:
 
 
 def run_together(engine: Engine, sequences: list[Sequence]) -> None:
-    """Prefill each sequence, then decode all that are not finished in one pass a token."""
+    """Prefill each sequence that is waiting, then decode all that are not finished in one pass a token."""
     runner = engine.runner
     with runner.exclusive():
         for sequence in sequences:
-            runner.prefill(sequence)
+            if sequence.status is Status.WAITING:
+                runner.prefill(sequence)
         while unfinished := [sequence for sequence in sequences if sequence.status is Status.DECODING]:
             runner.decode(unfinished)
 
@@ -198,6 +199,101 @@ def test_a_failed_read_ends_every_sequence_of_the_pass(engine: Engine, monkeypat
     assert raised.value.code == "broken_sequence"
 
 
+def test_a_finished_sequence_keeps_its_reason(engine: Engine) -> None:
+    sequence = begin(engine, PROMPTS[0], max_tokens=2)
+    run_together(engine, [sequence])
+    sequence.cancel()
+    with engine.runner.exclusive():
+        engine.runner.decode([sequence])
+        engine.runner.decode([])
+    assert sequence.finish_reason == sequence.metrics.finish_reason == "length"
+    assert len(sequence.token_ids) == 2
+
+
+def test_lists_that_cannot_be_decoded_change_nothing(engine: Engine) -> None:
+    expected = alone(engine, PROMPTS[0])
+    runner, sequence, waiting, broken = engine.runner, *(begin(engine, PROMPTS[0]) for _ in range(3))
+    broken.cache.broken = True
+    with runner.exclusive():
+        runner.prefill(sequence)
+        for others, code in (
+            ([sequence], "duplicate_sequence"),
+            ([waiting], "not_decoding"),
+            ([broken], "broken_sequence"),
+        ):
+            with pytest.raises(InputError) as raised:
+                runner.decode([sequence, *others])
+            assert raised.value.code == code
+        with pytest.raises(InputError) as raised:
+            runner.prefill(sequence)
+        assert raised.value.code == "not_waiting"
+    run_together(engine, [sequence])
+    run_together(engine, [waiting])
+    assert sequence.token_ids == waiting.token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [([], "empty_prompt"), ([-1], "unknown_token"), ([10**6], "unknown_token"), ([1] * 10_000, "prompt_too_long")],
+)
+def test_prompts_are_checked_for_every_sequence(engine: Engine, prompt: list[int], code: str) -> None:
+    with pytest.raises(InputError) as raised:
+        begin(engine, prompt)
+    assert raised.value.code == code
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_a_failed_choice_ends_every_sequence_of_the_pass(engine: Engine, fails_at: int) -> None:
+    """In the second pass one sequence has chosen its token, one cannot, and one was not asked."""
+    calls = 0
+
+    def fail(logits: np.ndarray, _: object) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise ZeroDivisionError
+        return logits
+
+    runner, sequences = engine.runner, [begin(engine, PROMPTS[0], processors=each) for each in ((), (fail,), ())]
+    with runner.exclusive():
+        if fails_at == 1:
+            with pytest.raises(ZeroDivisionError):
+                runner.prefill(sequences[1])
+            again: list[Any] = [lambda: runner.prefill(sequences[1])]
+        else:
+            for sequence in sequences:
+                runner.prefill(sequence)
+            with pytest.raises(ZeroDivisionError):
+                runner.decode(sequences)
+            again = [lambda one=one: runner.decode([one]) for one in sequences]
+        for step in again:
+            with pytest.raises(InputError) as raised:
+                step()
+            assert raised.value.code == "broken_sequence"
+    assert alone(engine, PROMPTS[0])
+
+
+@pytest.mark.parametrize("call", range(1, 14))
+def test_an_error_in_the_prompt_ends_the_sequence(engine: Engine, call: int) -> None:
+    """Wherever a report of progress fails, the tokens so far are never processed a second time."""
+    calls = 0
+
+    def fail(done: int, total: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise ZeroDivisionError
+
+    sampling = ChosenSampling(SamplingOptions())
+    sequence = engine.runner.begin(Request(PROMPTS[0], sampling, prefill_chunk=3), fail)
+    with engine.runner.exclusive():
+        with pytest.raises(ZeroDivisionError):
+            engine.runner.prefill(sequence)
+        for step in (lambda: engine.runner.prefill(sequence), lambda: engine.runner.decode([sequence])):
+            with pytest.raises(InputError):
+                step()
+
+
 # Log probabilities
 
 
@@ -298,3 +394,9 @@ def test_bad_options(engine: Engine, options: dict[str, Any], code: str) -> None
     with pytest.raises(InputError) as raised:
         engine.generate("Hello", **options)
     assert raised.value.code == code
+
+
+def test_a_single_stop_string_is_no_tuple_of_characters() -> None:
+    with pytest.raises(InputError) as raised:
+        Request([1], ChosenSampling(SamplingOptions()), stop="END")  # type: ignore[arg-type]
+    assert raised.value.code == "invalid_stop"

@@ -34,7 +34,8 @@ class Generation(Iterator[Piece]):
                     self._advance()
                     piece = self._text.take()
                     if piece is not None:
-                        self._ended = piece.finish_reason is not None
+                        if piece.finish_reason is not None:
+                            self._ended = True
                         return piece
             except BaseException:
                 self._ended = True  # the pass may have ended between two layers

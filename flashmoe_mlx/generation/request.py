@@ -22,7 +22,7 @@ class Request:
     """A prompt in tokens, and how to answer it.
 
     Attributes:
-        prompt_ids: the tokens of the prompt, all of them in the vocabulary.
+        prompt_ids: the tokens of the prompt, at least one; ``Runner.begin`` checks them.
         sampling: how tokens are chosen.
         max_tokens: the largest number of tokens to generate, thinking included.
         seed: makes the draws repeatable; None for different draws each time.
@@ -60,6 +60,8 @@ class Request:
                 f"logprobs={self.logprobs!r}: must be a whole number, 0 for the chosen token alone, or None for none",
                 code="invalid_logprobs",
             )
+        if type(self.stop) is not tuple:
+            raise InputError(f"stop={self.stop!r:.60}: must be a tuple of texts", code="invalid_stop")
         if len(self.stop) > _MOST_STOPS:
             raise InputError(f"stop: {len(self.stop)} texts; at most {_MOST_STOPS} are allowed", code="invalid_stop")
         for text in self.stop:

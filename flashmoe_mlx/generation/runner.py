@@ -1,21 +1,24 @@
 """Forward passes of one model, one at a time: the lock, the clock and the prefetcher that all sequences share."""
 
+import operator
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import SupportsIndex
 
 import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.errors import EngineBusyError, InputError
+from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.generation.metrics import measured_pass
 from flashmoe_mlx.generation.request import PrefillProgress, Request
-from flashmoe_mlx.generation.sequence import Sequence, Step
+from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
-from flashmoe_mlx.models.steps import TracedSteps
 from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
@@ -47,8 +50,8 @@ class Runner:
             store: the store of its experts.
             clock: measures all passes.
             prefetcher: hints experts, or None.
-            traces: whether MLX can trace the model's kernels, so that steps can be begun before they are needed; it
-                cannot trace what replaces a kernel of routed experts.
+            traces: whether MLX can trace the model's kernels, so that steps can be begun ahead; what replaces a kernel
+                of routed experts cannot be traced.
         """
         self.model = model
         self.store = store
@@ -57,8 +60,7 @@ class Runner:
         """Told of every routing decision."""
         self._prefetcher = prefetcher
         self._traces = traces
-        self._steps: TracedSteps | None = None
-        """Known once the store holds all layers in memory."""
+        self._ahead = StepsAhead(model, store, clock)
         self._lock = threading.Lock()
 
     def exclusive(self) -> AbstractContextManager[object]:
@@ -80,9 +82,13 @@ class Runner:
     def begin(
         self, request: Request, on_prefill: PrefillProgress | None = None, start: float | None = None
     ) -> Sequence:
-        """Return a sequence for ``request``, without tokens; see ``Sequence`` for the other arguments."""
+        """Return a sequence for ``request``, without tokens; see ``Sequence`` for the other arguments.
+
+        Raises:
+            InputError: the prompt is refused; see ``checked_tokens``.
+        """
         return Sequence(
-            request,
+            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
             self.model.new_cache(),
             self.model.config.max_context,
             prefetches=self._prefetcher is not None,
@@ -90,142 +96,118 @@ class Runner:
             start=start,
         )
 
+    def checked_tokens(self, token_ids: Iterable[SupportsIndex], before: int = 0) -> list[int]:
+        """Return ``token_ids``, which follow ``before`` other tokens, as plain integers.
+
+        Raises:
+            InputError: there are none (code "empty_prompt"), one is not in the vocabulary (code "unknown_token"), or
+                they exceed the context (code "prompt_too_long").
+        """
+        config = self.model.config
+        tokens = [operator.index(token) for token in token_ids]
+        if not tokens:
+            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
+        for token in tokens:
+            if not 0 <= token < config.vocab_size:
+                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
+        if before + len(tokens) > config.max_context:
+            raise InputError(
+                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
+                code="prompt_too_long",
+            )
+        return tokens
+
     def prefill(self, sequence: Sequence) -> None:
         """Process the prompt of a waiting ``sequence``, in chunks, and choose its first token.
 
         Raises:
+            InputError: the sequence is not waiting (code "not_waiting"), or an earlier pass over it failed (code
+                "broken_sequence").
             FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot go on then.
         """
+        if sequence.status is not Status.WAITING:
+            raise InputError("the prompt of this sequence was processed before", code="not_waiting")
+        _refuse_broken([sequence.cache])
         tokens, size = sequence.request.prompt_ids, sequence.request.prefill_chunk
         layers = self.model.config.num_layers
-        for start in range(0, len(tokens), size):
-            chunk = tokens[start : start + size]
+        with _ending([sequence]):
+            for start in range(0, len(tokens), size):
+                chunk = tokens[start : start + size]
 
-            def before_layer(layer: int, start: int = start, length: int = len(chunk)) -> None:
-                sequence.report(start + length * layer // layers)
-                _refuse_cancelled([sequence])
+                def before_layer(layer: int, start: int = start, length: int = len(chunk)) -> None:
+                    sequence.report(start + length * layer // layers)
+                    _refuse_cancelled([sequence])
 
-            try:
                 with measured_pass([(sequence.metrics.prefill, len(chunk))], self.store, self.clock):
                     used = self._used_experts()
-                    new = _tokens(chunk)
-                    hidden = self._hidden(new, [len(chunk)], [sequence.cache], [sequence.guesses], used, before_layer)
+                    hidden = self._hidden(
+                        chunk, [len(chunk)], [sequence.cache], [sequence.guesses], used, before_layer=before_layer
+                    )
                     if start + size < len(tokens):
                         self._evaluate("experts", hidden, [sequence.cache], used)
                         continue
                     (logits,) = self._logits(hidden[-1:], [sequence.cache], used)
                     with self.clock.phase("sample"):
                         sequence.take(logits)
-            except _CancelledError:
-                sequence.finish("cancelled")
-                return
-        sequence.report(len(tokens))
+            sequence.report(len(tokens))
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose the next token of each.
 
-        All of them must be decoding. The tokens of a sequence do not depend on its company. A cancelled sequence ends
+        Finished sequences are left out. The logits of a sequence depend on its company only by rounding, because
+        products of more rows may sum in another order: by 1e-6 of the largest logit in f32. A cancelled sequence ends
         before the pass or, if all are cancelled, at the next layer.
 
         Raises:
+            InputError: a sequence is still waiting (code "not_decoding"), is there twice (code "duplicate_sequence"),
+                or an earlier pass over it failed (code "broken_sequence"). The other sequences are as they were.
             FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can go on then.
         """
         for sequence in sequences:
-            if sequence.cancelled:
+            if sequence.cancelled and sequence.finish_reason is None:
                 sequence.finish("cancelled")
         running = [sequence for sequence in sequences if sequence.finish_reason is None]
-        try:
+        if not running:
+            return
+        caches = [sequence.cache for sequence in running]
+        _refuse_broken(caches)
+        if any(sequence.status is Status.WAITING for sequence in running):
+            raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
+        if len({id(cache) for cache in caches}) < len(caches):
+            raise InputError("a sequence is in the list twice", code="duplicate_sequence")
+        with _ending(running):
             if len(running) == 1 and self._can_run_ahead(running[0]):
-                self._decode_ahead(running[0])
+                self._ahead.decode(running[0], lambda: _refuse_cancelled(running))
                 return
-            ahead = [sequence for sequence in running if sequence.ahead is not None]
-            for sequence in ahead:
-                self._take_ahead(sequence)
-            behind = [sequence for sequence in running if sequence not in ahead]
-            if behind:
-                self._decode_now(behind)
-        except _CancelledError:
-            for sequence in running:
-                sequence.finish("cancelled")
+            begun = [sequence for sequence in running if sequence.ahead is not None]
+            for sequence in begun:
+                self._ahead.take(sequence)
+            rest = [sequence for sequence in running if sequence not in begun]
+            if rest:
+                self._decode_together(rest)
 
-    def _decode_now(self, sequences: list[Sequence]) -> None:
-        """Compute one decode step of ``sequences`` and wait for its logits."""
+    def _can_run_ahead(self, sequence: Sequence) -> bool:
+        """Whether the next steps of ``sequence`` need nothing from the host."""
+        return self._traces and sequence.can_choose_on_device and self._used_experts() is not None and self._ahead.ready
+
+    def _decode_together(self, sequences: list[Sequence]) -> None:
+        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits."""
         caches = [sequence.cache for sequence in sequences]
         with measured_pass([(sequence.metrics.decode, 1) for sequence in sequences], self.store, self.clock):
             used = self._used_experts()
             hidden = self._hidden(
-                _tokens([sequence.token_ids[-1] for sequence in sequences]),
+                [sequence.token_ids[-1] for sequence in sequences],
                 [1] * len(sequences),
                 caches,
                 [sequence.guesses for sequence in sequences],
                 used,
-                lambda _: _refuse_cancelled(sequences),
                 decoding=True,
+                before_layer=lambda _: _refuse_cancelled(sequences),
             )
             logits = self._logits(hidden, caches, used)
             with self.clock.phase("sample"):
                 for sequence, row in zip(sequences, logits, strict=True):
                     sequence.take(row)
-
-    def _can_run_ahead(self, sequence: Sequence) -> bool:
-        """Whether the next steps of ``sequence`` need nothing from the host."""
-        if not self._traces or self._used_experts() is None or not sequence.can_choose_on_device:
-            return False
-        if self._steps is None:  # a store keeps the layers that it has offered
-            self._steps = TracedSteps.of(self.model)
-        return self._steps is not None
-
-    def _decode_ahead(self, sequence: Sequence) -> None:
-        """Finish the step under way, or begin one; the step after it is begun first, so that the device never waits."""
-        with measured_pass([(sequence.metrics.decode, 1)], self.store, self.clock):
-            step = sequence.ahead or self._begin(sequence, _tokens(sequence.token_ids[-1:]))
-            sequence.ahead = step
-            following = None
-            if not sequence.one_token_left:
-                if sequence.cache.must_grow(1):
-                    self.clock.evaluate("head", step.report)  # the copy must not be made while the step writes
-                following = self._begin(sequence, step.token)
-            sequence.ahead = following
-            self._take(sequence, step)
-
-    def _take_ahead(self, sequence: Sequence) -> None:
-        """Finish the step that was begun ahead, without beginning another."""
-        assert sequence.ahead is not None
-        with measured_pass([(sequence.metrics.decode, 1)], self.store, self.clock):
-            step, sequence.ahead = sequence.ahead, None
-            self._take(sequence, step)
-
-    def _begin(self, sequence: Sequence, tokens: mx.array) -> Step:
-        """Begin a decode step with ``tokens`` uint32 [1], the latest token of ``sequence``; nothing waits for it.
-
-        If this fails, ``sequence`` is as it was.
-        """
-        mark = sequence.cache.mark()
-        used = UsedExperts(self.store)
-        context = ForwardContext(self.clock, before_layer=lambda _: _refuse_cancelled([sequence]), used=used)
-        assert self._steps is not None
-        try:
-            with self.clock.computing("head"):
-                hidden = self._steps.hidden(tokens, sequence.cache, context)
-                logits = self.model.logits(hidden)[0]
-                token, number = sequence.choose_on_device(logits)
-                finite = mx.isfinite(logits).all(keepdims=True)
-                report = mx.concatenate([token.astype(mx.int32), finite.astype(mx.int32), used.indices()])
-                mx.async_eval(report, token, *sequence.cache.arrays())  # type: ignore[no-untyped-call]
-        except BaseException:
-            sequence.cache.rewind(mark)
-            raise
-        return Step(token, logits, report, used, mark, number)
-
-    def _take(self, sequence: Sequence, step: Step) -> None:
-        """Wait for ``step`` and append its token to ``sequence``."""
-        with self.clock.computing("head"):
-            token, finite, *_ = report = np.array(step.report)
-        step.used.count(report[2:])
-        with self.clock.phase("sample"):
-            if not finite:
-                checked_logits(np.array(step.logits))  # -inf is not finite either, and excludes a token
-            sequence.accept(int(token))
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, which join the tokens in ``cache``.
@@ -240,8 +222,9 @@ class Runner:
             InputError: an earlier pass over this sequence failed; code "broken_sequence".
             FlashMoeError: an expert cannot be read, or the logits are no numbers (code "bad_logits").
         """
+        _refuse_broken([cache])
         used = self._used_experts()
-        hidden = self._hidden(_tokens(token_ids), [len(token_ids)], [cache], [guesses], used, decoding=decoding)
+        hidden = self._hidden(token_ids, [len(token_ids)], [cache], [guesses], used, decoding=decoding)
         return self._logits(hidden, [cache], used)
 
     def _used_experts(self) -> UsedExperts | None:
@@ -252,24 +235,20 @@ class Runner:
 
     def _hidden(
         self,
-        tokens: mx.array,
+        token_ids: list[int],
         lengths: list[int],
         caches: list[SequenceCache],
         guesses: list[Guesses],
         used: UsedExperts | None,
-        before_layer: Callable[[int], None] | None = None,
         *,
         decoding: bool = False,
+        before_layer: Callable[[int], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
-        if any(cache.broken for cache in caches):
-            raise InputError(
-                "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
-            )
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
         context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
-        return self.model.forward(tokens, lengths, caches, context)
+        return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
         """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass."""
@@ -279,14 +258,36 @@ class Runner:
 
     def _evaluate(self, phase: str, result: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> None:
         """Evaluate the ``result`` of a pass and its ``caches``, and count the experts that it used."""
-        indices = used.indices() if used else mx.zeros(0)
-        self.clock.evaluate(phase, result, indices, *(array for cache in caches for array in cache.arrays()))
-        if used:
-            used.count(np.array(indices))
+        arrays = [result, *(array for cache in caches for array in cache.arrays())]
+        if not used:
+            self.clock.evaluate(phase, *arrays)
+            return
+        indices = used.indices()
+        self.clock.evaluate(phase, indices, *arrays)
+        used.count(np.array(indices))
 
 
-def _tokens(token_ids: list[int]) -> mx.array:
-    return mx.array(token_ids, mx.uint32)
+@contextmanager
+def _ending(sequences: list[Sequence]) -> Iterator[None]:
+    """End ``sequences`` if the enclosed passes do: they are finished if cancelled, and cannot go on after an error."""
+    try:
+        yield
+    except _CancelledError:
+        for sequence in sequences:
+            sequence.finish("cancelled")
+    except BaseException:
+        # Also where all layers saw the same tokens: some sequences may have chosen a token, and others none.
+        for sequence in sequences:
+            sequence.ahead = None
+            sequence.cache.broken = True
+        raise
+
+
+def _refuse_broken(caches: list[SequenceCache]) -> None:
+    if any(cache.broken for cache in caches):
+        raise InputError(
+            "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
+        )
 
 
 def _refuse_cancelled(sequences: list[Sequence]) -> None:

@@ -87,7 +87,7 @@ def _recipe(variant: str) -> tuple[int, str | None]:
     match = _VARIANT.fullmatch(variant)
     if not match or (match[2] is not None and match[2] not in QUANTIZERS):
         raise InputError(
-            f"variant {variant!r} cannot be made; name for example q2, q3 or q2-minmax",
+            f"variant {variant!r} cannot be made; choose q2, q3 or q2-minmax, for example",
             code="unknown_variant",
         )
     bits, quantiser = int(match[1]), match[2]

@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -19,9 +20,18 @@ _COUNT_OF_EXPERTS = re.compile(r"(moe_)?n(um)?_(\w+_)?experts")
 
 @cache
 def families() -> tuple[Family[Any], ...]:
-    """Return all families, sorted by module: the ``FAMILY`` of each module in ``models`` that has one."""
+    """Return all families, sorted by module: the ``FAMILY`` of each module in ``models`` that has one.
+
+    Raises:
+        ValueError: two families have a ``model_type`` or a class of configurations in common.
+    """
     modules = (import_module(f"{models.__name__}.{found.name}") for found in pkgutil.iter_modules(models.__path__))
-    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    found = tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+    owned = Counter(key for family in found for key in (*family.model_types, family.config.__name__))
+    shared = [key for key, count in owned.items() if count > 1]
+    if shared:
+        raise ValueError(f"{models.__name__}: several families have {', '.join(shared)}; a model has one family")
+    return found
 
 
 def family_of(config: ModelConfig) -> Family[Any]:
