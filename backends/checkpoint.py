@@ -12,7 +12,7 @@ from flashmoe_mlx.stores.reading_store import ReadingStore
 
 
 class CheckpointStore(ReadingStore):
-    """Reads each requested expert from its pieces in the shards.
+    """A store that reads each requested expert from its pieces in the shards.
 
     A quantized checkpoint holds an expert in nine pieces; adjacent pieces are read together.
 

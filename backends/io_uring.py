@@ -10,7 +10,7 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 
 
 class UringStore(ReadingStore):
-    """Reads every requested expert through one ring; threads read only hinted experts.
+    """A store that reads every requested expert through one ring; threads read only hinted experts.
 
     Args:
         source: the location of the experts.
@@ -21,7 +21,7 @@ class UringStore(ReadingStore):
         workers: whether threads of the kernel make the reads. They help where the page cache holds the experts, which
             must then be copied.
         registered: whether the kernel pins the slots once. There are then twice as many slots from the start, so that
-            hinted experts need no new ones.
+            hinted experts need no new slots.
 
     Raises:
         BackendUnavailableError: the system is not Linux, its kernel is too old, or it forbids io_uring

@@ -1,4 +1,4 @@
-"""The pack mapped into memory: the operating system loads the pages, and bytes are copied only where MLX needs it."""
+"""The pack mapped into memory: the system loads the pages, and bytes are copied only where MLX needs a copy."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV
 
 
 class MmapStore(ExpertStore):
-    """Serves experts from a mapping of the layer files.
+    """A store that serves experts from a mapping of the layer files.
 
     CPU kernels read the mapping itself (``batch.host``), and so do Metal kernels that take single records
     (``batch.records``). MLX operations and kernels on other devices get a copy (``batch.slab``).
@@ -151,7 +151,7 @@ class _Mapping:
         while code in (errno.EINTR, errno.EAGAIN):
             code = madvise(self._address(extent), extent.nbytes, MADV_POPULATE_READ)
         if code not in (0, errno.EINVAL):  # EINVAL: a kernel before 5.14, which reads pages when they are touched
-            raise OSError(code, "the pages cannot be read (I/O error, or the file was cut short)")
+            raise OSError(code, "the pages cannot be read (I/O error, or the file was truncated)")
 
     def _address(self, extent: Extent) -> int:
         return self._bytes.ctypes.data + extent.offset

@@ -11,7 +11,7 @@ from flashmoe_mlx.stores.reading_store import ReadingStore
 
 
 class Pack2Store(ReadingStore):
-    """Reads experts of 2 bits and refuses any other width.
+    """A store that reads experts of 2 bits and refuses any other width.
 
     Args:
         source: the location of the experts.

@@ -10,7 +10,7 @@ from flashmoe_mlx.stores.thread_reader import ThreadReader
 
 
 class PreadStore(ReadingStore):
-    """Reads every requested expert with several threads, straight into its slot.
+    """A store that reads every requested expert with several threads, straight into its slot.
 
     Args:
         source: the location of the experts.

@@ -21,7 +21,7 @@ from flashmoe_mlx.stores.slots import SlotMaker, Slots, place_table, whole_layer
 
 
 class RamHybridStore(ExpertStore):
-    """Keeps experts in slots, the same number in each layer, and reads missing experts.
+    """A store that keeps experts in slots, the same number in each layer, and reads missing experts.
 
     Each layer has separate slots, because in a common pool the layers of one token would evict each other's experts.
     With an NVIDIA GPU the slots are in GPU memory. The budget does not include two things: a copy of the experts of

@@ -17,7 +17,7 @@ _BATCH = 16
 
 
 class ResidentStore(ExpertStore):
-    """Reads every expert when it is opened, so that a fetch only looks up slots.
+    """A store that reads every expert when it is opened, so that a fetch only looks up slots.
 
     Args:
         source: the location of the experts.

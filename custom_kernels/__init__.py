@@ -1,6 +1,6 @@
-"""The operations whose speed decides the speed of a model, with a plain reference for each.
+"""The operations whose speed determines the speed of a model, with a plain reference for each.
 
-Each folder with a reference is one operation; see ``operation.py`` for its parts and for what a new operation takes.
+Each folder with a reference is one operation; ``operation.py`` describes its parts and how to add an operation.
 Every implementation must equal the reference. ``choose`` selects implementations for an engine; ``check_kernels``
 compares custom kernels with the references on every code path of a model (see ``checks.py``).
 """
@@ -101,8 +101,8 @@ def choose(preference: str) -> Kernels:
         Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
-        InputError: ``preference`` is another word (code "unknown_kernels"), or an environment variable asks the
-            extension for a number of threads or instructions that it does not have.
+        InputError: ``preference`` is unknown (code "unknown_kernels"), or an environment variable requests instructions
+            that the extension does not have or an invalid number of threads.
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")

@@ -1,4 +1,4 @@
-"""Every custom kernel with inputs to run it on, in the shapes of real models and in any other shape.
+"""Every custom kernel with random inputs, in the shapes of real models and in any other shape.
 
 A case runs the kernel, MLX's implementation, and the reference in f64 on the same values.
 """
@@ -64,13 +64,13 @@ TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2}
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel on one set of inputs; each function computes its results again.
+    """One kernel on one set of inputs; every call of a function computes its results again.
 
     Attributes:
         operation: name of the operation.
         title: the inputs in words.
         dtype: type of activations.
-        nbytes: bytes that the kernel must at least read and write.
+        nbytes: the minimum number of bytes that the kernel reads and writes.
         custom: run the kernel, which may write in place into arrays that no other function reads.
         standard: run MLX's implementation.
         reference: run the reference in f64.

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...])
 CodePath = tuple[str, ...]
-"""Phrases that name a code path, such as ("one token", "4 bits in groups of 64"); empty ones are not shown."""
+"""Phrases that name a code path, such as ("one token", "4 bits in groups of 64"); empty phrases are not shown."""
 
 TOLERANCE = {mx.float32: 2e-3, mx.bfloat16: 5e-2}
 """Largest accepted difference between a kernel and its reference in the same types, relative to the largest value.
@@ -67,7 +67,7 @@ class Verdict:
         operation: name of the operation.
         path: the code path.
         runs: name of the implementation that runs on ``path``.
-        replaced: why that is not the kernel; None if it is.
+        replaced: the reason why MLX's implementation runs instead of the kernel; None if the kernel runs.
     """
 
     operation: str
@@ -105,7 +105,7 @@ class CheckedKernel(Generic[P, R]):
     maker: str = "custom kernel"
     built_for: str = ""
     _reasons: dict[CodePath, str | None] = field(default_factory=dict)
-    """Why a checked path was replaced; None where the kernel runs."""
+    """The reason why each checked path was replaced; None where the kernel runs."""
     _warned: set[CodePath] = field(default_factory=set)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -137,7 +137,7 @@ class CheckedKernel(Generic[P, R]):
         return [self._verdict(path, reason) for path, reason in reasons.items()]
 
     def _disagreement(self, sample: Sample) -> str | None:
-        """Return what is wrong with the kernel's results, or None if nothing is."""
+        """Describe the error in the kernel's results; return None if they are correct."""
         reference: Callable[..., R] = self.reference
         kernel: Callable[..., R] = self.kernel
         try:
@@ -150,7 +150,7 @@ class CheckedKernel(Generic[P, R]):
             mx.eval(got)
         except Exception as error:  # a compiler or a driver may raise anything
             return f"cannot run: {_first_line(error)}"
-        # A state in f32 that is computed from inputs in bf16 is only as exact as these.
+        # A state in f32 that is computed from inputs in bf16 is only as exact as the inputs.
         accepted = max(TOLERANCE[array.dtype] for array in got if array.dtype in TOLERANCE)
         for result, exact in zip(got, expected, strict=True):
             difference = relative_difference(result, exact)

@@ -34,7 +34,7 @@ def dialect() -> Literal["metal", "cuda"] | None:
 class Kernel:
     """The kernel in ``<body>.h`` beside the module that makes it.
 
-    Its source is the dialect's words, then ``headers``, then the body.
+    Its source consists of the dialect's definitions, ``headers``, and the body.
 
     Args:
         package: the ``__package__`` of that module.
@@ -132,9 +132,9 @@ def bits_of(value: float) -> int:
 
 @lru_cache(maxsize=16)
 def length_as_shape(length: int) -> mx.array:
-    """Return [length] bytes without a meaning, for kernels that read the shape alone, which comes with the launch.
+    """Return ``length`` undefined bytes, for kernels that read only their shape, which is passed at the launch.
 
-    The slice stays lazy: to evaluate it would be to wait for the passes that are under way.
+    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
     """
     return _ruler(1 << (length - 1).bit_length())[:length]
 

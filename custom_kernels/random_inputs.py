@@ -60,7 +60,14 @@ class RandomInputs:
         return mx.array(self._random.integers(0, 2**32, shape, np.uint32))
 
     def quantized(self, rows: int, columns: int, bits: int, group_size: int) -> QuantizedWeight:
-        """Draw a quantized matrix whose products with normal vectors have values around 1."""
+        """Draw a quantized matrix whose products with normal vectors have values around 1.
+
+        Args:
+            rows: rows of the matrix.
+            columns: columns of the matrix.
+            bits: width of a code.
+            group_size: codes that share a scale and a bias.
+        """
         groups = (rows, columns // group_size)
         return QuantizedWeight(
             self.words(rows, columns * bits // 32),
@@ -71,7 +78,7 @@ class RandomInputs:
         )
 
     def like(self, weight: QuantizedWeight, rows: int | None = None, columns: int | None = None) -> QuantizedWeight:
-        """Draw a quantized matrix in the format of ``weight``, also of its size unless ``rows``, ``columns`` say so."""
+        """Draw a quantized matrix in the format of ``weight``, by default also of its size."""
         assert weight.scales is not None
         assert weight.bits is not None
         assert weight.group_size is not None

@@ -25,7 +25,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """A model as kernels see it: of every weight only the shape, format and type count, never the values.
+    """A model as kernels see it: only the shape, format and type of each weight matter, not its values.
 
     Attributes:
         dtype: type of activations.

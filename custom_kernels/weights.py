@@ -1,4 +1,4 @@
-"""The weights of layers, as kernels take them."""
+"""The weights of layers, in the form that kernels read."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -55,11 +55,11 @@ def load(
     Args:
         model: folder of the pack or checkpoint.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
-        experts_k: routed experts a token uses; None for the model's own number.
+        experts_k: routed experts per token; None for the model's own number.
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
-        profile: evaluate every phase by itself, so that the split of the time is exact; slower.
+        profile: evaluate every phase separately, which is slower but makes the split of the time exact.
         **backend_options: options of the backend, as in its YAML.
 
     Raises:
@@ -77,7 +77,7 @@ def load(
         built = build_model(files.config, files.resident, store, k, chosen, dtype)
         prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
         if prefetcher is not None:
-            store.prefetch(0, ())  # an empty hint: memory and threads for reads ahead are taken before any clock starts
+            store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
         report = check_kernels(chosen, model_shapes(built))
     except BaseException:
         store.close()
@@ -128,11 +128,11 @@ class Engine:
     ) -> None:
         self.store = store
         self.setup = setup
-        """Experts a token, their format, kernels, prefetch, the backend with its options; fit for JSON."""
+        """Experts per token, their format, kernels, prefetch, and the backend with its options, for JSON."""
         self.sampling = sampling or PublishedSampling({}, samples=False)
         """The sampling options that the model publishes: the defaults of ``generate``."""
         self.metrics = RunMetrics()
-        """Measurements of the generation that was begun last; each ``Generation`` has its own."""
+        """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
         self.runner = Runner(model, store, PhaseClock(profile), prefetcher, traces=not setup.get("replaced_kernels"))
         """Runs several sequences together, for callers that schedule them."""
@@ -141,7 +141,8 @@ class Engine:
 
     def __repr__(self) -> str:
         config = self.model.config
-        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {self.setup['experts_k']} a token>"
+        used = self.setup["experts_k"]
+        return f"<Engine: {config.num_layers} layers, {config.num_experts} experts, {used} per token>"
 
     def __enter__(self) -> Self:
         return self
@@ -180,7 +181,7 @@ class Engine:
         return self._tokenizer
 
     def observe_routing(self, observer: RoutingObserver | None) -> None:
-        """Tell ``observer`` of every routing decision from now on; None ends that.
+        """Report every routing decision to ``observer`` from now on; None ends the reports.
 
         Raises:
             EngineBusyError: a forward pass is running.
@@ -248,9 +249,9 @@ class Engine:
         ignore_eos: bool = False,
         on_prefill: PrefillProgress | None = None,
     ) -> Generation:
-        """Begin an answer to ``prompt``: an iterator of its pieces, which computes them as they are asked for.
+        """Begin an answer to ``prompt``; return an iterator that computes its pieces on demand.
 
-        Everything is checked before this returns.
+        All arguments are checked before this method returns.
 
         Args:
             prompt: a user's message, or messages with "role" and "content".
@@ -269,13 +270,13 @@ class Engine:
             logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each
                 returns changed logits.
             prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
-            raw: send a string without the chat template, and return the text without looking for thinking in it.
+            raw: send a string without the chat template, and do not separate thinking from the text.
             system: as in ``render_prompt``, like the next three.
             tools: declarations of functions, in the form of the OpenAI API.
             enable_thinking: whether the model may think first; None leaves it to the template.
             template_options: further variables of the template.
             ignore_eos: continue after the end of the answer, for benchmarks.
-            on_prefill: told of the progress through the prompt, at least once a layer.
+            on_prefill: called with the progress through the prompt, at least once per layer.
 
         Raises:
             InputError: an option is out of range, or the prompt does not fit.
@@ -324,7 +325,7 @@ class Engine:
         enable_thinking: bool | None = None,
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """Return the tokens of a prompt as ``generate`` sends them; see there, and ``render_prompt`` for errors."""
+        """Return the tokens that ``generate`` sends for a prompt; arguments and errors are those of ``generate``."""
         text = render_prompt(
             prompt,
             self.tokenizer.chat_template,

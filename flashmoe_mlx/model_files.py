@@ -38,7 +38,7 @@ class ModelFiles:
         """Return the experts of a variant.
 
         Args:
-            name: the variant; None for the one with the most bits, and among these the first by name.
+            name: name of the variant; None for the variant with the most bits, the first by name in case of a tie.
 
         Raises:
             InputError: there is no such variant.
@@ -72,7 +72,7 @@ def open_model(folder: Path) -> ModelFiles:
         return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
     if state_folder(folder).exists():
         raise InputError(
-            f"{folder}: packing did not finish; run the same task=pack command again, it resumes",
+            f"{folder}: packing did not finish; run the same task=pack command again to resume",
             code="unfinished_pack",
         )
     if (folder / RESIDENT).exists():

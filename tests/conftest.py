@@ -22,7 +22,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
     mx.set_default_device(default)
 
 
-# TF32 is too inexact for comparisons in f32. MLX reads this variable when it first uses a GPU.
+# TF32 is not exact enough for comparisons in f32. MLX reads this variable when it first uses a GPU.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 TINY = SyntheticSizes(

@@ -25,7 +25,7 @@ Launches = Counter[str]
 
 HOPPER = nvidia.Gpu(multiprocessors=3, capability=9, shared_memory=120_000)
 AMPERE = nvidia.Gpu(multiprocessors=3, capability=8, shared_memory=160_000)
-"""Has tensor cores and no copy engine."""
+"""A GPU with tensor cores and without a copy engine."""
 FREE_MEMORY = 2**32
 
 
@@ -93,13 +93,13 @@ def _forget_kernels() -> None:
                     value.cache_clear()
 
 
-def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], other: Callable[..., Any]) -> None:
-    """Replace ``function`` by ``other`` in every module of the package."""
+def _everywhere(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Replace ``function`` by ``replacement`` in every module of the package."""
     for name, module in list(sys.modules.items()):
         if name.startswith("flashmoe_mlx"):
             for attribute, value in list(vars(module).items()):
                 if value is function:
-                    monkeypatch.setattr(module, attribute, other)
+                    monkeypatch.setattr(module, attribute, replacement)
 
 
 def _in_f32(product: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -150,7 +150,7 @@ def test_a_failed_configuration_is_skipped_afterwards(plan: Plan, monkeypatch: p
     assert failures == {"mmap": "warm, round 1: cannot read layer 1 expert 2: x at byte 3: broken"}
 
 
-def test_summaries() -> None:
+def test_summaries_hold_medians_intervals_and_ratios() -> None:
     trials = [make_trial("a", n, 1.0) for n in range(4)] + [make_trial("b", n, 0.5 + n / 10) for n in range(4)]
     first, second = summarize(trials)
     assert (first.setting, first.rounds, first.tokens_per_second, first.ratio) == ("a", 4, 1.0, 1.0)

@@ -291,8 +291,8 @@ def test_a_recorded_trace(tiny_pack: Path, tmp_path: Path) -> None:
     ("arguments", "reason"),
     [
         (["requests=some"], "requests=some: choose from uniform, zipf, trace"),
-        (["requests=trace"], "requests=trace and trace=<file> need each other"),
-        (["trace=x"], "requests=trace and trace=<file> need each other"),
+        (["requests=trace"], "requests=trace and trace=<file> must be used together"),
+        (["trace=x"], "requests=trace and trace=<file> must be used together"),
         (["requests=trace", "trace=/nowhere"], "/nowhere"),
         (["tokens=0"], "tokens=0: must be at least 1"),
         (["rounds=-1"], "rounds=-1: must be at least 1"),

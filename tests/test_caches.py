@@ -1,4 +1,4 @@
-"""Caches of sequences: size, snapshots, cutting back."""
+"""Caches of sequences: size, snapshots, trimming."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def test_a_snapshot_continues_as_the_sequence_does(engine: Engine) -> None:
     np.testing.assert_array_equal(continued(engine, snapshot, TOKENS[6:]), expected)
 
 
-def test_restore_leaves_the_snapshot_as_it_is(engine: Engine) -> None:
+def test_restore_does_not_change_the_snapshot(engine: Engine) -> None:
     cache = engine.new_cache()
     engine.forward(TOKENS[:6], cache)
     snapshot = cache.snapshot()
@@ -57,7 +57,7 @@ def test_a_snapshot_of_nothing(engine: Engine) -> None:
     np.testing.assert_array_equal(engine.forward(TOKENS, cache), expected)
 
 
-def test_a_broken_sequence_is_whole_after_restore(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restore_repairs_a_broken_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = engine.new_cache()
     engine.forward(TOKENS[:6], cache)
     snapshot = cache.snapshot()
@@ -90,7 +90,7 @@ def test_a_recurrent_state_cannot_be_cut(engine: Engine) -> None:
 
 
 def rows(tokens: int, start: int = 0) -> mx.array:
-    """Distinct values for each token, [1, 2 heads, tokens, 4]."""
+    """Return values that differ for each token, [1, 2 heads, tokens, 4]."""
     values = mx.arange(start, start + tokens, dtype=mx.float32)[None, None, :, None]
     return mx.broadcast_to(values, (1, 2, tokens, 4))
 

@@ -1,4 +1,4 @@
-"""Control groups of this process: which they are, and the cores that they allow."""
+"""Control groups of this process, and the number of cores that they allow."""
 
 from pathlib import Path
 

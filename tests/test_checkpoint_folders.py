@@ -75,7 +75,7 @@ def test_a_single_file_comes_before_shards_without_an_index(sharded: Path, singl
 
 
 @pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors"])
-def test_variants_count_only_by_themselves(name: str, single: Path, sharded: Path) -> None:
+def test_variants_count_separately(name: str, single: Path, sharded: Path) -> None:
     for folder in (single, sharded):
         (folder / INDEX).unlink(missing_ok=True)
         before = shards(folder)

@@ -322,7 +322,7 @@ def test_a_repository_without_safetensors(
     assert fake.downloads == []
 
 
-def test_a_config_is_fetched_alone(fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_the_config_is_fetched(fake: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(hub, "hf_hub_download", lambda name, file, revision: str(fake.folder / file))
     assert hub.remote_config(NAME, "model") == json.loads((fake.folder / "config.json").read_text())
 

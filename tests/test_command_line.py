@@ -71,7 +71,7 @@ def test_a_tilde_in_an_option_is_expanded() -> None:
     assert normalize_argv(["--config-dir=~/x"]) == [f"--config-dir={Path.home()}/x"]
 
 
-def test_hydras_own_keys_are_left_alone() -> None:
+def test_keys_of_hydra_are_not_changed() -> None:
     arguments = ["hydra/launcher=basic", "+hydra.job.name=y"]
     assert normalize_argv(arguments) == arguments
 
@@ -162,7 +162,7 @@ def test_awkward_texts(text: str) -> None:
         ("=4", "=4: expected key=value"),
     ],
 )
-def test_mistakes_are_named(argument: str, message: str) -> None:
+def test_messages_name_the_mistake(argument: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         normalize_argv([argument])
     assert str(raised.value).startswith(message)
@@ -243,7 +243,7 @@ assert main(["prompt=hi"]) == 1
 
 
 @pytest.mark.parametrize("task", task_names())
-def test_a_task_refuses_the_keys_of_others(task: str) -> None:
+def test_a_task_refuses_keys_of_other_tasks(task: str) -> None:
     for key in sorted(set(known_keys()) - set(keys_of(task))):
         with pytest.raises(InputError) as raised:
             normalize_argv([f"task={task}", f"{key}=1"])

@@ -61,7 +61,7 @@ def test_routed_experts(bits: int, group_size: int, k: int, shared: bool, at_onc
             assert not any(np.array(tickets)[0, 0] for tickets in routed_experts._all_tickets(k * 512)), "zero again"
 
 
-def test_routed_experts_called_again_and_again(on_hopper: gpu_on_cpu.Launches) -> None:
+def test_repeated_calls_of_routed_experts(on_hopper: gpu_on_cpu.Launches) -> None:
     """Every call resets the counters for the next call."""
     made = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, k=2, shared=False)
     first = np.array(made.custom()[0].astype(F32))

@@ -47,7 +47,7 @@ def test_a_table_and_a_record(
 
 
 @pytest.mark.parametrize(("make", "reason"), [(wrong, "FAILED: over 1e-05"), (broken, "no such device")])
-def test_what_fails_is_named_and_recorded(
+def test_failed_checks_are_named_and_recorded(
     make: partial[cases.Case],
     reason: str,
     tmp_path: Path,
@@ -91,7 +91,7 @@ sys.exit(main(["task=doctor"]))
     assert "| quantized_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in done.stdout + done.stderr
 
 
-def test_only_the_testing_package_imports_what_only_tests_need() -> None:
+def test_only_the_testing_package_imports_test_dependencies() -> None:
     root = Path(__file__).parent.parent
     files = [
         path for folder in ("flashmoe_mlx", "backends", "custom_kernels") for path in (root / folder).rglob("*.py")

@@ -98,7 +98,7 @@ def test_kernels_agree_with_the_reference(tiny_pack: Path) -> None:
         assert set(plain.setup["kernels"].values()) == {"reference"}
 
 
-def test_profile_changes_times_alone(tiny_pack: Path) -> None:
+def test_profile_changes_only_times(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, profile=True) as split, flashmoe_mlx.load(tiny_pack) as whole:
         assert generated(split, max_tokens=6) == generated(whole, max_tokens=6)
         phases = split.stats()["decode"]["phase_seconds"]
@@ -109,7 +109,7 @@ def test_profile_changes_times_alone(tiny_pack: Path) -> None:
 def test_a_decode_step_evaluates_once_a_layer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = engine.new_cache()
     engine.forward(engine.encode(PROMPT), cache)
-    engine.forward([7], cache)  # kernels are compared with their references at their first use
+    engine.forward([7], cache)  # kernels are compared with their references during loading
     calls = 0
     evaluate = mx.eval
 
@@ -229,7 +229,7 @@ def test_backends_are_checked(tiny_pack: Path, backend: Any, options: dict[str, 
     assert message in str(raised.value)
 
 
-def test_a_closed_engine_says_so(tiny_pack: Path) -> None:
+def test_a_closed_engine_raises_an_error(tiny_pack: Path) -> None:
     engine = flashmoe_mlx.load(tiny_pack)
     engine.close()
     engine.close()
@@ -237,7 +237,7 @@ def test_a_closed_engine_says_so(tiny_pack: Path) -> None:
         engine.logits([1, 2])
 
 
-def test_generation_can_be_left_and_begun_again(engine: Engine) -> None:
+def test_an_abandoned_generation_does_not_affect_the_next(engine: Engine) -> None:
     whole = generated(engine, max_tokens=6)
     pieces = engine.generate(PROMPT, max_tokens=6)
     assert isinstance(next(pieces), Piece)
@@ -245,7 +245,7 @@ def test_generation_can_be_left_and_begun_again(engine: Engine) -> None:
     assert generated(engine, max_tokens=6) == whole
 
 
-def test_models_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such folder"):
         flashmoe_mlx.load(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"neither a pack \(pack.json\) nor a checkpoint"):
@@ -291,7 +291,7 @@ def test_threads_may_share_an_engine_in_turn(tiny_pack: Path) -> None:
         engine.close()
 
 
-def test_a_pass_that_failed_spoils_its_sequence_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_breaks_only_its_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = engine.encode(PROMPT)
     expected = engine.logits(tokens)
     cache = engine.new_cache()
@@ -299,7 +299,7 @@ def test_a_pass_that_failed_spoils_its_sequence_alone(engine: Engine, monkeypatc
         patched.setattr(engine.store, "fetch", lambda layer, experts: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.forward(tokens, cache)
-    with pytest.raises(InputError, match=r"failed half-way: begin again with new_cache\(\)"):
+    with pytest.raises(InputError, match=r"failed halfway: begin again with new_cache\(\)"):
         engine.forward(tokens, cache)
     np.testing.assert_array_equal(engine.logits(tokens), expected)
 
@@ -311,7 +311,7 @@ def test_a_pass_that_failed_spoils_its_sequence_alone(engine: Engine, monkeypatc
         pytest.param("cuda", marks=pytest.mark.cuda),
     ],
 )
-def test_gpu_says_what_the_cpu_says(tiny_pack: Path, where: str) -> None:
+def test_logits_on_a_gpu_equal_logits_on_a_cpu(tiny_pack: Path, where: str) -> None:
     tokens = list(range(5, 45))
     with flashmoe_mlx.load(tiny_pack) as engine:
         assert engine.setup["activations"] == "mlx.core.bfloat16"

@@ -114,7 +114,7 @@ def test_example_family_is_found_without_a_list() -> None:
     ids=["model_type", "config"],
 )
 def test_two_families_of_one_model_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str) -> None:
-    """The first in the order of files would hide the second."""
+    """Otherwise the first family or operation in the order of files would hide the second."""
     (tmp_path / "a_copy.py").write_text(
         "from dataclasses import replace\nfrom flashmoe_mlx.models.qwen3_5_moe import FAMILY\n"
         f"class Other(FAMILY.config): pass\n{lines}\n"
@@ -175,7 +175,7 @@ def test_model_types_belong_to_one_family() -> None:
     assert len(set(model_types)) == len(model_types)
 
 
-def test_only_its_own_file_knows_a_family() -> None:
+def test_no_other_module_names_fields_of_a_family() -> None:
     """No other module has names of Qwen3.5-MoE's config.json; synthetic models import their family."""
     allowed = {"models/qwen3_5_moe.py", "models/other_models.py"}
     package = ROOT / "flashmoe_mlx"

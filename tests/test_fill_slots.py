@@ -11,7 +11,7 @@ def random_bytes(seed: int, count: int, size: int) -> mx.array:
     return mx.array(np.random.default_rng(seed).integers(0, 256, (count, size), np.uint8))
 
 
-def test_the_reference() -> None:
+def test_the_reference_overwrites_the_given_rows() -> None:
     slots = [4, 0]
     slab, records = random_bytes(0, 5, 32), random_bytes(1, 3, 32)
     expected = np.array(slab)
@@ -26,7 +26,7 @@ def test_the_reference() -> None:
 @pytest.mark.parametrize("size", [16, 4096, 32768, 7_077_888])
 def test_in_place_equals_the_reference(slots: tuple[int, ...], size: int) -> None:
     slab, records, rows = random_bytes(0, 7, size), random_bytes(1, 4, size), mx.array(slots, mx.int32)
-    slab = slab + mx.array(0, mx.uint8)  # the output of an operation is in the GPU's own memory
+    slab = slab + mx.array(0, mx.uint8)  # the output of an operation is in the memory of the GPU
     mx.eval(slab)
     expected = np.array(reference.fill_slots(slab, records, rows))
     fill_slots(slab, records, rows)

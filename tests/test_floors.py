@@ -32,13 +32,13 @@ FLOORS = (
     ("__main__",),
     ("testing",),
 )
-"""Rooms of the package from the ground up; rooms of one floor do not import each other."""
+"""Rooms of the package, the lowest floor first; rooms of one floor do not import each other."""
 ALLOWED_FROM_BACKENDS = {"errors", "paths", "formats", "stores"}
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+    """Return every module of the package by its dotted name."""
     found = {}
     for base in ("flashmoe_mlx", "backends", "custom_kernels"):
         for path in sorted((ROOT / base).rglob("*.py")):
@@ -51,15 +51,15 @@ MODULES = modules()
 
 
 def imports(name: str) -> Iterator[str]:
-    """The modules of the package that ``name`` imports when it is imported itself, or inside a function.
+    """Yield the modules of the package that ``name`` imports, at its import or inside a function.
 
-    Also imports for type checkers, relative imports, and calls of ``import_module`` that name a module.
+    This includes imports for type checkers, relative imports, and calls of ``import_module`` that name a module.
     """
     yield from imports_of(MODULES[name].read_text(), name, is_package=MODULES[name].name == "__init__.py")
 
 
 def imports_of(source: str, name: str, *, is_package: bool = False) -> Iterator[str]:
-    """The modules of the package that ``source``, the text of the module ``name``, imports."""
+    """Yield the modules of the package that ``source``, the text of the module ``name``, imports."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
             above = name.split(".")[: (1 if is_package else 0) - node.level or None] if node.level else []
@@ -80,7 +80,7 @@ def imports_of(source: str, name: str, *, is_package: bool = False) -> Iterator[
 
 
 def room(name: str) -> str:
-    """The room of a module: the first part of its name inside the package; empty for the package itself."""
+    """Return the room of a module: the first part of its name inside the package; empty for the package itself."""
     return name.partition(".")[2].partition(".")[0]
 
 
@@ -97,7 +97,7 @@ def test_a_module_imports_from_its_own_floor_and_below(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "backends"])
-def test_a_backend_imports_formats_and_stores_alone(name: str) -> None:
+def test_a_backend_imports_only_formats_and_stores(name: str) -> None:
     assert {room(target) for target in imports(name)} <= ALLOWED_FROM_BACKENDS
 
 
@@ -132,7 +132,7 @@ def test_every_way_to_import_is_seen(source: str) -> None:
 
 
 def test_folders_of_the_checkout_are_imported_under_the_name_of_the_package() -> None:
-    """``import backends`` works in the folder of a checkout alone."""
+    """``import backends`` works only in the folder of a checkout."""
     for name, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

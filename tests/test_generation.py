@@ -108,7 +108,7 @@ def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Gene
 
 
 def test_an_interrupt_cannot_leave_the_engine_locked(engine: Engine) -> None:
-    """``with`` takes and releases a lock of C in steps that no signal handler can come between."""
+    """No signal handler can run between the steps in which ``with`` takes and releases a lock implemented in C."""
     context = engine.runner.exclusive()
     assert isinstance(context, type(threading.Lock()))
     assert not context.locked()
@@ -166,7 +166,7 @@ def test_interleaved_generations_keep_their_answers_and_measurements(tiny_pack: 
                     open_ones.remove(index)
                 else:
                     found[index] += piece.token_ids
-        assert [(tokens, counts(one)) for tokens, one in zip(found, generations, strict=True)] == alone
+        assert [(tokens, counts(generation)) for tokens, generation in zip(found, generations, strict=True)] == alone
 
 
 # Cancellation and progress
@@ -373,11 +373,11 @@ def test_guesses_are_counted_by_phase(
     assert stats["guesses"]["predicted"] == counted[policy] * TINY.experts_per_token
 
 
-# Logits by which no token can be chosen
+# Logits from which no token can be chosen
 
 
 @pytest.mark.parametrize(("value", "place"), [(np.nan, 3), (np.inf, 3), (-np.inf, slice(None))])
-def test_bad_logits_are_refused_everywhere(
+def test_bad_logits_are_refused_by_every_caller(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, value: float, place: int | slice
 ) -> None:
     compute = Model.logits
@@ -416,7 +416,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(spoken))
 
 
-def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thinking_is_separated_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with flashmoe_mlx.load(thinking_model) as engine:
         text = "Let me see.\n</think>\n\nIt is 4."
         spoken = engine.tokenizer.encode(text)
@@ -436,7 +436,7 @@ def test_thinking_comes_apart_from_the_answer(thinking_model: Path, monkeypatch:
         assert "".join(piece.text for piece in pieces) == ""
         assert "".join(piece.reasoning for piece in pieces) == "Let me s"
 
-        scripted(monkeypatch, spoken)  # raw text is not looked into
+        scripted(monkeypatch, spoken)  # raw text is not searched
         pieces = list(engine.generate("<think>\n", raw=True, max_tokens=len(spoken)))
         assert "".join(piece.text for piece in pieces) == text
 
@@ -470,7 +470,7 @@ def test_thinking_is_switched_by_the_template(thinking_model: Path) -> None:
     ],
 )
 def test_a_template_that_does_not_read_enable_thinking(tmp_path: Path, template: str, fulfilled: set[bool]) -> None:
-    """A request for the template's own behavior is no mistake; any other value would have no effect."""
+    """A value that the template fulfills anyway is accepted; any other value would have no effect."""
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", template)) as engine:
         for thinking in (False, True):
             options: dict[str, Any]
@@ -563,7 +563,7 @@ def test_a_second_system_message(engine: Engine) -> None:
     assert raised.value.code == "invalid_system"
 
 
-def test_a_model_without_a_template_says_so(tmp_path: Path, engine: Engine) -> None:
+def test_a_missing_template_is_reported(tmp_path: Path, engine: Engine) -> None:
     assert "chat template" not in (engine.setup["note"] or "")
     with flashmoe_mlx.load(checkpoint(tmp_path / "model")) as bare:
         assert "this model has no chat template" in bare.setup["note"]
@@ -580,7 +580,7 @@ def test_a_model_without_a_template_says_so(tmp_path: Path, engine: Engine) -> N
 # Sampling as the model publishes it
 
 
-def test_a_model_samples_as_it_publishes(tmp_path: Path) -> None:
+def test_published_sampling_is_the_default(tmp_path: Path) -> None:
     settings = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95}
     with flashmoe_mlx.load(checkpoint(tmp_path / "model", settings=settings)) as engine:
 

@@ -38,7 +38,7 @@ Logits = npt.NDArray[np.float32]
 Device = Callable[..., AbstractContextManager[Launches]]
 
 PROMPT = [int(token) for token in np.random.default_rng(7).integers(5, 250, 20)]
-"""Longer than the most tokens of any kernel for decode steps; ``most_tokens`` lowers CUDA's 256."""
+"""A prompt longer than the limit of any kernel for decode steps; ``most_tokens`` lowers CUDA's limit of 256."""
 STEPS = (65, 66, 67)
 EXACT = 1e-4
 """Largest difference of logits in f32, relative to the largest logit; correct kernels give 3e-6."""
@@ -63,7 +63,7 @@ WHOLE_CHUNKS = SyntheticSizes(
     bits=4,
     seed=0,
 )
-"""The smallest model whose every product goes through tensor cores and the copy engine."""
+"""The smallest model all of whose products use tensor cores and the copy engine."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,14 +77,14 @@ def whole_chunks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic_pack("whole-chunks", WHOLE_CHUNKS, tmp_path_factory.mktemp("cache")).folder
 
 
-def said(
+def compute_logits(
     pack: Path,
     prompt: Sequence[int] = PROMPT,
     steps: Sequence[int] = STEPS,
     launches: Launches | None = None,
     **options: Any,
 ) -> Logits:
-    """Return the logits of a prompt and of each step after it; ``launches`` forgets the checks made by loading."""
+    """Return the logits of a prompt and of each step after it; ``launches`` excludes launches during loading."""
     with flashmoe_mlx.load(pack, **options) as engine:
         if launches is not None:
             launches.clear()
@@ -103,7 +103,7 @@ def difference(got: Logits, expected: Logits) -> float:
 @pytest.fixture(scope="module")
 def expected(tiny_pack: Path) -> Logits:
     """The logits of the references on a CPU."""
-    return said(tiny_pack, kernels="reference")
+    return compute_logits(tiny_pack, kernels="reference")
 
 
 def ran(launches: Launches, *kernels: str) -> bool:
@@ -133,7 +133,7 @@ def hybrid(slots_a_layer: int, **options: Any) -> dict[str, Any]:
 )
 def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.metal(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
-        launches.clear()  # those of the checks
+        launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS)
         assert engine.setup["kernels"]["gated_delta_net of prompts"] == "mx.fast.gated_delta_update"
@@ -153,7 +153,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
         filled = "fill_slots" in launches  # stores that keep everything fill their slots once, when they are opened
-        launches.clear()  # those of the checks
+        launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
         assert "custom kernel dense_experts" in engine.setup["kernels"].values()
@@ -165,14 +165,14 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
 @pytest.mark.parametrize("slots", [5, 16])
-def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tiny_pack: Path) -> None:
+def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: int, tiny_pack: Path) -> None:
     """In bf16, the type of scales. Every token uses all experts, because rounding a score may change a choice."""
     options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}
     with device() as launches:
-        got = said(tiny_pack, launches=launches, **options)
+        got = compute_logits(tiny_pack, launches=launches, **options)
         assert ran(launches, *SHARED)
         assert ran(launches, *SPLIT) == (slots < TINY.num_experts), "the first group takes it along"
-        rounded = said(tiny_pack, kernels="reference", **options)
+        rounded = compute_logits(tiny_pack, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
 
@@ -193,18 +193,18 @@ def test_the_shared_expert_joins_the_routed_ones(device: Device, slots: int, tin
 def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) -> None:
     options = {"backend": "resident", "prompt": PROMPT[:2], "steps": STEPS[:2]}
     with gpu_on_cpu.cuda(gpu=gpu) as launches:
-        got = said(whole_chunks, launches=launches, **options)
+        got = compute_logits(whole_chunks, launches=launches, **options)
         assert ran(launches, *kernels)
-        rounded = said(whole_chunks, kernels="reference", **options)
+        rounded = compute_logits(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
     pack = synthetic_pack("long", replace(TINY, max_context=512), tmp_path).folder
     prompt = (PROMPT * 13)[:254]
-    expected = said(pack, prompt=prompt, kernels="mlx")
+    expected = compute_logits(pack, prompt=prompt, kernels="mlx")
     with gpu_on_cpu.metal(mx.float32):
-        assert difference(said(pack, prompt=prompt), expected) < EXACT
+        assert difference(compute_logits(pack, prompt=prompt), expected) < EXACT
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
@@ -262,7 +262,7 @@ def test_the_probe_checks_kernels_for_every_k_that_it_measures(
 def test_doctor_examines_the_kernels_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA alike."""
+    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA equally."""
     small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)

@@ -1,4 +1,4 @@
-"""Kernels are checked at load, on every code path that a model takes, and the report says what runs."""
+"""Kernels are checked at load, on every code path that a model takes, and reports name the implementations that run."""
 
 import json
 import logging
@@ -85,7 +85,7 @@ def test_a_kernel_that_agrees_runs_on_every_path() -> None:
     ],
     ids=["differs", "not a number", "raises", "shape"],
 )
-def test_a_kernel_that_fails_on_one_path_is_replaced_there_alone(
+def test_a_kernel_that_fails_on_one_path_is_replaced_only_there(
     wrong: Callable[[mx.array], mx.array], says: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     operation = doubling(lambda x: x * 2 if len(x) == 1 else wrong(x))
@@ -137,7 +137,7 @@ def test_checks_for_several_models_add_up() -> None:
     assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4], "the kernel, as checked before"
 
 
-def test_an_unchecked_path_runs_mlx_and_says_so_once() -> None:
+def test_an_unchecked_path_runs_mlx_and_warns_once() -> None:
     operation = doubling(lambda x: 1 / 0)
     with pytest.warns(UncheckedPathWarning, match="doubling: several: .* not checked"):
         assert operation(mx.array([1.0, 2.0])).tolist() == [2, 4]
@@ -185,7 +185,7 @@ def spoiled(
 def ran(engine: Engine) -> np.ndarray:
     """Return the logits of a prompt with experts that have more than 8 tokens, and of decode steps."""
     cache = engine.new_cache()
-    tokens = [3] * 30 + list(range(30))  # alike, so that they choose the same experts
+    tokens = [3] * 30 + list(range(30))  # equal tokens, which choose the same experts
     return np.concatenate([engine.forward(tokens, cache), *(engine.forward([token], cache) for token in (5, 6, 7))])
 
 
@@ -306,7 +306,7 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
                 assert path in checked, (tokens, slots)
 
 
-def test_weights_that_are_not_numbers_are_not_taken_for_a_bad_kernel(
+def test_nan_weights_are_not_reported_as_a_bad_kernel(
     tiny_pack: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = ResidentWeights._take
@@ -321,7 +321,7 @@ def test_weights_that_are_not_numbers_are_not_taken_for_a_bad_kernel(
     assert not caplog.records
 
 
-def test_a_check_leaves_the_store_and_its_counters_alone(tiny_pack: Path) -> None:
+def test_a_check_changes_neither_the_store_nor_its_counters(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack) as engine:
         assert engine.store.stats().requests == 0
 

@@ -175,7 +175,7 @@ def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, r
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("decay", [1.0, 0.9999, 1e-3, 1e-30, 0.0])
-def test_keys_that_are_alike_and_decays_of_any_size(decay: float, rule: GatedDelta) -> None:
+def test_similar_keys_and_decays_of_any_size(decay: float, rule: GatedDelta) -> None:
     """These keys give a chunk's system its worst condition; a decay of 0 forgets everything."""
     random = np.random.default_rng(0)
     heads, tokens, size = 4, 150, 32
@@ -228,7 +228,8 @@ def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: m
     check(cases.attention(geometry, dtype, context=context, tokens=tokens))
 
 
-# Heads, kv heads, dimensions and rotated ones: full and half rows of a product, few and odd heads a key, other widths.
+# Heads, kv heads, dimensions, rotated dimensions: full and half rows of a product, few and odd heads per key, other
+# widths.
 ATTENTIONS = [(32, 2, 256, 64), (16, 2, 256, 64), (10, 2, 256, 128)]
 ATTENTIONS += [(32, 4, 128, 128), (16, 1, 128, 64), (9, 9, 256, 256)]
 
@@ -285,7 +286,7 @@ def test_routed_experts_in_one_dispatch(bits: int, group_size: int, k: int, shar
 
 
 @pytest.mark.cuda
-def test_routed_experts_called_again_and_again() -> None:
+def test_repeated_calls_of_routed_experts() -> None:
     """Every call resets the counters for the next call, and calls may run concurrently."""
     made = cases.routed_experts(GEOMETRIES["397B"], mx.bfloat16, k=10, shared=False)
     first = np.array(made.custom()[0].astype(mx.float32))
@@ -510,7 +511,7 @@ def test_unknown_preference() -> None:
     assert caught.value.code == "unknown_kernels"
 
 
-def test_names_of_what_runs_on_a_cpu_without_the_extension(
+def test_names_of_implementations_on_a_cpu_without_the_extension(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(native, "extension", lambda: None)

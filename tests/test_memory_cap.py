@@ -15,7 +15,7 @@ from flashmoe_mlx.stores.memory import GIB
 MIB = 2**20
 
 
-def test_no_limit() -> None:
+def test_no_limit_leaves_memory_unrestricted() -> None:
     with memory_cap(None) as described:
         assert described is None
 

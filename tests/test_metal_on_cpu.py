@@ -1,4 +1,4 @@
-"""The checker runs right kernels right and catches every planted fault."""
+"""The checker runs correct kernels correctly and detects every planted fault."""
 
 import metal_on_cpu
 import mlx.core as mx
@@ -69,7 +69,7 @@ def test_simdgroup_operations() -> None:
     np.testing.assert_allclose(run(source, x, 64), expected.reshape(-1), rtol=1e-6)
 
 
-def test_shapes_come_along_with_their_inputs() -> None:
+def test_shapes_are_passed_with_their_inputs() -> None:
     kernel = metal_on_cpu.metal_kernel(
         "shapes",
         ["x", "plain", "small"],
@@ -96,7 +96,7 @@ def test_vectors_and_small_inputs() -> None:
     assert run(source, mx.arange(8).astype(mx.float32), 32, threads=32).tolist() == [40.0] * 32
 
 
-def test_inputs_may_be_written_only_if_that_is_said() -> None:
+def test_only_declared_inputs_may_be_written() -> None:
     source = "((device T*)x)[thread_position_in_grid.x] = T(7); y[thread_position_in_grid.x] = T(1);"
     x = mx.zeros((32,))
     with pytest.raises(KernelFault, match="write to the input x at byte 0"):

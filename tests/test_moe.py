@@ -37,9 +37,9 @@ needs_extension = pytest.mark.skipif(native.extension() is None, reason="kernels
 Floats = npt.NDArray[np.float64]
 
 EXACT = 1e-4
-"""Largest difference in f32, relative to the largest value; about 1e-6 where everything is right."""
+"""Largest difference in f32, relative to the largest value; correct code gives about 1e-6."""
 ROUNDED = 0.05
-"""The same in bf16."""
+"""Largest difference in bf16, relative to the largest value."""
 FEW_ON_CUDA = 4
 """Tokens up to which the tests have CUDA read experts in place."""
 
@@ -86,12 +86,12 @@ def test_the_router_chooses_the_best_experts_by_mlx_and_by_numpy(drawn: tuple[Fl
     np.testing.assert_allclose(all_weights[:, -1], 0.5)
 
 
-@pytest.mark.parametrize("on_host", [False, True])
+@pytest.mark.parametrize("by_numpy", [False, True])
 @pytest.mark.parametrize("logit", [-200.0, -3.0, 0.0, 3.0, 200.0])
-def test_the_shared_expert_is_weighted_by_a_sigmoid(on_host: bool, logit: float) -> None:
+def test_the_shared_expert_is_weighted_by_a_sigmoid(by_numpy: bool, logit: float) -> None:
     x = mx.array([[2.0, 1.0, 0.0, logit]])
     made = router_of_scores(3, 2)
-    router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, on_host=on_host)
+    router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
     routing = router.route(x, PhaseClock())
     expected = 1 / (1 + np.exp(-logit))
     assert routing.experts.tolist() == [[0, 1]]
@@ -101,10 +101,10 @@ def test_the_shared_expert_is_weighted_by_a_sigmoid(on_host: bool, logit: float)
     np.testing.assert_array_equal(np.array(routing.all_weights)[:, -1:], np.array(routing.shared_weight))
 
 
-def test_the_router_evaluates_what_it_is_given_in_the_same_wait() -> None:
-    for on_host in (False, True):
+def test_the_router_evaluates_further_arrays_in_the_same_wait() -> None:
+    for by_numpy in (False, True):
         made = router_of_scores(3, 2)
-        router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, on_host=on_host)
+        router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
         clock = PhaseClock(split=True)
         router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), clock, mx.arange(3) + 1)
         assert list(clock.seconds) == ["router_wait"]
@@ -251,10 +251,10 @@ def difference(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 @on_every_device
-def test_rows_together_are_rows_alone(
+def test_several_rows_equal_single_rows(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
-    """Few and many tokens, in several groups of slots. Every token uses all experts: rounding could turn a choice."""
+    """Few and many tokens, in several groups of slots. Every token uses all experts: rounding could change a choice."""
     with device(), flashmoe_mlx.load(tiny_pack, slots=5, experts_k=TINY.num_experts) as engine:
         block = block_of(engine)
         for tokens in (2, FEW_ON_CUDA + 2):
@@ -267,7 +267,7 @@ def test_rows_together_are_rows_alone(
 def test_every_strategy_computes_the_block_by_its_definition(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
-    k = TINY.num_experts if tolerance == ROUNDED else None  # rounded scores could turn a choice
+    k = TINY.num_experts if tolerance == ROUNDED else None  # rounded scores could change a choice
     with device(), flashmoe_mlx.load(tiny_pack, slots=13 if k is None else 16, experts_k=k) as engine:
         block = block_of(engine, 2)
         for tokens in (1, FEW_ON_CUDA, FEW_ON_CUDA + 5):
@@ -278,7 +278,7 @@ def test_every_strategy_computes_the_block_by_its_definition(
 @needs_extension
 @pytest.mark.parametrize("slots", [4, 9, 16])
 def test_kernels_for_cpus_give_a_row_the_same_bits_beside_other_rows(slots: int, tiny_pack: Path) -> None:
-    """Up to the number of tokens above which they multiply in another way."""
+    """Above some number of tokens, the kernels multiply in a different way; all smaller numbers are tested."""
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
         for block in (layer.experts for layer in engine.model.layers):
             for tokens in range(2, native.few_tokens() + 1):

@@ -302,7 +302,7 @@ def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
 
 @pytest.mark.parametrize("tokens", [8, 600])
 @pytest.mark.parametrize("residual", [False, True])
-def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
+def test_small_and_large_results_are_equal(tokens: int, residual: bool) -> None:
     """Small results are copied into MLX's memory; large results are written there in place."""
     inputs = RandomInputs(F32, 0)
     weight, x = inputs.quantized(512, 64, 4, 32), inputs.normal(tokens, 64)
@@ -312,7 +312,7 @@ def test_small_and_large_results_are_alike(tokens: int, residual: bool) -> None:
     assert cases.relative_error(got, expected.astype(mx.float64, stream=mx.cpu)) < 1e-5
 
 
-def test_a_failure_in_any_thread_reaches_its_caller_and_the_pool_goes_on(tmp_path: Path) -> None:
+def test_a_failure_in_any_thread_reaches_its_caller_and_the_pool_continues(tmp_path: Path) -> None:
     compiler = [shutil.which("c++") or ""] if shutil.which("c++") else [sys.executable, "-m", "ziglang", "c++"]
     root = Path(__file__).parent.parent
     program = tmp_path / "failures"
@@ -363,7 +363,7 @@ WRONG_VARIABLES = [
 
 @pytest.fixture
 def fresh_extension(extension: ModuleType) -> Iterator[None]:
-    """Have the variables read again, here and after the test."""
+    """Read the environment variables again, here and after the test."""
     native.extension.cache_clear()
     yield
     native.extension.cache_clear()
@@ -409,7 +409,7 @@ def test_every_task_names_a_wrong_environment_variable(
     assert line.startswith(f"flashmoe_mlx: {variable[0]}={variable[1]}: ")
 
 
-def test_the_record_of_a_run_names_what_runs_on_every_path(tiny_pack: Path) -> None:
+def test_the_record_of_a_run_names_the_implementation_of_every_path(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack) as engine:
         engine.logits(list(range(30)))
         names = engine.setup["kernels"]

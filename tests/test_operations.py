@@ -1,4 +1,4 @@
-"""Operations are found by their folders; the example of an operation in CONTRIBUTING.md is one."""
+"""Operations are found by their folders, including the example in CONTRIBUTING.md."""
 
 import re
 import sys

@@ -105,7 +105,7 @@ def test_long_recordings_equal_transformers(case: LongCase) -> None:
 
 @pytest.mark.parametrize("case", DENSE_CASES, ids=lambda case: case.name)
 def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
-    """The everyday tests use small chunks for a few tokens only, because they take long."""
+    """The everyday tests use small chunks only for a few tokens, because small chunks take long."""
     recording = case.load()
     with flashmoe_mlx.load(case.write_checkpoint(tmp_path)) as engine:
         for chunk in (1, 7):
@@ -140,7 +140,9 @@ def published_model(geometry: Geometry, weights: Mapping[str, np.ndarray]) -> An
     ("name", "dtype", "bits", "group_size"),
     [("plain", "BF16", 4, 64), ("plain", "BF16", 2, 64), ("tied", "F32", 4, 32), ("wide", "F32", 2, 32)],
 )
-def test_packs(name: str, dtype: Dtype, bits: int, group_size: int, tmp_path: Path) -> None:
+def test_logits_of_packs_equal_transformers(
+    name: str, dtype: Dtype, bits: int, group_size: int, tmp_path: Path
+) -> None:
     geometry = GEOMETRIES[name]
     checkpoint = write_checkpoint(tmp_path / "checkpoint", geometry, seed=1, dtype=dtype)
     pack_checkpoint(checkpoint, tmp_path / "pack", bits=(bits,), group_size=group_size)

@@ -211,7 +211,7 @@ HUGE = 10**18
         (put("variants", []), "invalid_manifest", "variants"),
         (drop("variants"), "invalid_manifest", "variants"),
         (put("variants", "q4", None), "invalid_manifest", "variant 'q4' is not an object"),
-        (put("variants", "q4", "bits", 2), "invalid_manifest", "variant 'q4' says that it has 2 bits"),
+        (put("variants", "q4", "bits", 2), "invalid_manifest", "variant 'q4' has 2 bits, which contradicts its name"),
         (put("variants", "q4", "bits", None), "invalid_manifest", "variant 'q4'"),
         (put("variants", "q4", "bits", True), "invalid_manifest", "variant 'q4'"),
         (put("variants", "q4", "bits", 4.0), "invalid_manifest", "variant 'q4'"),
@@ -234,7 +234,7 @@ HUGE = 10**18
         (
             put("variants", "..\n", {"bits": 4, "group_size": 64, "dtype": "BF16"}),
             "invalid_manifest",
-            "says that it has 4 bits",
+            "has 4 bits, which contradicts its name",
         ),
         (put("variants", "a\nb", 1), "invalid_manifest", "is not an object"),
         (put("files", []), "invalid_manifest", "files"),

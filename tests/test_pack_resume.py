@@ -127,7 +127,7 @@ def test_killed_at_random_times(tmp_path: Path) -> None:
     for _ in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE) as packer:
             assert packer.stdout is not None
-            packer.stdout.readline()  # all imports are done
+            packer.stdout.readline()  # all modules have been imported
             time.sleep(delays.uniform(0, usual))
             packer.send_signal(signal.SIGKILL)
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[4, 2])
@@ -396,7 +396,7 @@ except FlashMoeError as error:
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.stderr == ""
         assert done.stdout == (
-            f"{out}: no space left (File too large); make room and run the same command again, it resumes\n"
+            f"{out}: no space left (File too large); make room and run the same command again to resume\n"
         )
     assert tree(pack_checkpoint(source, out, bits=[4, 2]).folder) == tree(expected.folder)
 

@@ -12,6 +12,7 @@ import xxhash
 from pack_oracle import SMALL, assert_one_line
 from tiny_checkpoints import write_checkpoint
 
+from flashmoe_mlx.cli.application import run
 from flashmoe_mlx.errors import PackError
 from flashmoe_mlx.pack.manifest import write_manifest
 from flashmoe_mlx.pack.opening import open_pack
@@ -61,6 +62,22 @@ def test_a_flipped_bit_in_a_record(folder: Path, variant: str, expert: int, comp
     assert str(damage).isprintable()
 
 
+@pytest.mark.parametrize(("experts", "count"), [([1], "1 part is damaged"), ([1, 2], "2 parts are damaged")])
+def test_the_task_counts_damaged_parts(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    experts: list[int],
+    count: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for expert in experts:
+        flip(open_pack(folder).experts["q4"].layer_path(0), expert * RECORD)
+    assert run(["task=pack", "verify=true", f"out={folder}"]) == 1
+    assert count in capsys.readouterr().err
+
+
 def test_every_damaged_record_is_named(folder: Path) -> None:
     pack = open_pack(folder)
     for layer, expert in ((0, 1), (0, 2), (1, 0)):
@@ -84,7 +101,7 @@ def test_a_flipped_bit_in_another_file(folder: Path, name: str) -> None:
     assert name in str(caught.value)
 
 
-def test_a_large_file_is_left_to_verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_verification_reads_a_large_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashmoe_mlx.pack.listed_files._MAX_HASHED", 1000)
     path = folder / "resident.safetensors"
     flip(path, path.stat().st_size - 1)

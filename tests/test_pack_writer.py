@@ -76,7 +76,7 @@ def test_published_4_bit_experts_are_copied_byte_for_byte(name: str, dtype: Dtyp
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dtype", get_args(Dtype))
 @pytest.mark.parametrize("layout", ["fused", "per_expert"])
-def test_dense_experts_are_quantized_as_by_mlx(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
+def test_dense_experts_are_quantized_as_in_mlx(layout: Layout, dtype: Dtype, bits: int, tmp_path: Path) -> None:
     geometry = replace(GEOMETRIES["wide"], layer_types="LLF", experts=6)
     source = write_checkpoint(tmp_path / "source", geometry, 1, layout, dtype=dtype, shards=2)
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32, quantiser="minmax")

@@ -50,7 +50,7 @@ def in_memory(folder: Path) -> bool:
 
 
 @needs_linux
-def test_eviction(file: Path) -> None:
+def test_evicted_files_leave_the_page_cache(file: Path) -> None:
     """Dirty pages are written before they are dropped, and reads bring pages back."""
     content = file.read_bytes()
     if in_memory(file.parent):

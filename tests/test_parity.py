@@ -1,4 +1,4 @@
-"""Our logits are those of transformers: the recordings of ``oracle/``, which need no torch to be read."""
+"""Logits equal those of transformers in the recordings of ``oracle/``, which can be read without torch."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ import flashmoe_mlx
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
 SAME_ENGINE_TOLERANCE = 1e-4
-"""Between two ways of feeding the same tokens to our own engine: only the order of float32 sums differs."""
+"""Largest difference between two divisions of the same tokens into passes: only the order of float32 sums differs."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An engine with the weights of a case, and what transformers said."""
+    """An engine with the weights of a case, and the recording of transformers."""
 
     case: Case
     engine: flashmoe_mlx.Engine
@@ -49,7 +49,7 @@ class Opened:
 
 
 def open_case(case: Case, folder: Path) -> flashmoe_mlx.Engine:
-    """The engine on the checkpoint itself, or for a quantised one on the pack made of it."""
+    """Open an engine on the checkpoint, or on a pack of it if the checkpoint is quantized."""
     source = case.write_checkpoint(folder / "checkpoint")
     if case.encoding == "mlx4":
         pack_checkpoint(source, folder / "pack", bits=(4,))
@@ -59,7 +59,7 @@ def open_case(case: Case, folder: Path) -> flashmoe_mlx.Engine:
 
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu() -> Iterator[None]:
-    """Engines that serve a whole module are opened before the fixtures of a single test: they too compute in f32."""
+    """Let engines compute in f32 if they serve a whole module, since they are opened before the fixtures of a test."""
     before = mx.default_device()
     mx.set_default_device(mx.cpu)
     yield
@@ -75,14 +75,14 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("chunk", "tokens"),
-    [(None, 96), (64, 96), (7, 29), (1, 12)],  # small chunks take long; test_oracle.py has them all
+    [(None, 96), (64, 96), (7, 29), (1, 12)],  # small chunks take long; test_oracle.py tests all of them
     ids=["one-shot", "chunks-of-64", "chunks-of-7", "chunks-of-1"],
 )
-def test_prefill(opened: Opened, chunk: int | None, tokens: int) -> None:
+def test_prefill_equals_transformers(opened: Opened, chunk: int | None, tokens: int) -> None:
     opened.check(opened.engine.logits(opened.recording.tokens[:tokens], prefill_chunk=chunk))
 
 
-def test_cached_decode(opened: Opened) -> None:
+def test_cached_decode_equals_transformers(opened: Opened) -> None:
     tokens, cache = opened.recording.tokens, opened.engine.new_cache()
     opened.check(opened.engine.forward(tokens[:PROMPT_LENGTH], cache))
     steps = range(PROMPT_LENGTH, PROMPT_LENGTH + DECODE_STEPS)
@@ -92,7 +92,7 @@ def test_cached_decode(opened: Opened) -> None:
 
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
 def test_past_4096_tokens(case: LongCase, tmp_path: Path) -> None:
-    """A prompt in the chunks that the engine chooses by itself, then single steps, across every border of a cache."""
+    """A prompt in the chunks that the engine chooses by itself, then single steps, across every growth of a cache."""
     recording = case.load()
     with open_case(case, tmp_path) as engine:
         cache = engine.new_cache()

@@ -61,7 +61,7 @@ def test_threads_that_cannot_start(stored: StoredExperts, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("chunk_mib", "reads"), [(None, 1), (1, 1), (1 / 64, 2), (1 / 128, 4), (0.005, 8)])
-def test_chunks(stored: StoredExperts, chunk_mib: float | None, reads: int) -> None:
+def test_experts_are_read_in_chunks(stored: StoredExperts, chunk_mib: float | None, reads: int) -> None:
     """Records here have 32 KiB, and chunks are whole pages."""
     with PreadStore(stored.source, threads=2, chunk_mib=chunk_mib) as store:
         check(store.fetch(1, [5]), 1, [5], stored)

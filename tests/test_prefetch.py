@@ -35,7 +35,7 @@ def generated(engine: Engine, count: int = 12) -> list[int]:
 
 
 def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, list[int]]]:
-    """Return a list that grows by the store's fetches and hints, in order."""
+    """Return a list to which the fetches and hints of the store are appended, in order."""
     calls: list[tuple[str, int, list[int]]] = []
     for name in ("fetch", "prefetch"):
         original = getattr(engine.store, name)
@@ -81,7 +81,9 @@ def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str, monkeypatch
     assert all(found == tokens["none"] for found in tokens.values())
 
 
-def test_previous_token_hints_what_the_layer_chose_last(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_previous_token_hints_the_previous_choice_of_the_layer(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with flashmoe_mlx.load(tiny_pack, prefetch="previous_token") as engine:
         cache = engine.new_cache()
         engine.forward([1, 2], cache)
@@ -92,7 +94,7 @@ def test_previous_token_hints_what_the_layer_chose_last(tiny_pack: Path, monkeyp
     assert [name for name, _, _ in calls] == ["fetch", "prefetch"] * 2 * LAYERS
     for number, (_, layer, experts) in enumerate(call for call in calls if call[0] == "prefetch"):
         assert layer == (number + 1) % LAYERS
-        if number >= LAYERS - 1:  # the layer's choice for the token before is among the calls
+        if number >= LAYERS - 1:  # the layer's choice for the previous token is among the calls
             assert sorted(experts) == decoded[number + 1 - LAYERS][2]
 
 
@@ -111,7 +113,9 @@ def test_early_router_hints_each_layer_before_its_mixer(tiny_pack: Path, monkeyp
         assert sorted(hint[2]) == fetch[2]
 
 
-def test_next_router_is_the_next_layers_own_router(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_router_guesses_with_the_router_of_the_next_layer(
+    tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without this layer's experts and the next layer's mixer, the guess would be the choice itself."""
     with flashmoe_mlx.load(tiny_pack, prefetch="next_router") as engine:
         cache = engine.new_cache()
@@ -227,8 +231,8 @@ def test_the_next_router_guesses_for_every_sequence() -> None:
     assert (second.predicted, second.correct) == (2, 0)
 
 
-def test_sequences_come_and_go() -> None:
-    """The experts of the token before belong to the sequence, whichever sequences run beside it."""
+def test_sequences_may_start_and_end_at_any_step() -> None:
+    """The experts of the previous token belong to the sequence, whichever sequences run beside it."""
     store = HintedStore()
     prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]
     first, second, x = Guesses(), Guesses(), mx.zeros((1, 6))
@@ -237,7 +241,7 @@ def test_sequences_come_and_go() -> None:
     step(prefetcher, [second], x, chosen([4, 5]), chosen([0, 1]))
     assert store.hints == [
         (0, [0, 1]),  # after the first step, for the first sequence
-        (1, [2, 3]),  # the second sequence has no token before
+        (1, [2, 3]),  # the second sequence has no previous token
         (0, [4, 0, 5, 1]),
         (1, [1, 2]),
         (0, [4, 5]),

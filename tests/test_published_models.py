@@ -199,7 +199,7 @@ def write_sparse(folder: Path, text: dict[str, Any], shapes: Shapes, *, nested: 
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("nested", [True, False])
-def test_configs(name: str, nested: bool) -> None:
+def test_published_configs_are_read(name: str, nested: bool) -> None:
     text = CONFIGS[name]
     config = parse_config({"model_type": "qwen3_5_moe", "text_config": text} if nested else text)
     assert (config.num_layers, config.num_experts, config.experts_per_token) == (
@@ -218,7 +218,7 @@ def test_geometries_that_are_known_without_a_network(name: str) -> None:
     assert known == config
 
 
-def test_largest_model_has_as_many_weights_as_its_name_says() -> None:
+def test_the_weights_of_the_largest_model_match_its_name() -> None:
     """Qwen/Qwen3.8-2.4T-A95B: 4.89 TB in bf16."""
     config = parse_config(PUBLISHED["Qwen3.8-2.4T-A95B"])
     resident = sum(math.prod(parameter.shape) for parameter in config.resident_parameters())

@@ -86,18 +86,18 @@ def test_values_may_contain_lines_and_markup() -> None:
 )
 def test_json_answers_are_judged(text: str, parsed: bool, valid: bool, right: bool) -> None:
     found = judge(Item("json", messages=({},), answer="", schema=SCHEMA, json={"age": 3}), text)
-    assert (found.parsed, found.valid, found.right) == (parsed, valid, right)
+    assert (found.parsed, found.valid, found.correct) == (parsed, valid, right)
 
 
 def test_tool_calls_and_exact_answers_are_judged() -> None:
     wanted = {"name": "lamp", "arguments": {"room": "7", "on": True}}
     item = Item("tool_call", messages=({},), tools=tuple(TOOLS), call=wanted)
-    assert judge(item, CALL).right
-    assert not judge(item, f"{CALL}\n{CALL}").right
-    assert not judge(item, f"Here: {CALL}").right
-    assert not judge(item, CALL.replace("true", "false")).right
-    assert judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey.").right
-    assert not judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey").right
+    assert judge(item, CALL).correct
+    assert not judge(item, f"{CALL}\n{CALL}").correct
+    assert not judge(item, f"Here: {CALL}").correct
+    assert not judge(item, CALL.replace("true", "false")).correct
+    assert judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey.").correct
+    assert not judge(Item("world", messages=({},), exact="In Gorsey."), "In Gorsey").correct
 
 
 def test_expected_answers_of_the_shipped_items_are_correct() -> None:
@@ -106,7 +106,7 @@ def test_expected_answers_of_the_shipped_items_are_correct() -> None:
     assert {"text", "world", "context", "arithmetic", "recall", "json", "tool_call", "tool_result"} == kinds
     for item in items:
         if item.judged:
-            assert judge(item, item.answer).right, item
+            assert judge(item, item.answer).correct, item
     assert len(load_items(shipped_items(), ["json"], 3)) == 3
 
 
@@ -161,7 +161,7 @@ def test_a_template_that_always_thinks(tmp_path: Path, monkeypatch: pytest.Monke
         scripted(monkeypatch, [*engine.tokenizer.encode("Hm.\n</think>\n\nfour"), *engine.tokenizer.eos_token_ids])
         found = evaluate(engine, [item])
         assert "always lets the model think" in found.summary["thinking"]
-        assert found.answers[0].right
+        assert found.answers[0].correct
 
 
 def test_the_package_for_schemas_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,7 +247,7 @@ def test_a_template_that_requires_thinking(tmp_path: Path, monkeypatch: pytest.M
         found = evaluate(engine, [item])
         assert "Disabling thinking is not supported." in found.summary["thinking"]
         assert found.answers[0].text == "four"
-        assert found.answers[0].right
+        assert found.answers[0].correct
         broken = Item("tool", messages=({"role": "tool", "content": "x"},), answer="y", exact="y")
         with pytest.raises(InputError) as raised:  # a refusal for a different reason
             evaluate(engine, [broken])

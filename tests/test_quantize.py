@@ -92,7 +92,7 @@ def test_constant_groups_are_exact(value: float) -> None:
     assert mx.array_equal(mx.dequantize(codes, scales, biases, group_size=64, bits=2), dense).item()
 
 
-def test_defaults() -> None:
+def test_default_quantizer_of_each_width() -> None:
     assert {bits: default_quantizer(bits) for bits in QUANTIZED_BITS} == dict.fromkeys(QUANTIZED_BITS, "minmax") | {
         2: "least_squares"
     }

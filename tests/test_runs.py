@@ -77,7 +77,7 @@ def test_a_sweep_lists_failed_jobs(tiny_pack: Path, tmp_path: Path, capsys: pyte
     assert before == {path: path.read_bytes() for path in (tmp_path / "sweep").rglob("*") if path.is_file()}
 
 
-def test_a_refused_run_leaves_an_earlier_record_alone(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_refused_run_does_not_change_an_earlier_record(tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", *FAST, f"hydra.run.dir={tmp_path}"]
     assert run(arguments) == 0
     assert run(arguments) == 2

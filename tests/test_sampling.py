@@ -1,4 +1,4 @@
-"""The choice of a token: filters, penalties, what a model publishes, and logits by which none can be chosen."""
+"""The choice of a token: filters, penalties, published options, and logits from which no token can be chosen."""
 
 import json
 import math
@@ -22,13 +22,13 @@ Logits = npt.NDArray[np.float32]
 @pytest.mark.parametrize(
     "options", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7, "min_p": 0.1}]
 )
-def test_filters_leave_what_they_should(temperature: float, options: dict[str, Any]) -> None:
+def test_filters_keep_the_tokens_of_their_definition(temperature: float, options: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).normal(0, 4, 50).astype(np.float32)
     with np.errstate(over="ignore"):
         scaled = (logits.astype(np.float64) - logits.max()) / temperature
     order = np.argsort(-scaled)
     probabilities = np.exp(scaled[order]) / np.exp(scaled).sum()
-    # The definition, one token after the other.
+    # The definition, token by token.
     kept = list(zip(order.tolist(), probabilities.tolist(), strict=True))[: options.get("top_k") or None]
     kept = [(token, p / sum(p for _, p in kept)) for token, p in kept]
     if "top_p" in options:
@@ -58,7 +58,7 @@ def test_filters_leave_what_they_should(temperature: float, options: dict[str, A
         ([[0, 1], [-np.inf, -np.inf]], "every token impossible"),
     ],
 )
-def test_logits_by_which_no_token_can_be_chosen(logits: Any, reason: str) -> None:
+def test_logits_without_a_possible_token_are_refused(logits: Any, reason: str) -> None:
     array = np.array(logits, np.float32)
     calls: list[Any] = [checked_logits]
     if array.ndim == 1:
@@ -108,7 +108,7 @@ def history(logits: list[float], prompt: list[int], generated: list[int]) -> Tok
 @settings(deadline=None)
 @given(sequences(), st.floats(0.01, 100))
 def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], penalty: float) -> None:
-    """As transformers defines it: over the prompt and what was generated, however often."""
+    """As transformers defines it: each token of the prompt and the answer is penalized once."""
     logits, prompt, generated = sequence
     expected = list(logits)
     for token in {*prompt, *generated}:
@@ -116,13 +116,13 @@ def test_repetition_penalty(sequence: tuple[list[float], list[int], list[int]], 
     before = np.array(logits)
     found = RepetitionPenalty(penalty)(before, history(*sequence))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
-    np.testing.assert_array_equal(before, logits)  # the argument is left alone
+    np.testing.assert_array_equal(before, logits)  # the argument is not changed
 
 
 @settings(deadline=None)
 @given(sequences(), st.floats(-2, 2), st.floats(-2, 2))
 def test_count_penalties(sequence: tuple[list[float], list[int], list[int]], presence: float, frequency: float) -> None:
-    """As vLLM defines them: logits -= frequency * count, logits -= presence * (count > 0), over what was generated."""
+    """As vLLM defines them: logits -= frequency * count, logits -= presence * (count > 0), over generated tokens."""
     logits, _, generated = sequence
     expected = [
         value - frequency * generated.count(token) - presence * (token in generated)
@@ -159,7 +159,7 @@ def test_greedy_with_penalties(
         generated.append(chosen)
 
 
-# What a model publishes
+# Published options
 
 
 def published(folder: Path, content: object) -> PublishedSampling:
@@ -199,7 +199,7 @@ QWEN = {"do_sample": True, "temperature": 1.0, "top_k": 20, "top_p": 0.95, "eos_
          "greedy, presence_penalty -1, frequency_penalty 0.5 (model's own)"),
     ],
 )  # fmt: skip
-def test_the_models_own_and_what_is_asked_for(
+def test_published_and_requested_options(
     tmp_path: Path, content: dict[str, Any], asked: dict[str, Any], options: dict[str, Any], description: str
 ) -> None:
     chosen = published(tmp_path, content).choose(**asked)
@@ -234,7 +234,7 @@ def test_malformed_values_of_a_file_are_refused(tmp_path: Path, key: str, value:
 @pytest.mark.parametrize(
     "text", ["[]", "{", '{"temperature": NaN}', '{"temperature": Infinity}', '{"top_p": -Infinity}']
 )
-def test_files_that_are_no_settings(tmp_path: Path, text: str) -> None:
+def test_files_that_hold_no_settings(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"generation_config\.json"):
         published(tmp_path, text)
 

@@ -1,4 +1,4 @@
-"""Several sequences in one pass: the tokens of each are those that it has alone."""
+"""Several sequences in one pass: each sequence gets the same tokens as it gets alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def begin(engine: Engine, prompt: list[int], **options: Any) -> Sequence:
 
 
 def run_together(engine: Engine, sequences: list[Sequence]) -> None:
-    """Prefill each sequence that is waiting, then decode all that are not finished in one pass a token."""
+    """Prefill each waiting sequence, then decode all unfinished sequences together, one pass per token."""
     runner = engine.runner
     with runner.exclusive():
         for sequence in sequences:
@@ -60,7 +60,7 @@ def test_prefetch_changes_no_tokens(policy: str, tiny_pack: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "reference"])
-def test_other_kernels(kernels: str, tiny_pack: Path) -> None:
+def test_sequences_decode_together_with_other_kernels(kernels: str, tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, kernels=kernels) as engine:
         expected = [alone(engine, prompt) for prompt in PROMPTS]
         sequences = [begin(engine, prompt) for prompt in PROMPTS]
@@ -68,7 +68,7 @@ def test_other_kernels(kernels: str, tiny_pack: Path) -> None:
         assert [sequence.token_ids for sequence in sequences] == expected
 
 
-def test_few_slots(tiny_pack: Path) -> None:
+def test_sequences_decode_together_with_few_slots(tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, slots=3) as engine:
         expected = [alone(engine, prompt) for prompt in PROMPTS]
         sequences = [begin(engine, prompt) for prompt in PROMPTS]
@@ -141,7 +141,7 @@ def test_metrics_of_each_sequence(engine: Engine) -> None:
         assert sequence.metrics.time_to_first_token is not None
 
 
-def test_a_cancelled_sequence_leaves_the_others_alone(engine: Engine) -> None:
+def test_a_cancelled_sequence_does_not_affect_other_sequences(engine: Engine) -> None:
     expected = [alone(engine, prompt) for prompt in PROMPTS]
     sequences = [begin(engine, prompt) for prompt in PROMPTS]
     runner = engine.runner
@@ -154,7 +154,10 @@ def test_a_cancelled_sequence_leaves_the_others_alone(engine: Engine) -> None:
             runner.decode(unfinished)
     assert sequences[1].finish_reason == "cancelled"
     assert sequences[1].token_ids == expected[1][:2]
-    assert [one.token_ids for index, one in enumerate(sequences) if index != 1] == [*expected[:1], *expected[2:]]
+    assert [sequence.token_ids for index, sequence in enumerate(sequences) if index != 1] == [
+        *expected[:1],
+        *expected[2:],
+    ]
 
 
 def test_a_pass_ends_at_the_next_layer_if_all_are_cancelled(engine: Engine) -> None:
@@ -244,7 +247,7 @@ def test_prompts_are_checked_for_every_sequence(engine: Engine, prompt: list[int
 
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_a_failed_choice_ends_every_sequence_of_the_pass(engine: Engine, fails_at: int) -> None:
-    """In the second pass one sequence has chosen its token, one cannot, and one was not asked."""
+    """In the second pass, one sequence has chosen a token, the second cannot choose, and the third has not tried."""
     calls = 0
 
     def fail(logits: np.ndarray, _: object) -> np.ndarray:
@@ -311,7 +314,7 @@ def test_log_probabilities_equal_a_plain_softmax(values: list[int], count: int, 
     assert [value for _, value in found.top] == pytest.approx([expected[index] for index in order], abs=1e-9)
 
 
-def test_a_token_that_cannot_come_has_no_probability() -> None:
+def test_an_excluded_token_has_no_probability() -> None:
     found = token_logprobs(np.array([0, -np.inf, 0], np.float32), 1, 2)
     assert found.logprob == -np.inf
     assert found.top == ((0, pytest.approx(-np.log(2))), (2, pytest.approx(-np.log(2))))
@@ -346,7 +349,7 @@ def test_a_stop_string_ends_the_answer(engine: Engine) -> None:
         assert found[-1].token_ids
 
 
-def test_a_stop_string_that_never_comes_changes_nothing(engine: Engine) -> None:
+def test_a_stop_string_that_never_occurs_changes_nothing(engine: Engine) -> None:
     plain = list(engine.generate("Hello", max_tokens=12, temperature=0))
     found = list(engine.generate("Hello", max_tokens=12, temperature=0, stop="\N{SNOWMAN}never"))
     assert "".join(piece.text for piece in found) == "".join(piece.text for piece in plain)

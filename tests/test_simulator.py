@@ -183,20 +183,20 @@ def test_correct_guesses_leave_no_misses() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
     found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(1.0, 16))
     assert found.decode.misses == 0
-    assert found.right == found.guessed == found.decode.requests
+    assert found.correct == found.guessed == found.decode.requests
     assert found.useful == found.prefetched > 0
 
 
 def test_incorrect_guesses_cost_reads() -> None:
     trace = uniform_trace(tokens=30, layers=2, num_experts=16, k=4, seed=0)
     found = replay(trace, CacheDesign("lru", 8), FixedAccuracyPredictor(0.0, 16))
-    assert found.right == found.useful == 0 < found.prefetched
+    assert found.correct == found.useful == 0 < found.prefetched
 
 
 def test_the_accuracy_of_guesses() -> None:
     trace = uniform_trace(tokens=300, layers=2, num_experts=64, k=8, seed=0)
     found = replay(trace, CacheDesign("lru", 16), FixedAccuracyPredictor(0.7, 64))
-    assert found.right / found.guessed == pytest.approx(0.7, abs=0.02)
+    assert found.correct / found.guessed == pytest.approx(0.7, abs=0.02)
 
 
 def test_the_choice_of_the_previous_token_is_guessed() -> None:

@@ -67,7 +67,7 @@ class Naive:
 
 
 class NaiveLRU(Naive):
-    """Keeps the history of all uses; the victim has the earliest last use."""
+    """A policy that keeps the history of all uses; the victim has the earliest last use."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)

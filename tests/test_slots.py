@@ -101,7 +101,7 @@ def test_a_filling_without_slots(maker: SlotMaker) -> None:
     assert contents(slots, []) == []
 
 
-def test_a_filling_has_only_its_own_rows(maker: SlotMaker) -> None:
+def test_a_filling_has_only_the_rows_of_its_slots(maker: SlotMaker) -> None:
     filling = maker.make(COUNT).fill([3])
     with pytest.raises(KeyError):
         filling.rows[0]

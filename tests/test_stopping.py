@@ -1,4 +1,4 @@
-"""Stop strings: found wherever a text is cut into pieces."""
+"""Stop strings are found however a text is divided into pieces."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from flashmoe_mlx.generation.stopping import StopStrings
 
 
 def stopped(pieces: Sequence[str], stop: Sequence[str]) -> tuple[str, str | None]:
-    """Return the text that comes out of ``pieces``, and the stop string that ended it."""
+    """Return the text before a stop string in ``pieces``, and the stop string that ended it."""
     search = StopStrings(stop)
     text = "".join([search.add(piece) for piece in pieces])
     return (text if search.found else text + search.finish()), search.found
 
 
 def plainly(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
-    """Compute the same, character by character."""
+    """Compute the result of ``stopped`` character by character."""
     for end in range(1, len(text) + 1):
-        found = [one for one in stop if text[:end].endswith(one)]
+        found = [string for string in stop if text[:end].endswith(string)]
         if found:
             longest = max(found, key=len)
             return text[: end - len(longest)], longest
@@ -41,7 +41,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(pieces: list[st
         if search.found is not None:
             break
         rest = "".join(pieces[: number + 1])[len(given_out) :]
-        assert rest == "" or any(one.startswith(rest) for one in stop)
+        assert rest == "" or any(string.startswith(rest) for string in stop)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_text_is_held_back_only_while_it_may_begin_a_stop_string(pieces: list[st
         (["é"], "café!", ("caf", "é")),
     ],
 )
-def test_examples(stop: list[str], text: str, expected: tuple[str, str | None]) -> None:
+def test_stop_strings_by_hand(stop: list[str], text: str, expected: tuple[str, str | None]) -> None:
     assert stopped(list(text), stop) == expected
     assert stopped([text], stop) == expected
 

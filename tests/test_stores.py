@@ -35,7 +35,7 @@ SERVING = frozenset(
         "test_a_hint_never_changes_results",
     }
 )
-"""Tests of the served bytes, which alone depend on the memory of the slots."""
+"""Tests of the served bytes; no other test depends on the memory of the slots."""
 FILLING = SERVING | {
     "test_short_reads",
     "test_an_error_at_the_nth_read",
@@ -45,7 +45,7 @@ FILLING = SERVING | {
 }
 """Tests that depend on the memory of the slots and on the reader."""
 FILLING_ONCE = FILLING - {"test_an_error_at_the_nth_read"}
-"""The same without the n-th read, which ``TestCheckpoint`` covers for experts in nine pieces."""
+"""These tests without the n-th read, which ``TestCheckpoint`` covers for experts in nine pieces."""
 
 
 def keep_only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[ExpertStoreTests]]:
@@ -61,7 +61,7 @@ def keep_only(kept: Collection[str]) -> Callable[[type[ExpertStoreTests]], type[
 
 
 class _ThroughRing(ExpertStoreTests):
-    """Injects faults into the answers of the ring."""
+    """Tests that inject faults into the answers of the ring."""
 
     alignment = 1
     """A short read returns a multiple of this number of bytes."""
@@ -197,7 +197,7 @@ class TestUringOnACheckpoint(_ThroughRing):
 
 
 class _Emulated(ExpertStoreTests):
-    """Runs the suite inside ``machine``, and checks by the type of batches that the emulation takes effect."""
+    """The suite inside ``machine``; the type of batches shows that the emulation takes effect."""
 
     batch_type: ClassVar[type]
 

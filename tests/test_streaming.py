@@ -271,7 +271,7 @@ def test_a_mistake_in_a_request_is_one_line(
     assert capsys.readouterr().err == "flashmoe_mlx: no-such-file.json: no such file\n"
 
 
-def test_the_table_says_how_tokens_were_chosen(
+def test_the_table_shows_the_sampling_options(
     tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tmp_path / "1", f"model.path={tiny_pack}", "max_tokens=2") == 0

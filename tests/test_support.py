@@ -250,7 +250,7 @@ def test_prefixes_of_names(name: str) -> None:
     assert not is_skipped(name, NAMES)
 
 
-def test_other_names() -> None:
+def test_names_without_the_usual_prefixes() -> None:
     assert (
         canonical_name("language_model.lm_head.weight", NAMES)
         == canonical_name("_orig_mod.lm_head.weight", NAMES)
@@ -377,19 +377,19 @@ def test_any_change_of_a_published_config(data: st.DataObject, name: str) -> Non
         holder[data.draw(st.just(key) | st.text(max_size=10))] = data.draw(ODD)
     tracemalloc.start()
     try:
-        said = why_not(config)
+        refusal = why_not(config)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 4e6, "nothing may be allocated by the numbers of a config"
-    if said is None:
+    if refusal is None:
         parsed = parse_config(config)
         values = (getattr(parsed, field.name) for field in fields(parsed))
         sizes = [value for value in values if isinstance(value, (int, float))]
         assert all(math.isfinite(size) for size in sizes)
         assert all(size > 0 for size in next(parsed.resident_parameters()).shape)
     else:
-        assert_one_line(Exception(said))
+        assert_one_line(Exception(refusal))
         with pytest.raises(InputError):
             refuse_unsupported(config, "here")
 

@@ -115,7 +115,7 @@ def test_texts_are_marked_where_they_are_declared() -> None:
     assert (prompt.listed, prompt.nullable) == (False, False)
 
 
-def test_a_run_imports_its_own_task_alone(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_run_imports_only_its_task(tiny_pack: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from flashmoe_mlx.__main__ import main; code = main(sys.argv[1:]);"
         f"print(code, *sorted(name for name in sys.modules if name.startswith({PACKAGE!r}) and name.count('.') == 2))"

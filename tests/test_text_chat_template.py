@@ -45,7 +45,7 @@ def test_block_tags_leave_no_whitespace() -> None:
     )
 
 
-def test_variables() -> None:
+def test_variables_of_a_template_have_their_values() -> None:
     source = "{{ messages[0].role }} {{ tools }} {{ add_generation_prompt }} {{ documents }} {{ eos_token }} {{ mood }}"
     assert render(source) == "user None True None <|im_end|> "
     assert render(source, tools=[{"a": 1}], add_generation_prompt=False, documents=[], mood="good") == (

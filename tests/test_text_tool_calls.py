@@ -335,11 +335,11 @@ def test_objects_may_contain_tags(inner: str) -> None:
         ({"type": "dict"}, "{}", {}),
     ],
 )
-def test_types(schema: Any, text: str, right: Any) -> None:
+def test_types_of_schemas_determine_values(schema: Any, text: str, right: Any) -> None:
     assert same(value(schema, text), right)
 
 
-def test_references() -> None:
+def test_references_in_schemas_are_followed() -> None:
     definitions: dict[str, Any] = {
         "Size": {"enum": [1, 2]},
         "Maybe": {"anyOf": [{"$ref": "#/$defs/Size"}, {"type": "null"}]},

@@ -1,8 +1,8 @@
-"""Compare the speed of two checkouts of this package, in turns, on the same model and machine.
+"""Compare the speed of two checkouts of this package, run alternately, on the same model and machine.
 
     python tools/compare_versions.py ../before . --model flashmoe_mlx/made_models/demo_model --rounds 4
 
-Each round runs the checkouts in the order A B B A, each run in a process of its own: load, one answer that is not
+Each round runs the checkouts in the order A B B A, each run in a separate process: load, one answer that is not
 counted, then a prompt and ``--tokens`` decode steps. Prints the percentiles of a decode step in milliseconds, the time
 to the first token, and the ratio B / A of the medians of each round with a 95% interval.
 """
@@ -35,7 +35,7 @@ with flashmoe_mlx.load(options["model"], options["backend"], options["experts_k"
 
 
 def measure(checkout: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Run one process of ``checkout``; returns the seconds of its decode steps and of its first token."""
+    """Run one process of ``checkout``; return the seconds of its decode steps and of its first token."""
     environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
     command = [sys.executable, "-c", _CHILD, json.dumps(options)]
     done = subprocess.run(command, env=environment, cwd=checkout, capture_output=True, text=True, check=False)  # noqa: S603

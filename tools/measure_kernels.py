@@ -5,7 +5,7 @@
 Speeds come from a chain of operations, each on the result of the previous one, over sets of weights that exceed the
 GPU's cache several times. With the two settings above MLX makes one CUDA graph of a chain. Two kernels inside the graph
 read the GPU's clock before and after the chain, so that neither Python nor the launches count. A norm between the
-operations keeps values in range; it is measured alone in the same way and subtracted. Both routes take turns.
+operations keeps values in range; it is measured alone in the same way and subtracted. The two routes alternate.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def microseconds(step: Callable[[mx.array, int], mx.array], first: mx.array, len
 def compare(
     routes: Sequence[tuple[str, Callable[[mx.array, int], mx.array]]], glue: Callable[[mx.array], mx.array], x: mx.array
 ) -> dict[str, float]:
-    """Measure the microseconds of each route without the glue, in turns, the best of two passes."""
+    """Measure the microseconds of each route without the glue: the best of two alternating passes."""
     found: dict[str, list[float]] = {name: [] for name, _ in routes}
     alone = microseconds(lambda value, _: glue(value), x)
     for _ in range(2):
@@ -87,7 +87,7 @@ def copy_bandwidth() -> float:
     mx.eval(sets)
 
     def step(x: mx.array, number: int) -> mx.array:
-        return (sets[number % 2] + x[0, 0])[:1, :8]  # waits for the copy before
+        return (sets[number % 2] + x[0, 0])[:1, :8]  # waits for the previous copy
 
     return 2 * 2**30 / microseconds(step, mx.zeros((1, 8)), 8) * 1e6
 

@@ -3,7 +3,7 @@
     python tools/measure_layers.py            # 397B geometry, K=4 and K=10, experts resident
     python tools/measure_layers.py --small    # a check of this script on any machine
 
-Both models use the same pack, and their steps take turns. A time is the wall time of one layer from its input to its
+Both models use the same pack, and their steps alternate. A time is the wall time of one layer from its input to its
 evaluated output, including router, store and launches. The context is short and consists of single steps, since the
 compilation of products with many rows takes more than a minute.
 """

@@ -4,7 +4,7 @@
     python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it
 
 The calls rotate through sets of weights that exceed the cache several times, so every call reads its weights from
-memory. The three programs take turns, A B C C B A, each for all sets; the figure of a round is the time of one call.
+memory. The three programs alternate, A B C C B A, each for all sets; the figure of a round is the time of one call.
 The plain read sums the bytes of all sets as 64-bit words on as many threads as the kernel uses, which synchronize
 once at the end: it measures the speed of memory.
 """
@@ -87,11 +87,11 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
     nbytes = rows * columns * bits // 8 + rows * columns // _GROUP * 4
     count = int(_SETS_BYTES // nbytes) + 1
     sets = [_matrix(random, rows, columns, bits) for _ in range(count)]
-    # MLX wants scales in the type of the vector; it gets them so beforehand, and fewer sets, since it is slow.
+    # MLX needs scales in the type of the vector; they are converted here. It gets fewer sets, since it is slow.
     wide = [(w, s.astype(mx.float32), b.astype(mx.float32)) for w, s, b in sets[:4]]
     x = mx.array(random.standard_normal((1, columns), np.float32))
     mx.eval(x, wide)
-    shares = [[part for one in sets for part in _share(one, number, threads)] for number in range(threads)]
+    shares = [[part for matrix in sets for part in _share(matrix, number, threads)] for number in range(threads)]
 
     def ours() -> int:
         for weight, scales, biases in sets:
@@ -116,13 +116,13 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
             start = time.perf_counter()
             calls = sides[name]()
             found[name].append((time.perf_counter() - start) / calls)
-    share = [other / own for own, other in zip(found["ours"], found["plain"], strict=True)]
-    ratio = [other / own for own, other in zip(found["ours"], found["mlx"], strict=True)]
-    own = [1e6 * one for one in found["ours"]]
+    share = [plain_time / own_time for own_time, plain_time in zip(found["ours"], found["plain"], strict=True)]
+    ratio = [mlx_time / own_time for own_time, mlx_time in zip(found["ours"], found["mlx"], strict=True)]
+    microseconds = [1e6 * seconds for seconds in found["ours"]]
     cells = (
         f"{rows}x{columns}, {bits}",
-        _shown(own, ".0f"),
-        f"{nbytes / median(own) / 1e3:.1f}",
+        _shown(microseconds, ".0f"),
+        f"{nbytes / median(microseconds) / 1e3:.1f}",
         _shown(share, ".2f"),
         f"{1e6 * median(found['mlx']):.0f}",
         _shown(ratio, ".0f"),
@@ -139,7 +139,7 @@ def _matrix(random: np.random.Generator, rows: int, columns: int, bits: int) -> 
 
 
 def _share(matrix: Sequence[mx.array], number: int, of: int) -> list[npt.NDArray[np.uint64]]:
-    """Return one thread's part of the matrix as words, without the last few bytes."""
+    """Return the part of the matrix of one thread as words, without the last few bytes."""
     words = []
     for array in matrix:
         whole = memoryview(array).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol

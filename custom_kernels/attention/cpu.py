@@ -55,7 +55,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             drawn = attention_inputs(
                 geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
             )
-            # A layer may have more properties, such as its rotary embedding, which stay.
+            # Other properties of the layer, such as its rotary embedding, are kept.
             own = replace(
                 weights,
                 heads=drawn.weights.heads,

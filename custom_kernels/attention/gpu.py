@@ -1,6 +1,7 @@
 """The kernels of attention for GPUs.
 
-One token takes two dispatches on NVIDIA's tensor cores, else three; several tokens take one, then MLX's attention.
+One token takes two dispatches on NVIDIA's tensor cores and three elsewhere. Several tokens take one dispatch, followed
+by MLX's attention.
 """
 
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def _merged(
 
 
 def stages_on_tensor_cores(weights: AttentionWeights, dtype: mx.Dtype) -> int:
-    """Return how many tiles are in flight at once if one token goes through NVIDIA's tensor cores, else 0."""
+    """Return the number of tiles in flight if one token runs on NVIDIA's tensor cores, else 0."""
     supported = (
         dialect() == "cuda"
         and dtype == weights.q_norm.dtype == weights.k_norm.dtype == mx.bfloat16
@@ -165,11 +166,11 @@ def _stages_on_this_gpu() -> int:
 
 @cache
 def _rotary(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None) -> mx.array:
-    """Return revolutions per position, [rotary_dim]: rounded to f32, then the rounding errors."""
+    """Return the revolutions per position rounded to f32, followed by their rounding errors, [rotary_dim]."""
     revolutions = rotations(rotary_dim, theta, frequencies) / (2 * np.pi)
     rounded = revolutions.astype(np.float32)
     host = mx.array(np.concatenate([rounded, (revolutions - rounded).astype(np.float32)]))
-    array = host * 1  # the result of an operation is in the GPU's own memory
+    array = host * 1  # the result of an operation is in the memory of the GPU
     mx.eval(array)
     return array
 
@@ -182,7 +183,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             drawn = attention_inputs(
                 geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
             )
-            # A layer may have more properties, such as its rotary embedding, which stay.
+            # Other properties of the layer, such as its rotary embedding, are kept.
             own = replace(weights, q_norm=drawn.weights.q_norm, k_norm=drawn.weights.k_norm)
             expected = replace(drawn, weights=own)
             written = [mx.contiguous(cache * 1) for cache in (drawn.keys, drawn.values)]

@@ -10,7 +10,7 @@ from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Res
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 
 _SCORES = 2**26
-"""Most attention scores that are held at once; longer prompts go through in blocks of queries."""
+"""Maximum number of attention scores held at once; longer prompts are divided into blocks of queries."""
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:
@@ -46,5 +46,5 @@ def _rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
 
 @cache
 def _periods(frequencies: tuple[float, ...]) -> mx.array:
-    """Return positions per radian of each pair, which MLX calls frequencies."""
+    """Return the positions per radian of each pair, which MLX calls frequencies."""
     return mx.array(1.0 / np.array(frequencies), mx.float32)

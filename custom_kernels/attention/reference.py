@@ -18,12 +18,12 @@ from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 class AttentionInputs:
     """Arguments of the operation for T tokens of one sequence; D is the width of a head.
 
-    Not frozen: a frozen dataclass takes ten times as long to make, and every layer makes one per step.
+    Not frozen: a frozen dataclass takes ten times as long to construct, and every layer constructs one per step.
 
     Attributes:
         q_and_gate: [T, heads * 2 D], for every head its query, then its gate.
-        k: [T, kv_heads * D].
-        v: [T, kv_heads * D].
+        k: keys of the T tokens, [T, kv_heads * D].
+        v: values of the T tokens, [T, kv_heads * D].
         weights: weights of the layer.
         keys: cache of keys, [1, kv_heads, capacity, D], filled up to ``start``, with room for T more.
         values: cache of values, of the same shape.
@@ -45,7 +45,7 @@ Rotate = Callable[[mx.array, AttentionWeights, int], mx.array]
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-    """Compute softmax(Q K^T / sqrt(D)) V; the last query sees the last key, each query before it one key less.
+    """Compute softmax(Q K^T / sqrt(D)) V; the last query sees all keys, each earlier query one key fewer.
 
     Args:
         queries: [1, heads, T, D].

@@ -130,7 +130,7 @@ struct Stream {
     }
   }
 
-  // Return four codes from the lower or upper halves of the bytes of `word`; upper ones stay there, 16 times as large.
+  // Return four codes from the lower or upper halves of the bytes of `word`; upper codes stay there, 16 times as large.
   inline uint some_codes(uint word, bool upper) const {
     constexpr uint mask = BITS == 8 ? 0xffffffffu : BITS == 4 ? 0x0f0f0f0fu : 0x03030303u;
     return word & (upper ? mask << 4 : mask);

@@ -39,7 +39,7 @@ def gated_delta(
 ) -> tuple[mx.array, mx.array]:
     """Compute ``reference.gated_delta`` for all chunks at once, except for the states between them, S' = S M + B.
 
-    Takes about 40 times the memory of ``values`` in f32.
+    This needs about 40 times the memory of ``values`` in f32.
 
     Args:
         queries: as for ``reference.gated_delta``.
@@ -59,7 +59,7 @@ def gated_delta(
     q, k, v, beta = (_filled(widen(part)[0], missing, 0) for part in (queries, keys, values, beta))
     decay = _filled(widen(decay)[0], missing, 1)
 
-    # [chunks, key heads, value heads of each, tokens, ...]
+    # [chunks, key heads, value heads per key head, tokens, ...]
     q, k = (part.reshape(chunks, chunk, key_heads, key_dim).swapaxes(1, 2) for part in (q, k))
     v = v.reshape(chunks, chunk, key_heads, each, value_dim).transpose(0, 2, 3, 1, 4)
     decay, beta = (
@@ -97,7 +97,7 @@ def unit_lower_inverse(below: mx.array) -> mx.array:
     The inverses A' and D' of the halves give the inverse of the whole: [[A, 0], [C, D]] has [[A', 0], [-D' C A', D']].
     All intermediate values are entries of inverses, which the delta rule keeps small. The product
     (I - B)(I + B^2)(I + B^4)... is unsuitable: powers of B = ``below`` grow like binomial coefficients where keys are
-    alike.
+    similar.
     """
     size = below.shape[-1]
     if size <= _BLOCK:
@@ -141,15 +141,15 @@ Floats = npt.NDArray[np.float32]
 
 
 def _host_chunk(q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats, memory: Floats, y: Floats) -> None:
-    """Compute one chunk: write ``y`` [tokens, key heads, value heads of each, Dv] and update ``memory``.
+    """Compute one chunk: write ``y`` [tokens, key heads, value heads per key head, Dv] and update ``memory``.
 
     Args:
         q: [tokens, key heads, Dk].
         k: [tokens, key heads, Dk].
-        v: [tokens, key heads, value heads of each, Dv].
-        decay: [tokens, key heads, value heads of each].
-        beta: [tokens, key heads, value heads of each].
-        memory: the state, [key heads, value heads of each * Dv, Dk].
+        v: [tokens, key heads, value heads per key head, Dv].
+        decay: [tokens, key heads, value heads per key head].
+        beta: [tokens, key heads, value heads per key head].
+        memory: the state, [key heads, value heads per key head * Dv, Dk].
         y: the outputs.
     """
     tokens, key_heads, each, value_dim = v.shape
@@ -168,7 +168,7 @@ def _host_chunk(q: Floats, k: Floats, v: Floats, decay: Floats, beta: Floats, me
         corners = below * mask
         inverse = inverse - (inverse @ corners @ inverse if number else corners)
 
-    # From here on [key heads, tokens, value heads of each, Dv]: one product for all value heads of a key head.
+    # From here on [key heads, tokens, value heads per key head, Dv]: one product for all value heads of a key head.
     begun = np.cumprod(decay, axis=0).swapaxes(0, 1)[..., None]
     found = (both @ memory.swapaxes(-1, -2)).reshape(key_heads, 2 * tokens, each, value_dim)
     recalled, read = found[:, :tokens], found[:, tokens:]

@@ -12,7 +12,7 @@ from flashmoe_mlx.custom_kernels.random_inputs import Geometry
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
 MOST_TOKENS = 16
-"""More tokens at once go through the implementation for prompts, except on CUDA.
+"""Above this number of tokens, the implementation for prompts runs, except on CUDA.
 
 On CUDA this kernel was the fastest for all prompt lengths measured. On Metal MLX's own recurrence works in chunks, and
 the two have not been compared.

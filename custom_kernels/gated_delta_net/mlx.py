@@ -9,7 +9,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs, G
 from flashmoe_mlx.custom_kernels.kernel import dialect
 
 _FEWEST_IN_CHUNKS = {"cuda": 16, None: 2}
-"""Tokens at once from which chunks beat MLX's recurrence. Not on Metal: MLX's own kernel works in chunks there."""
+"""Number of tokens from which chunks beat MLX's recurrence, except on Metal, where MLX's kernel works in chunks."""
 
 
 def gated_delta_net(inputs: DeltaInputs) -> Results:

@@ -19,7 +19,7 @@ L2_EPS = 1e-6
 class DeltaInputs:
     """Arguments of the operation for T tokens of one sequence; Dk and Dv are the widths of a key and a value head.
 
-    Not frozen: a frozen dataclass takes ten times as long to make, and every layer makes one per step.
+    Not frozen: a frozen dataclass takes ten times as long to construct, and every layer constructs one per step.
 
     Attributes:
         qkv: [T, 2 key_heads * Dk + value_heads * Dv].

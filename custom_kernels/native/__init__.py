@@ -1,4 +1,4 @@
-"""The C++ extension with kernels for CPUs, and what the ``cpu.py`` of all operations share.
+"""The C++ extension with kernels for CPUs, and the code that the ``cpu.py`` of all operations share.
 
 ``operators.hpp`` describes the kernels. They read and write Python buffers; an ``mx.array`` is a buffer, and is
 evaluated when it is accessed. Results are evaluated.
@@ -42,9 +42,9 @@ _INTERFACE = 4
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
 _SHOWN = 40
-"""Most characters of an invalid variable in an error."""
+"""Maximum number of characters of an invalid variable in an error."""
 _COPIED = 2**18
-"""Most elements of a result that is copied into an array; MLX allocates a larger one, which is written in place."""
+"""Maximum number of elements of a copied result; a larger result is written in place to memory of MLX."""
 
 
 @cache
@@ -96,7 +96,7 @@ def description() -> str:
 
 
 def few_tokens() -> int:
-    """Return the most vectors for which products read the codes directly; for more, blocks are dequantized first."""
+    """Return the most vectors for which products read codes directly; with more, they dequantize blocks first."""
     few: int = loaded().FEW_TOKENS
     return few
 
@@ -118,7 +118,7 @@ def supports_weight(weight: QuantizedWeight) -> bool:
 
 
 def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, int, int, int, int]:
-    """Return a matrix as the compiled part takes it: three arrays, rows, columns, bits, group size, type of scales."""
+    """Return a matrix for the compiled part: three arrays, rows, columns, bits, group size, type of scales."""
     assert weight.scales is not None
     assert weight.biases is not None
     assert weight.bits is not None
@@ -129,7 +129,7 @@ def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, 
 
 
 def loaded() -> ModuleType:
-    """Return the compiled part, which must be there."""
+    """Return the compiled part; the caller knows that it exists."""
     native = extension()
     assert native is not None, "the extension was not built"
     return native

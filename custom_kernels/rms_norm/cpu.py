@@ -11,7 +11,7 @@ from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
 
-def code_path(x: mx.array, weight: mx.array, eps: float) -> CodePath | None:  # noqa: ARG001  # the operation's
+def code_path(x: mx.array, weight: mx.array, eps: float) -> CodePath | None:  # noqa: ARG001  # the signature of the operation
     """Return the code path of ``rms_norm``; None if it does not support the arguments."""
     return (tokens_phrase(len(x)),) if x.ndim == 2 and x.dtype == weight.dtype == mx.float32 else None
 

@@ -24,7 +24,7 @@ def can_fuse_shared_expert(shared: ExpertWeights) -> bool:
 
 def code_path(
     x: mx.array,
-    records: Sequence[memoryview],  # noqa: ARG001  # the operation's
+    records: Sequence[memoryview],  # noqa: ARG001  # the signature of the operation
     rows: mx.array,  # noqa: ARG001
     routing_weights: mx.array,  # noqa: ARG001
     form: ExpertFormat,
@@ -33,7 +33,7 @@ def code_path(
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
-    With many tokens, a single expert may still have few; the path for many tokens includes this case.
+    With many tokens, a single expert may still have few tokens; the path for many tokens includes this case.
     """
     if x.dtype != mx.float32 or not native.supports_matrix(form.bits, form.group_size, form.dtype):
         return None
@@ -60,7 +60,7 @@ def routed_experts(
     Args:
         x: [T, hidden].
         records: records of experts, in place.
-        rows: index in ``records`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        rows: index in ``records`` of each expert, int32 [T, K]; -1 for a choice to skip.
         routing_weights: f32 [T, K]; [T, K + 1] with a shared expert, whose weight is the last.
         form: format of the records.
         shared: an expert for every token, or None.

@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
-"""With more tokens at once, applying an expert to all of its tokens together is faster.
+"""With more tokens, it is faster to apply each expert to all of its tokens together.
 
 Measured on an NVIDIA H200, not yet on Metal. Prompts have any length: above 8 tokens, a kernel must not be compiled for
 the number of tokens.
@@ -37,7 +37,7 @@ _WORKERS = 8
 """Simdgroups that multiply, in the kernel with one dispatch."""
 _STAGERS = 6
 _IN_FLIGHT = 50_000
-"""Least bytes of weights that a multiprocessor requests before the first arrive.
+"""Minimum number of bytes of weights that a multiprocessor requests before the first bytes arrive.
 
 With less, memory idles; with more, threadgroups receive each other's hidden values late.
 """
@@ -96,7 +96,7 @@ def can_fuse_shared_expert(shared: ExpertWeights, form: ExpertFormat) -> bool:
 
 def code_path(
     x: mx.array,
-    slab: mx.array,  # noqa: ARG001  # the operation's
+    slab: mx.array,  # noqa: ARG001  # the signature of the operation
     rows: mx.array,  # noqa: ARG001
     routing_weights: mx.array,
     form: ExpertFormat,
@@ -104,7 +104,8 @@ def code_path(
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
-    On one machine, these phrases and the sizes of a model decide between one dispatch and two, and on tensor cores.
+    On a given machine, these phrases and the sizes of a model determine the number of dispatches and whether tensor
+    cores are used.
     """
     if len(x) > most_tokens() or not supports(form, x.dtype):
         return None
@@ -289,8 +290,8 @@ def _tickets(words: int) -> mx.array:
     """Return work counters for one call, and room for tagged hidden values.
 
     A call leaves the counters as the next call needs them. Calls that run at once must not share counters; 256 calls in
-    a row have different ones. A function made by ``mx.compile`` always uses the counters of its tracing, so it must not
-    run concurrently with itself.
+    a row have different counters. A function made by ``mx.compile`` always uses the counters of its tracing, so it must
+    not run concurrently with itself.
     """
     rows = _all_tickets(words)
     return rows[next(_calls) % len(rows)]

@@ -31,7 +31,7 @@ def grouped_experts(
     Args:
         x: [T, hidden].
         slab: records, uint8 [records, record_bytes].
-        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to skip.
         routing_weights: f32 [T, K].
         form: format of the records.
         dense_experts: an implementation of ``dense_experts``.

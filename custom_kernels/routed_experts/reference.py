@@ -27,7 +27,7 @@ def routed_experts(
     Args:
         x: [T, hidden].
         slab: records, uint8 [records, record_bytes].
-        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to skip.
         routing_weights: f32 [T, K]; [T, K + 1] with a shared expert, whose weight is the last.
         form: format of the records.
         shared: an expert for every token, or None.

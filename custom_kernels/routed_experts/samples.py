@@ -18,7 +18,7 @@ class ExpertInputs:
     Attributes:
         x: [T, hidden].
         slab: records, uint8 [records, record_bytes].
-        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to leave out.
+        rows: row of ``slab`` of each expert, int32 [T, K]; -1 for a choice to skip.
         routing_weights: f32 [T, K], or [T, K + 1] with a shared expert.
         form: format of the records.
         shared: an expert for every token, or None.
@@ -81,7 +81,14 @@ def expert_inputs(
 
 
 def format_of(geometry: Geometry, scales: mx.Dtype, bits: int, group_size: int) -> tuple[ExpertFormat, int]:
-    """Return the format of records with experts of ``geometry``, and the size of a record without its padding."""
+    """Return the format of records with experts of ``geometry``, and the size of a record without its padding.
+
+    Args:
+        geometry: sizes of the experts.
+        scales: type of scales and biases.
+        bits: width of a code.
+        group_size: codes that share a scale and a bias.
+    """
     scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}[scales]
     layout = RecordLayout(geometry.hidden, geometry.intermediate, bits, group_size, scale_type)
     form = expert_format(layout)

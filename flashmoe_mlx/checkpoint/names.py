@@ -9,7 +9,7 @@ _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 """Prefixes that torch.compile, torch's data parallelism and PEFT give every name."""
 _INNER_WRAPPER = "._orig_mod."
 _BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
-"""Names of a text model that was saved by itself."""
+"""Names of a text model that was saved separately."""
 _SHOWN = 4
 
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (

@@ -16,7 +16,7 @@ _SINGLE = "model.safetensors"
 _LARGEST_INDEX = 512 * 2**20
 """Limit in bytes; the largest known index, of Kimi K3, has 57 MiB."""
 _OTHER_WEIGHTS = ("adapter", "consolidated", "optimizer", "training", "mmproj", "vision", "visual", "mtp", "draft")
-"""Prefixes of the names of files that hold something other than the model."""
+"""Prefixes of the names of safetensors files without weights of the model."""
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _VARIANT = re.compile(r"model\.[^.]+(-\d{5}-of-\d{5})?\.safetensors")
@@ -54,13 +54,13 @@ def is_shard_name(name: Any) -> bool:
     return isinstance(name, str) and name.isprintable() and "/" not in name and name.endswith(".safetensors")
 
 
-def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> CheckpointError:
+def nothing_here(folder: Path, problem: str, code: str, remedy: str = "") -> CheckpointError:
     """Return the error for a folder without a model.
 
     Args:
         folder: the folder.
-        what: the missing files, for the message.
-        code: the code of the error; files in an unreadable format have a code of their own.
+        problem: the missing files.
+        code: the code of the error; files in an unreadable format have a separate code.
         remedy: the advice if the content of the folder suggests none.
     """
     names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
@@ -70,7 +70,7 @@ def nothing_here(folder: Path, what: str, code: str, remedy: str = "") -> Checkp
     if other is not None:
         return CheckpointError(f"{folder}: weights in {other} cannot be read; {USE_INSTEAD}", code="unsupported_format")
     instead = _found_instead(folder, names) or remedy
-    return CheckpointError(f"{folder}: {what}{instead and f'; {instead}'}", code=code)
+    return CheckpointError(f"{folder}: {problem}{instead and f'; {instead}'}", code=code)
 
 
 def broken_link(path: Path) -> CheckpointError:

@@ -15,7 +15,7 @@ from flashmoe_mlx.tasks.shared.run_directory import refuse_used
 
 
 class ClaimError(BaseException):
-    """Wrapper of an error in a callback; Hydra would turn a subclass of ``Exception`` into a warning and go on."""
+    """Wrapper of an error in a callback; Hydra would turn a subclass of ``Exception`` into a warning and continue."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -79,7 +79,7 @@ class ClaimDirectory(Callback):
         _claim(config, "hydra.run.dir")
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Claim ``hydra.sweep.dir``, which must not hold an earlier sweep, lest their records be mixed."""
+        """Claim ``hydra.sweep.dir``, which must not hold an earlier sweep, so that records are not mixed."""
         _claim(config, "hydra.sweep.dir")
 
 

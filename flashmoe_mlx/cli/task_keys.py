@@ -65,7 +65,7 @@ def known_keys() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class TextKey:
-    """Key whose characters have no special meaning; ``nullable`` if ``null`` is no text, ``listed`` for a list."""
+    """Key whose characters have no special meaning; ``nullable`` if ``null`` is not text, ``listed`` for a list."""
 
     nullable: bool
     listed: bool

@@ -91,7 +91,7 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
 
 
 def _row(key: str, type_name: str, about: str) -> str:
-    """Return a line with a key, its type and its description; a long key gets a line by itself."""
+    """Return a line with a key, its type and its description; a long key gets a separate line."""
     start = f"  {key}\n{'':{_KEY_WIDTH + 2}}" if len(key) >= _KEY_WIDTH else f"  {key:<{_KEY_WIDTH}}"
     return f"{start}{type_name:<{_TYPE_WIDTH}}{about}".rstrip() if type_name else f"{start}{about}".rstrip()
 
@@ -112,7 +112,7 @@ def _summary(group: str, name: str) -> str:
 
 
 def _comments(group: str, name: str) -> Iterator[str]:
-    """Yield the comments that have a line of their own, without directives to Hydra."""
+    """Yield the comments on separate lines, without directives to Hydra."""
     for line in _text(group, f"{name}.yaml").splitlines():
         if line.startswith("# ") and not line.startswith("# @"):
             yield line.removeprefix("# ")

@@ -72,7 +72,7 @@ def read_extents(extents: Sequence[Extent]) -> bytearray:
             finally:
                 os.close(fd)
         except EOFError as error:
-            raise InputError(f"{extent.path}: ends at byte {error.args[0]}: it was cut short while in use") from None
+            raise InputError(f"{extent.path}: ends at byte {error.args[0]}: it was truncated while in use") from None
         except OSError as error:
             raise FlashMoeError(f"{extent.path}: cannot be read at byte {extent.offset} ({error.strerror})") from error
         done += extent.nbytes

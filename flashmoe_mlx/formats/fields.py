@@ -7,7 +7,7 @@ from typing import Any
 from flashmoe_mlx.errors import CheckpointError
 
 LARGEST_SIZE = 2**24
-"""The limit of all sizes in a config: products of any three fit a 128-bit integer, and a typo fails early."""
+"""The limit of all sizes in a config. Products of any three sizes fit into 128 bits, and a typo fails early."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
@@ -53,14 +53,14 @@ class Reader:
         self._values = values
 
     def size(self, name: str, default: int | None = None, least: int = 1, most: int = LARGEST_SIZE) -> int:
-        """Return the integer ``name``, from ``least`` to ``most``."""
+        """Return the integer ``name``, which must be from ``least`` to ``most``; ``default`` if it has no value."""
         value = self._get(name, default)
         if type(value) is not int or not least <= value <= most:
             raise _refused(f"{name} is {shown(value)}; it must be an integer from {least} to {most}")
         return value
 
     def number(self, name: str, default: float | None, most: float) -> float:
-        """Return the number ``name``, above 0 and at most ``most``."""
+        """Return the number ``name``, which must be above 0 and at most ``most``; ``default`` if it has no value."""
         value = self._get(name, default)
         # Written so that NaN fails.
         if type(value) not in (int, float) or not 0 < value <= most:
@@ -68,7 +68,7 @@ class Reader:
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
-        """Return the truth value ``name``."""
+        """Return the truth value ``name``; ``default`` if it has no value."""
         value = self._get(name, default)
         if type(value) is not bool:
             raise _refused(f"{name} is {shown(value)}; it must be true or false")
@@ -94,9 +94,9 @@ class Reader:
 def refuse_other_arithmetic(
     text: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]], read: Collection[str] = ()
 ) -> None:
-    """Refuse the config of a text model if a field asks for arithmetic that this package does not do.
+    """Refuse the config of a text model if a field asks for arithmetic that this package does not implement.
 
-    An unknown field is refused if its name speaks of arithmetic and its value does not turn the feature off; any other
+    An unknown field is refused if its name suggests arithmetic and its value does not turn the feature off; any other
     unknown field is ignored.
 
     Args:
@@ -112,11 +112,11 @@ def refuse_other_arithmetic(
         value = text.get(name)
         if value is not None and not any(_same(value, choice) for choice in supported):
             choices = " or ".join(shown(choice) for choice in supported)
-            raise _other(f"{name} is {shown(value)}; this version computes with {choices} alone")
+            raise _unsupported(f"{name} is {shown(value)}; this version supports only {choices}")
     if not _off(text.get("mlp_only_layers")):
-        raise _other("mlp_only_layers: layers without experts are not supported")
+        raise _unsupported("mlp_only_layers: layers without experts are not supported")
     if not _off(text.get("use_sliding_window")):
-        raise _other("use_sliding_window: attention over a window is not supported")
+        raise _unsupported("use_sliding_window: attention over a window is not supported")
     no_windows = "use_sliding_window" in text
     known = {*fixed, *read, *_READ_ELSEWHERE, *(_OF_WINDOWS if no_windows else ())}
     for name, value in text.items():
@@ -124,7 +124,9 @@ def refuse_other_arithmetic(
             continue
         if any(_ARITHMETIC.fullmatch(word) for word in (name.lower(), *re.findall("[a-z0-9]+", name.lower()))):
             called = name if name.isidentifier() else shown(name)
-            raise _other(f"{called} is {shown(value)}; this version does not know that field, which may change results")
+            raise _unsupported(
+                f"{called} is {shown(value)}; this version does not know that field, which may change results"
+            )
 
 
 def _off(value: Any) -> bool:
@@ -143,9 +145,9 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def _refused(what: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {what}", code="invalid_config")
+def _refused(problem: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {problem}", code="invalid_config")
 
 
-def _other(what: str) -> CheckpointError:
-    return CheckpointError(f"config.json: {what}; use mlx-lm for this model", code="unsupported_arithmetic")
+def _unsupported(problem: str) -> CheckpointError:
+    return CheckpointError(f"config.json: {problem}; use mlx-lm for this model", code="unsupported_arithmetic")

@@ -39,7 +39,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
             held = False
         except OSError as error:
             raise PackError(
-                f"{folder}: this filesystem has no file locks ({error.strerror}); choose a folder on another one",
+                f"{folder}: this filesystem has no file locks ({error.strerror}); choose another filesystem",
                 code="no_file_locks",
             ) from error
         if not held:
@@ -79,7 +79,7 @@ def explain_write_errors(folder: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         if error.errno in NO_SPACE:
             raise FlashMoeError(
-                f"{folder}: no space left ({reason}); make room and run the same command again, it resumes",
+                f"{folder}: no space left ({reason}); make room and run the same command again to resume",
                 code="disk_full",
             ) from error
         if error.errno in _WRONG_PLACE:

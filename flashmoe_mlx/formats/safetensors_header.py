@@ -94,8 +94,8 @@ def tensor_info(path: Path, name: str, entry: Any) -> TensorInfo:
         CheckpointError: the entry is not valid; code "unsupported_tensor_type" for an unknown element type.
     """
 
-    def refuse(what: str, code: str | None = None) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {shown(name)}: {what}", code=code)
+    def refuse(problem: str, code: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {shown(name)}: {problem}", code=code)
 
     if not name.isprintable():
         raise refuse("its name has characters that cannot be shown")

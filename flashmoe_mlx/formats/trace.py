@@ -198,7 +198,7 @@ def _parsed(data: bytes) -> tuple[npt.NDArray[np.uint16], int, int, str, str, in
         )
     start = _PREFIX.size + header_bytes
     if header_bytes > _MAX_HEADER_BYTES or start > len(data):
-        raise InputError("the routing trace is cut short or damaged in its header", code="damaged_trace")
+        raise InputError("the routing trace is truncated, or its header is damaged", code="damaged_trace")
     try:
         about = parse_object(data[_PREFIX.size : start].decode())
     except ValueError as error:

@@ -13,7 +13,7 @@ Scores = npt.NDArray[np.float64]
 
 
 def checked_logits(logits: Logits) -> Logits:
-    """Return ``logits`` [..., vocabulary] if a token can be chosen by them.
+    """Return ``logits`` [..., vocabulary] if a token can be chosen from them.
 
     -inf is allowed and excludes a token, as long as another token remains.
 
@@ -30,7 +30,7 @@ def checked_logits(logits: Logits) -> Logits:
         found = "hold +inf" if np.isposinf(highest).any() else "make every token impossible (all are -inf)"
     raise FlashMoeError(
         f"the model's logits {found}: its weights are damaged (task=pack verify=true checks a pack), or a kernel is "
-        "wrong (task=doctor checks them; kernels=reference does without)",
+        "wrong (task=doctor checks them; kernels=reference avoids them)",
         code="bad_logits",
     )
 
@@ -56,7 +56,7 @@ LogitsProcessor = Callable[[Scores, TokenHistory], Scores]
 
 
 class RepetitionPenalty:
-    """Makes tokens of the prompt and the answer less likely (more likely, below 1).
+    """A processor that makes tokens of the prompt and the answer less likely, or more likely if ``penalty`` is below 1.
 
     Positive logits are divided by ``penalty``, all other logits multiplied. Source: transformers
     ``RepetitionPenaltyLogitsProcessor``; CTRL, https://arxiv.org/abs/1909.05858, section 4.1.
@@ -77,7 +77,7 @@ class RepetitionPenalty:
 
 
 class CountPenalty:
-    """Subtracts ``presence`` once, and ``frequency`` for each occurrence, from tokens of the answer.
+    """A processor that subtracts ``presence`` once, and ``frequency`` per occurrence, from tokens of the answer.
 
     Tokens of the prompt do not count. Source: the OpenAI API, and vLLM ``apply_penalties``.
     """

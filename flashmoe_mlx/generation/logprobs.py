@@ -9,14 +9,14 @@ from flashmoe_mlx.generation.logits import Logits
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """A generated token and its natural log probability, beside those of the likeliest tokens.
+    """A generated token and its natural log probability, with those of the likeliest tokens.
 
     The probabilities are the model's, before penalties, temperature and filters.
 
     Attributes:
         token_id: the generated token.
         logprob: its log probability; -inf for a token that the model excludes.
-        top: the likeliest tokens with their log probabilities, in descending order; of equals, the lower id first.
+        top: the likeliest tokens with their log probabilities, in descending order, ties by ascending id.
     """
 
     token_id: int
@@ -33,6 +33,6 @@ def token_logprobs(logits: Logits, token_id: int, count: int) -> TokenLogprobs:
     top: list[int] = []
     if count:
         least = np.partition(logprobs, -count)[-count]
-        likely = np.flatnonzero(logprobs >= least)  # all that are equal to the last, so that ids decide
+        likely = np.flatnonzero(logprobs >= least)  # all tokens that tie with the last one, so that ids break the tie
         top = likely[np.argsort(-logprobs[likely], kind="stable")][:count].tolist()
     return TokenLogprobs(token_id, float(logprobs[token_id]), tuple((token, float(logprobs[token])) for token in top))

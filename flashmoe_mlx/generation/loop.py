@@ -15,7 +15,7 @@ class Generation(Iterator[Piece]):
     """An iterator over the pieces of an answer, with its measurements; ``cancel`` ends it early.
 
     Several generations of one engine may be interleaved. A call of ``next`` while another thread is inside the engine
-    raises ``EngineBusyError`` and changes nothing: the same call can be made again.
+    raises ``EngineBusyError`` and changes nothing, so it can be repeated.
     """
 
     def __init__(self, runner: Runner, sequence: Sequence, tokenizer: Tokenizer) -> None:
@@ -44,7 +44,7 @@ class Generation(Iterator[Piece]):
 
     @property
     def request(self) -> Request:
-        """The prompt and how it is answered."""
+        """The request that is being answered."""
         return self._sequence.request
 
     @property

@@ -28,7 +28,7 @@ class Stage:
         seconds: the wall time of all passes.
         steps: the wall time of each pass, in seconds.
         store: the store's counters over the passes.
-        phases: seconds by phase, as of ``PhaseClock``.
+        phases: seconds by phase, as measured by a ``PhaseClock``.
     """
 
     tokens: int = 0
@@ -71,7 +71,7 @@ class Stage:
 
 @contextmanager
 def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
-    """Count the enclosed code as one forward pass; a pass that fails counts nothing.
+    """Count the enclosed code as one forward pass; a failed pass is not counted.
 
     Args:
         stages: the stage of each sequence in the pass, with its number of tokens. The time and the store's counters of
@@ -104,10 +104,10 @@ class RunMetrics:
     guesses: Guesses | None = None
     """The guesses of the prefetcher; None without a prefetcher."""
     sampling: Mapping[str, Any] | None = None
-    """How tokens were chosen, as from ``ChosenSampling.to_json``."""
+    """The sampling options, in the form of ``ChosenSampling.to_json``."""
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
-        """Return everything in the form of ``metrics.json``; in seconds, bytes and tokens."""
+        """Return all measurements in the form of ``metrics.json``, in seconds, bytes and tokens."""
         return {
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,

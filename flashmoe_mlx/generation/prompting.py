@@ -35,16 +35,16 @@ def render_prompt(
     enable_thinking: bool | None = None,
     template_options: Mapping[str, Any] | None = None,
 ) -> str:
-    """Render ``prompt`` with ``template``; a string that is ``raw``, or for which there is no template, stays as it is.
+    """Render ``prompt`` with ``template``; return a ``raw`` string, or a string without a template, unchanged.
 
     Args:
         prompt: the user's message, or messages with "role" and "content".
         template: the model's chat template; None for a model without a template.
-        raw: whether to leave the template out.
+        raw: whether to skip the template.
         system: the system message.
         tools: declarations of functions, in the form of the OpenAI API.
-        enable_thinking: whether the model may think before it answers; None leaves it to the template. False is no
-            mistake for a model that never thinks.
+        enable_thinking: whether the model may think before it answers; None leaves it to the template. False is also
+            accepted for a model that never thinks.
         template_options: further variables of the template, such as ``{"reasoning_effort": "low"}``.
 
     Raises:
@@ -63,7 +63,7 @@ def render_prompt(
             "enable_thinking or template_options": options,
         }
         unused = [name for name, value in given.items() if value]
-        why = "raw=true leaves the chat template out" if raw else "this model has no chat template"
+        why = "raw=true disables the chat template" if raw else "this model has no chat template"
         if unused:
             raise InputError(f"{unused[0]} needs a chat template, and {why}", code="no_chat_template")
         if not isinstance(prompt, str):
@@ -76,9 +76,7 @@ def render_prompt(
         if not isinstance(system, str):
             raise InputError(f"system is of type {type(system).__name__}; give text", code="invalid_system")
         if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
-            raise InputError(
-                "there is a system message among the messages already: leave out system=", code="invalid_system"
-            )
+            raise InputError("the messages already contain a system message: leave out system=", code="invalid_system")
         messages = [{"role": "system", "content": system}, *messages]
     _check_text_only(messages)
     declared = None if tools is None else checked_tools(tools)
@@ -96,7 +94,7 @@ def render_prompt(
 
 
 def _check_text_only(messages: Sequence[Message]) -> None:
-    """Refuse images and the like: templates write marks for them that mean nothing without the image."""
+    """Refuse images and other media: templates replace them with marks that mean nothing without the media."""
     for index, message in enumerate(messages):
         parts = message.get("content") if isinstance(message, Mapping) else None
         found = find_non_text_part(parts, f"messages[{index}].content") if isinstance(parts, list | tuple) else ""
@@ -105,7 +103,7 @@ def _check_text_only(messages: Sequence[Message]) -> None:
 
 
 def _check_read(options: Mapping[str, Any], template: ChatTemplate) -> None:
-    """Refuse options that change nothing."""
+    """Refuse options that the template does not read."""
     for name in options:
         if name != _THINKING and not template.reads(name):
             known = ", ".join(sorted(template.variables)) or "none"
@@ -119,7 +117,7 @@ def _check_thinking(asked: bool, text: str) -> None:
     """Refuse ``asked`` unless ``text``, the output of a template without the option, happens to satisfy it."""
     thinks = text.rstrip().endswith(THINK)
     if asked != thinks:
-        why = "always lets the model think" if thinks else "has no thinking that could be switched on"
+        why = "always lets the model think" if thinks else "has no thinking to switch on"
         raise InputError(
             f"enable_thinking={asked} (thinking={json.dumps(asked)} on the command line): this model's chat template "
             f"{why}; leave it out",
@@ -139,7 +137,7 @@ def _options(enable_thinking: bool | None, template_options: Mapping[str, Any] |
         if name in _RESERVED:
             raise InputError(f"template_options.{name} cannot be set: {_RESERVED[name]}", code=_INVALID)
     for value in (enable_thinking, options.get(_THINKING)):
-        if not isinstance(value, bool | None):  # templates compare with true and false, and take "no" for neither
+        if not isinstance(value, bool | None):  # templates compare with true and false, and "no" equals neither of them
             raise InputError(f"enable_thinking={value!r}: must be true, false or null", code=_INVALID)
     if enable_thinking is None:
         return options

@@ -12,18 +12,18 @@ FinishReason = Literal["stop", "length", "cancelled"]
 PrefillProgress = Callable[[int, int], object]
 """Called with the number of prompt tokens that are done, fractions of a chunk included, and with their total."""
 PREFILL_CHUNK = 1024
-"""Tokens of a prompt that go through the model together, unless a request says otherwise."""
+"""The default number of prompt tokens that go through the model together."""
 _LONGEST_STOP = 4096
 _MOST_STOPS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt in tokens, and how to answer it.
+    """A tokenized prompt, and the options of its answer.
 
     Attributes:
         prompt_ids: the tokens of the prompt, at least one; ``Runner.begin`` checks them.
-        sampling: how tokens are chosen.
+        sampling: the sampling options.
         max_tokens: the largest number of tokens to generate, thinking included.
         seed: makes the draws repeatable; None for different draws each time.
         stop_ids: tokens that end the answer, such as the model's end of text.
@@ -57,7 +57,7 @@ class Request:
         checked_chunk(self.prefill_chunk)
         if self.logprobs is not None and (type(self.logprobs) is not int or self.logprobs < 0):
             raise InputError(
-                f"logprobs={self.logprobs!r}: must be a whole number, 0 for the chosen token alone, or None for none",
+                f"logprobs={self.logprobs!r}: must be a whole number (0 for only the chosen token) or None",
                 code="invalid_logprobs",
             )
         if type(self.stop) is not tuple:
@@ -72,7 +72,7 @@ class Request:
 
 
 def checked_chunk(prefill_chunk: int | None) -> int:
-    """Return the number of tokens in a chunk, for None the default.
+    """Return the number of tokens in a chunk; None stands for the default.
 
     Raises:
         InputError: it is not a positive integer; code "invalid_prefill_chunk".

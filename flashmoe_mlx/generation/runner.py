@@ -57,7 +57,7 @@ class Runner:
         self.store = store
         self.clock = clock
         self.observer: RoutingObserver | None = None
-        """Told of every routing decision."""
+        """Receives every routing decision."""
         self._prefetcher = prefetcher
         self._traces = traces
         self._ahead = StepsAhead(model, store, clock)
@@ -75,7 +75,7 @@ class Runner:
         if self._lock.locked():
             raise EngineBusyError(
                 "the engine is busy with another call: it runs one forward pass at a time. Let threads take turns, "
-                "with a lock of yours around each step, or load an engine for each thread"
+                "with your own lock around each step, or load an engine for each thread"
             )
         return self._lock
 
@@ -123,7 +123,8 @@ class Runner:
         Raises:
             InputError: the sequence is not waiting (code "not_waiting"), or an earlier pass over it failed (code
                 "broken_sequence").
-            FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot go on then.
+            FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot continue
+                afterwards.
         """
         if sequence.status is not Status.WAITING:
             raise InputError("the prompt of this sequence was processed before", code="not_waiting")
@@ -154,14 +155,15 @@ class Runner:
     def decode(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose the next token of each.
 
-        Finished sequences are left out. The logits of a sequence depend on its company only by rounding, because
-        products of more rows may sum in another order: by 1e-6 of the largest logit in f32. A cancelled sequence ends
-        before the pass or, if all are cancelled, at the next layer.
+        Finished sequences are left out. Other sequences change the logits of a sequence only by rounding, because
+        products of more rows may sum in a different order: by 1e-6 of the largest logit in f32. A cancelled sequence
+        ends before the pass or, if all are cancelled, at the next layer.
 
         Raises:
-            InputError: a sequence is still waiting (code "not_decoding"), is there twice (code "duplicate_sequence"),
-                or an earlier pass over it failed (code "broken_sequence"). The other sequences are as they were.
-            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can go on then.
+            InputError: a sequence is still waiting (code "not_decoding"), is given twice (code "duplicate_sequence"),
+                or an earlier pass over it failed (code "broken_sequence"). No sequence has changed then.
+            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can continue
+                afterwards.
         """
         for sequence in sequences:
             if sequence.cancelled and sequence.finish_reason is None:
@@ -220,7 +222,7 @@ class Runner:
 
         Raises:
             InputError: an earlier pass over this sequence failed; code "broken_sequence".
-            FlashMoeError: an expert cannot be read, or the logits are no numbers (code "bad_logits").
+            FlashMoeError: an expert cannot be read, or a logit is NaN or +inf (code "bad_logits").
         """
         _refuse_broken([cache])
         used = self._used_experts()
@@ -269,14 +271,14 @@ class Runner:
 
 @contextmanager
 def _ending(sequences: list[Sequence]) -> Iterator[None]:
-    """End ``sequences`` if the enclosed passes do: they are finished if cancelled, and cannot go on after an error."""
+    """Finish ``sequences`` if an enclosed pass is cancelled, and mark them as broken after an error."""
     try:
         yield
     except _CancelledError:
         for sequence in sequences:
             sequence.finish("cancelled")
     except BaseException:
-        # Also where all layers saw the same tokens: some sequences may have chosen a token, and others none.
+        # Errors after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
             sequence.ahead = None
             sequence.cache.broken = True
@@ -286,7 +288,7 @@ def _ending(sequences: list[Sequence]) -> Iterator[None]:
 def _refuse_broken(caches: list[SequenceCache]) -> None:
     if any(cache.broken for cache in caches):
         raise InputError(
-            "a pass over this sequence failed half-way: begin again with new_cache()", code="broken_sequence"
+            "a pass over this sequence failed halfway: begin again with new_cache()", code="broken_sequence"
         )
 
 

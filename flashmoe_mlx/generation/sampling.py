@@ -30,7 +30,7 @@ _ABSENT = {"temperature": 1.0, "top_k": _TRANSFORMERS_TOP_K}
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How tokens are chosen: penalties, then temperature, top_k, top_p and min_p, in the order of transformers.
+    """Sampling options. Penalties come first, then temperature, top_k, top_p and min_p, as in transformers.
 
     Each filter applies to the tokens that the previous filter kept.
 
@@ -120,7 +120,7 @@ class ChosenSampling:
         return f"{text} (model's own)" if len(own) == len(stated) else f"{text} (model's own: {', '.join(own)})"
 
     def to_json(self) -> dict[str, Any]:
-        """Return all options, the names of the published ones, and the description."""
+        """Return all options, the names of the published options, and the description."""
         return {**asdict(self.options), "published": sorted(self.published), "description": self.describe()}
 
 
@@ -140,7 +140,7 @@ class PublishedSampling:
         """Read the file in ``folder``.
 
         Raises:
-            InputError: the file is malformed, or a value in it is; code "invalid_generation_config".
+            InputError: the file or a value in it is malformed; code "invalid_generation_config".
         """
         path = folder / "generation_config.json"
         config = read_object(path)
@@ -176,7 +176,7 @@ class PublishedSampling:
 
 
 class Sampler:
-    """Draws the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
+    """A source of the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
 
     ``processors`` change the logits after the penalties of ``options`` and before its temperature, as in transformers.
     """
@@ -190,7 +190,7 @@ class Sampler:
     ) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise InputError(
-                f"seed={seed!r}: must be a whole number from 0 on, or null for a different draw each time",
+                f"seed={seed!r}: must be a whole number, at least 0, or null for a different draw each time",
                 code="invalid_sampling",
             )
         self._options = options
@@ -252,7 +252,7 @@ class Sampler:
         if self._options.temperature == 0:
             return int(scores.argmax())
         scores = scores.astype(np.float64)
-        with np.errstate(over="ignore"):  # under a tiny temperature all but the best may become -inf, which is right
+        with np.errstate(over="ignore"):  # a tiny temperature makes low scores -inf, which is correct
             scaled = (scores - scores.max()) / self._options.temperature
         tokens = self._kept(scaled)
         cumulative = np.cumsum(_probabilities(scaled[tokens]))

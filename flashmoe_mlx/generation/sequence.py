@@ -20,11 +20,11 @@ class Status(Enum):
     """The states of a sequence."""
 
     WAITING = auto()
-    """Its prompt has not been processed."""
+    """The prompt has not been processed."""
     DECODING = auto()
-    """It has at least one token, and its answer continues."""
+    """The sequence has at least one generated token, and the answer continues."""
     FINISHED = auto()
-    """``finish_reason`` says why."""
+    """The answer has ended; ``finish_reason`` gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +52,13 @@ class Sequence:
     """One answer in progress; a ``Runner`` advances it.
 
     Attributes:
-        request: the prompt and how to answer it.
+        request: the prompt and the options of its answer.
         cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
         ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
-            "cancelled"; None while the answer goes on.
+            "cancelled"; None while the answer continues.
         metrics: the measurements of this sequence.
         guesses: the prefetcher's guesses about this sequence.
         cancelled: whether ``cancel`` was called.
@@ -77,12 +77,13 @@ class Sequence:
         """Begin a sequence without tokens.
 
         Args:
-            request: the prompt and how to answer it.
+            request: the prompt and the options of its answer.
             cache: empty caches.
             max_context: the largest number of tokens that the model's context holds.
             prefetches: whether ``metrics`` report guesses about experts.
-            on_prefill: told of the progress through the prompt, at least once a layer.
-            start: the time from which the first token is measured, as of ``time.perf_counter``; None for now.
+            on_prefill: called with the progress through the prompt, at least once per layer.
+            start: the time from which the delay of the first token is measured, a value of ``time.perf_counter``; None
+                for now.
         """
         self.request = request
         self.cache = cache
@@ -100,7 +101,7 @@ class Sequence:
 
     @property
     def status(self) -> Status:
-        """How far the sequence has come."""
+        """The state of the sequence."""
         if self.finish_reason is not None:
             return Status.FINISHED
         return Status.DECODING if self.token_ids else Status.WAITING
@@ -120,7 +121,7 @@ class Sequence:
             self._on_prefill(done, len(self.request.prompt_ids))
 
     def take(self, logits: Logits) -> None:
-        """Choose the next token by ``logits`` [vocabulary]; the sequence may be finished then.
+        """Choose the next token from ``logits`` [vocabulary]; this may finish the sequence.
 
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``.

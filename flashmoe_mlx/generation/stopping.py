@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Looks for ``stop`` in a text that comes in pieces.
+    """A search for ``stop`` in a text that arrives in pieces.
 
-    Results, joined, do not depend on where the text is cut into pieces: the occurrence that is complete first ends the
-    text, and among occurrences that end together the longest. Text is held back only while it may begin a stop string.
+    The joined results do not depend on the division of the text into pieces: the occurrence that is complete first ends
+    the text, and the longest of several occurrences that end together. Text is held back only while it may begin a stop
+    string.
     """
 
     def __init__(self, stop: Sequence[str]) -> None:
@@ -17,7 +18,7 @@ class StopStrings:
         """The stop string that ended the text."""
 
     def add(self, text: str) -> str:
-        """Take the next piece; returns the text that cannot be part of a stop string. After an end, returns ""."""
+        """Take the next piece; return the text that cannot be part of a stop string, or "" after a stop string."""
         if not self._stop:
             return text
         if self.found is not None:
@@ -33,7 +34,7 @@ class StopStrings:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """End the text; returns what was held back."""
+        """End the text, and return the part that was held back."""
         held, self._held = self._held, ""
         return held
 

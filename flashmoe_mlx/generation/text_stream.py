@@ -1,4 +1,4 @@
-"""From generated tokens to pieces of text: detokenized, split into thinking and answer, ended by stop strings."""
+"""Convert generated tokens to pieces of text: detokenize, separate thinking from the answer, find stop strings."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class Piece:
 
 
 class TextStream:
-    """Turns the tokens of one sequence into pieces, as they come."""
+    """A conversion of the tokens of one sequence to pieces while they are generated."""
 
     def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
         request = sequence.request
@@ -84,7 +84,7 @@ class TextStream:
         return ("", text) if self._splitter is None else self._splitter.add(token, text)
 
     def _rest(self) -> tuple[str, str]:
-        """Return the reasoning and the answer that were held back."""
+        """Return the parts of the reasoning and of the answer that were held back."""
         reasoning, content = self._split(_NO_TOKEN, self._detokenizer.flush())
         if self._splitter is None:
             return reasoning, content

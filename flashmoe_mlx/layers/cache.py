@@ -37,11 +37,11 @@ class LayerCache(Protocol):
         ...
 
     def restore(self, snapshot: Self) -> None:
-        """Return to the state of ``snapshot``, which stays as it is."""
+        """Return to the state of ``snapshot``, which is not changed."""
         ...
 
     def trim(self, length: int) -> None:
-        """Keep the first ``length`` tokens; only where ``can_trim``."""
+        """Keep the first ``length`` tokens; this requires ``can_trim``."""
         ...
 
     def mark(self) -> Any:
@@ -104,7 +104,7 @@ class KVCache:
         return self.keys, self.values
 
     def snapshot(self) -> "KVCache":
-        """Return a copy, without capacity that no token has reached."""
+        """Return a copy without unused capacity."""
         used = _rounded(self.length)
         if self.keys is None or self.values is None:
             return KVCache()
@@ -151,7 +151,7 @@ class RecurrentState:
 
     @property
     def can_trim(self) -> bool:
-        """False once there is a state: tokens cannot be taken out of a sum again."""
+        """False once there is a state: tokens cannot be removed from a sum."""
         return self.recurrent_state is None
 
     def arrays(self) -> list[mx.array]:
@@ -197,7 +197,7 @@ class CacheMark:
 class SequenceCache:
     """The caches of all layers; ``length`` is the number of tokens that went through them.
 
-    ``broken`` means that a pass failed or was cancelled half-way: its layers have seen different numbers of tokens.
+    ``broken`` means that a pass failed or was cancelled halfway: its layers have seen different numbers of tokens.
     """
 
     layers: Sequence[LayerCache] = field(default_factory=list)
@@ -219,21 +219,21 @@ class SequenceCache:
         return [array for layer in self.layers for array in layer.arrays()]
 
     def snapshot(self) -> "SequenceCache":
-        """Return an independent copy, with which the sequence can also be continued in another way.
+        """Return an independent copy, from which the sequence can be continued in a different way.
 
         Raises:
-            InputError: a pass over the sequence failed half-way; code "broken_sequence".
+            InputError: a pass over the sequence failed halfway; code "broken_sequence".
         """
         if self.broken:
             raise InputError(
-                "a pass over this sequence failed half-way: it has no state to keep", code="broken_sequence"
+                "a pass over this sequence failed halfway: it has no state to keep", code="broken_sequence"
             )
         copy = SequenceCache([layer.snapshot() for layer in self.layers], self.length)
         mx.eval(copy.arrays())
         return copy
 
     def restore(self, snapshot: "SequenceCache") -> None:
-        """Return to the state of ``snapshot``, which stays as it is; a broken sequence is whole again."""
+        """Return to the state of ``snapshot``, which is not changed; this also repairs a broken sequence."""
         for layer, kept in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(kept)
         mx.eval(self.arrays())
@@ -288,7 +288,7 @@ def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.arra
 
 
 def _copied(array: mx.array) -> mx.array:
-    """Return a contiguous array in memory of its own; a selection is exact for every bit pattern."""
+    """Return a contiguous copy in separate memory; a selection is exact for every bit pattern."""
     copy = mx.where(mx.array(True), array, array)
     mx.eval(copy)
     return copy

@@ -31,7 +31,7 @@ class GatedDeltaNet:
     def __call__(
         self, x: mx.array, caches: Sequence[RecurrentState], lengths: Sequence[int], residual: mx.array
     ) -> mx.array:
-        """Apply the layer to new tokens of several sequences; arguments and result as of ``Attention``."""
+        """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
         return self.out_proj(by_sequence(self._recur, self.project(x), caches, lengths), residual)
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:

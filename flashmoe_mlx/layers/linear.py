@@ -35,7 +35,7 @@ class Linear(QuantizedWeight):
         return sum(array.nbytes for array in (self.weight, self.scales, self.biases, self.bias) if array is not None)
 
     def rows(self, indices: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Look up rows of W, as of an embedding table: [T] to [T, in] of type ``dtype``."""
+        """Look up rows of W, such as an embedding table: [T] to [T, in] of type ``dtype``."""
         if self.bits is None:
             return self.weight[indices].astype(dtype)
         assert self.scales is not None

@@ -12,8 +12,8 @@ class PhaseClock:
     """Seconds by phase.
 
     MLX evaluates lazily, and a layer is evaluated once, when its router's choice is needed. Attention, router and
-    experts are then computed together, and their time counts as "compute". With ``split`` each phase is evaluated by
-    itself, which attributes the time exactly and costs two more synchronizations for each layer.
+    experts are then computed together, and their time counts as "compute". With ``split`` each phase is evaluated
+    separately, which attributes the time exactly and costs two more synchronizations per layer.
     """
 
     def __init__(self, split: bool = False) -> None:

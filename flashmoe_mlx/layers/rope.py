@@ -24,7 +24,7 @@ _KNOWN = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """Settings of YaRN, which divides low frequencies by ``factor``, keeps high ones, and blends between them.
+    """Settings of YaRN, which divides low frequencies by ``factor``, keeps high frequencies, and blends between them.
 
     Attributes:
         factor: the divisor.
@@ -85,7 +85,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int, fraction
         text: the text model's part of a ``config.json``.
         head_dim: the width of a head.
         max_context: the context in tokens.
-        fraction: the part of a head that is rotated, where the config does not say.
+        fraction: the rotated part of a head if the config does not state it.
 
     Raises:
         CheckpointError: settings are missing, malformed, out of range or contradictory, or the kind is neither
@@ -117,7 +117,7 @@ def read_rope(text: Mapping[str, Any], head_dim: int, max_context: int, fraction
 
 
 def _nested(text: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the nested settings; two that differ are refused, since transformers and mlx-lm prefer different ones."""
+    """Return the nested settings; refuse two that differ, since transformers and mlx-lm disagree about them."""
     given = {name: text[name] for name in ("rope_parameters", "rope_scaling") if text.get(name)}
     for name, value in given.items():
         if not isinstance(value, Mapping):

@@ -15,7 +15,7 @@ def by_sequence(
     """Call ``function`` for each sequence, with its cache and its rows of every array; join the results.
 
     Args:
-        function: takes a cache and as many arrays as ``rows`` has, and returns an array with as many rows as these.
+        function: takes a cache and as many arrays as ``rows`` has, and returns an array with as many rows.
         rows: arrays [T, ...] of the new tokens of all sequences.
         caches: the cache of each sequence.
         lengths: the number of rows of each sequence; their sum is T.

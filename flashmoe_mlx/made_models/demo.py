@@ -19,7 +19,7 @@ _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
 
 
 def demo_folder() -> Path:
-    """Return the pack inside the installed package, which has 4 bits only and is never written to."""
+    """Return the pack inside the installed package, which has only 4-bit experts and is never written to."""
     return Path(str(package_files("flashmoe_mlx.made_models").joinpath("demo_model")))
 
 

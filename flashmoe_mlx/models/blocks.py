@@ -26,14 +26,14 @@ from flashmoe_mlx.stores.contract import ExpertStore
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """Bytes that a layer keeps of a sequence: for each token, and independently of its length."""
+    """Bytes that a layer keeps for a sequence: per token, and independent of its length."""
 
     per_token: int = 0
     fixed: int = 0
 
 
 class MixerBlock(Protocol):
-    """The part of a layer that mixes tokens; ``prefix`` is that of the layer, ``model.layers.0.`` for example."""
+    """The part of a layer that mixes tokens; ``prefix`` begins the names of the layer's parameters."""
 
     def parameters(self, prefix: str) -> Iterator[Parameter]:
         """Yield the parameters in the order in which a token meets them."""
@@ -261,7 +261,7 @@ class MoeBlock:
             kernels.rms_norm,
             joint,
             kernels.choose_experts,
-            on_host=isinstance(strategy, ExpertsOnHost),
+            by_numpy=isinstance(strategy, ExpertsOnHost),
         )
         in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)
         return MixtureOfExperts(layer, store, router, shared, strategy, in_memory)

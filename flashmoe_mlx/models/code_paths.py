@@ -52,13 +52,13 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     if layer.experts.router.joint is not None:
         yield from _calls([layer.experts.router.joint])
     router = [layer.experts.router.gate, layer.experts.router.shared_gate]
-    yield from _calls(router)  # together on CPUs, each alone on GPUs and by policies of prefetch
+    yield from _calls(router)  # together on CPUs, separately on GPUs and by prefetch policies
     for linear in router:
         yield from _calls([linear])
 
 
 def _calls(linears: Sequence[Linear], residual: bool = False, one_token: bool = True) -> Iterator[Projection]:
-    """Yield the calls for quantized matrices: one call together unless a matrix is dense, else one call for each."""
+    """Yield the calls for quantized matrices: one call for all unless a matrix is dense, else one call for each."""
     quantized = [linear for linear in linears if linear.bits is not None]
     if len(quantized) == len(linears):
         yield Projection(tuple(linears), residual, one_token)

@@ -1,4 +1,4 @@
-"""The geometry of a model, as far as every family has it, and readers of the fields that families share."""
+"""The part of a model's geometry that all families share, and readers of the fields that they share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Pa
 
 MOST_LAYERS = 2**12
 MOST_EXPERTS = 2**16
-"""Limits for objects that are made for each layer or expert before any file has proven that these exist."""
+"""Limits for objects that are made for each layer or expert before any file has proven that it exists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def layer_prefix(layer: int) -> str:
 
 
 def text_part(published: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the text part of a ``config.json``: ``text_config`` where there is one, else the whole.
+    """Return the text part of a ``config.json``: ``text_config`` if it exists, otherwise the whole.
 
     Raises:
         CheckpointError: ``text_config`` is not an object.

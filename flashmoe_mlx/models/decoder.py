@@ -39,7 +39,7 @@ class DecoderLayer:
     def __call__(
         self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
     ) -> mx.array:
-        """Compute [T, hidden] from [T, hidden]; the end stays lazy.
+        """Compute [T, hidden] from [T, hidden]; the last operations stay lazy.
 
         Args:
             x: the residual of the new tokens of all sequences, one sequence after the other.
@@ -94,7 +94,7 @@ class Model:
             context: the clock, the prefetcher and the observers of the pass.
 
         Returns:
-            One row for each token, one sequence after the other; lazy at its end.
+            One row for each token, one sequence after the other; the last operations stay lazy.
         """
         x = self.embedding.rows(tokens, self.norm.dtype)
         for index, layer in enumerate(self.layers):

@@ -32,11 +32,11 @@ class Kind(Enum):
     MATRIX = auto()
     """``name.weight`` [out, in], dense or quantized with ``name.scales`` and ``name.biases``."""
     NORM = auto()
-    """The factor of an RMS norm that Hugging Face checkpoints store less 1."""
+    """The factor of an RMS norm, from which Hugging Face checkpoints subtract 1."""
     CONV = auto()
     """Depthwise convolution [channels, kernel, 1]; Hugging Face has [channels, 1, kernel], the same bytes."""
     PLAIN = auto()
-    """A vector that every layout stores as it is used, for example the factor of an RMS norm or a bias."""
+    """A vector that every layout stores unchanged, for example the factor of an RMS norm or a bias."""
     EXACT = auto()
     """A plain vector that the model needs in float32, for example the exponent of an exponential."""
 
@@ -51,7 +51,7 @@ class Parameter:
         shape: its shape, dense.
         least_bits: the smallest width to which a matrix may be quantized.
         gain: the factor by which the entries of a random matrix exceed 1 / sqrt(in), for synthetic models.
-        draw: draws a random vector for synthetic models; None for ones.
+        draw: draws a random vector for synthetic models; None for a vector of ones.
     """
 
     name: str
@@ -87,5 +87,5 @@ def quantization_of(
             if columns % group_size == 0 and columns * bits % 32 == 0 and (weight, scales) == (packed, groups):
                 return bits, group_size
     raise InputError(
-        f"{name}: weight {list(weight)} with scales {list(scales)} is no supported quantization of {list(dense)}"
+        f"{name}: weight {list(weight)} with scales {list(scales)} is not a supported quantization of {list(dense)}"
     )

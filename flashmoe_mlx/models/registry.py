@@ -69,20 +69,20 @@ def find_family(published: Mapping[str, Any]) -> Family[Any]:
     return family
 
 
-def _unsupported(published: Mapping[str, Any], kind: object) -> CheckpointError:
-    """Return the error for a model of ``model_type`` ``kind``."""
-    name = kind if isinstance(kind, str) else ""
+def _unsupported(published: Mapping[str, Any], model_type: object) -> CheckpointError:
+    """Return the error for a model of ``model_type``."""
+    name = model_type if isinstance(model_type, str) else ""
     supported = _supported()
     if name not in MIXTURES and not _has_experts(published):
         called = f" ({DENSE[name]})" if name in DENSE else ""
         return CheckpointError(
-            f"config.json: model_type {shown(kind)}{called} is a dense model: its config names no experts, so there is "
-            f"nothing to stream; use mlx-lm for it. {supported[0].upper()}{supported[1:]}",
+            f"config.json: model_type {shown(model_type)}{called} is a dense model: its config names no experts, so "
+            f"there is nothing to stream; use mlx-lm for it. {supported[0].upper()}{supported[1:]}",
             code="dense_model",
         )
     called = f" ({MIXTURES[name]})" if name in MIXTURES else ""
     return CheckpointError(
-        f"config.json: model_type {shown(kind)}{called} is not supported; {supported}", code="unsupported_model"
+        f"config.json: model_type {shown(model_type)}{called} is not supported; {supported}", code="unsupported_model"
     )
 
 

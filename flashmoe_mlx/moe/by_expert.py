@@ -16,7 +16,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsOneByOne:
-    """Applies each expert to all of its tokens, in ascending order, lazily.
+    """A strategy that applies each expert to all of its tokens, in ascending order, lazily.
 
     Attributes:
         mlp: as ``expert_mlp.reference.expert_mlp``.

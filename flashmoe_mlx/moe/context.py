@@ -22,7 +22,7 @@ class ForwardContext:
         clock: measures the phases of the pass.
         prefetcher: hints experts to the store; its ``begin_pass`` was called for this pass.
         observer: receives the routing of each layer.
-        before_layer: receives the index of each layer before the layer runs; may raise to end the pass.
+        before_layer: receives the index of each layer before the layer runs; may raise an error to end the pass.
         used: collects the experts of layers that need not wait for the choice of their router; None if every layer has
             to wait, because the prefetcher, the observer or the clock needs the choice at once.
     """

@@ -84,6 +84,6 @@ class MixtureOfExperts:
     def with_store(self, store: ExpertStore, experts_k: int) -> "MixtureOfExperts":
         """Return this block with ``experts_k`` routed experts for each token, served by ``store``.
 
-        The records of ``store`` must have the layout of the present store's.
+        The records of ``store`` must have the same layout as those of the current store.
         """
         return replace(self, store=store, router=replace(self.router, experts_k=experts_k))

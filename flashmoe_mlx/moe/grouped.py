@@ -13,7 +13,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsGrouped:
-    """Dequantizes several experts at a time and applies each to all of its tokens, lazily.
+    """A strategy that dequantizes several experts at a time and applies each to all of its tokens, lazily.
 
     Attributes:
         dense_experts: as ``dense_experts.reference.dense_experts``.

@@ -54,7 +54,7 @@ class ExpertGroups:
         layer: index of the layer.
         chosen: [T, K], the experts of each token.
         clock: measures fetches and computation.
-        after_last_fetch: called when all experts were fetched and nothing was computed with the last group.
+        after_last_fetch: called when all experts have been fetched, before any computation with the last group.
     """
 
     store: ExpertStore
@@ -64,7 +64,7 @@ class ExpertGroups:
     after_last_fetch: Callable[[], None]
 
     def __iter__(self) -> Iterator[ExpertGroup]:
-        """Fetch each group when it is asked for."""
+        """Fetch and yield each group on demand."""
         distinct, size = sorted(set(self.chosen.ravel().tolist())), self.store.slots
         num_experts = self.store.source.num_experts
         for start in range(0, len(distinct), size):

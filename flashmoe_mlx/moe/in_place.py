@@ -13,12 +13,12 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsInPlace:
-    """Applies all experts of a group in one call, lazily.
+    """A strategy that applies all experts of a group in one call, lazily.
 
     Attributes:
         kernel: as ``routed_experts.reference.routed_experts``.
         form: the format of the records.
-        fuse_shared: whether ``kernel`` takes the shared expert along.
+        fuse_shared: whether ``kernel`` also applies the shared expert.
     """
 
     kernel: Callable[..., mx.array]

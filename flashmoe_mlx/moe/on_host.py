@@ -1,4 +1,4 @@
-"""Routed experts by a kernel for CPUs, which reads records where the CPU has them."""
+"""Routed experts by a kernel for CPUs, which reads records in the CPU's memory."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 @dataclass(frozen=True, slots=True)
 class ExpertsOnHost:
-    """Applies all experts of any number of tokens in one call for each group; computes at once.
+    """A strategy that applies all experts of any number of tokens in one call per group, without delay.
 
     Experts are added to the residual one by one in ascending order, and a fused shared expert last. A token's sum
     therefore depends neither on the number of slots nor on the other tokens.
@@ -21,7 +21,7 @@ class ExpertsOnHost:
     Attributes:
         kernel: as ``routed_experts.cpu.routed_experts``.
         form: the format of the records.
-        fuse_shared: whether ``kernel`` takes the shared expert along.
+        fuse_shared: whether ``kernel`` also applies the shared expert.
     """
 
     kernel: Callable[..., mx.array]

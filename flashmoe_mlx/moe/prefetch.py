@@ -41,7 +41,7 @@ class Guesses:
 
 
 class Prefetcher:
-    """Hints experts of the following layer to ``store``.
+    """Base class of prefetchers, which hint experts of the following layer to ``store``.
 
     ``begin_pass`` names the sequences of each forward pass and its phase. Only decode steps are guessed and counted.
     ``DecoderLayer`` and ``MixtureOfExperts`` report every layer: ``begins``, ``guess`` before the router's choice is
@@ -66,7 +66,7 @@ class Prefetcher:
         self._decoding = decoding
 
     def begins(self, layer: int, x: mx.array) -> None:
-        """Take the residual ``x`` [T, hidden] that ``layer`` begins with."""
+        """Receive the input residual ``x`` [T, hidden] of ``layer``."""
         if self._decoding:
             self._hint(layer, self._likely_now(layer, x))
 
@@ -75,7 +75,7 @@ class Prefetcher:
         return self._guess(layer, x) if self._decoding else None
 
     def chosen(self, layer: int, experts: npt.NDArray[np.uint32], guess: mx.array | None) -> None:
-        """Take the ``experts`` [T, K] that ``layer`` chose; ``guess`` came from ``guess`` and is evaluated."""
+        """Receive the ``experts`` [T, K] that ``layer`` chose; ``guess`` is an evaluated result of ``guess``."""
         latest = experts if self._decoding else experts[-1:]
         for guesses, chosen in zip(self._sequences, latest.tolist(), strict=True):
             guesses.last[layer] = chosen
@@ -96,7 +96,7 @@ class Prefetcher:
             self._store.prefetch(layer, union)
 
     def _likely_now(self, layer: int, x: mx.array) -> Likely:  # noqa: ARG002  # a policy may guess here
-        """Guess which experts ``layer`` itself will choose, from the residual ``x`` that it begins with."""
+        """Guess which experts ``layer`` itself will choose, from its input residual ``x``."""
         return ()
 
     def _guess(self, layer: int, x: mx.array) -> mx.array | None:  # noqa: ARG002  # a policy may guess here
@@ -108,14 +108,14 @@ class Prefetcher:
 
 
 class PreviousToken(Prefetcher):
-    """Guesses that every layer chooses the same experts as for the token before."""
+    """A prefetcher that guesses that every layer chooses the same experts as for the previous token."""
 
     def _likely(self, following: int, guess: mx.array | None) -> Likely:  # noqa: ARG002
         return [guesses.last.get(following, ()) for guesses in self._sequences]
 
 
 class NextRouter(Prefetcher):
-    """Guesses by applying layer L+1's router to layer L's residual.
+    """A prefetcher that applies layer L+1's router to layer L's residual.
 
     The residual still lacks layer L's experts and layer L+1's mixer. The last layer is followed by the first layer of a
     token that is not known yet: no guess.
@@ -136,10 +136,10 @@ class NextRouter(Prefetcher):
 
 
 class EarlyRouter(Prefetcher):
-    """Guesses by applying a layer's router to the residual before the layer's mixer.
+    """A prefetcher that applies a layer's router to the residual before the layer's mixer.
 
     The guess is closer to the choice than the guess of ``NextRouter`` and more often correct, but reads have only the
-    mixer's time. It is evaluated at once, one more synchronization for each layer: made for CPUs.
+    mixer's time. Its immediate evaluation costs one more synchronization per layer, so it suits CPUs.
     """
 
     def __init__(self, store: ExpertStore, routers: Sequence[Router]) -> None:
@@ -149,7 +149,7 @@ class EarlyRouter(Prefetcher):
     def _likely_now(self, layer: int, x: mx.array) -> Likely:
         router = self._routers[layer]
         scores = np.array(router.scores(x))
-        # Not by MLX, where evaluating a sort takes longer than the product.
+        # Not by MLX, whose sort takes longer than the product.
         likely: list[list[int]] = np.argsort(-scores, axis=-1)[:, : router.experts_k].tolist()
         return likely
 

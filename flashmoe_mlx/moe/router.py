@@ -40,15 +40,15 @@ class Router:
     Attributes:
         gate: scores [T, experts] of normalized hidden states.
         norm: factors [hidden] of the norm before the MoE block.
-        eps: of that norm.
+        eps: the epsilon of that norm.
         experts_k: routed experts for each token.
         shared_gate: the logit of the shared expert's weight.
         rms_norm: an implementation of the norm.
         joint: ``gate`` and ``shared_gate`` as one matrix with rows of zeros below, whose product ``choose_experts``
             takes; None for the two products, and elementary operations.
         choose_experts: see ``Kernels.choose_experts``; only with ``joint``.
-        on_host: choose by NumPy. Kernels for CPUs have computed the scores already, and MLX starts a thread's work for
-            each further operation, which takes longer than the operation.
+        by_numpy: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
+            a further operation to a thread than for the operation.
     """
 
     gate: Linear
@@ -59,7 +59,7 @@ class Router:
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
     joint: Linear | None = None
     choose_experts: ChooseExperts | None = None
-    on_host: bool = False
+    by_numpy: bool = False
 
     def normalize(self, residual: mx.array) -> mx.array:
         """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
@@ -74,7 +74,7 @@ class Router:
 
         ``also`` is evaluated in the same wait.
         """
-        if self.on_host:
+        if self.by_numpy:
             with clock.computing("router_wait"):
                 experts, all_weights = self.choose_on_host(x)
                 mx.eval(*also)
@@ -110,7 +110,7 @@ class Router:
         return chosen, weights / weights.sum(-1, keepdims=True)
 
     def choose_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-        """Choose experts at once: [T, K] and all weights [T, K + 1], the shared expert's last."""
+        """Choose experts without delay: [T, K] and all weights [T, K + 1], the shared expert's last."""
         scores, shared = (np.array(logits, np.float32) for logits in project_all((self.gate, self.shared_gate), x))
         chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = np.take_along_axis(scores, chosen, axis=-1)

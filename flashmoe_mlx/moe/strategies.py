@@ -20,7 +20,7 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 
 
 class RoutedExperts(Protocol):
-    """Applies the experts of one layer."""
+    """A strategy that applies the experts of one layer."""
 
     def __call__(
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
@@ -34,7 +34,7 @@ class RoutedExperts(Protocol):
             residual: the residual stream [T, hidden].
             routing: the experts of each token and their weights.
             shared: the expert that every token uses.
-            groups: the chosen experts, to be fetched in turn.
+            groups: the chosen experts, to be fetched group by group.
 
         Returns:
             [T, hidden] in the dtype of ``residual``.
@@ -47,7 +47,7 @@ class RoutedExperts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ByTokenCount:
-    """Uses ``few`` for up to ``most`` tokens, and ``many`` for more."""
+    """A strategy that uses ``few`` for up to ``most`` tokens, and ``many`` for more tokens."""
 
     most: int
     few: RoutedExperts
@@ -67,8 +67,8 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
     Args:
         kernels: the implementations that the model runs.
         layout: the layout of the layer's records.
-        dtype: of activations.
-        shared: the layer's shared expert, which a kernel may take along.
+        dtype: the type of activations.
+        shared: the layer's shared expert, which a kernel may also apply.
     """
     form = expert_format(layout)
     if form is None:

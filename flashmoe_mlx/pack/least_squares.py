@@ -2,8 +2,8 @@
 
 ``mx.quantize`` spreads its codes from the smallest to the largest value of a group. With few bits this wastes codes on
 the extremes: for 64 normal numbers in 2 bits, the best four levels span about six tenths of the range. This module
-starts from several ranges, narrowed toward the middle. From each it improves codes and (scale, bias) in turn: first the
-nearest codes, then the line of least squares through the values of each code. This is Lloyd's method with levels at
+starts from several ranges, narrowed toward the middle. From each it improves codes and (scale, bias) alternately: first
+the nearest codes, then the line of least squares through the values of each code. This is Lloyd's method with levels at
 equal distances. The best result for each group is kept, including that of ``mx.quantize``.
 """
 
@@ -54,13 +54,13 @@ class _Candidate:
         self.errors = mx.square(self.codes * scale[..., None] + bias[..., None] - values).sum(-1)
         mx.eval(self.scales, self.biases, self.codes, self.errors)
 
-    def take_better(self, other: "_Candidate") -> None:
-        """Replace each group by that of ``other`` if its error is smaller; infinite and NaN errors never are."""
-        better = other.errors < self.errors
-        self.scales = mx.where(better, other.scales, self.scales)
-        self.biases = mx.where(better, other.biases, self.biases)
-        self.codes = mx.where(better[..., None], other.codes, self.codes)
-        self.errors = mx.where(better, other.errors, self.errors)
+    def take_better(self, candidate: "_Candidate") -> None:
+        """Replace each group by that of ``candidate`` if its error is smaller; infinite and NaN errors never are."""
+        better = candidate.errors < self.errors
+        self.scales = mx.where(better, candidate.scales, self.scales)
+        self.biases = mx.where(better, candidate.biases, self.biases)
+        self.codes = mx.where(better[..., None], candidate.codes, self.codes)
+        self.errors = mx.where(better, candidate.errors, self.errors)
         mx.eval(self.scales, self.biases, self.codes, self.errors)
 
 

@@ -163,7 +163,7 @@ def _layout(
     if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
         raise _invalid(folder, f"variant {name!r} lacks bits, group_size, or dtype")
     if name not in (variant_name(bits), variant_name(bits, quantizer)):
-        raise _invalid(folder, f"variant {name!r} says that it has {bits} bits")
+        raise _invalid(folder, f"variant {name!r} has {bits} bits, which contradicts its name")
     try:
         return RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
     except PackError as error:

@@ -19,8 +19,8 @@ _POPULATE_STEP = 2**29
 def allocate_huge_pages(nbytes: int) -> memoryview:
     """Allocate ``nbytes`` writable zeros at a multiple of 2 MiB; on Linux in pages of that size where possible.
 
-    With large pages the CPU takes a five-hundredth of the page faults, and direct I/O is half as fast again as with
-    small ones. All pages are touched here, because the host of a virtual machine may have reclaimed free memory, and
+    With large pages the CPU takes a five-hundredth of the page faults, and direct I/O is 1.5 times as fast as with
+    small pages. All pages are touched here, because the host of a virtual machine may have reclaimed free memory, and
     then the first access to a page takes longer than reading the page from a disk
     (docs/measurements/2026-11-25-cold.md).
 

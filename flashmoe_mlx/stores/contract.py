@@ -305,7 +305,7 @@ class ExpertStore(ABC):
         return _index(layer, self.source.num_layers, "layer"), indices
 
     def _refuse_other_process(self) -> None:
-        # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock for ever.
+        # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock forever.
         if os.getpid() != self._process:
             raise StoreClosedError(
                 "this store was opened by another process; open one in this process", code="store_of_another_process"
@@ -324,15 +324,15 @@ class ExpertStore(ABC):
         self.close()
 
 
-def _index(value: SupportsIndex, count: int, what: str) -> int:
+def _index(value: SupportsIndex, count: int, name: str) -> int:
     if isinstance(value, bool):
-        raise ExpertRequestError(f"{what} {value!r} is not an integer", code="index_no_integer")
+        raise ExpertRequestError(f"{name} {value!r} is not an integer", code="index_no_integer")
     try:
         index = operator.index(value)
     except TypeError:
-        raise ExpertRequestError(f"{what} {value!r} is not an integer", code="index_no_integer") from None
+        raise ExpertRequestError(f"{name} {value!r} is not an integer", code="index_no_integer") from None
     if not 0 <= index < count:
         raise ExpertRequestError(
-            f"{what} {index} is out of range: there are {count}, counted from 0", code="index_out_of_range"
+            f"{name} {index} is out of range: there are {count}, counted from 0", code="index_out_of_range"
         )
     return index

@@ -59,9 +59,9 @@ class HostSlots:
         places = {slot: place for place, slot in enumerate(dict.fromkeys(slots))}
         return HostBatch(tuple(places[slot] for slot in slots), self.rows(slots), self._copies.room)
 
-    def swap(self, slot: int, other: "HostSlots", place: int) -> memoryview:
-        """Swap the memory of ``slot`` and of slot ``place`` of ``other``; return the new memory of ``slot``."""
-        mine, theirs = self._rows, other._rows  # noqa: SLF001  # the same class
+    def swap(self, slot: int, source: "HostSlots", place: int) -> memoryview:
+        """Swap the memory of ``slot`` and of slot ``place`` of ``source``; return the new memory of ``slot``."""
+        mine, theirs = self._rows, source._rows  # noqa: SLF001  # the same class
         # One statement without a call: an interrupt cannot leave the same memory in both slots.
         mine[slot], theirs[place] = theirs[place], mine[slot]
         return mine[slot]

@@ -44,16 +44,16 @@ def slot_memory() -> tuple[int, str]:
     return total_memory(), "its memory"
 
 
-def check_memory(what: str, nbytes: int, remedy: str) -> None:
+def check_memory(purpose: str, nbytes: int, remedy: str) -> None:
     """Raise InputError, code "not_enough_memory", unless slots can occupy ``nbytes`` now.
 
-    The message begins with ``what`` and ends with the advice ``remedy``.
+    The message begins with ``purpose`` and ends with the advice ``remedy``.
     """
     available = available_memory()
     if nbytes > available:
         kind = "GPU memory" if slots_on_gpu() else "memory"
         raise InputError(
-            f"{what}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {remedy}",
+            f"{purpose}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {remedy}",
             code="not_enough_memory",
         )
 

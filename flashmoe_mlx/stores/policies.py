@@ -37,7 +37,7 @@ class EvictionPolicy(ABC):
 
 
 class LRU(EvictionPolicy):
-    """Evicts the least recently used expert."""
+    """A policy that evicts the least recently used expert."""
 
     def __init__(self) -> None:
         self._oldest_first: OrderedDict[int, None] = OrderedDict()
@@ -58,7 +58,7 @@ class LRU(EvictionPolicy):
 
 
 class LFU(EvictionPolicy):
-    """Evicts the least frequently used expert; among equally frequent experts, the least recently used.
+    """A policy that evicts the least frequently used expert; among equally frequent experts, the least recently used.
 
     The counts cover every request since the start, including requests for experts that have since lost their slots
     ("perfect" LFU), and never decay.
@@ -106,7 +106,7 @@ class LFU(EvictionPolicy):
 
 
 class S3FIFO(EvictionPolicy):
-    """Evicts experts without a second request early, from a small queue, and keeps all other experts in a main queue.
+    """A policy with a small queue, from which experts without a second request are soon evicted, and a main queue.
 
     Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1: a small queue for a tenth
     of ``capacity`` (rounded down, at least 1), a main queue for the remaining slots, and a ghost queue. The ghost queue
@@ -196,7 +196,7 @@ def _put_back(queue: OrderedDict[int, int], kept: Sequence[tuple[int, int]]) -> 
 
 
 class Pinned(EvictionPolicy):
-    """Keeps the hottest experts once they are in slots, and applies LRU to all other experts.
+    """A policy that keeps the hottest experts once they are in slots, and applies LRU to all other experts.
 
     The first experts of ``hot`` (hottest first) are pinned, up to half of ``capacity``, rounded down; the remaining
     slots serve the other experts of each request. No slot is reserved for a pinned expert before its first request. If

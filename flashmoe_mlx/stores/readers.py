@@ -11,7 +11,7 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 
 
 class ExpertReader(Protocol):
-    """Reads experts of one source into memory of the caller."""
+    """A reader of the experts of one source, into memory of the caller."""
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.

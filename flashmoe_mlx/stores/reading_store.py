@@ -11,7 +11,7 @@ from flashmoe_mlx.stores.slab import Slab
 
 
 class ReadingStore(ExpertStore):
-    """Reads every expert of a request into slots of a slab.
+    """Base class of stores that read every expert of a request into slots of a slab.
 
     Only the page cache of the system keeps experts between requests, unless reads bypass it.
 

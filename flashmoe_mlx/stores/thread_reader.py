@@ -25,7 +25,7 @@ _Jobs = SimpleQueue[Callable[[], object] | None]
 
 
 class ThreadReader:
-    """Reads experts with positioned reads by several threads.
+    """A reader that makes positioned reads with several threads.
 
     Work reaches the threads through ``SimpleQueue``: it is the only primitive that an interrupt at any point cannot
     leave in a state in which the next use hangs.

@@ -106,8 +106,8 @@ class Ring:
         for index in range(sq_entries):  # each place of the queue always holds the entry with the same index
             words[array // 4 + index] = index
 
-    def _mapped(self, what: int, size: int) -> memoryview:
-        mapped = mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=what)
+    def _mapped(self, offset: int, size: int) -> memoryview:
+        mapped = mmap.mmap(self._fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, offset=offset)
         self._maps.append(mapped)
         view = memoryview(mapped)
         self._views.append(view)

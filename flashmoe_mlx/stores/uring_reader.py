@@ -25,7 +25,7 @@ from flashmoe_mlx.stores.uring import Ring, RingRead
 
 
 class UringReader:
-    """Reads experts through one ring.
+    """A reader that reads experts through one ring.
 
     Args:
         source: the location of the experts.

@@ -94,7 +94,7 @@ def _check(config: Config) -> None:
     if config.requests not in _REQUESTS:
         raise InputError(f"requests={config.requests}: choose from {', '.join(_REQUESTS)}")
     if (config.requests == "trace") != (config.trace is not None):
-        raise InputError("requests=trace and trace=<file> need each other")
+        raise InputError("requests=trace and trace=<file> must be used together")
     for name in ("tokens", "rounds"):
         if getattr(config, name) < 1:
             raise InputError(f"{name}={getattr(config, name)}: must be at least 1")

@@ -30,7 +30,7 @@ class Config(CommonConfig):
 
 @dataclass(frozen=True)
 class Finding:
-    """Result of one kernel: its error, the accepted one, and microseconds per call (None if it could not run)."""
+    """Result of one kernel: its error, the accepted error, and microseconds per call (None if it could not run)."""
 
     kernel: str
     case: str

@@ -119,7 +119,7 @@ def _reporter(announce: Callable[[str], None], prefix: str = "") -> Progress:
 
 
 def _cell(setup: Mapping[str, Any], quality: Quality) -> dict[str, Any]:
-    answers = [{"kind": answer.item.kind, "right": answer.right, "text": answer.text} for answer in quality.answers]
+    answers = [{"kind": answer.item.kind, "right": answer.correct, "text": answer.text} for answer in quality.answers]
     return {"setup": dict(setup), **quality.summary, "said": answers}
 
 

@@ -111,7 +111,6 @@ def _verify(config: Config) -> None:
     for damage in damages[:_MAX_SHOWN]:
         show(str(damage))
     if damages:
-        raise FlashMoeError(
-            f"{pack.folder}: {len(damages)} parts are damaged, as listed above; delete the pack and make it again"
-        )
+        count = "1 part is" if len(damages) == 1 else f"{len(damages)} parts are"
+        raise FlashMoeError(f"{pack.folder}: {count} damaged, as listed above; delete the pack and make it again")
     show(f"{pack.folder}: verified, every byte is intact")

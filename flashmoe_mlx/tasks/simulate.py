@@ -130,7 +130,7 @@ def _record(
                 name: {
                     "decode": asdict(result.decode),
                     "guessed": result.guessed,
-                    "right": result.right,
+                    "right": result.correct,
                     "prefetched": result.prefetched,
                     "useful": result.useful,
                 }
@@ -171,7 +171,7 @@ def _prefetch_table(prefetches: Prefetches, slots: int) -> Table:
         reads = result.decode.misses + result.prefetched
         table.add_row(
             name,
-            f"{result.right / result.guessed:.0%}" if result.guessed else "-",
+            f"{result.correct / result.guessed:.0%}" if result.guessed else "-",
             f"{result.decode.hits / result.decode.requests:.1%}",
             f"{result.decode.misses / baseline:.0%}" if baseline else "-",
             f"{reads / baseline:.0%}" if baseline else "-",

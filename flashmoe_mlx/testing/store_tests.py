@@ -512,13 +512,13 @@ class ExpertStoreTests:
         assert interrupted > 0
 
     def test_threads_in_turn(self, store: ExpertStore, stored: StoredExperts) -> None:
-        turns = threading.Lock()
+        lock = threading.Lock()
 
         def read(seed: int) -> None:
             random = np.random.default_rng(seed)
             for _ in range(25):
                 layer, experts = int(random.integers(LAYERS)), random.permutation(EXPERTS)[:3].tolist()
-                with turns:
+                with lock:
                     check_host(store.fetch(layer, experts), layer, experts, stored)
 
         with ThreadPoolExecutor(4) as readers:
@@ -729,7 +729,14 @@ class _StoreMachine(RuleBasedStateMachine):
 
 
 def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
-    """Assert that all views of the batch hold ``experts`` of ``layer``."""
+    """Assert that all views of the batch hold ``experts`` of ``layer``.
+
+    Args:
+        batch: the served experts.
+        layer: the index of the layer.
+        experts: the requested experts, in the order of the request.
+        stored: the experts on disk, with the expected bytes.
+    """
     check_host(batch, layer, experts, stored)
     assert len(batch.records) == len(experts)
     for expert, slot, record in zip(experts, batch.slots, batch.records, strict=True):
@@ -739,7 +746,7 @@ def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: Stored
 
 
 def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:
-    """Assert that ``host`` of the batch holds ``experts`` of ``layer``; may run in any thread."""
+    """Assert that ``host`` of the batch holds ``experts`` of ``layer``, like ``check``; may run in any thread."""
     assert len(batch.slots) == len(batch.host) == len(experts)
     for expert, view in zip(experts, batch.host, strict=True):
         expected = stored.expected[layer, expert]

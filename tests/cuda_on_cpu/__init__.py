@@ -23,7 +23,7 @@ _SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?uint4 (\w+)\[\]")
 
 
 class Machine:
-    """Runs kernels, ``at_once`` threadgroups at a time, in an order that depends on ``seed``."""
+    """A machine that runs kernels, ``at_once`` threadgroups at a time, in an order that depends on ``seed``."""
 
     def __init__(self, at_once: int, seed: int) -> None:
         self._at_once = at_once

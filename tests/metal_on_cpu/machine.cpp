@@ -300,7 +300,7 @@ const uint* metal_exchange(uint value, int site) {
 uint metal_lane() { return machine::current % 32; }
 
 extern "C" {
-// Clang merges adjacent accesses into unaligned ones; explicit accesses of the kernel are marked as aligned.
+// Clang merges adjacent accesses into unaligned accesses; explicit accesses of the kernel are marked as aligned.
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

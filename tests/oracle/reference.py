@@ -23,7 +23,7 @@ class Reference:
     def __init__(self, geometry: Geometry, weights: Mapping[str, np.ndarray], experts_k: int | None = None) -> None:
         config = Qwen3_5MoeTextConfig(**geometry.text_config())
         config.num_experts_per_tok = experts_k or geometry.top_k
-        # Use the reference implementations rather than optimized ones.
+        # Use the reference implementations rather than optimized implementations.
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
         self.model = Qwen3_5MoeForCausalLM(config).eval()

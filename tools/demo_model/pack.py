@@ -1,6 +1,6 @@
 """Make the files of the package from a trained checkpoint: the pack and the held-out set.
 
-    python tools/demo_model/pack.py CHECKPOINT flashmoe_mlx/demo_model
+    python tools/demo_model/pack.py CHECKPOINT flashmoe_mlx/made_models/demo_model
 
 Only flashmoe_mlx is needed. README.md and LICENSE in the target are kept.
 """

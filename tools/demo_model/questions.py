@@ -208,14 +208,17 @@ _POOLS = {
 
 def _lives(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     v = pools["village"].pop()
-    said = draw.choice((f"{n} lives in {v}.", f"{n} has a house in {v}.", f"The home of {n} is in {v}."))
-    return said, [(f"Where does {n} live?", f"{n} lives in {v}."), (f"Who lives in {v}?", f"{n} is the one in {v}.")]
+    statement = draw.choice((f"{n} lives in {v}.", f"{n} has a house in {v}.", f"The home of {n} is in {v}."))
+    return statement, [
+        (f"Where does {n} live?", f"{n} lives in {v}."),
+        (f"Who lives in {v}?", f"{n} is the one in {v}."),
+    ]
 
 
 def _works(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     t = pools["trade"].pop()
-    said = draw.choice((f"{n} is {article(t)}.", f"{n} works as {article(t)}.", f"The {t} is called {n}."))
-    return said, [
+    statement = draw.choice((f"{n} is {article(t)}.", f"{n} works as {article(t)}.", f"The {t} is called {n}."))
+    return statement, [
         (f"What does {n} do for a living?", f"{n} works as {article(t)}."),
         (f"Who is the {t}?", f"The {t} is {n}."),
     ]
@@ -223,16 +226,16 @@ def _works(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]
 
 def _age(draw: Random, n: str, _: str, __: Pools) -> tuple[str, list[Fact]]:
     a = draw.randint(5, 98)
-    said = draw.choice((f"{n} is {a} years old.", f"{n} is {a}.", f"The age of {n} is {a}."))
-    return said, [(f"How old is {n}?", f"{n} is {a} years old.")]
+    statement = draw.choice((f"{n} is {a} years old.", f"{n} is {a}.", f"The age of {n} is {a}."))
+    return statement, [(f"How old is {n}?", f"{n} is {a} years old.")]
 
 
 def _pet(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     p = pools["pet"].pop()
-    said = draw.choice(
+    statement = draw.choice(
         (f"{n} has {article(p)}.", f"{n} keeps {article(p)}.", f"{article(p).capitalize()} follows {n}.")
     )
-    return said, [
+    return statement, [
         (f"What pet does {n} have?", f"{n} has {article(p)}."),
         (f"Who has the {p}?", f"The {p} belongs to {n}."),
     ]
@@ -240,8 +243,8 @@ def _pet(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
 
 def _food(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     f = pools["food"].pop()
-    said = draw.choice((f"{n} likes {f}.", f"{n} eats {f} every day.", f"The favourite food of {n} is {f}."))
-    return said, [
+    statement = draw.choice((f"{n} likes {f}.", f"{n} eats {f} every day.", f"The favourite food of {n} is {f}."))
+    return statement, [
         (f"What does {n} like to eat?", f"{n} likes to eat {f}."),
         (f"Who likes {f}?", f"The one who likes {f} is {n}."),
     ]
@@ -249,8 +252,8 @@ def _food(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
 
 def _colour(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     c, i = draw.choice(COLOURS), pools["item"].pop()
-    said = draw.choice((f"{n} has a {c} {i}.".replace("a orange", "an orange"), f"The {c} {i} is {n}'s."))
-    return said, [
+    statement = draw.choice((f"{n} has a {c} {i}.".replace("a orange", "an orange"), f"The {c} {i} is {n}'s."))
+    return statement, [
         (f"What colour is {n}'s {i}?", f"{n}'s {i} is {c}."),
         (f"Who has the {i}?", f"{n} has the {c} {i}."),
     ]
@@ -258,14 +261,17 @@ def _colour(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]
 
 def _count(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     k, t = draw.randint(2, 40), pools["thing"].pop()
-    said = draw.choice((f"{n} has {k} {t}.", f"There are {k} {t} in {n}'s basket.", f"{n} counts {k} {t}."))
-    return said, [(f"How many {t} does {n} have?", f"{n} has {k} {t}."), (f"Who has the {t}?", f"{n} has the {k} {t}.")]
+    statement = draw.choice((f"{n} has {k} {t}.", f"There are {k} {t} in {n}'s basket.", f"{n} counts {k} {t}."))
+    return statement, [
+        (f"How many {t} does {n} have?", f"{n} has {k} {t}."),
+        (f"Who has the {t}?", f"{n} has the {k} {t}."),
+    ]
 
 
 def _hidden(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     i, place = pools["item"].pop(), pools["place"].pop()
-    said = draw.choice((f"{n} put the {i} in the {place}.", f"{n} left the {i} in the {place}."))
-    return said, [
+    statement = draw.choice((f"{n} put the {i} in the {place}.", f"{n} left the {i} in the {place}."))
+    return statement, [
         (f"Where is the {i}?", f"The {i} is in the {place}."),
         (f"What is in the {place}?", f"In the {place} is the {i}."),
     ]
@@ -273,14 +279,14 @@ def _hidden(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]
 
 def _gift(draw: Random, n: str, spare: str, pools: Pools) -> tuple[str, list[Fact]]:
     i = pools["item"].pop()
-    said = draw.choice((f"{n} gave the {i} to {spare}.", f"{spare} got the {i} from {n}."))
-    return said, [(f"Who gave the {i} away?", f"{n} gave the {i} to {spare}.")]
+    statement = draw.choice((f"{n} gave the {i} to {spare}.", f"{spare} got the {i} from {n}."))
+    return statement, [(f"Who gave the {i} away?", f"{n} gave the {i} to {spare}.")]
 
 
 def _sells(draw: Random, n: str, _: str, pools: Pools) -> tuple[str, list[Fact]]:
     p, c = pools["product"].pop(), draw.randint(2, 60)
-    said = draw.choice((f"{n} sells {p} for {c} coins.", f"{p.capitalize()} from {n} costs {c} coins."))
-    return said, [
+    statement = draw.choice((f"{n} sells {p} for {c} coins.", f"{p.capitalize()} from {n} costs {c} coins."))
+    return statement, [
         (f"What does {n} sell?", f"{n} sells {p}."),
         (f"How much do I pay {n} for {p}?", f"You pay {n} {c} coins for {p}."),
     ]
@@ -739,7 +745,7 @@ most of them; without alternatives, training would never ask, for example, for t
 
 
 def reworded(draw: Random, document: Document) -> None:
-    """Replace two thirds of the questions that have an alternative wording by it."""
+    """Reword two thirds of the questions for which there is an alternative wording."""
     for message in document.messages:
         if message["role"] == "user":
             for pattern, ways in _OTHER_WAYS:

@@ -22,7 +22,7 @@ class Slot:
     names: tuple[str, ...]
     schema: Schema
     value: Callable[[Random], Any]
-    said: Callable[[Any, str], tuple[str, ...]]
+    sentences: Callable[[Any, str], tuple[str, ...]]
 
 
 def _choice(values: tuple[str, ...]) -> Callable[[Random], str]:
@@ -163,14 +163,14 @@ def json_request(draw: Random) -> Document:
     name_key = draw.choice(("name", "person", "who"))
     if draw.random() < 0.85:
         properties[name_key], answer[name_key] = _STRING, name
-    said, used = [], {name_key}
+    sentences, used = [], {name_key}
     for index, slot in enumerate([*chosen, *extra]):
         key = draw.choice(slot.names)
         if used & set(slot.names):
             continue
         used |= set(slot.names)
         value = slot.value(draw)
-        said.append(draw.choice(slot.said(value, name)))
+        sentences.append(draw.choice(slot.sentences(value, name)))
         if index < len(chosen):
             properties[key], answer[key] = slot.schema, value
     if draw.random() < 0.15 and len(properties) > 2:  # one level of nesting
@@ -179,9 +179,9 @@ def json_request(draw: Random) -> Document:
         inner = {key: properties.pop(key) for key in keys}
         properties[outer] = {"type": "object", "properties": inner, "required": keys}
         answer[outer] = {key: answer.pop(key) for key in keys}
-    draw.shuffle(said)
+    draw.shuffle(sentences)
     schema = {"type": "object", "properties": properties, "required": list(properties)}
-    facts = document.say(*said)
+    facts = document.say(*sentences)
     asked = draw.choice(_ASKED).format(json.dumps(schema))
     text = json.dumps(answer)
     document.say(text)

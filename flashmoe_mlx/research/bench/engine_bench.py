@@ -2,7 +2,7 @@
 
 A trial loads the model with one configuration, evicts the expert files from the page cache, checks the eviction, and
 generates. In each round, every configuration continues the same prompt. The order of the configurations is reversed in
-every second round, so that a drift in the machine's speed affects all of them alike.
+every second round, so that a drift in the machine's speed affects all of them equally.
 
 Conditions:
 

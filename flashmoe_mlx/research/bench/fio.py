@@ -53,7 +53,7 @@ class FioCandidate:
             )
 
     def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
-        """Read as many random records as ``requests`` contains."""
+        """Read as many random records as ``requests`` contains; see ``Candidate.run``."""
         record = self._source.layout.record_bytes
         paths = [self._source.layer_path(layer) for layer in range(self._source.num_layers)]
         count = requests.experts.size

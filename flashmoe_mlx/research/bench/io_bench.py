@@ -3,7 +3,7 @@
 A trial opens a store and replays the requests of one round, token by token and layer by layer, as decoding would. Only
 the time inside fetches counts, until MLX has the experts in one slab. In each round, all candidates replay the same
 requests. The order of the candidates is reversed in every second round, so that a drift in the machine's speed affects
-all of them alike.
+all of them equally.
 
 Conditions:
 
@@ -73,7 +73,14 @@ class Candidate(Protocol):
         ...
 
     def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
-        """Replay ``requests`` in round ``number``; ``cached`` is their share in the page cache, for the record."""
+        """Replay ``requests`` and return the measurements.
+
+        Args:
+            condition: "cold" or "warm", for the record.
+            number: number of the round, from 0.
+            requests: the experts to read.
+            cached: share of the requested bytes in the page cache at the start, for the record.
+        """
         ...
 
 
@@ -91,7 +98,7 @@ class StoreCandidate:
         self._opener().close()
 
     def run(self, condition: str, number: int, requests: RoutingTrace, cached: float) -> Trial:
-        """Open the store, replay ``requests``, and close the store."""
+        """Open the store, replay ``requests``, and close the store; see ``Candidate.run``."""
         latencies: list[float] = []
         nbytes = 0
         with self._opener() as store:

@@ -16,7 +16,7 @@ from flashmoe_mlx.research.estimate.probe_models import SIZES
 
 PROBE_VERSION = 1
 MEMORY = "memory"
-"""The way without reads: all experts are in memory."""
+"""The name for points without reads: all experts are in memory."""
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "pread warm": ("pread", {}),
     "pread cold": ("pread", {}),

@@ -179,7 +179,7 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
 def _over_size(curves: Sequence[tuple[int, float]], size: int) -> float:
     """Interpolate linearly between ``curves`` of (record bytes, seconds), and extrapolate to records of ``size`` bytes.
 
-    For smaller records than the measured ones, the seconds are at least in proportion to the size.
+    For records smaller than all measured records, the seconds are at least in proportion to the size.
     """
     nearest, seconds = min(curves, key=lambda curve: abs(curve[0] - size))
     if len(curves) == 1:

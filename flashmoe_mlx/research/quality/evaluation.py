@@ -180,15 +180,15 @@ def _shares(answers: Sequence[Answer]) -> dict[str, Any]:
     shares: dict[str, Any] = {}
     if kinds:
         shares["kinds"] = {
-            kind: _share([answer.right for answer in answers if answer.item.kind == kind]) for kind in kinds
+            kind: _share([answer.correct for answer in answers if answer.item.kind == kind]) for kind in kinds
         }
     json_answers = [answer for answer in answers if answer.item.schema is not None]
     for name, verdicts in (
-        ("questions", [answer.right for answer in answers if answer.item.exact is not None]),
+        ("questions", [answer.correct for answer in answers if answer.item.exact is not None]),
         ("json_parsed", [bool(answer.parsed) for answer in json_answers]),
         ("json_valid", [bool(answer.valid) for answer in json_answers]),
-        ("json_exact", [answer.right for answer in json_answers]),
-        ("tool_calls", [answer.right for answer in answers if answer.item.call is not None]),
+        ("json_exact", [answer.correct for answer in json_answers]),
+        ("tool_calls", [answer.correct for answer in answers if answer.item.call is not None]),
     ):
         if verdicts:
             shares[name] = _share(verdicts)

@@ -141,14 +141,14 @@ class Answer:
     Attributes:
         item: the question.
         text: the answer.
-        right: whether the answer is correct.
+        correct: whether the answer is correct.
         parsed: whether the answer is JSON; None for an item without a schema.
         valid: whether that JSON satisfies the schema; None for an item without a schema.
     """
 
     item: Item
     text: str
-    right: bool
+    correct: bool
     parsed: bool | None = None
     valid: bool | None = None
 

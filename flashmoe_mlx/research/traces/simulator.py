@@ -32,7 +32,7 @@ class Replay:
             is then requested.
         misses: ``misses[n]`` is the number of fetches in decode that had n misses.
         guessed: guesses of the predictor.
-        right: correct guesses, which the request contained.
+        correct: guesses that the request contained.
         prefetched: guesses that had to be read.
         useful: prefetched experts that the request contained.
     """
@@ -41,7 +41,7 @@ class Replay:
     decode: StoreStats
     misses: npt.NDArray[np.int64]
     guessed: int = 0
-    right: int = 0
+    correct: int = 0
     prefetched: int = 0
     useful: int = 0
 
@@ -172,7 +172,7 @@ class _Counters:
     evicted: list[int] = field(default_factory=lambda: [0, 0])
     misses: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     guessed: int = 0
-    right: int = 0
+    correct: int = 0
     prefetched: int = 0
     useful: int = 0
 
@@ -194,7 +194,7 @@ class _Counters:
         caches.place(request.layer, guesses)
         requested = frozenset(request.experts)
         self.guessed += len(guesses)
-        self.right += len(requested.intersection(guesses))
+        self.correct += len(requested.intersection(guesses))
         self.prefetched += len(absent)
         self.useful += len(requested.intersection(absent))
 
@@ -204,7 +204,7 @@ class _Counters:
         for misses, fetches in self.misses.items():
             counts[misses] = fetches
         stages = self._stage(0, record_bytes), self._stage(1, record_bytes)
-        return Replay(*stages, counts, self.guessed, self.right, self.prefetched, self.useful)
+        return Replay(*stages, counts, self.guessed, self.correct, self.prefetched, self.useful)
 
     def _stage(self, stage: int, record_bytes: int) -> StoreStats:
         return StoreStats(

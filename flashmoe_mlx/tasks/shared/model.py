@@ -57,14 +57,14 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
             return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
 
     try:
-        return _in_turn(make)
+        return _make_or_wait(make)
     except OSError as error:
         raise InputError(
             f"{cache_dir}: cannot write the model there ({error.strerror}); set model.cache_dir or FLASHMOE_CACHE"
         ) from error
 
 
-def _in_turn(make: Callable[[], Path]) -> Path:
+def _make_or_wait(make: Callable[[], Path]) -> Path:
     """Make a model, or wait while another process makes it."""
     deadline = time.monotonic() + _TIMEOUT
     waiting = False

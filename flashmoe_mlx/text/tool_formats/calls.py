@@ -46,7 +46,7 @@ class Output:
 
 
 class FormatReader(Protocol):
-    """Reads an answer in one format; the module of a format names its reader ``READER``, made from ``ToolSchemas``."""
+    """A reader of answers in one format; the module of a format defines it as ``READER``, made from ``ToolSchemas``."""
 
     calls: list[ToolCall]
 
