@@ -27,6 +27,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_refer
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
+from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
@@ -103,6 +104,20 @@ def test_choose_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> N
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_products_of_many_rows_on_cuda(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are dense products, because MLX would compile a kernel for each of their shapes."""
+    dense = np.random.default_rng(0).standard_normal((32, 128)).astype(np.float32)
+    weight, scales, biases = mx.quantize(mx.array(dense), 64, 4)
+    x = mx.array(np.random.default_rng(1).standard_normal((tokens, 128)).astype(np.float32))
+    expected = matvec_mlx.quantized_matvec(x, weight, scales, biases, 4, 64)
+    monkeypatch.setattr(matvec_mlx, "dialect", lambda: "cuda")
+    if tokens > 8:
+        monkeypatch.delattr(mx, "quantized_matmul")
+    found = matvec_mlx.quantized_matvec(x, weight, scales, biases, 4, 64)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.usefixtures("target")

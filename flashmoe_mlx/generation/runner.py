@@ -190,7 +190,7 @@ class Runner:
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Whether the next steps of ``sequence`` need nothing from the host."""
-        return self._traces and sequence.can_choose_on_device and self._used_experts() is not None and self._ahead.ready
+        return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
 
     def _decode_together(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose by its logits."""

@@ -44,7 +44,7 @@ class ExpertsInMemory:
             [T, hidden] in the dtype of ``residual``, and the chosen experts, uint32 [T, K]; both lazy.
         """
         x = router.normalize(residual)
-        chosen, rows, all_weights = router.choose(x, whole.table)
+        chosen, rows, all_weights = router.choose_rows(x, whole.table)
         if self.fuse_shared:
             y = self.kernel(x, whole.slab, rows, all_weights, self.form, shared.weights)
         else:

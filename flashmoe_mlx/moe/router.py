@@ -80,12 +80,12 @@ class Router:
                 mx.eval(*also)
             all_on_device = mx.array(all_weights)
             return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
-        chosen, _, weights = self.choose(x, _everyone(self.gate.weight.shape[0]))
+        chosen, _, weights = self.choose_rows(x, _everyone(self.gate.weight.shape[0]))
         clock.evaluate("router_wait", chosen, weights, *also)
         routed, shared = mx.split(weights, [self.experts_k], axis=-1)
         return Routing(np.array(chosen).astype(np.uint32), routed, shared.astype(x.dtype), weights)
 
-    def choose(self, x: mx.array, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def choose_rows(self, x: mx.array, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Choose experts lazily.
 
         Args:
@@ -98,11 +98,11 @@ class Router:
         """
         if self.joint is not None and self.choose_experts is not None:
             return self.choose_experts(self.joint(x), table, self.experts_k)
-        chosen, weights = self.choose_by_mlx(x)
+        chosen, weights = self.choose(x)
         shared = mx.sigmoid(self.shared_gate(x)).astype(mx.float32)
         return chosen, table[chosen], mx.concatenate([weights, shared], axis=-1)
 
-    def choose_by_mlx(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def choose(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Choose experts lazily by elementary operations: uint32 [T, K] and their weights, f32 [T, K]."""
         scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
         chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
