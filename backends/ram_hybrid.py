@@ -10,14 +10,14 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertReadError, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertReadError, ExpertStore, LayerInMemory, StoreStats
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import make_reader
 from flashmoe_mlx.stores.slot_cache import SlotCache
-from flashmoe_mlx.stores.slots import SlotMaker, Slots
+from flashmoe_mlx.stores.slots import SlotMaker, Slots, place_table, whole_layer
 
 
 class RamHybridStore(ExpertStore):
@@ -89,6 +89,9 @@ class RamHybridStore(ExpertStore):
         check_memory("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
         self._layers: list[Slots] = []
+        self._whole: dict[int, LayerInMemory | None] = {}
+        self._places: dict[int, list[int]] = {}
+        """The slots of all experts, for each layer in ``_whole``."""
         try:
             self._layers += (maker.make(capacity) for _ in range(source.num_layers))
             if preload:
@@ -111,6 +114,9 @@ class RamHybridStore(ExpertStore):
 
     def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
+        if layer in self._places:
+            places = self._places[layer]
+            return self._layers[layer].batch([places[expert] for expert in experts]), StoreStats(hits=len(distinct))
         try:
             placement = self._caches[layer].place(distinct)
             done = self._fill(layer, {expert: placement.slots[expert] for expert in placement.misses})
@@ -123,6 +129,17 @@ class RamHybridStore(ExpertStore):
         batch = self._layers[layer].batch([placement.slots[expert] for expert in experts])
         misses = len(placement.misses)
         return batch, replace(done, hits=len(distinct) - misses, misses=misses, evictions=placement.evictions)
+
+    def _in_memory(self, layer: int) -> LayerInMemory | None:
+        if layer not in self._whole:
+            cache = self._caches[layer]
+            if len(cache) < self.source.num_experts:
+                return None
+            # From now on every request is a hit, and no expert loses its slot.
+            places = cache.slots(range(self.source.num_experts))
+            self._whole[layer] = whole_layer(self._layers[layer], place_table(places))
+            self._places[layer] = places
+        return self._whole[layer]
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:
         # Hinted experts get separate slots: a guess evicts no expert, and hits do not depend on hints.
@@ -142,6 +159,7 @@ class RamHybridStore(ExpertStore):
     def _release(self) -> None:
         self._stats += self._reader.close()
         self._layers.clear()
+        self._whole.clear()
         mx.clear_cache()  # MLX would keep the memory for later arrays
 
 

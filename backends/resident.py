@@ -6,11 +6,11 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, LayerInMemory, StoreStats
 from flashmoe_mlx.stores.limits import DEPTH, Limit
 from flashmoe_mlx.stores.memory import check_memory
 from flashmoe_mlx.stores.readers import make_reader
-from flashmoe_mlx.stores.slots import SlotMaker, Slots
+from flashmoe_mlx.stores.slots import SlotMaker, Slots, place_table, whole_layer
 
 _BATCH = 16
 """Experts read together while the store is opened."""
@@ -52,10 +52,16 @@ class ResidentStore(ExpertStore):
                 self._layers.append(slots)
         finally:
             expert_reader.close()
+        table = place_table(range(source.num_experts))
+        self._whole = [whole_layer(slots, table) for slots in self._layers]
 
     def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         return self._layers[layer].batch(experts), StoreStats(hits=len(set(experts)))
 
+    def _in_memory(self, layer: int) -> LayerInMemory | None:
+        return self._whole[layer]
+
     def _release(self) -> None:
         self._layers.clear()
+        self._whole.clear()
         mx.clear_cache()  # MLX would keep the memory for later arrays

@@ -30,6 +30,7 @@ from flashmoe_mlx.errors import InputError
 
 _log = logging.getLogger(__name__)
 
+ChooseExperts = Callable[[mx.array, mx.array, int], tuple[mx.array, mx.array, mx.array]]
 PREFERENCES = ("auto", "mlx", "reference")
 _GPUS = ("metal", "cuda")
 
@@ -53,6 +54,7 @@ class Kernels:
         most_gpu_tokens: most tokens for which ``routed_experts_gpu`` is the best choice.
         dense_experts: an implementation of ``dense_experts.reference.dense_experts`` for more tokens; None without a
             kernel.
+        choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         note: a message for the user about the choice, or None.
     """
@@ -68,6 +70,7 @@ class Kernels:
     routed_experts_gpu: Callable[..., mx.array] | None = None
     most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
+    choose_experts: ChooseExperts | None = None
     accepts_any_scale_dtype: bool = False
     note: str | None = None
 
@@ -122,6 +125,7 @@ def choose(preference: str) -> Kernels:
         routed_experts_gpu=chosen["routed_experts"] if on_gpu else None,
         most_gpu_tokens=most_tokens() if on_gpu else 0,
         dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
+        choose_experts=chosen["choose_experts"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         note=note,
     )
@@ -149,6 +153,7 @@ __all__ = [
     "PREFERENCES",
     "AttentionInputs",
     "AttentionWeights",
+    "ChooseExperts",
     "DeltaInputs",
     "DeltaWeights",
     "ExpertFormat",

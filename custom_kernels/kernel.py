@@ -132,10 +132,11 @@ def bits_of(value: float) -> int:
 
 @lru_cache(maxsize=16)
 def length_as_shape(length: int) -> mx.array:
-    """Return ``length`` undefined bytes, for kernels that read only their shape, which is passed at the launch."""
-    array = _ruler(1 << (length - 1).bit_length())[:length]
-    mx.eval(array)
-    return array
+    """Return ``length`` undefined bytes, for kernels that read only their shape, which is passed at the launch.
+
+    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
+    """
+    return _ruler(1 << (length - 1).bit_length())[:length]
 
 
 @cache

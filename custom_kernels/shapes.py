@@ -15,10 +15,12 @@ class Projection:
     Attributes:
         weights: the matrices.
         residual: whether the call adds a residual to the product.
+        one_token: whether the call may have one vector alone; a joint matrix may take its place there.
     """
 
     weights: tuple[QuantizedWeight, ...]
     residual: bool = False
+    one_token: bool = True
 
 
 @dataclass(frozen=True)

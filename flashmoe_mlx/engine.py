@@ -134,7 +134,7 @@ class Engine:
         self.metrics = RunMetrics()
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
-        self.runner = Runner(model, store, PhaseClock(profile), prefetcher)
+        self.runner = Runner(model, store, PhaseClock(profile), prefetcher, traces=not setup.get("replaced_kernels"))
         """Runs several sequences together, for callers that schedule them."""
         self._guesses = Guesses()
         """Guesses about sequences that ``forward`` runs."""

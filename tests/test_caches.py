@@ -137,3 +137,23 @@ def test_snapshots_share_no_memory() -> None:
     assert all(mx.array_equal(array, mx.ones_like(array)) for array in snapshot.arrays())
     assert not snapshot.can_trim
     assert RecurrentState().can_trim
+
+
+def test_rewinding_to_a_mark() -> None:
+    """Arrays that kernels returned later, and tokens that they appended, are forgotten; nothing is copied."""
+    attention, state = KVCache(), RecurrentState(mx.zeros((3, 4)), mx.zeros((1, 1, 2, 2)))
+    attention.reserve(250, 1, 4, mx.float32)
+    attention.length = 250
+    cache = SequenceCache([attention, state], length=250)
+    old = state.arrays()
+    mark = cache.mark()
+    assert not cache.must_grow(6)
+    assert cache.must_grow(7)
+    attention.reserve(7, 1, 4, mx.float32)
+    attention.length, cache.length, cache.broken = 257, 257, True
+    state.conv_state, state.recurrent_state = mx.ones((3, 4)), mx.ones((1, 1, 2, 2))
+    cache.rewind(mark)
+    assert (cache.length, attention.length, cache.broken) == (250, 250, False)
+    assert [one is other for one, other in zip(state.arrays(), old, strict=True)] == [True, True]
+    assert not cache.must_grow(7), "the larger capacity stays"
+    assert not KVCache().must_grow(1)

@@ -16,6 +16,8 @@ from systems import needs_linux, needs_nvrtc
 from flashmoe_mlx.custom_kernels import DeltaInputs, ExpertWeights, QuantizedWeight, cases, choose, kernel, native
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, relative_error
+from flashmoe_mlx.custom_kernels.choose_experts import gpu as choose_experts
+from flashmoe_mlx.custom_kernels.choose_experts import reference as choose_reference
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
 from flashmoe_mlx.custom_kernels.expert_format import expert_format
@@ -25,6 +27,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_refer
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
+from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
@@ -86,6 +89,48 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dty
 def test_short_prompts_through_the_kernels_of_a_step(dtype: mx.Dtype) -> None:
     check(cases.routed_experts(SMALL, dtype, group_size=32, tokens=20, k=3))
     check(cases.gated_delta_net(ODD, dtype, tokens=100))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("experts", "k", "tokens"), [(8, 8, 1), (60, 4, 3), (64, 1, 1), (512, 10, 2), (1000, 32, 1)])
+def test_choose_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> None:
+    table = mx.array(np.random.default_rng(1).permutation(experts), mx.int32)
+    scores = choose_experts.different_scores(tokens, experts, dtype, seed=k)
+    found, expected = (
+        [np.array(part) for part in choose(scores, table, k)]
+        for choose in (choose_experts.choose_experts, choose_reference.choose_experts)
+    )
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_products_of_many_rows_on_cuda(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are dense products, because MLX would compile a kernel for each of their shapes."""
+    dense = np.random.default_rng(0).standard_normal((32, 128)).astype(np.float32)
+    weight, scales, biases = mx.quantize(mx.array(dense), 64, 4)
+    x = mx.array(np.random.default_rng(1).standard_normal((tokens, 128)).astype(np.float32))
+    expected = matvec_mlx.quantized_matvec(x, weight, scales, biases, 4, 64)
+    monkeypatch.setattr(matvec_mlx, "dialect", lambda: "cuda")
+    if tokens > 8:
+        monkeypatch.delattr(mx, "quantized_matmul")
+    found = matvec_mlx.quantized_matvec(x, weight, scales, biases, 4, 64)
+    np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("target")
+def test_choose_experts_by_odd_scores() -> None:
+    """Of equal scores the first wins; scores that are not numbers choose experts that exist."""
+    table, rest = mx.arange(40, dtype=mx.int32), mx.zeros((3, 1))
+    scores = np.zeros((3, 40), np.float32)
+    scores[1] = np.arange(40) % 3
+    scores[2] = np.nan
+    chosen, places, weights = choose_experts.choose_experts(mx.concatenate([mx.array(scores), rest], axis=1), table, 5)
+    assert np.array(chosen)[:2].tolist() == [[0, 1, 2, 3, 4], [2, 5, 8, 11, 14]]
+    np.testing.assert_allclose(np.array(weights)[:2], np.tile([0.2] * 5 + [0.5], (2, 1)), rtol=1e-6)
+    assert set(np.array(places).ravel().tolist()) <= set(range(40))
 
 
 @pytest.mark.usefixtures("target")
@@ -419,6 +464,13 @@ def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pyt
     monkeypatch.setattr(attention, "dialect", lambda: "cuda")
     weights = cases.attention_inputs(GEOMETRIES["397B"], mx.bfloat16, context=1).weights
     assert attention.stages_on_tensor_cores(weights, mx.bfloat16) == stages
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_choose_experts_compiles_for_cuda(dtype: mx.Dtype) -> None:
+    template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10}
+    assert compile_for_cuda(choose_experts.BODY, [dtype, I32], [I32, I32, F32], template)
 
 
 @needs_nvrtc

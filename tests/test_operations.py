@@ -46,6 +46,7 @@ def test_the_operations_of_the_package() -> None:
     found = operations()
     assert set(found) == {
         "attention",
+        "choose_experts",
         "dense_experts",
         "expert_mlp",
         "gated_delta_net",

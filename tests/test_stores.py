@@ -17,10 +17,14 @@ from flashmoe_mlx.stores.gpu_slots import GpuBatch
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.slab import SlabBatch
 from flashmoe_mlx.stores.slots import slots_for
-from flashmoe_mlx.testing import ExpertStoreTests, Fault
+from flashmoe_mlx.testing import ExpertStoreTests, Fault, StoredExperts
+from flashmoe_mlx.testing.store_tests import check, check_whole
+from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS
 
 FIVE_PER_LAYER = {"budget_gib": 4 * 5 * 32768 / 2**30}
 """A budget of five slots in each of four layers."""
+ALL_IN_SLOTS = {"budget_gib": 4 * 12 * 32768 / 2**30, "slots": 6}
+"""A budget of slots for all experts, six of which are fetched at once."""
 
 
 SERVING = frozenset(
@@ -33,6 +37,7 @@ SERVING = frozenset(
         "test_a_batch_stays_valid_until_the_next_fetch",
         "test_slots_are_refilled_completely",
         "test_a_hint_never_changes_results",
+        "test_a_layer_in_memory_stays_there",
     }
 )
 """Tests of the served bytes; no other test depends on the memory of the slots."""
@@ -374,6 +379,27 @@ class TestRamHybridAsOnMetal(_AsOnMetal):
     batch_type = SlabBatch
     backend = "ram_hybrid"
     options = FIVE_PER_LAYER
+
+
+@keep_only(SERVING | {"test_all_layers_come_to_memory"})
+class TestRamHybridOfAllExpertsAsOnMetal(_AsOnMetal):
+    """Once every expert has been read, a layer is in memory as a whole."""
+
+    batch_type = SlabBatch
+    backend = "ram_hybrid"
+    options = ALL_IN_SLOTS
+
+    def test_all_layers_come_to_memory(self, store: ExpertStore, stored: StoredExperts) -> None:
+        for layer in range(LAYERS):
+            assert store.in_memory(layer) is None
+            for start in range(0, EXPERTS, store.slots):
+                store.fetch(layer, range(start, start + store.slots))
+            whole = store.in_memory(layer)
+            assert whole is not None
+            check_whole(whole, layer, stored)
+            before = store.stats()
+            check(store.fetch(layer, [5, 1]), layer, [5, 1], stored)
+            assert (store.stats() - before).hits == 2
 
 
 # Real GPUs

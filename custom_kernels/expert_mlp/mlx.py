@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.quantized_matvec.mlx import quantized_matvec
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 
 
@@ -16,12 +17,7 @@ def _product(x: mx.array, weight: QuantizedWeight) -> mx.array:
         return x @ weight.weight.astype(x.dtype).T
     assert weight.scales is not None
     assert weight.biases is not None
+    assert weight.group_size is not None
     # MLX would promote x to a wider type of the scales; the scales of one expert are cheaper to convert.
-    return mx.quantized_matmul(
-        x,
-        weight.weight,
-        weight.scales.astype(x.dtype),
-        weight.biases.astype(x.dtype),
-        group_size=weight.group_size,
-        bits=weight.bits,
-    )
+    scales, biases = weight.scales.astype(x.dtype), weight.biases.astype(x.dtype)
+    return quantized_matvec(x, weight.weight, scales, biases, weight.bits, weight.group_size)

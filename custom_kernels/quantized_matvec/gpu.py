@@ -160,14 +160,15 @@ def _on_tensor_cores(x: mx.array, weight: mx.array, scales: mx.array, bits: int,
 def samples(model: ModelShapes) -> Iterator[Sample]:
     """Yield for every code path the first matrix of the model that takes it, in true size."""
     inputs, seen = RandomInputs(model.dtype, 0), set[CodePath | None]([None])
-    for weight in (weight for projection in model.projections for weight in projection.weights):
+    calls = ((weight, projection.one_token) for projection in model.projections for weight in projection.weights)
+    for weight, one_token in calls:
         scales, biases, bits, group_size = weight.scales, weight.biases, weight.bits, weight.group_size
         assert scales is not None
         assert biases is not None
         assert bits is not None
         assert group_size is not None
         drawn: QuantizedWeight | None = None
-        for tokens in (1, MOST_TOKENS):
+        for tokens in (1, MOST_TOKENS) if one_token else (MOST_TOKENS,):
             stand_in = mx.zeros((tokens, weight.columns), model.dtype)
             path = code_path(stand_in, weight.weight, scales, biases, bits, group_size)
             if path not in seen:

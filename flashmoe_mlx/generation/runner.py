@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.errors import EngineBusyError, InputError
+from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.generation.metrics import measured_pass
 from flashmoe_mlx.generation.request import PrefillProgress, Request
@@ -19,6 +20,7 @@ from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
+from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -33,13 +35,32 @@ class Runner:
     ``begin`` and ``exclusive`` may be called at any time, everything else inside ``exclusive``.
     """
 
-    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock, prefetcher: Prefetcher | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        store: ExpertStore,
+        clock: PhaseClock,
+        prefetcher: Prefetcher | None,
+        traces: bool = True,
+    ) -> None:
+        """Wrap a model.
+
+        Args:
+            model: the model.
+            store: the store of its experts.
+            clock: measures all passes.
+            prefetcher: hints experts, or None.
+            traces: whether MLX can trace the model's kernels, so that steps can be begun ahead; what replaces a kernel
+                of routed experts cannot be traced.
+        """
         self.model = model
         self.store = store
         self.clock = clock
         self.observer: RoutingObserver | None = None
         """Receives every routing decision."""
         self._prefetcher = prefetcher
+        self._traces = traces
+        self._ahead = StepsAhead(model, store, clock)
         self._lock = threading.Lock()
 
     def exclusive(self) -> AbstractContextManager[object]:
@@ -119,11 +140,14 @@ class Runner:
                     _refuse_cancelled([sequence])
 
                 with measured_pass([(sequence.metrics.prefill, len(chunk))], self.store, self.clock):
-                    hidden = self._hidden([chunk], [sequence.cache], [sequence.guesses], False, before_layer)
+                    used = self._used_experts()
+                    hidden = self._hidden(
+                        chunk, [len(chunk)], [sequence.cache], [sequence.guesses], used, before_layer=before_layer
+                    )
                     if start + size < len(tokens):
-                        self.clock.evaluate("experts", hidden, *sequence.cache.arrays())
+                        self._evaluate("experts", hidden, [sequence.cache], used)
                         continue
-                    (logits,) = self._logits(hidden[-1:], [sequence.cache])
+                    (logits,) = self._logits(hidden[-1:], [sequence.cache], used)
                     with self.clock.phase("sample"):
                         sequence.take(logits)
             sequence.report(len(tokens))
@@ -153,18 +177,38 @@ class Runner:
             raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
         if len({id(cache) for cache in caches}) < len(caches):
             raise InputError("a sequence is in the list twice", code="duplicate_sequence")
-        measured = measured_pass([(sequence.metrics.decode, 1) for sequence in running], self.store, self.clock)
-        with _ending(running), measured:
+        with _ending(running):
+            if len(running) == 1 and self._can_run_ahead(running[0]):
+                self._ahead.decode(running[0], lambda: _refuse_cancelled(running))
+                return
+            begun = [sequence for sequence in running if sequence.ahead is not None]
+            for sequence in begun:
+                self._ahead.take(sequence)
+            rest = [sequence for sequence in running if sequence not in begun]
+            if rest:
+                self._decode_together(rest)
+
+    def _can_run_ahead(self, sequence: Sequence) -> bool:
+        """Whether the next steps of ``sequence`` need nothing from the host."""
+        return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
+
+    def _decode_together(self, sequences: list[Sequence]) -> None:
+        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits."""
+        caches = [sequence.cache for sequence in sequences]
+        with measured_pass([(sequence.metrics.decode, 1) for sequence in sequences], self.store, self.clock):
+            used = self._used_experts()
             hidden = self._hidden(
-                [sequence.token_ids[-1:] for sequence in running],
+                [sequence.token_ids[-1] for sequence in sequences],
+                [1] * len(sequences),
                 caches,
-                [sequence.guesses for sequence in running],
-                True,
-                lambda _: _refuse_cancelled(running),
+                [sequence.guesses for sequence in sequences],
+                used,
+                decoding=True,
+                before_layer=lambda _: _refuse_cancelled(sequences),
             )
-            logits = self._logits(hidden, caches)
+            logits = self._logits(hidden, caches, used)
             with self.clock.phase("sample"):
-                for sequence, row in zip(running, logits, strict=True):
+                for sequence, row in zip(sequences, logits, strict=True):
                     sequence.take(row)
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
@@ -181,27 +225,48 @@ class Runner:
             FlashMoeError: an expert cannot be read, or a logit is NaN or +inf (code "bad_logits").
         """
         _refuse_broken([cache])
-        return self._logits(self._hidden([token_ids], [cache], [guesses], decoding), [cache])
+        used = self._used_experts()
+        hidden = self._hidden(token_ids, [len(token_ids)], [cache], [guesses], used, decoding=decoding)
+        return self._logits(hidden, [cache], used)
+
+    def _used_experts(self) -> UsedExperts | None:
+        """Return what collects the experts of a pass, or None if each layer's choice is needed at once."""
+        if self._prefetcher is not None or self.observer is not None or self.clock.split:
+            return None
+        return UsedExperts(self.store)
 
     def _hidden(
         self,
-        token_ids: list[list[int]],
+        token_ids: list[int],
+        lengths: list[int],
         caches: list[SequenceCache],
         guesses: list[Guesses],
-        decoding: bool,
+        used: UsedExperts | None,
+        *,
+        decoding: bool = False,
         before_layer: Callable[[int], None] | None = None,
     ) -> mx.array:
-        """Compute the hidden states [T, hidden] of the new tokens of each sequence; the last operations stay lazy."""
+        """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer)
-        return self.model.forward(token_ids, caches, context)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
+        return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
-    def _logits(self, hidden: mx.array, caches: list[SequenceCache]) -> Logits:
+    def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
         """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass."""
         logits = self.model.logits(hidden)
-        self.clock.evaluate("head", logits, *(array for cache in caches for array in cache.arrays()))
+        self._evaluate("head", logits, caches, used)
         return checked_logits(np.array(logits))
+
+    def _evaluate(self, phase: str, result: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> None:
+        """Evaluate the ``result`` of a pass and its ``caches``, and count the experts that it used."""
+        arrays = [result, *(array for cache in caches for array in cache.arrays())]
+        if not used:
+            self.clock.evaluate(phase, *arrays)
+            return
+        indices = used.indices()
+        self.clock.evaluate(phase, indices, *arrays)
+        used.count(np.array(indices))
 
 
 @contextmanager
@@ -215,6 +280,7 @@ def _ending(sequences: list[Sequence]) -> Iterator[None]:
     except BaseException:
         # Errors after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
+            sequence.ahead = None
             sequence.cache.broken = True
         raise
 

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.untrusted import read_object
+from flashmoe_mlx.generation.device_sampling import draw
 from flashmoe_mlx.generation.logits import (
     CountPenalty,
     Logits,
@@ -193,6 +195,7 @@ class Sampler:
             )
         self._options = options
         self._random = np.random.default_rng(seed)
+        self._returned: list[float] = []
         self._processors = [*options.processors(), *processors]
         self._prompt = prompt
         self._history: TokenHistory | None = None
@@ -225,6 +228,33 @@ class Sampler:
         self._history.add(token)
         return token
 
+    @property
+    def can_choose_on_device(self) -> bool:
+        """Whether ``choose_on_device`` does what a call does."""
+        return not self._processors
+
+    def choose_on_device(self, logits: mx.array) -> tuple[mx.array, float | None]:
+        """Choose the next token lazily, as a call does but for rounding.
+
+        Args:
+            logits: f32 [vocabulary], which ``checked_logits`` accepts.
+
+        Returns:
+            The token, uint32 [1], and the random number that chose it, or None for greedy decoding.
+        """
+        if self._options.temperature == 0:
+            return mx.argmax(logits, keepdims=True), None
+        number = self._uniform()
+        return draw(logits, self._options, number), number
+
+    def return_number(self, number: float | None) -> None:
+        """Use ``number``, the latest random number, again: the token that it chose is discarded."""
+        if number is not None:
+            self._returned.append(number)
+
+    def _uniform(self) -> float:
+        return self._returned.pop() if self._returned else float(self._random.random())
+
     def _drawn(self, scores: Logits | Scores) -> int:
         if self._options.temperature == 0:
             return int(scores.argmax())
@@ -232,16 +262,22 @@ class Sampler:
         with np.errstate(over="ignore"):  # a tiny temperature makes low scores -inf, which is correct
             scaled = (scores - scores.max()) / self._options.temperature
         tokens = self._kept(scaled)
-        return int(self._random.choice(tokens, p=_probabilities(scaled[tokens])))
+        cumulative = np.cumsum(_probabilities(scaled[tokens]))
+        return int(tokens[np.searchsorted(cumulative / cumulative[-1], self._uniform(), side="right")])
 
     def _kept(self, scaled: Scores) -> npt.NDArray[np.intp]:
-        """Return the tokens that pass the filters; sort only if necessary, because a vocabulary is large."""
+        """Return the tokens that pass the filters, the likeliest first if there are filters by rank.
+
+        A vocabulary is large, so nothing is sorted without need. Of equally likely tokens the first in the vocabulary
+        comes first.
+        """
         options = self._options
         tokens = np.arange(len(scaled))
         if 0 < options.top_k < len(tokens):
-            tokens = np.argpartition(-scaled, options.top_k - 1)[: options.top_k]
+            tokens = np.sort(np.argpartition(-scaled, options.top_k - 1)[: options.top_k])
+        if options.top_k > 0 or options.top_p < 1:
+            tokens = tokens[np.argsort(-scaled[tokens], kind="stable")]
         if options.top_p < 1:
-            tokens = tokens[np.argsort(-scaled[tokens])]
             # The token that crosses the threshold is kept, so at least one token remains.
             tokens = tokens[: int(np.searchsorted(np.cumsum(_probabilities(scaled[tokens])), options.top_p)) + 1]
         if options.min_p > 0:

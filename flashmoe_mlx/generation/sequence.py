@@ -1,14 +1,18 @@
 """A sequence: one answer in progress, with its tokens, caches and measurements."""
 
 import time
+from dataclasses import dataclass
 from enum import Enum, auto
+
+import mlx.core as mx
 
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.logprobs import TokenLogprobs, token_logprobs
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.request import FinishReason, PrefillProgress, Request
 from flashmoe_mlx.generation.sampling import Sampler
-from flashmoe_mlx.layers.cache import SequenceCache
+from flashmoe_mlx.layers.cache import CacheMark, SequenceCache
+from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses
 
 
@@ -23,12 +27,34 @@ class Status(Enum):
     """The answer has ended; ``finish_reason`` gives the reason."""
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A decode step under way on the device, which chooses a token.
+
+    Attributes:
+        token: the token, uint32 [1].
+        logits: the logits by which it is chosen, f32 [vocabulary].
+        report: the token, 1 if all logits are finite or else 0, and the experts used, in one array int32.
+        used: counts the experts used.
+        mark: the state of the sequence before the step.
+        number: the random number that chooses the token, or None.
+    """
+
+    token: mx.array
+    logits: mx.array
+    report: mx.array
+    used: UsedExperts
+    mark: CacheMark
+    number: float | None
+
+
 class Sequence:
     """One answer in progress; a ``Runner`` advances it.
 
     Attributes:
         request: the prompt and the options of its answer.
-        cache: the state of every layer.
+        cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
+        ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
@@ -61,6 +87,7 @@ class Sequence:
         """
         self.request = request
         self.cache = cache
+        self.ahead: Step | None = None
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
@@ -85,6 +112,7 @@ class Sequence:
 
     def finish(self, reason: FinishReason) -> None:
         """End the sequence."""
+        self.settle()
         self.finish_reason = self.metrics.finish_reason = reason
 
     def report(self, done: int) -> None:
@@ -101,6 +129,35 @@ class Sequence:
         token = self._sampler(logits)
         if self.request.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.request.logprobs))
+        self.accept(token)
+
+    @property
+    def can_choose_on_device(self) -> bool:
+        """Whether the next tokens can be chosen without their logits on the host."""
+        return self.request.logprobs is None and self._sampler.can_choose_on_device
+
+    @property
+    def one_token_left(self) -> bool:
+        """Whether the next token is the last one."""
+        return len(self.token_ids) + 1 >= self._limit
+
+    def choose_on_device(self, logits: mx.array) -> tuple[mx.array, float | None]:
+        """Choose the next token lazily by ``logits`` f32 [vocabulary]; see ``Sampler.choose_on_device``."""
+        return self._sampler.choose_on_device(logits)
+
+    def settle(self) -> None:
+        """Discard a step that was begun ahead; ``cache`` then holds all tokens but the latest.
+
+        Waits for the device, which may be writing to the cache.
+        """
+        if self.ahead is not None:
+            step, self.ahead = self.ahead, None
+            mx.eval(step.report)
+            self.cache.rewind(step.mark)
+            self._sampler.return_number(step.number)
+
+    def accept(self, token: int) -> None:
+        """Append the chosen ``token``; the sequence may be finished then."""
         self.token_ids.append(token)
         if self.metrics.time_to_first_token is None:
             self.metrics.time_to_first_token = time.perf_counter() - self._start

@@ -24,6 +24,8 @@ class Attention:
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
+    joint: Linear | None = None
+    """The first three projections as one matrix, for one token; see ``layers.linear.join``."""
 
     def __call__(self, x: mx.array, caches: Sequence[KVCache], lengths: Sequence[int], residual: mx.array) -> mx.array:
         """Attend from each token to the tokens of its sequence up to itself.
@@ -37,14 +39,17 @@ class Attention:
         Returns:
             [T, hidden].
         """
-        projected = project_all((self.q_proj, self.k_proj, self.v_proj), x)
-        return self.o_proj(by_sequence(self._attend, projected, caches, lengths), residual)
+        return self.o_proj(by_sequence(self.attend, self.project(x), caches, lengths), residual)
+
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Compute queries with their gates, keys, and values, each [T, ...], of ``x`` [T, hidden]."""
+        return project_all((self.q_proj, self.k_proj, self.v_proj), x, self.joint)
 
     def new_cache(self) -> KVCache:
         """Return the cache of a sequence without tokens."""
         return KVCache()
 
-    def _attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    def attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Attend within one sequence; all arrays are [T, ...] of its new tokens."""
         length, weights = q_and_gate.shape[0], self.weights
         keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
@@ -42,6 +42,18 @@ class LayerCache(Protocol):
 
     def trim(self, length: int) -> None:
         """Keep the first ``length`` tokens; this requires ``can_trim``."""
+        ...
+
+    def mark(self) -> Any:
+        """Return a mark for ``rewind``, without a copy."""
+        ...
+
+    def rewind(self, mark: Any) -> None:
+        """Return to the state at ``mark``, provided that since then kernels only appended or returned new arrays."""
+        ...
+
+    def must_grow(self, tokens: int) -> bool:
+        """Whether ``tokens`` more tokens make the cache copy what is in it."""
         ...
 
 
@@ -107,6 +119,18 @@ class KVCache:
         """Keep the first ``length`` tokens; the next tokens overwrite the rest."""
         self.length = length
 
+    def mark(self) -> int:
+        """Return the number of tokens."""
+        return self.length
+
+    def rewind(self, mark: int) -> None:
+        """Keep the first ``mark`` tokens."""
+        self.length = mark
+
+    def must_grow(self, tokens: int) -> bool:
+        """Whether the capacity is less than ``tokens`` more tokens need."""
+        return self.keys is not None and self.length + tokens > self.keys.shape[2]
+
 
 @dataclass(slots=True)
 class RecurrentState:
@@ -147,6 +171,26 @@ class RecurrentState:
 
     def trim(self, length: int) -> None:
         """Do nothing: only an empty state can be trimmed."""
+
+    def mark(self) -> tuple[mx.array | None, mx.array | None]:
+        """Return both arrays."""
+        return self.conv_state, self.recurrent_state
+
+    def rewind(self, mark: tuple[mx.array | None, mx.array | None]) -> None:
+        """Take the arrays of ``mark``; kernels for GPUs never write to a state that they were given."""
+        self.conv_state, self.recurrent_state = mark
+
+    def must_grow(self, tokens: int) -> bool:  # noqa: ARG002  # of the protocol
+        """False, because the size is fixed."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class CacheMark:
+    """A point to which a ``SequenceCache`` can return: its number of tokens, and the mark of each layer."""
+
+    length: int
+    layers: Sequence[Any]
 
 
 @dataclass(slots=True)
@@ -194,6 +238,23 @@ class SequenceCache:
             layer.restore(kept)
         mx.eval(self.arrays())
         self.length, self.broken = snapshot.length, False
+
+    def mark(self) -> CacheMark:
+        """Return a mark of the present state for ``rewind``, without a copy.
+
+        Only kernels for GPUs leave the marked state as it is; anywhere else, use ``snapshot``.
+        """
+        return CacheMark(self.length, [layer.mark() for layer in self.layers])
+
+    def rewind(self, mark: CacheMark) -> None:
+        """Return to the state at ``mark``, also from a pass that failed. No kernel may be writing to the cache."""
+        for layer, kept in zip(self.layers, mark.layers, strict=True):
+            layer.rewind(kept)
+        self.length, self.broken = mark.length, False
+
+    def must_grow(self, tokens: int) -> bool:
+        """Whether ``tokens`` more tokens make a layer copy what is in its cache."""
+        return any(layer.must_grow(tokens) for layer in self.layers)
 
     def trim(self, length: int) -> None:
         """Keep the first ``length`` tokens.

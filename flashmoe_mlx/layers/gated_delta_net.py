@@ -25,23 +25,33 @@ class GatedDeltaNet:
     in_proj_b: Linear
     in_proj_a: Linear
     out_proj: Linear
+    joint: Linear | None = None
+    """The first four projections as one matrix, for one token; see ``layers.linear.join``."""
 
     def __call__(
         self, x: mx.array, caches: Sequence[RecurrentState], lengths: Sequence[int], residual: mx.array
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
-        projected = project_all((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x)
-        return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)
+        return self.out_proj(by_sequence(self._recur, self.project(x), caches, lengths), residual)
+
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Compute the four inputs of the recurrence, each [T, ...], of ``x`` [T, hidden]."""
+        return project_all((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x, self.joint)
 
     def new_cache(self) -> RecurrentState:
         """Return the state of a sequence without tokens."""
         return RecurrentState()
 
-    def _recur(self, cache: RecurrentState, qkv: mx.array, z: mx.array, b: mx.array, a: mx.array) -> mx.array:
+    def _recur(self, cache: RecurrentState, *projected: mx.array) -> mx.array:
         """Continue the recurrence of one sequence; all arrays are [T, ...] of its new tokens."""
         if cache.conv_state is None or cache.recurrent_state is None:
-            cache.conv_state, cache.recurrent_state = self.weights.empty(qkv.dtype)
-        y, cache.conv_state, cache.recurrent_state = self.kernels.gated_delta_net(
-            DeltaInputs(qkv, z, b, a, self.weights, cache.conv_state, cache.recurrent_state)
-        )
+            cache.conv_state, cache.recurrent_state = self.weights.empty(projected[0].dtype)
+        y, cache.conv_state, cache.recurrent_state = self.recur(projected, cache.conv_state, cache.recurrent_state)
         return y
+
+    def recur(
+        self, projected: Sequence[mx.array], conv_state: mx.array, recurrent_state: mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Return the output of the recurrence for ``projected``, the result of ``project``, and both new states."""
+        qkv, z, b, a = projected
+        return self.kernels.gated_delta_net(DeltaInputs(qkv, z, b, a, self.weights, conv_state, recurrent_state))

@@ -1,7 +1,8 @@
 """Resident matrices, dense or quantized."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import mlx.core as mx
 
@@ -43,8 +44,50 @@ class Linear(QuantizedWeight):
         return mx.dequantize(self.weight[indices], scales, biases, group_size=self.group_size, bits=self.bits)
 
 
-def project_all(linears: Sequence[Linear], x: mx.array) -> tuple[mx.array, ...]:
-    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; return one [T, out] per map."""
+def join(linears: Sequence[Linear], rows_multiple: int = 16) -> tuple[Linear, list[Linear]] | None:
+    """Return one matrix with the rows of all of ``linears``, then rows of zeros, and ``linears`` as views of it.
+
+    Args:
+        linears: matrices with the same number of columns.
+        rows_multiple: the number of rows of the joint matrix is a multiple of this.
+
+    Returns:
+        None if a matrix is dense or has a bias, or if formats differ.
+    """
+    first = linears[0]
+    formats = {
+        (linear.bits, linear.group_size, None if linear.scales is None else linear.scales.dtype) for linear in linears
+    }
+    if first.bits is None or len(formats) > 1 or any(linear.bias is not None for linear in linears):
+        return None
+    counts = [linear.weight.shape[0] for linear in linears]
+    missing = -sum(counts) % rows_multiple
+
+    def joined(parts: Sequence[mx.array]) -> mx.array:
+        rest = mx.zeros((missing, parts[0].shape[1]), parts[0].dtype)
+        return mx.contiguous(mx.concatenate([*parts, rest]))
+
+    weight = joined([linear.weight for linear in linears])
+    scales = joined([linear.scales for linear in linears if linear.scales is not None])
+    biases = joined([linear.biases for linear in linears if linear.biases is not None])
+    mx.eval(weight, scales, biases)
+    views = []
+    for end, count in zip(accumulate(counts), counts, strict=True):
+        parts = [part[end - count : end] for part in (weight, scales, biases)]
+        mx.eval(parts)
+        views.append(replace(first, weight=parts[0], scales=parts[1], biases=parts[2]))
+    return replace(first, weight=weight, scales=scales, biases=biases), views
+
+
+def project_all(linears: Sequence[Linear], x: mx.array, joint: Linear | None = None) -> tuple[mx.array, ...]:
+    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; returns a [T, out] of each.
+
+    ``joint`` is the result of ``join``, if there is one. It serves one token, whose results are parts of one row; parts
+    of several rows would have to be copied.
+    """
+    if joint is not None and len(x) == 1:
+        ends = list(accumulate(linear.weight.shape[0] for linear in linears))
+        return tuple(mx.split(joint(x), ends, axis=-1)[: len(linears)])
     if any(linear.bits is None for linear in linears):
         return tuple(linear(x) for linear in linears)
     results = zip(linears[0].products(x, linears, None), linears, strict=True)

@@ -19,7 +19,8 @@ class PhaseClock:
     def __init__(self, split: bool = False) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         """Seconds spent in each phase so far, by the phase's name."""
-        self._split = split
+        self.split = split
+        """Whether each phase is evaluated by itself."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -36,7 +37,7 @@ class PhaseClock:
 
         Use it around code that may evaluate arrays.
         """
-        with self.phase(name if self._split else "compute"):
+        with self.phase(name if self.split else "compute"):
             yield
 
     def evaluate(self, name: str, *arrays: mx.array) -> None:
@@ -46,5 +47,5 @@ class PhaseClock:
 
     def settle(self, name: str, *arrays: mx.array) -> None:
         """Evaluate ``arrays``, the results of the phase ``name``, if phases are split."""
-        if self._split:
+        if self.split:
             self.evaluate(name, *arrays)

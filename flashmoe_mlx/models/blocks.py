@@ -20,7 +20,7 @@ from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
-from flashmoe_mlx.moe.strategies import choose_strategy
+from flashmoe_mlx.moe.strategies import choose_in_memory, choose_strategy
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -94,6 +94,9 @@ class AttentionBlock:
 
     def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> Attention:
         """Make the block from its weights."""
+        joint = None
+        if kernels.routed_experts_gpu is not None:
+            joint = weights.join(*(f"{prefix}self_attn.{part}_proj" for part in "qkv"))
         return Attention(
             AttentionWeights(
                 self.num_heads,
@@ -111,6 +114,7 @@ class AttentionBlock:
             weights.linear(f"{prefix}self_attn.k_proj"),
             weights.linear(f"{prefix}self_attn.v_proj"),
             weights.linear(f"{prefix}self_attn.o_proj"),
+            joint,
         )
 
     def cache_size(self, activation_bytes: int) -> CacheSize:
@@ -170,6 +174,9 @@ class GatedDeltaNetBlock:
     def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> GatedDeltaNet:
         """Make the block from its weights."""
         prefix += "linear_attn."
+        joint = None
+        if kernels.routed_experts_gpu is not None:
+            joint = weights.join(*(f"{prefix}in_proj_{part}" for part in ("qkv", "z", "b", "a")))
         return GatedDeltaNet(
             DeltaWeights(
                 self.key_heads,
@@ -188,6 +195,7 @@ class GatedDeltaNetBlock:
             weights.linear(f"{prefix}in_proj_b"),
             weights.linear(f"{prefix}in_proj_a"),
             weights.linear(f"{prefix}out_proj"),
+            joint,
         )
 
     def cache_size(self, activation_bytes: int) -> CacheSize:
@@ -241,6 +249,9 @@ class MoeBlock:
         projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
         shared = SharedExpert(ExpertWeights(*projections), kernels.expert_mlp)
         strategy = choose_strategy(kernels, store.layout, weights.dtype, shared.weights)
+        joint = None
+        if kernels.choose_experts is not None:
+            joint = weights.join(f"{prefix}mlp.gate", f"{prefix}mlp.shared_expert_gate")
         router = Router(
             weights.linear(f"{prefix}mlp.gate"),
             weights.vector(f"{prefix}post_attention_layernorm.weight"),
@@ -248,9 +259,12 @@ class MoeBlock:
             experts_k,
             weights.linear(f"{prefix}mlp.shared_expert_gate"),
             kernels.rms_norm,
+            joint,
+            kernels.choose_experts,
             by_numpy=isinstance(strategy, ExpertsOnHost),
         )
-        return MixtureOfExperts(layer, store, router, shared, strategy)
+        in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)
+        return MixtureOfExperts(layer, store, router, shared, strategy, in_memory)
 
 
 def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:

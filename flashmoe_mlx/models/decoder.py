@@ -51,11 +51,15 @@ class DecoderLayer:
         if context.prefetcher is not None:
             context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
-            x = self.mixer(self.kernels.rms_norm(x, self.input_norm, self.eps), caches, lengths, x)
+            x = self.mixer(self.normalize(x), caches, lengths, x)
         clock.settle("attention", x)
         x = self.experts(x, context)
         clock.settle("experts", x)
         return x
+
+    def normalize(self, x: mx.array) -> mx.array:
+        """Normalize the residual stream [T, hidden] for the mixer."""
+        return self.kernels.rms_norm(x, self.input_norm, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Model:
         return SequenceCache([layer.mixer.new_cache() for layer in self.layers])
 
     def forward(
-        self, token_ids: Sequence[Sequence[int]], caches: Sequence[SequenceCache], context: ForwardContext
+        self, tokens: mx.array, lengths: Sequence[int], caches: Sequence[SequenceCache], context: ForwardContext
     ) -> mx.array:
         """Compute the hidden states [T, hidden], before the final norm, of new tokens of one or several sequences.
 
@@ -84,16 +88,15 @@ class Model:
         ``broken`` set in all ``caches``.
 
         Args:
-            token_ids: the new tokens of each sequence, T in all.
+            tokens: the new tokens of all sequences, uint32 [T], one sequence after the other.
+            lengths: the number of new tokens of each sequence; their sum is T.
             caches: the caches of each sequence, which its new tokens join.
             context: the clock, the prefetcher and the observers of the pass.
 
         Returns:
             One row for each token, one sequence after the other; the last operations stay lazy.
         """
-        lengths = [len(tokens) for tokens in token_ids]
-        joined = mx.array([token for tokens in token_ids for token in tokens], mx.uint32)
-        x = self.embedding.rows(joined, self.norm.dtype)
+        x = self.embedding.rows(tokens, self.norm.dtype)
         for index, layer in enumerate(self.layers):
             if context.before_layer is not None:
                 context.before_layer(index)

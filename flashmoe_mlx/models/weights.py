@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.layers.linear import Linear
+from flashmoe_mlx.layers.linear import Linear, join
 from flashmoe_mlx.models.parameters import Kind, Parameter, quantization_of
 from flashmoe_mlx.stores.allocation import align_to_cache_line
 
@@ -62,6 +62,18 @@ class ResidentWeights:
         """Return the matrix ``name``, with its bias if it has one."""
         matrix, bias = self._matrices[name], self._vectors.get(f"{name}.bias")
         return matrix if bias is None else replace(matrix, bias=bias)
+
+    def join(self, *names: str) -> Linear | None:
+        """Return the matrices ``names`` as one, with rows of zeros below, or None; see ``layers.linear.join``.
+
+        ``linear`` then returns views of it, so that no weight is in memory twice.
+        """
+        joined = join([self.linear(name) for name in names])
+        if joined is None:
+            return None
+        matrix, views = joined
+        self._matrices |= zip(names, views, strict=True)
+        return matrix
 
     def vector(self, name: str) -> mx.array:
         """Return the vector ``name``."""

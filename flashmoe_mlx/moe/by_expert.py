@@ -35,7 +35,7 @@ class ExpertsOneByOne:
             for expert, record in zip(group.experts, group.batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.layout), routing)
             group.finish(y)
-        return residual + (y.astype(x.dtype) + shared(x, routing))
+        return residual + (y.astype(x.dtype) + shared(x, routing.shared_weight))
 
     def _add(self, y: mx.array, x: mx.array, expert: int, weights: ExpertWeights, routing: Routing) -> mx.array:
         tokens, ranks = np.nonzero(routing.experts == expert)

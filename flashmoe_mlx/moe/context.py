@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Prefetcher
 
 RoutingObserver = Callable[[int, npt.NDArray[np.uint32]], None]
@@ -22,9 +23,12 @@ class ForwardContext:
         prefetcher: hints experts to the store; its ``begin_pass`` was called for this pass.
         observer: receives the routing of each layer.
         before_layer: receives the index of each layer before the layer runs; may raise an error to end the pass.
+        used: collects the experts of layers that need not wait for the choice of their router; None if every layer has
+            to wait, because the prefetcher, the observer or the clock needs the choice at once.
     """
 
     clock: PhaseClock
     prefetcher: Prefetcher | None = None
     observer: RoutingObserver | None = None
     before_layer: Callable[[int], None] | None = None
+    used: UsedExperts | None = None

@@ -9,10 +9,11 @@ import mlx.core as mx
 
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.groups import ExpertGroups
+from flashmoe_mlx.moe.in_memory import ExpertsInMemory
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import RoutedExperts
-from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class MixtureOfExperts:
         router: chooses the experts of each token.
         shared: the expert that every token uses.
         strategy: applies routed and shared experts.
+        in_memory: routes and applies them where the store holds the whole layer; None if no kernel can.
     """
 
     layer: int
@@ -32,16 +34,24 @@ class MixtureOfExperts:
     router: Router
     shared: SharedExpert
     strategy: RoutedExperts
+    in_memory: ExpertsInMemory | None = None
 
     def __call__(self, residual: mx.array, context: ForwardContext) -> mx.array:
         """Return the residual stream [T, hidden] plus the output of its experts.
 
         The tokens may belong to several sequences; each distinct expert is fetched once. Waits for the router's choice
-        and for the store; the rest may stay lazy.
+        and for the store, unless the store holds the whole layer and ``context.used`` is given; the rest may stay lazy.
 
         Raises:
             ExpertStoreError: the store failed.
         """
+        if context.used is not None:
+            whole = self.whole_layer(len(residual))
+            if whole is not None:
+                with context.clock.computing("experts"):
+                    y, chosen = self.apply(residual, whole)
+                context.used.add(self.layer, chosen)
+                return y
         clock, prefetcher = context.clock, context.prefetcher
         with clock.computing("experts"):
             x = self.router.normalize(residual)
@@ -59,6 +69,17 @@ class MixtureOfExperts:
 
         groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch)
         return self.strategy(x, residual, routing, self.shared, groups)
+
+    def apply(self, residual: mx.array, whole: LayerInMemory) -> tuple[mx.array, mx.array]:
+        """Route and apply the experts of ``whole``, the result of ``whole_layer``; see ``ExpertsInMemory``."""
+        assert self.in_memory is not None
+        return self.in_memory(residual, self.router, self.shared, whole)
+
+    def whole_layer(self, tokens: int) -> LayerInMemory | None:
+        """Return all experts of the layer if ``tokens`` tokens can use them without waiting for the router's choice."""
+        if self.in_memory is None or tokens > self.in_memory.most_tokens:
+            return None
+        return self.store.in_memory(self.layer)
 
     def with_store(self, store: ExpertStore, experts_k: int) -> "MixtureOfExperts":
         """Return this block with ``experts_k`` routed experts for each token, served by ``store``.

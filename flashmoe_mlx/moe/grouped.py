@@ -32,4 +32,4 @@ class ExpertsGrouped:
             rows = group.rows(group.batch.slots)
             y = y + grouped_experts(x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts)
             group.finish(y)
-        return residual + (y.astype(x.dtype) + shared(x, routing))
+        return residual + (y.astype(x.dtype) + shared(x, routing.shared_weight))

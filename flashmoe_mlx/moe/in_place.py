@@ -40,4 +40,4 @@ class ExpertsInPlace:
             group.finish(y)
         assert y is not None
         y = y.astype(x.dtype)
-        return residual + (y if self.fuse_shared else y + shared(x, routing))
+        return residual + (y if self.fuse_shared else y + shared(x, routing.shared_weight))

@@ -32,7 +32,7 @@ class ExpertsOnHost:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        y = residual if self.fuse_shared else residual + shared(x, routing)
+        y = residual if self.fuse_shared else residual + shared(x, routing.shared_weight)
         for group in groups:
             fuse = self.fuse_shared and group.is_last
             weights = routing.all_weights if fuse else routing.weights

@@ -5,11 +5,13 @@ Source: transformers ``Qwen3_5MoeTopKRouter``: softmax over all experts, the K l
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe_mlx.custom_kernels import ChooseExperts
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.phases import PhaseClock
 
@@ -42,6 +44,9 @@ class Router:
         experts_k: routed experts for each token.
         shared_gate: the logit of the shared expert's weight.
         rms_norm: an implementation of the norm.
+        joint: ``gate`` and ``shared_gate`` as one matrix with rows of zeros below, whose product ``choose_experts``
+            takes; None for the two products, and elementary operations.
+        choose_experts: see ``Kernels.choose_experts``; only with ``joint``.
         by_numpy: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
             a further operation to a thread than for the operation.
     """
@@ -52,6 +57,8 @@ class Router:
     experts_k: int
     shared_gate: Linear
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
+    joint: Linear | None = None
+    choose_experts: ChooseExperts | None = None
     by_numpy: bool = False
 
     def normalize(self, residual: mx.array) -> mx.array:
@@ -73,13 +80,30 @@ class Router:
                 mx.eval(*also)
             all_on_device = mx.array(all_weights)
             return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
-        chosen, weights = self.choose(x)
+        chosen, _, weights = self.choose_rows(x, _everyone(self.gate.weight.shape[0]))
         clock.evaluate("router_wait", chosen, weights, *also)
-        shared = mx.sigmoid(self.shared_gate(x))
-        return Routing(np.array(chosen), weights, shared, mx.concatenate([weights, shared.astype(mx.float32)], axis=-1))
+        routed, shared = mx.split(weights, [self.experts_k], axis=-1)
+        return Routing(np.array(chosen).astype(np.uint32), routed, shared.astype(x.dtype), weights)
+
+    def choose_rows(self, x: mx.array, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Choose experts lazily.
+
+        Args:
+            x: normalized hidden states [T, hidden].
+            table: int32 [experts], the row of a slab for each expert.
+
+        Returns:
+            The experts [T, K], ascending for each token, their rows [T, K], and all weights f32 [T, K + 1], the shared
+            expert's last.
+        """
+        if self.joint is not None and self.choose_experts is not None:
+            return self.choose_experts(self.joint(x), table, self.experts_k)
+        chosen, weights = self.choose(x)
+        shared = mx.sigmoid(self.shared_gate(x)).astype(mx.float32)
+        return chosen, table[chosen], mx.concatenate([weights, shared], axis=-1)
 
     def choose(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """Choose experts lazily: uint32 [T, K] and their weights, f32 [T, K]."""
+        """Choose experts lazily by elementary operations: uint32 [T, K] and their weights, f32 [T, K]."""
         scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
         chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
@@ -94,3 +118,8 @@ class Router:
         weights /= weights.sum(-1, keepdims=True)
         shared_weight = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
         return chosen.astype(np.uint32), np.concatenate([weights, shared_weight], axis=-1)
+
+
+@cache
+def _everyone(experts: int) -> mx.array:
+    return mx.arange(experts, dtype=mx.int32)

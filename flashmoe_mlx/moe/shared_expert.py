@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import ExpertWeights
-from flashmoe_mlx.moe.router import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +15,6 @@ class SharedExpert:
     weights: ExpertWeights
     mlp: Callable[[mx.array, ExpertWeights], mx.array]
 
-    def __call__(self, x: mx.array, routing: Routing) -> mx.array:
-        """Compute the weighted output [T, hidden] for ``x`` [T, hidden]."""
-        return routing.shared_weight * self.mlp(x, self.weights)
+    def __call__(self, x: mx.array, weight: mx.array) -> mx.array:
+        """Compute the output [T, hidden] for ``x`` [T, hidden], times ``weight`` [T, 1]."""
+        return weight * self.mlp(x, self.weights)

@@ -12,6 +12,7 @@ from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.moe.by_expert import ExpertsOneByOne
 from flashmoe_mlx.moe.grouped import ExpertsGrouped
 from flashmoe_mlx.moe.groups import ExpertGroups
+from flashmoe_mlx.moe.in_memory import ExpertsInMemory
 from flashmoe_mlx.moe.in_place import ExpertsInPlace
 from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Routing
@@ -77,7 +78,22 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
         many = ExpertsGrouped(kernels.dense_experts, form)
-    if kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
+    in_memory = choose_in_memory(kernels, layout, dtype, shared)
+    if in_memory is None:
         return many
-    few = ExpertsInPlace(kernels.routed_experts_gpu, form, gpu.can_fuse_shared_expert(shared, form))
-    return ByTokenCount(kernels.most_gpu_tokens, few, many)
+    few = ExpertsInPlace(in_memory.kernel, form, in_memory.fuse_shared)
+    return ByTokenCount(in_memory.most_tokens, few, many)
+
+
+def choose_in_memory(
+    kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights
+) -> ExpertsInMemory | None:
+    """Choose how experts of a layer that a store holds as a whole are applied; None where no kernel of a GPU can.
+
+    For the arguments, see ``choose_strategy``.
+    """
+    form = expert_format(layout)
+    if form is None or kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
+        return None
+    fuse_shared = gpu.can_fuse_shared_expert(shared, form)
+    return ExpertsInMemory(kernels.routed_experts_gpu, form, fuse_shared, kernels.most_gpu_tokens)

@@ -6,6 +6,10 @@ Engine and store share nothing else, so any store can serve any engine, and all 
 A batch stays valid until the next ``fetch`` of the same store. The router of layer n+1 depends on the output of layer
 n, so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does
 not protect a buffer from being overwritten while a kernel reads it.
+
+A store that holds all experts of a layer in memory that MLX reads in place may also offer them as a whole, with
+``in_memory``. The choice of the router then stays on the GPU, and no layer waits for the host. The engine tells the
+store later, with ``note_use``, which experts it used, so that the counters are those of a fetch.
 """
 
 import operator
@@ -20,6 +24,8 @@ from types import TracebackType
 from typing import ClassVar, Protocol, Self, SupportsIndex
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
@@ -103,6 +109,19 @@ class ExpertBatch(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerInMemory:
+    """All experts of one layer, in memory that MLX reads in place.
+
+    Attributes:
+        slab: one buffer with all experts, uint8 [rows, record bytes].
+        table: the row of ``slab`` that holds each expert, int32 [experts].
+    """
+
+    slab: mx.array
+    table: mx.array
+
+
 @dataclass(frozen=True, slots=True)
 class StoreStats:
     """Counters of a store since it was opened; every store has the same counters.
@@ -144,8 +163,9 @@ class ExpertStore(ABC):
     """Base class of stores, which serve the records of experts.
 
     A subclass implements ``_load``, which brings experts into memory, ``_release``, which frees all resources, and, if
-    it can use hints, ``_prefetch``. This class checks and counts requests and passes them on one at a time. All public
-    methods may be called from any thread.
+    it can use hints, ``_prefetch``. A subclass that can hold all experts of a layer also implements ``_in_memory``.
+    This class checks and counts requests and passes them on one at a time. All public methods may be called from any
+    thread.
 
     Args:
         source: the location of the experts.
@@ -210,6 +230,44 @@ class ExpertStore(ABC):
             self._refuse_closed()
             self._prefetch(layer, indices)
 
+    def in_memory(self, layer: SupportsIndex) -> LayerInMemory | None:
+        """Return all experts of ``layer``, or None if the store does not hold them in memory that MLX reads in place.
+
+        The rows keep their experts until the store is closed: no later call refills them. The store returns the same
+        object each time. A use of these experts counts only if it is reported to ``note_use``.
+
+        Raises:
+            ExpertRequestError: the layer is out of range or not an integer.
+            StoreClosedError: the store was closed, or opened by another process.
+        """
+        layer = _index(layer, self.source.num_layers, "layer")
+        self._refuse_other_process()
+        with self._lock:
+            self._refuse_closed()
+            return self._in_memory(layer)
+
+    def note_use(self, layers: Sequence[int], experts: npt.NDArray[np.integer]) -> None:
+        """Count one fetch of each of ``layers``, of experts that were used by way of ``in_memory``: all of them hits.
+
+        Args:
+            layers: L indices of layers.
+            experts: [L, N], indices of the experts used in each layer; an index may repeat.
+
+        Raises:
+            ExpertRequestError: an index is out of range.
+            StoreClosedError: the store was closed, or opened by another process.
+        """
+        for layer in layers:
+            _index(layer, self.source.num_layers, "layer")
+        for extreme in (experts.min(initial=0), experts.max(initial=0)):
+            _index(int(extreme), self.source.num_experts, "expert")
+        ordered = np.sort(experts, axis=1)
+        hits = int((ordered[:, 1:] != ordered[:, :-1]).sum()) + (len(ordered) if ordered.size else 0)
+        self._refuse_other_process()
+        with self._lock:
+            self._refuse_closed()
+            self._stats += StoreStats(fetches=len(layers), requests=hits, hits=hits)
+
     def stats(self) -> StoreStats:
         """Counters since the store was opened."""
         return self._stats
@@ -233,6 +291,10 @@ class ExpertStore(ABC):
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # stores may ignore hints
         """Start to read ``experts`` of ``layer``, whose indices are valid but may repeat; never wait for storage."""
+
+    def _in_memory(self, layer: int) -> LayerInMemory | None:  # noqa: ARG002  # few stores hold a whole layer
+        """Return all experts of ``layer``, whose index is valid, or None; see ``in_memory``."""
+        return None
 
     @abstractmethod
     def _release(self) -> None:

@@ -21,21 +21,24 @@ class GpuSlots:
         count: number of slots.
         record_bytes: size of a slot.
         staging: memory through which records reach the GPU.
+
+    Attributes:
+        array: the slots as uint8 [count, record_bytes].
     """
 
     def __init__(self, count: int, record_bytes: int, staging: "StagingArea") -> None:
         self.count = count
         self._staging = staging
-        self._array = mx.zeros((count, record_bytes), mx.uint8)
-        mx.eval(self._array)
+        self.array = mx.zeros((count, record_bytes), mx.uint8)
+        mx.eval(self.array)
 
     def fill(self, slots: Sequence[int]) -> Filling:
         """Begin to refill ``slots``, all different; ``commit`` copies the new records to the GPU."""
-        return self._staging.fill(self._array, slots)
+        return self._staging.fill(self.array, slots)
 
     def batch(self, slots: Sequence[int]) -> "GpuBatch":
         """Return the records in ``slots``."""
-        return GpuBatch(self._array, tuple(slots))
+        return GpuBatch(self.array, tuple(slots))
 
 
 class StagingArea:

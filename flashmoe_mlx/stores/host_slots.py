@@ -24,6 +24,9 @@ class HostSlots:
         record_bytes: size of a slot.
         copies: memory for the copies.
 
+    Attributes:
+        array: None, because MLX has no array of these slots.
+
     Raises:
         InputError: there is not enough memory (code "not_enough_memory").
     """
@@ -32,6 +35,7 @@ class HostSlots:
         size = count * record_bytes
         check_allocation(count, size)
         self.count = count
+        self.array = None
         try:
             host = allocate_huge_pages(size)
         except OSError as error:

@@ -83,6 +83,10 @@ class SlotCache:
                 self._free.append(self._slots.pop(expert))
                 self._policy.drop(expert)
 
+    def slots(self, experts: Iterable[int]) -> list[int]:
+        """Return the slots of ``experts``, all of which have one."""
+        return [self._slots[expert] for expert in experts]
+
     def __contains__(self, expert: int) -> bool:
         return expert in self._slots
 

@@ -11,7 +11,7 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
-from flashmoe_mlx.stores.contract import ExpertBatch
+from flashmoe_mlx.stores.contract import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuSlots, StagingArea
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
@@ -19,9 +19,17 @@ from flashmoe_mlx.stores.slab import Slab
 
 
 class Slots(Protocol):
-    """Memory for ``count`` records that kernels can read."""
+    """Memory for ``count`` records that kernels can read.
+
+    ``array`` holds all slots, uint8 [count, record bytes], or is None where MLX would have to copy them.
+    """
 
     count: int
+
+    @property
+    def array(self) -> mx.array | None:
+        """All slots."""
+        ...
 
     def fill(self, slots: Sequence[int]) -> Filling:
         """Begin to refill ``slots``, all different."""
@@ -103,3 +111,15 @@ class SlotMaker:
         if self.kind is MemoryKind.SHARED:
             return Slab(count, self._record_bytes)
         return HostSlots(count, self._record_bytes, self._copies)
+
+
+def place_table(slots: Sequence[int]) -> mx.array:
+    """Return the slot of each expert, int32 [experts], in the memory that kernels read fastest."""
+    table = mx.array(list(slots), mx.int32) + 0  # a result is in the memory of the GPU
+    mx.eval(table)
+    return table
+
+
+def whole_layer(slots: Slots, table: mx.array) -> LayerInMemory | None:
+    """Return all records in ``slots``, placed by ``table``, or None where MLX would have to copy them."""
+    return None if slots.array is None else LayerInMemory(slots.array, table)

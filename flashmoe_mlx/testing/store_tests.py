@@ -35,7 +35,9 @@ from flashmoe_mlx.stores.contract import (
     ExpertReadError,
     ExpertRequestError,
     ExpertStore,
+    LayerInMemory,
     StoreClosedError,
+    StoreStats,
 )
 from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
@@ -262,6 +264,52 @@ class ExpertStoreTests:
                 if not step % 3:
                     assert done.prefetched == 0
             assert plain.stats().prefetched == plain.stats().bytes_wasted == 0
+
+    # Whole layers
+
+    def test_a_layer_in_memory_stays_there(self, store: ExpertStore, stored: StoredExperts) -> None:
+        random = np.random.default_rng(4)
+        found: dict[int, LayerInMemory] = {}
+        for step in range(60):
+            layer, experts = step % LAYERS, random.permutation(EXPERTS)[: min(3, store.slots)].tolist()
+            whole = store.in_memory(layer)
+            if whole is not None:
+                check_whole(whole, layer, stored)
+                assert found.setdefault(layer, whole) is whole
+            assert layer not in found or whole is not None
+            store.prefetch((layer + 1) % LAYERS, random.integers(EXPERTS, size=8).tolist())
+            check(store.fetch(layer, experts), layer, experts, stored)
+        for layer, whole in found.items():
+            check_whole(whole, layer, stored)
+
+    def test_noted_uses_are_hits(self, store: ExpertStore, stored: StoredExperts) -> None:
+        before = store.stats()
+        store.note_use([0, 2], np.array([[3, 1, 3], [5, 4, 0]], np.uint32))
+        store.note_use([1], np.zeros((1, 0), np.uint32))
+        store.note_use([], np.zeros((0, 2), np.uint32))
+        assert store.stats() - before == StoreStats(fetches=3, requests=5, hits=5)
+        check(store.fetch(0, [1, 3]), 0, [1, 3], stored)
+
+    @pytest.mark.parametrize(("layer", "expert"), [(LAYERS, 0), (-1, 0), (0, EXPERTS), (0, -1)])
+    def test_noted_uses_out_of_range(self, store: ExpertStore, layer: int, expert: int) -> None:
+        before = store.stats()
+        with pytest.raises(ExpertRequestError) as caught:
+            store.note_use([layer], np.array([[1, expert]]))
+        assert caught.value.code == "index_out_of_range"
+        assert store.stats() == before
+
+    @pytest.mark.parametrize("bad", [LAYERS, -1, True, "0"])
+    def test_no_such_layer_in_memory(self, store: ExpertStore, bad: Any) -> None:
+        with pytest.raises(ExpertRequestError):
+            store.in_memory(bad)
+
+    def test_no_layer_in_memory_once_closed(self, stored: StoredExperts) -> None:
+        store = self.open_store(stored)
+        store.close()
+        with pytest.raises(StoreClosedError):
+            store.in_memory(0)
+        with pytest.raises(StoreClosedError):
+            store.note_use([0], np.array([[1]]))
 
     # Failing storage
 
@@ -646,6 +694,19 @@ class _StoreMachine(RuleBasedStateMachine):
         else:
             self._store.prefetch(layer, experts)
 
+    @rule(layer=st.integers(0, LAYERS - 1), experts=st.lists(st.integers(0, EXPERTS - 1)))
+    def use_in_memory(self, layer: int, experts: list[int]) -> None:
+        if self._closed:
+            with pytest.raises(StoreClosedError):
+                self._store.in_memory(layer)
+            return
+        whole = self._store.in_memory(layer)
+        if whole is not None:
+            check_whole(whole, layer, self._stored)
+            self._store.note_use([layer], np.array([experts], np.int64))
+            self._fetches += 1
+            self._requests += len(set(experts))
+
     @rule()
     def count(self) -> None:
         stats = self._store.stats() - self._opened
@@ -690,6 +751,15 @@ def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: S
     for expert, view in zip(experts, batch.host, strict=True):
         expected = stored.expected[layer, expert]
         assert bytes(view[: len(expected)]) == expected
+
+
+def check_whole(whole: LayerInMemory, layer: int, stored: StoredExperts) -> None:
+    """Assert that ``whole`` holds all experts of ``layer``."""
+    assert (whole.slab.dtype, whole.table.dtype) == (mx.uint8, mx.int32)
+    assert whole.table.shape == (EXPERTS,)
+    for expert, row in enumerate(np.array(whole.table).tolist()):
+        expected = stored.expected[layer, expert]
+        assert _bytes(whole.slab[row])[: len(expected)] == expected
 
 
 def assert_one_line(error: BaseException) -> None:

@@ -177,7 +177,7 @@ class _Decoder:
         token = int(self._random.integers(self._model.config.vocab_size))
         fetch_seconds = self._store.stats().fetch_seconds
         start = time.perf_counter()
-        hidden = self._model.forward([[token]], [self._cache], self._context)
+        hidden = self._model.forward(mx.array([token], mx.uint32), [1], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)

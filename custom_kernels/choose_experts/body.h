@@ -1,0 +1,63 @@
+// The experts with the highest scores of a token, of equal scores the first; ascending, with their softmax.
+// Grid: x = tokens, one simdgroup each. Lane n keeps the scores of experts n, n + 32 and so on.
+
+const int token = threadgroup_position_in_grid.x;
+const int lane = thread_index_in_simdgroup;
+constexpr int OWN = (EXPERTS + 31) / 32;
+
+float score[OWN];
+#pragma unroll
+for (int i = 0; i < OWN; i++) {
+  const int expert = 32 * i + lane;
+  score[i] = expert < EXPERTS ? float(scores[(long)token * WIDTH + expert]) : LOWEST;
+}
+
+int mine = 0;          // lane n keeps the choice of rank n
+float value = LOWEST;  // and its score
+float highest = 0.0f;
+for (int k = 0; k < CHOSEN; k++) {
+  float best = LOWEST;
+  float at = float(EXPERTS);
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    if (score[i] > best) {
+      best = score[i];
+      at = float(32 * i + lane);
+    }
+  }
+  const float most = simd_max(best);
+  const float first = -simd_max(best == most ? -at : -float(EXPERTS));
+  const int winner = first < float(EXPERTS) ? int(first) : EXPERTS - 1;  // scores that are not numbers win nothing
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    if (32 * i + lane == winner) {
+      score[i] = LOWEST;
+    }
+  }
+  if (k == 0) {
+    highest = most;
+  }
+  if (lane == k) {
+    mine = winner;
+    value = most;
+  }
+}
+
+SHARED int picked[32];
+picked[lane] = mine;
+wait_for_threadgroup();
+const float weight = lane < CHOSEN ? exponential(value - highest) : 0.0f;
+const float total = simd_sum(weight);
+if (lane < CHOSEN) {
+  int rank = 0;
+  for (int k = 0; k < CHOSEN; k++) {
+    rank += picked[k] < mine || (picked[k] == mine && k < lane) ? 1 : 0;
+  }
+  chosen[token * CHOSEN + rank] = mine;
+  places[token * CHOSEN + rank] = table[mine];
+  weights[token * (CHOSEN + 1) + rank] = weight / total;
+}
+if (lane == 0) {
+  const float logit = float(scores[(long)token * WIDTH + EXPERTS]);
+  weights[token * (CHOSEN + 1) + CHOSEN] = 1.0f / (1.0f + exponential(-logit));
+}

@@ -1,0 +1,57 @@
+"""The kernel that chooses experts on GPUs, in one dispatch: one simdgroup per token."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
+from flashmoe_mlx.custom_kernels.kernel import Kernel
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+
+BODY = Kernel(__package__, "body", ["scores", "table"], ["chosen", "places", "weights"], ["functions"])
+_MOST_EXPERTS = 1024
+"""Each lane keeps the scores of every 32nd expert in registers."""
+_MOST_CHOSEN = 32
+
+
+def code_path(scores: mx.array, table: mx.array, k: int) -> CodePath | None:
+    """Return the code path of ``choose_experts``; None if it does not support the arguments."""
+    supported = (
+        scores.dtype in (mx.float32, mx.bfloat16)
+        and 8 <= len(table) <= _MOST_EXPERTS
+        and k <= min(_MOST_CHOSEN, len(table))
+        and scores.shape[1] > len(table)
+    )
+    return (tokens_phrase(len(scores)), f"K={k}") if supported else None
+
+
+def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Compute ``reference.choose_experts`` for arguments with a ``code_path``."""
+    tokens, width = scores.shape
+    chosen, places, weights = BODY(
+        [scores, table],
+        [((tokens, k), mx.int32), ((tokens, k), mx.int32), ((tokens, k + 1), mx.float32)],
+        (tokens, 1, 1),
+        32,
+        {"T": scores.dtype, "EXPERTS": len(table), "WIDTH": width, "CHOSEN": k},
+    )
+    return chosen, places, weights
+
+
+def samples(model: ModelShapes) -> Iterator[Sample]:
+    """Yield one token and several tokens with different scores."""
+    table = mx.array(np.random.default_rng(0).permutation(model.num_experts), mx.int32)
+    for tokens in (1, 5):
+        arguments = (different_scores(tokens, model.num_experts, model.dtype), table, model.experts_k)
+        if code_path(*arguments) is not None:
+            yield Sample(arguments)
+
+
+def different_scores(tokens: int, experts: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
+    """Return scores [tokens, experts + 16] that are exact in bf16; no two experts of a token have equal scores."""
+    random = np.random.default_rng(seed)
+    ranks = np.stack([random.permutation(experts) for _ in range(tokens)])
+    scores = mx.array((0x3E80 + ranks).astype(np.uint16)).view(mx.bfloat16)  # consecutive numbers, from 1/4 on
+    rest = mx.array(random.standard_normal((tokens, 16)).astype(np.float32)).astype(mx.bfloat16)
+    return mx.concatenate([scores, rest], axis=-1).astype(dtype)

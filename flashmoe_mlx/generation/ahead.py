@@ -1,0 +1,101 @@
+"""Decode steps that are begun before they are asked for, where nothing needs the host in between.
+
+A step chooses its token on the device, and the next step begins with it before anybody has read it. So the device never
+waits for Python. One step may be begun in vain, at the end of a sequence; ``Sequence.settle`` discards it.
+"""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.generation.logits import checked_logits
+from flashmoe_mlx.generation.metrics import measured_pass
+from flashmoe_mlx.generation.sequence import Sequence, Step
+from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.steps import TracedSteps
+from flashmoe_mlx.moe.context import ForwardContext
+from flashmoe_mlx.moe.in_memory import UsedExperts
+from flashmoe_mlx.stores.contract import ExpertStore
+
+
+class StepsAhead:
+    """Decodes one sequence at a time, one step ahead.
+
+    Args:
+        model: the model.
+        store: the store of its experts.
+        clock: measures all passes.
+    """
+
+    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock) -> None:
+        self._model = model
+        self._store = store
+        self._clock = clock
+        self._steps: TracedSteps | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether the store holds all layers in memory; it keeps layers that it has offered."""
+        if self._steps is None:
+            self._steps = TracedSteps.of(self._model)
+        return self._steps is not None
+
+    def decode(self, sequence: Sequence, refuse_cancelled: Callable[[], None]) -> None:
+        """Append a token to ``sequence``: finish the step under way, or begin one, after the next one has begun.
+
+        Args:
+            sequence: decodes alone, and can choose its tokens on the device.
+            refuse_cancelled: called before each layer; may raise to end the pass. The sequence can then be settled.
+        """
+        with measured_pass([(sequence.metrics.decode, 1)], self._store, self._clock):
+            step = sequence.ahead or self._begin(
+                sequence, mx.array(sequence.token_ids[-1:], mx.uint32), refuse_cancelled
+            )
+            sequence.ahead = step
+            following = None
+            if not sequence.one_token_left:
+                if sequence.cache.must_grow(1):
+                    self._clock.evaluate("head", step.report)  # the copy must not be made while the step writes
+                following = self._begin(sequence, step.token, refuse_cancelled)
+            sequence.ahead = following
+            self._take(sequence, step)
+
+    def take(self, sequence: Sequence) -> None:
+        """Append the token of the step under way to ``sequence``, and begin no other step."""
+        assert sequence.ahead is not None
+        with measured_pass([(sequence.metrics.decode, 1)], self._store, self._clock):
+            step, sequence.ahead = sequence.ahead, None
+            self._take(sequence, step)
+
+    def _begin(self, sequence: Sequence, token: mx.array, refuse_cancelled: Callable[[], None]) -> Step:
+        """Begin a decode step with ``token`` uint32 [1], the latest of ``sequence``, and do not wait for it.
+
+        If this fails, the cache of ``sequence`` is as it was.
+        """
+        assert self._steps is not None
+        mark = sequence.cache.mark()
+        used = UsedExperts(self._store)
+        context = ForwardContext(self._clock, before_layer=lambda _: refuse_cancelled(), used=used)
+        try:
+            with self._clock.computing("head"):
+                logits = self._model.logits(self._steps.hidden(token, sequence.cache, context))[0]
+                chosen, number = sequence.choose_on_device(logits)
+                finite = mx.isfinite(logits).all(keepdims=True)
+                report = mx.concatenate([chosen.astype(mx.int32), finite.astype(mx.int32), used.indices()])
+                mx.async_eval(report, chosen, *sequence.cache.arrays())  # type: ignore[no-untyped-call]
+        except BaseException:
+            sequence.cache.rewind(mark)
+            raise
+        return Step(chosen, logits, report, used, mark, number)
+
+    def _take(self, sequence: Sequence, step: Step) -> None:
+        """Wait for ``step`` and append its token to ``sequence``."""
+        with self._clock.computing("head"):
+            report = np.array(step.report)
+        step.used.count(report[2:])
+        with self._clock.phase("sample"):
+            if not report[1]:
+                checked_logits(np.array(step.logits))  # -inf is allowed: it excludes a token
+            sequence.accept(int(report[0]))
