@@ -6,10 +6,15 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from hypothesis import settings
 
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
+
+# Every run draws other examples, so fewer of them per run keep the tests within their six minutes.
+settings.register_profile("everyday", max_examples=60)
+settings.load_profile("everyday")
 
 
 @pytest.fixture(autouse=True)

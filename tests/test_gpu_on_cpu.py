@@ -231,7 +231,7 @@ def test_sequences_together(device: Device, tiny_pack: Path) -> None:
     """
     with device(mx.float32), flashmoe_mlx.load(tiny_pack) as engine:
         runner = engine.runner
-        count = 14
+        count = 10
 
         def begun(index: int, max_tokens: int) -> Sequence:
             request = Request([index + 1, 17, 42], ChosenSampling(SamplingOptions()), max_tokens)
