@@ -18,6 +18,7 @@ each record, by layer, then expert. Layer files have no hash in the manifest, be
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import xxhash
@@ -67,7 +68,12 @@ class PackedExperts:
 
     def layer_path(self, layer: int) -> Path:
         """Return the path of the file with the records of ``layer``."""
-        return self.directory / layer_file(layer)
+        return self._layer_paths[layer]
+
+    @cached_property
+    def _layer_paths(self) -> list[Path]:
+        """The paths of all layer files. Joining one takes microseconds, and every fetch needs several."""
+        return [self.directory / layer_file(layer) for layer in range(self.num_layers)]
 
     @property
     def layer_bytes(self) -> int:
