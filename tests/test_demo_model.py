@@ -20,7 +20,7 @@ from flashmoe_mlx.pack.verify import verify_pack
 TOOLS = Path(__file__).parent.parent / "tools" / "demo_model"
 
 
-@pytest.mark.parametrize("kernels", ["auto", "mlx"])
+@pytest.mark.parametrize("kernels", ["auto", pytest.param("mlx", marks=pytest.mark.thorough)])
 def test_answers_equal_the_recorded_answers(kernels: str) -> None:
     recorded = json.loads(golden.PATH.read_text())
     for answer, expected in zip(golden.generate_answers(kernels), recorded["said"], strict=True):

@@ -223,7 +223,7 @@ def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
         assert answer(slots=7, prefetch="early_router") == expected
 
 
-@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
 def test_sequences_together(device: Device, tiny_pack: Path) -> None:
     """Steps of 3 rows and of more than every kernel's limit take checked paths only: warnings are errors.
 
@@ -276,7 +276,7 @@ def test_the_properties_of_a_gpu() -> None:
     assert activation_type() == mx.float32
 
 
-@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
 def test_the_probe_checks_kernels_for_every_k_that_it_measures(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,7 +267,7 @@ def test_a_cache_grows_while_a_step_is_under_way(engine: Engine) -> None:
     assert finish(engine, begin(engine, prompt, max_tokens=9)) == waiting(engine, prompt=prompt).token_ids
 
 
-@pytest.mark.parametrize("kind", ["metal", "cuda"])
+@pytest.mark.parametrize("kind", ["metal", pytest.param("cuda", marks=pytest.mark.thorough)])
 def test_stores_and_policies(kind: str, tiny_pack: Path) -> None:
     with getattr(gpu_on_cpu, kind)(mx.float32):
         with flashmoe_mlx.load(tiny_pack, slots=8) as engine:

@@ -93,7 +93,12 @@ print(point - 1)
 
 
 @pytest.mark.parametrize(
-    ("mode", "layout", "min_steps"), [("plain", "fused", 30), ("delete", "mlx4", 30), ("add", "mlx4", 20)]
+    ("mode", "layout", "min_steps"),
+    [
+        pytest.param("plain", "fused", 30, marks=pytest.mark.thorough),
+        ("delete", "mlx4", 30),
+        pytest.param("add", "mlx4", 20, marks=pytest.mark.thorough),
+    ],
 )
 def test_killed_at_every_step(mode: str, layout: Layout, min_steps: int, tmp_path: Path) -> None:
     geometry = replace(SMALL, experts=2, top_k=1)
@@ -112,6 +117,7 @@ def test_killed_at_every_step(mode: str, layout: Layout, min_steps: int, tmp_pat
         assert list((tmp_path / "copy" / "source").glob("*.safetensors")) == []
 
 
+@pytest.mark.thorough
 def test_killed_at_random_times(tmp_path: Path) -> None:
     geometry = GEOMETRIES["plain"]
     source = write_checkpoint(tmp_path / "source", geometry, 0, "fused", shards=3)

@@ -90,6 +90,7 @@ def test_cached_decode_equals_transformers(opened: Opened) -> None:
     opened.check(decoded, PROMPT_LENGTH)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", LONG_CASES, ids=lambda case: case.name)
 def test_past_4096_tokens(case: LongCase, tmp_path: Path) -> None:
     """A prompt in the chunks that the engine chooses by itself, then single steps, across every growth of a cache."""
