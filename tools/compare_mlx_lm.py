@@ -32,31 +32,12 @@ from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Status
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
-from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.pack.opening import Pack
+from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.intervals import format_interval, median_interval
 
-GEOMETRY_397B = SyntheticSizes(
-    num_layers=16,
-    hidden_size=4096,
-    num_experts=64,
-    experts_per_token=10,
-    expert_size=1024,
-    shared_expert_size=1024,
-    num_heads=32,
-    num_kv_heads=2,
-    head_dim=256,
-    linear_key_heads=16,
-    linear_value_heads=64,
-    linear_key_dim=128,
-    linear_value_dim=128,
-    max_context=4096,
-    bits=4,
-    seed=0,
-)
 TINY = replace(
-    GEOMETRY_397B,
-    num_layers=4,
+    SIZES["large"],
     hidden_size=128,
     num_experts=16,
     experts_per_token=4,
@@ -100,9 +81,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("compare-mlx-lm"))
     parser.add_argument("--tiny", action="store_true", help="a small model, for a trial of this tool")
     arguments = parser.parse_args()
-    sizes = (
-        TINY if arguments.tiny else replace(GEOMETRY_397B, num_layers=arguments.layers, num_experts=arguments.experts)
-    )
+    large = replace(SIZES["large"], num_layers=arguments.layers, num_experts=arguments.experts)
+    sizes = TINY if arguments.tiny else large
     pack = synthetic_pack("compare", sizes, arguments.folder)
     print("| | K | ms a token | p5 / p50 / p95 of tokens | first token, ms |\n| - | - | - | - | - |")
     for k in arguments.k:

@@ -10,7 +10,7 @@ namespace flashmoe {
 // The most vectors for which a product reads the codes directly; for more, blocks are dequantized. Python checks both.
 constexpr int64_t kFewTokens = 8;
 
-// Return the best operations that this machine can run, or those that `choose_operations` selected.
+// Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
 const Operations& operations();
 
 // Select an instruction set by name, the best for "auto"; return false if this machine lacks it.

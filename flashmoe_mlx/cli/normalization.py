@@ -1,8 +1,8 @@
 """Normalization of the command line for Hydra.
 
-Hydra has one spelling for each situation: ``+key=value`` only for keys that the configuration lacks, ``key=value`` only
-for keys that it has, no option between overrides, and a grammar in which commas and apostrophes in a prompt have a
-meaning. Users need to know none of that.
+Hydra accepts one spelling in each situation: ``+key=value`` adds a key, ``key=value`` changes an existing key, options
+must not stand between overrides, and commas and apostrophes in a prompt are part of the grammar. Users need to know
+none of this.
 """
 
 from collections.abc import Collection, Sequence

@@ -1,7 +1,7 @@
-"""Decode steps that are begun before they are asked for, where nothing needs the host in between.
+"""Decode steps that begin before they are requested, where nothing between two steps needs the host.
 
-A step chooses its token on the device, and the next step begins with it before anybody has read it. So the device never
-waits for Python. One step may be begun in vain, at the end of a sequence; ``Sequence.settle`` discards it.
+A step chooses its token on the device, and the next step begins with that token before the host has read it. The device
+therefore never waits for Python. The last step may be unnecessary; ``Sequence.settle`` discards it.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ class StepsAhead:
 
     @property
     def ready(self) -> bool:
-        """Whether the store holds all layers in memory; it keeps layers that it has offered."""
+        """Whether the store holds all layers in memory. A layer that the store has offered stays there."""
         if self._steps is None:
             self._steps = TracedSteps.of(self._model)
         return self._steps is not None
