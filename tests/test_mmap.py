@@ -62,9 +62,10 @@ def test_a_file_truncated_between_the_check_and_the_access(
         path = stored.source.extents(0, 0)[0].path
         size = path.stat()
         os.truncate(path, 16384)
-        with monkeypatch.context() as patched, pytest.raises(ExpertReadError) as caught:  # pytest calls fstat later
+        with monkeypatch.context() as patched:  # pytest itself calls fstat at the end of the test
             patched.setattr(os, "fstat", lambda _: size)
-            store.fetch(0, [7])
+            with pytest.raises(ExpertReadError) as caught:
+                store.fetch(0, [7])
         assert caught.value.code == "read_failed"
         assert_one_line(caught.value)
         assert (caught.value.layer, caught.value.expert) == (0, 7)
