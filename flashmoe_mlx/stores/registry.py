@@ -1,5 +1,6 @@
 """The backends by name, and functions that open a store from a name and options."""
 
+import difflib
 import importlib
 import inspect
 import types
@@ -108,8 +109,10 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     known = [name for name in inspect.signature(store_class).parameters if name != "source"]
     for name, value in options.items():
         if name not in known:
+            nearest = difflib.get_close_matches(name, [*known, "variant"], n=1)
+            hint = f"did you mean backend.{nearest[0]}? " if nearest else ""
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}",
+                f"backend.{name}: no such option; {hint}{store_class.__name__} has {', '.join(['variant', *known])}",
                 code="unknown_option",
             )
         limit = store_class.limits.get(name)
