@@ -16,11 +16,15 @@ from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.mirrors import open_mirrors
 from flashmoe_mlx.stores.slots import slots_for
 
+AUTO = "auto"
+"""The name in place of a backend that stands for the best backend; only tasks know it, since it needs measurements."""
+
 
 def backend_names() -> list[str]:
-    """Return the names of the backends of this package, one for each file in ``configs/backend/``."""
+    """Return the names of the backends of this package, one for each file in ``configs/backend/`` but ``auto``."""
     folder = package_files("flashmoe_mlx.configs").joinpath("backend")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name for name in names if name != AUTO)
 
 
 def backend_settings(name: str) -> dict[str, Any]:
@@ -29,6 +33,12 @@ def backend_settings(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such backend (code "unknown_backend").
     """
+    if name == AUTO:
+        raise InputError(
+            "backend=auto needs measurements of this machine: on the command line, write backend=auto; in Python, pass "
+            "the settings that research.estimate.automatic.choose_backend returns",
+            code="unknown_backend",
+        )
     if name not in backend_names():
         raise InputError(
             f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
