@@ -62,8 +62,8 @@ def test_a_file_truncated_between_the_check_and_the_access(
         path = stored.source.extents(0, 0)[0].path
         size = path.stat()
         os.truncate(path, 16384)
-        with monkeypatch.context() as patched:  # pytest itself calls fstat at the end of the test
-            patched.setattr(os, "fstat", lambda _: size)
+        with monkeypatch.context() as patch:  # pytest calls fstat as well, so the patch must not outlive the fetch
+            patch.setattr(os, "fstat", lambda _: size)
             with pytest.raises(ExpertReadError) as caught:
                 store.fetch(0, [7])
         assert caught.value.code == "read_failed"

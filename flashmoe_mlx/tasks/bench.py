@@ -29,6 +29,7 @@ from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.intervals import format_interval
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
@@ -128,6 +129,10 @@ def _plan(config: Config) -> Plan:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
                 configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
+    configurations = [
+        replace(each, backend=chosen_backend(each.backend, folder, config.model, each.experts_k))
+        for each in configurations
+    ]
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
         prompts += _MORE_PROMPTS
@@ -239,7 +244,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
-        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "weights GB/s", "I/O",
+        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "read GB/s", "weights GB/s", "I/O",
         "compute", "TTFT s",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
@@ -254,6 +259,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
             "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in summary.step_ms),
             f"{summary.bytes_per_token / 1e6:.4g}",
             _percent(summary.hit_rate),
+            _percent(summary.page_cache_hit_rate),
             "-" if summary.read_gb_per_second is None else f"{summary.read_gb_per_second:.2f}",
             "-" if summary.weights_gb_per_second is None else f"{summary.weights_gb_per_second:.2f}",
             _percent(summary.shares.get("io", 0.0)),
