@@ -20,7 +20,7 @@ settings.load_profile("everyday")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Exempt what exists now from garbage collection: thousands of tests would slow down each of them."""
+    """Exempt all present objects from garbage collection, which would search thousands of tests each time."""
     gc.collect()
     gc.freeze()
 
