@@ -303,9 +303,9 @@ def test_the_probe_checks_kernels_for_every_k_that_it_measures(
 def test_doctor_examines_the_kernels_of_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only Metal, in both types, with one small model and one call: emulation is slow; doctor treats CUDA equally."""
+    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA equally."""
     small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
-    monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small})
+    monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
     with gpu_on_cpu.metal() as launches:
@@ -315,7 +315,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     assert record["dialect"] == record["kernels"] == "metal"
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
     operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
-    assert found == set(product(operations, ("397B",), ("float32", "bfloat16")))
+    assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
     assert "Custom kernels: metal." in capsys.readouterr().err
 
 
