@@ -70,6 +70,6 @@ def cuda_text(
 
 @cache
 def shape_reads(body: str, inputs: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
-    """Return the sizes that ``body`` reads, as (position of the input, axis), in the order of the function's arguments."""
+    """Return the sizes that ``body`` reads, in the order of the function's arguments: (position of input, axis)."""
     found = {(name, int(axis)) for name, axis in re.findall(r"\b(\w+)_shape\[(\d+)\]", body)}
     return tuple(sorted((inputs.index(name), axis) for name, axis in found if name in inputs))

@@ -16,11 +16,14 @@ from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
 from flashmoe_mlx.custom_kernels import kernel
+from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
+from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
@@ -122,9 +125,10 @@ def test_bodies_that_metal_runs_as_well(name: str, on_hopper: gpu_on_cpu.Launche
 
 
 def test_grouped_experts_out_of_the_kernel(on_hopper: gpu_on_cpu.Launches) -> None:
-    dense = dense_experts.dense_experts
-    case = kernel_cases.grouped_experts(SMALL, F32, dense, tokens=40, experts=18)
-    check(case, on_hopper, "dense_experts_body")
+    row_kernels = RowKernels(gather_rows.gather_rows, add_rows.add_rows)
+    case = kernel_cases.grouped_experts(SMALL, F32, dense_experts.dense_experts, row_kernels, tokens=40, experts=18)
+    for name in ("dense_experts_body", "gather_rows_body", "add_rows_body"):
+        check(case, on_hopper, name)
 
 
 @pytest.mark.parametrize("slots", [(0,), (6, 2), (3, 1, 0, 5)])
