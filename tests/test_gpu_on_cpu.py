@@ -155,9 +155,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
 )
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
-        filled = (
-            "fill_slots_body" in launches
-        )  # stores that keep everything fill their slots once, when they are opened
+        filled = "fill_slots_body" in launches  # stores that keep everything fill their slots when opened
         launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
