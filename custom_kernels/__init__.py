@@ -14,12 +14,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import checks, native
+from flashmoe_mlx.custom_kernels import checks, code_cache, native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, UncheckedPathWarning
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
@@ -111,6 +112,8 @@ def choose(preference: str) -> Kernels:
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
+    if dialect() == "cuda":
+        code_cache.keep_modules_of_mlx(gpu().architecture)
     found = operations()
     chosen = {name: operation.on(target) for name, operation in found.items()}
     note = native.MISSING if target == "fallback" else None

@@ -58,6 +58,7 @@ def cuda(dtype: mx.Dtype = mx.bfloat16, gpu: nvidia.Gpu = HOPPER, at_once: int =
         patch.setattr(nvrtc, "compiler", lambda: _NoCompiler())
         patch.setattr(code_cache, "load", lambda _: None)
         patch.setattr(code_cache, "store", lambda *_: None)
+        patch.setenv("MLX_PTX_CACHE_DIR", "unused")
         yield launches
 
 

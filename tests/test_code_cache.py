@@ -1,5 +1,6 @@
 """Compiled kernels on disk: hits, misses, damage, foreign folders and concurrent processes, with NVRTC on a CPU."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -85,6 +86,24 @@ def test_concurrent_writers_and_readers() -> None:
         found = list(threads.map(lambda i: code_cache.load(KEY) if i % 2 else code_cache.store(KEY, code), range(40)))
     assert {None, code} >= set(found)
     assert code_cache.load(KEY) == code
+
+
+def test_mlx_keeps_its_modules_by_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path))
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", "chosen")
+    code_cache.keep_modules_of_mlx("sm_90a")
+    assert os.environ["MLX_PTX_CACHE_DIR"] == "chosen"
+    monkeypatch.setenv("MLX_PTX_CACHE_DIR", "")
+    code_cache.keep_modules_of_mlx("sm_90a")
+    folder = Path(os.environ["MLX_PTX_CACHE_DIR"])
+    assert folder.is_dir()
+    assert folder.parent == tmp_path
+    assert folder.name.endswith("sm_90a")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FLASHMOE_CACHE", str(tmp_path / "file"))
+    monkeypatch.delenv("MLX_PTX_CACHE_DIR")
+    code_cache.keep_modules_of_mlx("sm_90a")
+    assert "MLX_PTX_CACHE_DIR" not in os.environ
 
 
 TEXT = cuda_text.cuda_text(
