@@ -19,6 +19,7 @@ from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
+from flashmoe_mlx.stores.mirrors import MirroredExperts
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
 from flashmoe_mlx.stores.slab import Slab
@@ -48,13 +49,18 @@ class MmapStore(ExpertStore):
             fault after another.
 
     Raises:
-        InputError: ``advice`` is unknown (code "unknown_advice"), or experts are in several pieces ("not_a_pack").
+        InputError: ``advice`` is unknown (code "unknown_advice"), experts are in several pieces ("not_a_pack"), or the
+            pack has mirrors ("contradiction").
     """
 
     def __init__(self, source: ExpertSource, slots: int = 16, advice: str = "normal", populate: bool = True) -> None:
         super().__init__(source, slots)
         if advice not in _ADVICE:
             raise InputError(f"backend.advice={advice}: choose from {', '.join(_ADVICE)}", code="unknown_advice")
+        if isinstance(source, MirroredExperts):
+            raise InputError(
+                "backend=mmap reads one folder: remove backend.mirrors, or choose another backend", code="contradiction"
+            )
         extents = source.extents(0, 0)
         if len(extents) != 1:
             raise InputError(

@@ -33,6 +33,7 @@ from flashmoe_mlx.research.intervals import format_interval, median_interval
 from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
@@ -118,6 +119,7 @@ def _candidates(files: ModelFiles, config: Config) -> tuple[list[Candidate], Exp
     candidates: dict[str, Candidate] = {}
     sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
+        settings = chosen_backend(settings, files.folder, config.model, config.experts_k)
         sources.append(files.variant(settings.get("variant")))
         candidates[label] = StoreCandidate(label, partial(_open_store, files, settings))
     if any(source != sources[0] for source in sources):
