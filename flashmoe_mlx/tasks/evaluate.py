@@ -107,14 +107,9 @@ def _reference(config: Config, folder: Path, items: list[Item], announce: Callab
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
-<<<<<<< HEAD
+    backend = chosen_backend(backend, folder, config.model, None)
     with load(folder, backend, kernels=config.reference_kernels, on_load=announce) as engine:
         reference = Reference.record(engine, items, _reporter(announce))
-=======
-    backend = chosen_backend(backend, folder, config.model, None)
-    with load(folder, backend, kernels=config.reference_kernels) as engine:
-        reference = Reference.record(engine, items, progress)
->>>>>>> main
     with reference:
         yield reference
 

@@ -37,11 +37,10 @@ def run(config: Config, run_dir: Path) -> None:
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
-<<<<<<< HEAD
     with activity() as announce:
         loaded = load(
             folder,
-            config.backend,
+            backend,
             config.experts_k,
             kernels=config.kernels,
             prefetch=config.prefetch,
@@ -49,16 +48,6 @@ def run(config: Config, run_dir: Path) -> None:
             on_load=announce,
         )
     with loaded as engine:
-=======
-    with load(
-        folder,
-        backend,
-        config.experts_k,
-        kernels=config.kernels,
-        prefetch=config.prefetch,
-        profile=config.profile,
-    ) as engine:
->>>>>>> main
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, options)
