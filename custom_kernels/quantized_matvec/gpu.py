@@ -181,27 +181,25 @@ def _drawn(inputs: RandomInputs, weight: QuantizedWeight) -> QuantizedWeight:
     rows = len(weight.weight)
     if rows <= _DRAWN_ROWS:
         return inputs.like(weight)
-    starts = range(0, rows, _DRAWN_ROWS)
-    return _rows_of(inputs.like(weight, _DRAWN_ROWS), [slice(min(_DRAWN_ROWS, rows - start)) for start in starts])
+    return _rows_of(inputs.like(weight, _DRAWN_ROWS), mx.arange(rows) % _DRAWN_ROWS)
 
 
-def _rows_of(weight: QuantizedWeight, pieces: list[slice]) -> QuantizedWeight:
-    """Return ``pieces`` of ``weight``; slices, because MLX compiles a module on CUDA for an array of indices."""
+def _rows_of(weight: QuantizedWeight, rows: mx.array) -> QuantizedWeight:
     assert weight.scales is not None
     assert weight.biases is not None
-    codes, scales, biases = (
-        mx.concatenate([part[piece] for piece in pieces]) for part in (weight.weight, weight.scales, weight.biases)
-    )
-    mx.eval(codes, scales, biases)
+    # On CUDA, MLX compiles modules for an array of indices, for seconds.
+    parts = [mx.take(part, rows, axis=0, stream=mx.cpu) for part in (weight.weight, weight.scales, weight.biases)]
+    mx.eval(parts)
+    codes, scales, biases = parts
     return QuantizedWeight(codes, scales, biases, weight.bits, weight.group_size)
 
 
 def _sample(x: mx.array, weight: QuantizedWeight, bits: int, group_size: int) -> Sample:
     rows = len(weight.weight)
-    compared = [slice(min(rows, _COMPARED_ROWS)), slice(max(_COMPARED_ROWS, rows - _COMPARED_ROWS), rows)]
+    compared = mx.array(sorted({*range(min(rows, _COMPARED_ROWS)), *range(max(0, rows - _COMPARED_ROWS), rows)}))
     part = _rows_of(weight, compared)
     return Sample(
         (x, weight.weight, weight.scales, weight.biases, bits, group_size),
         (x, part.weight, part.scales, part.biases, bits, group_size),
-        lambda results: [mx.concatenate([results[0][:, piece] for piece in compared], axis=1)],
+        lambda results: [mx.take(results[0], compared, axis=1, stream=mx.cpu)],
     )
