@@ -1,5 +1,6 @@
 """The backends by name, and functions that open a store from a name and options."""
 
+import difflib
 import importlib
 import inspect
 import types
@@ -119,9 +120,11 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     known = [name for name in inspect.signature(store_class).parameters if name != "source"]
     for name, value in options.items():
         if name not in known:
-            options_here = ", ".join(["variant", "mirrors", *known])
+            options_here = [*known, "variant", "mirrors"]
+            nearest = difflib.get_close_matches(name, options_here, n=1)
+            hint = f"did you mean backend.{nearest[0]}? " if nearest else ""
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {options_here}",
+                f"backend.{name}: no such option; {hint}{store_class.__name__} has {', '.join(options_here)}",
                 code="unknown_option",
             )
         limit = store_class.limits.get(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, print_notes, print_table, show
+from flashmoe_mlx.console.output import activity, counted, print_notes, print_table, show
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_atomically
@@ -21,6 +21,7 @@ from flashmoe_mlx.research.bench.engine_bench import (
     Plan,
     Trial,
     find_unavailable,
+    least_memory,
     run_trials,
 )
 from flashmoe_mlx.research.bench.engine_summary import Summary, summarize
@@ -77,7 +78,8 @@ def run(config: Config, run_dir: Path) -> None:
     """
     _check(config)
     plan = _plan(config)
-    with memory_cap(config.memory_gib) as cap:
+    least = least_memory(plan.folder) if config.memory_gib is not None else 0
+    with memory_cap(config.memory_gib, least) as cap:
         setup = _setup(config, plan, cap)
         left_out = find_unavailable(plan)
         if left_out and not config.skip_unavailable:
@@ -100,7 +102,9 @@ def run(config: Config, run_dir: Path) -> None:
             for label, reason in left_out.items():
                 show(f"left out: {label}: {reason}")
     if failures:
-        raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} configurations failed: {_listed(failures)}")
+        raise FlashMoeError(
+            f"{len(failures)} of {counted(len(plan.settings), 'configuration')} failed: {_listed(failures)}"
+        )
 
 
 def _check(config: Config) -> None:
@@ -215,7 +219,8 @@ def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, 
     """
     summaries = summarize(trials)
     rounds = max(trial.round for trial in trials) + 1
-    show(f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'no limit'}")
+    extent = f"{counted(rounds, 'round')} of {counted(plan.tokens, 'token')}"
+    show(f"\n{plan.folder}: {extent}; memory: {cap or 'no limit'}")
     for condition in plan.conditions:
         shown = [summary for summary in summaries if summary.condition == condition]
         if shown:
@@ -225,10 +230,7 @@ def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, 
             print_notes((note for summary in shown for note in summary.notes), prefix=f"{_MARK} ")
     if config.plot:
         try:
-            save(
-                bench_figure(summaries, f"{plan.folder.name}, {rounds} rounds of {plan.tokens} tokens"),
-                run_dir / "bench.png",
-            )
+            save(bench_figure(summaries, f"{plan.folder.name}, {extent}"), run_dir / "bench.png")
         except InputError as error:
             show(f"no plot: {error}")
     show(f"record: {run_dir}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, print_table, show
+from flashmoe_mlx.console.output import activity, counted, print_table, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.files import write_json
@@ -80,8 +80,10 @@ def run(config: Config, run_dir: Path) -> None:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))
     record = source.layout.record_bytes
     show(
-        f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
-        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts per fetch, "
+        f"\n{files.folder}: {counted(source.num_layers, 'layer')} of {source.num_experts} experts, "
+        f"{record:,} bytes each; "
+        f"{counted(len(requests), 'round')} of {counted(requests[0].experts.shape[0], 'token')}, "
+        f"{counted(k, 'expert')} per fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} of the requests repeated",
     )
     summaries = summarize(trials)

@@ -13,7 +13,7 @@ from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
 from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
-from flashmoe_mlx.console.output import print_table, show
+from flashmoe_mlx.console.output import counted, print_table, show
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
@@ -274,7 +274,9 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
 
 def _profile_lines(profile: MachineProfile) -> Iterator[str]:
     age = profile.age_days
-    when = "just now" if age < 0.02 else f"{age:.0f} days ago" if age >= 1 else f"{24 * age:.1f} hours ago"
+    when = (
+        "just now" if age < 0.02 else f"{counted(round(age), 'day')} ago" if age >= 1 else f"{24 * age:.1f} hours ago"
+    )
     yield f"this machine was measured {when}{'; probe=true measures it again' if age > _OLD_DAYS else ''}"
     for method, reason in profile.missing.items():
         yield f"not measured: {method}: {reason}"

@@ -75,7 +75,7 @@ class Machine:
         return launched(run)
 
     def _run(self, name: str, text: str, launch: Launch, scalars: Sequence[int], shared_memory: int) -> None:
-        library = _CLANG.load(_unit(name, text))
+        library = _CLANG.load(_CLANG.hosted(_unit(name, text)))
         arrays = [*launch.inputs, *launch.outputs]
         buffers = [Buffer(array, output=i >= len(launch.inputs)) for i, array in enumerate(arrays)]
         sizes = np.array(scalars, np.int32)
