@@ -15,7 +15,7 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
-from flashmoe_mlx.custom_kernels import kernel
+from flashmoe_mlx.custom_kernels import kernel, nvrtc, precompiled
 from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
@@ -186,3 +186,41 @@ HANDED = """
 def test_the_machine_notices(source: str, fault: str) -> None:
     with pytest.raises(KernelFault, match=fault):
         planted(source, threadgroups=2)
+
+
+def test_without_a_compiler_mlx_compiles(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> nvrtc.Compiler:
+        raise nvrtc.CompilerError("libnvrtc does not load")
+
+    def run() -> None:
+        with gpu_on_cpu.cuda() as launches:
+            monkeypatch.setattr(nvrtc, "compiler", refuse)
+            check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+    with pytest.raises(AssertionError):  # the warning
+        run()
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels are compiled again in each process, which takes some seconds: libnvrtc does not load"
+    ]
+
+
+def test_a_kernel_that_does_not_compile_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX compiles it, and reports the error in the text."""
+
+    def refuse(_: object, text: str, name: str, architecture: str) -> bytes:
+        if name != "probe":
+            raise nvrtc.CompilerError("no such architecture")
+        return text.encode()
+
+    monkeypatch.setattr(gpu_on_cpu._NoCompiler, "compile", refuse)
+    with gpu_on_cpu.cuda() as launches:
+        check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+
+def test_planning_compiles_and_runs_nothing(on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.gated_delta_net(SMALL, F32)
+    check(case, on_hopper, "gated_delta_net_step")
+    on_hopper.clear()
+    with precompiled.planning():
+        case.custom()
+    assert not on_hopper
