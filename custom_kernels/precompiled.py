@@ -17,13 +17,34 @@ from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.progress import report
 
 _log = logging.getLogger(__name__)
-_THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "compile")
-_planned: ContextVar[list[Future[bytes]] | None] = ContextVar("planned", default=None)
+_MOST_THREADS = 16
+
+
+class _Plan:
+    """Kernels that are compiled together."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.threads = threads
+        self.codes: set[Future[bytes]] = set()
+
+
+_plan: ContextVar[_Plan | None] = ContextVar("plan", default=None)
 
 
 def compiled(name: str, text: str) -> Future[bytes]:
-    """Begin to compile ``text``, or to read the result of an earlier process; ``name`` is its function."""
-    return _THREADS.submit(_code, name, text)
+    """Compile ``text``, whose function is ``name``, or read the result of an earlier process.
+
+    Inside ``planning`` other threads do so; else the result is ready.
+    """
+    plan = _plan.get()
+    if plan is not None:
+        return plan.threads.submit(_code, name, text)
+    code: Future[bytes] = Future()
+    try:
+        code.set_result(_code(name, text))
+    except Exception as error:
+        code.set_exception(error)
+    return code
 
 
 def _code(name: str, text: str) -> bytes:
@@ -70,19 +91,20 @@ def planning() -> Iterator[None]:
     Inside, a kernel returns arrays of zeros. The block is left when all kernels are compiled. A kernel with an error is
     compiled by MLX at its first call, which then raises the error.
     """
-    futures: list[Future[bytes]] = []
-    token = _planned.set(futures)
-    try:
-        yield
-    finally:
-        _planned.reset(token)
-    for number, _ in enumerate(as_completed(futures)):
-        report(f"compiling kernels: {number + 1} of {len(set(futures))}")
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
+        plan = _Plan(threads)
+        token = _plan.set(plan)
+        try:
+            yield
+        finally:
+            _plan.reset(token)
+        for number, _ in enumerate(as_completed(plan.codes)):
+            report(f"compiling kernels: {number + 1} of {len(plan.codes)}")
 
 
 def planned(code: Future[bytes]) -> bool:
     """Return whether the caller is inside ``planning``, which then waits for ``code``."""
-    futures = _planned.get()
-    if futures is not None:
-        futures.append(code)
-    return futures is not None
+    plan = _plan.get()
+    if plan is not None:
+        plan.codes.add(code)
+    return plan is not None
