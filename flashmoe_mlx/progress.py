@@ -1,5 +1,6 @@
 """Reports about a long step, from the code that takes the time to whoever waits for it."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,26 +10,37 @@ Listener = Callable[[str], None]
 """Takes the current activity in a few words; threads call it in turn."""
 
 
+_INTERVAL = 0.5
+"""Seconds between two reports of one activity, which differ in what follows the colon."""
+
+
 class _Patient:
-    """Reports for ``listener``; ``release`` passes on the latest, and from then on each one."""
+    """Reports for ``listener``; ``release`` passes on the latest, and from then on each new activity."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._latest: str | None = None
         self._released = False
+        self._told = ("", 0.0)
         self._lock = Lock()
 
     def report(self, activity: str) -> None:
         with self._lock:
             self._latest = activity
             if self._released:
-                self._listener(activity)
+                self._tell(activity)
 
     def release(self) -> None:
         with self._lock:
             self._released = True
             if self._latest is not None:
-                self._listener(self._latest)
+                self._tell(self._latest)
+
+    def _tell(self, activity: str) -> None:
+        kind, now = activity.partition(":")[0], time.monotonic()
+        if kind != self._told[0] or now >= self._told[1] + _INTERVAL:
+            self._told = kind, now
+            self._listener(activity)
 
 
 _patient: ContextVar[_Patient | None] = ContextVar("patient", default=None)
