@@ -30,7 +30,7 @@ from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.progress import Listener, report, reports_to
+from flashmoe_mlx.progress import Listener, reports_to
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.text.tokenizer import Tokenizer
@@ -56,8 +56,7 @@ def load(
 ) -> "Engine":
     """Open a pack or a published checkpoint, ready to run.
 
-    The first load of a model on an NVIDIA GPU compiles kernels, for some seconds; later processes find them in the
-    user's cache folder (``FLASHMOE_CACHE``).
+    On an NVIDIA GPU, the first load of a model compiles kernels, which stay in the user's cache (``FLASHMOE_CACHE``).
 
     Args:
         model: folder of the pack or checkpoint.
@@ -84,7 +83,6 @@ def load(
         mx.reset_peak_memory()
         store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
         try:
-            report("reading the weights that all tokens use")
             built = build_model(files.config, files.resident, store, k, chosen, dtype)
             prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
             if prefetcher is not None:
@@ -94,23 +92,18 @@ def load(
             store.close()
             raise
         layout = store.layout
+        notes = [checked.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
         setup = {
             "experts_k": k,
             "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
             "activations": str(dtype),
             "kernels": checked.names,
             "replaced_kernels": checked.replaced,
-            "note": _joined_notes(
-                checked.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None
-            ),
+            "note": "; ".join(filter(None, notes)) or None,
             "prefetch": prefetch,
             "backend": settings,
         }
         return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
-
-
-def _joined_notes(*notes: str | None) -> str | None:
-    return "; ".join(note for note in notes if note) or None
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
