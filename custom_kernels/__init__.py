@@ -14,16 +14,17 @@ from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import checks, native
+from flashmoe_mlx.custom_kernels import checks, code_cache, native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, UncheckedPathWarning
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
 from flashmoe_mlx.errors import InputError
@@ -54,6 +55,8 @@ class Kernels:
         most_gpu_tokens: most tokens for which ``routed_experts_gpu`` is the best choice.
         dense_experts: an implementation of ``dense_experts.reference.dense_experts`` for more tokens; None without a
             kernel.
+        row_kernels: implementations of ``gather_rows`` and ``add_rows``, for ``dense_experts``.
+        embedding: an implementation of ``embedding.reference.embedding``.
         choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         note: a message for the user about the choice, or None.
@@ -64,6 +67,8 @@ class Kernels:
     expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
     products: Products
     rms_norm: Callable[[mx.array, mx.array, float], mx.array]
+    row_kernels: RowKernels
+    embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array]
     implementations: Mapping[str, Callable[..., Any]]
     names: Mapping[str, str]
     routed_experts_cpu: Callable[..., mx.array] | None = None
@@ -107,6 +112,8 @@ def choose(preference: str) -> Kernels:
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
+    if dialect() == "cuda":
+        code_cache.keep_modules_of_mlx(gpu().architecture)
     found = operations()
     chosen = {name: operation.on(target) for name, operation in found.items()}
     note = native.MISSING if target == "fallback" else None
@@ -119,6 +126,8 @@ def choose(preference: str) -> Kernels:
         expert_mlp=chosen["expert_mlp"],
         products=chosen["quantized_matvec"] if on_cpu else one_by_one(chosen["quantized_matvec"]),
         rms_norm=chosen["rms_norm"],
+        row_kernels=RowKernels(chosen["gather_rows"], chosen["add_rows"]),
+        embedding=chosen["embedding"],
         implementations=chosen,
         names={name: runs for operation in found.values() for name, runs in operation.names(target).items()},
         routed_experts_cpu=chosen["routed_experts"] if on_cpu else None,

@@ -33,7 +33,7 @@ from flashmoe_mlx.custom_kernels.routed_experts import cpu as experts_cpu
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as experts_gpu
 from flashmoe_mlx.custom_kernels.routed_experts import mlx as experts_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import reference as experts_reference
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts as grouped
 from flashmoe_mlx.custom_kernels.routed_experts.samples import expert_inputs, format_of
 
@@ -181,6 +181,7 @@ def grouped_experts(
     geometry: Geometry,
     dtype: mx.Dtype,
     dense: DenseExperts,
+    row_kernels: RowKernels,
     *,
     tokens: int,
     k: int = 4,
@@ -193,6 +194,7 @@ def grouped_experts(
         geometry: sizes of the experts.
         dtype: type of activations and scales.
         dense: an implementation of ``dense_experts``.
+        row_kernels: implementations of ``gather_rows`` and ``add_rows``.
         tokens: number of tokens.
         k: experts per token.
         experts: number of experts in the slab.
@@ -216,7 +218,7 @@ def grouped_experts(
         f"T={tokens} K={k}",
         dtype,
         experts * payload_bytes,
-        lambda: (grouped(x, slab, rows, routing_weights, form, dense),),
+        lambda: (grouped(x, slab, rows, routing_weights, form, dense, row_kernels),),
         lambda: by_expert(x, routing_weights),
         lambda: by_expert(x.astype(mx.float64), routing_weights.astype(mx.float64)),
     )

@@ -6,8 +6,8 @@ from functools import cache
 
 COPY_ENGINE = 9
 """The first major compute capability with asynchronous bulk copies to shared memory (cp.async.bulk)."""
-_MULTIPROCESSORS, _CAPABILITY, _SHARED_MEMORY = 16, 75, 97
-"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN of cuda.h."""
+_MULTIPROCESSORS, _CAPABILITY, _MINOR, _SHARED_MEMORY = 16, 75, 76, 97
+"""CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, _COMPUTE_CAPABILITY_MAJOR, _MINOR, _MAX_SHARED_MEMORY_PER_BLOCK_OPTIN."""
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,18 @@ class Gpu:
         multiprocessors: number of multiprocessors.
         capability: major compute capability.
         shared_memory: largest shared memory of a threadgroup, in bytes.
+        minor: minor compute capability.
     """
 
     multiprocessors: int
     capability: int
     shared_memory: int
+    minor: int = 0
+
+    @property
+    def architecture(self) -> str:
+        """The compiler's name of the GPU, with the instructions that no other architecture has."""
+        return f"sm_{self.capability}{self.minor}{'a' if self.capability >= COPY_ENGINE else ''}"
 
 
 @cache
@@ -45,7 +52,7 @@ def gpu() -> Gpu:
         _check(driver.cuDeviceGetAttribute(ctypes.byref(value), number, device))
         return value.value
 
-    return Gpu(attribute(_MULTIPROCESSORS), attribute(_CAPABILITY), attribute(_SHARED_MEMORY))
+    return Gpu(*map(attribute, (_MULTIPROCESSORS, _CAPABILITY, _SHARED_MEMORY, _MINOR)))
 
 
 def _check(status: int) -> None:

@@ -38,6 +38,7 @@ class ModelShapes:
         experts_k: routed experts per token.
         num_experts: routed experts per layer.
         slots: number of records that the store holds at once.
+        embedding: the quantized embedding table, or None.
     """
 
     dtype: mx.Dtype
@@ -50,6 +51,7 @@ class ModelShapes:
     experts_k: int
     num_experts: int
     slots: int
+    embedding: QuantizedWeight | None = None
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
         """Return whether a call may need more experts than there are slots, and so apply them in groups.

@@ -1,5 +1,6 @@
 """The Python interface: load a model, run it on tokens, generate text."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,11 +30,13 @@ from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.progress import Listener, reports_to
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Generation", "Piece", "Request", "load"]
+_log = logging.getLogger(__name__)
 _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
@@ -48,9 +51,12 @@ def load(
     kernels: str = "auto",
     prefetch: str = "none",
     profile: bool = False,
+    on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
     """Open a pack or a published checkpoint, ready to run.
+
+    On an NVIDIA GPU, the first load of a model compiles kernels, which stay in the user's cache (``FLASHMOE_CACHE``).
 
     Args:
         model: folder of the pack or checkpoint.
@@ -60,44 +66,44 @@ def load(
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
+        on_load: called with the current activity, such as "compiling kernels: 3 of 16", if loading takes longer than a
+            second; by default it goes to the log.
         **backend_options: options of the backend, as in its YAML.
 
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    chosen = choose(kernels)
-    files = open_model(expand_path(model))
-    k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
-    tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
-    sampling = PublishedSampling.load(files.folder)
-    dtype = activation_type()
-    mx.reset_peak_memory()
-    store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
-    try:
-        built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
-        if prefetcher is not None:
-            store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-        report = check_kernels(chosen, model_shapes(built))
-    except BaseException:
-        store.close()
-        raise
-    layout = store.layout
-    setup = {
-        "experts_k": k,
-        "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
-        "activations": str(dtype),
-        "kernels": report.names,
-        "replaced_kernels": report.replaced,
-        "note": _joined_notes(report.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
-        "prefetch": prefetch,
-        "backend": settings,
-    }
-    return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
-
-
-def _joined_notes(*notes: str | None) -> str | None:
-    return "; ".join(note for note in notes if note) or None
+    with reports_to(on_load):
+        chosen = choose(kernels)
+        files = open_model(expand_path(model))
+        k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
+        tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+        sampling = PublishedSampling.load(files.folder)
+        dtype = activation_type()
+        mx.reset_peak_memory()
+        store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
+        try:
+            built = build_model(files.config, files.resident, store, k, chosen, dtype)
+            prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
+            if prefetcher is not None:
+                store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
+            checked = check_kernels(chosen, model_shapes(built))
+        except BaseException:
+            store.close()
+            raise
+        layout = store.layout
+        notes = [checked.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
+        setup = {
+            "experts_k": k,
+            "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
+            "activations": str(dtype),
+            "kernels": checked.names,
+            "replaced_kernels": checked.replaced,
+            "note": "; ".join(filter(None, notes)) or None,
+            "prefetch": prefetch,
+            "backend": settings,
+        }
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:

@@ -15,12 +15,15 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
-from flashmoe_mlx.custom_kernels import kernel
+from flashmoe_mlx.custom_kernels import kernel, nvrtc, precompiled
+from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
 from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
+from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
@@ -122,9 +125,10 @@ def test_bodies_that_metal_runs_as_well(name: str, on_hopper: gpu_on_cpu.Launche
 
 
 def test_grouped_experts_out_of_the_kernel(on_hopper: gpu_on_cpu.Launches) -> None:
-    dense = dense_experts.dense_experts
-    case = kernel_cases.grouped_experts(SMALL, F32, dense, tokens=40, experts=18)
-    check(case, on_hopper, "dense_experts_body")
+    row_kernels = RowKernels(gather_rows.gather_rows, add_rows.add_rows)
+    case = kernel_cases.grouped_experts(SMALL, F32, dense_experts.dense_experts, row_kernels, tokens=40, experts=18)
+    for name in ("dense_experts_body", "gather_rows_body", "add_rows_body"):
+        check(case, on_hopper, name)
 
 
 @pytest.mark.parametrize("slots", [(0,), (6, 2), (3, 1, 0, 5)])
@@ -182,3 +186,41 @@ HANDED = """
 def test_the_machine_notices(source: str, fault: str) -> None:
     with pytest.raises(KernelFault, match=fault):
         planted(source, threadgroups=2)
+
+
+def test_without_a_compiler_mlx_compiles(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> nvrtc.Compiler:
+        raise nvrtc.CompilerError("libnvrtc does not load")
+
+    def run() -> None:
+        with gpu_on_cpu.cuda() as launches:
+            monkeypatch.setattr(nvrtc, "compiler", refuse)
+            check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+    with pytest.raises(AssertionError):  # the warning
+        run()
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels are compiled again in each process, which takes some seconds: libnvrtc does not load"
+    ]
+
+
+def test_a_kernel_that_does_not_compile_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX compiles it, and reports the error in the text."""
+
+    def refuse(_: object, text: str, name: str, architecture: str) -> bytes:
+        if name != "probe":
+            raise nvrtc.CompilerError("no such architecture")
+        return text.encode()
+
+    monkeypatch.setattr(gpu_on_cpu._NoCompiler, "compile", refuse)
+    with gpu_on_cpu.cuda() as launches:
+        check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+
+def test_planning_compiles_and_runs_nothing(on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.gated_delta_net(SMALL, F32)
+    check(case, on_hopper, "gated_delta_net_step")
+    on_hopper.clear()
+    with precompiled.planning():
+        case.custom()
+    assert not on_hopper

@@ -29,6 +29,7 @@ from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
 
@@ -153,14 +154,14 @@ def test_grouped_experts_out_of_the_kernel(dtype: mx.Dtype) -> None:
     # MLX's products in bf16 are too rough on a CPU.
     dense = dense_experts.dense_experts
     on_cpu = mx.default_device() == mx.cpu
-    case = cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, tokens=40, experts=18)
+    case = cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, RowKernels(), tokens=40, experts=18)
     check(case)
 
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 4, 6), (100, 5, 40), (3, 20, 33)])
 def test_grouped_experts(tokens: int, k: int, experts: int) -> None:
     dense = dense_reference.dense_experts
-    check(cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
+    check(cases.grouped_experts(SMALL, mx.float32, dense, RowKernels(), tokens=tokens, k=k, experts=experts))
 
 
 @pytest.mark.usefixtures("target")

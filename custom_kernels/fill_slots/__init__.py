@@ -7,39 +7,16 @@ This folder has no ``OPERATION``: stores call the kernel, not models, and MLX ha
 check at load failed. Tests compare it with its reference.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import cast
-
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.fill_slots import reference
+from flashmoe_mlx.custom_kernels.kernel import Kernel
 
 __all__ = ["fill_slots", "reference"]
 
-_WIDTH = 16
-"""Bytes per copy of a thread."""
+KERNEL = Kernel(__package__, "body", ["slab", "records", "slots"], ["written"], in_place=["slab"])
 _BLOCK = 256
 _BLOCKS_A_RECORD = 64
-
-_SOURCE = """
-    const long row_words = slab_shape[1] / 16;
-    const int record = blockIdx.y;
-    const uint4* from = reinterpret_cast<const uint4*>(records) + record * row_words;
-    uint4* to = reinterpret_cast<uint4*>(const_cast<uint8_t*>(slab)) + slots[record] * row_words;
-    for (long word = blockIdx.x * blockDim.x + threadIdx.x; word < row_words; word += (long)gridDim.x * blockDim.x) {
-        to[word] = from[word];
-    }
-    if (blockIdx.x == 0 && record == 0 && threadIdx.x == 0) {
-        written[0] = 1;
-    }
-"""
-
-
-@cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    kernel = mx.fast.cuda_kernel("fill_slots", ["slab", "records", "slots"], ["written"], _SOURCE)
-    return cast(Callable[..., list[mx.array]], kernel)
 
 
 def fill_slots(slab: mx.array, records: mx.array, slots: mx.array) -> None:
@@ -50,11 +27,4 @@ def fill_slots(slab: mx.array, records: mx.array, slots: mx.array) -> None:
         records: uint8 [N or more, record_bytes].
         slots: rows of ``slab``, int32 [N], which no computation may be reading.
     """
-    outputs = _kernel()(
-        inputs=[slab, records, slots],
-        output_shapes=[(1,)],
-        output_dtypes=[mx.uint8],
-        grid=(_BLOCK * _BLOCKS_A_RECORD, slots.size, 1),
-        threadgroup=(_BLOCK, 1, 1),
-    )
-    mx.eval(outputs)
+    mx.eval(KERNEL([slab, records, slots], [((1,), mx.uint8)], (_BLOCKS_A_RECORD, slots.size, 1), _BLOCK, {}))

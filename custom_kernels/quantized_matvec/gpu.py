@@ -187,9 +187,11 @@ def _drawn(inputs: RandomInputs, weight: QuantizedWeight) -> QuantizedWeight:
 def _rows_of(weight: QuantizedWeight, rows: mx.array) -> QuantizedWeight:
     assert weight.scales is not None
     assert weight.biases is not None
-    parts = weight.weight[rows], weight.scales[rows], weight.biases[rows]
+    # On CUDA, MLX compiles modules for an array of indices, for seconds.
+    parts = [mx.take(part, rows, axis=0, stream=mx.cpu) for part in (weight.weight, weight.scales, weight.biases)]
     mx.eval(parts)
-    return QuantizedWeight(*parts, weight.bits, weight.group_size)
+    codes, scales, biases = parts
+    return QuantizedWeight(codes, scales, biases, weight.bits, weight.group_size)
 
 
 def _sample(x: mx.array, weight: QuantizedWeight, bits: int, group_size: int) -> Sample:
@@ -199,5 +201,5 @@ def _sample(x: mx.array, weight: QuantizedWeight, bits: int, group_size: int) ->
     return Sample(
         (x, weight.weight, weight.scales, weight.biases, bits, group_size),
         (x, part.weight, part.scales, part.biases, bits, group_size),
-        lambda results: [results[0][:, compared]],
+        lambda results: [mx.take(results[0], compared, axis=1, stream=mx.cpu)],
     )

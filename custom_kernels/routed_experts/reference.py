@@ -41,7 +41,8 @@ def routed_experts(
     for (token, choice), row in np.ndenumerate(np.array(rows)):
         if row >= 0:
             expert = form.expert(slab[row : row + 1].reshape(-1))
-            y[token] += routing_weights[token, choice] * apply(x_wide[token : token + 1], expert)[0]
+            one = slice(token, token + 1)  # MLX compiles a module on CUDA for an index
+            y[one] += routing_weights[one, choice : choice + 1] * apply(x_wide[one], expert)
     if shared is not None:
         y = y + routing_weights[:, -1:] * apply(x_wide, shared)
     return y.astype(x.dtype)

@@ -1,11 +1,12 @@
 """Resident matrices, dense or quantized."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels.embedding.reference import by_mlx as embedding_by_mlx
 from flashmoe_mlx.custom_kernels.quantized_matvec.mlx import quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
@@ -15,10 +16,11 @@ _BY_MLX = one_by_one(quantized_matvec)
 
 @dataclass(frozen=True, slots=True)
 class Linear(QuantizedWeight):
-    """A linear map, y = x W^T + bias; ``products`` multiplies if W is quantized."""
+    """A linear map, y = x W^T + bias; ``products`` multiplies and ``embedding`` looks up rows if W is quantized."""
 
     bias: mx.array | None = None
     products: Products = _BY_MLX
+    embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array] = embedding_by_mlx
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """Map ``x`` [T, in] to [T, out] and add ``residual`` [T, out]."""
@@ -38,10 +40,7 @@ class Linear(QuantizedWeight):
         """Look up rows of W, such as an embedding table: [T] to [T, in] of type ``dtype``."""
         if self.bits is None:
             return self.weight[indices].astype(dtype)
-        assert self.scales is not None
-        assert self.biases is not None
-        scales, biases = (part[indices].astype(dtype) for part in (self.scales, self.biases))
-        return mx.dequantize(self.weight[indices], scales, biases, group_size=self.group_size, bits=self.bits)
+        return self.embedding(self, indices, dtype)
 
 
 def join(linears: Sequence[Linear], rows_multiple: int = 16) -> tuple[Linear, list[Linear]] | None:

@@ -28,6 +28,7 @@ def model_shapes(model: Model) -> ModelShapes:
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
         slots=first.store.slots,
+        embedding=None if model.embedding.bits is None else model.embedding,
     )
 
 

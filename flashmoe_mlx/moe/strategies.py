@@ -77,7 +77,7 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
         return ExpertsOnHost(kernels.routed_experts_cpu, form, cpu.can_fuse_shared_expert(shared))
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
-        many = ExpertsGrouped(kernels.dense_experts, form)
+        many = ExpertsGrouped(kernels.dense_experts, kernels.row_kernels, form)
     in_memory = choose_in_memory(kernels, layout, dtype, shared)
     if in_memory is None:
         return many
