@@ -46,7 +46,8 @@ class ResidentStore(ExpertStore):
                 slots = maker.make(source.num_experts)
                 for start in range(0, source.num_experts, _BATCH):
                     filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
-                    reads, nbytes = expert_reader.read(layer, list(filling.rows.items()))  # expert n is in slot n
+                    wanted = list(filling.rows.items())  # expert n is in slot n
+                    reads, nbytes = expert_reader.read(layer, wanted, filling.written)
                     filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
                 self._layers.append(slots)

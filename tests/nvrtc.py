@@ -20,6 +20,7 @@ C_TYPES = {
     mx.float16: "__half",
     mx.int32: "int32_t",
     mx.uint32: "uint32_t",
+    mx.int64: "int64_t",
     mx.uint8: "uint8_t",
 }
 _PROLOGUE = """
@@ -27,6 +28,7 @@ _PROLOGUE = """
 #include <cuda_fp16.h>
 typedef signed int int32_t;
 typedef unsigned int uint32_t;
+typedef signed long long int64_t;
 typedef unsigned char uint8_t;
 struct Shape { int32_t sizes[10]; int32_t operator[](int i) const { return sizes[i]; } };
 """

@@ -12,10 +12,11 @@ from functools import cache
 from typing import cast
 
 import mlx.core as mx
+import numpy as np
 
 from flashmoe_mlx.custom_kernels.fill_slots import reference
 
-__all__ = ["fill_slots", "reference"]
+__all__ = ["address_on_gpu", "fill_slots", "reference"]
 
 _WIDTH = 16
 """Bytes per copy of a thread."""
@@ -36,9 +37,22 @@ _SOURCE = """
 """
 
 
+_ADDRESS = """
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        address[0] = reinterpret_cast<int64_t>(array);
+    }
+"""
+
+
 @cache
 def _kernel() -> Callable[..., list[mx.array]]:
     kernel = mx.fast.cuda_kernel("fill_slots", ["slab", "records", "slots"], ["written"], _SOURCE)
+    return cast(Callable[..., list[mx.array]], kernel)
+
+
+@cache
+def _address_kernel() -> Callable[..., list[mx.array]]:
+    kernel = mx.fast.cuda_kernel("address_on_gpu", ["array"], ["address"], _ADDRESS)
     return cast(Callable[..., list[mx.array]], kernel)
 
 
@@ -58,3 +72,19 @@ def fill_slots(slab: mx.array, records: mx.array, slots: mx.array) -> None:
         threadgroup=(_BLOCK, 1, 1),
     )
     mx.eval(outputs)
+
+
+def address_on_gpu(array: mx.array) -> int:
+    """Return the address of the evaluated ``array``, which is in the memory of a GPU; only on CUDA.
+
+    It is valid as long as ``array`` exists and the CPU does not access it: at the first access MLX would move the array
+    to other memory.
+    """
+    (address,) = _address_kernel()(
+        inputs=[array],
+        output_shapes=[(1,)],
+        output_dtypes=[mx.int64],
+        grid=(32, 1, 1),
+        threadgroup=(32, 1, 1),
+    )
+    return int(np.array(address)[0])

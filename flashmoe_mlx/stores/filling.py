@@ -46,9 +46,17 @@ class Filling:
         """The writable bytes of each slot, by slot."""
         return self._rows
 
+    @property
+    def written(self) -> Callable[[memoryview], None] | None:
+        """A function to call, from any thread, with each part of a row that has been written; None if not needed."""
+        return None
+
     def move(self, slot: int, source: Rows, place: int) -> None:
         """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined."""
         np.copyto(np.frombuffer(self._rows[slot], np.uint8), np.frombuffer(source.rows([place])[0], np.uint8))
+
+    def give_up(self) -> None:
+        """Wait until nothing reads the rows or writes to the slots any more; in place of ``commit``, after an error."""
 
     def commit(self) -> None:
         """Make the written records the content of the slots.

@@ -10,8 +10,9 @@ from threading import Event, Thread
 
 from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
+from flashmoe_mlx.stores.copy_engine import PinnedRows
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
@@ -38,6 +39,7 @@ class ReadAhead:
         direct: whether prefetches bypass the page cache.
         slab: at least ``slots`` slots, from which ``fetch`` serves batches in place. The first hint replaces a slab of
             fewer than twice ``slots`` slots by one of that size. None if the caller uses ``read`` and its own slots.
+        spare_rows: makes memory for prefetched experts, given their number; needed without ``slab``.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class ReadAhead:
         threads: int,
         direct: bool = False,
         slab: Slab | None = None,
+        spare_rows: "Callable[[int], HostSlots | PinnedRows] | None" = None,
     ) -> None:
         self._source = source
         self._reader = reader
@@ -55,7 +58,8 @@ class ReadAhead:
         self._count = min(threads, MAX_THREADS)
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._in_place = slab is not None
-        self._slab: Slab | HostSlots | None = slab
+        self._slab: Slab | HostSlots | PinnedRows | None = slab
+        self._spare_rows = spare_rows
         self._in_use: Collection[int] = ()
         """The slots of the latest batch."""
         self._threads: list[Thread] = []
@@ -104,7 +108,11 @@ class ReadAhead:
             filling.move(places[expert], self._slab, job.slot)
 
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
-        return self._load(layer, wanted, self._claim(layer, places), move)
+        try:
+            return self._load(layer, wanted, self._claim(layer, places), move, filling.written)
+        except BaseException:
+            filling.give_up()
+            raise
 
     def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Prefetch]":
         """Return the running and finished prefetches of ``experts``, by expert; cancel all other prefetches."""
@@ -122,6 +130,7 @@ class ReadAhead:
         wanted: Sequence[tuple[int, memoryview]],
         ahead: "Mapping[int, _Prefetch]",
         move: "Callable[[int, _Prefetch], None] | None" = None,
+        written: Callable[[memoryview], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -130,28 +139,27 @@ class ReadAhead:
             wanted: the experts and their rows.
             ahead: the prefetch of each expert that has one; all other experts are read now.
             move: brings a prefetched expert to its row; None if batches are served in place.
+            written: as for readers.
         """
-        done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
-        failed = []
-        for expert, row in wanted:
-            job = ahead.get(expert)
-            if job is None:
-                continue
+        finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
+        done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
+        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], written)
+        for job in ahead.values():
             job.finished.wait()
-            if not job.complete:
-                failed.append((expert, row))
-                continue
-            if move is not None:
-                move(expert, job)
-            job.used = True
-            done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
-        done += self._read(layer, failed)
+        done += _take({expert: job for expert, job in ahead.items() if expert not in finished}, move)
+        failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
+        done += self._read(layer, failed, written)
         return done + StoreStats(bytes_wasted=self._wasted())
 
-    def _read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
+    def _read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        written: Callable[[memoryview], None] | None,
+    ) -> StoreStats:
         if not wanted:
             return StoreStats()
-        reads, nbytes = self._reader.read(layer, wanted)
+        reads, nbytes = self._reader.read(layer, wanted, written)
         return StoreStats(reads=reads, bytes_read=nbytes)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
@@ -189,13 +197,13 @@ class ReadAhead:
         self._files.close()
         return StoreStats(bytes_wasted=self._wasted())
 
-    def _started(self) -> Slab | HostSlots:
+    def _started(self) -> Slab | HostSlots | PinnedRows:
         """Allocate the slots for prefetches and start the threads, once; return the slots."""
-        record = self._source.layout.record_bytes
         if self._slab is None:
-            self._slab = HostSlots(self._slots, record, CopyBuffer(record))
+            assert self._spare_rows is not None
+            self._slab = self._spare_rows(self._slots)
         elif self._in_place and self._slab.count < 2 * self._slots:
-            self._slab = Slab(2 * self._slots, record)
+            self._slab = Slab(2 * self._slots, self._source.layout.record_bytes)
         try:
             while len(self._threads) < self._count:
                 name = f"expert-prefetch-{len(self._threads)}"
@@ -260,6 +268,18 @@ class _Prefetch:
             _log.debug("prefetch of expert %s failed", self.plan[0].expert, exc_info=True)
         finally:
             self.finished.set()
+
+
+def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], None] | None) -> StoreStats:
+    """Use the complete prefetches of ``finished``, by expert; return the counters."""
+    done = StoreStats()
+    for expert, job in finished.items():
+        if job.complete:
+            if move is not None:
+                move(expert, job)
+            job.used = True
+            done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+    return done
 
 
 def _serve(queue: "SimpleQueue[_Prefetch | None]", files: FileDescriptorCache) -> None:

@@ -21,6 +21,9 @@ from flashmoe_mlx.stores.reads import (
     total_bytes,
 )
 
+_PART = 2**21
+"""Largest read in bytes if something follows each read."""
+
 _Jobs = SimpleQueue[Callable[[], object] | None]
 
 
@@ -73,17 +76,29 @@ class ThreadReader:
                 f"cannot start {threads} threads: {error}; choose fewer threads", code="no_threads"
             ) from error
 
-    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+    def read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        written: Callable[[memoryview], None] | None = None,
+    ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
         After this method returns or raises an error, nothing is written to the rows.
+
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            written: called by the threads with each part of a row that has been read. The parts are then small, so that
+                what follows a read keeps pace with the reads.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
-        reads = list(plan_reads(self._source, layer, wanted, self._chunk))
-        batch = _Batch(partial(self._read, layer), reads)
+        chunk = self._chunk if written is None else min(self._chunk or _PART, _PART)
+        reads = list(plan_reads(self._source, layer, wanted, chunk))
+        batch = _Batch(partial(self._read, layer, written), reads)
         workers = min(len(reads), len(self._queues))
         try:
             for queue in self._queues[:workers]:
@@ -112,11 +127,18 @@ class ThreadReader:
                 continue
             return
 
-    def _read(self, layer: int, read: Read) -> int:
+    def _read(self, layer: int, written: Callable[[memoryview], None] | None, read: Read) -> int:
         try:
-            return read_exactly(self._files[read.path], read.view, read.offset)
+            count = self._fill(read)
         except (EOFError, OSError) as error:
             raise read.failed(layer, error) from error
+        if written is not None:
+            written(read.view)
+        return count
+
+    def _fill(self, read: Read) -> int:
+        """Make ``read``; return the number of system calls."""
+        return read_exactly(self._files[read.path], read.view, read.offset)
 
     def close(self) -> None:
         """End the threads and close the files; no read may be running. Later calls have no effect."""
