@@ -9,6 +9,7 @@ row leaves NaN in a slot.
 
 import ctypes
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -29,11 +30,11 @@ NAN = 0xFF
 class LateCopies:
     """A copy engine that copies as late as possible."""
 
-    def __init__(self) -> None:
+    def __init__(self, launches: Counter[str]) -> None:
+        self.launches = launches
+        """Counts copies as "copy_engine"."""
         self.pinned: dict[int, int] = {}
         """The size of each pinned range by its address."""
-        self.begun = 0
-        """The number of copies so far."""
         self.waits = 0
         """The number of waits for at least one copy."""
         self._copies: list[tuple[int, int, bytes]] = []
@@ -54,7 +55,7 @@ class LateCopies:
         with self._lock:
             ctypes.memset(target, NAN, source.nbytes)
             self._copies.append((target, address, bytes(source)))
-            self.begun += 1
+            self.launches["copy_engine"] += 1
 
     def wait(self) -> None:
         with self._lock:
@@ -76,9 +77,11 @@ def emulate(monkeypatch: pytest.MonkeyPatch, refuses: bool = False) -> LateCopie
     return use_late_copies(monkeypatch, refuses)
 
 
-def use_late_copies(monkeypatch: pytest.MonkeyPatch, refuses: bool = False) -> LateCopies:
+def use_late_copies(
+    monkeypatch: pytest.MonkeyPatch, refuses: bool = False, launches: Counter[str] | None = None
+) -> LateCopies:
     """Replace the driver, and the kernel for memory that it does not pin."""
-    engine = LateCopies()
+    engine = LateCopies(Counter() if launches is None else launches)
     found: CopyEngine | None = None if refuses else engine
     for module in (staging, reading_store, mmap):
         monkeypatch.setattr(module, "copy_engine", lambda: found)

@@ -264,14 +264,16 @@ class TestResidentForTheCpu(_ForTheCpu):
 
 
 class _AsOnCuda(_Emulated):
-    """An NVIDIA GPU that holds the slots; the reference replaces the kernel that fills them."""
+    """An NVIDIA GPU that holds the slots; its copy engine copies as late as it may."""
 
     batch_type = GpuBatch
+    refuses: ClassVar[bool] = False
+    """Whether the driver refuses to pin memory; a kernel then fills the slots."""
 
     @contextmanager
     def machine(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as monkeypatch:  # no test can undo a separate context
-            gpu_slots_on_cpu.emulate(monkeypatch)
+            gpu_slots_on_cpu.emulate(monkeypatch, self.refuses)
             yield
 
 
@@ -325,20 +327,61 @@ class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughRing):
     options = {"reader": "io_uring", "depth": 3}
 
 
-@keep_only(SERVING)
+@keep_only(FILLING)
 class TestPreadAsOnCuda(_AsOnCuda):
+    """Records arrive in four parts."""
+
+    backend = "pread"
+    options = {"slots": 6, "chunk_mib": 1 / 128}
+
+
+@needs_io_uring
+@keep_only(FILLING_ONCE)
+class TestUringAsOnCuda(_AsOnCuda, _ThroughRing):
+    backend = "io_uring"
+    options = {"slots": 6, "direct": False, "chunk_mib": 1 / 128, "depth": 3, "registered": True}
+
+
+@keep_only(SERVING)
+class TestCheckpointAsOnCuda(_AsOnCuda):
+    backend = "checkpoint"
+    options = {"slots": 6}
+    contiguous = False
+
+
+class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
+    """Threads copy records out of the mapping."""
+
+
+@keep_only(FILLING)
+class TestRamHybridAsOnCudaThatRefuses(_AsOnCuda):
+    backend = "ram_hybrid"
+    options = FIVE_PER_LAYER
+    refuses = True
+
+
+@keep_only(SERVING)
+class TestResidentAsOnCudaThatRefuses(_AsOnCuda):
+    backend = "resident"
+    refuses = True
+
+
+@keep_only(SERVING)
+class TestPreadAsOnCudaThatRefuses(_AsOnCuda):
     """The CPU and the GPU share the slots of this store."""
 
     batch_type = SlabBatch
     backend = "pread"
     options = {"slots": 6}
+    refuses = True
 
 
 @keep_only(SERVING)
-class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
+class TestMmapAsOnCudaThatRefuses(_AsOnCuda, TestMmap):
     """The copies for the GPU are in memory that the CPU shares."""
 
     batch_type = HostBatch
+    refuses = True
 
 
 class _AsOnMetal(_Emulated):
@@ -425,3 +468,10 @@ class TestPreadOnCuda(ExpertStoreTests):
 @pytest.mark.cuda
 class TestMmapOnCuda(TestMmap):
     pass
+
+
+@pytest.mark.cuda
+@needs_io_uring
+class TestUringOnCuda(_ThroughRing):
+    backend = "io_uring"
+    options = {"slots": 6, "direct": False, "registered": True}

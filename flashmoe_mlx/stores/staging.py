@@ -50,7 +50,7 @@ class StagingArea:
         try:
             return PinnedRows(count, self._record_bytes, self._engine)
         except (CopyEngineError, OSError) as error:
-            _log.warning("%s; experts reach the GPU through memory that is several times slower", error)
+            _log.warning("%s; experts reach the GPU through slower memory", error)
             return None
 
     def fill(self, array: mx.array, address: int | None, slots: Sequence[int]) -> Filling:
