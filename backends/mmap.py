@@ -16,7 +16,6 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
-from flashmoe_mlx.stores.copy_engine import copy_engine
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
 from flashmoe_mlx.stores.memory import slots_on_gpu
@@ -72,7 +71,7 @@ class MmapStore(ExpertStore):
         self._files = FileDescriptorCache(_open)
         self._mappings: dict[Path, _Mapping] = {}
         self._on_gpu: Slots | None = None
-        if slots_on_gpu() and copy_engine() is not None:
+        if slots_on_gpu():
             self._on_gpu = SlotMaker(source.layout.record_bytes, slots).make(slots)
             self._copier = _Copier(source, self._mappings, populate)
         else:
@@ -108,7 +107,9 @@ class MmapStore(ExpertStore):
         filling = on_gpu.fill(list(places.values()))
         try:
             wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
-            reads, nbytes = self._copier.read(layer, wanted, filling.written)
+            reads, nbytes = self._copier.read(
+                layer, wanted, lambda arrived: filling.arrived([places[expert] for expert in arrived])
+            )
         except BaseException:
             filling.give_up()
             raise

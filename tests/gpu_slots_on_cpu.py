@@ -1,106 +1,116 @@
-"""An emulation of slots in the memory of an NVIDIA GPU, and of the copy engine that fills them.
+"""An emulation of slots in the memory of an NVIDIA GPU: copies begin and end as late as a GPU may run them.
 
-A machine without a GPU then runs every branch of the stores for GPUs. ``LateCopies`` replaces NVIDIA's driver: it
-copies when the store waits, and not before. If a store hands out a record too early, the record is NaN; if it writes to
-memory whose copy has not ended, an assertion fails. Where the driver refuses, the reference of ``fill_slots`` replaces
-the kernel. Memory on the way to the GPU holds NaN before and after each filling, so a record that is written to a wrong
-row leaves NaN in a slot.
+A machine without a GPU then runs every branch of the stores for GPUs. ``LateCopies`` replaces the kernel
+``fill_slots``. It copies when the store waits or when somebody uses the slots, and not before, as a kernel does that
+follows earlier work. Until then, slots to be filled are NaN. If a store writes to memory whose copy has not ended, an
+assertion fails. Memory on the way to the GPU holds NaN before each filling and after each copy, so a record that is
+written to a wrong row leaves NaN in a slot.
 """
 
 import ctypes
-import threading
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from flashmoe_mlx.backends import mmap
-from flashmoe_mlx.custom_kernels.fill_slots import reference
-from flashmoe_mlx.stores import gpu_slots, memory, reading_store, staging
-from flashmoe_mlx.stores.copy_engine import CopyEngine, CopyEngineError
+from flashmoe_mlx.backends import mmap, ram_hybrid, resident
+from flashmoe_mlx.stores import gpu_slots, memory, pinned, reading_store, staging
+from flashmoe_mlx.stores.contract import LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
+from flashmoe_mlx.stores.gpu_slots import GpuBatch
 from flashmoe_mlx.stores.libc import address_of
+from flashmoe_mlx.stores.slots import Slots, whole_layer
 
 NAN = 0xFF
 """A byte whose repetition is NaN in every float type."""
 
 
-class LateCopies:
-    """A copy engine that copies as late as possible."""
+class Memory:
+    """A driver that pins everything; pinned memory is NaN at first."""
 
-    def __init__(self, launches: Counter[str]) -> None:
-        self.launches = launches
-        """Counts copies as "copy_engine"."""
+    def __init__(self) -> None:
         self.pinned: dict[int, int] = {}
         """The size of each pinned range by its address."""
-        self.waits = 0
-        """The number of waits for at least one copy."""
-        self._copies: list[tuple[int, int, bytes]] = []
-        self._lock = threading.Lock()
 
     def pin(self, address: int, nbytes: int) -> None:
         ctypes.memset(address, NAN, nbytes)
         self.pinned[address] = nbytes
 
     def unpin(self, address: int) -> None:
-        self.wait()
         del self.pinned[address]
 
-    def begin_copy(self, target: int, source: memoryview) -> None:
-        address = address_of(source)
-        if not any(start <= address < start + size for start, size in self.pinned.items()):
-            raise CopyEngineError("the memory is not pinned")
-        with self._lock:
-            ctypes.memset(target, NAN, source.nbytes)
-            self._copies.append((target, address, bytes(source)))
-            self.launches["copy_engine"] += 1
 
-    def wait(self) -> None:
-        with self._lock:
-            copies, self._copies = self._copies, []
-            self.waits += bool(copies)
-            for target, address, expected in copies:
-                assert ctypes.string_at(address, len(expected)) == expected, "written to during its copy"
-                ctypes.memmove(target, address, len(expected))
-            for _, address, expected in copies:
-                ctypes.memset(address, NAN, len(expected))
+class LateCopies(Memory):
+    """A GPU that copies as late as possible, and its driver."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = 0
+        """The number of records whose copies have begun."""
+        self.waits = 0
+        """The number of waits by a store for at least one copy."""
+        self._copies: list[tuple[int, int, bytes]] = []
+
+    def begin(self, slab: mx.array, jobs: mx.array, first: int, count: int) -> mx.array:
+        """Stand in for ``begin_filling_slots``."""
+        size, start = slab.shape[1], address_of(memoryview(slab).cast("B"))  # type: ignore[arg-type]
+        table = (ctypes.c_int64 * (2 * (first + count))).from_address(int(np.array(jobs)[0]))
+        for entry in range(first, first + count):
+            source, slot = table[2 * entry], table[2 * entry + 1]
+            assert 0 <= slot < slab.shape[0]
+            ctypes.memset(start + slot * size, NAN, size)
+            self._copies.append((start + slot * size, source, ctypes.string_at(source, size)))
+            self.begun += 1
+        return mx.array(first)
+
+    def finish(self, begun: Sequence[mx.array]) -> None:
+        """Stand in for ``finish_filling_slots``."""
+        assert begun
+        self.waits += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Make all copies."""
+        copies, self._copies = self._copies, []
+        for target, source, expected in copies:
+            assert ctypes.string_at(source, len(expected)) == expected, "written to during its copy"
+            ctypes.memmove(target, source, len(expected))
+        for _, source, expected in copies:
+            ctypes.memset(source, NAN, len(expected))
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch, refuses: bool = False) -> LateCopies:
-    """Make stores that are opened later keep their slots as on a GPU; ``refuses`` makes the driver pin nothing."""
-    monkeypatch.setattr(memory, "slots_on_gpu", lambda: True)
-    monkeypatch.setattr(memory, "free_gpu_memory", memory.total_memory)
-    for module in (reading_store, mmap):
+def emulate(monkeypatch: pytest.MonkeyPatch, driver: Memory | None = None) -> LateCopies:
+    """Make stores that are opened later keep their slots as on a GPU; ``driver`` replaces that of the result."""
+    gpu = LateCopies()
+    for module in (memory, reading_store, mmap):
         monkeypatch.setattr(module, "slots_on_gpu", lambda: True)
-    return use_late_copies(monkeypatch, refuses)
+    monkeypatch.setattr(memory, "free_gpu_memory", memory.total_memory)
+    monkeypatch.setattr(pinned, "driver", lambda: driver or gpu)
+    monkeypatch.setattr(staging, "begin_filling_slots", gpu.begin)
+    monkeypatch.setattr(staging, "finish_filling_slots", gpu.finish)
 
+    class LateBatch(GpuBatch):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("slab", "records", "host"):
+                gpu.flush()
+            return super().__getattribute__(name)
 
-def use_late_copies(
-    monkeypatch: pytest.MonkeyPatch, refuses: bool = False, launches: Counter[str] | None = None
-) -> LateCopies:
-    """Replace the driver, and the kernel for memory that it does not pin."""
-    engine = LateCopies(Counter() if launches is None else launches)
-    found: CopyEngine | None = None if refuses else engine
-    for module in (staging, reading_store, mmap):
-        monkeypatch.setattr(module, "copy_engine", lambda: found)
-    monkeypatch.setattr(gpu_slots, "address_on_gpu", lambda array: address_of(memoryview(array).cast("B")))
-    monkeypatch.setattr(staging, "fill_slots", fill_in_place)
+    def late_whole_layer(slots: Slots, table: mx.array) -> LayerInMemory | None:
+        gpu.flush()
+        return whole_layer(slots, table)
+
+    monkeypatch.setattr(gpu_slots, "GpuBatch", LateBatch)
+    for module in (resident, ram_hybrid):
+        monkeypatch.setattr(module, "whole_layer", late_whole_layer)
     original = staging.StagingArea.fill
 
-    def fill(self: staging.StagingArea, array: mx.array, address: int | None, slots: Sequence[int]) -> Filling:
-        filling = original(self, array, address, slots)
+    def fill(self: staging.StagingArea, array: mx.array, slots: Sequence[int]) -> Filling:
+        filling = original(self, array, slots)
         for row in self.rows(range(self.count)):
             row[:] = bytes([NAN]) * row.nbytes
         return filling
 
     monkeypatch.setattr(staging.StagingArea, "fill", fill)
-    return engine
-
-
-def fill_in_place(slab: mx.array, records: mx.array, rows: mx.array) -> None:
-    """Write ``records`` into ``slab`` in place, as the kernel does, then fill ``records`` with NaN."""
-    filled = np.array(reference.fill_slots(slab, records, rows))
-    np.asarray(memoryview(slab))[:] = filled
-    np.asarray(memoryview(records))[:] = NAN
+    return gpu

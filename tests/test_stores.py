@@ -264,16 +264,14 @@ class TestResidentForTheCpu(_ForTheCpu):
 
 
 class _AsOnCuda(_Emulated):
-    """An NVIDIA GPU that holds the slots; its copy engine copies as late as it may."""
+    """An NVIDIA GPU that holds the slots, and copies records to them as late as it may."""
 
     batch_type = GpuBatch
-    refuses: ClassVar[bool] = False
-    """Whether the driver refuses to pin memory; a kernel then fills the slots."""
 
     @contextmanager
     def machine(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as monkeypatch:  # no test can undo a separate context
-            gpu_slots_on_cpu.emulate(monkeypatch, self.refuses)
+            gpu_slots_on_cpu.emulate(monkeypatch)
             yield
 
 
@@ -351,37 +349,6 @@ class TestCheckpointAsOnCuda(_AsOnCuda):
 
 class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
     """Threads copy records out of the mapping."""
-
-
-@keep_only(FILLING)
-class TestRamHybridAsOnCudaThatRefuses(_AsOnCuda):
-    backend = "ram_hybrid"
-    options = FIVE_PER_LAYER
-    refuses = True
-
-
-@keep_only(SERVING)
-class TestResidentAsOnCudaThatRefuses(_AsOnCuda):
-    backend = "resident"
-    refuses = True
-
-
-@keep_only(SERVING)
-class TestPreadAsOnCudaThatRefuses(_AsOnCuda):
-    """The CPU and the GPU share the slots of this store."""
-
-    batch_type = SlabBatch
-    backend = "pread"
-    options = {"slots": 6}
-    refuses = True
-
-
-@keep_only(SERVING)
-class TestMmapAsOnCudaThatRefuses(_AsOnCuda, TestMmap):
-    """The copies for the GPU are in memory that the CPU shares."""
-
-    batch_type = HostBatch
-    refuses = True
 
 
 class _AsOnMetal(_Emulated):

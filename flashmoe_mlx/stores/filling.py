@@ -1,7 +1,7 @@
 """The refilling of slots: memory to write new records to, and a commit that makes the records valid."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Filling:
         ValueError: a slot occurs twice.
     """
 
+    copies_later: ClassVar[bool] = False
+    """Whether records are read from their rows, and by ``move`` from other rows, until the next filling begins."""
+
     def __init__(
         self,
         slots: Sequence[int],
@@ -46,10 +49,8 @@ class Filling:
         """The writable bytes of each slot, by slot."""
         return self._rows
 
-    @property
-    def written(self) -> Callable[[memoryview], None] | None:
-        """A function to call, from any thread, with each part of a row that has been written; None if not needed."""
-        return None
+    def arrived(self, slots: Sequence[int]) -> None:
+        """Begin what can be done with the records of ``slots``, which have been written, before ``commit``."""
 
     def move(self, slot: int, source: Rows, place: int) -> None:
         """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined."""

@@ -6,7 +6,6 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.fill_slots import address_on_gpu
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.staging import StagingArea
 
@@ -31,11 +30,10 @@ class GpuSlots:
         self.array = mx.zeros((count, record_bytes), mx.uint8)
         mx.eval(self.array)
         self._staging = staging
-        self._address = address_on_gpu(self.array) if staging.pinned else None
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Begin to refill ``slots``, all different; ``commit`` waits until the new records are on the GPU."""
-        return self._staging.fill(self.array, self._address, slots)
+        """Begin to refill ``slots``, all different; kernels launched after ``commit`` read the new records."""
+        return self._staging.fill(self.array, slots)
 
     def batch(self, slots: Sequence[int]) -> "GpuBatch":
         """Return the records in ``slots``."""

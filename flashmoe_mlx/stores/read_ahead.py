@@ -10,9 +10,9 @@ from threading import Event, Thread
 
 from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
-from flashmoe_mlx.stores.copy_engine import PinnedRows
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.host_slots import HostSlots
+from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
@@ -61,7 +61,7 @@ class ReadAhead:
         self._slab: Slab | HostSlots | PinnedRows | None = slab
         self._spare_rows = spare_rows
         self._in_use: Collection[int] = ()
-        """The slots of the latest batch."""
+        """The slots of the latest batch, or slots from which its records may still be copied."""
         self._threads: list[Thread] = []
         self._queue: SimpleQueue[_Prefetch | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
@@ -107,9 +107,14 @@ class ReadAhead:
             assert self._slab is not None  # the job has one of its slots
             filling.move(places[expert], self._slab, job.slot)
 
+        def arrived(experts: Sequence[int]) -> None:
+            filling.arrived([places[expert] for expert in experts])
+
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
+        ahead = self._claim(layer, places)
+        self._in_use = {job.slot for job in ahead.values()} if filling.copies_later else ()
         try:
-            return self._load(layer, wanted, self._claim(layer, places), move, filling.written)
+            return self._load(layer, wanted, ahead, move, arrived)
         except BaseException:
             filling.give_up()
             raise
@@ -130,7 +135,7 @@ class ReadAhead:
         wanted: Sequence[tuple[int, memoryview]],
         ahead: "Mapping[int, _Prefetch]",
         move: "Callable[[int, _Prefetch], None] | None" = None,
-        written: Callable[[memoryview], None] | None = None,
+        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -139,27 +144,27 @@ class ReadAhead:
             wanted: the experts and their rows.
             ahead: the prefetch of each expert that has one; all other experts are read now.
             move: brings a prefetched expert to its row; None if batches are served in place.
-            written: as for readers.
+            arrived: as for readers.
         """
         finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
         done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
-        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], written)
+        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], arrived)
         for job in ahead.values():
             job.finished.wait()
         done += _take({expert: job for expert, job in ahead.items() if expert not in finished}, move)
         failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
-        done += self._read(layer, failed, written)
+        done += self._read(layer, failed, arrived)
         return done + StoreStats(bytes_wasted=self._wasted())
 
     def _read(
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        written: Callable[[memoryview], None] | None,
+        arrived: Callable[[Sequence[int]], None] | None,
     ) -> StoreStats:
         if not wanted:
             return StoreStats()
-        reads, nbytes = self._reader.read(layer, wanted, written)
+        reads, nbytes = self._reader.read(layer, wanted, arrived)
         return StoreStats(reads=reads, bytes_read=nbytes)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:

@@ -17,7 +17,7 @@ class ExpertReader(Protocol):
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        written: Callable[[memoryview], None] | None = None,
+        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -26,7 +26,7 @@ class ExpertReader(Protocol):
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            written: called with each part of a row that has been read, possibly by several threads at once.
+            arrived: called, in the thread of the caller, with experts whose rows are complete.
 
         Raises:
             ExpertReadError: an expert could not be read.

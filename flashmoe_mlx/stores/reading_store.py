@@ -5,7 +5,6 @@ from dataclasses import replace
 
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
-from flashmoe_mlx.stores.copy_engine import copy_engine
 from flashmoe_mlx.stores.memory import slots_on_gpu
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import ExpertReader
@@ -42,7 +41,7 @@ class ReadingStore(ExpertStore):
         super().__init__(source, slots)
         record = source.layout.record_bytes
         self._on_gpu: Slots | None = None
-        if slots_on_gpu() and copy_engine() is not None:
+        if slots_on_gpu():
             maker = SlotMaker(record, slots)
             self._on_gpu = maker.make(slots)
             reader = make_reader(maker.staging())

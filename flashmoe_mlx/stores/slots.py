@@ -12,10 +12,10 @@ from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.contract import ExpertBatch, LayerInMemory
-from flashmoe_mlx.stores.copy_engine import PinnedRows
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuSlots
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.staging import StagingArea
 

@@ -1,7 +1,7 @@
 """A reader whose threads read experts straight into memory of the caller."""
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -22,7 +22,7 @@ from flashmoe_mlx.stores.reads import (
 )
 
 _PART = 2**21
-"""Largest read in bytes if something follows each read."""
+"""Largest read in bytes if the caller uses each expert as soon as it arrives."""
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
 
@@ -80,7 +80,7 @@ class ThreadReader:
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        written: Callable[[memoryview], None] | None = None,
+        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -89,21 +89,21 @@ class ThreadReader:
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            written: called by the threads with each part of a row that has been read. The parts are then small, so that
-                what follows a read keeps pace with the reads.
+            arrived: called, in the thread of the caller, with experts whose rows are complete. Threads then read parts
+                of one expert together, so that the first expert arrives early.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
-        chunk = self._chunk if written is None else min(self._chunk or _PART, _PART)
+        chunk = self._chunk if arrived is None else min(self._chunk or _PART, _PART)
         reads = list(plan_reads(self._source, layer, wanted, chunk))
-        batch = _Batch(partial(self._read, layer, written), reads)
+        batch = _Batch(partial(self._read, layer), reads, announces=arrived is not None)
         workers = min(len(reads), len(self._queues))
         try:
             for queue in self._queues[:workers]:
                 queue.put(batch.work)
-            done = [batch.finished.get() for _ in range(workers)]
+            done = batch.wait(workers, arrived)
         except BaseException:
             batch.todo.clear()
             self._settle()
@@ -127,14 +127,11 @@ class ThreadReader:
                 continue
             return
 
-    def _read(self, layer: int, written: Callable[[memoryview], None] | None, read: Read) -> int:
+    def _read(self, layer: int, read: Read) -> int:
         try:
-            count = self._fill(read)
+            return self._fill(read)
         except (EOFError, OSError) as error:
             raise read.failed(layer, error) from error
-        if written is not None:
-            written(read.view)
-        return count
 
     def _fill(self, read: Read) -> int:
         """Make ``read``; return the number of system calls."""
@@ -149,13 +146,33 @@ class ThreadReader:
 
 
 class _Batch:
-    """Reads that several threads share; each thread finally puts its numbers of reads and bytes into ``finished``."""
+    """Reads that several threads share.
 
-    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
+    Each thread finally puts its numbers of reads and bytes into ``finished``; before, with ``announces``, each expert
+    whose last read it made.
+    """
+
+    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read], announces: bool) -> None:
         self._read = read
         self.todo = deque(reads)
         self.errors: list[BaseException] = []
-        self.finished: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self.finished: SimpleQueue[tuple[int, int] | int] = SimpleQueue()
+        counts = Counter(read.expert for read in reads if announces)
+        self._left = {expert: list(range(count)) for expert, count in counts.items()}
+        """As many numbers as an expert has reads; one thread alone takes the 0, after all reads have been made."""
+
+    def wait(self, workers: int, arrived: Callable[[Sequence[int]], None] | None) -> list[tuple[int, int]]:
+        """Pass on experts that arrive, until all ``workers`` have finished; return their numbers."""
+        done: list[tuple[int, int]] = []
+        while len(done) < workers:
+            news = [self.finished.get()]
+            while not self.finished.empty():  # no other thread takes from this queue
+                news.append(self.finished.get())
+            done += (item for item in news if isinstance(item, tuple))
+            experts = [item for item in news if isinstance(item, int)]
+            if experts and arrived is not None:
+                arrived(experts)
+        return done
 
     def work(self) -> None:
         """Make reads until none is left or one of them fails."""
@@ -164,6 +181,9 @@ class _Batch:
             while (read := self._next()) is not None:
                 count += self._read(read)
                 nbytes += len(read.view)
+                left = self._left.get(read.expert)
+                if left is not None and left.pop() == 0:
+                    self.finished.put(read.expert)
         except BaseException as error:  # raised again by the waiting thread
             self.errors.append(error)
             self.todo.clear()

@@ -91,7 +91,7 @@ class UringReader:
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        written: Callable[[memoryview], None] | None = None,
+        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -100,7 +100,7 @@ class UringReader:
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            written: called with each part of a row that has been read, after the reads that the ring makes at once.
+            arrived: called with experts whose rows are complete, after the reads that the ring makes at once.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
@@ -117,12 +117,11 @@ class UringReader:
             results = self._ring.run(ring_reads)
             count += len(batch)
             nbytes += sum(max(0, done) for done in results)
-            if written is not None:
-                for read, done in zip(batch, results, strict=True):
-                    if done > 0:
-                        written(read.view[:done])
             remainders = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
             todo = [rest for rest in remainders if rest] + todo
+            complete = {read.expert for read in batch}.difference(read.expert for read in todo)
+            if arrived is not None and complete:
+                arrived(sorted(complete))
         check_all_read(layer, planned, nbytes)
         return count, nbytes
 
