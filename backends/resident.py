@@ -47,7 +47,11 @@ class ResidentStore(ExpertStore):
                 for start in range(0, source.num_experts, _BATCH):
                     filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
                     wanted = list(filling.rows.items())  # expert n is in slot n
-                    reads, nbytes = expert_reader.read(layer, wanted, filling.arrived)
+                    try:
+                        reads, nbytes = expert_reader.read(layer, wanted, filling.arrived)
+                    except BaseException:
+                        filling.give_up()
+                        raise
                     filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
                 self._layers.append(slots)

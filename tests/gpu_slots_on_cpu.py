@@ -51,7 +51,7 @@ class LateCopies(Memory):
         """The number of records whose copies have begun."""
         self.waits = 0
         """The number of waits by a store for at least one copy."""
-        self._copies: list[tuple[int, int, bytes]] = []
+        self._copies: list[tuple[int, int, bytes, mx.array]] = []
 
     def begin(self, slab: mx.array, jobs: mx.array, first: int, count: int) -> mx.array:
         """Stand in for ``begin_filling_slots``."""
@@ -61,23 +61,28 @@ class LateCopies(Memory):
             source, slot = table[2 * entry], table[2 * entry + 1]
             assert 0 <= slot < slab.shape[0]
             ctypes.memset(start + slot * size, NAN, size)
-            self._copies.append((start + slot * size, source, ctypes.string_at(source, size)))
+            self._copies.append((start + slot * size, source, ctypes.string_at(source, size), slab))
             self.begun += 1
         return mx.array(first)
 
-    def finish(self, begun: Sequence[mx.array]) -> None:
+    def unpin(self, address: int) -> None:
+        # Not for other memory: the garbage collector may free some in the middle of anything.
+        if any(address <= source < address + self.pinned[address] for _, source, _, _ in self._copies):
+            self.flush()
+        super().unpin(address)
+
+    def finish(self, begun: Sequence[mx.array] | None) -> None:
         """Stand in for ``finish_filling_slots``."""
-        assert begun
         self.waits += 1
         self.flush()
 
     def flush(self) -> None:
-        """Make all copies."""
-        copies, self._copies = self._copies, []
-        for target, source, expected in copies:
+        """Make all copies; after an interrupt the next call repeats them, since no interrupt stops a GPU."""
+        for target, source, expected, _ in self._copies:
             assert ctypes.string_at(source, len(expected)) == expected, "written to during its copy"
             ctypes.memmove(target, source, len(expected))
-        for _, source, expected in copies:
+        done, self._copies = self._copies, []
+        for _, source, expected, _ in done:
             ctypes.memset(source, NAN, len(expected))
 
 

@@ -87,6 +87,9 @@ def begin_filling_slots(slab: mx.array, jobs: mx.array, first: int, count: int) 
     return written
 
 
-def finish_filling_slots(begun: Sequence[mx.array]) -> None:
-    """Wait until all records of ``begun``, results of ``begin_filling_slots``, have been copied."""
-    mx.eval(begun)
+def finish_filling_slots(begun: Sequence[mx.array] | None) -> None:
+    """Wait until all records of ``begun``, results of ``begin_filling_slots``, have been copied; None: all records."""
+    if begun is None:
+        mx.synchronize()
+    else:
+        mx.eval(begun)

@@ -35,6 +35,8 @@ class StagingArea:
         self._entries = 0
         """Entries of the table in use."""
         self._begun: list[mx.array] = []
+        self._launches = 0
+        """The number of launches since the last wait; larger than that of ``_begun`` if an interrupt came between."""
         self._fillings = 0
 
     def rows(self, places: Sequence[int]) -> list[memoryview]:
@@ -67,12 +69,14 @@ class StagingArea:
         first, self._entries = self._entries, self._entries + len(slots)
         for entry, (source, slot) in enumerate(zip(sources, slots, strict=True), first):
             self._table[entry] = address_of(source), slot
+        self._launches += 1
         self._begun.append(begin_filling_slots(array, self._jobs, first, len(slots)))
 
     def wait(self) -> None:
         """Wait for all copies."""
-        if self._begun:
-            finish_filling_slots(self._begun)
+        if self._launches:
+            finish_filling_slots(self._begun if len(self._begun) == self._launches else None)
+        self._launches = 0
         self._begun = []
         self._entries = 0
 
