@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
 from flashmoe_mlx.stores.memory import slots_on_gpu
+from flashmoe_mlx.stores.mirrors import MirroredExperts
+from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.slots import SlotMaker, Slots
@@ -52,13 +55,18 @@ class MmapStore(ExpertStore):
             fault after another.
 
     Raises:
-        InputError: ``advice`` is unknown (code "unknown_advice"), or experts are in several pieces ("not_a_pack").
+        InputError: ``advice`` is unknown (code "unknown_advice"), experts are in several pieces ("not_a_pack"), or the
+            pack has mirrors ("contradiction").
     """
 
     def __init__(self, source: ExpertSource, slots: int = 16, advice: str = "normal", populate: bool = True) -> None:
         super().__init__(source, slots)
         if advice not in _ADVICE:
             raise InputError(f"backend.advice={advice}: choose from {', '.join(_ADVICE)}", code="unknown_advice")
+        if isinstance(source, MirroredExperts):
+            raise InputError(
+                "backend=mmap reads one folder: remove backend.mirrors, or choose another backend", code="contradiction"
+            )
         extents = source.extents(0, 0)
         if len(extents) != 1:
             raise InputError(
@@ -69,6 +77,7 @@ class MmapStore(ExpertStore):
         self._advice = getattr(mmap, _ADVICE[advice])
         self._populate = populate
         self._files = FileDescriptorCache(_open)
+        self._sampler = PageCacheSampler(source)
         self._mappings: dict[Path, _Mapping] = {}
         self._on_gpu: Slots | None = None
         if slots_on_gpu():
@@ -81,11 +90,13 @@ class MmapStore(ExpertStore):
         distinct = list(dict.fromkeys(experts))
         extents = {expert: self.source.extents(layer, expert)[0] for expert in distinct}
         mappings = {expert: self._mapping(layer, expert, extents[expert]) for expert in distinct}
+        sampled = self._sampler.sample(layer, distinct)
         if self._populate:
             for expert in distinct:  # start all reads before waiting for the first
                 mappings[expert].advise(extents[expert], mmap.MADV_WILLNEED)
         if self._on_gpu is not None:
-            return self._load_on_gpu(self._on_gpu, layer, experts, distinct)
+            batch, done = self._load_on_gpu(self._on_gpu, layer, experts, distinct)
+            return batch, sampled + done
         if self._populate:
             for expert in distinct:
                 try:
@@ -98,7 +109,7 @@ class MmapStore(ExpertStore):
             tuple(slots[expert] for expert in experts), [views[expert].data for expert in experts], lambda _: self._slab
         )
         nbytes = sum(extent.nbytes for extent in extents.values())
-        return batch, StoreStats(misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
+        return batch, replace(sampled, misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
 
     def _load_on_gpu(
         self, on_gpu: Slots, layer: int, experts: Sequence[int], distinct: Sequence[int]
@@ -145,6 +156,7 @@ class MmapStore(ExpertStore):
             self._on_gpu = None
         self._mappings.clear()
         self._files.close()
+        self._sampler.close()
 
 
 def _as_read(expert: int, extent: Extent) -> Read:
