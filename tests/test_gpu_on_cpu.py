@@ -168,6 +168,22 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_one_wait_for_each_layer_that_reads(device: Device, tiny_pack: Path) -> None:
+    """And one for the logits; with all experts in memory only that."""
+    for options, expected in (
+        ({"backend": "pread", "slots": 5}, TINY.num_layers + 1),
+        ({"backend": "pread", "slots": 5, "prefetch": "next_router"}, TINY.num_layers + 1),
+        ({"backend": "resident"}, 1),
+    ):
+        with device(mx.float32), flashmoe_mlx.load(tiny_pack, **options) as engine:
+            cache = engine.new_cache()
+            engine.forward([1], cache)
+            before = engine.runner.clock.waits
+            engine.forward([2], cache)
+            assert engine.runner.clock.waits - before == expected
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
 @pytest.mark.parametrize("slots", [5, 16])
 def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: int, tiny_pack: Path) -> None:
     """In bf16, the type of scales. Every token uses all experts, because rounding a score may change a choice."""
