@@ -31,6 +31,7 @@ from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research.decode_probe import DecodeFinding
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.tasks import doctor
@@ -318,6 +319,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
+    monkeypatch.setattr(doctor, "measure_decoding", lambda: DecodeFinding(1.0, 1.0, 7))
     with gpu_on_cpu.metal() as launches:
         doctor.run(doctor.Config(), tmp_path)
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
@@ -326,7 +328,9 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
     operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
-    assert "Custom kernels: metal." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Custom kernels: metal." in shown
+    assert "1.00 ms a token, 1.0 waits a token, 7 dispatches a token" in shown
 
 
 class Driver:
