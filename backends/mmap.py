@@ -19,7 +19,7 @@ from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
-from flashmoe_mlx.stores.memory import slots_on_gpu
+from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
 from flashmoe_mlx.stores.mirrors import MirroredExperts
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
@@ -81,6 +81,7 @@ class MmapStore(ExpertStore):
         self._mappings: dict[Path, _Mapping] = {}
         self._on_gpu: Slots | None = None
         if slots_on_gpu():
+            check_memory(f"{slots} slots", slots * source.layout.record_bytes, "choose fewer slots")
             self._on_gpu = SlotMaker(source.layout.record_bytes, slots).make(slots)
             self._copier = _Copier(source, self._mappings, populate)
         else:

@@ -13,11 +13,13 @@ from gpu_slots_on_cpu import NAN, LateCopies, Memory
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flashmoe_mlx.backends.mmap import MmapStore
 from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.backends.ram_hybrid import RamHybridStore
 from flashmoe_mlx.backends.resident import ResidentStore
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
-from flashmoe_mlx.stores import pinned, read_ahead
+from flashmoe_mlx.stores import memory, pinned, read_ahead
 from flashmoe_mlx.stores.pinned import Driver, DriverError, PinnedRows
 from flashmoe_mlx.stores.slots import SlotMaker
 from flashmoe_mlx.testing.store_tests import check
@@ -54,15 +56,15 @@ def test_records_arrive_in_any_order(drawn: tuple[list[int], list[int]]) -> None
     slots, announced = drawn
     with pytest.MonkeyPatch.context() as monkeypatch:
         gpu = gpu_slots_on_cpu.emulate(monkeypatch)
-        memory = SlotMaker(RECORD, AT_ONCE).make(COUNT)
-        filling = memory.fill(slots)
+        slots_on_gpu = SlotMaker(RECORD, AT_ONCE).make(COUNT)
+        filling = slots_on_gpu.fill(slots)
         for slot in slots:
             filling.rows[slot][:] = content(slot)
         for slot in announced:
             filling.arrived([slot])
         filling.commit()
         assert gpu.begun == len(slots)
-        assert [bytes(view) for view in memory.batch(slots).host] == [content(slot) for slot in slots]
+        assert [bytes(view) for view in slots_on_gpu.batch(slots).host] == [content(slot) for slot in slots]
 
 
 def test_a_fetch_does_not_wait_for_copies(gpu: LateCopies, stored: StoredExperts) -> None:
@@ -129,38 +131,38 @@ def test_the_emulation_finds_memory_that_is_given_out_too_early(
 
 
 def test_a_record_is_not_there_before_its_copy(gpu: LateCopies) -> None:
-    memory: Any = SlotMaker(RECORD, AT_ONCE).make(COUNT)
-    filling = memory.fill([2])
+    slots_on_gpu: Any = SlotMaker(RECORD, AT_ONCE).make(COUNT)
+    filling = slots_on_gpu.fill([2])
     filling.rows[2][:] = content(2)
     filling.commit()
-    assert set(np.array(memory.array[2]).tolist()) == {NAN}
-    assert bytes(memory.batch([2]).host[0]) == content(2)
+    assert set(np.array(slots_on_gpu.array[2]).tolist()) == {NAN}
+    assert bytes(slots_on_gpu.batch([2]).host[0]) == content(2)
 
 
 def test_a_filling_that_is_given_up_writes_to_no_slot_later(gpu: LateCopies) -> None:
-    memory = SlotMaker(RECORD, AT_ONCE).make(COUNT)
-    early = memory.fill([1])
+    slots_on_gpu = SlotMaker(RECORD, AT_ONCE).make(COUNT)
+    early = slots_on_gpu.fill([1])
     early.rows[1][:] = content(1)
     early.arrived([1])
-    late = memory.fill([1])
+    late = slots_on_gpu.fill([1])
     late.rows[1][:] = content(2)
     with pytest.raises(RuntimeError, match="a later filling"):
         early.arrived([1])
     late.commit()
-    assert bytes(memory.batch([1]).host[0]) == content(2)
+    assert bytes(slots_on_gpu.batch([1]).host[0]) == content(2)
 
 
 def test_a_full_table_waits_for_its_copies(gpu: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flashmoe_mlx.stores.staging._MOST_JOBS", 3)
-    memory = SlotMaker(RECORD, AT_ONCE).make(COUNT)
-    filling = memory.fill([0, 1, 2, 3])
+    slots_on_gpu = SlotMaker(RECORD, AT_ONCE).make(COUNT)
+    filling = slots_on_gpu.fill([0, 1, 2, 3])
     for slot in range(4):
         filling.rows[slot][:] = content(slot)
     for slot in range(4):
         filling.arrived([slot])
     filling.commit()
     assert gpu.waits == 1
-    assert [bytes(view) for view in memory.batch(range(4)).host] == [content(slot) for slot in range(4)]
+    assert [bytes(view) for view in slots_on_gpu.batch(range(4)).host] == [content(slot) for slot in range(4)]
 
 
 # Failures
@@ -195,6 +197,17 @@ def test_memory_that_cannot_be_pinned_is_replaced(
     assert len(messages) == 3 - allowed
     refused = "NVIDIA's driver reports error 2 in cuMemHostRegister_v2; experts reach the GPU through managed memory"
     assert all(message.startswith(refused) for message in messages)
+
+
+@pytest.mark.parametrize("kind", [PreadStore, MmapStore])
+def test_slots_that_do_not_fit_on_a_gpu(
+    kind: Any, gpu: LateCopies, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda: 3 * 32768)
+    with pytest.raises(InputError) as caught:
+        kind(stored.source, slots=4)
+    assert caught.value.code == "not_enough_memory"
+    assert str(caught.value).startswith("4 slots: needs ")
 
 
 @pytest.mark.parametrize(
@@ -297,12 +310,12 @@ def test_no_driver(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFix
 @pytest.mark.parametrize("size", [RECORD, 2**22])
 def test_kernels_read_what_was_copied(size: int, device: None, caplog: pytest.LogCaptureFixture) -> None:
     """No wait stands between a copy and the kernel that reads it, and none between that and the next copy."""
-    memory = SlotMaker(size, AT_ONCE).make(COUNT)
-    assert memory.array is not None
-    words = memory.array.view(mx.uint32)
+    slots_on_gpu = SlotMaker(size, AT_ONCE).make(COUNT)
+    assert slots_on_gpu.array is not None
+    words = slots_on_gpu.array.view(mx.uint32)
     for number in range(60):
         slots = [number % COUNT, (number + 2) % COUNT]
-        filling = memory.fill(slots)
+        filling = slots_on_gpu.fill(slots)
         for slot in slots:
             np.frombuffer(filling.rows[slot], np.uint32)[:] = 1000 * number + slot
         filling.arrived(slots[:1])

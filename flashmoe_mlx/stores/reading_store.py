@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
-from flashmoe_mlx.stores.memory import slots_on_gpu
+from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.slab import Slab
@@ -26,7 +26,10 @@ class ReadingStore(ExpertStore):
         threads: number of threads that read hinted experts.
         direct: whether reads of hinted experts bypass the page cache.
         keep_slab: whether one slab with room for hinted experts serves all requests; otherwise the first hint replaces
-            the slab by a larger one.
+            the slab by a larger one. Not used on a GPU.
+
+    Raises:
+        InputError: there is not enough memory for the slots (code "not_enough_memory").
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class ReadingStore(ExpertStore):
         record = source.layout.record_bytes
         self._on_gpu: Slots | None = None
         if slots_on_gpu():
+            check_memory(f"{slots} slots", slots * record, "choose fewer slots")
             maker = SlotMaker(record, slots)
             self._on_gpu = maker.make(slots)
             reader = make_reader(maker.staging())
