@@ -48,7 +48,12 @@ class ResidentStore(ExpertStore):
                 slots = maker.make(source.num_experts)
                 for start in range(0, source.num_experts, _BATCH):
                     filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
-                    reads, nbytes = expert_reader.read(layer, list(filling.rows.items()))  # expert n is in slot n
+                    wanted = list(filling.rows.items())  # expert n is in slot n
+                    try:
+                        reads, nbytes = expert_reader.read(layer, wanted, filling.arrived)
+                    except BaseException:
+                        filling.give_up()
+                        raise
                     filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
                     report(f"reading experts: {self._stats.bytes_read / 1e9:.1f} of {size / 1e9:.1f} GB")

@@ -14,11 +14,13 @@ from functools import wraps
 from typing import Any
 
 import cuda_on_cpu
+import gpu_slots_on_cpu
 import metal_on_cpu
 import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.custom_kernels import code_cache, nvidia, nvrtc, precision
+from flashmoe_mlx.stores import pinned
 
 Launches = Counter[str]
 """The number of calls of each kernel, by name."""
@@ -47,6 +49,7 @@ def cuda(dtype: mx.Dtype = mx.bfloat16, gpu: nvidia.Gpu = HOPPER, at_once: int =
     with _gpu(dtype, {"device_name": "CUDA on a CPU", "free_memory": FREE_MEMORY, **capability}) as patch:
         patch.setattr(mx.cuda, "is_available", lambda: True)
         _everywhere(patch, nvidia.gpu, lambda: gpu)
+        patch.setattr(pinned, "driver", gpu_slots_on_cpu.Memory)
         machine = cuda_on_cpu.Machine(at_once, seed=1)
         patch.setattr(mx.fast, "cuda_kernel", _counting(machine.cuda_kernel, launches))
 

@@ -20,7 +20,6 @@ from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
-from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
 from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
@@ -129,17 +128,6 @@ def test_grouped_experts_out_of_the_kernel(on_hopper: gpu_on_cpu.Launches) -> No
     case = kernel_cases.grouped_experts(SMALL, F32, dense_experts.dense_experts, row_kernels, tokens=40, experts=18)
     for name in ("dense_experts_body", "gather_rows_body", "add_rows_body"):
         check(case, on_hopper, name)
-
-
-@pytest.mark.parametrize("slots", [(0,), (6, 2), (3, 1, 0, 5)])
-@pytest.mark.parametrize("size", [16, 4096, 32768])
-def test_fill_slots(slots: tuple[int, ...], size: int, on_hopper: gpu_on_cpu.Launches) -> None:
-    random = np.random.default_rng(0)
-    slab, records = (mx.array(random.integers(0, 256, (count, size), np.uint8)) for count in (7, 4))
-    rows = mx.array(slots, mx.int32)
-    expected = np.array(reference.fill_slots(slab, records, rows))
-    fill_slots(slab, records, rows)
-    np.testing.assert_array_equal(np.array(slab), expected)
 
 
 WORDS = "".join(kernel.dialect_text(name) for name in ("cuda", "copy_engine"))

@@ -31,6 +31,7 @@ from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research.decode_probe import DecodeFinding
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.tasks import doctor
@@ -146,6 +147,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
     "options",
     [
         {"backend": "pread", "slots": 3, "prefetch": "next_router"},
+        {"backend": "mmap", "slots": 5, "prefetch": "previous_token"},
         {"backend": "resident"},
         hybrid(5, slots=3, preload=True),
         hybrid(9, slots=4, prefetch="previous_token"),
@@ -160,10 +162,26 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
         assert "custom kernel dense_experts" in engine.setup["kernels"].values()
-        on_gpu = type(engine.store.fetch(0, [1])).__name__ == "GpuBatch"
-        assert on_gpu == (filled or "fill_slots_body" in launches) == (options["backend"] != "pread")
-        if options.get("prefetch", "none") != "none":
+        assert type(engine.store.fetch(0, [1])).__name__ == "GpuBatch"
+        assert filled or "fill_slots_body" in launches
+        if options.get("prefetch", "none") != "none" and options["backend"] != "mmap":
             assert engine.store.stats().prefetched > 0
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+def test_one_wait_for_each_layer_that_reads(device: Device, tiny_pack: Path) -> None:
+    """And one for the logits; with all experts in memory only that."""
+    for options, expected in (
+        ({"backend": "pread", "slots": 5}, TINY.num_layers + 1),
+        ({"backend": "pread", "slots": 5, "prefetch": "next_router"}, TINY.num_layers + 1),
+        ({"backend": "resident"}, 1),
+    ):
+        with device(mx.float32), flashmoe_mlx.load(tiny_pack, **options) as engine:
+            cache = engine.new_cache()
+            engine.forward([1], cache)
+            before = engine.runner.clock.waits
+            engine.forward([2], cache)
+            assert engine.runner.clock.waits - before == expected
 
 
 @pytest.mark.parametrize(
@@ -308,6 +326,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
+    monkeypatch.setattr(doctor, "measure_decoding", lambda: DecodeFinding(1.0, 1.0, 7))
     with gpu_on_cpu.metal() as launches:
         doctor.run(doctor.Config(), tmp_path)
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
@@ -316,7 +335,9 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
     operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
-    assert "Custom kernels: metal." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Custom kernels: metal." in shown
+    assert "1.00 ms a token, 1.0 waits a token, 7 dispatches a token" in shown
 
 
 class Driver:

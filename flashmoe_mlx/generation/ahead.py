@@ -92,8 +92,7 @@ class StepsAhead:
 
     def _take(self, sequence: Sequence, step: Step) -> None:
         """Wait for ``step`` and append its token to ``sequence``."""
-        with self._clock.computing("head"):
-            report = np.array(step.report)
+        report = self._clock.read("head", step.report)
         step.used.count(report[2:])
         with self._clock.phase("sample"):
             if not report[1]:

@@ -29,6 +29,7 @@ class ExpertsGrouped:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apart = shared.begin(x, routing.shared_weight, groups.clock)
         y = mx.zeros(x.shape, mx.float32)
         for group in groups:
             rows = group.rows(group.batch.slots)
@@ -36,4 +37,4 @@ class ExpertsGrouped:
                 x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts, self.row_kernels
             )
             group.finish(y)
-        return residual + (y.astype(x.dtype) + shared(x, routing.shared_weight))
+        return residual + (y.astype(x.dtype) + apart)

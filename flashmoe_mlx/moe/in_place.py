@@ -29,6 +29,7 @@ class ExpertsInPlace:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apart = None if self.fuse_shared else shared.begin(x, routing.shared_weight, groups.clock)
         y: mx.array | None = None
         for group in groups:
             fuse = self.fuse_shared and y is None
@@ -40,4 +41,4 @@ class ExpertsInPlace:
             group.finish(y)
         assert y is not None
         y = y.astype(x.dtype)
-        return residual + (y if self.fuse_shared else y + shared(x, routing.shared_weight))
+        return residual + (y if apart is None else y + apart)

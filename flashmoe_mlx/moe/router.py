@@ -70,20 +70,21 @@ class Router:
         return self.gate(self.normalize(residual)).astype(mx.float32)
 
     def route(self, x: mx.array, clock: PhaseClock, *also: mx.array) -> Routing:
-        """Choose experts for normalized hidden states ``x`` [T, hidden], and wait for the choice.
+        """Choose experts for normalized hidden states ``x`` [T, hidden], and wait for the choice alone.
 
-        ``also`` is evaluated in the same wait.
+        ``also`` and the weights are then under way.
         """
         if self.by_numpy:
             with clock.computing("router_wait"):
+                clock.waits += 1
                 experts, all_weights = self.choose_on_host(x)
                 mx.eval(*also)
             all_on_device = mx.array(all_weights)
             return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
         chosen, _, weights = self.choose_rows(x, _everyone(self.gate.weight.shape[0]))
-        clock.evaluate("router_wait", chosen, weights, *also)
+        experts = clock.read("router_wait", chosen, weights, *also)
         routed, shared = mx.split(weights, [self.experts_k], axis=-1)
-        return Routing(np.array(chosen).astype(np.uint32), routed, shared.astype(x.dtype), weights)
+        return Routing(experts.astype(np.uint32), routed, shared.astype(x.dtype), weights)
 
     def choose_rows(self, x: mx.array, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Choose experts lazily.

@@ -1,4 +1,7 @@
-"""``task=doctor``: compare every kernel with its reference on this machine and time it; print a table for an issue."""
+"""``task=doctor``: compare every kernel with its reference on this machine, time it, and time decode steps.
+
+The output is for an issue.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,10 +18,11 @@ from flashmoe_mlx.custom_kernels import cases, dialect, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.research.decode_probe import DecodeFinding, measure_decoding
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.keys import CommonConfig
 
-DOCTOR_VERSION = 1
+DOCTOR_VERSION = 2
 _CALLS = 20
 _REPEATS = 7
 
@@ -64,9 +68,13 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
                 case = make(dtype)
                 announce(f"{case.operation} {case.title}, {geometry} shape")
                 findings.append(_examined(case, geometry, kernels is not None))
-    write_json(run_dir / "doctor.json", _record(gpu, kernels, findings))
+        announce("decode steps of the demo model")
+        decoding = measure_decoding()
+    write_json(run_dir / "doctor.json", _record(gpu, kernels, findings) | {"decoding": asdict(decoding)})
     for line in _report(kernels, findings):
         show(line)
+    show("")
+    show(_decode_line(decoding))
     failed = [f"{bad.kernel} ({bad.case}, {bad.geometry}, {bad.dtype})" for bad in findings if not bad.passed]
     if failed:
         raise FlashMoeError(
@@ -156,6 +164,14 @@ def _report(kernels: str | None, findings: list[Finding]) -> Iterator[str]:
             f"| {found.kernel} | {found.case} | {found.geometry} | {found.dtype} | {error} "
             f"| {_shown(found.microseconds)} | {_shown(found.mlx_microseconds)} | {verdict} |"
         )
+
+
+def _decode_line(found: DecodeFinding) -> str:
+    dispatches = "-" if found.dispatches is None else str(found.dispatches)
+    return (
+        f"Demo model, all experts in memory: {found.milliseconds:.2f} ms a token, {found.waits:.1f} waits a token, "
+        f"{dispatches} dispatches a token"
+    )
 
 
 def _shown(microseconds: float | None) -> str:
