@@ -181,8 +181,8 @@ def test_without_a_compiler_mlx_compiles(monkeypatch: pytest.MonkeyPatch, caplog
         raise nvrtc.CompilerError("libnvrtc does not load")
 
     def run() -> None:
-        with gpu_on_cpu.cuda() as launches:
-            monkeypatch.setattr(nvrtc, "compiler", refuse)
+        with gpu_on_cpu.cuda() as launches, monkeypatch.context() as patch:  # undone before the emulation ends
+            patch.setattr(nvrtc, "compiler", refuse)
             check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
 
     with pytest.raises(AssertionError):  # the warning
