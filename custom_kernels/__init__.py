@@ -31,6 +31,7 @@ from flashmoe_mlx.errors import InputError
 _log = logging.getLogger(__name__)
 
 ChooseExperts = Callable[[mx.array, mx.array, int], tuple[mx.array, mx.array, mx.array]]
+NormedMatvec = Callable[..., tuple[mx.array, mx.array]]
 PREFERENCES = ("auto", "mlx", "reference")
 _GPUS = ("metal", "cuda")
 
@@ -55,6 +56,8 @@ class Kernels:
         dense_experts: an implementation of ``dense_experts.reference.dense_experts`` for more tokens; None without a
             kernel.
         choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
+        chosen_experts: an implementation of ``chosen_experts.reference.chosen_experts``; None without a kernel.
+        normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         note: a message for the user about the choice, or None.
     """
@@ -71,6 +74,8 @@ class Kernels:
     most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
     choose_experts: ChooseExperts | None = None
+    chosen_experts: Callable[..., tuple[mx.array, mx.array]] | None = None
+    normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
     note: str | None = None
 
@@ -126,6 +131,8 @@ def choose(preference: str) -> Kernels:
         most_gpu_tokens=most_tokens() if on_gpu else 0,
         dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
         choose_experts=chosen["choose_experts"] if on_gpu else None,
+        chosen_experts=chosen["chosen_experts"] if on_gpu else None,
+        normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         note=note,
     )
@@ -161,6 +168,7 @@ __all__ = [
     "KernelReport",
     "Kernels",
     "ModelShapes",
+    "NormedMatvec",
     "QuantizedWeight",
     "UncheckedPathWarning",
     "check_kernels",

@@ -47,9 +47,11 @@ def test_the_operations_of_the_package() -> None:
     assert set(found) == {
         "attention",
         "choose_experts",
+        "chosen_experts",
         "dense_experts",
         "expert_mlp",
         "gated_delta_net",
+        "normed_matvec",
         "quantized_matvec",
         "rms_norm",
         "routed_experts",

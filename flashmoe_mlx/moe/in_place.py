@@ -34,10 +34,11 @@ class ExpertsInPlace:
             fuse = self.fuse_shared and y is None
             weights = routing.all_weights if fuse else routing.weights
             rows = mx.array(group.rows(group.batch.slots))
-            part = self.kernel(x, group.batch.slab, rows, weights, self.form, shared.weights if fuse else None)
+            own = shared.weights if fuse else None
+            part = self.kernel(x, group.batch.slab, rows, weights, self.form, own, residual if y is None else None)
             # Sums over several groups are in f32, so that they hardly depend on the number of slots.
             y = part if y is None else y.astype(mx.float32) + part
             group.finish(y)
         assert y is not None
         y = y.astype(x.dtype)
-        return residual + (y if self.fuse_shared else y + shared(x, routing.shared_weight))
+        return y if self.fuse_shared else y + shared(x, routing.shared_weight)

@@ -239,6 +239,17 @@ static inline uint __reduce_add_sync(uint, uint value) {
     }
   });
 }
+static inline uint __reduce_max_sync(uint, uint value) {
+  return *meet(&value, 1, [](Simdgroup& all) {
+    uint most = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+      most = max(most, all.given[lane][0]);
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+      all.taken[lane][0] = most;
+    }
+  });
+}
 // mma.m16n8k16: 4 g + c holds rows g and g + 8 of A, column g of B, columns 2 c and 2 c + 1 of the sums.
 static inline void multiply(float* sums, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
   const uint given[10] = {a0, a1, a2, a3, b0, b1, same_bits<uint>(sums[0]), same_bits<uint>(sums[1]),
