@@ -15,6 +15,9 @@ from flashmoe_mlx.custom_kernels.attention import gpu as attention_gpu
 from flashmoe_mlx.custom_kernels.attention import mlx as attention_mlx
 from flashmoe_mlx.custom_kernels.attention import reference as attention_reference
 from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
+from flashmoe_mlx.custom_kernels.choose_experts.gpu import different_scores
+from flashmoe_mlx.custom_kernels.chosen_experts import gpu as chosen_gpu
+from flashmoe_mlx.custom_kernels.chosen_experts import reference as chosen_reference
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_gpu
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
@@ -24,6 +27,8 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import mlx as delta_mlx
 from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs, GatedDelta
 from flashmoe_mlx.custom_kernels.gated_delta_net.samples import delta_inputs
+from flashmoe_mlx.custom_kernels.normed_matvec import gpu as normed_gpu
+from flashmoe_mlx.custom_kernels.normed_matvec import reference as normed_reference
 from flashmoe_mlx.custom_kernels.quantized_matvec import cpu as matvec_cpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as matvec_gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
@@ -45,12 +50,14 @@ __all__ = [
     "Results",
     "attention",
     "attention_inputs",
+    "chosen_experts",
     "delta_inputs",
     "dense_experts",
     "expert_inputs",
     "gated_delta_net",
     "gated_delta_net_in_chunks",
     "grouped_experts",
+    "normed_matvec",
     "quantized_matvec",
     "relative_error",
     "routed_experts",
@@ -125,12 +132,15 @@ def routed_experts(
         parts = (part for m in own.matrices for part in (m.weight, m.scales, m.biases))
         read += sum(part.nbytes for part in parts if part is not None)
 
+    residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
+
     def run(implementation: Callable[..., mx.array], x: mx.array) -> Results:
         weights = made.routing_weights.astype(mx.float64 if x.dtype == mx.float64 else mx.float32)
-        return (implementation(x, made.slab, made.rows, weights, form, own),)
+        return (implementation(x, made.slab, made.rows, weights, form, own, residual.astype(x.dtype)),)
 
     def on_records() -> Results:
-        return (experts_cpu.routed_experts(made.x, made.records, made.rows, made.routing_weights, form, own),)
+        arguments = (made.x, made.records, made.rows, made.routing_weights, form, own, residual)
+        return (experts_cpu.routed_experts(*arguments),)
 
     return Case(
         "routed_experts",
@@ -140,6 +150,45 @@ def routed_experts(
         on_records if on_cpu else lambda: run(experts_gpu.routed_experts, made.x),
         lambda: run(experts_mlx.routed_experts, made.x),
         lambda: run(experts_reference.routed_experts, made.x.astype(mx.float64)),
+    )
+
+
+def chosen_experts(
+    geometry: Geometry, dtype: mx.Dtype, *, k: int = 4, tokens: int = 1, experts: int = 40, **options: Any
+) -> Case:
+    """Return the experts that scores choose.
+
+    Args:
+        geometry: sizes of the experts.
+        dtype: type of activations.
+        k: experts per token.
+        tokens: number of tokens.
+        experts: number of experts to choose from, which share a few records.
+        **options: further arguments of ``expert_inputs``.
+    """
+    made = expert_inputs(geometry, dtype, k=k, tokens=tokens, **options)
+    assert made.shared is not None
+    scores = different_scores(tokens, experts, dtype, seed=k)
+    table = mx.array(np.random.default_rng(k).integers(0, len(made.slab), experts), mx.int32)
+    residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
+    earlier = mx.array([7, 8, 9], mx.int32)
+    mx.eval(scores, table, earlier)
+
+    def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
+        x, added = made.x.astype(wide), residual.astype(wide)
+        y, chosen = implementation(
+            x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared
+        )
+        return y, chosen
+
+    return Case(
+        "chosen_experts",
+        f"{made.form.bits} bit K={k} of {experts} T={tokens}",
+        dtype,
+        k * made.payload_bytes,
+        lambda: run(chosen_gpu.chosen_experts, dtype),
+        lambda: run(chosen_reference.by_mlx, dtype),
+        lambda: run(chosen_reference.chosen_experts, mx.float64),
     )
 
 
@@ -343,6 +392,7 @@ def quantized_matvec(
     seed: int = 0,
     scales: mx.Dtype | None = None,
     on_cpu: bool = False,
+    with_residual: bool = False,
 ) -> Case:
     """Return a resident matrix times a few vectors.
 
@@ -356,6 +406,7 @@ def quantized_matvec(
         seed: seed of the random numbers.
         scales: type of scales and biases; None stands for ``dtype``.
         on_cpu: run the kernel of the C++ extension.
+        with_residual: whether to add a residual; only on GPUs.
     """
     inputs = RandomInputs(dtype, seed, scales)
     weight = inputs.quantized(rows, columns, bits, group_size)
@@ -363,13 +414,51 @@ def quantized_matvec(
     assert weight.biases is not None
     parts = (weight.weight, weight.scales, weight.biases)
     x = inputs.normal(tokens, columns)
-    custom = matvec_cpu.quantized_matvec if on_cpu else matvec_gpu.quantized_matvec
+    added = [inputs.normal(tokens, rows)] if with_residual else []
+    custom: Callable[..., mx.array] = matvec_cpu.quantized_matvec if on_cpu else matvec_gpu.quantized_matvec
     return Case(
         "quantized_matvec",
         f"{rows}x{columns} {bits} bit g{group_size} T={tokens}",
         dtype,
         sum(part.nbytes for part in parts),
-        lambda: (custom(x, *parts, bits, group_size),),
-        lambda: (matvec_mlx.quantized_matvec(x, *parts, bits, group_size),),
-        lambda: (matvec_reference.quantized_matvec(x.astype(mx.float64), *parts, bits, group_size),),
+        lambda: (custom(x, *parts, bits, group_size, *added),),
+        lambda: (matvec_mlx.quantized_matvec(x, *parts, bits, group_size, *added),),
+        lambda: (
+            matvec_reference.quantized_matvec(
+                x.astype(mx.float64), *parts, bits, group_size, *(array.astype(mx.float64) for array in added)
+            ),
+        ),
+    )
+
+
+def normed_matvec(
+    rows: int, columns: int, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, seed: int = 0
+) -> Case:
+    """Return a vector that is normalized and multiplied by a resident matrix.
+
+    Args:
+        rows: rows of the matrix.
+        columns: columns of the matrix.
+        dtype: type of activations.
+        bits: width of a code.
+        group_size: codes that share a scale and a bias.
+        seed: seed of the random numbers.
+    """
+    inputs = RandomInputs(dtype, seed)
+    weight = inputs.quantized(rows, columns, bits, group_size)
+    x, norm = inputs.normal(1, columns, scale=3.0), inputs.normal(columns)
+
+    def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
+        return implementation(
+            x.astype(wide), norm.astype(wide), 1e-3, weight.weight, weight.scales, weight.biases, bits, group_size
+        )
+
+    return Case(
+        "normed_matvec",
+        f"{rows}x{columns} {bits} bit g{group_size}",
+        dtype,
+        sum(part.nbytes for part in (weight.weight, weight.scales, weight.biases) if part is not None),
+        lambda: run(normed_gpu.normed_matvec, dtype),
+        lambda: run(normed_reference.by_mlx, dtype),
+        lambda: run(normed_reference.normed_matvec, mx.float64),
     )
