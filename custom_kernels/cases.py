@@ -176,9 +176,7 @@ def chosen_experts(
 
     def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
         x, added = made.x.astype(wide), residual.astype(wide)
-        y, chosen = implementation(
-            x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared
-        )
+        y, chosen = implementation(x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared)
         return y, chosen
 
     return Case(

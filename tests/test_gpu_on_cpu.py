@@ -4,6 +4,7 @@ slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_
 
 import ctypes
 import json
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,6 +31,7 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
@@ -116,7 +118,7 @@ def ran(launches: Launches, *kernels: str) -> bool:
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
 SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
 MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
-PRODUCTS = ("quantized_matvec_body",)
+PRODUCTS = ("quantized_matvec_body_with_norm", "quantized_matvec_body_with_residual")
 RECORD_BYTES = 32768
 
 
@@ -184,7 +186,11 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
     [
         (
             gpu_on_cpu.HOPPER,
-            ("routed_experts_fused_with_shared_expert", "quantized_matvec_stream", "attention_decode_tensor"),
+            (
+                "routed_experts_fused_with_shared_expert_chooses",
+                "quantized_matvec_stream_with_norm",
+                "attention_decode_tensor",
+            ),
         ),
         (
             gpu_on_cpu.AMPERE,
@@ -200,6 +206,24 @@ def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) ->
         assert ran(launches, *kernels)
         rounded = compute_logits(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
+
+
+def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
+    """Every operation of a layer is a kernel of ours: 5 in a layer with a recurrence, 6 in a layer with attention."""
+    with gpu_on_cpu.cuda() as launches, flashmoe_mlx.load(whole_chunks, backend="resident") as engine:
+        cache = engine.new_cache()
+        engine.forward([1], cache)
+        launches.clear()
+        engine.forward([2], cache)
+        attention = [isinstance(layer.mixer, Attention) for layer in engine.model.layers]
+    assert launches == Counter(
+        quantized_matvec_stream_with_norm=2 * len(attention) + 1,  # projections and router; the head
+        gated_delta_net_step=attention.count(False),
+        attention_decode_tensor=attention.count(True),
+        attention_merge=attention.count(True),
+        quantized_matvec_stream_with_residual=len(attention),
+        routed_experts_fused_with_shared_expert_chooses=len(attention),
+    )
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:

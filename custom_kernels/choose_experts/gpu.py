@@ -33,16 +33,12 @@ def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array,
     return _run(BODY, [scores, table], (len(scores), k), k)
 
 
-def list_experts(
-    scores: mx.array, table: mx.array, k: int, earlier: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
+def list_experts(scores: mx.array, table: mx.array, k: int, earlier: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """Compute ``choose_experts``, but return ``earlier`` int32 [n] followed by the chosen experts, int32 [n + T * k]."""
     return _run(LISTING, [scores, table, earlier], (earlier.size + len(scores) * k,), k)
 
 
-def _run(
-    kernel: Kernel, inputs: list[mx.array], shape: tuple[int, ...], k: int
-) -> tuple[mx.array, mx.array, mx.array]:
+def _run(kernel: Kernel, inputs: list[mx.array], shape: tuple[int, ...], k: int) -> tuple[mx.array, mx.array, mx.array]:
     scores, table = inputs[:2]
     tokens, width = scores.shape
     chosen, places, weights = kernel(

@@ -40,9 +40,7 @@ def body_kernel(with_norm: bool = False, with_residual: bool = False) -> Kernel:
 def tensor_kernel(with_residual: bool = False) -> Kernel:
     """Return the kernel for several vectors on tensor cores."""
     inputs = [*_INPUTS, *["residual"] * with_residual]
-    return Kernel(
-        __package__, "tensor", inputs, ["y"], ["mma", "tensor_codes"], {"WITH_RESIDUAL": with_residual}
-    )
+    return Kernel(__package__, "tensor", inputs, ["y"], ["mma", "tensor_codes"], {"WITH_RESIDUAL": with_residual})
 
 
 def _variant(with_norm: bool, with_residual: bool) -> tuple[list[str], dict[str, bool]]:
@@ -209,9 +207,7 @@ def stream_plan(outputs: int, columns: int, bits: int, group_size: int, device: 
     return StreamPlan(template, threadgroups, slots * (slot + 8) + rest)
 
 
-def stream_plan_of(
-    x: mx.array, weight: mx.array, scales: mx.array, bits: int, group_size: int
-) -> StreamPlan | None:
+def stream_plan_of(x: mx.array, weight: mx.array, scales: mx.array, bits: int, group_size: int) -> StreamPlan | None:
     """Return the plan of a product with one vector on the default device, or None; see ``stream_plan``."""
     if dialect() != "cuda" or len(x) != 1 or not x.dtype == scales.dtype == mx.bfloat16:
         return None

@@ -228,9 +228,7 @@ def run_fused(
     )
 
 
-def sizes_of(
-    form: ExpertFormat, dtype: mx.Dtype, choices: int
-) -> tuple[dict[str, int | mx.Dtype], dict[str, int]]:
+def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int) -> tuple[dict[str, int | mx.Dtype], dict[str, int]]:
     """Return the template arguments of all kernels, and the offsets of a record's parts."""
     template: dict[str, int | mx.Dtype] = {
         "T": dtype,

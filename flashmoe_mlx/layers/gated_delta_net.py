@@ -29,7 +29,11 @@ class GatedDeltaNet:
     """The first four projections as one matrix, for one token; see ``layers.linear.join``."""
 
     def __call__(
-        self, projected: Sequence[mx.array], caches: Sequence[RecurrentState], lengths: Sequence[int], residual: mx.array
+        self,
+        projected: Sequence[mx.array],
+        caches: Sequence[RecurrentState],
+        lengths: Sequence[int],
+        residual: mx.array,
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
         return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)

@@ -73,9 +73,7 @@ class TracedSteps:
     def _trace(self, capacity: int) -> Callable[..., Any]:  # noqa: ARG002  # the key of the cache
         return mx.compile(self._step)
 
-    def _step(
-        self, token: mx.array, position: mx.array, listed: mx.array, *states: mx.array
-    ) -> tuple[mx.array, ...]:
+    def _step(self, token: mx.array, position: mx.array, listed: mx.array, *states: mx.array) -> tuple[mx.array, ...]:
         """Compute logits, whether they are finite, the list of experts, and new recurrent states."""
         model = self._model
         x = model.embedding.rows(token, model.norm.dtype)

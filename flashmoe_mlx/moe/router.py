@@ -99,9 +99,7 @@ class Router:
         routed, shared = mx.split(weights, [self.experts_k], axis=-1)
         return Routing(np.array(chosen).astype(np.uint32), routed, shared.astype(x.dtype), weights)
 
-    def choose_rows(
-        self, x: mx.array, scores: mx.array | None, table: mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
+    def choose_rows(self, x: mx.array, scores: mx.array | None, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Choose experts lazily.
 
         Args:
