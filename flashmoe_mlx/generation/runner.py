@@ -162,8 +162,9 @@ class Runner:
         Raises:
             InputError: a sequence is still waiting (code "not_decoding"), is given twice (code "duplicate_sequence"),
                 or an earlier pass over it failed (code "broken_sequence"). No sequence has changed then.
-            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can continue
-                afterwards.
+            FlashMoeError: an expert cannot be read; none of the sequences can continue afterwards. Or no token can be
+                chosen for a sequence, whose ``cache.broken`` is then true; the other sequences have their tokens and
+                can continue. Errors of logits processors have the same effect. The first such error is raised.
         """
         for sequence in sequences:
             if sequence.cancelled and sequence.finish_reason is None:
@@ -177,23 +178,30 @@ class Runner:
             raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
         if len({id(cache) for cache in caches}) < len(caches):
             raise InputError("a sequence is in the list twice", code="duplicate_sequence")
+        failures: list[Exception] = []
         with _ending(running):
             if len(running) == 1 and self._can_run_ahead(running[0]):
                 self._ahead.decode(running[0], lambda: _refuse_cancelled(running))
                 return
             begun = [sequence for sequence in running if sequence.ahead is not None]
             for sequence in begun:
-                self._ahead.take(sequence)
+                with _ending_alone(sequence, failures):
+                    self._ahead.take(sequence)
             rest = [sequence for sequence in running if sequence not in begun]
             if rest:
-                self._decode_together(rest)
+                self._decode_together(rest, failures)
+        if failures:
+            raise failures[0]
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Whether the next steps of ``sequence`` need nothing from the host."""
         return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
 
-    def _decode_together(self, sequences: list[Sequence]) -> None:
-        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits."""
+    def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
+        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.
+
+        Errors of the choices join ``failures``.
+        """
         caches = [sequence.cache for sequence in sequences]
         with measured_pass([(sequence.metrics.decode, 1) for sequence in sequences], self.store, self.clock):
             used = self._used_experts()
@@ -206,10 +214,11 @@ class Runner:
                 decoding=True,
                 before_layer=lambda _: _refuse_cancelled(sequences),
             )
-            logits = self._logits(hidden, caches, used)
+            logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
                 for sequence, row in zip(sequences, logits, strict=True):
-                    sequence.take(row)
+                    with _ending_alone(sequence, failures):
+                        sequence.take(checked_logits(row))
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, which join the tokens in ``cache``.
@@ -253,10 +262,13 @@ class Runner:
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass."""
+        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass; see ``logits``."""
+        return checked_logits(self._unchecked_logits(hidden, caches, used))
+
+    def _unchecked_logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
         logits = self.model.logits(hidden)
         self._evaluate("head", logits, caches, used)
-        return checked_logits(np.array(logits))
+        return np.array(logits)
 
     def _evaluate(self, phase: str, result: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> None:
         """Evaluate the ``result`` of a pass and its ``caches``, and count the experts that it used."""
@@ -277,11 +289,22 @@ def _ending(sequences: list[Sequence]) -> Iterator[None]:
         for sequence in sequences:
             sequence.finish("cancelled")
     except BaseException:
-        # Errors after the last layer count, too: some sequences may have chosen a token, the rest none.
+        # Interrupts after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
             sequence.ahead = None
             sequence.cache.broken = True
         raise
+
+
+@contextmanager
+def _ending_alone(sequence: Sequence, failures: list[Exception]) -> Iterator[None]:
+    """Mark ``sequence`` as broken if the choice of its token fails, and add the error to ``failures``."""
+    try:
+        yield
+    except Exception as error:
+        sequence.ahead = None
+        sequence.cache.broken = True
+        failures.append(error)
 
 
 def _refuse_broken(caches: list[SequenceCache]) -> None:
