@@ -20,6 +20,7 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, Unch
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.nvidia import launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
@@ -111,6 +112,8 @@ def choose(preference: str) -> Kernels:
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
+    if dialect() == "cuda":
+        launch_directly()
     target = _target(preference)
     found = operations()
     chosen = {name: operation.on(target) for name, operation in found.items()}

@@ -76,7 +76,7 @@ def test_operations_of_a_step(engine: Engine) -> None:
     recurrent = step_operations(engine, 0)
     attention = step_operations(engine, 3)
     assert isinstance(engine.model.layers[3].mixer.new_cache(), KVCache)
-    # Splits and slices are views. Kernels on Metal: projections, the recurrence or attention in three, the output, the router's
-    # scores, the choice, and two for the experts. Norms and sums with the residual are parts of kernels.
+    # Splits and slices are views. Kernels on Metal: projections, the recurrence or attention in three, the output, the
+    # router's scores, the choice, and two for the experts. Norms and sums with the residual are parts of kernels.
     assert recurrent == {"CustomKernel": 7, "Split": 1}
     assert attention == {"CustomKernel": 9, "Slice": 3}

@@ -167,7 +167,7 @@ def _stages_on_this_gpu() -> int:
 
 @lru_cache(maxsize=16)
 def _on_device(start: int) -> mx.array:
-    """Return ``AttentionInputs.position``. It stays lazy: an evaluation would wait for all earlier work of the device."""
+    """Return ``AttentionInputs.position``, lazily: an evaluation would wait for all earlier work of the device."""
     return mx.full((4,), start, mx.int32)  # MLX keeps smaller arrays in memory shared with the host
 
 

@@ -34,7 +34,7 @@ def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array,
 
 
 def list_experts(scores: mx.array, table: mx.array, k: int, earlier: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Compute ``choose_experts``, but return ``earlier`` int32 [n] followed by the chosen experts, int32 [n + T * k]."""
+    """Compute ``choose_experts``, with the chosen experts at the end of a list: ``earlier`` int32 [n], then theirs."""
     return _run(LISTING, [scores, table, earlier], (earlier.size + len(scores) * k,), k)
 
 

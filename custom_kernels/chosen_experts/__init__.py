@@ -1,4 +1,4 @@
-"""The choice of experts by their scores, and the experts themselves; only kernels for GPUs need both as one operation."""
+"""The choice of experts by their scores, and these experts; only kernels for GPUs need both as one operation."""
 
 from flashmoe_mlx.custom_kernels.chosen_experts import gpu, reference
 from flashmoe_mlx.custom_kernels.operation import Implementation, Operation

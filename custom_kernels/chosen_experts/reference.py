@@ -1,7 +1,7 @@
 """The experts that the scores of a few tokens choose, in elementary operations."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import mlx.core as mx
 
@@ -45,6 +45,5 @@ def chosen_experts(
     return y, mx.concatenate([earlier, chosen.reshape(-1)])
 
 
-def by_mlx(*arguments: Any) -> tuple[mx.array, mx.array]:
-    """Compute ``chosen_experts``, each expert by MLX's quantized products."""
-    return chosen_experts(*arguments, apply=mlx.routed_experts)
+by_mlx = partial(chosen_experts, apply=mlx.routed_experts)
+"""``chosen_experts`` with each expert by MLX's quantized products."""

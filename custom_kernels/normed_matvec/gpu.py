@@ -1,6 +1,7 @@
 """The kernel for GPUs: one vector, in one dispatch."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import mlx.core as mx
 
@@ -55,6 +56,8 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
     """Yield for every code path the first matrix of the model that takes it, in true size."""
     inputs, seen = RandomInputs(model.dtype, 0), set[CodePath | None]([None])
     for weight in (weight for projection in model.projections if projection.normed for weight in projection.weights):
+        assert weight.scales is not None
+        assert weight.biases is not None
         assert weight.bits is not None
         assert weight.group_size is not None
         x, norm = inputs.normal(1, weight.columns), inputs.normal(weight.columns)
@@ -70,5 +73,9 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
         yield Sample(
             (x, norm, _EPS, drawn.weight, drawn.scales, drawn.biases, *rest),
             (x, norm, _EPS, part.weight, part.scales, part.biases, *rest),
-            lambda results, compared=compared: [results[0][:, compared], results[1]],
+            partial(_compared, compared),
         )
+
+
+def _compared(rows: mx.array, results: list[mx.array]) -> list[mx.array]:
+    return [results[0][:, rows], results[1]]

@@ -119,7 +119,7 @@ def run(
         "BITS": bits,
         "GROUP": group_size,
     }
-    results = [((tokens, outputs), x.dtype)]
+    results: list[tuple[tuple[int, ...], mx.Dtype]] = [((tokens, outputs), x.dtype)]
     with_norm, with_residual = norm is not None, residual is not None
     if norm is not None:
         inputs = [*inputs, norm[0]]

@@ -67,11 +67,11 @@ class Attention:
         cache.length += length
         return y
 
-    def attend_at(
-        self, position: mx.array, keys: mx.array, values: mx.array, projected: Sequence[mx.array]
-    ) -> mx.array:
-        """Attend from one token to a cache with room for it, by a kernel for GPUs; see ``AttentionInputs.position``."""
-        return self.kernels.attention(AttentionInputs(*projected, self.weights, keys, values, 0, position))[0]
+    def attend_at(self, position: mx.array, caches: Sequence[mx.array], projected: Sequence[mx.array]) -> mx.array:
+        """Attend from one token to keys and values with room for it, by a kernel for GPUs; see ``AttentionInputs.position``."""
+        q_and_gate, k, v = projected
+        keys, values = caches
+        return self.kernels.attention(AttentionInputs(q_and_gate, k, v, self.weights, keys, values, 0, position))[0]
 
     def takes_positions(self) -> bool:
         """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""

@@ -17,11 +17,14 @@ from flashmoe_mlx.moe.experts import MixtureOfExperts
 class Mixer(Protocol):
     """The part of a layer in which tokens of a sequence meet: attention, or a recurrence."""
 
-    joint: Linear | None
+    @property
+    def joint(self) -> Linear | None:
+        """A matrix with the rows of all ``projections``, or None."""
+        ...
 
     @property
     def projections(self) -> tuple[Linear, ...]:
-        """The matrices of ``project``; ``joint`` has the rows of all of them, or is None."""
+        """The matrices of ``project``."""
         ...
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:

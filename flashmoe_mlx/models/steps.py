@@ -110,10 +110,10 @@ def layer_step(
     projected, mixer = layer.project(x), layer.mixer
     changed: tuple[mx.array, ...] = ()
     if isinstance(mixer, GatedDeltaNet):
-        y, *after = mixer.recur(projected, *states)
+        y, *after = mixer.recur(projected, states[0], states[1])
         x, changed = mixer.out_proj(y, x), tuple(after)
     else:
         assert isinstance(mixer, Attention)
-        x = mixer.o_proj(mixer.attend_at(position, *states, projected), x)
+        x = mixer.o_proj(mixer.attend_at(position, states, projected), x)
     x, listed = layer.experts.apply(x, whole, listed)
     return x, listed, changed

@@ -63,13 +63,20 @@ class ExpertsInMemory:
         return y + shared(x, shared_weight.astype(x.dtype)), listed
 
 
+@cache
+def _nothing() -> mx.array:
+    zeros = mx.zeros(_ZEROS, mx.int32)  # kernels take no empty arrays
+    mx.eval(zeros)
+    return zeros
+
+
 @dataclass(slots=True)
 class UsedExperts:
     """Experts that layers of one pass used and that ``store`` has not counted yet: their indices are on the GPU."""
 
     store: ExpertStore
     _layers: list[int] = field(default_factory=list)
-    listed: mx.array = field(default_factory=lambda: _nothing())
+    listed: mx.array = field(default_factory=_nothing)
     """The experts of all layers one after the other, int32 [layers * T * K], lazy; before them, some zeros."""
 
     def add(self, layer: int, listed: mx.array) -> None:
@@ -85,10 +92,3 @@ class UsedExperts:
         """Count the uses in the store; ``indices`` are the values of ``listed``."""
         if self._layers:
             self.store.note_use(self._layers, indices[_ZEROS:].reshape(len(self._layers), -1))
-
-
-@cache
-def _nothing() -> mx.array:
-    zeros = mx.zeros(_ZEROS, mx.int32)  # kernels take no empty arrays
-    mx.eval(zeros)
-    return zeros
