@@ -68,7 +68,7 @@ class Attention:
         return y
 
     def attend_at(self, position: mx.array, caches: Sequence[mx.array], projected: Sequence[mx.array]) -> mx.array:
-        """Attend from one token to keys and values with room for it, by a kernel for GPUs; see ``AttentionInputs.position``."""
+        """Attend from one token to keys and values with room for it; needs ``takes_positions``."""
         q_and_gate, k, v = projected
         keys, values = caches
         return self.kernels.attention(AttentionInputs(q_and_gate, k, v, self.weights, keys, values, 0, position))[0]
