@@ -53,7 +53,7 @@ ROUNDED = 0.05
 WHOLE_CHUNKS = SyntheticSizes(
     num_layers=4,
     hidden_size=512,
-    num_experts=4,
+    num_experts=8,
     experts_per_token=4,
     expert_size=512,
     shared_expert_size=512,
@@ -217,11 +217,12 @@ def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
         engine.forward([2], cache)
         attention = [isinstance(layer.mixer, Attention) for layer in engine.model.layers]
     assert launches == Counter(
-        quantized_matvec_stream_with_norm=2 * len(attention) + 1,  # projections and router; the head
+        quantized_matvec_stream_with_norm=2 * len(attention),  # projections and router; MLX multiplies with 265 rows
         gated_delta_net_step=attention.count(False),
         attention_decode_tensor=attention.count(True),
         attention_merge=attention.count(True),
-        quantized_matvec_stream_with_residual=len(attention),
+        quantized_matvec_stream_with_residual=attention.count(True),
+        quantized_matvec_body_with_residual=attention.count(False),  # outputs of 128 columns
         routed_experts_fused_with_shared_expert_chooses=len(attention),
     )
 

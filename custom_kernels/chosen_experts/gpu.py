@@ -7,6 +7,7 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
 from flashmoe_mlx.custom_kernels.choose_experts import gpu as choose
+from flashmoe_mlx.custom_kernels.choose_experts.reference import choose_experts
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed
@@ -26,10 +27,11 @@ def code_path(
     shared: ExpertWeights,
 ) -> CodePath | None:
     """Return the code path of ``chosen_experts``; None if it does not support the arguments."""
-    if choose.code_path(scores, table, k) is None:
-        return None
     weights = mx.zeros((len(x), k + 1))
-    return routed.code_path(x, slab, weights, weights, form, shared)
+    path = routed.code_path(x, slab, weights, weights, form, shared)
+    if path is None:
+        return None
+    return (*path, "" if choose.code_path(scores, table, k) else "chosen by elementary operations")
 
 
 def chosen_experts(
@@ -44,6 +46,10 @@ def chosen_experts(
     shared: ExpertWeights,
 ) -> tuple[mx.array, mx.array]:
     """Compute ``reference.chosen_experts`` for arguments with a ``code_path``."""
+    if choose.code_path(scores, table, k) is None:
+        few, rows, weights = choose_experts(scores, table, k)
+        listed = mx.concatenate([earlier, few.reshape(-1)])
+        return routed.routed_experts(x, slab, rows, weights, form, shared, residual), listed
     plan = routed.plan_of(form, x.dtype, len(x), k + 1)
     if plan is not None and scores.dtype == mx.bfloat16:
         inputs = [x, residual, slab, scores, table, earlier]
