@@ -4,6 +4,7 @@ slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_
 
 import ctypes
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -225,6 +226,17 @@ def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
         quantized_matvec_body_with_residual=attention.count(False),  # outputs of 128 columns
         routed_experts_fused_with_shared_expert_chooses=len(attention),
     )
+
+
+def test_cuda_launches_kernels_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This is faster than MLX's graphs; the environment may choose otherwise."""
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    with gpu_on_cpu.cuda():
+        choose("auto")
+        assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
+        monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
+        choose("auto")
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "1"
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
