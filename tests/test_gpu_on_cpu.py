@@ -229,7 +229,7 @@ def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
 
 
 def test_cuda_launches_kernels_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This is faster than MLX's graphs; the environment may choose otherwise."""
+    """Direct launches are faster than MLX's graphs; the environment may choose otherwise."""
     monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
     with gpu_on_cpu.cuda():
         choose("auto")
