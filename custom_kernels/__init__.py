@@ -20,7 +20,7 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, Unch
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
-from flashmoe_mlx.custom_kernels.nvidia import gpu
+from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
@@ -32,6 +32,7 @@ from flashmoe_mlx.errors import InputError
 _log = logging.getLogger(__name__)
 
 ChooseExperts = Callable[[mx.array, mx.array, int], tuple[mx.array, mx.array, mx.array]]
+NormedMatvec = Callable[..., tuple[mx.array, mx.array]]
 PREFERENCES = ("auto", "mlx", "reference")
 _GPUS = ("metal", "cuda")
 
@@ -58,6 +59,8 @@ class Kernels:
         row_kernels: implementations of ``gather_rows`` and ``add_rows``, for ``dense_experts``.
         embedding: an implementation of ``embedding.reference.embedding``.
         choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
+        chosen_experts: an implementation of ``chosen_experts.reference.chosen_experts``; None without a kernel.
+        normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         note: a message for the user about the choice, or None.
     """
@@ -76,6 +79,8 @@ class Kernels:
     most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
     choose_experts: ChooseExperts | None = None
+    chosen_experts: Callable[..., tuple[mx.array, mx.array]] | None = None
+    normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
     note: str | None = None
 
@@ -113,6 +118,7 @@ def choose(preference: str) -> Kernels:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
     if dialect() == "cuda":
+        launch_directly()
         code_cache.keep_modules_of_mlx(gpu().architecture)
     found = operations()
     chosen = {name: operation.on(target) for name, operation in found.items()}
@@ -135,6 +141,8 @@ def choose(preference: str) -> Kernels:
         most_gpu_tokens=most_tokens() if on_gpu else 0,
         dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
         choose_experts=chosen["choose_experts"] if on_gpu else None,
+        chosen_experts=chosen["chosen_experts"] if on_gpu else None,
+        normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         note=note,
     )
@@ -170,6 +178,7 @@ __all__ = [
     "KernelReport",
     "Kernels",
     "ModelShapes",
+    "NormedMatvec",
     "QuantizedWeight",
     "UncheckedPathWarning",
     "check_kernels",

@@ -124,6 +124,11 @@ class CheckedKernel(Generic[P, R]):
             self._warn_unchecked(path)
         return self.mlx(*args, **kwargs)
 
+    def runs(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Return whether ``kernel`` runs for these arguments."""
+        path = self.code_path(*args, **kwargs)
+        return path is not None and self._reasons.get(path, _UNCHECKED) is None
+
     def check(self, samples: Iterable[Sample]) -> list[Verdict]:
         """Compare the kernel with its reference on the code paths of ``samples``.
 

@@ -11,11 +11,12 @@ A body uses only words that Metal and CUDA share or that ``dialects/`` defines f
 
 Pass scalars as template arguments (a float by ``bits_of``) or as shapes of inputs, never as arrays: on CUDA MLX keeps
 arrays of up to 8 bytes in memory shared with the host, and every simdgroup that reads one may have to cross the bus.
+A number that changes with every call is an array of at least 16 bytes that an operation computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import cache, lru_cache
+from functools import cache
 from importlib.resources import files
 from typing import Literal, cast
 
@@ -182,19 +183,3 @@ def _text(package: str, *path: str) -> str:
 def bits_of(value: float) -> int:
     """Return the bits of ``value`` in f32 as an int32, for a body that reads it by ``as_type<float>``."""
     return int(np.float32(value).view(np.int32))
-
-
-@lru_cache(maxsize=16)
-def length_as_shape(length: int) -> mx.array:
-    """Return ``length`` undefined bytes, for kernels that read only their shape, which is passed at the launch.
-
-    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
-    """
-    return _ruler(1 << (length - 1).bit_length())[:length]
-
-
-@cache
-def _ruler(room: int) -> mx.array:
-    array = mx.zeros((room,), mx.uint8)
-    mx.eval(array)
-    return array

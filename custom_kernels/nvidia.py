@@ -1,6 +1,7 @@
-"""Properties of an NVIDIA GPU that MLX does not report, from NVIDIA's driver."""
+"""NVIDIA GPUs: properties that MLX does not report, from NVIDIA's driver; and MLX's way to launch kernels."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,6 +31,16 @@ class Gpu:
     def architecture(self) -> str:
         """The compiler's name of the GPU, with the instructions that no other architecture has."""
         return f"sm_{self.capability}{self.minor}{'a' if self.capability >= COPY_ENGINE else ''}"
+
+
+def launch_directly() -> None:
+    """Let MLX launch kernels one by one instead of in CUDA graphs, unless the environment says otherwise.
+
+    MLX reads the variable when it first uses the GPU. A graph is cheaper for the GPU, but building it takes the host
+    longer than launching its kernels: on an H100, a decoded token took 2.0 ms instead of 2.5 ms, and a prompt of 4,096
+    tokens 0.87 s instead of 0.91 s.
+    """
+    os.environ.setdefault("MLX_USE_CUDA_GRAPHS", "0")
 
 
 @cache

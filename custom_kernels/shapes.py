@@ -16,11 +16,13 @@ class Projection:
         weights: the matrices.
         residual: whether the call adds a residual to the product.
         one_token: whether the call may have one vector alone; a joint matrix may take its place there.
+        normed: whether the call for one vector on a GPU begins with an RMS norm.
     """
 
     weights: tuple[QuantizedWeight, ...]
     residual: bool = False
     one_token: bool = True
+    normed: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_
 
 import ctypes
 import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,6 +32,7 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
 from flashmoe_mlx.research.decode_probe import DecodeFinding
 from flashmoe_mlx.research.estimate import probe
@@ -52,7 +55,7 @@ ROUNDED = 0.05
 WHOLE_CHUNKS = SyntheticSizes(
     num_layers=4,
     hidden_size=512,
-    num_experts=4,
+    num_experts=8,
     experts_per_token=4,
     expert_size=512,
     shared_expert_size=512,
@@ -117,7 +120,7 @@ def ran(launches: Launches, *kernels: str) -> bool:
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
 SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
 MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
-PRODUCTS = ("quantized_matvec_body",)
+PRODUCTS = ("quantized_matvec_body_with_norm", "quantized_matvec_body_with_residual")
 RECORD_BYTES = 32768
 
 
@@ -209,7 +212,11 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
     [
         (
             gpu_on_cpu.HOPPER,
-            ("routed_experts_fused_with_shared_expert", "quantized_matvec_stream", "attention_decode_tensor"),
+            (
+                "routed_experts_fused_with_shared_expert_chooses",
+                "quantized_matvec_stream_with_norm",
+                "attention_decode_tensor",
+            ),
         ),
         (
             gpu_on_cpu.AMPERE,
@@ -225,6 +232,36 @@ def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) ->
         assert ran(launches, *kernels)
         rounded = compute_logits(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
+
+
+def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
+    """Every operation of a layer is a kernel of ours: 5 in a layer with a recurrence, 6 in a layer with attention."""
+    with gpu_on_cpu.cuda() as launches, flashmoe_mlx.load(whole_chunks, backend="resident") as engine:
+        cache = engine.new_cache()
+        engine.forward([1], cache)
+        launches.clear()
+        engine.forward([2], cache)
+        attention = [isinstance(layer.mixer, Attention) for layer in engine.model.layers]
+    assert launches == Counter(
+        quantized_matvec_stream_with_norm=2 * len(attention),  # projections and router; MLX multiplies with 265 rows
+        gated_delta_net_step=attention.count(False),
+        attention_decode_tensor=attention.count(True),
+        attention_merge=attention.count(True),
+        quantized_matvec_stream_with_residual=attention.count(True),
+        quantized_matvec_body_with_residual=attention.count(False),  # outputs of 128 columns
+        routed_experts_fused_with_shared_expert_chooses=len(attention),
+    )
+
+
+def test_cuda_launches_kernels_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Direct launches are faster than MLX's graphs; the environment may choose otherwise."""
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    with gpu_on_cpu.cuda():
+        choose("auto")
+        assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
+        monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
+        choose("auto")
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "1"
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:

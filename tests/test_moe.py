@@ -92,7 +92,7 @@ def test_the_shared_expert_is_weighted_by_a_sigmoid(by_numpy: bool, logit: float
     x = mx.array([[2.0, 1.0, 0.0, logit]])
     made = router_of_scores(3, 2)
     router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
-    routing = router.route(x, PhaseClock())
+    routing = router.route(x, None, PhaseClock())
     expected = 1 / (1 + np.exp(-logit))
     assert routing.experts.tolist() == [[0, 1]]
     assert routing.experts.dtype == np.uint32
@@ -115,7 +115,7 @@ def test_the_router_evaluates_further_arrays_in_the_same_phase() -> None:
         made = router_of_scores(3, 2)
         router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
         clock = PhaseClock(split=True)
-        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), clock, mx.arange(3) + 1)
+        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), None, clock, mx.arange(3) + 1)
         assert list(clock.seconds) == ["router_wait"]
 
 

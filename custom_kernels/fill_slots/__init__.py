@@ -12,11 +12,12 @@ check at load failed. Tests compare it with its reference.
 """
 
 from collections.abc import Sequence
+from functools import cache, lru_cache
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.fill_slots import reference
-from flashmoe_mlx.custom_kernels.kernel import Kernel, length_as_shape
+from flashmoe_mlx.custom_kernels.kernel import Kernel
 
 __all__ = ["begin_filling_slots", "finish_filling_slots", "reference"]
 
@@ -44,10 +45,26 @@ def begin_filling_slots(slab: mx.array, jobs: mx.array, first: int, count: int) 
         An array for ``finish_filling_slots``. Until then the records and the entries must not change.
     """
     (written,) = KERNEL(
-        [slab, jobs, length_as_shape(first + 1)], [((1,), mx.uint8)], (_BLOCKS_A_RECORD, count, 1), _BLOCK, {}
+        [slab, jobs, _length_as_shape(first + 1)], [((1,), mx.uint8)], (_BLOCKS_A_RECORD, count, 1), _BLOCK, {}
     )
     mx.async_eval(written)  # type: ignore[no-untyped-call]
     return written
+
+
+@lru_cache(maxsize=16)
+def _length_as_shape(length: int) -> mx.array:
+    """Return ``length`` undefined bytes; the kernel reads only their shape, which is passed at the launch.
+
+    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
+    """
+    return _ruler(1 << (length - 1).bit_length())[:length]
+
+
+@cache
+def _ruler(room: int) -> mx.array:
+    array = mx.zeros((room,), mx.uint8)
+    mx.eval(array)
+    return array
 
 
 def finish_filling_slots(begun: Sequence[mx.array] | None) -> None:

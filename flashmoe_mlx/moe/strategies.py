@@ -96,4 +96,5 @@ def choose_in_memory(
     if form is None or kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
         return None
     fuse_shared = gpu.can_fuse_shared_expert(shared, form)
-    return ExpertsInMemory(kernels.routed_experts_gpu, form, fuse_shared, kernels.most_gpu_tokens)
+    chosen = kernels.chosen_experts if fuse_shared else None
+    return ExpertsInMemory(kernels.routed_experts_gpu, chosen, form, fuse_shared, kernels.most_gpu_tokens)

@@ -14,10 +14,8 @@ from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Status
 from flashmoe_mlx.layers.cache import SequenceCache
-from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.models.steps import TracedSteps
-from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.in_memory import UsedExperts
 
 _PROMPT = [5, 17, 42, 8]
@@ -81,9 +79,8 @@ def _count_token(runner: Runner, cache: SequenceCache) -> int | None:
     if steps is None:
         return None
     mx.eval(cache.arrays())
-    context = ForwardContext(PhaseClock(), used=UsedExperts(runner.store))
-    logits = runner.model.logits(steps.hidden(mx.array(_PROMPT[:1], mx.uint32), cache, context))
-    return count_dispatches(logits, *cache.arrays())
+    logits, finite = steps.logits(mx.array(_PROMPT[:1], mx.uint32), cache, UsedExperts(runner.store))
+    return count_dispatches(logits, finite, *cache.arrays())
 
 
 def count_dispatches(*results: mx.array) -> int:
