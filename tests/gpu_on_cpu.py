@@ -54,7 +54,7 @@ def cuda(dtype: mx.Dtype = mx.bfloat16, gpu: nvidia.Gpu = HOPPER, at_once: int =
         patch.setattr(mx.fast, "cuda_kernel", _counting(machine.cuda_kernel, launches))
 
         def precompiled(*, name: str, **call: Any) -> list[mx.array]:
-            launches[name] += 1
+            launches[name] += name != "probe"  # it tells whether this way of launching works
             return machine.precompiled_cuda_kernel(name=name, **call)
 
         patch.setattr(mx.fast, "precompiled_cuda_kernel", precompiled)

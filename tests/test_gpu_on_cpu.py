@@ -243,6 +243,7 @@ def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
         engine.forward([2], cache)
         attention = [isinstance(layer.mixer, Attention) for layer in engine.model.layers]
     assert launches == Counter(
+        embedding_body=1,
         quantized_matvec_stream_with_norm=2 * len(attention),  # projections and router; MLX multiplies with 265 rows
         gated_delta_net_step=attention.count(False),
         attention_decode_tensor=attention.count(True),
@@ -370,7 +371,7 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     record = json.loads((tmp_path / "doctor.json").read_text())
     assert record["dialect"] == record["kernels"] == "metal"
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
-    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
+    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec", "normed_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
     shown = capsys.readouterr().err
     assert "Custom kernels: metal." in shown

@@ -101,6 +101,12 @@ def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype
         ]
         for make in makers:
             yield name, partial(make, on_cpu=on_cpu)
+        if on_gpu:
+            yield name, partial(cases.normed_matvec, geometry.hidden, geometry.hidden)
+            yield (
+                name,
+                partial(cases.quantized_matvec, geometry.hidden, geometry.hidden, with_residual=True),
+            )
 
 
 def _examined(case: Case, geometry: str, custom: bool) -> Finding:
