@@ -60,7 +60,8 @@ def launched(run: Callable[[Launch], None]) -> Callable[..., list[mx.array]]:
         template: Sequence[tuple[str, Any]] = (),
     ) -> list[mx.array]:
         assert all(size % group == 0 for size, group in zip(grid, threadgroup, strict=True)), "whole threadgroups"
-        inputs = [mx.contiguous(array) for array in inputs]
+        mx.eval(*inputs)
+        inputs = [array if memoryview(array).c_contiguous else mx.contiguous(array) for array in inputs]  # type: ignore[arg-type]
         outputs = [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
         mx.eval(inputs, outputs)
         run(Launch(inputs, outputs, grid, threadgroup, list(template)))

@@ -4,6 +4,7 @@ everyday counterparts of ``-m cuda`` in ``test_kernels.py`` and ``test_fill_slot
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import gpu_on_cpu
@@ -26,6 +27,7 @@ from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.custom_kernels.routed_experts.samples import expert_inputs
+from flashmoe_mlx.stores.libc import address_of
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
@@ -63,15 +65,29 @@ def test_routed_experts(bits: int, group_size: int, k: int, shared: bool, at_onc
     for number in at_once:
         with gpu_on_cpu.cuda(at_once=number) as launches:
             check(case, launches, name)
-            assert not any(np.array(tickets)[0, 0] for tickets in routed_experts._all_tickets(k * 512)), "zero again"
+            used = [np.array(row)[0] for row in routed_experts._tickets.all_rows(2 * (k + shared) * 512)]
+            assert any(row[32] for row in used), "a call leaves its tag"
+            assert not any(row[0] for row in used), "zero again"
 
 
-def test_repeated_calls_of_routed_experts(on_hopper: gpu_on_cpu.Launches) -> None:
-    """Every call resets the counters for the next call."""
+def test_threads_do_not_share_work_counters() -> None:
+    """Each thread of a process has its own stream in MLX, and kernels of different streams may run at once."""
+    with ThreadPoolExecutor(1) as other:
+        for call in (lambda: routed_experts._tickets.next_row(8), lambda: routed_experts._tickets.next_row(16)):
+            mine, theirs = call(), other.submit(call).result()
+            mine_at, theirs_at = (address_of(memoryview(row).cast("B")) for row in (mine, theirs))  # type: ignore[arg-type]
+            assert mine_at != theirs_at
+
+
+def test_repeated_calls_of_routed_experts(on_hopper: gpu_on_cpu.Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call leaves the counters as the next call with the same counters needs them."""
+    monkeypatch.setattr(routed_experts._Tickets, "next_row", lambda tickets, words: tickets.all_rows(words)[0])
+    before = int(np.array(routed_experts._tickets.all_rows(2 * 2 * 512)[0])[0, 32])
     made = kernel_cases.routed_experts(WHOLE_CHUNKS, BF16, k=2, shared=False)
     first = np.array(made.custom()[0].astype(F32))
     for _ in range(3):
         assert np.array_equal(np.array(made.custom()[0].astype(F32)), first)
+    assert int(np.array(routed_experts._tickets.all_rows(2 * 2 * 512)[0])[0, 32]) == before + 4
 
 
 @pytest.mark.parametrize(("bits", "rows"), [(2, 208), (4, 208), (8, 16)])

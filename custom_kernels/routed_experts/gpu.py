@@ -3,6 +3,7 @@
 One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else takes two.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -220,7 +221,7 @@ def run_fused(
         results.append(((earlier.size + choices - (shared is not None),), mx.int32))
         template = template | {"EXPERTS": experts, "WIDTH": scores.shape[1]}
     return fused_kernel(shared is not None, plan.shared_memory, experts > 0)(
-        [*inputs, _tickets(_COPIES * choices * form.intermediate_size), *own],
+        [*inputs, _tickets.next_row(_COPIES * choices * form.intermediate_size), *own],
         results,
         (plan.threadgroups, 1, 1),
         plan.threads,
@@ -331,26 +332,34 @@ def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, d
     return FusedPlan(sizes | ahead | simdgroups, device.multiprocessors, threads, slots * slot_and_all + rest)
 
 
-_calls = count()
+class _Tickets(threading.local):
+    """Work counters, separate for each thread: MLX gives each thread a stream, and streams run kernels side by side."""
+
+    def __init__(self) -> None:
+        self._calls = count()
+        self._rows: dict[int, list[mx.array]] = {}
+
+    def all_rows(self, words: int) -> list[mx.array]:
+        """Return the counters of this thread with room for ``words``, one array for each of 256 calls."""
+        if words not in self._rows:
+            tickets = mx.zeros((256, 64 + words), mx.uint32)
+            rows = [tickets[i : i + 1] for i in range(len(tickets))]
+            mx.eval(rows)
+            self._rows[words] = rows
+        return self._rows[words]
+
+    def next_row(self, words: int) -> mx.array:
+        """Return work counters for one call, and room for ``words`` of tagged hidden values.
+
+        A call leaves the counters as the next call needs them. Calls that run at once must not share counters; 256
+        calls in a row have different counters. A function made by ``mx.compile`` always uses the counters of its
+        tracing, so it must not run concurrently with itself; MLX traces it again for another thread.
+        """
+        rows = self.all_rows(words)
+        return rows[next(self._calls) % len(rows)]
 
 
-@cache
-def _all_tickets(words: int) -> list[mx.array]:
-    tickets = mx.zeros((256, 64 + words), mx.uint32)
-    rows = [tickets[i : i + 1] for i in range(len(tickets))]
-    mx.eval(rows)
-    return rows
-
-
-def _tickets(words: int) -> mx.array:
-    """Return work counters for one call, and room for tagged hidden values.
-
-    A call leaves the counters as the next call needs them. Calls that run at once must not share counters; 256 calls in
-    a row have different counters. A function made by ``mx.compile`` always uses the counters of its tracing, so it must
-    not run concurrently with itself.
-    """
-    rows = _all_tickets(words)
-    return rows[next(_calls) % len(rows)]
+_tickets = _Tickets()
 
 
 def _parts(*weights: QuantizedWeight) -> list[mx.array]:
