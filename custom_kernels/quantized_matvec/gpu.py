@@ -199,8 +199,9 @@ def stream_plan(outputs: int, columns: int, bits: int, group_size: int, device: 
     steps = -(-outputs // (16 * batch))
     threadgroups = min(device.multiprocessors, steps)
     slot = int(16 * batch * columns * (bits + 2 * 16 / group_size) / 8)
+    squares = 4 * _STREAM_SIMDGROUPS  # with a norm; the compiler adds them to the size that a launch requests
     rest = columns * (2 * group_size + 8) // group_size + 2 * 4 * 16 * batch * chunks
-    slots = min(-(-steps // threadgroups), (device.shared_memory - rest) // (slot + 8))
+    slots = min(-(-steps // threadgroups), (device.shared_memory - squares - rest) // (slot + 8))
     if slots < 1:
         return None
     template = {"SIMDGROUPS": _STREAM_SIMDGROUPS, "BATCH": batch, "SLOTS": slots}
