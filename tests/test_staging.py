@@ -165,6 +165,16 @@ def test_a_full_table_waits_for_its_copies(gpu: LateCopies, monkeypatch: pytest.
     assert [bytes(view) for view in slots_on_gpu.batch(range(4)).host] == [content(slot) for slot in range(4)]
 
 
+def test_more_records_at_once_than_the_table_holds(gpu: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashmoe_mlx.stores.staging._MOST_JOBS", 3)
+    slots_on_gpu = SlotMaker(RECORD, AT_ONCE).make(COUNT)
+    filling = slots_on_gpu.fill([5, 1, 2, 3])
+    for slot in filling.rows:
+        filling.rows[slot][:] = content(slot)
+    filling.commit()
+    assert [bytes(view) for view in slots_on_gpu.batch([5, 1, 2, 3]).host] == [content(slot) for slot in (5, 1, 2, 3)]
+
+
 # Failures
 
 
@@ -273,6 +283,21 @@ def test_the_calls_of_the_driver(driver_with: Any) -> None:
     del row
     gc.collect()
     assert library.calls[-3:] == ["cuCtxSetCurrent", "cuCtxSynchronize", "cuMemHostUnregister"]
+
+
+def test_an_interrupt_after_the_pinning(gpu: LateCopies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory must not be unmapped while it is pinned: its address could then never be pinned again."""
+    pin = gpu.pin
+
+    def interrupted(address: int, nbytes: int) -> None:
+        pin(address, nbytes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "pin", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        PinnedRows(2, RECORD)
+    gc.collect()
+    assert gpu.pinned == {}
 
 
 def test_memory_with_another_address_on_the_gpu_is_not_used(driver_with: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -118,10 +118,15 @@ def _pinned(nbytes: int) -> memoryview:
     calls = driver()
     memory = allocate_huge_pages(nbytes)
     address = address_of(memory)
-    calls.pin(address, nbytes)
     # Every view refers to this object, which ends before the memory is unmapped.
     owner = (ctypes.c_uint8 * nbytes).from_buffer(memory)
-    weakref.finalize(owner, calls.unpin, address).atexit = False  # the driver may have ended by then
+    end = weakref.finalize(owner, calls.unpin, address)  # before an interrupt can leave pinned memory without an end
+    end.atexit = False  # the driver may have ended by then
+    try:
+        calls.pin(address, nbytes)
+    except DriverError:
+        end.detach()
+        raise
     return memoryview(owner).cast("B")
 
 

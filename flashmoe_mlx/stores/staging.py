@@ -64,6 +64,11 @@ class StagingArea:
 
     def copy(self, array: mx.array, sources: Sequence[memoryview], slots: Sequence[int]) -> None:
         """Begin to copy records to ``slots`` of ``array``."""
+        for start in range(0, len(slots), _MOST_JOBS):
+            self._copy(array, sources[start : start + _MOST_JOBS], slots[start : start + _MOST_JOBS])
+
+    def _copy(self, array: mx.array, sources: Sequence[memoryview], slots: Sequence[int]) -> None:
+        """Begin to copy at most ``_MOST_JOBS`` records."""
         if self._entries + len(slots) > _MOST_JOBS:
             self.wait()
         first, self._entries = self._entries, self._entries + len(slots)
