@@ -165,7 +165,7 @@ class Engine:
             EngineBusyError: a forward pass is running.
         """
         with self.runner.exclusive():
-            self.store.close()
+            self.runner.close()
 
     @property
     def model(self) -> Model:

@@ -3,7 +3,7 @@ number of concurrent threadgroups; and the machine detects kernels that hang or 
 everyday counterparts of ``-m cuda`` in ``test_kernels.py`` and ``test_fill_slots.py``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,7 +16,7 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
-from flashmoe_mlx.custom_kernels import kernel, nvrtc, precompiled
+from flashmoe_mlx.custom_kernels import fill_slots, kernel, nvrtc, precompiled
 from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
@@ -27,6 +27,7 @@ from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.custom_kernels.routed_experts.samples import expert_inputs
+from flashmoe_mlx.moe import router
 from flashmoe_mlx.stores.libc import address_of
 
 pytestmark = needs_linux
@@ -77,6 +78,14 @@ def test_threads_do_not_share_work_counters() -> None:
             mine, theirs = call(), other.submit(call).result()
             mine_at, theirs_at = (address_of(memoryview(row).cast("B")) for row in (mine, theirs))  # type: ignore[arg-type]
             assert mine_at != theirs_at
+
+
+@pytest.mark.parametrize("make", [attention._on_device, fill_slots._length_as_shape, router._everyone])
+def test_kept_arrays_serve_all_threads(make: Callable[[int], mx.array]) -> None:
+    """MLX evaluates a lazy array only in the thread that made it."""
+    with ThreadPoolExecutor(1) as other:
+        kept = other.submit(make, 37).result()
+    mx.eval(kept + 1)
 
 
 def test_repeated_calls_of_routed_experts(on_hopper: gpu_on_cpu.Launches, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 Emulated GPUs run it on a CPU (``gpu_on_cpu``). Passes that wait for each layer, for an observer, are the truth.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -303,6 +304,18 @@ def test_slots_that_fill_up(tiny_pack: Path) -> None:
         assert finish(engine, begin(engine, max_tokens=4)) == expected
         assert engine.runner._ahead.ready
         assert (engine.store.stats() - before).misses == 0
+
+
+def test_a_closed_engine_frees_the_experts(tiny_pack: Path) -> None:
+    with gpu_on_cpu.cuda(mx.float32):
+        opened = flashmoe_mlx.load(tiny_pack, backend="resident")
+        finish(opened, begin(opened, max_tokens=4))
+        assert opened.runner._ahead.ready
+        gc.collect()
+        before = mx.get_active_memory()
+        opened.close()
+        gc.collect()
+        assert before - mx.get_active_memory() >= TINY.num_layers * TINY.num_experts * RECORD_BYTES
 
 
 @settings(max_examples=200, deadline=None)

@@ -167,8 +167,10 @@ def _stages_on_this_gpu() -> int:
 
 @lru_cache(maxsize=16)
 def _on_device(start: int) -> mx.array:
-    """Return ``AttentionInputs.position``, lazily: an evaluation would wait for all earlier work of the device."""
-    return mx.full((4,), start, mx.int32)  # MLX keeps smaller arrays in memory shared with the host
+    """Return ``AttentionInputs.position``, and do not wait for it: that would take until all earlier work is done."""
+    position = mx.full((4,), start, mx.int32)  # MLX keeps smaller arrays in memory shared with the host
+    mx.async_eval(position)  # type: ignore[no-untyped-call]  # no other thread can evaluate a lazy array
+    return position
 
 
 @cache

@@ -53,11 +53,10 @@ def begin_filling_slots(slab: mx.array, jobs: mx.array, first: int, count: int) 
 
 @lru_cache(maxsize=16)
 def _length_as_shape(length: int) -> mx.array:
-    """Return ``length`` undefined bytes; the kernel reads only their shape, which is passed at the launch.
-
-    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
-    """
-    return _ruler(1 << (length - 1).bit_length())[:length]
+    """Return ``length`` undefined bytes; the kernel reads only their shape, which is passed at the launch."""
+    part = _ruler(1 << (length - 1).bit_length())[:length]
+    mx.async_eval(part)  # type: ignore[no-untyped-call]  # no other thread can evaluate a lazy array
+    return part
 
 
 @cache

@@ -41,6 +41,10 @@ class StepsAhead:
             self._steps = TracedSteps.of(self._model)
         return self._steps is not None
 
+    def close(self) -> None:
+        """Drop the experts of the store, which is about to be closed."""
+        self._steps = None
+
     def decode(self, sequence: Sequence, refuse_cancelled: Callable[[], None]) -> None:
         """Append a token to ``sequence``: finish the step under way, or begin one, after the next one has begun.
 

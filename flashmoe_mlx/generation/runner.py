@@ -80,6 +80,11 @@ class Runner:
             )
         return self._lock
 
+    def close(self) -> None:
+        """Close the store, and free its experts."""
+        self._ahead.close()
+        self.store.close()
+
     def begin(
         self, request: Request, on_prefill: PrefillProgress | None = None, start: float | None = None
     ) -> Sequence:
