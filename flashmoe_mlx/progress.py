@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from threading import Lock, Timer
 
@@ -55,15 +55,20 @@ def report(activity: str) -> None:
 
 @contextmanager
 def reports_to(listener: Listener, after: float = 1.0) -> Iterator[None]:
-    """Send this thread's reports in the block to ``listener``, unless the block ends within ``after`` seconds."""
+    """Send this thread's reports in the block to ``listener``, unless the block ends within ``after`` seconds.
+
+    On a system that starts no more threads, there are no reports.
+    """
     patient = _Patient(listener)
     timer = Timer(after, patient.release)
     timer.daemon = True
-    timer.start()
+    with suppress(RuntimeError):
+        timer.start()
     token = _patient.set(patient)
     try:
         yield
     finally:
         _patient.reset(token)
         timer.cancel()
-        timer.join()
+        if timer.ident is not None:
+            timer.join()

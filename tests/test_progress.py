@@ -32,6 +32,17 @@ def test_a_long_step_reports_its_activity_and_then_each_one() -> None:
     assert heard == ["reading", "checking: 0"]
 
 
+def test_a_system_without_threads_has_no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(progress.Timer, "start", refuse)
+    heard: list[str] = []
+    with reports_to(heard.append, after=0):
+        report("reading")
+    assert heard == []
+
+
 def test_a_load_says_what_it_does(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "reports_to", lambda listener: progress.reports_to(listener, after=0))
     heard: list[str] = []
