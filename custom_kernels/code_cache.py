@@ -2,7 +2,7 @@
 
 Any number of processes may use the folder. A file that is damaged, missing or unreadable is a miss, and a folder that
 cannot be written costs later processes their time but is no error. Machine code runs with the user's rights, so the
-folder must belong to the user, and nobody else may write to it.
+folder and its files must belong to the user, and nobody else may write to the folder.
 """
 
 import hashlib
@@ -28,12 +28,20 @@ def key_of(*parts: str) -> str:
 def load(key: str) -> bytes | None:
     """Return the stored code; None without an intact file."""
     try:
-        data = (_folder() / key).read_bytes()
+        data = _read_own(_folder() / key)
     except (OSError, InputError) as error:
         _log.debug("no compiled kernel in the cache: %s", error)
         return None
     digest, code = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _read_own(path: Path) -> bytes:
+    """Return the content of a file; raise OSError for a link, and for a file of another user."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user")
+        return file.read()
 
 
 def store(key: str, code: bytes) -> None:

@@ -42,17 +42,31 @@ def replaced_by_a_folder(file: Path) -> None:
     file.mkdir()
 
 
+def replaced_by_a_link(file: Path) -> None:
+    file.rename(file.with_suffix(".elsewhere"))
+    file.symlink_to(file.with_suffix(".elsewhere"))
+
+
 def writable_for_others(file: Path) -> None:
     file.parent.chmod(0o777)
 
 
-@pytest.mark.parametrize("change", [Path.unlink, damaged, truncated, replaced_by_a_folder, writable_for_others])
+@pytest.mark.parametrize(
+    "change", [Path.unlink, damaged, truncated, replaced_by_a_folder, replaced_by_a_link, writable_for_others]
+)
 def test_anything_but_the_stored_code_is_a_miss(folder: Path, change: Callable[[Path], None]) -> None:
     assert code_cache.load(KEY) is None
     code_cache.store(KEY, b"code")
     assert code_cache.load(KEY) == b"code"
     assert folder.stat().st_mode & 0o777 == 0o700
     change(folder / KEY)
+    assert code_cache.load(KEY) is None
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+def test_code_of_another_user_is_a_miss(folder: Path) -> None:
+    code_cache.store(KEY, b"code")
+    os.chown(folder / KEY, 12345, -1)
     assert code_cache.load(KEY) is None
 
 
