@@ -5,6 +5,7 @@ Emulated GPUs run it on a CPU (``gpu_on_cpu``). Passes that wait for each layer,
 
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,23 @@ def test_one_step_ahead(engine: Engine) -> None:
     assert sequence.cache.length == len(PROMPT) + 2
     sequence.settle()
     assert_same_state(engine, sequence, sequence)
+    assert finish(engine, sequence) == waiting(engine).token_ids
+
+
+def test_threads_take_turns_at_a_sequence(engine: Engine) -> None:
+    """A step that one thread has begun is finished by another, whose stream in MLX is a different one."""
+    sequence = begin(engine)
+
+    def decode() -> None:
+        with engine.runner.exclusive():
+            engine.runner.decode([sequence])
+
+    with engine.runner.exclusive():
+        engine.runner.prefill(sequence)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
+        for thread in (one, other, other, one):
+            thread.submit(decode).result()
+            assert sequence.ahead is not None
     assert finish(engine, sequence) == waiting(engine).token_ids
 
 
