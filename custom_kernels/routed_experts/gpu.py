@@ -80,7 +80,7 @@ def fused_kernel(with_shared: bool, shared_memory: int, chooses: bool = False) -
         "fused",
         ["x", "residual", "slab", *choice, "tickets", *own],
         ["y", *["chosen"] * chooses],
-        ["functions", "mma", "copy_engine", "tensor_stream"],
+        ["functions", "mma", "copy_engine", "tensor_stream", *["choice"] * chooses],
         {"WITH_SHARED_EXPERT": with_shared, "CHOOSES": chooses},
         in_place=["tickets"],
         shared_memory=shared_memory,
