@@ -153,14 +153,23 @@ Matrix matrix(Held& held, PyObject* tuple) {
     return m;
 }
 
+const Multiplication& with(int activations) {
+    const Multiplication* found =
+        activations >= 0 && activations <= 2 ? multiplication(static_cast<Activations>(activations)) : nullptr;
+    require(found, "this machine, or this build, has no products with such activations");
+    return *found;
+}
+
 PyObject* products(PyObject*, PyObject* args) {
     PyObject *x, *matrices, *results;
     long long tokens;
-    int add;
-    if (!PyArg_ParseTuple(args, "OLO!O!p", &x, &tokens, &PyTuple_Type, &matrices, &PyTuple_Type, &results, &add))
+    int add, activations;
+    if (!PyArg_ParseTuple(args, "OLO!O!pi", &x, &tokens, &PyTuple_Type, &matrices, &PyTuple_Type, &results, &add,
+                          &activations))
         return nullptr;
     return guarded([&] {
         Held held;
+        const Multiplication& many = with(activations);
         require(tokens >= 0, "tokens out of range");
         const Py_ssize_t count = PyTuple_Size(matrices);
         require(count > 0 && PyTuple_Size(results) == count, "as many results as matrices are needed");
@@ -172,7 +181,7 @@ PyObject* products(PyObject*, PyObject* args) {
         }
         const float* in = floats(held, x, "x", tokens * all[0].matrix.columns);
         WithoutGil released;
-        quantized_products(all, in, tokens, add);
+        quantized_products(all, in, tokens, add, many);
     });
 }
 
@@ -232,11 +241,13 @@ struct Format {
 PyObject* experts(PyObject*, PyObject* args) {
     PyObject *x, *records, *form, *rows, *routing_weights, *shared, *y;
     long long tokens, choices;
-    if (!PyArg_ParseTuple(args, "OLO!O!OOLOO", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
-                          &routing_weights, &choices, &shared, &y))
+    int activations;
+    if (!PyArg_ParseTuple(args, "OLO!O!OOLOOi", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
+                          &routing_weights, &choices, &shared, &y, &activations))
         return nullptr;
     return guarded([&] {
         Held held;
+        const Multiplication& many = with(activations);
         require(tokens >= 0 && choices >= 0, "tokens and choices out of range");
         const Format format(form);
         const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
@@ -278,7 +289,7 @@ PyObject* experts(PyObject*, PyObject* args) {
             all.push_back(std::move(own));
         }
         WithoutGil released;
-        apply_experts(all, in, tokens, hidden, out);
+        apply_experts(all, in, tokens, hidden, out, many);
     });
 }
 
@@ -379,10 +390,10 @@ PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads())
 
 PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
-     "products(x, tokens, matrices, results, add): each result = (or +=) x times the transpose of its matrix"},
+     "products(x, tokens, matrices, results, add, activations): each result = (or +=) x times the transpose of its matrix"},
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
-     "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y): y += weighted outputs"},
+     "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
     {"delta_net", delta_net, METH_VARARGS,
      "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, conv_state, recurrent_state, y)"},
     {"attention", attention, METH_VARARGS,
@@ -395,7 +406,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 4; // see __init__.py
+constexpr int kInterface = 5; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

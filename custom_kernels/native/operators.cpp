@@ -50,17 +50,16 @@ float* scratch(int64_t count) {
     return memory.room(count);
 }
 
-enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
+enum Purpose { kPacked, kArranged, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
 
 constexpr int64_t kBytesAtOnce = 24 * 1024; // bytes of weights per step of a thread, so that all end together
 
-int64_t rows_at_once(const Matrix& m, int64_t tokens) {
+int64_t rows_at_once(const Matrix& m) {
     const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();
-    const int64_t least = tokens > kFewTokens ? 24 : 8; // whole blocks of rows
-    return std::max<int64_t>(least, kBytesAtOnce / row / least * least);
+    return std::max<int64_t>(8, kBytesAtOnce / row / 8 * 8); // whole blocks of rows
 }
 
-int64_t up_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t kTokensAtOnce = 256; // tokens for which a panel is unpacked once
 
 bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
@@ -99,52 +98,64 @@ void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t
     }
 }
 
-// Store `count` packed vectors side by side, [packed length][width]; `row(i)` returns vector i.
-template <typename Row>
-float* across(const Matrix& m, int64_t count, int64_t width, const Row& row) {
-    const int64_t length = packed_length(m.columns, m.group);
-    float *packed = scratch<kPacked>(count * length), *to = scratch<kAcross>(length * width);
-    const Operations& own = operations();
-    parallel(count, 4, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) own.pack(row(i), m.columns, m.bits, m.group, packed + i * length);
-    });
-    parallel(length, 256, [&](int64_t begin, int64_t end, int) {
-        for (int64_t k = begin; k < end; ++k) {
-            for (int64_t t = 0; t < count; ++t) to[k * width + t] = packed[t * length + k];
-            for (int64_t t = count; t < width; ++t) to[k * width + t] = 0.0f;
-        }
-    });
-    return to;
-}
+// Vectors that are arranged for products of many vectors with matrices of a format; `row(i)` returns vector i.
+class Arranged {
+public:
+    template <typename Row>
+    Arranged(const Multiplication& how, const Matrix& m, int64_t count, const Row& row) : how_(how), count_(count) {
+        const int64_t bytes = how.vector_bytes(m.columns, m.group);
+        memory_ = reinterpret_cast<uint8_t*>(scratch<kArranged>(count * bytes / 4));
+        const Parts blocks(count, how.block);
+        parallel(blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
+            std::vector<const float*> rows(how.block);
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t first = blocks.begin(i), size = blocks.size(i);
+                for (int64_t t = 0; t < size; ++t) rows[t] = row(first + t);
+                how.arrange(rows.data(), static_cast<int>(size), m.columns, m.bits, m.group, memory_ + first * bytes);
+            }
+        });
+    }
 
-void many(const Matrix& m, int64_t begin, int64_t end, const float* across, int64_t width, float* tile) {
-    operations().multiply(m, begin, end, across, static_cast<int>(width), tile, scratch<kOwn>(kScratch));
-}
+    // Call f(first, rows) for all panels of `rows` rows.
+    template <typename Function>
+    void panels(int64_t rows, const Function& f) const {
+        parallel((rows + how_.rows - 1) / how_.rows, 1, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) f(i * how_.rows, std::min(how_.rows, rows - i * how_.rows));
+        });
+    }
 
-// Call f(first, count) for blocks of tokens as large as one pass allows; a few remaining tokens form another block.
+    // Return the products with a panel of `m`, [vector][rows of a panel]; PURPOSE says which memory of the thread to use.
+    template <Purpose PURPOSE>
+    float* times(const Matrix& m, int64_t first) const {
+        float* tile = scratch<PURPOSE>(count_ * how_.rows);
+        how_.multiply(m, first, count_, memory_, tile, scratch<kOwn>(how_.scratch(m)));
+        return tile;
+    }
+
+private:
+    const Multiplication& how_;
+    const int64_t count_;
+    uint8_t* memory_;
+};
+
+// Call f(first, count) for blocks of tokens for which panels are unpacked once.
 template <typename Function>
 void token_blocks(int64_t tokens, const Function& f) {
-    int64_t first = 0;
-    while (first < tokens) {
-        int64_t count = std::min<int64_t>(kTile, tokens - first);
-        if (count > kFewTokens && count % kLanes && count % kLanes <= kFewTokens / 2) count -= count % kLanes;
-        f(first, count);
-        first += count;
-    }
+    const Parts blocks(tokens, kTokensAtOnce);
+    for (int64_t i = 0; i < blocks.parts; ++i) f(blocks.begin(i), blocks.size(i));
 }
 
 // One expert and one block of the tokens that use it.
-void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y) {
+void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y,
+                    const Multiplication& how) {
     const int64_t inner = e.gate.rows;
     const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
-    const int64_t width = up_to_lanes(count);
-    const int64_t step = rows_at_once(e.gate, count), down_step = rows_at_once(e.down, count);
     if (count <= kFewTokens) {
         const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
         prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
-        parallel(inner, step, [&](int64_t begin, int64_t end, int) {
+        parallel(inner, rows_at_once(e.gate), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* up = scratch<kOwnUp>(count * rows);
             few(e.gate, begin, end, prepared, count, middle + begin, inner);
@@ -153,7 +164,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         });
         const Prepared prepared_middle(e.down, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
         prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
-        parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
+        parallel(hidden, rows_at_once(e.down), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* out = scratch<kOwnTile>(count * rows);
             few(e.down, begin, end, prepared_middle, count, out, rows);
@@ -163,27 +174,20 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         });
         return;
     }
-    const float* inputs = across(e.gate, count, width, input);
-    const int64_t middle_length = packed_length(inner, e.down.group);
-    float* middle = scratch<kHidden>(middle_length * width);
-    std::fill(middle, middle + middle_length * width, 0.0f);
-    parallel(inner, step, [&](int64_t begin, int64_t end, int) {
-        const int64_t rows = end - begin;
-        float *gate = scratch<kOwnTile>((rows + kSlack) * width), *up = scratch<kOwnUp>((rows + kSlack) * width);
-        many(e.gate, begin, end, inputs, width, gate);
-        many(e.up, begin, end, inputs, width, up);
-        own.swiglu(gate, up, rows * width);
-        for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(middle + packed_place(begin + r, e.down.bits) * width, gate + r * width,
-                        sizeof(float) * width);
+    float* middle = scratch<kHidden>(count * inner);
+    const Arranged inputs(how, e.gate, count, input);
+    inputs.panels(inner, [&](int64_t first, int64_t rows) {
+        float *gate = inputs.times<kOwnTile>(e.gate, first), *up = inputs.times<kOwnUp>(e.up, first);
+        own.swiglu(gate, up, count * how.rows);
+        for (int64_t t = 0; t < count; ++t)
+            std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
     });
-    parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
-        const int64_t rows = end - begin;
-        float* out = scratch<kOwnTile>((rows + kSlack) * width);
-        many(e.down, begin, end, middle, width, out);
+    const Arranged middles(how, e.down, count, [&](int64_t i) { return middle + i * inner; });
+    middles.panels(hidden, [&](int64_t first, int64_t rows) {
+        const float* out = middles.times<kOwnTile>(e.down, first);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = 0; r < rows; ++r)
-                y[uses[t].token * hidden + begin + r] += uses[t].routing_weight * out[r * width + t];
+                y[uses[t].token * hidden + first + r] += uses[t].routing_weight * out[t * how.rows + r];
     });
 }
 
@@ -213,7 +217,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     }
     float* middle = scratch<kHidden>(starts[count]);
     const Matrix& first = experts[0].expert.gate;
-    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first, 1) / 2), [&](int64_t begin, int64_t end, int) {
+    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first) / 2), [&](int64_t begin, int64_t end, int) {
         int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
         while (begin < end) {
             const Expert& e = experts[i].expert;
@@ -231,7 +235,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
         middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
         middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
     }
-    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down, 1) / count);
+    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down) / count);
     parallel(hidden, step, [&](int64_t begin, int64_t end, int) {
         const int64_t rows = end - begin;
         float* out = scratch<kOwnTile>(rows);
@@ -279,7 +283,7 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
         free += Prepared::size(m, count);
         inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });
     }
-    parallel(starts[matrices], rows_at_once(products[0].matrix, count), [&](int64_t begin, int64_t end, int) {
+    parallel(starts[matrices], rows_at_once(products[0].matrix), [&](int64_t begin, int64_t end, int) {
         int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
         for (; begin < end; begin = starts[++i]) {
             const Matrix& m = products[i].matrix;
@@ -297,30 +301,33 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
     });
 }
 
-void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add) {
+void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add,
+                   const Multiplication& how) {
     const Matrix& m = product.matrix;
-    const int64_t width = up_to_lanes(count);
-    const float* inputs = across(m, count, width, [&](int64_t t) { return x + t * m.columns; });
-    float* out = product.y + first * m.rows;
-    parallel(m.rows, rows_at_once(m, count), [&](int64_t begin, int64_t end, int) {
-        float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
-        many(m, begin, end, inputs, width, tile);
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t r = begin; r < end; ++r) {
-                const float residual = add ? out[t * m.rows + r] : 0.0f;
-                out[t * m.rows + r] = residual + tile[(r - begin) * width + t];
-            }
+    const Arranged inputs(how, m, count, [&](int64_t t) { return x + t * m.columns; });
+    inputs.panels(m.rows, [&](int64_t row, int64_t rows) {
+        const float* tile = inputs.times<kOwnTile>(m, row);
+        for (int64_t t = 0; t < count; ++t) {
+            float* out = product.y + (first + t) * m.rows + row;
+            for (int64_t r = 0; r < rows; ++r) out[r] = (add ? out[r] : 0.0f) + tile[t * how.rows + r];
+        }
     });
 }
 
 } // namespace
 
-void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
+const Multiplication* multiplication(Activations type) {
+    if (type == Activations::bf16) return avx512_bf16();
+    return type == Activations::int8 ? &operations().bytes : &operations().floats;
+}
+
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
+                        const Multiplication& many) {
     if (products.empty()) return;
     const int64_t columns = products[0].matrix.columns;
     token_blocks(tokens, [&](int64_t first, int64_t count) {
         if (count <= kFewTokens) return multiply_few(products, x + first * columns, count, first, add);
-        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add);
+        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add, many);
     });
 }
 
@@ -331,12 +338,13 @@ void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width
     });
 }
 
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y) {
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
+                   const Multiplication& many) {
     if (experts.empty()) return;
     if (tokens == 1) return apply_to_one(experts, x, hidden, y);
     for (const ExpertUses& one : experts)
         token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y);
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, many);
         });
 }
 

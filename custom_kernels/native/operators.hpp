@@ -1,4 +1,4 @@
-// The operations on whole arrays, whose work the threads routing_weight.
+// The operations on whole arrays, whose work the threads share.
 #pragma once
 
 #include <vector>
@@ -7,7 +7,7 @@
 
 namespace flashmoe {
 
-// The most vectors for which a product reads the codes directly; for more, blocks are dequantized. Python checks both.
+// The most vectors for which a product reads the codes directly; for more, panels are unpacked. Python checks both.
 constexpr int64_t kFewTokens = 8;
 
 // Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
@@ -16,6 +16,12 @@ const Operations& operations();
 // Select an instruction set by name, the best for "auto"; return false if this machine lacks it.
 bool choose_operations(const char* name);
 
+// The type of vectors in products of more than kFewTokens vectors.
+enum class Activations : int { f32 = 0, bf16 = 1, int8 = 2 };
+
+// Return products with vectors of a type; null if this machine or this build cannot gain by it.
+const Multiplication* multiplication(Activations type);
+
 // A matrix and the result y [tokens, rows] = x [tokens, columns] times its transpose.
 struct Product {
     Matrix matrix;
@@ -23,7 +29,8 @@ struct Product {
 };
 
 // Compute products of `x` with matrices of the same number of columns; with `add`, add them to the results.
-void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
+                        const Multiplication& many);
 
 // Compute y [tokens, width] = x / rms(x) * weight.
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);
@@ -44,7 +51,8 @@ struct ExpertUses {
 };
 
 // Compute y[token] += routing_weight * down(silu(gate x) * up x) for every use; x and y are [tokens, hidden].
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y);
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
+                   const Multiplication& many);
 
 struct DeltaLayer {
     DeltaShape shape;

@@ -26,7 +26,7 @@ def products(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array
     tokens = len(x)
     matrices = tuple(native.matrix(weight) for weight in weights)
     results = [native.Output((tokens, matrix[3]), residual) for matrix in matrices]
-    native.loaded().products(x, tokens, matrices, tuple(y.buffer for y in results), residual is not None)
+    native.loaded().products(x, tokens, matrices, tuple(y.buffer for y in results), residual is not None, 0)
     return tuple(y.array() for y in results)
 
 

@@ -71,7 +71,7 @@ def routed_experts(
     scales = native.SCALES[form.dtype]
     layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, scales, offsets)
     matrices = None if shared is None else tuple(native.matrix(matrix) for matrix in shared.matrices)
-    native.loaded().experts(x, len(x), list(records), layout, rows, routing_weights, rows.shape[1], matrices, y.buffer)
+    native.loaded().experts(x, len(x), list(records), layout, rows, routing_weights, rows.shape[1], matrices, y.buffer, 0)
     return y.array()
 
 
