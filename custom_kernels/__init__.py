@@ -90,25 +90,29 @@ def operations() -> dict[str, Operation[..., Any]]:
     return found
 
 
-def choose(preference: str) -> Kernels:
+def choose(preference: str, activations: str = "auto") -> Kernels:
     """Choose an implementation of every operation.
 
     Args:
         preference: "auto" for custom kernels, and the fastest of MLX's operations where there is none; "mlx" for MLX's
             fused operations; "reference" for elementary operations.
+        activations: a member of ``native.ACTIVATIONS`` to which kernels for CPUs round the vectors of products of many
+            vectors; "auto" for exact vectors.
 
     Returns:
         Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
-        InputError: ``preference`` is unknown (code "unknown_kernels"), or an environment variable requests instructions
-            that the extension does not have or an invalid number of threads.
+        InputError: ``preference`` or ``activations`` is unknown (codes "unknown_kernels", "unknown_activations") or has
+            no effect here (code "activations_without_effect"), or an environment variable requests instructions that
+            the extension does not have or an invalid number of threads.
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
+    rounding = _checked_activations(activations, target)
     found = operations()
-    chosen = {name: operation.on(target) for name, operation in found.items()}
+    chosen = {name: operation.on(target, rounding) for name, operation in found.items()}
     note = native.MISSING if target == "fallback" else None
     if note is not None:
         _log.warning("%s", note)
@@ -129,6 +133,22 @@ def choose(preference: str) -> Kernels:
         accepts_any_scale_dtype=on_cpu,
         note=note,
     )
+
+
+def _checked_activations(activations: str, target: Target) -> str:
+    if activations == "auto":
+        return "f32"
+    choices = native.ACTIVATIONS[1:]
+    if activations not in choices:
+        raise InputError(
+            f"activations={activations!r}: choose from auto, {', '.join(choices)}", code="unknown_activations"
+        )
+    if target != "cpu" or not native.has_activations(activations):
+        why = "only kernels=auto on a CPU rounds" if target != "cpu" else "this CPU has no faster instructions for it"
+        raise InputError(
+            f"activations={activations}: no effect here, because {why}; leave it out", code="activations_without_effect"
+        )
+    return activations
 
 
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:

@@ -30,8 +30,8 @@ TOLERANCE = {mx.float32: 2e-3, mx.bfloat16: 5e-2}
 
 Wide enough for CUDA's TF32 products and for bf16 between the reference's operations; a wrong kernel is far outside.
 """
-
-
+ROUNDED_TOLERANCE = 5e-2
+"""As ``TOLERANCE``, for a kernel that rounds its vectors to 8 bits."""
 _UNCHECKED = "not checked"
 
 
@@ -94,6 +94,7 @@ class CheckedKernel(Generic[P, R]):
         samples: yield samples for every code path that a model takes.
         maker: kind of the kernel, for records.
         built_for: device of the kernel, for records; empty to leave it out.
+        rounded: the phrase of code paths on which the kernel rounds its vectors to 8 bits; empty if there are none.
     """
 
     name: str
@@ -104,6 +105,7 @@ class CheckedKernel(Generic[P, R]):
     samples: Callable[[ModelShapes], Iterable[Sample]]
     maker: str = "custom kernel"
     built_for: str = ""
+    rounded: str = ""
     _reasons: dict[CodePath, str | None] = field(default_factory=dict)
     """The reason why each checked path was replaced; None where the kernel runs."""
     _warned: set[CodePath] = field(default_factory=set)
@@ -132,11 +134,11 @@ class CheckedKernel(Generic[P, R]):
             if path is None:
                 raise AssertionError(f"{self.name}: the kernel does not support the arguments of a sample")
             if reasons.get(path) is None:
-                reasons[path] = self._disagreement(sample)
+                reasons[path] = self._disagreement(sample, path)
         self._reasons |= reasons
         return [self._verdict(path, reason) for path, reason in reasons.items()]
 
-    def _disagreement(self, sample: Sample) -> str | None:
+    def _disagreement(self, sample: Sample, path: CodePath) -> str | None:
         """Describe the error in the kernel's results; return None if they are correct."""
         reference: Callable[..., R] = self.reference
         kernel: Callable[..., R] = self.kernel
@@ -152,6 +154,8 @@ class CheckedKernel(Generic[P, R]):
             return f"cannot run: {_first_line(error)}"
         # A state in f32 that is computed from inputs in bf16 is only as exact as the inputs.
         accepted = max(TOLERANCE[array.dtype] for array in got if array.dtype in TOLERANCE)
+        if self.rounded and self.rounded in path:
+            accepted = max(accepted, ROUNDED_TOLERANCE)
         for result, exact in zip(got, expected, strict=True):
             difference = relative_difference(result, exact)
             if not difference <= (accepted if result.dtype in TOLERANCE else 0):  # NaN fails; integers must be equal

@@ -1,7 +1,7 @@
 """The Python interface: load a model, run it on tokens, generate text."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels import check_kernels, choose
+from flashmoe_mlx.custom_kernels.native import rounded_phrase
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
@@ -38,6 +39,7 @@ _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
 )
+_ROUNDING = "products of more than 8 tokens round their inputs to 8 bits of precision"
 
 
 def load(
@@ -46,6 +48,7 @@ def load(
     experts_k: int | None = None,
     *,
     kernels: str = "auto",
+    activations: str = "auto",
     prefetch: str = "none",
     profile: bool = False,
     **backend_options: Any,
@@ -57,6 +60,8 @@ def load(
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
         experts_k: routed experts per token; None for the model's own number.
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
+        activations: on a CPU, "bf16" or "int8" rounds the inputs of products of more than 8 tokens to 8 bits of
+            precision, which makes prompts faster and less exact; "auto" is exact.
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
@@ -65,7 +70,7 @@ def load(
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    chosen = choose(kernels)
+    chosen = choose(kernels, activations)
     files = open_model(expand_path(model))
     k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
     tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
@@ -79,21 +84,32 @@ def load(
         if prefetcher is not None:
             store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
         report = check_kernels(chosen, model_shapes(built))
+        _refuse_rounding_without_effect(activations, report.names)
     except BaseException:
         store.close()
         raise
     layout = store.layout
+    no_template = _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None
+    rounding = None if activations == "auto" else f"activations={activations}: {_ROUNDING}"
     setup = {
         "experts_k": k,
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
-        "activations": str(dtype),
+        "activations": str(dtype) if activations == "auto" else activations,
         "kernels": report.names,
         "replaced_kernels": report.replaced,
-        "note": _joined_notes(report.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None),
+        "note": _joined_notes(report.note, no_template, rounding),
         "prefetch": prefetch,
         "backend": settings,
     }
     return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
+
+
+def _refuse_rounding_without_effect(activations: str, names: Iterable[str]) -> None:
+    if activations != "auto" and not any(rounded_phrase(activations) in name for name in names):
+        raise InputError(
+            f"activations={activations}: no effect on this model, which has no quantized matrices; leave it out",
+            code="activations_without_effect",
+        )
 
 
 def _joined_notes(*notes: str | None) -> str | None:

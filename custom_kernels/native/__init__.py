@@ -26,6 +26,9 @@ from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 from flashmoe_mlx.errors import InputError
 
 BITS = (2, 3, 4, 8)
+ACTIVATIONS = ("f32", "bf16", "int8")
+"""Types of vectors in products of many vectors: exact, or rounded to 8 bits of precision, bf16 with an exponent for
+each value and int8 with a scale for each group."""
 GROUP_SIZES = (32, 64, 128)
 LANES = 16
 """Head sizes must be a multiple of this."""
@@ -101,10 +104,23 @@ def few_tokens() -> int:
     return few
 
 
-def tokens_phrase(tokens: int) -> str:
-    """Return the phrase for the number of tokens in the names of code paths of products."""
+def has_activations(activations: str) -> bool:
+    """Return whether this machine has products with vectors of this type, a member of ``ACTIVATIONS``."""
+    native = extension()
+    return native is not None and bool(native.has_activations(ACTIVATIONS.index(activations)))
+
+
+def rounded_phrase(activations: str) -> str:
+    """Return the phrase for rounded vectors in the names of code paths; empty for exact vectors."""
+    return "" if activations == "f32" else f"vectors in {activations}"
+
+
+def tokens_phrases(tokens: int, activations: str) -> tuple[str, ...]:
+    """Return the phrases for the number of tokens, and for rounded vectors, in the names of code paths of products."""
     few = few_tokens()
-    return "one token" if tokens == 1 else f"2 to {few} tokens" if tokens <= few else f"more than {few} tokens"
+    if tokens <= few:
+        return ("one token" if tokens == 1 else f"2 to {few} tokens", "")
+    return f"more than {few} tokens", rounded_phrase(activations)
 
 
 def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:

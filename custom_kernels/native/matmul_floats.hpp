@@ -66,11 +66,12 @@ INLINE void add_block_of_floats(int count, const float* panel, int64_t columns, 
 template <int BITS>
 void multiply_floats_typed(const Matrix& m, int64_t first, int64_t tokens, const uint8_t* arranged, float* tile,
                            float* scratch) {
+    constexpr int64_t depth = kChunk<BITS> > kPanelWords ? kChunk<BITS> : kPanelWords;
     const Panel panel(m, first, scratch);
     const Parts blocks(tokens, kFloatBlock);
     std::memset(tile, 0, sizeof(float) * tokens * kPanelRows);
-    for (int64_t from = 0; from < m.columns; from += kPanelWords) {
-        const int64_t to = from + kPanelWords < m.columns ? from + kPanelWords : m.columns;
+    for (int64_t from = 0; from < m.columns; from += depth) {
+        const int64_t to = from + depth < m.columns ? from + depth : m.columns;
         fill_floats<BITS>(m, panel, first, from, to);
         for (int64_t i = 0; i < blocks.parts; ++i) {
             const int64_t begin = blocks.begin(i);

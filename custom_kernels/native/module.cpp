@@ -388,6 +388,12 @@ PyObject* use_threads(PyObject*, PyObject* args) {
 
 PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
 
+PyObject* has_activations(PyObject*, PyObject* args) {
+    int type;
+    if (!PyArg_ParseTuple(args, "i", &type)) return nullptr;
+    return PyBool_FromLong(type >= 0 && type <= 2 && multiplication(static_cast<Activations>(type)) != nullptr);
+}
+
 PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
      "products(x, tokens, matrices, results, add, activations): each result = (or +=) x times the transpose of its matrix"},
@@ -398,6 +404,8 @@ PyMethodDef methods[] = {
      "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, conv_state, recurrent_state, y)"},
     {"attention", attention, METH_VARARGS,
      "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
+    {"has_activations", has_activations, METH_VARARGS,
+     "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},

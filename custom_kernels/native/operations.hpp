@@ -10,9 +10,10 @@
 namespace flashmoe {
 
 constexpr int kLanes = 16;     // floats in a vector, whatever the width of the registers
+// The most vectors for which a product reads the codes directly; for more, panels are unpacked. Python checks both.
+constexpr int64_t kFewTokens = 8;
 constexpr int kMostTokens = 4; // vectors that share one pass over the codes
 constexpr int kTile = 64;      // tokens that pass through GatedDeltaNet or attention together
-constexpr int kMostRows = 32;  // rows of a panel
 constexpr int kAhead = 8192;   // bytes between codes in use and prefetched codes
 
 enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -80,7 +81,8 @@ struct Parts {
 // Products of many vectors, which are arranged first, in `Parts(vectors, block)`; see `matmul.hpp`.
 struct Multiplication {
     int64_t block; // vectors side by side
-    int64_t rows;  // of a panel, at most kMostRows
+    int64_t rows;  // of a panel
+    int64_t few;   // the most vectors for which `dot` takes less time
 
     // Return the size of an arranged vector in bytes, a multiple of 4.
     int64_t (*vector_bytes)(int64_t columns, int group);

@@ -147,11 +147,11 @@ void token_blocks(int64_t tokens, const Function& f) {
 
 // One expert and one block of the tokens that use it.
 void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y,
-                    const Multiplication& how) {
+                    const Multiplication& how, int64_t few_tokens) {
     const int64_t inner = e.gate.rows;
     const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
-    if (count <= kFewTokens) {
+    if (count <= few_tokens) {
         const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
         prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
@@ -342,9 +342,10 @@ void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64
                    const Multiplication& many) {
     if (experts.empty()) return;
     if (tokens == 1) return apply_to_one(experts, x, hidden, y);
+    const int64_t few_tokens = tokens <= kFewTokens ? kFewTokens : many.few;
     for (const ExpertUses& one : experts)
         token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, many);
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, many, few_tokens);
         });
 }
 

@@ -7,9 +7,6 @@
 
 namespace flashmoe {
 
-// The most vectors for which a product reads the codes directly; for more, panels are unpacked. Python checks both.
-constexpr int64_t kFewTokens = 8;
-
 // Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
 const Operations& operations();
 

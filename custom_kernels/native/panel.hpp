@@ -5,7 +5,10 @@
 // Included before `matmul_*.hpp`, after a `lanes_*.hpp` and `formats.hpp`.
 
 constexpr int kPanelRows = 16 * kPanelVectors;
-constexpr int kPanelWords = 256; // words of 32 bits in a row of a panel, so that a panel fits into the cache
+constexpr int kPanelWords = 128; // words of 32 bits in a row of a panel: half of a first-level cache
+constexpr int kMostWords = 256;  // or a chunk of 2-bit codes, as floats
+
+constexpr int64_t kPanelAhead = kAhead / kPanelRows; // bytes of a row between codes in use and prefetched codes
 
 // Load a chunk of 16 rows, which has code j of lane i of row r in lane r of words[i]. Rows beyond the end repeat the
 // last row, and codes beyond the end of a row are zero.
@@ -15,6 +18,7 @@ INLINE void load_chunk(const Matrix& m, int64_t first, int64_t chunk, W* words) 
     for (int r = 0; r < 16; ++r) {
         const int64_t row = first + r < m.rows ? first + r : m.rows - 1;
         const uint8_t* codes = m.codes + row * m.row_bytes() + at;
+        prefetch(codes + kPanelAhead + (left > kPanelAhead ? 0 : (kPanelRows - 1) * m.row_bytes())); // or the next panel
         if (left >= kChunkBytes<BITS>) {
             words[r] = load_codes<BITS>(codes);
             continue;
@@ -61,7 +65,7 @@ struct Panel {
     }
 };
 
-int64_t panel_floats(const Matrix& m) { return (2 * m.groups() + kPanelWords) * kPanelRows; }
+int64_t panel_floats(const Matrix& m) { return (2 * m.groups() + kMostWords) * kPanelRows; }
 
 // Return a lane of 3-bit codes as two halves of 16 bits, each with four codes.
 INLINE W in_halves(W word) { return (word & splat_word(0xfff)) | shift_left<4>(word & splat_word(0xfff000)); }

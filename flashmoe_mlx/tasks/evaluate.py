@@ -69,7 +69,7 @@ def run(config: Config, run_dir: Path) -> None:
     with activity() as announce, _reference(config, folder, items, _reporter(announce)) as reference:
         record["reference"] = reference.setup
         for backend, k in settings:
-            with load(folder, backend, k, kernels=config.kernels) as engine:
+            with load(folder, backend, k, kernels=config.kernels, activations=config.activations) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)

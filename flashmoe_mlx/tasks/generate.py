@@ -40,6 +40,7 @@ def run(config: Config, run_dir: Path) -> None:
         config.backend,
         config.experts_k,
         kernels=config.kernels,
+        activations=config.activations,
         prefetch=config.prefetch,
         profile=config.profile,
     ) as engine:

@@ -39,7 +39,9 @@ def run(config: Config, run_dir: Path) -> None:
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
-    with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
+    with load(
+        folder, config.backend, config.experts_k, kernels=config.kernels, activations=config.activations
+    ) as engine:
         print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, **options)
         if config.temperature is None:

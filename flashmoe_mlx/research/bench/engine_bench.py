@@ -59,6 +59,7 @@ class Plan:
         tokens: tokens to generate in each trial.
         rounds: number of rounds.
         kernels: choice of kernels, as in ``load``.
+        activations: types of the inputs of products, as in ``load``.
     """
 
     folder: Path
@@ -69,6 +70,7 @@ class Plan:
     tokens: int
     rounds: int
     kernels: str
+    activations: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _run(plan: Plan, configuration: Configuration, condition: str, number: int) 
         configuration.backend,
         configuration.experts_k,
         kernels=plan.kernels,
+        activations=plan.activations,
         prefetch=configuration.prefetch,
     ) as engine:
         files = expert_files(engine.store.source)
