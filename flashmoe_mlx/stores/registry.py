@@ -13,6 +13,7 @@ import yaml
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.mirrors import open_mirrors
 from flashmoe_mlx.stores.slots import slots_for
 
 
@@ -53,13 +54,13 @@ def open_store(
     Args:
         files: the model.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
-        options: options that override those of ``backend``. ``variant`` names the variant of the pack; all other
-            options go to the constructor of the store.
+        options: options that override those of ``backend``. ``variant`` names the variant of the pack, and ``mirrors``
+            folders with copies of it; all other options go to the constructor of the store.
         host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
 
     Raises:
         InputError: there is no such backend, option, or variant (codes "unknown_backend", "unknown_option",
-            "unknown_variant"), or the store refuses its options.
+            "unknown_variant"), ``mirrors`` are not copies of the pack, or the store refuses its options.
     """
     if not isinstance(backend, str | Mapping):
         raise InputError(
@@ -76,14 +77,14 @@ def open_store(
 def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
     """Create a store for ``source``.
 
-    ``settings`` holds the class as ``_target_``, and the options of its constructor.
+    ``settings`` holds the class as ``_target_``, ``mirrors``, and the options of the constructor.
 
     Raises:
-        InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), or the store refuses
-            its options.
+        InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), ``mirrors`` are not
+            copies of the source, or the store refuses its options.
     """
     options = dict(settings)
-    target = options.pop("_target_", None)
+    target, mirrors = options.pop("_target_", None), options.pop("mirrors", None)
     if not isinstance(target, str):
         raise InputError(
             "backend: _target_ must name the class of a store, for instance my_package.my_module.MyStore",
@@ -99,7 +100,7 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertSto
     if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore", code="unknown_backend")
     _check_options(store_class, options)
-    store: ExpertStore = store_class(source, **options)
+    store: ExpertStore = store_class(open_mirrors(source, mirrors), **options)
     return store
 
 
@@ -108,8 +109,9 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     known = [name for name in inspect.signature(store_class).parameters if name != "source"]
     for name, value in options.items():
         if name not in known:
+            options_here = ", ".join(["variant", "mirrors", *known])
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}",
+                f"backend.{name}: no such option; {store_class.__name__} has {options_here}",
                 code="unknown_option",
             )
         limit = store_class.limits.get(name)

@@ -195,7 +195,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     note = "" if condition == "cold" or cached > 0.99 else f", only {cached:.0%} of the data fits into the page cache"
     table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
-    for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits"):
+    for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits", "page cache"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in summary.latency_ms)
@@ -209,6 +209,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
             f"{spread}{'*' if summary.contender.startswith(LABEL) else ''}",
             f"{summary.cpu_seconds_per_gb:.2f}",
             "-" if summary.hit_rate is None else f"{summary.hit_rate:.0%}",
+            "-" if summary.page_cache_hit_rate is None else f"{summary.page_cache_hit_rate:.0%}",
         )
     if any(summary.contender.startswith(LABEL) for summary in summaries):
         table.caption, table.caption_justify = "* latency of one record rather than of one fetch", "left"

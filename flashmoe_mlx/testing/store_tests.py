@@ -637,6 +637,7 @@ class ExpertStoreTests:
             assert done.evictions <= done.misses
             assert done.bytes_read == done.misses * size
             assert (done.reads > 0) == (done.misses > 0)
+            assert 0 <= done.sampled_cached_bytes <= done.sampled_bytes
         stats = store.stats() - opened
         assert (stats.fetches, stats.requests) == (5, 7)
         assert 0 < stats.fetch_seconds <= time.perf_counter() - start
