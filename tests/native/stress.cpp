@@ -1,5 +1,5 @@
 // Every operation of the extension for CPUs, called by several threads at once, on every instruction set, compared with
-// the results of a single thread; for sanitizers (.ci/sanitize). Buffers have exactly the required length.
+// the results of a single thread, and those with portable code; for sanitizers (.ci/sanitize) and emulators. Buffers have exactly the required length.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -91,28 +91,41 @@ std::vector<float> results(int seed) {
     return all;
 }
 
+// Return the results of all seeds by a single thread.
+std::vector<std::vector<float>> by_one_thread() {
+    set_threads(1);
+    std::vector<std::vector<float>> all;
+    for (int seed = 0; seed < 12; ++seed) all.push_back(results(seed));
+    return all;
+}
+
+// End the program if results differ.
+void compare(const std::vector<float>& found, const std::vector<float>& expected, float tolerance, const char* name,
+             int seed) {
+    for (size_t i = 0; i < found.size(); ++i) {
+        const float difference = std::fabs(found[i] - expected[i]);
+        if (difference <= tolerance * (1.0f + std::fabs(expected[i]))) continue;
+        std::printf("%s, seed %d: element %zu differs by %g\n", name, seed, i, difference);
+        std::exit(1);
+    }
+}
+
 } // namespace
 
 int main() {
+    choose_operations("portable");
+    const auto portable = by_one_thread();
     for (const char* name : {"avx512_vnni", "avx512", "avx2", "neon", "portable"}) {
         if (!choose_operations(name)) continue;
-        set_threads(1);
-        std::vector<std::vector<float>> expected;
-        for (int seed = 0; seed < 12; ++seed) expected.push_back(results(seed));
+        const auto expected = by_one_thread();
+        for (int seed = 0; seed < 12; ++seed) compare(expected[seed], portable[seed], 2e-3f, name, seed);
         set_threads(3);
         std::vector<std::thread> callers;
         for (int caller = 0; caller < 4; ++caller)
             callers.emplace_back([&, caller] {
                 for (int round = 0; round < 12; ++round) {
                     const int seed = (round + 3 * caller) % 12;
-                    const auto found = results(seed);
-                    for (size_t i = 0; i < found.size(); ++i) {
-                        const float difference = std::fabs(found[i] - expected[seed][i]);
-                        if (!(difference <= 1e-4f * (1.0f + std::fabs(expected[seed][i])))) {
-                            std::printf("%s, seed %d: element %zu differs by %g\n", name, seed, i, difference);
-                            std::exit(1);
-                        }
-                    }
+                    compare(results(seed), expected[seed], 1e-4f, name, seed);
                 }
             });
         for (auto& caller : callers) caller.join();
