@@ -210,6 +210,8 @@ void attend(const float* queries, int64_t heads, int64_t dim, const float* keys,
     }
 }
 
+#include "attend_many.hpp"
+
 const Operations operations = {
     kName,
     vector_bytes,
@@ -222,5 +224,8 @@ const Operations operations = {
     delta,
     rms_norm,
     attend,
+    tokens_of_block,
+    attend_many_floats,
+    attend_many,
     multiply_by_sigmoid,
 };

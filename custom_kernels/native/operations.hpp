@@ -131,6 +131,14 @@ struct Operations {
     void (*attend)(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values,
                    int64_t begin, int64_t end, float* sums, float* peaks, float* scratch);
 
+    // Attend from queries [tokens][heads][dim] of one kv head, whose tokens are `stride` floats apart like those of the
+    // results `y`. The first token sees `seen` keys, each further token one more. `attend_block` returns the number of
+    // tokens in the best call, and `attend_scratch` the floats of scratch memory for it.
+    int64_t (*attend_block)(int64_t heads);
+    int64_t (*attend_scratch)(int64_t heads, int64_t dim);
+    void (*attend_many)(const float* queries, int64_t stride, int64_t tokens, int64_t heads, int64_t dim,
+                        const float* keys, const float* values, int64_t seen, float* y, float* scratch);
+
     // Compute x[i] *= sigmoid(gate[i]).
     void (*gate)(float* x, const float* gate, int64_t count);
 };

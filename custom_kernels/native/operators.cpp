@@ -423,6 +423,27 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
             }
         });
 
+        if (count > kFewTokens) {
+            const int64_t block = own.attend_block(group);
+            const Parts blocks(count, block);
+            float* out = y + first * heads * dim;
+            parallel(kv_heads * blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
+                for (int64_t item = begin; item < end; ++item) {
+                    const int64_t kv = item % kv_heads, part = item / kv_heads, t = blocks.begin(part);
+                    const int64_t at = (t * heads + kv * group) * dim;
+                    own.attend_many(queries + at, heads * dim, blocks.size(part), group, dim,
+                                    keys + kv * shape.capacity * dim, values + kv * shape.capacity * dim,
+                                    shape.start + first + t + 1, out + at,
+                                    scratch<kOwn>(own.attend_scratch(group, dim)));
+                }
+            });
+            parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
+                for (int64_t item = begin; item < end; ++item)
+                    own.gate(out + item * dim, q_and_gate + (first * heads + item) * 2 * dim + dim, dim);
+            });
+            continue;
+        }
+
         // Threads share the keys of a single token, or else the tokens.
         const int64_t end_of_keys = shape.start + first + count;
         const int64_t span = count > 1 ? end_of_keys
