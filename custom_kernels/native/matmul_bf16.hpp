@@ -8,7 +8,6 @@ int64_t bf16_vector_bytes(int64_t columns, int group) { return 2 * columns + 4 *
 
 void arrange_bf16(const float* const* x, int count, int64_t columns, int bits, int group, uint8_t* to) {
     const int per_lane = codes_per_lane(bits), steps = per_lane / 2;
-    uint16_t* out = reinterpret_cast<uint16_t*>(to);
     float* sums = reinterpret_cast<float*>(to + 2 * count * columns);
     for (int t = 0; t < count; ++t)
         for (int64_t g = 0; g < columns / group; ++g) {
@@ -20,10 +19,10 @@ void arrange_bf16(const float* const* x, int count, int64_t columns, int bits, i
                 total = total + F{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded_values), 16))};
             }
             sums[g * count + t] = sum(total);
-            for (int i = 0; i < group; ++i) {
-                const int within = i % per_lane, step = i / per_lane * steps + within % steps;
-                out[((g * (group / 2) + step) * count + t) * 2 + within / steps] = halves[i];
-            }
+            uint32_t* out = reinterpret_cast<uint32_t*>(to) + g * (group / 2) * count + t;
+            for (int lane = 0; lane < group; lane += per_lane)
+                for (int step = lane; step < lane + steps; ++step, out += count)
+                    *out = halves[step] | static_cast<uint32_t>(halves[step + steps]) << 16;
         }
 }
 

@@ -10,14 +10,18 @@ void arrange_bytes(const float* const* x, int count, int64_t columns, int bits, 
     for (int t = 0; t < count; ++t)
         for (int64_t g = 0; g < columns / group; ++g) {
             const float* own = x[t] + g * group;
-            F most = zero();
-            bool finite = true;
-            for (int i = 0; i < group; i += kLanes) most = larger(most, larger(load(own + i), zero() - load(own + i)));
-            for (int i = 0; i < group; ++i) finite &= std::isfinite(own[i]);
+            F most = zero(), nothing = zero();
+            for (int i = 0; i < group; i += kLanes) {
+                const F values = load(own + i);
+                most = larger(most, larger(values, zero() - values));
+                nothing = fma(values, zero(), nothing); // or NaN
+            }
+            const bool finite = sum(nothing) == 0.0f;
             const float peak = largest(most);
             const float scale = !finite ? NAN : peak < 1e-30f ? 0.0f : peak / 127.0f;
             const F inverse = splat(finite && scale > 0.0f ? 127.0f / peak : 0.0f);
-            float whole[128];
+            alignas(64) float whole[128];
+            uint32_t words[128];
             F total = zero();
             for (int i = 0; i < group; i += kLanes) {
                 const F values = finite ? rounded(load(own + i) * inverse) : zero();
@@ -26,11 +30,12 @@ void arrange_bytes(const float* const* x, int count, int64_t columns, int bits, 
             }
             scales[g * count + t] = scale;
             sums[g * count + t] = scale * sum(total);
-            for (int i = 0; i < group; ++i) {
-                const int within = i % per_lane, step = i / per_lane * steps + within % steps;
-                to[((g * (group / 4) + step) * count + t) * 4 + within / steps] =
-                    static_cast<uint8_t>(static_cast<int8_t>(whole[i]));
-            }
+            for (int i = 0; i < group; ++i) words[i] = static_cast<uint8_t>(static_cast<int8_t>(whole[i]));
+            uint32_t* out = reinterpret_cast<uint32_t*>(to) + g * (group / 4) * count + t;
+            for (int lane = 0; lane < group; lane += per_lane)
+                for (int step = lane; step < lane + steps; ++step, out += count)
+                    *out = words[step] | words[step + steps] << 8 | words[step + 2 * steps] << 16 |
+                           words[step + 3 * steps] << 24;
         }
 }
 
