@@ -249,6 +249,7 @@ def test_two_bits_and_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["prefetches=[oracle]"], "prefetch=oracle: unknown policy"),
         (["memory_gib=0"], "memory_gib=0: must be more than 0 and less than"),
         (["memory_gib=100000"], "memory_gib=100000: must be"),
+        (["memory_gib=0.0001"], "memory_gib=0.0001: too small for this model, which needs at least 0.04"),
         (["resume=/nowhere"], "resume=/nowhere: no readable record"),
         (["experts_ks=2"], "experts_ks=2: must be a list such as [4,2]"),
     ],

@@ -1,5 +1,6 @@
 """The backends by name, and functions that open a store from a name and options."""
 
+import difflib
 import importlib
 import inspect
 import types
@@ -16,11 +17,15 @@ from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.mirrors import open_mirrors
 from flashmoe_mlx.stores.slots import slots_for
 
+AUTO = "auto"
+"""The name in place of a backend that stands for the best backend; only tasks know it, since it needs measurements."""
+
 
 def backend_names() -> list[str]:
-    """Return the names of the backends of this package, one for each file in ``configs/backend/``."""
+    """Return the names of the backends of this package, one for each file in ``configs/backend/`` but ``auto``."""
     folder = package_files("flashmoe_mlx.configs").joinpath("backend")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name for name in names if name != AUTO)
 
 
 def backend_settings(name: str) -> dict[str, Any]:
@@ -29,6 +34,12 @@ def backend_settings(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such backend (code "unknown_backend").
     """
+    if name == AUTO:
+        raise InputError(
+            "backend=auto needs measurements of this machine: on the command line, write backend=auto; in Python, pass "
+            "the settings that research.estimate.automatic.choose_backend returns",
+            code="unknown_backend",
+        )
     if name not in backend_names():
         raise InputError(
             f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
@@ -109,9 +120,11 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     known = [name for name in inspect.signature(store_class).parameters if name != "source"]
     for name, value in options.items():
         if name not in known:
-            options_here = ", ".join(["variant", "mirrors", *known])
+            options_here = [*known, "variant", "mirrors"]
+            nearest = difflib.get_close_matches(name, options_here, n=1)
+            hint = f"did you mean backend.{nearest[0]}? " if nearest else ""
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {options_here}",
+                f"backend.{name}: no such option; {hint}{store_class.__name__} has {', '.join(options_here)}",
                 code="unknown_option",
             )
         limit = store_class.limits.get(name)

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, print_table, show
+from flashmoe_mlx.console.output import activity, counted, print_table, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.files import write_json
@@ -33,6 +33,7 @@ from flashmoe_mlx.research.intervals import format_interval, median_interval
 from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
@@ -79,8 +80,10 @@ def run(config: Config, run_dir: Path) -> None:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))
     record = source.layout.record_bytes
     show(
-        f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
-        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts per fetch, "
+        f"\n{files.folder}: {counted(source.num_layers, 'layer')} of {source.num_experts} experts, "
+        f"{record:,} bytes each; "
+        f"{counted(len(requests), 'round')} of {counted(requests[0].experts.shape[0], 'token')}, "
+        f"{counted(k, 'expert')} per fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} of the requests repeated",
     )
     summaries = summarize(trials)
@@ -118,6 +121,7 @@ def _candidates(files: ModelFiles, config: Config) -> tuple[list[Candidate], Exp
     candidates: dict[str, Candidate] = {}
     sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
+        settings = chosen_backend(settings, files.folder, config.model, config.experts_k)
         sources.append(files.variant(settings.get("variant")))
         candidates[label] = StoreCandidate(label, partial(_open_store, files, settings))
     if any(source != sources[0] for source in sources):
