@@ -6,7 +6,7 @@ compares custom kernels with the references on every code path of a model (see `
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pkgutil import iter_modules
@@ -151,6 +151,27 @@ def _checked_activations(activations: str, target: Target) -> str:
     return activations
 
 
+def rounding_note(activations: str, names: Iterable[str]) -> str | None:
+    """Return what the user should know about ``activations``; None for "auto".
+
+    Args:
+        activations: as in ``choose``.
+        names: code paths of a model, from the report of ``check_kernels``.
+
+    Raises:
+        InputError: no code path rounds vectors; code "activations_without_effect".
+    """
+    if activations == "auto":
+        return None
+    if not any(native.rounded_phrase(activations) in name for name in names):
+        raise InputError(
+            f"activations={activations}: no effect on this model, which has no quantized matrices; leave it out",
+            code="activations_without_effect",
+        )
+    few = native.few_tokens()
+    return f"activations={activations}: products of more than {few} tokens round their inputs to 8 bits of precision"
+
+
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     """Compare every custom kernel with its reference on every code path that ``model`` takes.
 
@@ -187,4 +208,5 @@ __all__ = [
     "choose",
     "dialect",
     "operations",
+    "rounding_note",
 ]

@@ -134,14 +134,15 @@ class CheckedKernel(Generic[P, R]):
             if path is None:
                 raise AssertionError(f"{self.name}: the kernel does not support the arguments of a sample")
             if reasons.get(path) is None:
-                reasons[path] = self._disagreement(sample, path)
+                reasons[path] = self._disagreement(sample)
         self._reasons |= reasons
         return [self._verdict(path, reason) for path, reason in reasons.items()]
 
-    def _disagreement(self, sample: Sample, path: CodePath) -> str | None:
+    def _disagreement(self, sample: Sample) -> str | None:
         """Describe the error in the kernel's results; return None if they are correct."""
         reference: Callable[..., R] = self.reference
         kernel: Callable[..., R] = self.kernel
+        path_of: Callable[..., CodePath | None] = self.code_path
         try:
             expected = _arrays(reference(*(sample.arguments if sample.expected is None else sample.expected)))
             mx.eval(expected)
@@ -154,7 +155,7 @@ class CheckedKernel(Generic[P, R]):
             return f"cannot run: {_first_line(error)}"
         # A state in f32 that is computed from inputs in bf16 is only as exact as the inputs.
         accepted = max(TOLERANCE[array.dtype] for array in got if array.dtype in TOLERANCE)
-        if self.rounded and self.rounded in path:
+        if self.rounded and self.rounded in (path_of(*sample.arguments) or ()):
             accepted = max(accepted, ROUNDED_TOLERANCE)
         for result, exact in zip(got, expected, strict=True):
             difference = relative_difference(result, exact)

@@ -113,7 +113,7 @@ class Operation(Generic[P, R]):
         activations: str = "f32",
     ) -> CheckedKernel[..., Any]:
         run, code_path, rounded = kernel.run, kernel.code_path, ""
-        if kernel.rounds:
+        if kernel.rounds and activations != "f32":
             run, code_path = partial(run, activations=activations), partial(code_path, activations=activations)
             rounded = rounded_phrase(activations)
         return CheckedKernel(

@@ -1,7 +1,7 @@
 """The Python interface: load a model, run it on tokens, generate text."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex
@@ -9,8 +9,7 @@ from typing import Any, Self, SupportsIndex
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import check_kernels, choose
-from flashmoe_mlx.custom_kernels.native import rounded_phrase
+from flashmoe_mlx.custom_kernels import check_kernels, choose, rounding_note
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
@@ -39,7 +38,6 @@ _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
 )
-_ROUNDING = "products of more than 8 tokens round their inputs to 8 bits of precision"
 
 
 def load(
@@ -84,13 +82,12 @@ def load(
         if prefetcher is not None:
             store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
         report = check_kernels(chosen, model_shapes(built))
-        _refuse_rounding_without_effect(activations, report.names)
+        rounding = rounding_note(activations, report.names)
     except BaseException:
         store.close()
         raise
     layout = store.layout
     no_template = _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None
-    rounding = None if activations == "auto" else f"activations={activations}: {_ROUNDING}"
     setup = {
         "experts_k": k,
         "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
@@ -102,14 +99,6 @@ def load(
         "backend": settings,
     }
     return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
-
-
-def _refuse_rounding_without_effect(activations: str, names: Iterable[str]) -> None:
-    if activations != "auto" and not any(rounded_phrase(activations) in name for name in names):
-        raise InputError(
-            f"activations={activations}: no effect on this model, which has no quantized matrices; leave it out",
-            code="activations_without_effect",
-        )
 
 
 def _joined_notes(*notes: str | None) -> str | None:

@@ -22,7 +22,7 @@ from pack_oracle import assert_one_line
 
 import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import cases, native
+from flashmoe_mlx.custom_kernels import cases, native, rounding_note
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
@@ -540,3 +540,11 @@ def test_activations_without_effect_are_refused(tiny_pack: Path, activations: st
         flashmoe_mlx.load(tiny_pack, kernels=kernels, activations=activations)
     assert error.value.code == code
     assert_one_line(str(error.value))
+
+
+def test_activations_without_effect_on_a_model_are_refused() -> None:
+    """A model without quantized matrices has no products that round."""
+    assert rounding_note("auto", ["rms_norm: one token"]) is None
+    with pytest.raises(InputError) as error:
+        rounding_note("int8", ["rms_norm: one token"])
+    assert error.value.code == "activations_without_effect"
