@@ -216,7 +216,7 @@ def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
         (
             "pread",
             {"thread": 4},
-            "backend.thread: no such option; did you mean backend.threads? PreadStore has variant, ",
+            "backend.thread: no such option; did you mean backend.threads?",
         ),
         ("pread", {"threads": "4"}, "backend.threads='4': must be an integer from 1 to 1024"),
         ("pread", {"threads": 0}, "threads=0"),

@@ -239,7 +239,7 @@ class Runner:
             raise failures[0]
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
-        """Whether the next steps of ``sequence`` need nothing from the host."""
+        """Return whether the next steps of ``sequence`` need nothing from the host."""
         return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
 
     def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:

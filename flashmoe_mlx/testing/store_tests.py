@@ -107,6 +107,9 @@ class ExpertStoreTests:
     @classmethod
     def freeze_garbage(cls) -> Iterator[None]:
         """Exclude existing objects from the many garbage collections of these tests, which would search all of them."""
+        if gc.get_freeze_count():  # the session has frozen its objects already
+            yield
+            return
         gc.collect()
         gc.freeze()
         yield
