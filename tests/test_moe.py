@@ -163,7 +163,7 @@ def cpu(kernels: str) -> Callable[[], AbstractContextManager[Any]]:
     @contextmanager
     def device() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flashmoe_mlx.engine.choose", lambda _: choose(kernels))
+            patch.setattr("flashmoe_mlx.engine.choose", lambda *_: choose(kernels))
             yield
 
     return device if kernels != "auto" else nullcontext
