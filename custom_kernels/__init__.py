@@ -20,7 +20,9 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, Unch
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
+from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import contests, forms
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
@@ -134,11 +136,14 @@ def choose(preference: str) -> Kernels:
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     """Compare every custom kernel with its reference on every code path that ``model`` takes.
 
-    MLX's implementation replaces a kernel on a path where it fails, with a warning in the log. Inputs and weights are
-    random; the values of a model's weights do not matter.
+    On a CPU the fastest instruction sets are chosen first; see ``native.fastest``. MLX's implementation replaces a
+    kernel on a path where it fails, with a warning in the log. Inputs and weights are random; the values of a model's
+    weights do not matter.
     """
     custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
-    return checks.check_kernels(custom, model, kernels.names, kernels.note)
+    chosen = settle(contests(forms(model))) if kernels.routed_experts_cpu is not None else []
+    names = {choice.contest: str(choice) for choice in chosen}
+    return checks.check_kernels(custom, model, kernels.names | names, kernels.note)
 
 
 def _target(preference: str) -> Target:

@@ -19,7 +19,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample
-from flashmoe_mlx.custom_kernels.native import description
+from flashmoe_mlx.custom_kernels.native import in_use
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
 P = ParamSpec("P")
@@ -84,9 +84,9 @@ class Operation(Generic[P, R]):
             return self.mlx
         fallback = self.fallback or self.mlx
         if target == "cpu" and self.cpu is not None:
-            return self._checked(self.cpu, fallback, "native kernel", description())
+            return self._checked(self.cpu, fallback, "native kernel", in_use)
         if self.gpu is not None and target in self.gpu.dialects:
-            return self._checked(self.gpu, fallback, "custom kernel", "")
+            return self._checked(self.gpu, fallback, "custom kernel", str)
         return fallback
 
     def names(self, target: Target) -> dict[str, str]:
@@ -99,7 +99,7 @@ class Operation(Generic[P, R]):
         return names
 
     def _checked(
-        self, kernel: Implementation[..., Any], fallback: Callable[..., Any], maker: str, built_for: str
+        self, kernel: Implementation[..., Any], fallback: Callable[..., Any], maker: str, built_for: Callable[[], str]
     ) -> CheckedKernel[..., Any]:
         return CheckedKernel(
             self.name,

@@ -343,12 +343,10 @@ PyObject* attention(PyObject*, PyObject* args) {
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(operations().name); }
 
-PyObject* instruction_sets(PyObject*, PyObject*) {
+PyObject* names_of(const std::vector<const Operations*>& sets) {
     PyObject* names = PyList_New(0);
     if (!names) return nullptr;
-    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
-                                    portable_operations()}) {
-        if (!found) continue;
+    for (const Operations* found : sets) {
         PyObject* name = PyUnicode_FromString(found->name);
         if (!name || PyList_Append(names, name) != 0) {
             Py_XDECREF(name);
@@ -360,10 +358,27 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
     return names;
 }
 
+PyObject* instruction_sets(PyObject*, PyObject*) { return names_of(all_operations()); }
+
+PyObject* instruction_sets_in_use(PyObject*, PyObject*) { return names_of(operations_in_use()); }
+
 PyObject* use_instruction_set(PyObject*, PyObject* args) {
     const char* name;
     if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
     return guarded([&] { require(choose_operations(name), "this machine, or this build, has no such instruction set"); });
+}
+
+PyObject* use_for_products(PyObject*, PyObject* args) {
+    long long vectors;
+    int bits, group;
+    const char* name;
+    if (!PyArg_ParseTuple(args, "Liis", &vectors, &bits, &group, &name)) return nullptr;
+    return guarded([&] {
+        require(vectors >= 1 && vectors <= kFewTokens, "the number of vectors is out of range");
+        check_format(1, group, bits, group, 0);
+        require(choose_for_products(vectors, bits, group, name),
+                "this machine, or this build, has no such instruction set");
+    });
 }
 
 PyObject* use_threads(PyObject*, PyObject* args) {
@@ -389,13 +404,16 @@ PyMethodDef methods[] = {
      "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
+    {"instruction_sets_in_use", instruction_sets_in_use, METH_NOARGS, "Those that some operation uses."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},
+    {"use_for_products", use_for_products, METH_VARARGS,
+     "use_for_products(vectors, bits, group, name): use an instruction set for products of one vector, or of a few"},
     {"use_threads", use_threads, METH_VARARGS, "Share work among so many threads, the caller included."},
     {"threads", thread_count, METH_NOARGS, "Return the number of threads."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 4; // see __init__.py
+constexpr int kInterface = 5; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

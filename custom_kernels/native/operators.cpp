@@ -12,13 +12,19 @@ namespace flashmoe {
 namespace {
 
 std::atomic<const Operations*> chosen{nullptr};
+// The operations for products of one vector, and of a few, by format; null stands for `chosen`.
+std::atomic<const Operations*> chosen_for[2][9][3];
 
-const Operations* best() {
-    for (const Operations* found :
-         {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations()})
-        if (found) return found;
-    return portable_operations();
+std::atomic<const Operations*>& choice_for(int64_t vectors, int bits, int group) {
+    return chosen_for[vectors > 1][bits][group / 64];
 }
+
+const Operations* named(const char* name) {
+    for (const Operations* found : all_operations())
+        if (std::strcmp(found->name, name) == 0) return found;
+    return nullptr;
+}
+
 
 // Memory that a thread keeps between calls, so that the system does not clear new pages every time. It is aligned to a
 // cache line, because vectors across two lines take twice as long to load.
@@ -66,22 +72,28 @@ bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
 }
 
-// Vectors that are prepared for `dot` with a matrix's format.
+const Operations& operations_for(const Matrix& m, int64_t vectors) {
+    const Operations* found = choice_for(vectors, m.bits, m.group).load(std::memory_order_relaxed);
+    return found ? *found : operations();
+}
+
+// `count` vectors that are prepared for `dot` with a matrix's format.
 struct Prepared {
+    const Operations& own;
     int64_t bytes;
     uint8_t* memory;
 
     static int64_t size(const Matrix& m, int64_t count) {
-        return count * operations().vector_bytes(m.columns, m.group) / 4; // floats
+        return count * operations_for(m, count).vector_bytes(m.columns, m.group) / 4; // floats
     }
-    Prepared(const Matrix& m, float* memory_)
-        : bytes(operations().vector_bytes(m.columns, m.group)), memory(reinterpret_cast<uint8_t*>(memory_)) {}
+    Prepared(const Matrix& m, int64_t count, float* memory_)
+        : own(operations_for(m, count)), bytes(own.vector_bytes(m.columns, m.group)),
+          memory(reinterpret_cast<uint8_t*>(memory_)) {}
     uint8_t* vector(int64_t i) const { return memory + i * bytes; }
 
     // `row(i)` returns vector i.
     template <typename Row>
     void fill(const Matrix& m, int64_t count, const Row& row) const {
-        const Operations& own = operations();
         parallel(count, 4, [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
         });
@@ -95,7 +107,7 @@ void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t
     for (int64_t first = 0; first < count; first += kMostTokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
         for (int t = 0; t < tokens; ++t) vectors[t] = x.vector(first + t), out[t] = to + (first + t) * stride;
-        operations().dot(m, begin, end, tokens, vectors, out);
+        x.own.dot(m, begin, end, tokens, vectors, out);
     }
 }
 
@@ -141,7 +153,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
     const int64_t width = up_to_lanes(count);
     const int64_t step = rows_at_once(e.gate, count), down_step = rows_at_once(e.down, count);
     if (count <= kFewTokens) {
-        const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
+        const Prepared prepared(e.gate, count, scratch<kPacked>(Prepared::size(e.gate, count)));
         prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
         parallel(inner, step, [&](int64_t begin, int64_t end, int) {
@@ -151,7 +163,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
             few(e.up, begin, end, prepared, count, up, rows);
             for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
         });
-        const Prepared prepared_middle(e.down, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
+        const Prepared prepared_middle(e.down, count, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
         prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
         parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
@@ -207,7 +219,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
             inputs.push_back(inputs.back());
             continue;
         }
-        inputs.emplace_back(gate, free);
+        inputs.emplace_back(gate, 1, free);
         free += Prepared::size(gate, 1);
         inputs.back().fill(gate, 1, [&](int64_t) { return x; });
     }
@@ -228,7 +240,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     float* packed_memory = scratch<kHiddenPacked>(widest * count);
     std::vector<Prepared> middles;
     for (int64_t i = 0; i < count; ++i) {
-        middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
+        middles.emplace_back(experts[i].expert.down, 1, packed_memory + widest * i);
         middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
     }
     const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down, 1) / count);
@@ -245,18 +257,46 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
 
 } // namespace
 
+std::vector<const Operations*> all_operations() {
+    std::vector<const Operations*> all;
+    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
+                                    portable_operations()})
+        if (found) all.push_back(found);
+    return all;
+}
+
+std::vector<const Operations*> operations_in_use() {
+    std::vector<const Operations*> used{&operations()};
+    for (const Operations* found : all_operations()) {
+        bool uses = false;
+        for (const auto& by_format : chosen_for)
+            for (const auto& by_group : by_format)
+                for (const auto& choice : by_group) uses = uses || choice.load() == found;
+        if (uses && found != used[0]) used.push_back(found);
+    }
+    return used;
+}
+
 const Operations& operations() {
     const Operations* found = chosen.load(std::memory_order_relaxed);
-    if (!found) chosen.store(found = best());
+    if (!found) chosen.store(found = all_operations()[0]);
     return *found;
 }
 
 bool choose_operations(const char* name) {
-    if (std::strcmp(name, "auto") == 0) return chosen.store(best()), true;
-    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
-                                    portable_operations()})
-        if (found && std::strcmp(found->name, name) == 0) return chosen.store(found), true;
-    return false;
+    const Operations* found = std::strcmp(name, "auto") == 0 ? all_operations()[0] : named(name);
+    if (!found) return false;
+    chosen.store(found);
+    for (auto& by_format : chosen_for)
+        for (auto& by_group : by_format)
+            for (auto& choice : by_group) choice.store(nullptr);
+    return true;
+}
+
+bool choose_for_products(int64_t vectors, int bits, int group, const char* name) {
+    const Operations* found = named(name);
+    if (found) choice_for(vectors, bits, group).store(found);
+    return found;
 }
 
 namespace {
@@ -274,7 +314,7 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
         starts[i + 1] = starts[i] + m.rows;
         int64_t same = 0;
         while (same < i && !same_format(m, products[same].matrix)) ++same;
-        inputs.push_back(same < i ? inputs[same] : Prepared(m, free));
+        inputs.push_back(same < i ? inputs[same] : Prepared(m, count, free));
         if (same < i) continue;
         free += Prepared::size(m, count);
         inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });

@@ -13,8 +13,15 @@ constexpr int64_t kFewTokens = 8;
 // Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
 const Operations& operations();
 
-// Select an instruction set by name, the best for "auto"; return false if this machine lacks it.
+// Return the instruction sets of this machine, the best first, and those that some operation uses.
+std::vector<const Operations*> all_operations();
+std::vector<const Operations*> operations_in_use();
+
+// Select an instruction set by name, the best for "auto", for all operations; return false if this machine lacks it.
 bool choose_operations(const char* name);
+
+// Select an instruction set by name for products of one vector, or of 2 to kFewTokens, with matrices of a format.
+bool choose_for_products(int64_t vectors, int bits, int group, const char* name);
 
 // A matrix and the result y [tokens, rows] = x [tokens, columns] times its transpose.
 struct Product {

@@ -1,0 +1,94 @@
+"""The instruction sets for products of few vectors with quantized matrices, chosen by measurement."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from flashmoe_mlx.custom_kernels import native
+from flashmoe_mlx.custom_kernels.native.fastest import Contest, Memory, Trial
+from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
+
+_BYTES = 2**22
+"""Largest matrix of a call in bytes; larger matrices only repeat the same work."""
+_CHECKED_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Form:
+    """A matrix [rows, columns] as the kernels see it."""
+
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    dtype: mx.Dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of a row in bytes."""
+        return self.columns * self.bits // 8 + 2 * self.columns // self.group_size * self.dtype.size
+
+
+def forms(model: ModelShapes) -> Iterator[Form]:
+    """Yield the forms of the model's matrices that the extension supports."""
+    matrices = [weight for projection in model.projections for weight in projection.weights]
+    matrices += [matrix for shared in model.shared for matrix in shared.matrices]
+    for weight in matrices:
+        if native.supports_weight(weight) and weight.scales is not None and weight.bits and weight.group_size:
+            rows, groups = weight.scales.shape
+            yield Form(rows, groups * weight.group_size, weight.bits, weight.group_size, weight.scales.dtype)
+    form = model.experts
+    if form is not None and native.supports_matrix(form.bits, form.group_size, form.dtype):
+        yield Form(form.intermediate_size, form.hidden_size, form.bits, form.group_size, form.dtype)
+
+
+def contests(of: Iterable[Form]) -> Iterator[Contest]:
+    """Yield the contests for one vector and for several, for every width and group size, on the largest such matrix.
+
+    The portable instruction set takes part only where there is no other.
+    """
+    largest: dict[tuple[int, int], Form] = {}
+    for form in of:
+        known = largest.get((form.bits, form.group_size))
+        if known is None or form.rows * form.row_bytes > known.rows * known.row_bytes:
+            largest[form.bits, form.group_size] = form
+    extension = native.loaded()
+    candidates = [name for name in extension.instruction_sets() if name != "portable"] or ["portable"]
+    for (bits, group_size), form in sorted(largest.items()):
+        for vectors, phrase in ((1, "one token"), (4, f"2 to {native.few_tokens()} tokens")):
+            yield Contest(
+                f"instructions for {phrase}, {bits} bits in groups of {group_size}",
+                candidates,
+                partial(extension.use_for_products, vectors, bits, group_size),
+                partial(_trial, form, vectors),
+            )
+
+
+def _trial(form: Form, vectors: int, memory: Memory) -> Trial:
+    rows = max(1, min(form.rows, _BYTES // form.row_bytes))
+    x = RandomInputs(mx.float32, 0).normal(vectors, form.columns)
+    mx.eval(x)
+    calls: list[Callable[[], mx.array]] = []
+    offset, expected = 0, None
+    groups = form.columns // form.group_size
+    while not calls or offset + 2 * rows * form.row_bytes < memory.nbytes:
+        codes, offset = memory.place(offset, (rows, form.columns * form.bits // 32), mx.uint32)
+        scales, offset = memory.place(offset, (rows, groups), form.dtype)
+        biases, offset = memory.place(offset, (rows, groups), form.dtype)
+        weight = QuantizedWeight(codes, scales, biases, form.bits, form.group_size)
+        calls.append(partial(_product, x, weight))
+        if expected is None:
+            few = (part[:_CHECKED_ROWS] for part in (codes, scales, biases))
+            expected = x @ QuantizedWeight(*few, form.bits, form.group_size).dense().T
+            mx.eval(expected)
+    assert expected is not None
+    return Trial(calls, expected)
+
+
+def _product(x: mx.array, weight: QuantizedWeight) -> mx.array:
+    return products(x, [weight])[0]
