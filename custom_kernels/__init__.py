@@ -142,8 +142,8 @@ def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     """
     custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
     chosen = settle(contests(forms(model))) if kernels.routed_experts_cpu is not None else []
-    names = {choice.contest: str(choice) for choice in chosen}
-    return checks.check_kernels(custom, model, kernels.names | names, kernels.note)
+    names = {**kernels.names, **{choice.contest: str(choice) for choice in chosen}}
+    return checks.check_kernels(custom, model, names, kernels.note)
 
 
 def _target(preference: str) -> Target:

@@ -83,8 +83,8 @@ def _trial(form: Form, vectors: int, memory: Memory) -> Trial:
         weight = QuantizedWeight(codes, scales, biases, form.bits, form.group_size)
         calls.append(partial(_product, x, weight))
         if expected is None:
-            few = (part[:_CHECKED_ROWS] for part in (codes, scales, biases))
-            expected = x @ QuantizedWeight(*few, form.bits, form.group_size).dense().T
+            few = [part[:_CHECKED_ROWS] for part in (codes, scales, biases)]
+            expected = x @ QuantizedWeight(few[0], few[1], few[2], form.bits, form.group_size).dense().T
             mx.eval(expected)
     assert expected is not None
     return Trial(calls, expected)
