@@ -6,6 +6,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
+from flashmoe_mlx.stores.mirrors import MirroredExperts
+from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
 from flashmoe_mlx.stores.slab import Slab
 
@@ -46,13 +49,18 @@ class MmapStore(ExpertStore):
             fault after another.
 
     Raises:
-        InputError: ``advice`` is unknown (code "unknown_advice"), or experts are in several pieces ("not_a_pack").
+        InputError: ``advice`` is unknown (code "unknown_advice"), experts are in several pieces ("not_a_pack"), or the
+            pack has mirrors ("contradiction").
     """
 
     def __init__(self, source: ExpertSource, slots: int = 16, advice: str = "normal", populate: bool = True) -> None:
         super().__init__(source, slots)
         if advice not in _ADVICE:
             raise InputError(f"backend.advice={advice}: choose from {', '.join(_ADVICE)}", code="unknown_advice")
+        if isinstance(source, MirroredExperts):
+            raise InputError(
+                "backend=mmap reads one folder: remove backend.mirrors, or choose another backend", code="contradiction"
+            )
         extents = source.extents(0, 0)
         if len(extents) != 1:
             raise InputError(
@@ -63,6 +71,7 @@ class MmapStore(ExpertStore):
         self._advice = getattr(mmap, _ADVICE[advice])
         self._populate = populate
         self._files = FileDescriptorCache(_open)
+        self._sampler = PageCacheSampler(source)
         self._mappings: dict[Path, _Mapping] = {}
         self._slab = Slab(slots, source.layout.record_bytes)
 
@@ -70,6 +79,7 @@ class MmapStore(ExpertStore):
         distinct = list(dict.fromkeys(experts))
         extents = {expert: self.source.extents(layer, expert)[0] for expert in distinct}
         mappings = {expert: self._mapping(layer, expert, extents[expert]) for expert in distinct}
+        sampled = self._sampler.sample(layer, distinct)
         if self._populate:
             for expert in distinct:  # start all reads before waiting for the first
                 mappings[expert].advise(extents[expert], mmap.MADV_WILLNEED)
@@ -84,7 +94,7 @@ class MmapStore(ExpertStore):
             tuple(slots[expert] for expert in experts), [views[expert].data for expert in experts], lambda _: self._slab
         )
         nbytes = sum(extent.nbytes for extent in extents.values())
-        return batch, StoreStats(misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
+        return batch, replace(sampled, misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
 
     def _mapping(self, layer: int, expert: int, extent: Extent) -> "_Mapping":
         """Return a mapping of the file of ``extent`` up to its current end."""
@@ -111,6 +121,7 @@ class MmapStore(ExpertStore):
         # A batch that is still referenced keeps its mapping alive, so its memory stays valid.
         self._mappings.clear()
         self._files.close()
+        self._sampler.close()
 
 
 def _as_read(expert: int, extent: Extent) -> Read:

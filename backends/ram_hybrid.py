@@ -74,7 +74,7 @@ class RamHybridStore(ExpertStore):
         if capacity < 1:
             raise InputError(
                 f"backend=ram_hybrid: {budget / GIB:.3g} GiB hold less than one expert for each of {source.num_layers} "
-                f"layers; budget_gib must be at least {record * source.num_layers / GIB:.3g}",
+                f"layers; backend.budget_gib must be at least {record * source.num_layers / GIB:.3g}",
                 code="budget_too_small",
             )
         super().__init__(source, min(slots, capacity))

@@ -282,6 +282,57 @@ class Engine:
             InputError: an option is out of range, or the prompt does not fit.
         """
         start = time.perf_counter()
+        request = self.request(
+            prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+            logits_processors=logits_processors,
+            prefill_chunk=prefill_chunk,
+            raw=raw,
+            system=system,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            template_options=template_options,
+            ignore_eos=ignore_eos,
+        )
+        generation = Generation(self.runner, self.runner.begin(request, on_prefill, start), self.tokenizer)
+        self.metrics = generation.metrics
+        return generation
+
+    def request(
+        self,
+        prompt: str | Messages,
+        *,
+        max_tokens: int = 256,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        logprobs: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        prefill_chunk: int | None = None,
+        raw: bool = False,
+        system: str | None = None,
+        tools: Tools | None = None,
+        enable_thinking: bool | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        ignore_eos: bool = False,
+    ) -> Request:
+        """Return the request that ``generate`` answers; arguments and errors are those of ``generate``."""
         sampling = self.sampling.choose(
             temperature=temperature,
             top_k=top_k,
@@ -299,7 +350,7 @@ class Engine:
             enable_thinking=enable_thinking,
             template_options=template_options,
         )
-        request = Request(
+        return Request(
             prompt_ids=token_ids,
             sampling=sampling,
             max_tokens=max_tokens,
@@ -311,9 +362,6 @@ class Engine:
             split_reasoning=not raw,
             processors=tuple(logits_processors),
         )
-        generation = Generation(self.runner, self.runner.begin(request, on_prefill, start), self.tokenizer)
-        self.metrics = generation.metrics
-        return generation
 
     def encode(
         self,

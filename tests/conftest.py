@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 # Every run draws other examples, so fewer of them per run keep the tests within their six minutes.
 settings.register_profile("everyday", max_examples=60)
 settings.load_profile("everyday")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Exempt all present objects from garbage collection, which would search thousands of tests each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

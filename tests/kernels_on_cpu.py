@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,7 +24,6 @@ _OPTIONS = [
     "-std=c++17",
     "-fno-exceptions",
     "-fno-rtti",
-    "-fno-sanitize=all",
     "-nostdinc++",
     "-fPIC",
     "-Wno-everything",
@@ -102,27 +102,55 @@ class Clang:
         self._headers = [path.read_text() for path in sorted(folder.glob("*.h"))]
         self._options = [*_OPTIONS, f"-I{folder}", *options]
 
-    def make(self, suffix: str, text: str, *options: str) -> Path:
-        """Compile ``text``, C++, and return the file; a cache shared by a user's processes keeps it."""
+    def hosted(self, text: str, *options: str) -> Path:
+        """Compile ``text``, which may include headers of the C library, and return the object file."""
+        command = [_zig(), "cc", "-fno-sanitize=all", *self._options, *options, "-c"]
+        return self._made(".o", [*command, text], lambda source, new: _run([*command, str(source), "-o", str(new)]))
+
+    def freestanding(self, text: str, strict: Sequence[str], *options: str) -> Path:
+        """Compile ``text``, which includes no header of the C library, and return the object file.
+
+        The text must also be valid with the options ``strict``. This takes half the time of ``hosted``, since clang
+        runs without the frame of ``zig cc``.
+        """
+        command = [_zig(), "clang", "-target", f"{platform.machine()}-linux-gnu", *self._options]
+
+        def compile_twice(source: Path, new: Path) -> None:
+            _run([*command, *strict, "-fsyntax-only", str(source)])
+            _run([*command, *options, "-c", str(source), "-o", str(new)])
+
+        return self._made(".o", [*command, *strict, *options, text], compile_twice)
+
+    def load(self, *objects: Path) -> ctypes.CDLL:
+        """Link ``objects`` and load the library; it finds the C library in this process."""
+
+        def link(_: Path, new: Path) -> None:
+            _run([_zig(), "ld.lld", "-shared", *map(str, objects), "-o", str(new)])
+
+        return _loaded(self._made(".so", [path.name for path in objects], link))
+
+    def _made(self, suffix: str, parts: Sequence[str], make: Callable[[Path, Path], None]) -> Path:
+        """Return the file that ``make`` makes of a source with the last of ``parts``, on which the file depends.
+
+        A cache shared by a user's processes keeps it.
+        """
         folder = Path(tempfile.gettempdir(), f"kernels_on_cpu-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
-        command = [_zig(), "cc", *self._options, *options]
-        counts = "\0".join([*command, *self._headers, text])
+        counts = "\0".join([*parts, *self._headers])
         file = folder / f"{hashlib.sha256(counts.encode()).hexdigest()[:32]}{suffix}"
         if not file.exists():
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 source, new = Path(scratch, "kernel.cpp"), Path(scratch, f"kernel{suffix}")
-                source.write_text(text)
-                whole = [*command, str(source), "-o", str(new)]
-                done = subprocess.run(whole, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise KernelFault(f"clang refuses the kernel: {done.stderr}")
+                source.write_text(parts[-1])
+                make(source, new)
                 new.replace(file)
         return file
 
-    def load(self, text: str, *options: str) -> ctypes.CDLL:
-        """Compile, link and load ``text``."""
-        return _loaded(self.make(".so", text, "-shared", *options, "-lm"))
+
+def _run(command: Sequence[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise KernelFault(f"clang refuses the kernel: {done.stderr}")
 
 
 @cache

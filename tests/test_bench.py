@@ -27,6 +27,7 @@ FAST = ["raw=true", "prompt=Hello", "tokens=4"]
 def make_trial(setting: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Trial:
     stage = {
         "seconds": 2 * seconds, "tokens": 2, "bytes_read": 100, "bytes_wasted": 20, "hits": 1, "misses": 3,
+        "sampled_bytes": 8, "sampled_cached_bytes": 6,
         "experts_requested": 4, "prefetched": 1, "tokens_per_second": 1 / seconds, "read_gb_per_second": 2.0,
         "weights_gb_per_second": 3.0, "phase_seconds": {"compute": seconds, "io": seconds},
     }  # fmt: skip
@@ -161,6 +162,7 @@ def test_summaries_hold_medians_intervals_and_ratios() -> None:
     assert second.ratio_interval[0] < second.ratio < second.ratio_interval[1]
     assert first.step_ms == (1000, 1000, 1000)
     assert (first.bytes_per_token, first.wasted_bytes_per_token, first.hit_rate) == (50, 10, 0.25)
+    assert first.page_cache_hit_rate == 0.75
     assert (first.accuracy, first.prefetched) == (0.75, pytest.approx(1 / 3))
     assert first.shares == {"compute": 0.5, "io": 0.5}
     assert summarize([make_trial("a", 0, 1.0)])[0].interval is None
@@ -247,6 +249,7 @@ def test_two_bits_and_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["prefetches=[oracle]"], "prefetch=oracle: unknown policy"),
         (["memory_gib=0"], "memory_gib=0: must be more than 0 and less than"),
         (["memory_gib=100000"], "memory_gib=100000: must be"),
+        (["memory_gib=0.0001"], "memory_gib=0.0001: too small for this model, which needs at least 0.04"),
         (["resume=/nowhere"], "resume=/nowhere: no readable record"),
         (["experts_ks=2"], "experts_ks=2: must be a list such as [4,2]"),
     ],

@@ -82,7 +82,10 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["backend=nosuch"], "backend=nosuch: no such backend; choose from checkpoint, io_uring, mmap, pack2, pread, "),
+        (
+            ["backend=nosuch"],
+            "backend=nosuch: no such backend; choose from auto, checkpoint, io_uring, mmap, pack2, pread, ",
+        ),
         (["experts_k=0"], "experts_k=0: must be from 1 to 16"),
         (["experts_k=-1"], "experts_k=-1: must be from 1 to 16"),
         (["experts_k=17"], "experts_k=17: must be from 1 to 16"),

@@ -1,4 +1,4 @@
-"""The comparison with mlx-lm gives both engines the same weights: on a CPU, in f32, they say the same tokens."""
+"""The comparison with mlx-lm gives both engines the same weights: on a CPU, in f32, both generate the same tokens."""
 
 import sys
 from pathlib import Path

@@ -84,6 +84,7 @@ def test_impossible_variants_are_refused(tmp_path: Path, name: str) -> None:
     assert caught.value.code == "unknown_variant"
 
 
+@pytest.mark.thorough
 def test_the_command_line_makes_a_variant(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flashmoe_mlx", "backend=pack2", "prompt=Where does Mira live?"]
     command += [f"model.cache_dir={tmp_path / 'cache'}"]

@@ -213,7 +213,11 @@ def test_experts_k_is_checked(tiny_pack: Path, k: Any) -> None:
     ("backend", "options", "message"),
     [
         ("nosuch", {}, "backend=nosuch: no such backend; there are checkpoint, io_uring"),
-        ("pread", {"thread": 4}, "backend.thread: no such option; PreadStore has variant, slots, threads"),
+        (
+            "pread",
+            {"thread": 4},
+            "backend.thread: no such option; did you mean backend.threads?",
+        ),
         ("pread", {"threads": "4"}, "backend.threads='4': must be an integer from 1 to 1024"),
         ("pread", {"threads": 0}, "threads=0"),
         ("pread", {"slots": 0}, "backend.slots=0: must be an integer"),

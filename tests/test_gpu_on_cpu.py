@@ -166,8 +166,15 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
             assert engine.store.stats().prefetched > 0
 
 
-@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
-@pytest.mark.parametrize("slots", [5, 16])
+@pytest.mark.parametrize(
+    ("device", "slots"),
+    [
+        (gpu_on_cpu.cuda, 5),
+        (gpu_on_cpu.metal, 16),
+        pytest.param(gpu_on_cpu.cuda, 16, marks=pytest.mark.thorough),
+        pytest.param(gpu_on_cpu.metal, 5, marks=pytest.mark.thorough),
+    ],
+)
 def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: int, tiny_pack: Path) -> None:
     """In bf16, the type of scales. Every token uses all experts, because rounding a score may change a choice."""
     options = {"slots": slots, "experts_k": TINY.num_experts, "steps": STEPS[:2]}

@@ -117,8 +117,16 @@ def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
         assert not engine.runner._ahead.ready
 
 
-@pytest.mark.parametrize("engine", ["metal", "cuda"], indirect=True)
-@pytest.mark.parametrize("sampling", [SamplingOptions(), WARM], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    ("engine", "sampling"),
+    [
+        pytest.param("metal", SamplingOptions(), id="greedy-metal"),
+        pytest.param("metal", WARM, id="sampled-metal"),
+        pytest.param("cuda", WARM, id="sampled-cuda"),
+        pytest.param("cuda", SamplingOptions(), id="greedy-cuda", marks=pytest.mark.thorough),
+    ],
+    indirect=["engine"],
+)
 def test_tokens_counters_and_state(sampling: SamplingOptions, engine: Engine) -> None:
     expected = waiting(engine, sampling=sampling, seed=3)
     sequence = begin(engine, sampling=sampling, seed=3)

@@ -77,8 +77,15 @@ def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dty
 
 
 @pytest.mark.usefixtures("target")
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("shared", "dtype"),
+    [
+        pytest.param(False, mx.float32, id="False-f32"),
+        pytest.param(True, mx.bfloat16, id="True-bf16"),
+        pytest.param(True, mx.float32, id="True-f32", marks=pytest.mark.thorough),
+        pytest.param(False, mx.bfloat16, id="False-bf16", marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 20), (3, 2), (8, 5)])
 def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dtype: mx.Dtype) -> None:
     check(cases.routed_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, shared=shared, seed=tokens))
@@ -261,15 +268,33 @@ def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 8])
-@pytest.mark.parametrize(("bits", "group_size"), WIDTHS)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "tokens"),
+    [
+        # The number of tokens changes the loop over vectors, groups of other sizes the loop over words.
+        pytest.param(*width, tokens, marks=[pytest.mark.thorough] if tokens > 1 and width[1] != 64 else [])
+        for width in WIDTHS
+        for tokens in (1, 8)
+    ],
+)
 def test_quantized_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dtype, target: str) -> None:
     only_on_a_gpu(target, dtype == mx.bfloat16 and group_size != 64, "f32, which is exact, shows groups of every size")
     check(cases.quantized_matvec(20, 384, dtype, bits=bits, group_size=group_size, tokens=tokens))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        pytest.param("397B", mx.bfloat16, id="397B-bf16"),
+        pytest.param("35B", mx.bfloat16, id="35B-bf16"),
+        *(
+            pytest.param(name, dtype.values[0], id=f"{name}-{dtype.id}", marks=pytest.mark.thorough)
+            for name in PUBLISHED
+            for dtype in DTYPES
+            if name not in ("397B", "35B") or dtype.id == "f32"
+        ),
+    ],
+)
 @pytest.mark.parametrize(
     "make",
     [

@@ -27,6 +27,13 @@ def test_impossible_limits_are_refused(gib: float) -> None:
     assert caught.value.code == "out_of_range"
 
 
+def test_a_limit_below_the_need_of_the_model_is_refused() -> None:
+    with pytest.raises(InputError) as caught, memory_cap(0.0001, least=MIB):
+        pass
+    assert caught.value.code == "out_of_range"
+    assert "at least 0.01" in str(caught.value)
+
+
 def test_a_ballast_occupies_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_enter_group", lambda _: None)
     monkeypatch.setattr(module, "available_memory", lambda: 2 * GIB)

@@ -62,9 +62,10 @@ def test_a_file_truncated_between_the_check_and_the_access(
         path = stored.source.extents(0, 0)[0].path
         size = path.stat()
         os.truncate(path, 16384)
-        monkeypatch.setattr(os, "fstat", lambda _: size)
-        with pytest.raises(ExpertReadError) as caught:
-            store.fetch(0, [7])
+        with monkeypatch.context() as patch:  # pytest calls fstat as well, so the patch must not outlive the fetch
+            patch.setattr(os, "fstat", lambda _: size)
+            with pytest.raises(ExpertReadError) as caught:
+                store.fetch(0, [7])
         assert caught.value.code == "read_failed"
         assert_one_line(caught.value)
         assert (caught.value.layer, caught.value.expert) == (0, 7)

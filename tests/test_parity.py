@@ -75,8 +75,13 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize(
     ("chunk", "tokens"),
-    [(None, 96), (64, 96), (7, 29), (1, 12)],  # small chunks take long; test_oracle.py tests all of them
-    ids=["one-shot", "chunks-of-64", "chunks-of-7", "chunks-of-1"],
+    # Small chunks take long; test_oracle.py tests all of them, and decoding takes single tokens as well.
+    [
+        pytest.param(None, 96, id="one-shot"),
+        pytest.param(64, 96, id="chunks-of-64"),
+        pytest.param(7, 29, id="chunks-of-7"),
+        pytest.param(1, 12, id="chunks-of-1", marks=pytest.mark.thorough),
+    ],
 )
 def test_prefill_equals_transformers(opened: Opened, chunk: int | None, tokens: int) -> None:
     opened.check(opened.engine.logits(opened.recording.tokens[:tokens], prefill_chunk=chunk))

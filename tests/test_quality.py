@@ -11,6 +11,7 @@ import pytest
 from test_generation import checkpoint, scripted
 
 from flashmoe_mlx import load
+from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
 from flashmoe_mlx.research.quality.evaluation import _Scores, _statistics, evaluate
@@ -279,8 +280,8 @@ def test_intervals() -> None:
         share_interval(3, 2)
 
 
-def test_task_evaluate(tmp_path: Path) -> None:
-    from test_cli import flashmoe, mistake, records
+def test_task_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from test_cli import flashmoe, records
 
     arguments = ["task=evaluate", "kinds=[text,json]", "limit=1", "variants=[q4,q2-minmax]", "experts_ks=[2,10]"]
     result = flashmoe(*arguments, "answers=false", cwd=tmp_path, cache=tmp_path / "cache")
@@ -294,5 +295,7 @@ def test_task_evaluate(tmp_path: Path) -> None:
     assert cells[0]["text"]["kl"] > 0.001
     assert cells[3]["text"]["kl"] > 0.001
     assert "q4" in result.stderr
-    assert "limit=0: must be" in mistake(flashmoe("task=evaluate", "limit=0", cwd=tmp_path))
-    assert "variants= and experts_ks= each need" in mistake(flashmoe("task=evaluate", "variants=[]", cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for argument, message in (("limit=0", "limit=0: must be"), ("variants=[]", "variants= and experts_ks= each need")):
+        assert run_command_line(["task=evaluate", argument]) == 2
+        assert message in capsys.readouterr().err

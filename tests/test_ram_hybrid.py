@@ -100,7 +100,7 @@ def test_a_budget_larger_than_free_memory(stored: StoredExperts, monkeypatch: py
 
 
 def test_layers_do_not_evict_each_other(stored: StoredExperts) -> None:
-    """With a common pool for all layers nothing would be hit, because a token needs more experts than it holds."""
+    """A common pool for all layers would have no hits, because a token needs more experts than the pool holds."""
     with RamHybridStore(stored.source, budget_gib=gib(3)) as store:
         for _ in range(5):
             for layer in range(LAYERS):

@@ -134,8 +134,12 @@ def test_a_later_attempt_replaces_the_failure(tiny_pack: Path, tmp_path: Path) -
     assert not (tmp_path / "failure.json").exists()
 
 
-def test_a_sweep_without_jobs_leaves_its_directory_free(tiny_pack: Path, tmp_path: Path) -> None:
+def test_a_sweep_without_jobs_leaves_its_directory_and_stdout_free(
+    tiny_pack: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["-m", f"model.path={tiny_pack}", *FAST, f"hydra.sweep.dir={tmp_path}"]
     assert run([*arguments, "backend=pread,nosuch"]) == 2
+    print("later output", flush=True)
+    assert capfd.readouterr().out.endswith("later output\n")
     assert run([*arguments, "backend=pread,mmap"]) == 0
     assert run([*arguments, "backend=pread,mmap"]) == 2

@@ -1,10 +1,12 @@
 """Several sequences in one pass: each sequence gets the same tokens as it gets alone."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.generation.logits import TokenHistory
 from flashmoe_mlx.generation.logprobs import token_logprobs
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
@@ -300,35 +303,76 @@ def test_prompts_are_checked_for_every_sequence(engine: Engine, prompt: list[int
     assert raised.value.code == code
 
 
-@pytest.mark.parametrize("fails_at", [1, 2])
-def test_a_failed_choice_ends_every_sequence_of_the_pass(engine: Engine, fails_at: int) -> None:
-    """In the second pass, one sequence has chosen a token, the second cannot choose, and the third has not tried."""
-    calls = 0
+def failing_at(call: int) -> Any:
+    """A processor whose given call fails."""
+    calls = itertools.count(1)
 
     def fail(logits: np.ndarray, _: object) -> np.ndarray:
-        nonlocal calls
-        calls += 1
-        if calls == fails_at:
+        if next(calls) == call:
             raise ZeroDivisionError
         return logits
 
-    runner, sequences = engine.runner, [begin(engine, PROMPTS[0], processors=each) for each in ((), (fail,), ())]
+    return fail
+
+
+def refuse(step: Any) -> None:
+    with pytest.raises(InputError) as raised:
+        step()
+    assert raised.value.code == "broken_sequence"
+
+
+def test_a_failed_choice_in_the_prompt_ends_the_sequence(engine: Engine) -> None:
+    runner, sequence = engine.runner, begin(engine, PROMPTS[0], processors=(failing_at(1),))
     with runner.exclusive():
-        if fails_at == 1:
-            with pytest.raises(ZeroDivisionError):
-                runner.prefill(sequences[1])
-            again: list[Any] = [lambda: runner.prefill(sequences[1])]
-        else:
-            for sequence in sequences:
-                runner.prefill(sequence)
-            with pytest.raises(ZeroDivisionError):
-                runner.decode(sequences)
-            again = [lambda one=one: runner.decode([one]) for one in sequences]
-        for step in again:
-            with pytest.raises(InputError) as raised:
-                step()
-            assert raised.value.code == "broken_sequence"
+        with pytest.raises(ZeroDivisionError):
+            runner.prefill(sequence)
+        refuse(lambda: runner.prefill(sequence))
     assert alone(engine, PROMPTS[0])
+
+
+@pytest.mark.parametrize("failure", ["processor", "logits"])
+def test_a_failed_choice_ends_that_sequence_alone(
+    engine: Engine, failure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [alone(engine, prompt) for prompt in PROMPTS]
+    processors = (failing_at(3),) if failure == "processor" else ()
+    sequences = [begin(engine, prompt, processors=processors * (i == 1)) for i, prompt in enumerate(PROMPTS)]
+    runner = engine.runner
+    with runner.exclusive():
+        for sequence in sequences:
+            runner.prefill(sequence)
+        runner.decode(sequences)
+        with monkeypatch.context() as patched:
+            if failure == "logits":
+                rows = mx.array([[0.0], [np.nan], [0.0], [0.0]])
+                original = engine.model.logits
+                patched.setattr(type(engine.model), "logits", lambda _, hidden: original(hidden) + rows)
+            with pytest.raises(ZeroDivisionError if failure == "processor" else FlashMoeError):
+                runner.decode(sequences)
+        assert [sequence.cache.broken for sequence in sequences] == [False, True, False, False]
+        assert [len(sequence.token_ids) for sequence in sequences] == [3, 2, 3, 3]
+        refuse(lambda: runner.decode(sequences))
+    del sequences[1], expected[1]
+    run_together(engine, sequences)
+    assert [sequence.token_ids for sequence in sequences] == expected
+
+
+def test_an_interrupted_choice_ends_every_sequence_of_the_pass(engine: Engine) -> None:
+    """Nobody knows which sequences had chosen a token."""
+
+    def interrupt(logits: np.ndarray, history: TokenHistory) -> np.ndarray:
+        if history.generated.any():
+            raise KeyboardInterrupt
+        return logits
+
+    runner, sequences = engine.runner, [begin(engine, PROMPTS[0], processors=each) for each in ((), (interrupt,), ())]
+    with runner.exclusive():
+        for sequence in sequences:
+            runner.prefill(sequence)
+        with pytest.raises(KeyboardInterrupt):
+            runner.decode(sequences)
+        for sequence in sequences:
+            refuse(lambda sequence=sequence: runner.decode([sequence]))
 
 
 @pytest.mark.parametrize("call", range(1, 14))

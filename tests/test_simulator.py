@@ -48,7 +48,9 @@ def recording(tiny_pack: Path) -> RoutingTrace:
         return recorder.trace(engine.model.config.num_experts, prompt, "tiny", engine.store.layout.record_bytes)
 
 
-@pytest.mark.parametrize("slots", [2, 4, 7, 11, 16])
+@pytest.mark.parametrize(
+    "slots", [2, pytest.param(4, marks=pytest.mark.thorough), 7, pytest.param(11, marks=pytest.mark.thorough), 16]
+)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_counters_of_a_generation_equal_the_simulated_counters(
     policy: str, slots: int, recording: RoutingTrace, tiny_pack: Path, tmp_path: Path

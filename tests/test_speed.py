@@ -20,12 +20,13 @@ from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, publi
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.engine import load
-from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.estimate import probe as probe_module
+from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import (
     MEMORY,
     WAYS,
@@ -45,7 +46,12 @@ from flashmoe_mlx.research.estimate.sizes import (
 )
 from flashmoe_mlx.research.estimate.speed_model import SpeedModel, certainly
 from flashmoe_mlx.research.traces.random_traces import uniform_trace
+from flashmoe_mlx.stores.registry import AUTO, backend_settings
 from flashmoe_mlx.tasks import estimate as estimate_module
+from flashmoe_mlx.tasks.shared import automatic as automatic_module
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.backend_list import listed_backends
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
 
 PUBLISHED = published_configs()
 GIB = 2**30
@@ -169,6 +175,53 @@ def test_more_memory_is_faster_until_everything_fits(profile: MachineProfile) ->
     assert best.backend == "resident"
     assert best.tokens_per_second == pytest.approx(1 / computing(model().config, 10))
     assert estimates(model(), Machine(profile, 4 * GIB)) == []
+
+
+# backend=auto
+
+
+@pytest.mark.parametrize(("share", "names"), [(1.5, ["resident"]), (0.4, ["ram_hybrid", "pread"])])
+def test_the_chosen_backend_is_the_fastest_by_its_own_estimate(
+    profile: MachineProfile, tiny_pack: Path, share: float, names: list[str]
+) -> None:
+    files = open_model(tiny_pack)
+    source = files.variant(None)
+    experts = source.num_layers * source.num_experts * source.layout.record_bytes
+    need = memory_need(files.config, 4, 4, files.config.max_context, 4, 4)
+    made = choose_backend(files, profile, int(need.total + share * experts))
+    assert made.estimate.name in names
+    assert all(slower.tokens_per_second <= made.estimate.tokens_per_second for slower in made.slower)
+    with load(tiny_pack, made.settings) as engine:
+        assert list(engine.generate("Hello", raw=True, max_tokens=2))
+
+
+def test_no_backend_is_chosen_for_a_model_that_does_not_fit(profile: MachineProfile, tiny_pack: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        choose_backend(open_model(tiny_pack), profile, 10**6)
+    assert caught.value.code == "not_enough_memory"
+    assert_one_line(caught.value)
+
+
+def test_auto_on_the_command_line(
+    profile: MachineProfile, tmp_path: Path, demo_pack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The choice is shown with its speed, recorded, and made from stored measurements."""
+    profile.save(tmp_path / "cache" / "probe.json")
+    choice = ModelChoice(name="demo", path=str(demo_pack), cache_dir=str(tmp_path / "cache"))
+    settings = chosen_backend({"_target_": AUTO, "variant": "q4", "mirrors": []}, demo_pack, choice, 4)
+    assert settings["_target_"].endswith("ResidentStore")
+    assert settings["variant"] == "q4"
+    assert "backend=auto: resident" in capsys.readouterr().err
+    plain = backend_settings("pread")
+    assert chosen_backend(plain, demo_pack, choice, 4) == plain
+    assert list(listed_backends([AUTO, "pread"], plain)) == ["auto", "pread"]
+
+
+def test_auto_is_a_choice_of_the_command_line_alone(tiny_pack: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        load(tiny_pack, AUTO)
+    assert caught.value.code == "unknown_backend"
+    assert_one_line(caught.value)
 
 
 def test_a_trace_replaces_assumptions_about_routing(profile: MachineProfile) -> None:
@@ -439,7 +492,7 @@ def test_a_machine_is_measured_once(
         probed.append((folder, seconds))
         return profile
 
-    monkeypatch.setattr(estimate_module, "probe", fake)
+    monkeypatch.setattr(automatic_module, "probe", fake)
     arguments = ("model=Qwen/Qwen3.5-35B-A3B", "probe_seconds=7")
     old = replace(profile, created=datetime.now(UTC) - timedelta(days=40))
     old.save(cache / "probe.json")

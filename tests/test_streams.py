@@ -208,9 +208,19 @@ def test_an_error_is_one_line_for_any_name(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--cfg", "all"], ["--cfg", "job"], ["--info", "all"], ["--hydra-help"], ["--help"]]
+    ("stream", "arguments"),
+    [
+        pytest.param(stream, arguments, marks=[pytest.mark.thorough] if stream != "full" and repeated else [])
+        for stream in ("full", "closed", "left")
+        for repeated, arguments in (
+            (False, ["--cfg", "job"]),
+            (True, ["--cfg", "all"]),
+            (True, ["--info", "all"]),
+            (True, ["--hydra-help"]),
+            (False, ["--help"]),
+        )
+    ],
 )
-@pytest.mark.parametrize("stream", ["full", "closed", "left"])
 def test_output_of_options_that_cannot_be_written(arguments: list[str], stream: str, tmp_path: Path) -> None:
     redirect = {"full": "> /dev/full", "closed": ">&-", "left": "| true"}[stream]
     if stream == "full" and not Path("/dev/full").exists():

@@ -27,7 +27,7 @@ COMMON = {field.name for field in fields(CommonConfig)}
 
 
 def read_keys(function: FunctionType, seen: set[FunctionType]) -> Iterator[str]:
-    """Yield the keys that ``function``, or a function of a task that it passes its configuration to, reads."""
+    """Yield the keys that ``function`` reads, directly or in functions of a task that get its configuration."""
     if function in seen:
         return
     seen.add(function)

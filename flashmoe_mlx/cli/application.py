@@ -98,11 +98,11 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
         print_answer("", end="")  # Hydra does not flush what --cfg prints
         if runs and not jobs:
             raise InputError("nothing ran: a range or pattern on the command line has no values", code="empty_sweep")
+    except (FlashMoeError, HydraException, OmegaConfBaseException):  # some errors of Hydra are an OSError, too
+        raise
     except OSError as error:
         if not jobs and error.filename is None:  # Hydra could not print
             drop_answer()
-        raise
-    except (FlashMoeError, HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
         raise InputError(

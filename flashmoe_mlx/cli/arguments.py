@@ -41,7 +41,7 @@ class CommandLine:
 
     @property
     def runs(self) -> bool:
-        """Whether tasks run, rather than, for instance, a configuration being printed."""
+        """Whether the command line runs tasks; with options such as ``--cfg`` it only prints."""
         return set(self.flags) <= RUN_OPTIONS
 
     def value(self, key: str) -> str | None:

@@ -77,7 +77,9 @@ def _group_override(key: str, value: str, sweeps: bool) -> str:
     if key == "model" and is_path(value):
         return f"++model.path={text_value(value, sweeps, nullable=True)}"
     if value.startswith(("[", "{")) and key != "experiment":
-        advice = f"-m {key}={value.strip('[]{}')} runs them one after the other"
+        if value.startswith("{"):
+            raise InputError(f"{key}={value}: must be a name; set its options one by one, as in {key}.<option>=<value>")
+        advice = f"-m {key}={value.strip('[]')} runs them one after the other"
         compare = "; task=bench backends=[...] compares them" if key == "backend" else ""
         raise InputError(f"{key}={value}: a run has one {key}; {advice}{compare}")
     return f"{key}={value}"  # Hydra has no "++" for the choice of a group

@@ -44,6 +44,8 @@ def text_list_value(key: str, value: str, sweeps: bool) -> str:
 
 def backend_value(value: str, sweeps: bool) -> str:
     """Return the value of a backend's option: a path becomes text, Hydra interprets anything else that it can read."""
+    if value.strip().startswith("["):
+        return text_list_value("backend", value, sweeps)
     if "/" in value or value.startswith("~"):
         return text_value(value, sweeps, nullable=False)
     return value if is_readable(value) else verbatim(value)

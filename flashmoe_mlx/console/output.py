@@ -28,6 +28,11 @@ def literal_console(file: IO[str] | None = None, width: int | None = None) -> Co
 console = literal_console(_STDERR)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``number`` and ``noun``, with an "s" unless the number is 1, as in "1 round" and "2 rounds"."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def show(line: str = "") -> None:
     """Print a line literally and without line breaks of rich."""
     console.print(line, soft_wrap=True)

@@ -18,7 +18,8 @@ _PHASE_NAMES = {
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Make the closing table.
 
-    "ms" is the time of a forward pass; "weights GB/s" counts every weight that a pass uses, from memory or storage.
+    "ms" is the time of a forward pass; "hits" are experts that the store held; "page cache" is the share of the bytes
+    read that the page cache held before; "weights GB/s" counts every weight that a pass uses, from memory or storage.
 
     Args:
         metrics: the result of ``RunMetrics.to_json``.
@@ -31,6 +32,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         "ms p5/p50/p95",
         "MB/token",
         "hits",
+        "page cache",
         "read GB/s",
         "weights GB/s",
     ):
@@ -45,6 +47,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             _spread(steps) if steps else "-",
             _shown(stage["bytes_per_token"], ".3g", 1e-6),
             _shown(stage["hit_rate"], ".0%"),
+            _shown(stage["page_cache_hit_rate"], ".0%"),
             _shown(stage["read_gb_per_second"], ".2f"),
             _shown(stage["weights_gb_per_second"], ".2f"),
         )

@@ -45,7 +45,7 @@ TEXT_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
-"""Files that a pack copies from the checkpoint, as far as the checkpoint has them."""
+"""Files that a pack copies from the checkpoint if they exist there."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Stage:
 
         ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
         divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
-        misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints.
+        misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints. ``page_cache_hit_rate`` is
+        the share of the bytes read that the page cache held before, from a sample.
         """
         store, requests = self.store, self.store.requests
         read_on_demand = store.bytes_read - record_bytes * store.prefetched
@@ -57,6 +58,9 @@ class Stage:
             "experts_requested": requests,
             "hits": store.hits,
             "hit_rate": ratio(store.hits, requests),
+            "page_cache_hit_rate": store.page_cache_hit_rate,
+            "sampled_bytes": store.sampled_bytes,
+            "sampled_cached_bytes": store.sampled_cached_bytes,
             "misses": store.misses,
             "evictions": store.evictions,
             "reads": store.reads,

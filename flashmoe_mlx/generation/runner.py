@@ -2,9 +2,10 @@
 
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import SupportsIndex
 
 import mlx.core as mx
@@ -120,37 +121,85 @@ class Runner:
     def prefill(self, sequence: Sequence) -> None:
         """Process the prompt of a waiting ``sequence``, in chunks, and choose its first token.
 
-        Raises:
-            InputError: the sequence is not waiting (code "not_waiting"), or an earlier pass over it failed (code
-                "broken_sequence").
-            FlashMoeError: an expert cannot be read, or no token can be chosen. The sequence cannot continue
-                afterwards.
+        Raises the errors of ``prefill_part``.
         """
-        if sequence.status is not Status.WAITING:
+        self.prefill_part([sequence])
+        while sequence.status is Status.WAITING:
+            self.prefill_part([sequence])
+
+    def prefill_part(self, sequences: list[Sequence], most_tokens: int | None = None) -> None:
+        """Process the next part of the prompts of waiting ``sequences`` in one pass.
+
+        A sequence whose prompt ends with its part chooses its first token. A sequence without a part, because those
+        before it take all tokens of the pass, does not change. A cancelled sequence ends before the pass or, if all are
+        cancelled, at the next layer.
+
+        Args:
+            sequences: at least one; the first ones are served first.
+            most_tokens: the largest number of tokens of the pass, at least 1; None for a chunk of each prompt.
+
+        Raises:
+            InputError: a sequence is not waiting (code "not_waiting"), is given twice ("duplicate_sequence"), or an
+                earlier pass over it failed ("broken_sequence"). No sequence has changed then.
+            FlashMoeError: an expert cannot be read; none of the sequences with a part can continue afterwards. Or no
+                token can be chosen for a sequence, as in ``decode``.
+        """
+        if any(sequence.status is not Status.WAITING for sequence in sequences):
             raise InputError("the prompt of this sequence was processed before", code="not_waiting")
-        _refuse_broken([sequence.cache])
-        tokens, size = sequence.request.prompt_ids, sequence.request.prefill_chunk
+        running = _not_cancelled(sequences)
+        _refuse_broken([sequence.cache for sequence in running])
+        _refuse_duplicates(running)
+        parts = _next_parts(running, most_tokens)
+        if not parts:
+            return
+        running = list(parts)
         layers = self.model.config.num_layers
-        with _ending([sequence]):
-            for start in range(0, len(tokens), size):
-                chunk = tokens[start : start + size]
+        failures: list[Exception] = []
 
-                def before_layer(layer: int, start: int = start, length: int = len(chunk)) -> None:
-                    sequence.report(start + length * layer // layers)
-                    _refuse_cancelled([sequence])
+        def before_layer(layer: int) -> None:
+            for sequence, tokens in parts.items():
+                sequence.report(sequence.prefilled + len(tokens) * layer // layers)
+            _refuse_cancelled(running)
 
-                with measured_pass([(sequence.metrics.prefill, len(chunk))], self.store, self.clock):
-                    used = self._used_experts()
-                    hidden = self._hidden(
-                        chunk, [len(chunk)], [sequence.cache], [sequence.guesses], used, before_layer=before_layer
-                    )
-                    if start + size < len(tokens):
-                        self._evaluate("experts", hidden, [sequence.cache], used)
-                        continue
-                    (logits,) = self._logits(hidden[-1:], [sequence.cache], used)
-                    with self.clock.phase("sample"):
-                        sequence.take(logits)
-            sequence.report(len(tokens))
+        with _ending(running):
+            stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
+            with measured_pass(stages, self.store, self.clock):
+                self._prefill_parts(parts, before_layer, failures)
+            for sequence, tokens in parts.items():
+                sequence.prefilled += len(tokens)
+                sequence.report(sequence.prefilled)
+        if failures:
+            raise failures[0]
+
+    def _prefill_parts(
+        self, parts: Mapping[Sequence, list[int]], before_layer: Callable[[int], None], failures: list[Exception]
+    ) -> None:
+        """Process the next tokens of each sequence in one pass; errors of the choices join ``failures``."""
+        used = self._used_experts()
+        caches, lengths = [sequence.cache for sequence in parts], [len(tokens) for tokens in parts.values()]
+        hidden = self._hidden(
+            [token for tokens in parts.values() for token in tokens],
+            lengths,
+            caches,
+            [sequence.guesses for sequence in parts],
+            used,
+            before_layer=before_layer,
+        )
+        ends = dict(zip(parts, accumulate(lengths), strict=True))
+        complete = {
+            sequence: end
+            for sequence, end in ends.items()
+            if sequence.prefilled + len(parts[sequence]) == len(sequence.request.prompt_ids)
+        }
+        if not complete:
+            self._evaluate("experts", hidden, caches, used)
+            return
+        rows = [hidden[end - 1 : end] for end in complete.values()]
+        logits = self._unchecked_logits(rows[0] if len(rows) == 1 else mx.concatenate(rows), caches, used)
+        with self.clock.phase("sample"):
+            for sequence, row in zip(complete, logits, strict=True):
+                with _ending_alone(sequence, failures):
+                    sequence.take(checked_logits(row))
 
     def decode(self, sequences: list[Sequence]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose the next token of each.
@@ -162,38 +211,42 @@ class Runner:
         Raises:
             InputError: a sequence is still waiting (code "not_decoding"), is given twice (code "duplicate_sequence"),
                 or an earlier pass over it failed (code "broken_sequence"). No sequence has changed then.
-            FlashMoeError: an expert cannot be read, or no token can be chosen. None of the sequences can continue
-                afterwards.
+            FlashMoeError: an expert cannot be read; none of the sequences can continue afterwards. Or no token can be
+                chosen for a sequence, whose ``cache.broken`` is then true; the other sequences have their tokens and
+                can continue. Errors of logits processors have the same effect. The first such error is raised.
         """
-        for sequence in sequences:
-            if sequence.cancelled and sequence.finish_reason is None:
-                sequence.finish("cancelled")
-        running = [sequence for sequence in sequences if sequence.finish_reason is None]
+        running = _not_cancelled(sequences)
         if not running:
             return
         caches = [sequence.cache for sequence in running]
         _refuse_broken(caches)
         if any(sequence.status is Status.WAITING for sequence in running):
             raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
-        if len({id(cache) for cache in caches}) < len(caches):
-            raise InputError("a sequence is in the list twice", code="duplicate_sequence")
+        _refuse_duplicates(running)
+        failures: list[Exception] = []
         with _ending(running):
             if len(running) == 1 and self._can_run_ahead(running[0]):
                 self._ahead.decode(running[0], lambda: _refuse_cancelled(running))
                 return
             begun = [sequence for sequence in running if sequence.ahead is not None]
             for sequence in begun:
-                self._ahead.take(sequence)
+                with _ending_alone(sequence, failures):
+                    self._ahead.take(sequence)
             rest = [sequence for sequence in running if sequence not in begun]
             if rest:
-                self._decode_together(rest)
+                self._decode_together(rest, failures)
+        if failures:
+            raise failures[0]
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
-        """Whether the next steps of ``sequence`` need nothing from the host."""
+        """Return whether the next steps of ``sequence`` need nothing from the host."""
         return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
 
-    def _decode_together(self, sequences: list[Sequence]) -> None:
-        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits."""
+    def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
+        """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.
+
+        Errors of the choices join ``failures``.
+        """
         caches = [sequence.cache for sequence in sequences]
         with measured_pass([(sequence.metrics.decode, 1) for sequence in sequences], self.store, self.clock):
             used = self._used_experts()
@@ -206,10 +259,11 @@ class Runner:
                 decoding=True,
                 before_layer=lambda _: _refuse_cancelled(sequences),
             )
-            logits = self._logits(hidden, caches, used)
+            logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
                 for sequence, row in zip(sequences, logits, strict=True):
-                    sequence.take(row)
+                    with _ending_alone(sequence, failures):
+                        sequence.take(checked_logits(row))
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
         """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, which join the tokens in ``cache``.
@@ -253,10 +307,13 @@ class Runner:
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass."""
+        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass; see ``logits``."""
+        return checked_logits(self._unchecked_logits(hidden, caches, used))
+
+    def _unchecked_logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
         logits = self.model.logits(hidden)
         self._evaluate("head", logits, caches, used)
-        return checked_logits(np.array(logits))
+        return np.array(logits)
 
     def _evaluate(self, phase: str, result: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> None:
         """Evaluate the ``result`` of a pass and its ``caches``, and count the experts that it used."""
@@ -278,11 +335,48 @@ def _ending(sequences: list[Sequence]) -> Iterator[None]:
         for sequence in sequences:
             sequence.finish("cancelled")
     except BaseException:
-        # Errors after the last layer count, too: some sequences may have chosen a token, the rest none.
+        # Interrupts after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
             sequence.ahead = None
             sequence.cache.broken = True
         raise
+
+
+@contextmanager
+def _ending_alone(sequence: Sequence, failures: list[Exception]) -> Iterator[None]:
+    """Mark ``sequence`` as broken if the choice of its token fails, and add the error to ``failures``."""
+    try:
+        yield
+    except Exception as error:
+        sequence.ahead = None
+        sequence.cache.broken = True
+        failures.append(error)
+
+
+def _not_cancelled(sequences: list[Sequence]) -> list[Sequence]:
+    """Finish the cancelled ones of ``sequences``; return the unfinished sequences."""
+    for sequence in sequences:
+        if sequence.cancelled and sequence.finish_reason is None:
+            sequence.finish("cancelled")
+    return [sequence for sequence in sequences if sequence.finish_reason is None]
+
+
+def _next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Sequence, list[int]]:
+    """Return the next tokens of the prompts, ``most_tokens`` in all; sequences without a part are left out."""
+    parts: dict[Sequence, list[int]] = {}
+    room = sum(len(sequence.request.prompt_ids) for sequence in sequences) if most_tokens is None else most_tokens
+    for sequence in sequences:
+        start = sequence.prefilled
+        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.request.prefill_chunk)]
+        if tokens:
+            parts[sequence] = tokens
+            room -= len(tokens)
+    return parts
+
+
+def _refuse_duplicates(sequences: list[Sequence]) -> None:
+    if len({id(sequence.cache) for sequence in sequences}) < len(sequences):
+        raise InputError("a sequence is in the list twice", code="duplicate_sequence")
 
 
 def _refuse_broken(caches: list[SequenceCache]) -> None:

@@ -55,6 +55,7 @@ class Sequence:
         request: the prompt and the options of its answer.
         cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
         ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
+        prefilled: the number of prompt tokens in ``cache``.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
@@ -88,6 +89,7 @@ class Sequence:
         self.request = request
         self.cache = cache
         self.ahead: Step | None = None
+        self.prefilled = 0
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None

@@ -1,7 +1,7 @@
 """Verification of every byte of a pack against its checksums."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,27 @@ def verify_pack(pack: Pack, progress: Progress | None = None) -> list[Damage]:
         expected = _checksums(experts)
         for layer in range(experts.num_layers):
             found.extend(_damaged_records(variant, experts, layer, expected[layer], progress))
+    return found
+
+
+def verify_mirror(pack: Pack, folder: Path, progress: Progress | None = None) -> list[Damage]:
+    """Read the copies of the experts of ``pack`` in ``folder``, and return the damaged records.
+
+    Raises:
+        PackError: ``folder`` holds no copy of a layer file (code "no_mirror"), or a file of checksums changed
+            ("pack_changed").
+    """
+    progress = progress or Silent()
+    found: list[Damage] = []
+    for variant, experts in pack.experts.items():
+        copy = replace(experts, directory=folder / experts.directory.name)
+        held = [layer for layer in range(copy.num_layers) if copy.layer_path(layer).is_file()]
+        if not held:
+            raise PackError(f"mirror={folder}: no copy of {experts.directory} here", code="no_mirror")
+        progress.stage(f"verifying {copy.directory}", len(held) * copy.layer_bytes)
+        expected = _checksums(experts)
+        for layer in held:
+            found.extend(_damaged_records(variant, copy, layer, expected[layer], progress))
     return found
 
 

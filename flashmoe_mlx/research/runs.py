@@ -22,6 +22,7 @@ _STAGE = (
     "experts_requested",
     "hits",
     "hit_rate",
+    "page_cache_hit_rate",
     "prefetched",
     "reads",
     "read_gb_per_second",

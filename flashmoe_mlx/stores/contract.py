@@ -17,7 +17,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -139,6 +139,9 @@ class StoreStats:
         fetch_seconds: wall time inside ``fetch``.
         prefetched: misses whose read a hint had started before the fetch.
         bytes_wasted: bytes that were read because of hints and that no fetch used.
+        sampled_bytes: bytes of fetched experts, in whole pages, that were looked up in the page cache before their
+            read; a sample of ``bytes_read``, left out of comparisons of two counters.
+        sampled_cached_bytes: those of ``sampled_bytes`` that were in the page cache.
     """
 
     fetches: int = 0
@@ -151,6 +154,13 @@ class StoreStats:
     fetch_seconds: float = 0.0
     prefetched: int = 0
     bytes_wasted: int = 0
+    sampled_bytes: int = field(default=0, compare=False)
+    sampled_cached_bytes: int = field(default=0, compare=False)
+
+    @property
+    def page_cache_hit_rate(self) -> float | None:
+        """Share of the bytes read that were in the page cache before, from the sample; None without a sample."""
+        return self.sampled_cached_bytes / self.sampled_bytes if self.sampled_bytes else None
 
     def __add__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))

@@ -2,9 +2,12 @@
 
 import ctypes
 import functools
+import sys
 
 # <asm-generic/mman-common.h>: since Linux 2.6.38, 5.14, 5.14, and 6.1
 MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
+# <asm-generic/unistd.h>: since Linux 6.5
+_SYS_CACHESTAT = 451
 
 
 @functools.cache
@@ -20,6 +23,16 @@ def madvise(address: int, nbytes: int, advice: int) -> int:
     """Advise the system about the ``nbytes`` at ``address``, which begins a page; return the error number, or 0."""
     failed = load_libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_int(advice))
     return ctypes.get_errno() if failed else 0
+
+
+def cachestat(fd: int, offset: int, nbytes: int) -> int | None:
+    """Return how many pages of a range of the file ``fd`` are in the page cache; None if the system does not tell."""
+    if sys.platform != "linux":
+        return None
+    place = (ctypes.c_uint64 * 2)(offset, nbytes)
+    counts = (ctypes.c_uint64 * 5)()  # cached, dirty, being written, evicted, recently evicted
+    failed = load_libc().syscall(_SYS_CACHESTAT, ctypes.c_uint(fd), place, counts, ctypes.c_uint(0))
+    return None if failed else counts[0]
 
 
 def address_of(memory: bytearray | memoryview) -> int:

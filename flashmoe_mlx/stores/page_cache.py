@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from flashmoe_mlx.errors import FlashMoeError
-from flashmoe_mlx.stores.libc import load_libc
+from flashmoe_mlx.stores.libc import cachestat, load_libc
 
 _WINDOW = 2**30
 """Bytes of a file that are mapped at a time; the system refuses a private mapping larger than the memory."""
@@ -56,6 +56,32 @@ def evict(paths: Iterable[Path]) -> None:
                 "process has mapped the file; no cold measurement is possible here, use conditions=[warm]",
                 code="still_cached",
             )
+
+
+def cached_range(path: Path, fd: int, offset: int, nbytes: int) -> int | None:
+    """Return the number of bytes of a range of a file in the page cache, in whole pages.
+
+    Linux answers truthfully only to users who may write to the file or own it, so that nobody learns which files other
+    users read.
+
+    Args:
+        path: the file, for errors.
+        fd: a descriptor of the file.
+        offset: the start of the range in bytes; a multiple of the page size.
+        nbytes: the length of the range in bytes, more than 0.
+
+    Returns:
+        None if the system does not tell.
+    """
+    pages = cachestat(fd, offset, nbytes)
+    if pages is not None:
+        return pages * mmap.PAGESIZE
+    if sys.platform == "linux" and os.fstat(fd).st_uid != os.geteuid() and not os.access(path, os.W_OK):
+        return None
+    try:
+        return _cached(path, fd, offset, nbytes)
+    except (FlashMoeError, OSError, ValueError):  # ValueError: the file ends before the range
+        return None
 
 
 def _cached(path: Path, fd: int, offset: int, size: int) -> int:

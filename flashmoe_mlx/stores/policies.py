@@ -262,9 +262,11 @@ def make_policy(name: str, capacity: int, hot: Sequence[int] = ()) -> EvictionPo
             ("policy_without_trace").
     """
     if name not in POLICIES:
-        raise InputError(f"policy={name}: no such policy; there are {', '.join(POLICIES)}", code="unknown_policy")
+        raise InputError(
+            f"backend.policy={name}: no such policy; there are {', '.join(POLICIES)}", code="unknown_policy"
+        )
     if name == "pinned" and not hot:
         raise InputError(
-            "policy=pinned: no hot experts are known; record a routing trace first", code="policy_without_trace"
+            "backend.policy=pinned: no hot experts are known; record a routing trace first", code="policy_without_trace"
         )
     return POLICIES[name](capacity, hot)

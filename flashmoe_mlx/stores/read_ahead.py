@@ -3,7 +3,7 @@
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -12,6 +12,7 @@ from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
@@ -54,6 +55,7 @@ class ReadAhead:
         self._slots = slots
         self._count = min(threads, MAX_THREADS)
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
+        self._sampler = None if direct else PageCacheSampler(source)
         self._in_place = slab is not None
         self._slab: Slab | HostSlots | None = slab
         self._in_use: Collection[int] = ()
@@ -93,7 +95,7 @@ class ReadAhead:
             filling: the memory of these slots.
 
         Returns:
-            The counters ``reads``, ``bytes_read``, ``prefetched``, and ``bytes_wasted``.
+            The counters ``reads``, ``bytes_read``, ``prefetched``, ``bytes_wasted``, and the sampled bytes.
 
         Raises:
             ExpertReadError: an expert could not be read.
@@ -144,15 +146,19 @@ class ReadAhead:
             if move is not None:
                 move(expert, job)
             job.used = True
-            done += StoreStats(reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+            done += replace(job.sampled, reads=job.reads, bytes_read=job.nbytes, prefetched=1)
         done += self._read(layer, failed)
         return done + StoreStats(bytes_wasted=self._wasted())
 
     def _read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
         if not wanted:
             return StoreStats()
+        sampled = self._sample(layer, [expert for expert, _ in wanted])
         reads, nbytes = self._reader.read(layer, wanted)
-        return StoreStats(reads=reads, bytes_read=nbytes)
+        return replace(sampled, reads=reads, bytes_read=nbytes)
+
+    def _sample(self, layer: int, experts: Sequence[int]) -> StoreStats:
+        return StoreStats() if self._sampler is None else self._sampler.sample(layer, experts)
 
     def prefetch(self, layer: int, experts: Iterable[int]) -> None:
         """Start to prefetch as many of ``experts`` as a batch may have, and return at once.
@@ -171,7 +177,8 @@ class ReadAhead:
         new = [place for place in wanted if place not in kept][: max(0, self._slots - len(taken))]
         for place, slot in zip(new, free, strict=False):
             row = slab.rows([slot])[0]
-            job = _Prefetch(slot, row, list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK)))
+            plan = list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK))
+            job = _Prefetch(slot, row, plan, self._sample(layer, [place[1]]))
             self._hinted[place] = job
             self._queue.put(job)
 
@@ -187,6 +194,8 @@ class ReadAhead:
             thread.join()
         self._reader.close()
         self._files.close()
+        if self._sampler is not None:
+            self._sampler.close()
         return StoreStats(bytes_wasted=self._wasted())
 
     def _started(self) -> Slab | HostSlots:
@@ -226,11 +235,12 @@ class ReadAhead:
 
 @dataclass(eq=False, slots=True)
 class _Prefetch:
-    """The prefetch of one record. The thread sets the first group of fields, the owner the second group."""
+    """The prefetch of one record. The thread sets the second group of fields, the owner all other fields."""
 
     slot: int
     row: memoryview
     plan: list[Read]
+    sampled: StoreStats
 
     begun: bool = False
     complete: bool = False

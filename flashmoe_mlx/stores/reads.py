@@ -132,7 +132,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
     except OSError as error:
         if direct and error.errno == errno.EINVAL:
-            reason = "this filesystem does not support direct reads; set direct=false"
+            reason = "this filesystem does not support direct reads; set backend.direct=false"
             raise OSError(errno.EOPNOTSUPP, reason) from error
         raise
     if not readahead:
@@ -145,8 +145,8 @@ def check_alignment(source: ExpertSource) -> None:
     extents = source.extents(0, 0)
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
-            f"direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads require; "
-            "make a pack (task=pack), or set direct=false",
+            f"backend.direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads require; "
+            "make a pack (task=pack), or set backend.direct=false",
             code="not_aligned",
         )
 

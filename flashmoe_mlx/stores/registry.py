@@ -1,5 +1,6 @@
 """The backends by name, and functions that open a store from a name and options."""
 
+import difflib
 import importlib
 import inspect
 import types
@@ -13,13 +14,18 @@ import yaml
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.mirrors import open_mirrors
 from flashmoe_mlx.stores.slots import slots_for
+
+AUTO = "auto"
+"""The name in place of a backend that stands for the best backend; only tasks know it, since it needs measurements."""
 
 
 def backend_names() -> list[str]:
-    """Return the names of the backends of this package, one for each file in ``configs/backend/``."""
+    """Return the names of the backends of this package, one for each file in ``configs/backend/`` but ``auto``."""
     folder = package_files("flashmoe_mlx.configs").joinpath("backend")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    names = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(name for name in names if name != AUTO)
 
 
 def backend_settings(name: str) -> dict[str, Any]:
@@ -28,6 +34,12 @@ def backend_settings(name: str) -> dict[str, Any]:
     Raises:
         InputError: there is no such backend (code "unknown_backend").
     """
+    if name == AUTO:
+        raise InputError(
+            "backend=auto needs measurements of this machine: on the command line, write backend=auto; in Python, pass "
+            "the settings that research.estimate.automatic.choose_backend returns",
+            code="unknown_backend",
+        )
     if name not in backend_names():
         raise InputError(
             f"backend={name}: no such backend; there are {', '.join(backend_names())}", code="unknown_backend"
@@ -53,13 +65,13 @@ def open_store(
     Args:
         files: the model.
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options.
-        options: options that override those of ``backend``. ``variant`` names the variant of the pack; all other
-            options go to the constructor of the store.
+        options: options that override those of ``backend``. ``variant`` names the variant of the pack, and ``mirrors``
+            folders with copies of it; all other options go to the constructor of the store.
         host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
 
     Raises:
         InputError: there is no such backend, option, or variant (codes "unknown_backend", "unknown_option",
-            "unknown_variant"), or the store refuses its options.
+            "unknown_variant"), ``mirrors`` are not copies of the pack, or the store refuses its options.
     """
     if not isinstance(backend, str | Mapping):
         raise InputError(
@@ -76,14 +88,14 @@ def open_store(
 def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
     """Create a store for ``source``.
 
-    ``settings`` holds the class as ``_target_``, and the options of its constructor.
+    ``settings`` holds the class as ``_target_``, ``mirrors``, and the options of the constructor.
 
     Raises:
-        InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), or the store refuses
-            its options.
+        InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), ``mirrors`` are not
+            copies of the source, or the store refuses its options.
     """
     options = dict(settings)
-    target = options.pop("_target_", None)
+    target, mirrors = options.pop("_target_", None), options.pop("mirrors", None)
     if not isinstance(target, str):
         raise InputError(
             "backend: _target_ must name the class of a store, for instance my_package.my_module.MyStore",
@@ -99,7 +111,7 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertSto
     if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore", code="unknown_backend")
     _check_options(store_class, options)
-    store: ExpertStore = store_class(source, **options)
+    store: ExpertStore = store_class(open_mirrors(source, mirrors), **options)
     return store
 
 
@@ -108,8 +120,11 @@ def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -
     known = [name for name in inspect.signature(store_class).parameters if name != "source"]
     for name, value in options.items():
         if name not in known:
+            options_here = [*known, "variant", "mirrors"]
+            nearest = difflib.get_close_matches(name, options_here, n=1)
+            hint = f"did you mean backend.{nearest[0]}? " if nearest else ""
             raise InputError(
-                f"backend.{name}: no such option; {store_class.__name__} has {', '.join(['variant', *known])}",
+                f"backend.{name}: no such option; {hint}{store_class.__name__} has {', '.join(options_here)}",
                 code="unknown_option",
             )
         limit = store_class.limits.get(name)

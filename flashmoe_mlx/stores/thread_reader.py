@@ -70,7 +70,8 @@ class ThreadReader:
         except RuntimeError as error:
             self.close()
             raise BackendUnavailableError(
-                f"cannot start {threads} threads: {error}; choose fewer threads", code="no_threads"
+                f"the system does not start {threads} threads ({error}); set a smaller backend.threads",
+                code="no_threads",
             ) from error
 
     def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:

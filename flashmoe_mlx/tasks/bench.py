@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, print_notes, print_table, show
+from flashmoe_mlx.console.output import activity, counted, print_notes, print_table, show
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_atomically
@@ -21,6 +21,7 @@ from flashmoe_mlx.research.bench.engine_bench import (
     Plan,
     Trial,
     find_unavailable,
+    least_memory,
     run_trials,
 )
 from flashmoe_mlx.research.bench.engine_summary import Summary, summarize
@@ -28,6 +29,7 @@ from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.intervals import format_interval
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
@@ -76,7 +78,8 @@ def run(config: Config, run_dir: Path) -> None:
     """
     _check(config)
     plan = _plan(config)
-    with memory_cap(config.memory_gib) as cap:
+    least = least_memory(plan.folder) if config.memory_gib is not None else 0
+    with memory_cap(config.memory_gib, least) as cap:
         setup = _setup(config, plan, cap)
         left_out = find_unavailable(plan)
         if left_out and not config.skip_unavailable:
@@ -99,7 +102,9 @@ def run(config: Config, run_dir: Path) -> None:
             for label, reason in left_out.items():
                 show(f"left out: {label}: {reason}")
     if failures:
-        raise FlashMoeError(f"{len(failures)} of {len(plan.settings)} configurations failed: {_listed(failures)}")
+        raise FlashMoeError(
+            f"{len(failures)} of {counted(len(plan.settings), 'configuration')} failed: {_listed(failures)}"
+        )
 
 
 def _check(config: Config) -> None:
@@ -124,6 +129,10 @@ def _plan(config: Config) -> Plan:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
                 configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
+    configurations = [
+        replace(each, backend=chosen_backend(each.backend, folder, config.model, each.experts_k))
+        for each in configurations
+    ]
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
         prompts += _MORE_PROMPTS
@@ -210,7 +219,8 @@ def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, 
     """
     summaries = summarize(trials)
     rounds = max(trial.round for trial in trials) + 1
-    show(f"\n{plan.folder}: {rounds} rounds of {plan.tokens} tokens; memory: {cap or 'no limit'}")
+    extent = f"{counted(rounds, 'round')} of {counted(plan.tokens, 'token')}"
+    show(f"\n{plan.folder}: {extent}; memory: {cap or 'no limit'}")
     for condition in plan.conditions:
         shown = [summary for summary in summaries if summary.condition == condition]
         if shown:
@@ -220,10 +230,7 @@ def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, 
             print_notes((note for summary in shown for note in summary.notes), prefix=f"{_MARK} ")
     if config.plot:
         try:
-            save(
-                bench_figure(summaries, f"{plan.folder.name}, {rounds} rounds of {plan.tokens} tokens"),
-                run_dir / "bench.png",
-            )
+            save(bench_figure(summaries, f"{plan.folder.name}, {extent}"), run_dir / "bench.png")
         except InputError as error:
             show(f"no plot: {error}")
     show(f"record: {run_dir}")
@@ -237,7 +244,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
-        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "read GB/s", "weights GB/s", "I/O",
+        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "read GB/s", "weights GB/s", "I/O",
         "compute", "TTFT s",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
@@ -252,6 +259,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
             "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}" for ms in summary.step_ms),
             f"{summary.bytes_per_token / 1e6:.4g}",
             _percent(summary.hit_rate),
+            _percent(summary.page_cache_hit_rate),
             "-" if summary.read_gb_per_second is None else f"{summary.read_gb_per_second:.2f}",
             "-" if summary.weights_gb_per_second is None else f"{summary.weights_gb_per_second:.2f}",
             _percent(summary.shares.get("io", 0.0)),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, print_table, show
+from flashmoe_mlx.console.output import activity, counted, print_table, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.files import write_json
@@ -33,6 +33,7 @@ from flashmoe_mlx.research.intervals import format_interval, median_interval
 from flashmoe_mlx.research.traces.random_traces import uniform_trace, zipf_trace
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
@@ -79,8 +80,10 @@ def run(config: Config, run_dir: Path) -> None:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))
     record = source.layout.record_bytes
     show(
-        f"\n{files.folder}: {source.num_layers} layers of {source.num_experts} experts, {record:,} bytes each; "
-        f"{len(requests)} rounds of {requests[0].experts.shape[0]} tokens, {k} experts per fetch, "
+        f"\n{files.folder}: {counted(source.num_layers, 'layer')} of {source.num_experts} experts, "
+        f"{record:,} bytes each; "
+        f"{counted(len(requests), 'round')} of {counted(requests[0].experts.shape[0], 'token')}, "
+        f"{counted(k, 'expert')} per fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} of the requests repeated",
     )
     summaries = summarize(trials)
@@ -118,6 +121,7 @@ def _candidates(files: ModelFiles, config: Config) -> tuple[list[Candidate], Exp
     candidates: dict[str, Candidate] = {}
     sources: list[ExpertSource] = []
     for label, settings in listed_backends(config.backends, config.backend).items():
+        settings = chosen_backend(settings, files.folder, config.model, config.experts_k)
         sources.append(files.variant(settings.get("variant")))
         candidates[label] = StoreCandidate(label, partial(_open_store, files, settings))
     if any(source != sources[0] for source in sources):
@@ -195,7 +199,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     note = "" if condition == "cold" or cached > 0.99 else f", only {cached:.0%} of the data fits into the page cache"
     table = Table(title=f"{condition}{note}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
-    for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits"):
+    for heading in ("GB/s", "x first", "reads/s", "ms p5/p50/p95", "CPU s/GB", "hits", "page cache"):
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
         spread = "/".join(f"{ms:.0f}" if ms >= 100 else f"{ms:.2g}" for ms in summary.latency_ms)
@@ -209,6 +213,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
             f"{spread}{'*' if summary.contender.startswith(LABEL) else ''}",
             f"{summary.cpu_seconds_per_gb:.2f}",
             "-" if summary.hit_rate is None else f"{summary.hit_rate:.0%}",
+            "-" if summary.page_cache_hit_rate is None else f"{summary.page_cache_hit_rate:.0%}",
         )
     if any(summary.contender.startswith(LABEL) for summary in summaries):
         table.caption, table.caption_justify = "* latency of one record rather than of one fetch", "left"

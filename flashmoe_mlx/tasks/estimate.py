@@ -13,7 +13,7 @@ from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
 from flashmoe_mlx.checkpoint.published import is_plain_name, known_config, published_configs
 from flashmoe_mlx.checkpoint.support import is_hub_id, refuse_gguf_file, refuse_named_format, refuse_unsupported
-from flashmoe_mlx.console.output import activity, print_table, show
+from flashmoe_mlx.console.output import counted, print_table, show
 from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
@@ -25,7 +25,7 @@ from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.prediction import (
     Estimate,
     Machine,
@@ -35,9 +35,9 @@ from flashmoe_mlx.research.estimate.prediction import (
     tolerance,
     what_ifs,
 )
-from flashmoe_mlx.research.estimate.probe import probe
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
-from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
+from flashmoe_mlx.stores.memory import GIB
+from flashmoe_mlx.tasks.shared.automatic import machine_profile, stored_profile, usable_memory
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice
 from flashmoe_mlx.tasks.shared.model import cache_folder, model_folder
 
@@ -97,7 +97,11 @@ def run(config: Config, run_dir: Path) -> None:
         print_table(_table(found))
         for line in _conclusions(model, found, helps):
             show(line)
-        record |= {"estimates": [asdict(estimate) for estimate in found], "helps": helps, "probe": profile.to_json()}
+        record |= {
+            "estimates": [asdict(estimate) | {"backend": estimate.backend} for estimate in found],
+            "helps": helps,
+            "probe": profile.to_json(),
+        }
     elif model.need.total < memory:
         show(_NOT_MEASURED)
     write_json(run_dir / "estimate.json", record)
@@ -212,7 +216,7 @@ def _layout_on_disk(folder: Path) -> RecordLayout | None:
 
 
 def _memory(config: Config) -> int:
-    """Return the bytes that a run may use; a tenth of the memory, and at least 2 GiB, is left to the system."""
+    """Return the bytes that a run may use."""
     if config.memory_gib is not None:
         if not 0 < config.memory_gib < _MAX_GIB:
             raise InputError(
@@ -220,24 +224,15 @@ def _memory(config: Config) -> int:
                 code="out_of_range",
             )
         return int(config.memory_gib * GIB)
-    if slots_on_gpu():
-        return available_memory()
-    return total_memory() - max(2 * GIB, total_memory() // 10)
+    return usable_memory()
 
 
 def _profile(config: Config) -> MachineProfile | None:
     """Return the profile of this machine, measured now if necessary; None if ``probe=false`` forbids it."""
     folder = cache_folder(config.model)
-    path = folder / "probe.json"
-    stored = MachineProfile.load(path)
-    if config.probe is not True and stored is not None and stored.identity == machine_identity():
-        return stored
     if config.probe is False:
-        return None
-    with activity() as announce:
-        made = probe(folder, config.probe_seconds, announce)
-    made.save(path)
-    return made
+        return stored_profile(folder)
+    return machine_profile(folder, config.probe_seconds, renew=config.probe is True)
 
 
 def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
@@ -279,7 +274,9 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
 
 def _profile_lines(profile: MachineProfile) -> Iterator[str]:
     age = profile.age_days
-    when = "just now" if age < 0.02 else f"{age:.0f} days ago" if age >= 1 else f"{24 * age:.1f} hours ago"
+    when = (
+        "just now" if age < 0.02 else f"{counted(round(age), 'day')} ago" if age >= 1 else f"{24 * age:.1f} hours ago"
+    )
     yield f"this machine was measured {when}{'; probe=true measures it again' if age > _OLD_DAYS else ''}"
     for method, reason in profile.missing.items():
         yield f"not measured: {method}: {reason}"
@@ -306,8 +303,8 @@ def _table(found: Sequence[Estimate]) -> Table:
 def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, float]) -> Iterator[str]:
     best = found[0]
     routing = "even or skewed routing, since there is no trace (task=trace records one, trace= uses it)"
-    unknown = f", and {routing}" if model.trace is None and best.backend != "resident" else ""
-    yield f"range: {tolerance(best.backend):.0%} error of the speed model, spread of the measurement{unknown}"
+    unknown = f", and {routing}" if model.trace is None and best.name != "resident" else ""
+    yield f"range: {tolerance(best.name):.0%} error of the speed model, spread of the measurement{unknown}"
     gains = {change: rate / best.tokens_per_second for change, rate in helps.items()}
     helpful = sorted((change for change in gains if gains[change] >= _MIN_GAIN), key=lambda change: -gains[change])
     shown = [f"{change} {helps[change]:.3g} tok/s (x{gains[change]:.2f})" for change in helpful]

@@ -20,6 +20,7 @@ from flashmoe_mlx.research.figures import quality_figure, save
 from flashmoe_mlx.research.quality.evaluation import Quality, evaluate
 from flashmoe_mlx.research.quality.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality.reference import Progress, Reference
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
@@ -59,6 +60,7 @@ def run(config: Config, run_dir: Path) -> None:
     )
     settings = _settings(config)
     folder = model_folder(config.model, *(backend for backend, _ in settings))
+    settings = [(chosen_backend(backend, folder, config.model, k), k) for backend, k in settings]
     record: dict[str, Any] = {
         "evaluate_version": EVALUATE_VERSION,
         "model": model_identity(folder),
@@ -105,6 +107,7 @@ def _reference(config: Config, folder: Path, items: list[Item], progress: Progre
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
+    backend = chosen_backend(backend, folder, config.model, None)
     with load(folder, backend, kernels=config.reference_kernels) as engine:
         reference = Reference.record(engine, items, progress)
     with reference:

@@ -12,6 +12,7 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
@@ -32,12 +33,13 @@ class Config(GenerationConfig):
 def run(config: Config, run_dir: Path) -> None:
     """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
     folder = model_folder(config.model, config.backend)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with load(
         folder,
-        config.backend,
+        backend,
         config.experts_k,
         kernels=config.kernels,
         prefetch=config.prefetch,

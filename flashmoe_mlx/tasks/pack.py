@@ -13,9 +13,10 @@ from flashmoe_mlx.checkpoint.support import is_hub_id
 from flashmoe_mlx.console.output import byte_progress, show
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.manifest import MANIFEST
+from flashmoe_mlx.pack.mirror import mirror_pack
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
-from flashmoe_mlx.pack.verify import verify_pack
+from flashmoe_mlx.pack.verify import verify_mirror, verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
@@ -38,6 +39,7 @@ class Config(CommonConfig):
     quantiser: str | None = None
     packed_experts: str | None = field(default=None, metadata=TEXT)
     delete_source: bool = False
+    mirror: str | None = field(default=None, metadata=TEXT)
     verify: bool = False
 
 
@@ -48,6 +50,11 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature
         _verify(config)
         return
     pack = _make(config)
+    if config.mirror is not None:
+        mirror = expand_path(config.mirror)
+        with byte_progress() as progress:
+            mirror_pack(pack, mirror, progress)
+        show(f"{mirror}: a copy of the experts; to read both: backend.mirrors=[{mirror}]")
     variants = ", ".join(sorted(pack.experts))
     log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
@@ -108,6 +115,8 @@ def _verify(config: Config) -> None:
     pack = open_pack(expand_path(config.out))
     with byte_progress() as progress:
         damages = verify_pack(pack, progress)
+        if config.mirror is not None:
+            damages += verify_mirror(pack, expand_path(config.mirror), progress)
     for damage in damages[:_MAX_SHOWN]:
         show(str(damage))
     if damages:

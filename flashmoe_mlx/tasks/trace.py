@@ -12,6 +12,7 @@ from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.routing import summarize
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.keys import TEXT, GenerationConfig
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
@@ -36,10 +37,11 @@ def run(config: Config, run_dir: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"{path}: no such folder: {path.parent}")
     folder = model_folder(config.model, config.backend)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
-    with load(folder, config.backend, config.experts_k, kernels=config.kernels) as engine:
+    with load(folder, backend, config.experts_k, kernels=config.kernels) as engine:
         print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, **options)
         if config.temperature is None:

@@ -25,7 +25,7 @@ class _State(Enum):
     START = auto()
     """Before the answer; whitespace is held back because ``<think>`` may follow."""
     OPENED = auto()
-    """In thinking, before its first text."""
+    """Thinking without text so far."""
     THINKING = auto()
     CALL_TAG = auto()
     """In thinking, after ``<tool_call>``."""

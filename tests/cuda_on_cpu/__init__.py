@@ -43,7 +43,8 @@ class Machine:
         def run(launch: Launch) -> None:
             arrays = [*launch.inputs, *launch.outputs]
             names = [*input_names, *output_names]
-            library = _CLANG.load(_unit(names, [array.dtype for array in arrays], source, header, launch.template))
+            unit = _unit(names, [array.dtype for array in arrays], source, header, launch.template)
+            library = _CLANG.load(_CLANG.hosted(unit))
             buffers = [Buffer(array, output=i >= len(launch.inputs)) for i, array in enumerate(arrays)]
             shapes = [np.array(array.shape, np.int32) for array in arrays]
             addresses = [*(buffer.address for buffer in buffers), *(shape.ctypes.data for shape in shapes)]

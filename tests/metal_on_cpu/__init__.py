@@ -24,9 +24,7 @@ from kernels_on_cpu import Buffer, Clang, KernelFault, Launch, launched
 
 _HERE = Path(__file__).parent
 _MOST_THREADS = 1024
-_CLANG = Clang(
-    _HERE, ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-mcpu=baseline", "-fno-vectorize", "-fno-slp-vectorize"]
-)
+_CLANG = Clang(_HERE, ["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-vectorize", "-fno-slp-vectorize"])
 
 _mlx_kernel = mx.fast.metal_kernel  # tests replace it by the function below
 _in_place: set[str] = set()
@@ -134,9 +132,9 @@ def _unit(text: str) -> str:
 
 def _compiled(text: str) -> ctypes.CDLL:
     unit = _unit(text)
-    machine = _CLANG.make(".o", (_HERE / "machine.cpp").read_text(), "-O2", "-c")
-    _CLANG.make(".o", unit, "-DSTRICT", "-O0", "-c")
-    return _CLANG.load(unit, "-O1", "-Xclang", "-fsanitize=thread", str(machine))
+    machine = _CLANG.hosted((_HERE / "machine.cpp").read_text(), "-O2", "-mcpu=baseline")
+    kernel = _CLANG.freestanding(unit, ["-DSTRICT"], "-O1", "-Xclang", "-fsanitize=thread")
+    return _CLANG.load(kernel, machine)
 
 
 def _run(

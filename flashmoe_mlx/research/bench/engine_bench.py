@@ -22,11 +22,16 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.bench.files import cached_share, expert_files
+from flashmoe_mlx.research.estimate.sizes import LEAST_SLOTS, resident_bytes
 from flashmoe_mlx.stores.contract import BackendUnavailableError
 from flashmoe_mlx.stores.page_cache import evict
 from flashmoe_mlx.stores.registry import open_store
 
 CONDITIONS = ("cold", "warm", "rotating")
+_LEAST_BITS = 4
+"""Bits of resident matrices; packs may have more."""
+_PROGRAM = 2**25
+"""Bytes of buffers and modules of a trial; measured for the demo model: 24 to 40 MB."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,17 @@ class Trial:
     def stage(self) -> str:
         """The measured stage: "decode", or "prefill" if the plan generates one token only."""
         return "decode" if self.decode_steps else "prefill"
+
+
+def least_memory(folder: Path) -> int:
+    """Estimate the bytes that a trial of the model in ``folder`` allocates at least, whatever the backend.
+
+    Raises:
+        InputError: the model cannot be opened.
+    """
+    files = open_model(folder)
+    record = min(source.layout.record_bytes for source in files.experts.values())
+    return resident_bytes(files.config, _LEAST_BITS) + LEAST_SLOTS * record + _PROGRAM
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:

@@ -28,6 +28,7 @@ class Summary:
         step_ms: p5, p50 and p95 of the time per token.
         bytes_per_token: bytes read, mean over all tokens.
         hit_rate: share of requested experts that were in slots; None without requests.
+        page_cache_hit_rate: share of the bytes read that the page cache held before; None without a sample.
         read_gb_per_second: rate of reads during fetches.
         weights_gb_per_second: bytes of all used weights, divided by the whole time.
         shares: share of the time in each phase: "compute", "io" and so on.
@@ -52,6 +53,7 @@ class Summary:
     step_ms: tuple[float, float, float]
     bytes_per_token: float
     hit_rate: float | None
+    page_cache_hit_rate: float | None
     read_gb_per_second: float | None
     weights_gb_per_second: float | None
     shares: Mapping[str, float]
@@ -111,6 +113,7 @@ def _summarize_group(trials: Sequence[Trial], first: Sequence[Trial]) -> Summary
         step_ms=percentiles([1e3 * step for step in steps], (5, 50, 95)),
         bytes_per_token=total("bytes_read") / tokens,
         hit_rate=_ratio(total("hits"), total("experts_requested")),
+        page_cache_hit_rate=_ratio(total("sampled_cached_bytes"), total("sampled_bytes")),
         read_gb_per_second=_mean([stage["read_gb_per_second"] for stage in stages]),
         weights_gb_per_second=_mean([stage["weights_gb_per_second"] for stage in stages]),
         shares={phase: spent / seconds for phase, spent in phases.items()},

@@ -28,6 +28,7 @@ class Summary:
         latency_ms: p5, p50 and p95 of the time for all experts of a token in a layer.
         cpu_seconds_per_gb: CPU time per delivered gigabyte.
         hit_rate: share of requests that the store served without reading; None without requests.
+        page_cache_hit_rate: share of the bytes read that the page cache held before; None without a sample.
         cached: smallest share of requested bytes in the page cache at the start of a trial.
     """
 
@@ -43,6 +44,7 @@ class Summary:
     latency_ms: tuple[float, float, float]
     cpu_seconds_per_gb: float
     hit_rate: float | None
+    page_cache_hit_rate: float | None
     cached: float
 
     def to_json(self) -> Mapping[str, Any]:
@@ -83,6 +85,7 @@ def _summarize_group(trials: Sequence[Trial], first: Sequence[Trial]) -> Summary
         latency_ms=percentiles([1e3 * latency for trial in trials for latency in trial.latencies], (5, 50, 95)),
         cpu_seconds_per_gb=sum(trial.cpu_seconds for trial in trials) / (sum(trial.nbytes for trial in trials) / 1e9),
         hit_rate=stats.hits / stats.requests if stats.requests else None,
+        page_cache_hit_rate=stats.page_cache_hit_rate,
         cached=min(trial.cached for trial in trials),
     )
 

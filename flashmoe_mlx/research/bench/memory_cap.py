@@ -1,6 +1,7 @@
 """Limit the memory of this process, page cache included, in order to measure as on a smaller machine."""
 
 import ctypes
+import math
 import mmap
 import os
 from collections.abc import Iterator
@@ -16,18 +17,20 @@ from flashmoe_mlx.stores.memory import GIB, available_memory
 
 
 @contextmanager
-def memory_cap(gib: float | None) -> Iterator[str | None]:
+def memory_cap(gib: float | None, least: int = 0) -> Iterator[str | None]:
     """Limit this process to ``gib`` GiB more than it uses now, page cache included.
 
     The limit is a new cgroup (version 2) for this process if it can be created. Otherwise the rest of the machine's
     free memory is allocated and locked as ballast.
 
+    ``least`` is the number of bytes below which the process would only fetch its own pages again and again.
+
     Yields:
         A description of the limit; None if ``gib`` is None.
 
     Raises:
-        InputError: no more than ``gib`` GiB are free (code "out_of_range"), or the ballast cannot be locked
-            ("cannot_lock_memory").
+        InputError: ``gib`` GiB are less than ``least``, or no more are free (code "out_of_range"), or the ballast
+            cannot be locked ("cannot_lock_memory").
     """
     if gib is None:
         yield None
@@ -39,6 +42,11 @@ def memory_cap(gib: float | None) -> Iterator[str | None]:
             code="out_of_range",
         )
     limit = int(gib * GIB)
+    if limit < least:
+        raise InputError(
+            f"memory_gib={gib:g}: too small for this model, which needs at least {math.ceil(100 * least / GIB) / 100}",
+            code="out_of_range",
+        )
     moved = _enter_group(limit)
     if moved is not None:
         group, previous = moved

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -93,7 +94,8 @@ class Estimate:
     """The estimated speed of one backend.
 
     Attributes:
-        backend: the backend with its options, as on the command line.
+        name: the name of the backend.
+        options: its options, except for a budget.
         tokens_per_second: the expected value.
         low: the low end of its range.
         high: the high end of its range.
@@ -102,13 +104,20 @@ class Estimate:
         budget: the bytes of slots or of the page cache.
     """
 
-    backend: str
+    name: str
+    options: Mapping[str, Any]
     tokens_per_second: float
     low: float
     high: float
     reading: float
     hit_rates: tuple[float, float, float]
     budget: int
+
+    @property
+    def backend(self) -> str:
+        """The backend with its options, as on the command line."""
+        shown = (f"{key}={str(value).lower()}" for key, value in self.options.items())
+        return " ".join([self.name, *shown])
 
 
 def estimates(model: Model, machine: Machine) -> list[Estimate]:
@@ -123,51 +132,58 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
     speed = SpeedModel(machine.profile, machine.faster_reads)
     if model.expert_bytes <= room:
         in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.group_size)
-        yield _estimate("resident", [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
+        yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
         return
     record = model.record_bytes
     slots = room // (record * model.config.num_layers)
     direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
     if direct is not None:
-        reader = "reader=io_uring depth=64 " if direct.startswith("io_uring") else ""
+        ring = direct.startswith("io_uring")
         if slots >= 1:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
-            backend = f"ram_hybrid {reader}direct=true"
-            yield _predicted(speed, model, backend, replays, reads, slots * record * model.config.num_layers)
+            reader = {"reader": "io_uring", "depth": 64} if ring else {}
+            budget = slots * record * model.config.num_layers
+            yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
             all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.group_size)
-            backend = "io_uring" if reader else "pread direct=true"
-            yield _estimate(backend, [all_read] * 3, (0.0, 0.0, 0.0), 0)
+            name, options = ("io_uring", {}) if ring else ("pread", {"direct": True})
+            yield _estimate(name, options, [all_read] * 3, (0.0, 0.0, 0.0), 0)
     if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
         replays = _replays(model, slots, "global")
         reads = [{"pread cold": _misses(replay), "pread warm": _hits(replay, model.experts_k)} for replay in replays]
-        yield _predicted(speed, model, "pread", replays, reads, room)
+        yield _predicted(speed, model, "pread", {}, replays, reads, room)
 
 
 def _predicted(
     speed: SpeedModel,
     model: Model,
-    backend: str,
+    name: str,
+    options: Mapping[str, Any],
     replays: list[Replay],
     reads: list[dict[str, Distribution]],
     budget: int,
 ) -> Estimate:
     predictions = [speed.predict(model.config, model.bits, model.experts_k, way, model.group_size) for way in reads]
     rates = [replay.hit_rate or 0.0 for replay in replays]
-    return _estimate(backend, predictions, (rates[0], rates[1], rates[2]), budget)
+    return _estimate(name, options, predictions, (rates[0], rates[1], rates[2]), budget)
 
 
 def _estimate(
-    backend: str, predictions: list[Prediction], hit_rates: tuple[float, float, float], budget: int
+    name: str,
+    options: Mapping[str, Any],
+    predictions: list[Prediction],
+    hit_rates: tuple[float, float, float],
+    budget: int,
 ) -> Estimate:
     worst, middle, best = predictions
     return Estimate(
-        backend,
+        name,
+        options,
         1 / middle.seconds,
-        (1 - tolerance(backend)) / worst.high,
-        (1 + tolerance(backend)) / best.low,
+        (1 - tolerance(name)) / worst.high,
+        (1 + tolerance(name)) / best.low,
         middle.reading / middle.seconds,
         hit_rates,
         budget,

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.stores.registry import backend_settings
+from flashmoe_mlx.stores.registry import AUTO, backend_settings
 
 
 def listed_backends(entries: Sequence[Any] | None, default: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -27,8 +27,10 @@ def listed_backends(entries: Sequence[Any] | None, default: Mapping[str, Any]) -
                 code="invalid_value",
             )
         options = {str(key): value for key, value in entry.items() if key != "name"}
-        settings = (backend_settings(str(entry["name"])) if entry.get("name") else {}) | options
-        name = str(entry.get("name") or short_name(settings))
+        name = str(entry.get("name") or "")
+        settings = {"_target_": AUTO} if name == AUTO else backend_settings(name) if name else {}
+        settings |= options
+        name = name or short_name(settings)
         shown = {} if entries is None else options
         label = " ".join([name, *(f"{key}={_shown(value)}" for key, value in shown.items() if key != "_target_")])
         if label in found:
@@ -41,7 +43,8 @@ def listed_backends(entries: Sequence[Any] | None, default: Mapping[str, Any]) -
 
 def short_name(settings: Mapping[str, Any]) -> str:
     """Return the short name of a store with these settings: the module of its class."""
-    return str(settings.get("_target_", "")).rpartition(".")[0].rpartition(".")[2]
+    target = str(settings.get("_target_", ""))
+    return target if target == AUTO else target.rpartition(".")[0].rpartition(".")[2]
 
 
 def _shown(value: Any) -> str:

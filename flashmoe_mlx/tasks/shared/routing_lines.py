@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from flashmoe_mlx.console.output import counted
 from flashmoe_mlx.research.traces.routing import RoutingSummary
 
 
@@ -13,8 +14,8 @@ def routing_lines(summary: RoutingSummary, prompt_tokens: int) -> Iterator[str]:
         prompt_tokens: number of its tokens that belong to the prompt.
     """
     yield (
-        f"{summary.tokens} tokens, {prompt_tokens} of them in the prompt, chose {summary.experts_k} of "
-        f"{summary.num_experts} experts in each of {summary.layers} layers"
+        f"{counted(summary.tokens, 'token')}, {prompt_tokens} of them in the prompt, chose {summary.experts_k} of "
+        f"{summary.num_experts} experts in each of {counted(summary.layers, 'layer')}"
     )
     yield (
         f"skew: the busiest tenth of the experts receives {summary.top_share:.0%} of the choices; as uneven as "

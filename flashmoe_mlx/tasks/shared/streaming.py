@@ -30,7 +30,7 @@ _BAR_DELAY = 1.0
 
 @dataclass
 class Streamed:
-    """Answer as far as it was shown."""
+    """The part of an answer that was shown."""
 
     text: str = ""
     reasoning: str = ""

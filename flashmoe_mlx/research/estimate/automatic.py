@@ -1,0 +1,77 @@
+"""The choice of a backend by the speed model: ``backend=auto``."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels.precision import activation_type
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.model_files import ModelFiles
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
+from flashmoe_mlx.research.estimate.prediction import Estimate, Machine, Model, estimates
+from flashmoe_mlx.stores.memory import GIB
+from flashmoe_mlx.stores.registry import backend_settings
+
+_CONTEXT = 8192
+"""Tokens of context for which memory is left."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend with its options.
+
+    Attributes:
+        settings: ``_target_``, the class of the backend, and its options.
+        estimate: the estimated speed of this choice.
+        slower: the estimates of all other backends, the fastest first.
+    """
+
+    settings: dict[str, Any]
+    estimate: Estimate
+    slower: Sequence[Estimate]
+
+
+def choose_backend(
+    files: ModelFiles, profile: MachineProfile, memory: int, variant: str | None = None, experts_k: int | None = None
+) -> Choice:
+    """Choose the backend that the speed model expects to be the fastest.
+
+    Args:
+        files: the model.
+        profile: measurements of this machine.
+        memory: bytes that the run may use.
+        variant: the variant of the pack; None for the variant with the most bits.
+        experts_k: routed experts per token; None for the model's own number.
+
+    Raises:
+        InputError: the experts are not quantized (code "unsupported_layout"), or the model does not fit into memory
+            ("not_enough_memory").
+    """
+    layout = files.variant(variant).layout
+    if layout.bits is None or layout.group_size is None:
+        raise InputError(
+            "backend=auto: the speed model knows only quantized experts; make a pack (task=pack), or choose a backend",
+            code="unsupported_layout",
+        )
+    config, size = files.config, activation_type().size
+    scales = 2 if choose("auto").accepts_any_scale_dtype else size
+    k = config.experts_per_token if experts_k is None else experts_k
+    context = min(_CONTEXT, config.max_context)
+    model = Model(config, layout.bits, layout.bits, k, context, size, scales, None, layout.group_size)
+    found = estimates(model, Machine(profile, memory))
+    if not found:
+        raise InputError(
+            f"backend=auto: the model needs {model.need.total / GIB:.1f} GiB before it keeps any expert, and "
+            f"{memory / GIB:.1f} GiB are usable",
+            code="not_enough_memory",
+        )
+    best, *slower = found
+    return Choice(_settings(best, variant), best, slower)
+
+
+def _settings(estimate: Estimate, variant: str | None) -> dict[str, Any]:
+    settings = {**backend_settings(estimate.name), **estimate.options, "variant": variant}
+    if estimate.name == "ram_hybrid":
+        settings["budget_gib"] = estimate.budget / GIB
+    return settings

@@ -1,0 +1,83 @@
+"""``backend=auto`` on the command line: measurements of this machine, and the backend that follows from them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.console.output import activity, show
+from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.research.estimate.automatic import choose_backend
+from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
+from flashmoe_mlx.research.estimate.prediction import Estimate
+from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
+from flashmoe_mlx.stores.registry import AUTO
+from flashmoe_mlx.tasks.shared.keys import ModelChoice
+from flashmoe_mlx.tasks.shared.model import cache_folder
+
+
+def chosen_backend(
+    settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
+) -> dict[str, Any]:
+    """Return ``settings``, or for ``backend=auto`` the settings of the backend for this model and machine.
+
+    The first call on a machine measures it for two minutes. The choice and its reasons are shown.
+
+    Args:
+        settings: the settings of a backend.
+        folder: the folder of the model.
+        choice: the model, whose cache folder keeps the measurements.
+        experts_k: routed experts per token; None for the model's own number.
+
+    Raises:
+        InputError: the model does not fit into memory, or the speed model does not know it.
+    """
+    if settings.get("_target_") != AUTO:
+        return dict(settings)
+    profile = machine_profile(cache_folder(choice))
+    files = open_model(folder)
+    made = choose_backend(files, profile, usable_memory(), settings.get("variant"), experts_k)
+    slower = "; ".join(f"{estimate.backend} {estimate.tokens_per_second:.3g}" for estimate in made.slower)
+    show(
+        f"backend=auto: {_shown(made.estimate)}, {made.estimate.tokens_per_second:.3g} tok/s expected "
+        f"({made.estimate.low:.3g} to {made.estimate.high:.3g}){f'; slower: {slower}' if slower else ''}"
+    )
+    return made.settings | {"mirrors": settings.get("mirrors", [])}
+
+
+def _shown(estimate: Estimate) -> str:
+    budget = f" budget_gib={estimate.budget / GIB:.2f}" if estimate.name == "ram_hybrid" else ""
+    return f"{estimate.backend}{budget}"
+
+
+def usable_memory() -> int:
+    """Return the bytes that a run may use; a tenth of the memory, and at least 2 GiB, is left to the system."""
+    if slots_on_gpu():
+        return available_memory()
+    return total_memory() - max(2 * GIB, total_memory() // 10)
+
+
+def stored_profile(folder: Path) -> MachineProfile | None:
+    """Return the measurements of this machine in ``folder``; None if there are none of this machine and software."""
+    stored = MachineProfile.load(folder / "probe.json")
+    return stored if stored is not None and stored.identity == machine_identity() else None
+
+
+def machine_profile(folder: Path, seconds: float = 90, renew: bool = False) -> MachineProfile:
+    """Return the measurements of this machine in ``folder``; measure it first if there are none.
+
+    Args:
+        folder: the cache folder.
+        seconds: approximate duration of a measurement.
+        renew: whether to measure the machine again.
+
+    Raises:
+        FlashMoeError: the models of the measurement cannot be made or run.
+    """
+    stored = None if renew else stored_profile(folder)
+    if stored is not None:
+        return stored
+    with activity() as announce:
+        made = probe(folder, seconds, announce)
+    made.save(folder / "probe.json")
+    return made

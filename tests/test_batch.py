@@ -1,0 +1,152 @@
+"""task=batch: files of requests, their answers, and the continuation of an interrupted run."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack_oracle import assert_one_line
+
+from flashmoe_mlx import load
+from flashmoe_mlx.cli.application import run as run_command_line
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.batch_file import AnswerFile, read_batch
+
+PROMPTS = ("What is 2 plus 3?", "What is 17 plus 25?", "Hello", "What is 9 plus 9?", "Who are you?")
+
+
+def openai_line(key: str, prompt: str, **options: Any) -> dict[str, Any]:
+    body = {"model": "any", "messages": [{"role": "user", "content": prompt}], **options}
+    return {"custom_id": key, "method": "POST", "url": "/v1/chat/completions", "body": body}
+
+
+def write_lines(path: Path, lines: list[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def read_answers(path: Path) -> dict[str, dict[str, Any]]:
+    answers = [json.loads(line) for line in path.read_text().splitlines()]
+    return {answer.get("custom_id", answer["id"]): answer for answer in answers}
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    """Five requests in both forms, and one that the template refuses."""
+    plain = [{"prompt": prompt, "id": prompt, "max_tokens": 8} for prompt in PROMPTS[:2]]
+    openai = [openai_line(prompt, prompt, max_completion_tokens=8) for prompt in PROMPTS[2:]]
+    return write_lines(tmp_path / "in.jsonl", [*plain, *openai, {"messages": [{"role": "x", "content": "y"}]}])
+
+
+def batch(requests: Path, out: Path, *arguments: str) -> int:
+    run_dir = out.parent / f"run-{len(list(out.parent.glob('run-*')))}"
+    line = ["task=batch", f"input={requests}", f"out={out}", "temperature=0", f"hydra.run.dir={run_dir}"]
+    return run_command_line([*line, *arguments])
+
+
+def test_answers_equal_those_of_each_prompt_alone(requests: Path, tmp_path: Path, demo_pack: Path) -> None:
+    """A request that fails does not stop the others; the exit code tells of it."""
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, out, "together=3") == 1
+    answers = read_answers(out)
+    assert answers["6"]["error"]["code"] == "template_refused"
+    with load(demo_pack) as engine:
+        for prompt in PROMPTS:
+            pieces = list(engine.generate(prompt, max_tokens=8, temperature=0))
+            text, answer = "".join(piece.text for piece in pieces), answers[prompt]
+            if prompt in PROMPTS[:2]:
+                assert (answer["text"], answer["finish_reason"]) == (text, pieces[-1].finish_reason)
+                assert answer["prompt_tokens"] == len(engine.encode(prompt))
+                continue
+            body = answer["response"]["body"]
+            assert body["choices"][0]["message"]["content"] == text
+            assert body["choices"][0]["finish_reason"] == pieces[-1].finish_reason
+            assert body["usage"]["completion_tokens"] == sum(len(piece.token_ids) for piece in pieces)
+            assert (answer["response"]["status_code"], answer["error"]) == (200, None)
+    (record,) = tmp_path.glob("run-*/batch.json")
+    found = json.loads(record.read_text())
+    assert (found["answered"], found["failed"], found["together"]) == (5, 1, 3)
+
+
+def test_an_interrupted_run_is_continued(requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    complete, out = tmp_path / "complete.jsonl", tmp_path / "out.jsonl"
+    batch(requests, complete, "together=1")
+    first, second = complete.read_bytes().splitlines(keepends=True)[:2]
+    out.write_bytes(first + second[:-7])
+    batch(requests, out, "together=1")
+    assert "1 answer of an earlier run kept" in capsys.readouterr().err
+    assert out.read_bytes().startswith(first)
+    without_times = [
+        {key: {**answer, "response": None} for key, answer in read_answers(path).items()} for path in (complete, out)
+    ]
+    assert without_times[0] == without_times[1]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\n\n",
+        b"no json\n",
+        b"[1]\n",
+        b"\xff\n",
+        b'{"prompt": "a", "messages": []}\n',
+        b'{"id": "a"}\n',
+        b'{"prompt": 5}\n',
+        b'{"messages": "a"}\n',
+        b'{"prompt": "a", "id": 5}\n',
+        b'{"prompt": "a", "id": ""}\n',
+        b'{"prompt": "a", "n": 2}\n',
+        b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n',
+        b'{"prompt": "a", "prompt": "b"}\n',
+        json.dumps(openai_line("a", "b", n=2)).encode(),
+        json.dumps(openai_line("a", "b") | {"url": "/v1/embeddings"}).encode(),
+        json.dumps(openai_line("a", "b") | {"body": []}).encode(),
+        json.dumps({"body": {"messages": []}, "url": "/v1/chat/completions"}).encode(),
+    ],
+)
+def test_files_that_hold_no_requests_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_batch(path)
+    assert caught.value.code == "invalid_batch"
+    assert str(path) in str(caught.value)
+    assert_one_line(caught.value)
+
+
+@settings(deadline=None)
+@given(text=st.text(max_size=80))
+def test_any_text_is_requests_or_an_error(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with contextlib.suppress(InputError):
+        assert read_batch(path)
+
+
+@pytest.mark.parametrize("content", [b'{"prompt": "a"}\n', b"text\n", b'{"id": "x", "prompt": "a"}\n', b"\xff\n"])
+def test_a_file_without_answers_is_not_appended_to(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        AnswerFile(path)
+    assert caught.value.code == "invalid_batch"
+    assert path.read_bytes() == content
+
+
+def test_answers_of_another_file_are_not_mixed(requests: Path, tmp_path: Path) -> None:
+    out = write_lines(tmp_path / "out.jsonl", [{"id": "unknown", "text": "a"}])
+    assert batch(requests, out) == 2
+    assert list(read_answers(out)) == ["unknown"]
+
+
+def test_a_place_that_cannot_be_written_is_named(requests: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError) as caught:
+        AnswerFile(tmp_path / "no" / "out.jsonl")
+    assert caught.value.code == "invalid_batch"
+    assert batch(requests, tmp_path / "no" / "out.jsonl", f"hydra.run.dir={tmp_path / 'run'}") == 2
+    assert run_command_line(["task=batch", f"hydra.run.dir={tmp_path / 'run2'}"]) == 2
