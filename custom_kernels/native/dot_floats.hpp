@@ -23,7 +23,6 @@ template <int BITS, int J, int TOKENS>
 struct Codes {
     static INLINE void add(W w, const Vector* x, int64_t at, F* part) {
         F q = decode<BITS, J>(w);
-#pragma GCC unroll 4 // keeps sums in registers
         for (int t = 0; t < TOKENS; ++t)
             part[t] = J ? fma(q, load(x[t].packed + at + 16 * J), part[t]) : q * load(x[t].packed + at);
         if constexpr (J + 1 < codes_per_lane(BITS)) Codes<BITS, J + 1, TOKENS>::add(w, x, at, part);
@@ -43,7 +42,6 @@ INLINE void add_block(const uint8_t* const* codes, const F* scales, const Vector
             F part[TOKENS];
             Codes<BITS, 0, TOKENS>::add(w, x, b * 16 * GROUP + c * kChunk<BITS>, part);
             F s = spread<kPerGroup<BITS, GROUP>>(scales[r], c);
-#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; ++t) total[r][t] = fma(part[t], s, total[r][t]);
         }
 }
