@@ -20,7 +20,9 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, Unch
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
+from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import contests, forms
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
@@ -56,6 +58,7 @@ class Kernels:
             kernel.
         choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
+        activations: type of the vectors in products of many vectors on CPUs, a member of ``native.ACTIVATIONS``.
         note: a message for the user about the choice, or None.
     """
 
@@ -72,6 +75,7 @@ class Kernels:
     dense_experts: DenseExperts | None = None
     choose_experts: ChooseExperts | None = None
     accepts_any_scale_dtype: bool = False
+    activations: str = "f32"
     note: str | None = None
 
 
@@ -131,6 +135,7 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
         choose_experts=chosen["choose_experts"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
+        activations=rounding,
         note=note,
     )
 
@@ -175,11 +180,14 @@ def rounding_note(activations: str, names: Iterable[str]) -> str | None:
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     """Compare every custom kernel with its reference on every code path that ``model`` takes.
 
-    MLX's implementation replaces a kernel on a path where it fails, with a warning in the log. Inputs and weights are
-    random; the values of a model's weights do not matter.
+    On a CPU the fastest instruction sets are chosen first; see ``native.fastest``. MLX's implementation replaces a
+    kernel on a path where it fails, with a warning in the log. Inputs and weights are random; the values of a model's
+    weights do not matter.
     """
     custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
-    return checks.check_kernels(custom, model, kernels.names, kernels.note)
+    chosen = settle(contests(forms(model), kernels.activations)) if kernels.routed_experts_cpu is not None else []
+    names = {**kernels.names, **{choice.contest: str(choice) for choice in chosen}}
+    return checks.check_kernels(custom, model, names, kernels.note)
 
 
 def _target(preference: str) -> Target:

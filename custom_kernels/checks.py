@@ -93,7 +93,7 @@ class CheckedKernel(Generic[P, R]):
         code_path: name the code path of ``kernel`` for given arguments; None if it does not support them.
         samples: yield samples for every code path that a model takes.
         maker: kind of the kernel, for records.
-        built_for: device of the kernel, for records; empty to leave it out.
+        built_for: return what the kernel runs on, for records; empty to leave it out.
         rounded: the phrase of code paths on which the kernel rounds its vectors to 8 bits; empty if there are none.
     """
 
@@ -104,7 +104,7 @@ class CheckedKernel(Generic[P, R]):
     code_path: Callable[P, CodePath | None]
     samples: Callable[[ModelShapes], Iterable[Sample]]
     maker: str = "custom kernel"
-    built_for: str = ""
+    built_for: Callable[[], str] = str
     rounded: str = ""
     _reasons: dict[CodePath, str | None] = field(default_factory=dict)
     """The reason why each checked path was replaced; None where the kernel runs."""
@@ -165,7 +165,8 @@ class CheckedKernel(Generic[P, R]):
 
     def _verdict(self, path: CodePath, reason: str | None) -> Verdict:
         if reason is None:
-            built_for = f" ({self.built_for})" if self.built_for else ""
+            built_for = self.built_for()
+            built_for = f" ({built_for})" if built_for else ""
             return Verdict(self.name, path, f"{self.maker} {self.name}{built_for}")
         return Verdict(self.name, path, f"MLX: the {self.maker} {self.name} {reason}", reason)
 

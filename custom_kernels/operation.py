@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample
-from flashmoe_mlx.custom_kernels.native import description, rounded_phrase
+from flashmoe_mlx.custom_kernels.native import in_use, rounded_phrase
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
 P = ParamSpec("P")
@@ -90,9 +90,9 @@ class Operation(Generic[P, R]):
             return self.mlx
         fallback = self.fallback or self.mlx
         if target == "cpu" and self.cpu is not None:
-            return self._checked(self.cpu, fallback, "native kernel", description(), activations)
+            return self._checked(self.cpu, fallback, "native kernel", in_use, activations)
         if self.gpu is not None and target in self.gpu.dialects:
-            return self._checked(self.gpu, fallback, "custom kernel", "")
+            return self._checked(self.gpu, fallback, "custom kernel", str)
         return fallback
 
     def names(self, target: Target) -> dict[str, str]:
@@ -109,7 +109,7 @@ class Operation(Generic[P, R]):
         kernel: Implementation[..., Any],
         fallback: Callable[..., Any],
         maker: str,
-        built_for: str,
+        built_for: Callable[[], str],
         activations: str = "f32",
     ) -> CheckedKernel[..., Any]:
         run, code_path, rounded = kernel.run, kernel.code_path, ""

@@ -1,6 +1,7 @@
 """Conversion of paths from and to the command line, and errors of the system that name their file."""
 
 import errno
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,20 @@ def expand_path(path: str | Path) -> Path:
     except UnicodeEncodeError:
         raise InputError(f"{text!r}: not a valid file name", code="invalid_path") from None
     return path
+
+
+def user_cache() -> Path:
+    """Return the user's folder for files that can be made again: ``FLASHMOE_CACHE``, or one in the system's place.
+
+    An empty environment variable counts as unset, in accordance with the XDG specification.
+
+    Raises:
+        InputError: the user has no home folder; code "no_home_folder".
+    """
+    chosen = os.environ.get("FLASHMOE_CACHE")
+    if chosen:
+        return expand_path(chosen)
+    return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
 
 
 def as_argument(key: str, path: Path) -> str:

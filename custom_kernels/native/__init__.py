@@ -3,9 +3,10 @@
 ``operators.hpp`` describes the kernels. They read and write Python buffers; an ``mx.array`` is a buffer, and is
 evaluated when it is accessed. Results are evaluated.
 
-Two environment variables are read once, at the first use; an empty variable counts as unset: ``FLASHMOE_THREADS`` (1 to
-256; default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
-``neon`` or ``portable``; default: the best of this machine).
+Two environment variables are read at the first use; an empty variable counts as unset: ``FLASHMOE_THREADS`` (1 to 256;
+default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
+``neon`` or ``portable``; ``auto`` for the first of these that this machine has; default: measured at load where the
+instruction set matters most, see ``fastest.py``, else ``auto``).
 """
 
 import math
@@ -40,7 +41,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 5
+_INTERFACE = 6
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
@@ -96,6 +97,12 @@ def description() -> str:
     """Return the instruction set and the number of threads, for the records of runs."""
     native = loaded()
     return f"{native.instruction_set()}, {native.threads()} threads"
+
+
+def in_use() -> str:
+    """Return the instruction sets that the extension uses and the number of threads, for the records of runs."""
+    native = loaded()
+    return f"{' and '.join(native.instruction_sets_in_use())}, {native.threads()} threads"
 
 
 def few_tokens() -> int:

@@ -44,15 +44,19 @@ struct Codes {
     }
 };
 
+constexpr int kRowsAtOnce = 1; // the result of a row does not depend on it
+
 // Add the first `chunks` chunks of block `b`.
-template <int BITS, int GROUP, int TOKENS>
-INLINE void add_block(const uint8_t* codes, F scales, const Vector* x, int64_t b, int chunks, F* total) {
-    for (int c = 0; c < chunks; ++c) {
-        W w = load_codes<BITS>(codes + c * kChunkBytes<BITS>);
-        prefetch(codes + c * kChunkBytes<BITS> + kAhead);
-        F part[TOKENS];
-        Codes<BITS, 0, TOKENS>::add(w, x, b * 16 * GROUP + c * kChunk<BITS>, part);
-        F s = spread<kPerGroup<BITS, GROUP>>(scales, c);
-        for (int t = 0; t < TOKENS; ++t) total[t] = fma(part[t], s, total[t]);
-    }
+template <int BITS, int GROUP, int ROWS, int TOKENS>
+INLINE void add_block(const uint8_t* const* codes, const F* scales, const Vector* x, int64_t b, int chunks,
+                      F (*total)[TOKENS]) {
+    for (int c = 0; c < chunks; ++c)
+        for (int r = 0; r < ROWS; ++r) {
+            W w = load_codes<BITS>(codes[r] + c * kChunkBytes<BITS>);
+            prefetch(codes[r] + c * kChunkBytes<BITS> + kAhead);
+            F part[TOKENS];
+            Codes<BITS, 0, TOKENS>::add(w, x, b * 16 * GROUP + c * kChunk<BITS>, part);
+            F s = spread<kPerGroup<BITS, GROUP>>(scales[r], c);
+            for (int t = 0; t < TOKENS; ++t) total[r][t] = fma(part[t], s, total[r][t]);
+        }
 }

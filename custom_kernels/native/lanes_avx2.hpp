@@ -96,7 +96,9 @@ INLINE F spread(F block, int chunk) {
             _mm256_permutevar8x32_ps(half, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + 8)))};
 }
 
-INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Fetch a line into the second-level cache. A core waits for fewer lines at once for its first-level cache: on Zen 4 that
+// halves the speed of one core (docs/measurements/2026-11-26-cpu-steps.md).
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr int kTokens = 2;  // vectors that share a pass over the codes
 

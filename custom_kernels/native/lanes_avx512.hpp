@@ -71,7 +71,9 @@ INLINE F spread(F block, int chunk) {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), block.v)};
 }
 
-INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Fetch a line into the second-level cache. A core waits for fewer lines at once for its first-level cache: on Zen 4 that
+// halves the speed of one core (docs/measurements/2026-11-26-cpu-steps.md).
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr int kTokens = 4;  // vectors that share a pass over the codes
 

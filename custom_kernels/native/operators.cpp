@@ -12,12 +12,18 @@ namespace flashmoe {
 namespace {
 
 std::atomic<const Operations*> chosen{nullptr};
+// The operations for products by number and type of vectors, and by format; null stands for `chosen`.
+std::atomic<const Operations*> chosen_for[4][9][3];
 
-const Operations* best() {
-    for (const Operations* found :
-         {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations()})
-        if (found) return found;
-    return portable_operations();
+std::atomic<const Operations*>& choice_for(int64_t vectors, Activations type, int bits, int group) {
+    const int kind = vectors == 1 ? 0 : vectors <= kFewTokens ? 1 : type == Activations::int8 ? 3 : 2;
+    return chosen_for[kind][bits][group / 64];
+}
+
+const Operations* named(const char* name) {
+    for (const Operations* found : all_operations())
+        if (std::strcmp(found->name, name) == 0) return found;
+    return nullptr;
 }
 
 // Memory that a thread keeps between calls, so that the system does not clear new pages every time. It is aligned to a
@@ -65,22 +71,35 @@ bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
 }
 
-// Vectors that are prepared for `dot` with a matrix's format.
+const Operations& operations_for(const Matrix& m, int64_t vectors, Activations type = Activations::f32) {
+    const Operations* found = choice_for(vectors, type, m.bits, m.group).load(std::memory_order_relaxed);
+    return found ? *found : operations();
+}
+
+// Return the products of more than kFewTokens vectors of a type that `has_activations`.
+const Multiplication& multiplication(const Matrix& m, Activations type) {
+    if (type == Activations::bf16) return *avx512_bf16();
+    const Operations& own = operations_for(m, kFewTokens + 1, type);
+    return type == Activations::int8 ? own.bytes : own.floats;
+}
+
+// `count` vectors that are prepared for `dot` with a matrix's format.
 struct Prepared {
+    const Operations& own;
     int64_t bytes;
     uint8_t* memory;
 
     static int64_t size(const Matrix& m, int64_t count) {
-        return count * operations().vector_bytes(m.columns, m.group) / 4; // floats
+        return count * operations_for(m, count).vector_bytes(m.columns, m.group) / 4; // floats
     }
-    Prepared(const Matrix& m, float* memory_)
-        : bytes(operations().vector_bytes(m.columns, m.group)), memory(reinterpret_cast<uint8_t*>(memory_)) {}
+    Prepared(const Matrix& m, int64_t count, float* memory_)
+        : own(operations_for(m, count)), bytes(own.vector_bytes(m.columns, m.group)),
+          memory(reinterpret_cast<uint8_t*>(memory_)) {}
     uint8_t* vector(int64_t i) const { return memory + i * bytes; }
 
     // `row(i)` returns vector i.
     template <typename Row>
     void fill(const Matrix& m, int64_t count, const Row& row) const {
-        const Operations& own = operations();
         parallel(count, 4, [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
         });
@@ -94,7 +113,7 @@ void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t
     for (int64_t first = 0; first < count; first += kMostTokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
         for (int t = 0; t < tokens; ++t) vectors[t] = x.vector(first + t), out[t] = to + (first + t) * stride;
-        operations().dot(m, begin, end, tokens, vectors, out);
+        x.own.dot(m, begin, end, tokens, vectors, out);
     }
 }
 
@@ -147,12 +166,13 @@ void token_blocks(int64_t tokens, const Function& f) {
 
 // One expert and one block of the tokens that use it.
 void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y,
-                    const Multiplication& how, int64_t few_tokens) {
+                    Activations type, bool of_few) {
     const int64_t inner = e.gate.rows;
     const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
-    if (count <= few_tokens) {
-        const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
+    const Multiplication& how = multiplication(e.gate, type);
+    if (count <= (of_few ? kFewTokens : how.few)) {
+        const Prepared prepared(e.gate, count, scratch<kPacked>(Prepared::size(e.gate, count)));
         prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
         parallel(inner, rows_at_once(e.gate), [&](int64_t begin, int64_t end, int) {
@@ -162,7 +182,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
             few(e.up, begin, end, prepared, count, up, rows);
             for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
         });
-        const Prepared prepared_middle(e.down, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
+        const Prepared prepared_middle(e.down, count, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
         prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
         parallel(hidden, rows_at_once(e.down), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
@@ -182,12 +202,13 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         for (int64_t t = 0; t < count; ++t)
             std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
     });
-    const Arranged middles(how, e.down, count, [&](int64_t i) { return middle + i * inner; });
+    const Multiplication& how_down = multiplication(e.down, type);
+    const Arranged middles(how_down, e.down, count, [&](int64_t i) { return middle + i * inner; });
     middles.panels(hidden, [&](int64_t first, int64_t rows) {
         const float* out = middles.times<kOwnTile>(e.down, first);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = 0; r < rows; ++r)
-                y[uses[t].token * hidden + first + r] += uses[t].routing_weight * out[t * how.rows + r];
+                y[uses[t].token * hidden + first + r] += uses[t].routing_weight * out[t * how_down.rows + r];
     });
 }
 
@@ -211,7 +232,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
             inputs.push_back(inputs.back());
             continue;
         }
-        inputs.emplace_back(gate, free);
+        inputs.emplace_back(gate, 1, free);
         free += Prepared::size(gate, 1);
         inputs.back().fill(gate, 1, [&](int64_t) { return x; });
     }
@@ -232,7 +253,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     float* packed_memory = scratch<kHiddenPacked>(widest * count);
     std::vector<Prepared> middles;
     for (int64_t i = 0; i < count; ++i) {
-        middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
+        middles.emplace_back(experts[i].expert.down, 1, packed_memory + widest * i);
         middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
     }
     const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down) / count);
@@ -249,18 +270,46 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
 
 } // namespace
 
+std::vector<const Operations*> all_operations() {
+    std::vector<const Operations*> all;
+    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
+                                    portable_operations()})
+        if (found) all.push_back(found);
+    return all;
+}
+
+std::vector<const Operations*> operations_in_use() {
+    std::vector<const Operations*> used{&operations()};
+    for (const Operations* found : all_operations()) {
+        bool uses = false;
+        for (const auto& by_format : chosen_for)
+            for (const auto& by_group : by_format)
+                for (const auto& choice : by_group) uses = uses || choice.load() == found;
+        if (uses && found != used[0]) used.push_back(found);
+    }
+    return used;
+}
+
 const Operations& operations() {
     const Operations* found = chosen.load(std::memory_order_relaxed);
-    if (!found) chosen.store(found = best());
+    if (!found) chosen.store(found = all_operations()[0]);
     return *found;
 }
 
 bool choose_operations(const char* name) {
-    if (std::strcmp(name, "auto") == 0) return chosen.store(best()), true;
-    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
-                                    portable_operations()})
-        if (found && std::strcmp(found->name, name) == 0) return chosen.store(found), true;
-    return false;
+    const Operations* found = std::strcmp(name, "auto") == 0 ? all_operations()[0] : named(name);
+    if (!found) return false;
+    chosen.store(found);
+    for (auto& by_format : chosen_for)
+        for (auto& by_group : by_format)
+            for (auto& choice : by_group) choice.store(nullptr);
+    return true;
+}
+
+bool choose_for_products(int64_t vectors, Activations type, int bits, int group, const char* name) {
+    const Operations* found = named(name);
+    if (found) choice_for(vectors, type, bits, group).store(found);
+    return found;
 }
 
 namespace {
@@ -278,7 +327,7 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
         starts[i + 1] = starts[i] + m.rows;
         int64_t same = 0;
         while (same < i && !same_format(m, products[same].matrix)) ++same;
-        inputs.push_back(same < i ? inputs[same] : Prepared(m, free));
+        inputs.push_back(same < i ? inputs[same] : Prepared(m, count, free));
         if (same < i) continue;
         free += Prepared::size(m, count);
         inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });
@@ -302,8 +351,9 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
 }
 
 void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add,
-                   const Multiplication& how) {
+                   Activations type) {
     const Matrix& m = product.matrix;
+    const Multiplication& how = multiplication(m, type);
     const Arranged inputs(how, m, count, [&](int64_t t) { return x + t * m.columns; });
     inputs.panels(m.rows, [&](int64_t row, int64_t rows) {
         const float* tile = inputs.times<kOwnTile>(m, row);
@@ -316,18 +366,15 @@ void multiply_many(const Product& product, const float* x, int64_t count, int64_
 
 } // namespace
 
-const Multiplication* multiplication(Activations type) {
-    if (type == Activations::bf16) return avx512_bf16();
-    return type == Activations::int8 ? &operations().bytes : &operations().floats;
-}
+bool has_activations(Activations type) { return type != Activations::bf16 || avx512_bf16(); }
 
 void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
-                        const Multiplication& many) {
+                        Activations type) {
     if (products.empty()) return;
     const int64_t columns = products[0].matrix.columns;
     token_blocks(tokens, [&](int64_t first, int64_t count) {
         if (count <= kFewTokens) return multiply_few(products, x + first * columns, count, first, add);
-        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add, many);
+        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add, type);
     });
 }
 
@@ -339,13 +386,12 @@ void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width
 }
 
 void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
-                   const Multiplication& many) {
+                   Activations type) {
     if (experts.empty()) return;
     if (tokens == 1) return apply_to_one(experts, x, hidden, y);
-    const int64_t few_tokens = tokens <= kFewTokens ? kFewTokens : many.few;
     for (const ExpertUses& one : experts)
         token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, many, few_tokens);
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, type, tokens <= kFewTokens);
         });
 }
 

@@ -40,8 +40,8 @@ std::vector<float> noise(std::mt19937& random, int64_t count) {
 
 // Return the results of all operations on inputs drawn from `seed`.
 std::vector<float> results(int seed) {
-    const Multiplication* rounded = multiplication(static_cast<Activations>(seed % 3));
-    const Multiplication& many = rounded ? *rounded : *multiplication(Activations::f32);
+    const Activations rounded = static_cast<Activations>(seed % 3);
+    const Activations type = has_activations(rounded) ? rounded : Activations::f32;
     std::mt19937 random(seed);
     std::vector<float> all;
     const int widths[] = {2, 3, 4, 8}, groups[] = {32, 64, 128};
@@ -53,7 +53,7 @@ std::vector<float> results(int seed) {
         Weights down(random, hidden, inner, bits, group);
         std::vector<float> y(tokens * inner), other(tokens * inner), normed(tokens * inner);
         for (bool add : {false, true})
-            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add, many);
+            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add, type);
         rms_norm(y.data(), other.data(), tokens, inner, 1e-6f, normed.data());
         all.insert(all.end(), y.begin(), y.end());
         all.insert(all.end(), other.begin(), other.end());
@@ -63,7 +63,7 @@ std::vector<float> results(int seed) {
         for (auto& expert : experts)
             for (int64_t t = 0; t < tokens; ++t) expert.uses.push_back({t, 0.5f});
         y.assign(tokens * hidden, 0.0f);
-        apply_experts(experts, x.data(), tokens, hidden, y.data(), many);
+        apply_experts(experts, x.data(), tokens, hidden, y.data(), type);
         all.insert(all.end(), y.begin(), y.end());
 
         const DeltaShape shape{2, 4, 32, 16, 4};
