@@ -5,7 +5,7 @@ import errno
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +19,16 @@ from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
+from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
 from flashmoe_mlx.stores.mirrors import MirroredExperts
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read
 from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.slots import SlotMaker, Slots
+from flashmoe_mlx.stores.thread_reader import ThreadReader
 
+_THREADS = 8
+"""Threads that copy experts for a GPU; one copies at 6 GB/s, eight at 24 GB/s."""
 _ADVICE = {"normal": "MADV_NORMAL", "random": "MADV_RANDOM", "sequential": "MADV_SEQUENTIAL"}
 
 
@@ -31,7 +36,8 @@ class MmapStore(ExpertStore):
     """A store that serves experts from a mapping of the layer files.
 
     CPU kernels read the mapping itself (``batch.host``), and so do Metal kernels that take single records
-    (``batch.records``). MLX operations and kernels on other devices get a copy (``batch.slab``).
+    (``batch.records``). MLX operations and kernels on other devices get a copy (``batch.slab``). For an NVIDIA GPU,
+    threads copy each expert into memory from which the GPU fetches it.
 
     The fused Metal kernels take a slab, so they get a copy too. The whole mapping of a layer could be their slab, but
     Metal makes a buffer resident as a whole: 3.6 GB at the 397B geometry for ten experts of 7 MB. One buffer for each
@@ -73,7 +79,13 @@ class MmapStore(ExpertStore):
         self._files = FileDescriptorCache(_open)
         self._sampler = PageCacheSampler(source)
         self._mappings: dict[Path, _Mapping] = {}
-        self._slab = Slab(slots, source.layout.record_bytes)
+        self._on_gpu: Slots | None = None
+        if slots_on_gpu():
+            check_memory(f"{slots} slots", slots * source.layout.record_bytes, "choose fewer slots")
+            self._on_gpu = SlotMaker(source.layout.record_bytes, slots).make(slots)
+            self._copier = _Copier(source, self._mappings, populate)
+        else:
+            self._slab = Slab(slots, source.layout.record_bytes)
 
     def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
@@ -83,6 +95,10 @@ class MmapStore(ExpertStore):
         if self._populate:
             for expert in distinct:  # start all reads before waiting for the first
                 mappings[expert].advise(extents[expert], mmap.MADV_WILLNEED)
+        if self._on_gpu is not None:
+            batch, done = self._load_on_gpu(self._on_gpu, layer, experts, distinct)
+            return batch, sampled + done
+        if self._populate:
             for expert in distinct:
                 try:
                     mappings[expert].populate(extents[expert])
@@ -95,6 +111,23 @@ class MmapStore(ExpertStore):
         )
         nbytes = sum(extent.nbytes for extent in extents.values())
         return batch, replace(sampled, misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
+
+    def _load_on_gpu(
+        self, on_gpu: Slots, layer: int, experts: Sequence[int], distinct: Sequence[int]
+    ) -> tuple[ExpertBatch, StoreStats]:
+        places = {expert: slot for slot, expert in enumerate(distinct)}
+        filling = on_gpu.fill(list(places.values()))
+        try:
+            wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
+            reads, nbytes = self._copier.read(
+                layer, wanted, lambda arrived: filling.arrived([places[expert] for expert in arrived])
+            )
+        except BaseException:
+            filling.give_up()
+            raise
+        filling.commit()
+        batch = on_gpu.batch([places[expert] for expert in experts])
+        return batch, StoreStats(misses=len(distinct), reads=reads, bytes_read=nbytes)
 
     def _mapping(self, layer: int, expert: int, extent: Extent) -> "_Mapping":
         """Return a mapping of the file of ``extent`` up to its current end."""
@@ -119,6 +152,9 @@ class MmapStore(ExpertStore):
 
     def _release(self) -> None:
         # A batch that is still referenced keeps its mapping alive, so its memory stays valid.
+        if self._on_gpu is not None:
+            self._copier.close()
+            self._on_gpu = None
         self._mappings.clear()
         self._files.close()
         self._sampler.close()
@@ -166,6 +202,22 @@ class _Mapping:
 
     def _address(self, extent: Extent) -> int:
         return self._bytes.ctypes.data + extent.offset
+
+
+class _Copier(ThreadReader):
+    """Threads that copy experts from ``mappings`` instead of reading their files."""
+
+    def __init__(self, source: ExpertSource, mappings: "Mapping[Path, _Mapping]", populate: bool) -> None:
+        super().__init__(source, _THREADS)
+        self._mappings = mappings
+        self._populate = populate
+
+    def _fill(self, read: Read) -> int:
+        mapping, extent = self._mappings[read.path], Extent(read.path, read.offset, len(read.view))
+        if self._populate:
+            mapping.populate(extent)
+        np.copyto(np.frombuffer(read.view, np.uint8), mapping.view(extent))
+        return 1
 
 
 class _MappedBatch(HostBatch):

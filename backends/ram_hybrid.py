@@ -83,11 +83,16 @@ class RamHybridStore(ExpertStore):
         self._capacity = capacity
         self._caches = [self._empty(layer) for layer in range(source.num_layers)]
         maker = SlotMaker(record, self.slots)
-        size = (
-            record * (source.num_layers * capacity + self.slots) + maker.shared_bytes
-        )  # self.slots: for hinted experts
+        size = record * source.num_layers * capacity + maker.shared_bytes + maker.spare_bytes
         check_memory("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
-        self._reader = ReadAhead(source, make_reader(reader, source, depth, direct), self.slots, depth, direct)
+        self._reader = ReadAhead(
+            source,
+            make_reader(reader, source, depth, direct),
+            self.slots,
+            depth,
+            direct,
+            spare_rows=maker.spare_rows,
+        )
         self._layers: list[Slots] = []
         self._whole: dict[int, LayerInMemory | None] = {}
         self._places: dict[int, list[int]] = {}

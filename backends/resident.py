@@ -6,6 +6,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, LayerInMemory, StoreStats
 from flashmoe_mlx.stores.limits import DEPTH, Limit
 from flashmoe_mlx.stores.memory import check_memory
@@ -34,9 +35,10 @@ class ResidentStore(ExpertStore):
     def __init__(self, source: ExpertSource, reader: str = "pread", depth: int = 4) -> None:
         super().__init__(source, source.num_experts)
         maker = SlotMaker(source.layout.record_bytes, _BATCH)
+        size = source.num_layers * source.num_experts * source.layout.record_bytes
         check_memory(
             "backend=resident",
-            source.num_layers * source.num_experts * source.layout.record_bytes + maker.shared_bytes,
+            size + maker.shared_bytes,
             "use backend=ram_hybrid, which keeps as many experts as fit, or a variant of fewer bits",
         )
         self._layers: list[Slots] = []
@@ -46,9 +48,15 @@ class ResidentStore(ExpertStore):
                 slots = maker.make(source.num_experts)
                 for start in range(0, source.num_experts, _BATCH):
                     filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
-                    reads, nbytes = expert_reader.read(layer, list(filling.rows.items()))  # expert n is in slot n
+                    wanted = list(filling.rows.items())  # expert n is in slot n
+                    try:
+                        reads, nbytes = expert_reader.read(layer, wanted, filling.arrived)
+                    except BaseException:
+                        filling.give_up()
+                        raise
                     filling.commit()
                     self._stats += StoreStats(reads=reads, bytes_read=nbytes)
+                    report(f"reading experts: {self._stats.bytes_read / 1e9:.1f} of {size / 1e9:.1f} GB")
                 self._layers.append(slots)
         finally:
             expert_reader.close()

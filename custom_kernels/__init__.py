@@ -7,25 +7,26 @@ compares custom kernels with the references on every code path of a model (see `
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import checks, native
+from flashmoe_mlx.custom_kernels import checks, code_cache, native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, UncheckedPathWarning
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.native.fastest import settle
+from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
 from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import contests, forms
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
 from flashmoe_mlx.errors import InputError
@@ -33,6 +34,7 @@ from flashmoe_mlx.errors import InputError
 _log = logging.getLogger(__name__)
 
 ChooseExperts = Callable[[mx.array, mx.array, int], tuple[mx.array, mx.array, mx.array]]
+NormedMatvec = Callable[..., tuple[mx.array, mx.array]]
 PREFERENCES = ("auto", "mlx", "reference")
 _GPUS = ("metal", "cuda")
 
@@ -56,7 +58,11 @@ class Kernels:
         most_gpu_tokens: most tokens for which ``routed_experts_gpu`` is the best choice.
         dense_experts: an implementation of ``dense_experts.reference.dense_experts`` for more tokens; None without a
             kernel.
+        row_kernels: implementations of ``gather_rows`` and ``add_rows``, for ``dense_experts``.
+        embedding: an implementation of ``embedding.reference.embedding``.
         choose_experts: an implementation of ``choose_experts.reference.choose_experts``; None without a kernel.
+        chosen_experts: an implementation of ``chosen_experts.reference.chosen_experts``; None without a kernel.
+        normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         activations: type of the vectors in products of many vectors on CPUs, a member of ``native.ACTIVATIONS``.
         note: a message for the user about the choice, or None.
@@ -67,6 +73,8 @@ class Kernels:
     expert_mlp: Callable[[mx.array, ExpertWeights], mx.array]
     products: Products
     rms_norm: Callable[[mx.array, mx.array, float], mx.array]
+    row_kernels: RowKernels
+    embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array]
     implementations: Mapping[str, Callable[..., Any]]
     names: Mapping[str, str]
     routed_experts_cpu: Callable[..., mx.array] | None = None
@@ -74,6 +82,8 @@ class Kernels:
     most_gpu_tokens: int = 0
     dense_experts: DenseExperts | None = None
     choose_experts: ChooseExperts | None = None
+    chosen_experts: Callable[..., tuple[mx.array, mx.array]] | None = None
+    normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
     activations: str = "f32"
     note: str | None = None
@@ -115,6 +125,9 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
     rounding = _checked_activations(activations, target)
+    if dialect() == "cuda":
+        launch_directly()
+        code_cache.keep_modules_of_mlx(gpu().architecture)
     found = operations()
     chosen = {name: operation.on(target, rounding) for name, operation in found.items()}
     note = native.MISSING if target == "fallback" else None
@@ -127,6 +140,8 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         expert_mlp=chosen["expert_mlp"],
         products=chosen["quantized_matvec"] if on_cpu else one_by_one(chosen["quantized_matvec"]),
         rms_norm=chosen["rms_norm"],
+        row_kernels=RowKernels(chosen["gather_rows"], chosen["add_rows"]),
+        embedding=chosen["embedding"],
         implementations=chosen,
         names={name: runs for operation in found.values() for name, runs in operation.names(target).items()},
         routed_experts_cpu=chosen["routed_experts"] if on_cpu else None,
@@ -134,6 +149,8 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         most_gpu_tokens=most_tokens() if on_gpu else 0,
         dense_experts=chosen["dense_experts"] if isinstance(chosen["dense_experts"], CheckedKernel) else None,
         choose_experts=chosen["choose_experts"] if on_gpu else None,
+        chosen_experts=chosen["chosen_experts"] if on_gpu else None,
+        normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         activations=rounding,
         note=note,
@@ -157,16 +174,16 @@ def _checked_activations(activations: str, target: Target) -> str:
 
 
 def rounding_note(activations: str, names: Iterable[str]) -> str | None:
-    """Return what the user should know about ``activations``; None for "auto".
+    """Return what the user should know about ``activations``; None for "f32".
 
     Args:
-        activations: as in ``choose``.
+        activations: a member of ``native.ACTIVATIONS``.
         names: code paths of a model, from the report of ``check_kernels``.
 
     Raises:
         InputError: no code path rounds vectors; code "activations_without_effect".
     """
-    if activations == "auto":
+    if activations == "f32":
         return None
     if not any(native.rounded_phrase(activations) in name for name in names):
         raise InputError(
@@ -183,11 +200,16 @@ def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     On a CPU the fastest instruction sets are chosen first; see ``native.fastest``. MLX's implementation replaces a
     kernel on a path where it fails, with a warning in the log. Inputs and weights are random; the values of a model's
     weights do not matter.
+
+    Raises:
+        InputError: activations are to be rounded, but no code path does; code "activations_without_effect".
     """
     custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
     chosen = settle(contests(forms(model), kernels.activations)) if kernels.routed_experts_cpu is not None else []
     names = {**kernels.names, **{choice.contest: str(choice) for choice in chosen}}
-    return checks.check_kernels(custom, model, names, kernels.note)
+    report = checks.check_kernels(custom, model, names, kernels.note)
+    rounding = rounding_note(kernels.activations, report.names)
+    return replace(report, note="; ".join(filter(None, (report.note, rounding))) or None)
 
 
 def _target(preference: str) -> Target:
@@ -210,6 +232,7 @@ __all__ = [
     "KernelReport",
     "Kernels",
     "ModelShapes",
+    "NormedMatvec",
     "QuantizedWeight",
     "UncheckedPathWarning",
     "check_kernels",

@@ -4,7 +4,7 @@ A case runs the kernel, MLX's implementation, and the reference in f64 on the sa
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,10 @@ from flashmoe_mlx.custom_kernels.attention import gpu as attention_gpu
 from flashmoe_mlx.custom_kernels.attention import mlx as attention_mlx
 from flashmoe_mlx.custom_kernels.attention import reference as attention_reference
 from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
+from flashmoe_mlx.custom_kernels.case import TOLERANCE, Case, Results, relative_error
+from flashmoe_mlx.custom_kernels.choose_experts.gpu import different_scores
+from flashmoe_mlx.custom_kernels.chosen_experts import gpu as chosen_gpu
+from flashmoe_mlx.custom_kernels.chosen_experts import reference as chosen_reference
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_gpu
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
@@ -24,16 +28,13 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import mlx as delta_mlx
 from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs, GatedDelta
 from flashmoe_mlx.custom_kernels.gated_delta_net.samples import delta_inputs
-from flashmoe_mlx.custom_kernels.quantized_matvec import cpu as matvec_cpu
-from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as matvec_gpu
-from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
-from flashmoe_mlx.custom_kernels.quantized_matvec import reference as matvec_reference
+from flashmoe_mlx.custom_kernels.product_cases import normed_matvec, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import GEOMETRIES, Geometry, RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import cpu as experts_cpu
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as experts_gpu
 from flashmoe_mlx.custom_kernels.routed_experts import mlx as experts_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import reference as experts_reference
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts as grouped
 from flashmoe_mlx.custom_kernels.routed_experts.samples import expert_inputs, format_of
 
@@ -45,64 +46,18 @@ __all__ = [
     "Results",
     "attention",
     "attention_inputs",
+    "chosen_experts",
     "delta_inputs",
     "dense_experts",
     "expert_inputs",
     "gated_delta_net",
     "gated_delta_net_in_chunks",
     "grouped_experts",
+    "normed_matvec",
     "quantized_matvec",
     "relative_error",
     "routed_experts",
 ]
-
-Results = tuple[mx.array, ...]
-
-TOLERANCE = {mx.float32: 1e-5, mx.bfloat16: 1e-2}
-"""Largest accepted ||kernel - reference|| / ||reference||, with the reference in f64."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One kernel on one set of inputs; every call of a function computes its results again.
-
-    Attributes:
-        operation: name of the operation.
-        title: the inputs in words.
-        dtype: type of activations.
-        nbytes: the minimum number of bytes that the kernel reads and writes.
-        custom: run the kernel, which may write in place into arrays that no other function reads.
-        standard: run MLX's implementation.
-        reference: run the reference in f64.
-    """
-
-    operation: str
-    title: str
-    dtype: mx.Dtype
-    nbytes: int
-    custom: Callable[[], Results]
-    standard: Callable[[], Results]
-    reference: Callable[[], Results]
-
-    def error(self) -> float:
-        """Return the largest ||custom - reference|| / ||reference|| of all results; infinity if a value is NaN."""
-        found = self.custom()
-        mx.eval(found)
-        with mx.stream(mx.cpu):
-            expected = self.reference()
-            mx.eval(expected)
-        return max(relative_error(ours, exact) for ours, exact in zip(found, expected, strict=True))
-
-
-def relative_error(found: mx.array, expected: mx.array) -> float:
-    """Return ||found - expected|| / ||expected||; infinity if shapes differ, or if a value is NaN or infinite."""
-    if found.shape != expected.shape:
-        return float("inf")
-    ours, exact = np.array(found.astype(mx.float32)).astype(np.float64), np.array(expected)
-    if not np.isfinite(ours).all():
-        return float("inf")
-    difference, size = (float(np.linalg.norm(values)) for values in (ours - exact, exact))
-    return difference / max(size, 1e-300)
 
 
 def routed_experts(
@@ -125,12 +80,15 @@ def routed_experts(
         parts = (part for m in own.matrices for part in (m.weight, m.scales, m.biases))
         read += sum(part.nbytes for part in parts if part is not None)
 
+    residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
+
     def run(implementation: Callable[..., mx.array], x: mx.array) -> Results:
         weights = made.routing_weights.astype(mx.float64 if x.dtype == mx.float64 else mx.float32)
-        return (implementation(x, made.slab, made.rows, weights, form, own),)
+        return (implementation(x, made.slab, made.rows, weights, form, own, residual.astype(x.dtype)),)
 
     def on_records() -> Results:
-        return (experts_cpu.routed_experts(made.x, made.records, made.rows, made.routing_weights, form, own),)
+        arguments = (made.x, made.records, made.rows, made.routing_weights, form, own, residual)
+        return (experts_cpu.routed_experts(*arguments),)
 
     return Case(
         "routed_experts",
@@ -140,6 +98,43 @@ def routed_experts(
         on_records if on_cpu else lambda: run(experts_gpu.routed_experts, made.x),
         lambda: run(experts_mlx.routed_experts, made.x),
         lambda: run(experts_reference.routed_experts, made.x.astype(mx.float64)),
+    )
+
+
+def chosen_experts(
+    geometry: Geometry, dtype: mx.Dtype, *, k: int = 4, tokens: int = 1, experts: int = 40, **options: Any
+) -> Case:
+    """Return the experts that scores choose.
+
+    Args:
+        geometry: sizes of the experts.
+        dtype: type of activations.
+        k: experts per token.
+        tokens: number of tokens.
+        experts: number of experts to choose from, which share a few records.
+        **options: further arguments of ``expert_inputs``.
+    """
+    made = expert_inputs(geometry, dtype, k=k, tokens=tokens, **options)
+    assert made.shared is not None
+    scores = different_scores(tokens, experts, dtype, seed=k)
+    table = mx.array(np.random.default_rng(k).integers(0, len(made.slab), experts), mx.int32)
+    residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
+    earlier = mx.array([7, 8, 9], mx.int32)
+    mx.eval(scores, table, earlier)
+
+    def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
+        x, added = made.x.astype(wide), residual.astype(wide)
+        y, chosen = implementation(x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared)
+        return y, chosen
+
+    return Case(
+        "chosen_experts",
+        f"{made.form.bits} bit K={k} of {experts} T={tokens}",
+        dtype,
+        k * made.payload_bytes,
+        lambda: run(chosen_gpu.chosen_experts, dtype),
+        lambda: run(chosen_reference.by_mlx, dtype),
+        lambda: run(chosen_reference.chosen_experts, mx.float64),
     )
 
 
@@ -181,6 +176,7 @@ def grouped_experts(
     geometry: Geometry,
     dtype: mx.Dtype,
     dense: DenseExperts,
+    row_kernels: RowKernels,
     *,
     tokens: int,
     k: int = 4,
@@ -193,6 +189,7 @@ def grouped_experts(
         geometry: sizes of the experts.
         dtype: type of activations and scales.
         dense: an implementation of ``dense_experts``.
+        row_kernels: implementations of ``gather_rows`` and ``add_rows``.
         tokens: number of tokens.
         k: experts per token.
         experts: number of experts in the slab.
@@ -216,7 +213,7 @@ def grouped_experts(
         f"T={tokens} K={k}",
         dtype,
         experts * payload_bytes,
-        lambda: (grouped(x, slab, rows, routing_weights, form, dense),),
+        lambda: (grouped(x, slab, rows, routing_weights, form, dense, row_kernels),),
         lambda: by_expert(x, routing_weights),
         lambda: by_expert(x.astype(mx.float64), routing_weights.astype(mx.float64)),
     )
@@ -329,47 +326,4 @@ def attention(
         lambda: filled(*custom(own)),
         lambda: filled(*attention_mlx.gated_attention(with_own_caches())),
         exact,
-    )
-
-
-def quantized_matvec(
-    rows: int,
-    columns: int,
-    dtype: mx.Dtype,
-    *,
-    bits: int = 4,
-    group_size: int = 64,
-    tokens: int = 1,
-    seed: int = 0,
-    scales: mx.Dtype | None = None,
-    on_cpu: bool = False,
-) -> Case:
-    """Return a resident matrix times a few vectors.
-
-    Args:
-        rows: rows of the matrix.
-        columns: columns of the matrix.
-        dtype: type of activations.
-        bits: width of a code.
-        group_size: codes that share a scale and a bias.
-        tokens: number of vectors.
-        seed: seed of the random numbers.
-        scales: type of scales and biases; None stands for ``dtype``.
-        on_cpu: run the kernel of the C++ extension.
-    """
-    inputs = RandomInputs(dtype, seed, scales)
-    weight = inputs.quantized(rows, columns, bits, group_size)
-    assert weight.scales is not None
-    assert weight.biases is not None
-    parts = (weight.weight, weight.scales, weight.biases)
-    x = inputs.normal(tokens, columns)
-    custom = matvec_cpu.quantized_matvec if on_cpu else matvec_gpu.quantized_matvec
-    return Case(
-        "quantized_matvec",
-        f"{rows}x{columns} {bits} bit g{group_size} T={tokens}",
-        dtype,
-        sum(part.nbytes for part in parts),
-        lambda: (custom(x, *parts, bits, group_size),),
-        lambda: (matvec_mlx.quantized_matvec(x, *parts, bits, group_size),),
-        lambda: (matvec_reference.quantized_matvec(x.astype(mx.float64), *parts, bits, group_size),),
     )

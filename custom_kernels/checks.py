@@ -7,6 +7,7 @@ timed. MLX's implementation replaces a path that fails; the other paths keep the
 bug in the samples: MLX's implementation runs there too, and one ``UncheckedPathWarning`` is issued.
 """
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,10 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.custom_kernels import precompiled
+from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.progress import report
 
 _log = logging.getLogger(__name__)
 
@@ -122,14 +126,19 @@ class CheckedKernel(Generic[P, R]):
             self._warn_unchecked(path)
         return self.mlx(*args, **kwargs)
 
-    def check(self, model: ModelShapes) -> list[Verdict]:
-        """Compare the kernel with its reference on every code path that ``model`` takes.
+    def runs(self, *args: P.args, **kwargs: P.kwargs) -> bool:
+        """Return whether ``kernel`` runs for these arguments."""
+        path = self.code_path(*args, **kwargs)
+        return path is not None and self._reasons.get(path, _UNCHECKED) is None
+
+    def check(self, samples: Iterable[Sample]) -> list[Verdict]:
+        """Compare the kernel with its reference on the code paths of ``samples``.
 
         A path fails with its first failing sample. Verdicts of an earlier check on other paths remain valid.
         """
         reasons: dict[CodePath, str | None] = {}
         path_of: Callable[..., CodePath | None] = self.code_path
-        for sample in self.samples(model):
+        for sample in samples:
             path = path_of(*sample.arguments)
             if path is None:
                 raise AssertionError(f"{self.name}: the kernel does not support the arguments of a sample")
@@ -209,7 +218,15 @@ def check_kernels(
         standard: names of the implementations that run where no custom kernel does, by operation.
         note: an earlier message for the user, or None.
     """
-    verdicts = [verdict for kernel in kernels for verdict in kernel.check(model)]
+    drawn = [(kernel, list(kernel.samples(model))) for kernel in kernels]
+    if dialect() == "cuda":
+        with precompiled.planning():
+            _run_all(drawn)
+    verdicts: list[Verdict] = []
+    while drawn:  # samples are freed after their check
+        kernel, samples = drawn.pop(0)
+        report(f"checking kernels: {kernel.name}")
+        verdicts += kernel.check(samples)
     mx.clear_cache()  # samples are as large as parts of the model
     checked = {verdict.operation for verdict in verdicts}
     names = {operation: runs for operation, runs in standard.items() if operation not in checked}
@@ -221,6 +238,14 @@ def check_kernels(
     return KernelReport(
         names, [verdict.label for verdict in verdicts if verdict.replaced is not None], "; ".join(notes) or None
     )
+
+
+def _run_all(drawn: Iterable[tuple[CheckedKernel[Any, Any], Iterable[Sample]]]) -> None:
+    """Call every kernel with every sample; errors are left to the checks."""
+    for kernel, samples in drawn:
+        for sample in samples:
+            with contextlib.suppress(Exception):
+                kernel.kernel(*sample.arguments)
 
 
 def _failures(kernels: Sequence[CheckedKernel[Any, Any]], verdicts: Sequence[Verdict]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
@@ -51,9 +52,23 @@ def store(key: str, code: bytes) -> None:
         _log.debug("a compiled kernel cannot be kept: %s", error)
 
 
-def _folder() -> Path:
-    """Return the folder, which is made if it does not exist; raise PermissionError if others can write to it."""
-    folder = user_cache() / "kernels"
+def keep_modules_of_mlx(architecture: str) -> None:
+    """Make MLX keep what it compiles for a GPU of ``architecture`` in the user's cache folder.
+
+    MLX's default is the system's folder for temporary files, which loses them at a restart and which all users share. A
+    folder that ``MLX_PTX_CACHE_DIR`` names stays. MLX reads the variable when it compiles for the first time.
+    """
+    if os.environ.get("MLX_PTX_CACHE_DIR"):
+        return
+    try:
+        os.environ["MLX_PTX_CACHE_DIR"] = str(_folder(f"mlx-{version('mlx')}-{architecture}"))
+    except (OSError, InputError) as error:
+        _log.debug("MLX keeps compiled kernels in its own place: %s", error)
+
+
+def _folder(name: str = "kernels") -> Path:
+    """Return a folder, which is made if it does not exist; raise PermissionError if others can write to it."""
+    folder = user_cache() / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

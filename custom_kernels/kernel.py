@@ -6,19 +6,25 @@ A body uses only words that Metal and CUDA share or that ``dialects/`` defines f
 - declare arrays in threadgroup memory ``SHARED``, and pointer parameters to them ``threadgroup``;
 - pass indices to helper functions as arguments, because Metal gives them to the body alone;
 - use no lambdas;
+- read a size of an input as ``<input>_shape[2]``, with a literal axis;
 - start whole threadgroups, because CUDA rounds a grid up and Metal does not.
 
 Pass scalars as template arguments (a float by ``bits_of``) or as shapes of inputs, never as arrays: on CUDA MLX keeps
 arrays of up to 8 bytes in memory shared with the host, and every simdgroup that reads one may have to cross the bus.
+A number that changes with every call is an array of at least 16 bytes that an operation computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
+from concurrent.futures import Future
+from functools import cache
 from importlib.resources import files
 from typing import Literal, cast
 
 import mlx.core as mx
 import numpy as np
+
+from flashmoe_mlx.custom_kernels import precompiled
+from flashmoe_mlx.custom_kernels.cuda_text import cuda_text, shape_reads
 
 Arguments = Mapping[str, int | mx.Dtype]
 Outputs = Sequence[tuple[tuple[int, ...], mx.Dtype]]
@@ -74,6 +80,20 @@ class Kernel:
         headers = [dialect_text(name) for name in (dialect, *self._headers)]
         return "\n".join([switches, *headers]), _text(*self._body)
 
+    def cuda_text(
+        self, inputs: Sequence[mx.Dtype], outputs: Sequence[mx.Dtype], template: Sequence[tuple[str, int | mx.Dtype]]
+    ) -> str:
+        """Return the complete text for CUDA; see ``cuda_text.cuda_text``.
+
+        Args:
+            inputs: types of the inputs.
+            outputs: types of the outputs.
+            template: values of the template arguments.
+        """
+        header, body = self.source("cuda")
+        typed_inputs, typed_outputs = zip(self.inputs, inputs, strict=True), zip(self.outputs, outputs, strict=True)
+        return cuda_text(self.name, list(typed_inputs), list(typed_outputs), header, body, template)
+
     def __call__(
         self,
         inputs: Sequence[mx.array],
@@ -92,15 +112,50 @@ class Kernel:
             template: values of the template arguments.
         """
         x, y, z = threadgroups
-        kernel = compiled(dialect(), self)
-        return kernel(
+        shapes, types = [shape for shape, _ in outputs], [dtype for _, dtype in outputs]
+        grid, threadgroup = (x * threads, y, z), (threads, 1, 1)
+        language = dialect()
+        if language == "cuda" and precompiled.refusal() is None:
+            code = _machine_code(self, tuple(array.dtype for array in inputs), tuple(types), tuple(template.items()))
+            if precompiled.planned(code):
+                return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+            if code.exception() is None:
+                return mx.fast.precompiled_cuda_kernel(
+                    name=self.name,
+                    compiled_source=code.result(),
+                    inputs=list(inputs),
+                    output_shapes=shapes,
+                    output_dtypes=types,
+                    scalars=[inputs[position].shape[axis] for position, axis in _shape_reads(self)],
+                    grid=grid,
+                    threadgroup=threadgroup,
+                    shared_memory=self.shared_memory,
+                    ensure_row_contiguous=True,
+                )
+        return compiled(language, self)(
             inputs=list(inputs),
-            output_shapes=[shape for shape, _ in outputs],
-            output_dtypes=[dtype for _, dtype in outputs],
-            grid=(x * threads, y, z),
-            threadgroup=(threads, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=types,
+            grid=grid,
+            threadgroup=threadgroup,
             template=list(template.items()),
         )
+
+
+@cache
+def _machine_code(
+    kernel: Kernel,
+    inputs: tuple[mx.Dtype, ...],
+    outputs: tuple[mx.Dtype, ...],
+    template: tuple[tuple[str, int | mx.Dtype], ...],
+) -> Future[bytes]:
+    """Return the machine code of ``kernel`` for CUDA, which other threads may still be compiling."""
+    return precompiled.compiled(kernel.name, kernel.cuda_text(inputs, outputs, template))
+
+
+@cache
+def _shape_reads(kernel: Kernel) -> tuple[tuple[int, int], ...]:
+    return shape_reads(kernel.source("cuda")[1], tuple(kernel.inputs))
 
 
 @cache
@@ -128,19 +183,3 @@ def _text(package: str, *path: str) -> str:
 def bits_of(value: float) -> int:
     """Return the bits of ``value`` in f32 as an int32, for a body that reads it by ``as_type<float>``."""
     return int(np.float32(value).view(np.int32))
-
-
-@lru_cache(maxsize=16)
-def length_as_shape(length: int) -> mx.array:
-    """Return ``length`` undefined bytes, for kernels that read only their shape, which is passed at the launch.
-
-    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
-    """
-    return _ruler(1 << (length - 1).bit_length())[:length]
-
-
-@cache
-def _ruler(room: int) -> mx.array:
-    array = mx.zeros((room,), mx.uint8)
-    mx.eval(array)
-    return array

@@ -16,11 +16,13 @@ class Projection:
         weights: the matrices.
         residual: whether the call adds a residual to the product.
         one_token: whether the call may have one vector alone; a joint matrix may take its place there.
+        normed: whether the call for one vector on a GPU begins with an RMS norm.
     """
 
     weights: tuple[QuantizedWeight, ...]
     residual: bool = False
     one_token: bool = True
+    normed: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class ModelShapes:
         experts_k: routed experts per token.
         num_experts: routed experts per layer.
         slots: number of records that the store holds at once.
+        embedding: the quantized embedding table, or None.
     """
 
     dtype: mx.Dtype
@@ -50,6 +53,7 @@ class ModelShapes:
     experts_k: int
     num_experts: int
     slots: int
+    embedding: QuantizedWeight | None = None
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
         """Return whether a call may need more experts than there are slots, and so apply them in groups.

@@ -1,5 +1,6 @@
 """The Python interface: load a model, run it on tokens, generate text."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Self, SupportsIndex
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import check_kernels, choose, rounding_note
+from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
@@ -29,11 +30,13 @@ from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.progress import Listener, reports_to
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 __all__ = ["Engine", "Generation", "Piece", "Request", "load"]
+_log = logging.getLogger(__name__)
 _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
@@ -49,9 +52,12 @@ def load(
     activations: str = "auto",
     prefetch: str = "none",
     profile: bool = False,
+    on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
     """Open a pack or a published checkpoint, ready to run.
+
+    On an NVIDIA GPU, the first load of a model compiles kernels, which stay in the user's cache (``FLASHMOE_CACHE``).
 
     Args:
         model: folder of the pack or checkpoint.
@@ -63,46 +69,43 @@ def load(
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
+        on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
-    chosen = choose(kernels, activations)
-    files = open_model(expand_path(model))
-    k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
-    tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
-    sampling = PublishedSampling.load(files.folder)
-    dtype = activation_type()
-    mx.reset_peak_memory()
-    store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
-    try:
-        built = build_model(files.config, files.resident, store, k, chosen, dtype)
-        prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
-        if prefetcher is not None:
-            store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-        report = check_kernels(chosen, model_shapes(built))
-        rounding = rounding_note(activations, report.names)
-    except BaseException:
-        store.close()
-        raise
-    layout = store.layout
-    no_template = _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None
-    setup = {
-        "experts_k": k,
-        "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
-        "activations": str(dtype) if activations == "auto" else activations,
-        "kernels": report.names,
-        "replaced_kernels": report.replaced,
-        "note": _joined_notes(report.note, no_template, rounding),
-        "prefetch": prefetch,
-        "backend": settings,
-    }
-    return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
-
-
-def _joined_notes(*notes: str | None) -> str | None:
-    return "; ".join(note for note in notes if note) or None
+    with reports_to(on_load):
+        chosen = choose(kernels, activations)
+        files = open_model(expand_path(model))
+        k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
+        tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
+        sampling = PublishedSampling.load(files.folder)
+        dtype = activation_type()
+        mx.reset_peak_memory()
+        store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
+        try:
+            built = build_model(files.config, files.resident, store, k, chosen, dtype)
+            prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
+            if prefetcher is not None:
+                store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
+            checked = check_kernels(chosen, model_shapes(built))
+        except BaseException:
+            store.close()
+            raise
+        layout = store.layout
+        notes = [checked.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
+        setup = {
+            "experts_k": k,
+            "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
+            "activations": str(dtype) if activations == "auto" else activations,
+            "kernels": checked.names,
+            "replaced_kernels": checked.replaced,
+            "note": "; ".join(filter(None, notes)) or None,
+            "prefetch": prefetch,
+            "backend": settings,
+        }
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:

@@ -14,11 +14,13 @@ from functools import wraps
 from typing import Any
 
 import cuda_on_cpu
+import gpu_slots_on_cpu
 import metal_on_cpu
 import mlx.core as mx
 import pytest
 
-from flashmoe_mlx.custom_kernels import nvidia, precision
+from flashmoe_mlx.custom_kernels import code_cache, nvidia, nvrtc, precision
+from flashmoe_mlx.stores import pinned
 
 Launches = Counter[str]
 """The number of calls of each kernel, by name."""
@@ -47,9 +49,31 @@ def cuda(dtype: mx.Dtype = mx.bfloat16, gpu: nvidia.Gpu = HOPPER, at_once: int =
     with _gpu(dtype, {"device_name": "CUDA on a CPU", "free_memory": FREE_MEMORY, **capability}) as patch:
         patch.setattr(mx.cuda, "is_available", lambda: True)
         _everywhere(patch, nvidia.gpu, lambda: gpu)
+        patch.setattr(pinned, "driver", gpu_slots_on_cpu.Memory)
         machine = cuda_on_cpu.Machine(at_once, seed=1)
         patch.setattr(mx.fast, "cuda_kernel", _counting(machine.cuda_kernel, launches))
+
+        def precompiled(*, name: str, **call: Any) -> list[mx.array]:
+            launches[name] += name != "probe"  # it tells whether this way of launching works
+            return machine.precompiled_cuda_kernel(name=name, **call)
+
+        patch.setattr(mx.fast, "precompiled_cuda_kernel", precompiled)
+        patch.setattr(nvrtc, "compiler", lambda: _NoCompiler())
+        patch.setattr(code_cache, "load", lambda _: None)
+        patch.setattr(code_cache, "store", lambda *_: None)
+        patch.setenv("MLX_PTX_CACHE_DIR", "unused")
         yield launches
+
+
+class _NoCompiler:
+    """A compiler whose machine code is the text itself, which ``cuda_on_cpu`` runs."""
+
+    version = ""
+
+    def compile(self, text: str, name: str, architecture: str) -> bytes:
+        assert f" {name}(" in text
+        assert architecture.startswith("sm_")
+        return text.encode()
 
 
 @contextmanager

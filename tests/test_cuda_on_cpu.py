@@ -15,12 +15,17 @@ from kernels_on_cpu import KernelFault
 from systems import needs_linux
 
 from flashmoe_mlx.custom_kernels import cases as kernel_cases
-from flashmoe_mlx.custom_kernels import kernel
+from flashmoe_mlx.custom_kernels import kernel, nvrtc, precompiled
+from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.attention import gpu as attention
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.custom_kernels.choose_experts import gpu as choose_experts
+from flashmoe_mlx.custom_kernels.chosen_experts import gpu as chosen_experts
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
-from flashmoe_mlx.custom_kernels.fill_slots import fill_slots, reference
+from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
+from flashmoe_mlx.custom_kernels.routed_experts.samples import expert_inputs
 
 pytestmark = needs_linux
 WHOLE_CHUNKS = Geometry(1024, 512, 6, 2, 32, 8, 2, 6, 32, 48)
@@ -75,12 +80,41 @@ def test_quantized_matvec_of_whole_chunks(bits: int, rows: int, on_hopper: gpu_o
     check(case, on_hopper, "quantized_matvec_stream")
 
 
+@pytest.mark.parametrize(("bits", "rows"), [(2, 208), (4, 48), (8, 16)])
+def test_norm_and_residual_in_a_product(bits: int, rows: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    added = kernel_cases.quantized_matvec(rows, 1024, BF16, bits=bits, with_residual=True)
+    check(added, on_hopper, "quantized_matvec_stream_with_residual")
+    check(kernel_cases.normed_matvec(rows, 1024, BF16, bits=bits), on_hopper, "quantized_matvec_stream_with_norm")
+
+
+@pytest.mark.parametrize(("k", "experts", "bits"), [(1, 33, 8), (5, 64, 4)])
+def test_chosen_experts(k: int, experts: int, bits: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.chosen_experts(WHOLE_CHUNKS, BF16, k=k, experts=experts, bits=bits)
+    check(case, on_hopper, "routed_experts_fused_with_shared_expert_chooses")
+    assert on_hopper.total() == 1
+
+
+def test_chosen_experts_equal_experts_chosen_before(on_hopper: gpu_on_cpu.Launches) -> None:
+    """In every bit: of equal scores the first wins, and -0 equals 0."""
+    made = expert_inputs(WHOLE_CHUNKS, BF16, k=3)
+    scores = mx.array(np.r_[np.tile([0.0, -0.0, 0.5, -3.0, np.nan], 8), np.zeros(16)][None].astype(np.float32))
+    table, earlier, scores = mx.arange(40, dtype=mx.int32) % 5, mx.zeros(4, mx.int32), scores.astype(BF16)
+    for k in (3, 10):
+        arguments = (made.x, made.x, made.slab, scores, table, earlier, k, made.form, made.shared)
+        y, chosen = chosen_experts.chosen_experts(*arguments)
+        found, rows, weights = choose_experts.choose_experts(scores, table, k)
+        expected = routed_experts.routed_experts(made.x, made.slab, rows, weights, made.form, made.shared, made.x)
+        assert np.array_equal(np.array(chosen)[4:], np.array(found)[0])
+        assert np.array_equal(np.array(y.astype(F32)), np.array(expected.astype(F32)))
+
+
 @pytest.mark.parametrize(("bits", "group_size", "shared"), [(2, 64, False), (4, 128, True)])
 def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_on_cpu.Launches) -> None:
     sizes = {"bits": bits, "group_size": group_size}
     routed = kernel_cases.routed_experts(WHOLE_STEPS, BF16, tokens=2, k=3, shared=shared, **sizes)
     check(routed, on_ampere, "routed_experts_gate_up_tensor" + "_with_shared_expert" * shared)
-    check(kernel_cases.quantized_matvec(48, 256, BF16, tokens=2, **sizes), on_ampere, "quantized_matvec_tensor")
+    case = kernel_cases.quantized_matvec(48, 256, BF16, tokens=2, with_residual=shared, **sizes)
+    check(case, on_ampere, "quantized_matvec_tensor" + "_with_residual" * shared)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +146,7 @@ BODIES = {
     "gated_delta_net_step": partial(kernel_cases.gated_delta_net, SMALL, tokens=20),
     "attention_decode": partial(kernel_cases.attention, SMALL, context=300),
     "attention_prepare": partial(kernel_cases.attention, SMALL, context=20, tokens=9),
+    "quantized_matvec_body_with_norm": partial(kernel_cases.normed_matvec, 20, 384, bits=3, group_size=32),
     "quantized_matvec_body": partial(kernel_cases.quantized_matvec, 20, 384, bits=3, group_size=32, tokens=8),
 }
 
@@ -122,20 +157,10 @@ def test_bodies_that_metal_runs_as_well(name: str, on_hopper: gpu_on_cpu.Launche
 
 
 def test_grouped_experts_out_of_the_kernel(on_hopper: gpu_on_cpu.Launches) -> None:
-    dense = dense_experts.dense_experts
-    case = kernel_cases.grouped_experts(SMALL, F32, dense, tokens=40, experts=18)
-    check(case, on_hopper, "dense_experts_body")
-
-
-@pytest.mark.parametrize("slots", [(0,), (6, 2), (3, 1, 0, 5)])
-@pytest.mark.parametrize("size", [16, 4096, 32768])
-def test_fill_slots(slots: tuple[int, ...], size: int, on_hopper: gpu_on_cpu.Launches) -> None:
-    random = np.random.default_rng(0)
-    slab, records = (mx.array(random.integers(0, 256, (count, size), np.uint8)) for count in (7, 4))
-    rows = mx.array(slots, mx.int32)
-    expected = np.array(reference.fill_slots(slab, records, rows))
-    fill_slots(slab, records, rows)
-    np.testing.assert_array_equal(np.array(slab), expected)
+    row_kernels = RowKernels(gather_rows.gather_rows, add_rows.add_rows)
+    case = kernel_cases.grouped_experts(SMALL, F32, dense_experts.dense_experts, row_kernels, tokens=40, experts=18)
+    for name in ("dense_experts_body", "gather_rows_body", "add_rows_body"):
+        check(case, on_hopper, name)
 
 
 WORDS = "".join(kernel.dialect_text(name) for name in ("cuda", "copy_engine"))
@@ -182,3 +207,41 @@ HANDED = """
 def test_the_machine_notices(source: str, fault: str) -> None:
     with pytest.raises(KernelFault, match=fault):
         planted(source, threadgroups=2)
+
+
+def test_without_a_compiler_mlx_compiles(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def refuse() -> nvrtc.Compiler:
+        raise nvrtc.CompilerError("libnvrtc does not load")
+
+    def run() -> None:
+        with gpu_on_cpu.cuda() as launches, monkeypatch.context() as patch:  # undone before the emulation ends
+            patch.setattr(nvrtc, "compiler", refuse)
+            check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+    with pytest.raises(AssertionError):  # the warning
+        run()
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels are compiled again in each process, which takes some seconds: libnvrtc does not load"
+    ]
+
+
+def test_a_kernel_that_does_not_compile_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX compiles it, and reports the error in the text."""
+
+    def refuse(_: object, text: str, name: str, architecture: str) -> bytes:
+        if name != "probe":
+            raise nvrtc.CompilerError("no such architecture")
+        return text.encode()
+
+    monkeypatch.setattr(gpu_on_cpu._NoCompiler, "compile", refuse)
+    with gpu_on_cpu.cuda() as launches:
+        check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
+
+
+def test_planning_compiles_and_runs_nothing(on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.gated_delta_net(SMALL, F32)
+    check(case, on_hopper, "gated_delta_net_step")
+    on_hopper.clear()
+    with precompiled.planning():
+        case.custom()
+    assert not on_hopper

@@ -7,12 +7,16 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import gpu_on_cpu
 import mlx.core as mx
 import pytest
 
 from flashmoe_mlx.custom_kernels import cases
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.research import decode_probe
+from flashmoe_mlx.research.decode_probe import DecodeFinding
 from flashmoe_mlx.tasks import doctor
 
 MATVEC = partial(cases.quantized_matvec, 32, 128, on_cpu=True)
@@ -37,7 +41,9 @@ def test_a_table_and_a_record(
     doctor.run(doctor.Config(), tmp_path)
     shown = capsys.readouterr()
     assert "| quantized_matvec | 32x128 4 bit g64 T=1 | tiny | float32 |" in shown.out + shown.err
+    assert "9.0 waits a token, - dispatches a token" in shown.out + shown.err  # eight layers and the logits
     record = json.loads((tmp_path / "doctor.json").read_text())
+    assert record["decoding"]["milliseconds"] > 0
     (finding,) = record["findings"]
     assert finding["passed"]
     assert finding["error"] <= finding["accepted"]
@@ -55,6 +61,7 @@ def test_failed_checks_are_named_and_recorded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(doctor, "_cases", lambda *_: iter([("tiny", MATVEC), ("tiny", make)]))
+    monkeypatch.setattr(doctor, "measure_decoding", lambda: DecodeFinding(1.0, 1.0, 7))
     with pytest.raises(FlashMoeError) as caught:
         doctor.run(doctor.Config(), tmp_path)
     assert caught.value.code == "kernels_failed"
@@ -65,6 +72,25 @@ def test_failed_checks_are_named_and_recorded(
         True,
         False,
     ]
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+def test_decode_steps_on_an_emulated_gpu(device: Any, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One wait a token. Emulated kernels run at once, so the graph has only what follows the last one."""
+    monkeypatch.setattr(decode_probe, "demo_folder", lambda: tiny_pack)
+    monkeypatch.setattr(decode_probe, "_TOKENS", 6)
+    monkeypatch.setattr(decode_probe, "_SKIPPED", 2)
+    with device():
+        found = decode_probe.measure_decoding()
+    assert found.waits == 1
+    assert found.dispatches is not None
+
+
+def test_dispatches_are_counted_in_the_graph() -> None:
+    x = mx.zeros((4, 4))
+    mx.eval(x)
+    assert decode_probe.count_dispatches(mx.exp(x + x).reshape(-1)[:3]) == 2
+    assert decode_probe.count_dispatches(x.T, mx.exp(x), x * 2) == 2
 
 
 def test_the_cases_cover_every_kernel() -> None:

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = (
     ("errors",),
-    ("cgroups", "paths"),
+    ("cgroups", "paths", "progress"),
     ("formats",),
     ("custom_kernels",),
     ("stores",),
@@ -33,7 +33,7 @@ FLOORS = (
     ("testing",),
 )
 """Rooms of the package, the lowest floor first; rooms of one floor do not import each other."""
-ALLOWED_FROM_BACKENDS = {"errors", "paths", "formats", "stores"}
+ALLOWED_FROM_BACKENDS = {"errors", "paths", "progress", "formats", "stores"}
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
 

@@ -4,6 +4,8 @@ slots in a GPU's memory, with the kernels' Metal and CUDA texts on a CPU (``gpu_
 
 import ctypes
 import json
+import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -30,7 +32,9 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.made_models.synthetic import SyntheticSizes, synthetic_pack
+from flashmoe_mlx.research.decode_probe import DecodeFinding
 from flashmoe_mlx.research.estimate import probe
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.tasks import doctor
@@ -51,7 +55,7 @@ ROUNDED = 0.05
 WHOLE_CHUNKS = SyntheticSizes(
     num_layers=4,
     hidden_size=512,
-    num_experts=4,
+    num_experts=8,
     experts_per_token=4,
     expert_size=512,
     shared_expert_size=512,
@@ -116,7 +120,7 @@ def ran(launches: Launches, *kernels: str) -> bool:
 SPLIT = ("routed_experts_gate_up", "routed_experts_down")
 SHARED = tuple(f"{name}_with_shared_expert" for name in SPLIT)
 MIXERS = ("gated_delta_net_step", "attention_prepare", "attention_decode", "attention_merge")
-PRODUCTS = ("quantized_matvec_body",)
+PRODUCTS = ("quantized_matvec_body_with_norm", "quantized_matvec_body_with_residual")
 RECORD_BYTES = 32768
 
 
@@ -146,6 +150,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
     "options",
     [
         {"backend": "pread", "slots": 3, "prefetch": "next_router"},
+        {"backend": "mmap", "slots": 5, "prefetch": "previous_token"},
         {"backend": "resident"},
         hybrid(5, slots=3, preload=True),
         hybrid(9, slots=4, prefetch="previous_token"),
@@ -155,15 +160,31 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
 )
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
-        filled = "fill_slots" in launches  # stores that keep everything fill their slots once, when they are opened
+        filled = "fill_slots_body" in launches  # stores that keep everything fill their slots when opened
         launches.clear()  # the launches of the checks
         assert difference(steps_of(engine), expected) < EXACT
         assert ran(launches, *SPLIT, *MIXERS, *PRODUCTS, "dense_experts_body")
         assert "custom kernel dense_experts" in engine.setup["kernels"].values()
-        on_gpu = type(engine.store.fetch(0, [1])).__name__ == "GpuBatch"
-        assert on_gpu == (filled or "fill_slots" in launches) == (options["backend"] != "pread")
-        if options.get("prefetch", "none") != "none":
+        assert type(engine.store.fetch(0, [1])).__name__ == "GpuBatch"
+        assert filled or "fill_slots_body" in launches
+        if options.get("prefetch", "none") != "none" and options["backend"] != "mmap":
             assert engine.store.stats().prefetched > 0
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+def test_one_wait_for_each_layer_that_reads(device: Device, tiny_pack: Path) -> None:
+    """And one for the logits; with all experts in memory only that."""
+    for options, expected in (
+        ({"backend": "pread", "slots": 5}, TINY.num_layers + 1),
+        ({"backend": "pread", "slots": 5, "prefetch": "next_router"}, TINY.num_layers + 1),
+        ({"backend": "resident"}, 1),
+    ):
+        with device(mx.float32), flashmoe_mlx.load(tiny_pack, **options) as engine:
+            cache = engine.new_cache()
+            engine.forward([1], cache)
+            before = engine.runner.clock.waits
+            engine.forward([2], cache)
+            assert engine.runner.clock.waits - before == expected
 
 
 @pytest.mark.parametrize(
@@ -191,7 +212,11 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
     [
         (
             gpu_on_cpu.HOPPER,
-            ("routed_experts_fused_with_shared_expert", "quantized_matvec_stream", "attention_decode_tensor"),
+            (
+                "routed_experts_fused_with_shared_expert_chooses",
+                "quantized_matvec_stream_with_norm",
+                "attention_decode_tensor",
+            ),
         ),
         (
             gpu_on_cpu.AMPERE,
@@ -207,6 +232,37 @@ def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) ->
         assert ran(launches, *kernels)
         rounded = compute_logits(whole_chunks, kernels="reference", **options)
     assert difference(got, rounded) < ROUNDED
+
+
+def test_dispatches_of_a_step_on_hopper(whole_chunks: Path) -> None:
+    """Every operation of a layer is a kernel of ours: 5 in a layer with a recurrence, 6 in a layer with attention."""
+    with gpu_on_cpu.cuda() as launches, flashmoe_mlx.load(whole_chunks, backend="resident") as engine:
+        cache = engine.new_cache()
+        engine.forward([1], cache)
+        launches.clear()
+        engine.forward([2], cache)
+        attention = [isinstance(layer.mixer, Attention) for layer in engine.model.layers]
+    assert launches == Counter(
+        embedding_body=1,
+        quantized_matvec_stream_with_norm=2 * len(attention),  # projections and router; MLX multiplies with 265 rows
+        gated_delta_net_step=attention.count(False),
+        attention_decode_tensor=attention.count(True),
+        attention_merge=attention.count(True),
+        quantized_matvec_stream_with_residual=attention.count(True),
+        quantized_matvec_body_with_residual=attention.count(False),  # outputs of 128 columns
+        routed_experts_fused_with_shared_expert_chooses=len(attention),
+    )
+
+
+def test_cuda_launches_kernels_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Direct launches are faster than MLX's graphs; the environment may choose otherwise."""
+    monkeypatch.delenv("MLX_USE_CUDA_GRAPHS", raising=False)
+    with gpu_on_cpu.cuda():
+        choose("auto")
+        assert os.environ["MLX_USE_CUDA_GRAPHS"] == "0"
+        monkeypatch.setenv("MLX_USE_CUDA_GRAPHS", "1")
+        choose("auto")
+    assert os.environ["MLX_USE_CUDA_GRAPHS"] == "1"
 
 
 def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
@@ -308,15 +364,18 @@ def test_doctor_examines_the_kernels_of_a_gpu(
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
+    monkeypatch.setattr(doctor, "measure_decoding", lambda: DecodeFinding(1.0, 1.0, 7))
     with gpu_on_cpu.metal() as launches:
         doctor.run(doctor.Config(), tmp_path)
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
     record = json.loads((tmp_path / "doctor.json").read_text())
     assert record["dialect"] == record["kernels"] == "metal"
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
-    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec")
+    operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec", "normed_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
-    assert "Custom kernels: metal." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Custom kernels: metal." in shown
+    assert "1.00 ms a token, 1.0 waits a token, 7 dispatches a token" in shown
 
 
 class Driver:
@@ -332,7 +391,7 @@ class Driver:
         return self._status
 
     def cuDeviceGetAttribute(self, value: Any, number: int, device: object) -> int:  # noqa: N802
-        value._obj.value = {16: 132, 75: 9, 97: 232448}[number]  # cuda.h
+        value._obj.value = {16: 132, 75: 9, 76: 0, 97: 232448}[number]  # cuda.h
         return self._status
 
 

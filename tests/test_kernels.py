@@ -29,6 +29,7 @@ from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import RecordLayout
 
@@ -93,6 +94,19 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dty
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("experts", "k", "tokens"), [(5, 2, 1), (64, 10, 1), (512, 4, 3)])
+def test_chosen_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.chosen_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, experts=experts))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("experts", "k", "bits"), [(64, 10, 4), (512, 10, 4), (512, 4, 2)])
+def test_chosen_experts_in_one_dispatch(experts: int, k: int, bits: int) -> None:
+    check(cases.chosen_experts(GEOMETRIES["397B"], mx.bfloat16, k=k, experts=experts, bits=bits))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_short_prompts_through_the_kernels_of_a_step(dtype: mx.Dtype) -> None:
     check(cases.routed_experts(SMALL, dtype, group_size=32, tokens=20, k=3))
     check(cases.gated_delta_net(ODD, dtype, tokens=100))
@@ -153,14 +167,14 @@ def test_grouped_experts_out_of_the_kernel(dtype: mx.Dtype) -> None:
     # MLX's products in bf16 are too rough on a CPU.
     dense = dense_experts.dense_experts
     on_cpu = mx.default_device() == mx.cpu
-    case = cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, tokens=40, experts=18)
+    case = cases.grouped_experts(SMALL, mx.float32 if on_cpu else dtype, dense, RowKernels(), tokens=40, experts=18)
     check(case)
 
 
 @pytest.mark.parametrize(("tokens", "k", "experts"), [(1, 1, 1), (9, 4, 6), (100, 5, 40), (3, 20, 33)])
 def test_grouped_experts(tokens: int, k: int, experts: int) -> None:
     dense = dense_reference.dense_experts
-    check(cases.grouped_experts(SMALL, mx.float32, dense, tokens=tokens, k=k, experts=experts))
+    check(cases.grouped_experts(SMALL, mx.float32, dense, RowKernels(), tokens=tokens, k=k, experts=experts))
 
 
 @pytest.mark.usefixtures("target")
@@ -405,7 +419,8 @@ def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtyp
     own = [U32, dtype, dtype] * shared
     template = EXPERTS | {"T": dtype, "S": dtype, "BITS": bits}
     assert compile_for_cuda(gate_up, [dtype, U8, I32, *own, *own], [F32], template | {"THREADS": 128})
-    assert compile_for_cuda(down, [F32, U8, I32, F32, *own], [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
+    inputs = [F32, dtype, U8, I32, F32, *own]
+    assert compile_for_cuda(down, inputs, [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
 
 
 @needs_nvrtc
@@ -417,10 +432,11 @@ def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_siz
     template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size}
     assert compile_for_cuda(gate_up, [BF16, U8, I32, *own, *own], [BF16], template | {"SIMDGROUPS": 4, "DEPTH": 4})
     parts = {"SIMDGROUPS": 5, "DEPTH": 4}
-    assert compile_for_cuda(down, [BF16, U8, I32, F32, *own], [BF16], template | parts)
+    assert compile_for_cuda(down, [BF16, BF16, U8, I32, F32, *own], [BF16], template | parts)
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
     template |= {"SIMDGROUPS": 4, "DEPTH": 4}
-    assert compile_for_cuda(quantized_matvec.TENSOR, [BF16, U32, BF16, BF16], [BF16], template)
+    tensor = quantized_matvec.tensor_kernel(shared)
+    assert compile_for_cuda(tensor, [BF16, U32, BF16, BF16, *[BF16] * shared], [BF16], template)
 
 
 H200 = Gpu(multiprocessors=132, capability=9, shared_memory=232448)
@@ -433,23 +449,31 @@ def launches(registers_a_thread: int, threads: int) -> bool:
 
 
 @needs_nvrtc
-@pytest.mark.parametrize(("bits", "group_size", "shared"), [(4, 64, True), (2, 128, False), (8, 64, False)])
-def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool) -> None:
+@pytest.mark.parametrize(
+    ("bits", "group_size", "shared", "chooses"),
+    [(4, 64, True, False), (4, 64, True, True), (2, 128, False, True), (8, 64, False, False)],
+)
+def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool, chooses: bool) -> None:
     form = expert_format(RecordLayout(4096, 1024, bits, group_size, "BF16"))
     assert form is not None
     plan = routed_experts.fused_plan(form, BF16, 1, 5, H200)
     assert plan is not None
     own = [U32, BF16, BF16] * shared
     template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
-    inputs = [BF16, U8, I32, F32, U32, *own, *own, *own]
-    fused = routed_experts.fused_kernel(shared, plan.shared_memory)
-    code = compile_for_cuda(fused, inputs, [BF16], template)
+    inputs = [BF16, BF16, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
+    fused = routed_experts.fused_kernel(shared, plan.shared_memory, chooses)
+    if chooses:
+        template |= {"EXPERTS": 512, "WIDTH": 528}
+    code = compile_for_cuda(fused, inputs, [BF16, *[I32] * chooses], template)
     assert launches(registers(code), plan.threads)
     matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
     assert matvec is not None
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size} | dict(matvec.template)
-    stream = quantized_matvec.stream_kernel(matvec.shared_memory)
-    assert compile_for_cuda(stream, [BF16, U32, BF16, BF16], [BF16], template)
+    plain, added = (quantized_matvec.stream_kernel(matvec.shared_memory, False, residual) for residual in (False, True))
+    inputs = [BF16, U32, BF16, BF16]
+    assert compile_for_cuda(added if chooses else plain, [*inputs, *[BF16] * chooses], [BF16], template)
+    normed = quantized_matvec.stream_kernel(matvec.shared_memory, with_norm=True)
+    assert compile_for_cuda(normed, [*inputs, BF16], [BF16, BF16], template | {"EPS": kernel.bits_of(1e-6)})
 
 
 @pytest.mark.parametrize("device", [H200, Gpu(170, 12, 101376)], ids=["Hopper", "small shared memory"])
@@ -496,6 +520,7 @@ def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pyt
 def test_choose_experts_compiles_for_cuda(dtype: mx.Dtype) -> None:
     template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10}
     assert compile_for_cuda(choose_experts.BODY, [dtype, I32], [I32, I32, F32], template)
+    assert compile_for_cuda(choose_experts.LISTING, [dtype, I32, I32], [I32, I32, F32], template)
 
 
 @needs_nvrtc
@@ -518,9 +543,9 @@ def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
     template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
-    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, U8], [dtype], template | {"ROTARY": 64} | eps)
+    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, I32], [dtype], template | {"ROTARY": 64} | eps)
     parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
-    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [U8], [F32, F32], template | parts)
+    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [I32], [F32, F32], template | parts)
     assert compile_for_cuda(attention.MERGE, [F32, F32, dtype], [dtype], template | {"SIMDGROUPS": 8, "MOST_SPANS": 64})
 
 
@@ -533,7 +558,7 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
     decode = attention.decode_on_tensor_cores(width, stages)
     template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "ROTARY": rotary, "EPS": 0}
     parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64}
-    assert compile_for_cuda(decode, [BF16] * 7 + [F32, U8], [F32, F32], template | parts, architecture)
+    assert compile_for_cuda(decode, [BF16] * 7 + [F32, I32], [F32, F32], template | parts, architecture)
 
 
 @needs_nvrtc
@@ -542,7 +567,19 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
 def test_quantized_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
     template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
     template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}
-    assert compile_for_cuda(quantized_matvec.BODY, [dtype, U32, dtype, dtype], [dtype], template)
+    inputs = [dtype, U32, dtype, dtype]
+    assert compile_for_cuda(quantized_matvec.body_kernel(), inputs, [dtype], template)
+    whole = quantized_matvec.body_kernel(with_norm=True, with_residual=True)
+    assert compile_for_cuda(whole, [*inputs, dtype, dtype], [dtype, dtype], template | {"EPS": kernel.bits_of(1e-6)})
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_norm_and_residual_in_a_product(bits: int, dtype: mx.Dtype) -> None:
+    for rows, columns in ((20, 384), (208, 3072)):
+        check(cases.normed_matvec(rows, columns, dtype, bits=bits))
+        check(cases.quantized_matvec(rows, columns, dtype, bits=bits, with_residual=True))
 
 
 def test_unknown_preference() -> None:

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flashmoe_mlx.layers.linear import Linear, join, project_all
+from flashmoe_mlx.layers.linear import Linear, join, parts_of, project_all
 
 
 def quantized(rows: int, bits: int = 4, group_size: int = 64, seed: int = 0) -> Linear:
@@ -24,7 +24,8 @@ def test_joint_products(counts: tuple[int, ...]) -> None:
     for tokens in (1, 3):
         x = mx.array(np.random.default_rng(tokens).standard_normal((tokens, 128)).astype(np.float32))
         expected = project_all(linears, x)
-        for found in (project_all(views, x), project_all(views, x, matrix)):
+        together = [parts_of(matrix(x), views)] if tokens == 1 else []
+        for found in (project_all(views, x), *together):
             assert len(found) == len(linears)
             for one, other in zip(found, expected, strict=True):
                 np.testing.assert_array_equal(np.array(one), np.array(other))

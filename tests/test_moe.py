@@ -92,7 +92,7 @@ def test_the_shared_expert_is_weighted_by_a_sigmoid(by_numpy: bool, logit: float
     x = mx.array([[2.0, 1.0, 0.0, logit]])
     made = router_of_scores(3, 2)
     router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
-    routing = router.route(x, PhaseClock())
+    routing = router.route(x, None, PhaseClock())
     expected = 1 / (1 + np.exp(-logit))
     assert routing.experts.tolist() == [[0, 1]]
     assert routing.experts.dtype == np.uint32
@@ -101,12 +101,21 @@ def test_the_shared_expert_is_weighted_by_a_sigmoid(by_numpy: bool, logit: float
     np.testing.assert_array_equal(np.array(routing.all_weights)[:, -1:], np.array(routing.shared_weight))
 
 
-def test_the_router_evaluates_further_arrays_in_the_same_wait() -> None:
+def test_the_router_waits_once_for_its_choice() -> None:
+    for by_numpy in (False, True):
+        made = router_of_scores(3, 2)
+        router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
+        clock = PhaseClock()
+        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), None, clock, mx.arange(3) + 1)
+        assert clock.waits == 1
+
+
+def test_the_router_evaluates_further_arrays_in_the_same_phase() -> None:
     for by_numpy in (False, True):
         made = router_of_scores(3, 2)
         router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
         clock = PhaseClock(split=True)
-        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), clock, mx.arange(3) + 1)
+        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), None, clock, mx.arange(3) + 1)
         assert list(clock.seconds) == ["router_wait"]
 
 

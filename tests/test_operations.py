@@ -45,11 +45,16 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_the_operations_of_the_package() -> None:
     found = operations()
     assert set(found) == {
+        "add_rows",
         "attention",
         "choose_experts",
+        "chosen_experts",
         "dense_experts",
+        "embedding",
         "expert_mlp",
         "gated_delta_net",
+        "gather_rows",
+        "normed_matvec",
         "quantized_matvec",
         "rms_norm",
         "routed_experts",

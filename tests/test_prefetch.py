@@ -48,6 +48,14 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     return calls
 
 
+@pytest.fixture(scope="module")
+def expected_tokens(tiny_pack: Path) -> object:
+    """The tokens with all experts in memory, on a CPU."""
+    mx.set_default_device(mx.cpu)
+    with flashmoe_mlx.load(tiny_pack, "resident") as engine:
+        return generated(engine)
+
+
 @pytest.mark.parametrize(
     "backend",
     [
@@ -56,12 +64,16 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
         "ram_hybrid",
         "resident",
         "pread direct",
+        "pread GPU",
+        "mmap GPU",
         "ram_hybrid GPU",
         "ram_hybrid GPU direct",
         "resident GPU",
     ],
 )
-def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_policy_changes_the_tokens(
+    tiny_pack: Path, backend: str, expected_tokens: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name, *how = backend.split()
     options: dict[str, Any] = {"direct": True} if "direct" in how else {}
     if name == "ram_hybrid":
@@ -79,6 +91,7 @@ def test_no_policy_changes_the_tokens(tiny_pack: Path, backend: str, monkeypatch
             assert 0 < guesses["right"] <= guesses["predicted"]
             assert guesses["accuracy"] == guesses["right"] / guesses["predicted"]
     assert all(found == tokens["none"] for found in tokens.values())
+    assert tokens["none"] == expected_tokens
 
 
 def test_previous_token_hints_the_previous_choice_of_the_layer(

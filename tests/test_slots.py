@@ -247,8 +247,8 @@ def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_the_checked_size_is_the_allocated_size(
     memory_kind: MemoryKind, preload: bool, stored: StoredExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The checked size covers slots, copies for MLX, the staging area, and prefetches in all layers."""
-    assert memory_kind in MemoryKind
+    """The checked size covers slots, copies for MLX, and prefetches in all layers, all in memory of one kind."""
+    on_gpu = memory_kind is MemoryKind.GPU  # where records and prefetches wait in memory of the CPU
     claims: list[int] = []
     monkeypatch.setattr(ram_hybrid, "check_memory", lambda _, nbytes, __: claims.append(nbytes))
     made = allocations(monkeypatch)
@@ -258,7 +258,9 @@ def test_the_checked_size_is_the_allocated_size(
             store.prefetch(layer, [4, 5, 6])
             check(store.fetch(layer, [4, 5, 6]), layer, [4, 5, 6], stored)
     assert len(claims) == 1
-    assert 5 * LAYERS * size < sum(made) <= claims[0] < sum(made) + 4 * size
+    slots = 5 * LAYERS * size
+    assert (sum(made) == slots) == on_gpu
+    assert slots <= sum(made) <= claims[0] < sum(made) + 4 * size
 
 
 def test_the_checked_size_of_a_resident_store(

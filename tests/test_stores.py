@@ -264,7 +264,7 @@ class TestResidentForTheCpu(_ForTheCpu):
 
 
 class _AsOnCuda(_Emulated):
-    """An NVIDIA GPU that holds the slots; the reference replaces the kernel that fills them."""
+    """An NVIDIA GPU that holds the slots, and copies records to them as late as it may."""
 
     batch_type = GpuBatch
 
@@ -325,20 +325,30 @@ class TestResidentAsOnCudaByUring(_AsOnCuda, _ThroughRing):
     options = {"reader": "io_uring", "depth": 3}
 
 
-@keep_only(SERVING)
+@keep_only(FILLING)
 class TestPreadAsOnCuda(_AsOnCuda):
-    """The CPU and the GPU share the slots of this store."""
+    """Records arrive in four parts."""
 
-    batch_type = SlabBatch
     backend = "pread"
-    options = {"slots": 6}
+    options = {"slots": 6, "chunk_mib": 1 / 128}
+
+
+@needs_io_uring
+@keep_only(FILLING_ONCE)
+class TestUringAsOnCuda(_AsOnCuda, _ThroughRing):
+    backend = "io_uring"
+    options = {"slots": 6, "direct": False, "chunk_mib": 1 / 128, "depth": 3, "registered": True}
 
 
 @keep_only(SERVING)
-class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
-    """The copies for the GPU are in memory that the CPU shares."""
+class TestCheckpointAsOnCuda(_AsOnCuda):
+    backend = "checkpoint"
+    options = {"slots": 6}
+    contiguous = False
 
-    batch_type = HostBatch
+
+class TestMmapAsOnCuda(_AsOnCuda, TestMmap):
+    """Threads copy records out of the mapping."""
 
 
 class _AsOnMetal(_Emulated):
@@ -425,3 +435,10 @@ class TestPreadOnCuda(ExpertStoreTests):
 @pytest.mark.cuda
 class TestMmapOnCuda(TestMmap):
     pass
+
+
+@pytest.mark.cuda
+@needs_io_uring
+class TestUringOnCuda(_ThroughRing):
+    backend = "io_uring"
+    options = {"slots": 6, "direct": False, "registered": True}

@@ -18,15 +18,18 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.custom_kernels import cases, dialect
+from flashmoe_mlx.custom_kernels.add_rows import gpu as add_rows
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_experts
 from flashmoe_mlx.custom_kernels.expert_mlp import mlx as expert_mlp
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked, gpu, mlx, reference
+from flashmoe_mlx.custom_kernels.gather_rows import gpu as gather_rows
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import grouped_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels, grouped_experts
 from flashmoe_mlx.custom_kernels.routed_experts.samples import format_of
 
 _SLOTS = 16
+_ROW_KERNELS = RowKernels(gather_rows.gather_rows, add_rows.add_rows)
 
 
 def milliseconds(function: Callable[[], object], calls: int, repeats: int = 5) -> float:
@@ -96,7 +99,7 @@ def experts(geometry: cases.Geometry, available: int, k: int, lengths: list[int]
             return routed_experts.routed_experts(x, slab, mx.array(chosen), routing_weights, form)
 
         def dense(chosen: np.ndarray, x: mx.array = x, routing_weights: mx.array = routing_weights) -> mx.array:
-            return grouped_experts(x, slab, chosen, routing_weights, form, dense_experts.dense_experts)
+            return grouped_experts(x, slab, chosen, routing_weights, form, dense_experts.dense_experts, _ROW_KERNELS)
 
         def singly(chosen: np.ndarray, x: mx.array = x, routing_weights: mx.array = routing_weights) -> mx.array:
             y = mx.zeros(x.shape)

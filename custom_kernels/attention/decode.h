@@ -1,14 +1,15 @@
 // One query over a span of the cache: scores, softmax and the sum of values, for HEADS_AT_ONCE heads that share keys.
 // Grid: x = spans, y = query heads / HEADS_AT_ONCE. A simdgroup processes every SIMDGROUPS-th key of its span; lane l
 // holds WIDTH dimensions, beginning at l * WIDTH. Sums are relative to the largest score so far.
+// The capacity of the cache is divided into spans, so that the grid does not depend on the position.
 
 const int part = threadgroup_position_in_grid.x;
 const int head = threadgroup_position_in_grid.y * HEADS_AT_ONCE;
 const int kv_head = head / (HEADS / KV_HEADS);
 const int lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
-const int length = seen_shape[0], capacity = keys_shape[2], spans = threadgroups_per_grid.x;
-const int span = (length + spans - 1) / spans;
+const int length = position[0] + 1, capacity = keys_shape[2], spans = threadgroups_per_grid.x;
+const int span = (capacity + spans - 1) / spans;
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
 const device T* own_keys = keys + (long)kv_head * capacity * DIM;

@@ -1,7 +1,8 @@
 // One token on NVIDIA's tensor cores: norm and rotary embedding of its queries, storage of its key and value in the
 // cache, and attention over a span of the cache, for all query heads of a kv head at once (up to 16 rows of a product;
 // missing rows are 0).
-// Grid: x = spans, y = kv heads; SIMDGROUPS simdgroups.
+// Grid: x = spans of the cache's capacity, so that it does not depend on the position; y = kv heads; SIMDGROUPS
+// simdgroups.
 //
 // Keys and values arrive in tiles of KEYS, which are copied into shared memory while the previous STAGES - 1 tiles are
 // processed. The copies begin before the queries are ready, so in a long context preparing queries costs no time; its
@@ -29,13 +30,22 @@ SHARED float scores[PARTS * 16 * PITCH];
 const int part = threadgroup_position_in_grid.x, kv_head = threadgroup_position_in_grid.y;
 const int mine = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
-const int length = seen_shape[0], spans = threadgroups_per_grid.x;
-const int span = ((length + KEYS - 1) / KEYS + MOST_SPANS - 1) / MOST_SPANS * KEYS;
+const int length = position[0] + 1, spans = threadgroups_per_grid.x;
+const int span = ((keys_shape[2] + KEYS - 1) / KEYS + MOST_SPANS - 1) / MOST_SPANS * KEYS;
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
+if (begin >= length) {
+  for (int i = mine; i < GROUP * DIM; i += THREADS) {
+    partial[(((long)kv_head * GROUP + i / DIM) * spans + part) * DIM + i % DIM] = 0.0f;
+  }
+  if (mine < GROUP) {
+    *(float2*)(peaks + 2 * (((long)kv_head * GROUP + mine) * spans + part)) = make_float2(LOWEST, 0.0f);
+  }
+  return;
+}
 const int tiles = (end - begin + KEYS - 1) / KEYS;
 const int last = begin + (tiles - 1) * KEYS;  // the first key of the last tile
-const bool has_new = part == spans - 1;
+const bool has_new = part == (length - 1) / span;
 const int new_row = length - 1 - last;  // in the last tile
 const long first_row = (long)kv_head * keys_shape[2];
 const T* last_keys = keys + (first_row + last) * DIM;
@@ -85,9 +95,9 @@ for (int number = 1; number < STAGES - 1; number++) {
 float2 cosines[ROTATED], sines[ROTATED];
 #pragma unroll
 for (int piece = 0; piece < ROTATED; piece++) {
-  const float position = float(length - 1);
-  sincospif(2.0f * rotary_revolutions(position, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
-  sincospif(2.0f * rotary_revolutions(position, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
+  const float turned = float(length - 1);
+  sincospif(2.0f * rotary_revolutions(turned, frequency[piece].x, lost[piece].x), &sines[piece].x, &cosines[piece].x);
+  sincospif(2.0f * rotary_revolutions(turned, frequency[piece].y, lost[piece].y), &sines[piece].y, &cosines[piece].y);
 }
 #pragma unroll
 for (int round = 0; round < ROUNDS; round++) {

@@ -6,7 +6,7 @@ by MLX's attention.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -15,13 +15,13 @@ from flashmoe_mlx.custom_kernels.attention.mlx import attention
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
 from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
-from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect, length_as_shape
+from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect
 from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, rotations
 
-_CACHE = ["keys", "values", "frequencies", "seen"]
+_CACHE = ["keys", "values", "frequencies", "position"]
 PREPARE = Kernel(
     __package__,
     "prepare",
@@ -31,7 +31,7 @@ PREPARE = Kernel(
     in_place=["keys", "values"],
 )
 DECODE = Kernel(
-    __package__, "decode", ["queries", "keys", "values", "seen"], ["partial", "peaks"], ["functions", "loads"]
+    __package__, "decode", ["queries", "keys", "values", "position"], ["partial", "peaks"], ["functions", "loads"]
 )
 MERGE = Kernel(__package__, "merge", ["partial", "peaks", "q_and_gate"], ["y"], ["functions"])
 _SIMDGROUPS = 8
@@ -77,8 +77,8 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     q_and_gate, weights, keys, values = inputs.q_and_gate, inputs.weights, inputs.keys, inputs.values
     tokens, dtype = q_and_gate.shape[0], q_and_gate.dtype
     heads, width = weights.heads, weights.head_dim
-    end = inputs.start + tokens
-    seen = length_as_shape(end)
+    capacity = keys.shape[2]
+    position = _on_device(inputs.start) if inputs.position is None else inputs.position
     template: dict[str, int | mx.Dtype] = {
         "T": dtype,
         "HEADS": heads,
@@ -86,11 +86,11 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         "DIM": width,
     }
     frequencies = _rotary(weights.rotary_dim, weights.theta, weights.frequencies)
-    arrays = [q_and_gate, inputs.k, inputs.v, weights.q_norm, weights.k_norm, keys, values, frequencies, seen]
+    arrays = [q_and_gate, inputs.k, inputs.v, weights.q_norm, weights.k_norm, keys, values, frequencies, position]
     norm_and_rotary: dict[str, int | mx.Dtype] = {"ROTARY": weights.rotary_dim, "EPS": bits_of(weights.eps)}
     if tokens == 1 and (stages := stages_on_tensor_cores(weights, dtype)):
         most_spans = max(32, _BLOCKS // weights.kv_heads // 32 * 32)
-        tiles = -(-end // _TILE)
+        tiles = -(-capacity // _TILE)
         spans = -(-tiles // -(-tiles // most_spans))
         partial, peaks = decode_on_tensor_cores(width, stages)(
             arrays,
@@ -112,16 +112,17 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     )
     if tokens > 1:
         # The kernel that writes the caches also returns the queries, so attention over both runs after it.
+        end = inputs.start + tokens
         gate = q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1]
         mixed = attention(queries, keys[:, :, :end], values[:, :, :end])
         y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
         return y.reshape(tokens, heads * width), keys, values
 
-    spans = -(-end // max(_SIMDGROUPS, -(-end // _SPANS)))
+    spans = -(-capacity // max(_SIMDGROUPS, -(-capacity // _SPANS)))
     group = heads // weights.kv_heads
     at_once = next(count for count in (4, 2, 1) if group % count == 0)
     partial, peaks = DECODE(
-        [queries, keys, values, seen],
+        [queries, keys, values, position],
         [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
         (spans, heads // at_once, 1),
         32 * _SIMDGROUPS,
@@ -162,6 +163,12 @@ def _stages_on_this_gpu() -> int:
     if gpu().capability < _BF16_PRODUCTS:
         return 0
     return 4 if gpu().shared_memory >= _MUCH_SHARED_MEMORY else 2
+
+
+@lru_cache(maxsize=16)
+def _on_device(start: int) -> mx.array:
+    """Return ``AttentionInputs.position``, lazily: an evaluation would wait for all earlier work of the device."""
+    return mx.full((4,), start, mx.int32)  # MLX keeps smaller arrays in memory shared with the host
 
 
 @cache

@@ -3,7 +3,7 @@
 
 const int index = threadgroup_position_in_grid.x, token = threadgroup_position_in_grid.y;
 const int lane = thread_index_in_simdgroup;
-const int tokens = q_and_gate_shape[0], start = seen_shape[0] - tokens, capacity = keys_shape[2];
+const int tokens = q_and_gate_shape[0], start = position[0], capacity = keys_shape[2];
 const bool is_query = index < HEADS;
 const bool is_key = !is_query && index < HEADS + KV_HEADS;
 const int head = is_query ? index : (index - HEADS) % KV_HEADS;

@@ -28,6 +28,8 @@ class AttentionInputs:
         keys: cache of keys, [1, kv_heads, capacity, D], filled up to ``start``, with room for T more.
         values: cache of values, of the same shape.
         start: position of the first of the T tokens.
+        position: ``start`` as int32 [4] on a GPU, for one token; None to use ``start``. With it, kernels can be traced
+            once for all positions.
     """
 
     q_and_gate: mx.array
@@ -37,6 +39,7 @@ class AttentionInputs:
     keys: mx.array
     values: mx.array
     start: int
+    position: mx.array | None = None
 
 
 Results = tuple[mx.array, mx.array, mx.array]

@@ -1,4 +1,5 @@
-// The experts with the highest scores of a token, of equal scores the first; ascending, with their softmax.
+// The experts with the highest scores of a token, of equal scores the first; ascending, with their softmax. They may join
+// a list of experts of earlier layers.
 // Grid: x = tokens, one simdgroup each. Lane n keeps the scores of experts n, n + 32 and so on.
 
 const int token = threadgroup_position_in_grid.x;
@@ -53,10 +54,19 @@ if (lane < CHOSEN) {
   for (int k = 0; k < CHOSEN; k++) {
     rank += picked[k] < mine || (picked[k] == mine && k < lane) ? 1 : 0;
   }
+#if WITH_EARLIER
+  chosen[earlier_shape[0] + token * CHOSEN + rank] = mine;
+#else
   chosen[token * CHOSEN + rank] = mine;
+#endif
   places[token * CHOSEN + rank] = table[mine];
   weights[token * (CHOSEN + 1) + rank] = weight / total;
 }
+#if WITH_EARLIER
+for (int i = lane; token == 0 && i < earlier_shape[0]; i += 32) {
+  chosen[i] = earlier[i];
+}
+#endif
 if (lane == 0) {
   const float logit = float(scores[(long)token * WIDTH + EXPERTS]);
   weights[token * (CHOSEN + 1) + CHOSEN] = 1.0f / (1.0f + exponential(-logit));

@@ -9,7 +9,9 @@ from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
-BODY = Kernel(__package__, "body", ["scores", "table"], ["chosen", "places", "weights"], ["functions"])
+_OUTPUTS = ["chosen", "places", "weights"]
+BODY = Kernel(__package__, "body", ["scores", "table"], _OUTPUTS, ["functions"], {"WITH_EARLIER": False})
+LISTING = Kernel(__package__, "body", ["scores", "table", "earlier"], _OUTPUTS, ["functions"], {"WITH_EARLIER": True})
 _MOST_EXPERTS = 1024
 """Each lane keeps the scores of every 32nd expert in registers."""
 _MOST_CHOSEN = 32
@@ -28,10 +30,20 @@ def code_path(scores: mx.array, table: mx.array, k: int) -> CodePath | None:
 
 def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
     """Compute ``reference.choose_experts`` for arguments with a ``code_path``."""
+    return _run(BODY, [scores, table], (len(scores), k), k)
+
+
+def list_experts(scores: mx.array, table: mx.array, k: int, earlier: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Compute ``choose_experts``, with the chosen experts at the end of a list: ``earlier`` int32 [n], then theirs."""
+    return _run(LISTING, [scores, table, earlier], (earlier.size + len(scores) * k,), k)
+
+
+def _run(kernel: Kernel, inputs: list[mx.array], shape: tuple[int, ...], k: int) -> tuple[mx.array, mx.array, mx.array]:
+    scores, table = inputs[:2]
     tokens, width = scores.shape
-    chosen, places, weights = BODY(
-        [scores, table],
-        [((tokens, k), mx.int32), ((tokens, k), mx.int32), ((tokens, k + 1), mx.float32)],
+    chosen, places, weights = kernel(
+        inputs,
+        [(shape, mx.int32), ((tokens, k), mx.int32), ((tokens, k + 1), mx.float32)],
         (tokens, 1, 1),
         32,
         {"T": scores.dtype, "EXPERTS": len(table), "WIDTH": width, "CHOSEN": k},

@@ -19,6 +19,9 @@ def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array,
     """
     experts = len(table)
     routed, shared = widen(scores[:, :experts]), widen(scores[:, experts : experts + 1])
-    chosen = mx.sort(mx.argsort(-routed, axis=-1)[:, :k], axis=-1)
-    weights = mx.softmax(mx.take_along_axis(routed, chosen, axis=-1), axis=-1)
-    return chosen.astype(mx.int32), table[chosen], mx.concatenate([weights, mx.sigmoid(shared)], axis=-1)
+    chosen = mx.sort(mx.argsort(-routed, axis=-1)[:, :k], axis=-1).astype(mx.int32)
+    # Sums with one term rather than an index, for which MLX compiles a module on CUDA.
+    is_chosen = chosen[..., None] == mx.arange(experts)
+    weights = mx.softmax(mx.where(is_chosen, routed[:, None], 0).sum(axis=-1), axis=-1)
+    places = mx.where(is_chosen, table, 0).sum(axis=-1)
+    return chosen, places, mx.concatenate([weights, mx.sigmoid(shared)], axis=-1)

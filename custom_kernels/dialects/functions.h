@@ -15,3 +15,12 @@ inline float rotary_revolutions(float position, float frequency, float lost) {
   const float rest = multiply_add(position, frequency, -revolutions) + position * lost;
   return (revolutions - nearest(revolutions)) + rest;
 }
+
+// Return 1 / sqrt(mean of squares + eps) of `width` values; simdgroup i has stored its sum of squares in squares[i].
+inline float root_mean_square_scale(const threadgroup float* squares, int simdgroups, int width, float eps) {
+  float sum = 0.0f;
+  for (int i = 0; i < simdgroups; i++) {
+    sum += squares[i];
+  }
+  return reciprocal_root(sum / float(width) + eps);
+}

@@ -27,22 +27,29 @@ inline constexpr int staged_bytes(int width, int group) {
   return 2 * width + width / group * 8;
 }
 
+inline void eight_floats(uint4 eight, float* values) {
+  values[0] = low_half(eight.x), values[1] = high_half(eight.x);
+  values[2] = low_half(eight.y), values[3] = high_half(eight.y);
+  values[4] = low_half(eight.z), values[5] = high_half(eight.z);
+  values[6] = low_half(eight.w), values[7] = high_half(eight.w);
+}
+
 // Stage values 8 i to 8 i + 7 of a vector of `width`, by whole simdgroups with consecutive `i`.
 template <int BITS, int GROUP>
-inline void stage(uint4 eight, int i, int width, uchar* vector) {
-  constexpr uint magnitudes = 0x7fff7fffu;
-  const float values[8] = {low_half(eight.x), high_half(eight.x), low_half(eight.y), high_half(eight.y),
-                           low_half(eight.z), high_half(eight.z), low_half(eight.w), high_half(eight.w)};
-  uint most = __vmaxu2(__vmaxu2(eight.x & magnitudes, eight.y & magnitudes),
-                       __vmaxu2(eight.z & magnitudes, eight.w & magnitudes));
+inline void stage(const float* values, int i, int width, uchar* vector) {
+  uint most = 0;  // magnitudes of floats are in the order of their bits
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    most = max(most, __float_as_uint(values[j]) & 0x7fffffffu);
+  }
   float sum = ((values[0] + values[1]) + (values[2] + values[3])) + ((values[4] + values[5]) + (values[6] + values[7]));
 #pragma unroll
   for (int mask = 1; mask < GROUP / 8; mask *= 2) {
-    most = __vmaxu2(most, __shfl_xor_sync(0xffffffffu, most, mask));
+    most = max(most, __shfl_xor_sync(0xffffffffu, most, mask));
     sum += __shfl_xor_sync(0xffffffffu, sum, mask);
   }
   // The exponent bits of the largest magnitude in a float, clamped so that the derived exponents are valid.
-  const uint exponent = max(max(most & 0xffffu, most >> 16) >> 7, 16u);
+  const uint exponent = max(most >> 23, 16u);
   if (i % (GROUP / 8) == 0) {
     ((float2*)(vector + 2 * width))[i / (GROUP / 8)] = make_float2(__uint_as_float((exponent - 13) << 23), sum);
   }
@@ -82,6 +89,13 @@ inline void stage(uint4 eight, int i, int width, uchar* vector) {
       }
     }
   }
+}
+
+template <int BITS, int GROUP>
+inline void stage(uint4 eight, int i, int width, uchar* vector) {
+  float values[8];
+  eight_floats(eight, values);
+  stage<BITS, GROUP>(values, i, width, vector);
 }
 
 template <int BITS, int GROUP>

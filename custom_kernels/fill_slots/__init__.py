@@ -1,60 +1,75 @@
-"""Overwrite slots in a GPU's memory, in place.
+"""Overwrite slots in a GPU's memory, in place, with records in memory of the CPU.
 
 MLX cannot write into an existing array: an update makes a new array unless nothing else refers to the old one, so a
-store would copy gigabytes for every expert. On CUDA a kernel can write to its inputs.
+store would copy gigabytes for every expert. On CUDA a kernel can write to its inputs, and it can read any address that
+the driver has made visible to the GPU.
+
+A copy engine could copy as fast without a kernel, but it needs the address of the slots, and MLX moves an array to
+other memory when the CPU first accesses it or any view of it.
 
 This folder has no ``OPERATION``: stores call the kernel, not models, and MLX has no implementation to replace it if a
 check at load failed. Tests compare it with its reference.
 """
 
-from collections.abc import Callable
-from functools import cache
-from typing import cast
+from collections.abc import Sequence
+from functools import cache, lru_cache
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.fill_slots import reference
+from flashmoe_mlx.custom_kernels.kernel import Kernel
 
-__all__ = ["fill_slots", "reference"]
+__all__ = ["begin_filling_slots", "finish_filling_slots", "reference"]
 
-_WIDTH = 16
-"""Bytes per copy of a thread."""
+KERNEL = Kernel(__package__, "body", ["slab", "jobs", "first"], ["written"], in_place=["slab"])
 _BLOCK = 256
 _BLOCKS_A_RECORD = 64
 
-_SOURCE = """
-    const long row_words = slab_shape[1] / 16;
-    const int record = blockIdx.y;
-    const uint4* from = reinterpret_cast<const uint4*>(records) + record * row_words;
-    uint4* to = reinterpret_cast<uint4*>(const_cast<uint8_t*>(slab)) + slots[record] * row_words;
-    for (long word = blockIdx.x * blockDim.x + threadIdx.x; word < row_words; word += (long)gridDim.x * blockDim.x) {
-        to[word] = from[word];
-    }
-    if (blockIdx.x == 0 && record == 0 && threadIdx.x == 0) {
-        written[0] = 1;
-    }
-"""
+
+def begin_filling_slots(slab: mx.array, jobs: mx.array, first: int, count: int) -> mx.array:
+    """Begin to overwrite rows of ``slab`` with records, in place, and do not wait; only on CUDA.
+
+    Kernels that are launched later on the same stream read the new records. MLX does not know that this kernel writes
+    to ``slab``, and it runs independent kernels of one evaluation side by side. This is therefore an evaluation by
+    itself; evaluations of one stream run in turn.
+
+    Args:
+        slab: uint8 [rows, record_bytes], where record_bytes is a multiple of 16. All computations that read the rows to
+            be overwritten have been launched.
+        jobs: int64 [4] in the memory of the GPU, whose first value is the address of a table, int64 [n, 2], that the
+            GPU can read: the address of each record, and its row of ``slab``.
+        first: index of the first entry of the table to copy.
+        count: number of entries to copy, at least 1.
+
+    Returns:
+        An array for ``finish_filling_slots``. Until then the records and the entries must not change.
+    """
+    (written,) = KERNEL(
+        [slab, jobs, _length_as_shape(first + 1)], [((1,), mx.uint8)], (_BLOCKS_A_RECORD, count, 1), _BLOCK, {}
+    )
+    mx.async_eval(written)  # type: ignore[no-untyped-call]
+    return written
+
+
+@lru_cache(maxsize=16)
+def _length_as_shape(length: int) -> mx.array:
+    """Return ``length`` undefined bytes; the kernel reads only their shape, which is passed at the launch.
+
+    The slice stays lazy, because an evaluation would wait for all earlier work of the device.
+    """
+    return _ruler(1 << (length - 1).bit_length())[:length]
 
 
 @cache
-def _kernel() -> Callable[..., list[mx.array]]:
-    kernel = mx.fast.cuda_kernel("fill_slots", ["slab", "records", "slots"], ["written"], _SOURCE)
-    return cast(Callable[..., list[mx.array]], kernel)
+def _ruler(room: int) -> mx.array:
+    array = mx.zeros((room,), mx.uint8)
+    mx.eval(array)
+    return array
 
 
-def fill_slots(slab: mx.array, records: mx.array, slots: mx.array) -> None:
-    """Overwrite rows of ``slab`` with the first N ``records``, in place; only on CUDA.
-
-    Args:
-        slab: uint8 [count, record_bytes], where record_bytes is a multiple of 16.
-        records: uint8 [N or more, record_bytes].
-        slots: rows of ``slab``, int32 [N], which no computation may be reading.
-    """
-    outputs = _kernel()(
-        inputs=[slab, records, slots],
-        output_shapes=[(1,)],
-        output_dtypes=[mx.uint8],
-        grid=(_BLOCK * _BLOCKS_A_RECORD, slots.size, 1),
-        threadgroup=(_BLOCK, 1, 1),
-    )
-    mx.eval(outputs)
+def finish_filling_slots(begun: Sequence[mx.array] | None) -> None:
+    """Wait until all records of ``begun``, results of ``begin_filling_slots``, have been copied; None: all records."""
+    if begun is None:
+        mx.synchronize()
+    else:
+        mx.eval(begun)

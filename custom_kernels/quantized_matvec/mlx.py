@@ -9,10 +9,18 @@ _MOST_ROWS_COMPILED = 8
 
 
 def quantized_matvec(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    bits: int,
+    group_size: int,
+    residual: mx.array | None = None,
 ) -> mx.array:
     """Compute ``reference.quantized_matvec`` for any number of vectors."""
     if len(x) > _MOST_ROWS_COMPILED and dialect() == "cuda":
         dense = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
-        return x @ dense.astype(x.dtype).T
-    return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+        y = x @ dense.astype(x.dtype).T
+    else:
+        y = mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+    return y if residual is None else residual + y

@@ -13,7 +13,7 @@ The last argument is a residual [T, out] to add to the product with the only mat
 """
 
 
-def one_by_one(product: Callable[[mx.array, mx.array, mx.array, mx.array, int, int], mx.array]) -> Products:
+def one_by_one(product: Callable[..., mx.array]) -> Products:
     """Return ``Products`` that call ``product`` for each matrix; see ``reference.quantized_matvec``."""
 
     def products(
@@ -25,7 +25,8 @@ def one_by_one(product: Callable[[mx.array, mx.array, mx.array, mx.array, int, i
             assert weight.biases is not None
             assert weight.bits is not None
             assert weight.group_size is not None
-            results.append(product(x, weight.weight, weight.scales, weight.biases, weight.bits, weight.group_size))
-        return tuple(results) if residual is None else (residual + results[0],)
+            parts = weight.weight, weight.scales, weight.biases, weight.bits, weight.group_size
+            results.append(product(x, *parts, residual))
+        return tuple(results)
 
     return products

@@ -1,6 +1,6 @@
 // body.h for one vector on tensor cores, with weights from the copy engine (tensor_stream.h). Weights pass through
 // SLOTS of shared memory, BATCH times 16 rows at a time. Grid: x = any number of threadgroups, which divide the rows;
-// SIMDGROUPS simdgroups share the columns.
+// SIMDGROUPS simdgroups share the columns. The vector is normalized as in body.h.
 
 constexpr int CHUNKS = COLUMNS / CHUNK, ROWS = 16 * BATCH, STEPS = (OUTPUTS + ROWS - 1) / ROWS;
 constexpr int ROW_BYTES = COLUMNS * BITS / 8, SCALE_BYTES = COLUMNS / GROUP * 2;
@@ -28,9 +28,30 @@ auto ask = [&](int step) {
 };
 
 // Before weights are requested: these few bytes would wait behind them.
+#if WITH_NORM
+SHARED float squares[SIMDGROUPS];
+float square = 0.0f;
+#endif
 for (int i = mine; i < COLUMNS / 8; i += 32 * SIMDGROUPS) {
-  stage<BITS, GROUP>(__ldcg((const uint4*)x + i), i, COLUMNS, vector);
+  float values[8];
+  eight_floats(__ldcg((const uint4*)x + i), values);
+#if WITH_NORM
+  float factors[8];
+  eight_floats(((const uint4*)norm)[i], factors);
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    square += values[j] * values[j];
+    values[j] *= factors[j];
+  }
+#endif
+  stage<BITS, GROUP>(values, i, COLUMNS, vector);
 }
+#if WITH_NORM
+square = simd_sum(square);
+if (lane == 0) {
+  squares[simdgroup] = square;
+}
+#endif
 if (mine == 0) {
   for (int i = 0; i < SLOTS; i++) {
     barrier_init(full + i, 1);
@@ -44,6 +65,12 @@ Stream<BITS, GROUP> weights;
 weights.begin(lane);
 weights.lay_out(2 * ROW_BYTES, ROW_BYTES, 2 * SCALE_BYTES, SCALE_BYTES);
 __syncthreads();
+#if WITH_NORM
+const float scale = root_mean_square_scale(squares, SIMDGROUPS, COLUMNS, as_type<float>(EPS));
+for (int i = threadgroup_position_in_grid.x * 32 * SIMDGROUPS + mine; i < COLUMNS; i += gridDim.x * 32 * SIMDGROUPS) {
+  normed[i] = T(float(x[i]) * scale * float(norm[i]));
+}
+#endif
 int taken = -1;  // the chunk of x in registers
 for (int step = 0; step < steps; step++) {
   const uchar* codes = slots + step % SLOTS * SLOT_BYTES;
@@ -71,6 +98,13 @@ for (int step = 0; step < steps; step++) {
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
       sum += products[16 * (row / 16 * CHUNKS + chunk) + row % 16];
     }
-    y[(long)(first + step) * ROWS + row] = T(sum);
+    const long place = (long)(first + step) * ROWS + row;
+#if WITH_NORM
+    sum *= scale;
+#endif
+#if WITH_RESIDUAL
+    sum += float(residual[place]);
+#endif
+    y[place] = T(sum);
   }
 }

@@ -29,5 +29,9 @@ if (mine < 16) {
   for (int i = 0; i < SIMDGROUPS; i++) {
     sum += partial[i][mine];
   }
-  y[(long)token * OUTPUTS + first + mine] = T(sum);
+  const long place = (long)token * OUTPUTS + first + mine;
+#if WITH_RESIDUAL
+  sum += float(residual[place]);
+#endif
+  y[place] = T(sum);
 }

@@ -1,4 +1,4 @@
-// y = sum over a token's choices of weight * down hidden, ROWS rows for each team of TEAM lanes.
+// y = residual + sum over a token's choices of weight * down hidden, ROWS rows for each team of TEAM lanes.
 // Grid: x = rows / (ROWS * 32 / TEAM), y = tokens; a simdgroup processes every SIMDGROUPS-th choice.
 
 const int token = threadgroup_position_in_grid.y;
@@ -62,5 +62,6 @@ if (mine < rows_a_group) {
   for (int i = 0; i < SIMDGROUPS; i++) {
     sum += partial[i][mine];
   }
-  y[(long)token * HIDDEN + threadgroup_position_in_grid.x * rows_a_group + mine] = T(sum);
+  const long place = (long)token * HIDDEN + threadgroup_position_in_grid.x * rows_a_group + mine;
+  y[place] = T(float(residual[place]) + sum);
 }

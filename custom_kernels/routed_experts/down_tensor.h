@@ -58,5 +58,6 @@ if (mine < 16) {
   for (int i = 0; i < SIMDGROUPS; i++) {
     sum += partial[i][mine];
   }
-  y[(long)token * HIDDEN + first + mine] = T(sum);
+  const long place = (long)token * HIDDEN + first + mine;
+  y[place] = T(float(residual[place]) + sum);
 }

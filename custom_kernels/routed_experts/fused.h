@@ -15,6 +15,8 @@
 // `tickets` holds two words 128 bytes apart, the number of drawn units and the tag of the previous call; then COPIES
 // times all hidden values, in words that carry the tag of their call and so differ from those of earlier calls. With
 // one copy, all threadgroups would read the same cache lines at once.
+// CHOOSES: every threadgroup chooses the experts from their scores, which takes less time than another dispatch.
+//
 // Grid: x = any number of threadgroups of WORKERS + 2 + STAGERS simdgroups.
 
 constexpr int UP_ROW = HIDDEN * BITS / 8, UP_SCALES_ROW = HIDDEN / GROUP * 2;
@@ -61,10 +63,64 @@ if (simdgroup == ASKS) {
     *tag = __ldcg(counters + 32) + 1;
   }
 } else if (simdgroup == ADDS) {
+#if CHOOSES
+  // A key orders experts by their scores, of equal scores the first; scores that are not numbers have key 0.
+  constexpr int OWN_SCORES = (EXPERTS + 31) / 32;
+  uint keys[OWN_SCORES];
+#pragma unroll
+  for (int i = 0; i < OWN_SCORES; i++) {
+    const uint expert = 32 * i + lane;
+    uint bits = expert < EXPERTS ? ((const ushort*)scores)[expert] : 0x7fffu;
+    bits = bits == 0x8000u ? 0 : bits;  // -0 equals 0
+    const uint ordered = bits & 0x8000u ? ~bits & 0xffffu : bits | 0x8000u;
+    keys[i] = (bits & 0x7fffu) > 0x7f80u ? 0 : ordered << 16 | (0xffffu - expert);
+  }
+  uint winner = 0;       // lane n keeps the choice of rank n
+  float value = LOWEST;  // and its score
+  float highest = LOWEST;
+  for (int k = 0; k < ROUTED; k++) {
+    uint best = 0;
+#pragma unroll
+    for (int i = 0; i < OWN_SCORES; i++) {
+      best = max(best, keys[i]);
+    }
+    best = __reduce_max_sync(0xffffffffu, best);
+#pragma unroll
+    for (int i = 0; i < OWN_SCORES; i++) {
+      keys[i] = keys[i] == best ? 0 : keys[i];
+    }
+    const uint bits = best >> 31 ? best >> 16 & 0x7fffu : ~(best >> 16) & 0xffffu;
+    const float score = best ? __uint_as_float(bits << 16) : LOWEST;
+    highest = k == 0 ? score : highest;
+    if (lane == k) {
+      winner = min(0xffffu - (best & 0xffffu), uint(EXPERTS - 1));
+      value = score;
+    }
+  }
+  const float weight = lane < ROUTED ? exponential(value - highest) : 0.0f;
+  const float total = simd_sum(weight);
+  int rank = 0;
+  for (int k = 0; k < ROUTED; k++) {
+    const uint other = __shfl_sync(0xffffffffu, winner, k);
+    rank += other < winner || (other == winner && k < lane) ? 1 : 0;
+  }
+  if (lane < ROUTED) {
+    row_of[rank] = table[winner];
+    share_of[rank] = weight / total;
+    if (group == 0) {
+      chosen[earlier_shape[0] + rank] = winner;
+    }
+  }
+  if (lane == 0 && ROUTED < CHOICES) {
+    row_of[ROUTED] = 0;
+    share_of[ROUTED] = 1.0f / (1.0f + exponential(-float(scores[EXPERTS])));
+  }
+#else
   for (int i = lane; i < CHOICES; i += 32) {
     row_of[i] = i < ROUTED ? rows[i] : 0;
     share_of[i] = routing_weights[i];
   }
+#endif
 } else {
   // Each thread initializes a few barriers; one thread would take half a microsecond for all.
   if (lane == 0) {
@@ -256,9 +312,15 @@ if (simdgroup == ASKS) {
       }
     }
     if (unit < DOWN_UNITS) {
-      y[unit * 16 + lane % 2 * 8 + lane % 16 / 2] = T(sum);
+      const int place = unit * 16 + lane % 2 * 8 + lane % 16 / 2;
+      y[place] = T(float(residual[place]) + sum);
     }
   }
+#if CHOOSES
+  for (int i = lane; group == 0 && i < earlier_shape[0]; i += 32) {
+    chosen[i] = earlier[i];
+  }
+#endif
 } else if (simdgroup >= STAGES) {
   barrier_wait(all_drawn, 0);  // earlier, few have arrived, and polling for them would delay weights
   for (int job = group < DOWN_UNITS ? simdgroup - STAGES : CHOICES * JOBS; job < CHOICES * JOBS; job += STAGERS) {

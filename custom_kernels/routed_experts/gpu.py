@@ -3,9 +3,9 @@
 One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else takes two.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import count
 
 import mlx.core as mx
@@ -54,7 +54,7 @@ def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
     """Return the kernels of the two dispatches, with or without a shared expert, on tensor cores or not."""
     switches = {"WITH_SHARED_EXPERT": with_shared}
     gate_up = ["x", "slab", "rows", *(_SHARED_UP if with_shared else ())]
-    down = ["hidden", "slab", "rows", "routing_weights", *(_SHARED_DOWN if with_shared else ())]
+    down = ["hidden", "residual", "slab", "rows", "routing_weights", *(_SHARED_DOWN if with_shared else ())]
     headers = ["functions", "mma", "tensor_codes"] if tensor else ["functions", "loads", "codes"]
     suffix = "_tensor" if tensor else ""
     return (
@@ -64,15 +64,23 @@ def kernels(with_shared: bool, tensor: bool = False) -> tuple[Kernel, Kernel]:
 
 
 @cache
-def fused_kernel(with_shared: bool, shared_memory: int) -> Kernel:
-    """Return the kernel with one dispatch; ``shared_memory`` in bytes."""
+def fused_kernel(with_shared: bool, shared_memory: int, chooses: bool = False) -> Kernel:
+    """Return the kernel with one dispatch.
+
+    Args:
+        with_shared: whether it applies a shared expert.
+        shared_memory: shared memory of a threadgroup, in bytes.
+        chooses: whether it also chooses the experts.
+    """
+    choice = ["scores", "table", "earlier"] if chooses else ["rows", "routing_weights"]
+    own = _SHARED_UP + _SHARED_DOWN if with_shared else []
     return Kernel(
         __package__,
         "fused",
-        ["x", "slab", "rows", "routing_weights", "tickets", *(_SHARED_UP + _SHARED_DOWN if with_shared else ())],
-        ["y"],
+        ["x", "residual", "slab", *choice, "tickets", *own],
+        ["y", *["chosen"] * chooses],
         ["functions", "mma", "copy_engine", "tensor_stream"],
-        {"WITH_SHARED_EXPERT": with_shared},
+        {"WITH_SHARED_EXPERT": with_shared, "CHOOSES": chooses},
         in_place=["tickets"],
         shared_memory=shared_memory,
     )
@@ -101,6 +109,7 @@ def code_path(
     routing_weights: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,  # noqa: ARG001
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
@@ -132,35 +141,19 @@ def routed_experts(
     routing_weights: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,
 ) -> mx.array:
     """Compute ``reference.routed_experts`` for arguments with a ``code_path``.
 
     More than ``MOST_TOKENS`` tokens of the device give correct results, but slowly.
     """
     tokens, choices = routing_weights.shape
-    template: dict[str, int | mx.Dtype] = {
-        "T": x.dtype,
-        "S": form.dtype,
-        "HIDDEN": form.hidden_size,
-        "INTERMEDIATE": form.intermediate_size,
-        "BITS": form.bits,
-        "GROUP": form.group_size,
-        "CHOICES": choices,
-        "RECORD_BYTES": form.record_bytes,
-    }
-    offsets = {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
-    plan = fused_plan(form, x.dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
+    added = residual if residual is not None else _no_residual(x.shape, x.dtype)
+    plan = plan_of(form, x.dtype, tokens, choices)
     if plan is not None:
-        own = _parts(shared.gate, shared.up, shared.down) if shared else []
-        (y,) = fused_kernel(shared is not None, plan.shared_memory)(
-            [x, slab, rows, routing_weights, _tickets(_COPIES * choices * form.intermediate_size), *own],
-            [(x.shape, x.dtype)],
-            (plan.threadgroups, 1, 1),
-            plan.threads,
-            {**template, **offsets, **plan.template},
-        )
+        (y,) = run_fused(plan, [x, added, slab, rows, routing_weights], form, choices, shared)
         return y
-
+    template, offsets = sizes_of(form, x.dtype, choices)
     up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
     down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
 
@@ -185,13 +178,76 @@ def routed_experts(
         template | up_offsets | up_template,
     )
     (y,) = down(
-        [hidden, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
+        [hidden, added, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
         [(x.shape, x.dtype)],
         (form.hidden_size // down_rows, tokens, 1),
         32 * simdgroups,
         template | down_offsets | down_template,
     )
     return y
+
+
+def plan_of(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int) -> "FusedPlan | None":
+    """Return the plan of one dispatch on the default device, or None; see ``fused_plan``."""
+    return fused_plan(form, dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
+
+
+def run_fused(
+    plan: "FusedPlan",
+    inputs: Sequence[mx.array],
+    form: ExpertFormat,
+    choices: int,
+    shared: ExpertWeights | None,
+    experts: int = 0,
+) -> list[mx.array]:
+    """Run one dispatch for one token.
+
+    Args:
+        plan: the result of ``plan_of``.
+        inputs: the vector, the residual, the slab, and two arrays that determine the experts: rows and routing weights
+            or, with ``experts``, scores, a table and the experts of earlier layers; see ``chosen_experts``.
+        form: format of the records.
+        choices: experts per token, with the shared expert.
+        shared: the shared expert, or None.
+        experts: number of experts to choose from; 0 where they are chosen.
+    """
+    template, offsets = sizes_of(form, inputs[0].dtype, choices)
+    x = inputs[0]
+    own = _parts(shared.gate, shared.up, shared.down) if shared else []
+    results = [(x.shape, x.dtype)]
+    if experts:
+        scores, _, earlier = inputs[3:]
+        results.append(((earlier.size + choices - (shared is not None),), mx.int32))
+        template = template | {"EXPERTS": experts, "WIDTH": scores.shape[1]}
+    return fused_kernel(shared is not None, plan.shared_memory, experts > 0)(
+        [*inputs, _tickets(_COPIES * choices * form.intermediate_size), *own],
+        results,
+        (plan.threadgroups, 1, 1),
+        plan.threads,
+        {**template, **offsets, **plan.template},
+    )
+
+
+def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int) -> tuple[dict[str, int | mx.Dtype], dict[str, int]]:
+    """Return the template arguments of all kernels, and the offsets of a record's parts."""
+    template: dict[str, int | mx.Dtype] = {
+        "T": dtype,
+        "S": form.dtype,
+        "HIDDEN": form.hidden_size,
+        "INTERMEDIATE": form.intermediate_size,
+        "BITS": form.bits,
+        "GROUP": form.group_size,
+        "CHOICES": choices,
+        "RECORD_BYTES": form.record_bytes,
+    }
+    return template, {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
+
+
+@lru_cache(maxsize=4)
+def _no_residual(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    zeros = mx.zeros(shape, dtype)
+    mx.eval(zeros)
+    return zeros
 
 
 def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
@@ -329,4 +385,5 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
         for shared in [*drawn, *([None] if alone else [])]:
             x = inputs.normal(tokens, form.hidden_size)
             scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)
-            yield Sample((x, slab, mx.array(rows), mx.softmax(scores, axis=-1), form, shared))
+            residual = inputs.normal(tokens, form.hidden_size)
+            yield Sample((x, slab, mx.array(rows), mx.softmax(scores, axis=-1), form, shared, residual))

@@ -15,6 +15,7 @@ def routed_experts(
     routing_weights: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,
 ) -> mx.array:
     """Compute ``reference.routed_experts``, each expert by MLX's quantized products."""
-    return reference.routed_experts(x, slab, rows, routing_weights, form, shared, expert_mlp)
+    return reference.routed_experts(x, slab, rows, routing_weights, form, shared, residual, expert_mlp)

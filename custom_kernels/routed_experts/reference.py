@@ -18,11 +18,12 @@ def routed_experts(
     routing_weights: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
+    residual: mx.array | None = None,
     apply: Callable[[mx.array, ExpertWeights], mx.array] = expert_mlp,
 ) -> mx.array:
     """Compute y[t] = sum over k of routing_weights[t, k] * expert[rows[t, k]](x[t]).
 
-    With a shared expert, add routing_weights[t, K] * shared(x[t]).
+    With a shared expert, add routing_weights[t, K] * shared(x[t]); with a residual, add residual[t].
 
     Args:
         x: [T, hidden].
@@ -31,6 +32,7 @@ def routed_experts(
         routing_weights: f32 [T, K]; [T, K + 1] with a shared expert, whose weight is the last.
         form: format of the records.
         shared: an expert for every token, or None.
+        residual: [T, hidden], or None.
         apply: an implementation of ``expert_mlp``.
 
     Returns:
@@ -41,7 +43,8 @@ def routed_experts(
     for (token, choice), row in np.ndenumerate(np.array(rows)):
         if row >= 0:
             expert = form.expert(slab[row : row + 1].reshape(-1))
-            y[token] += routing_weights[token, choice] * apply(x_wide[token : token + 1], expert)[0]
+            one = slice(token, token + 1)  # MLX compiles a module on CUDA for an index
+            y[one] += routing_weights[one, choice : choice + 1] * apply(x_wide[one], expert)
     if shared is not None:
         y = y + routing_weights[:, -1:] * apply(x_wide, shared)
-    return y.astype(x.dtype)
+    return (y if residual is None else widen(residual) + y).astype(x.dtype)

@@ -40,9 +40,20 @@ def show(line: str = "") -> None:
 
 @contextmanager
 def activity() -> Iterator[Callable[[str], None]]:
-    """Show the current activity while the block runs; yield a function that sets its description."""
-    with console.status(Text()) as status:
-        yield lambda line: status.update(Text(line))
+    """Show the current activity while the block runs; yield a function that sets its description.
+
+    Nothing appears before the first description.
+    """
+    status = console.status(Text())
+
+    def announce(line: str) -> None:
+        status.update(Text(line))
+        status.start()
+
+    try:
+        yield announce
+    finally:
+        status.stop()
 
 
 def print_table(table: Table) -> None:

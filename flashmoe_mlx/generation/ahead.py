@@ -15,7 +15,6 @@ from flashmoe_mlx.generation.sequence import Sequence, Step
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.models.steps import TracedSteps
-from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -47,7 +46,7 @@ class StepsAhead:
 
         Args:
             sequence: decodes alone, and can choose its tokens on the device.
-            refuse_cancelled: called before each layer; may raise to end the pass. The sequence can then be settled.
+            refuse_cancelled: called before each step begins; may raise to end it. The sequence can then be settled.
         """
         with measured_pass([(sequence.metrics.decode, 1)], self._store, self._clock):
             step = sequence.ahead or self._begin(
@@ -77,13 +76,13 @@ class StepsAhead:
         assert self._steps is not None
         mark = sequence.cache.mark()
         used = UsedExperts(self._store)
-        context = ForwardContext(self._clock, before_layer=lambda _: refuse_cancelled(), used=used)
         try:
+            refuse_cancelled()
             with self._clock.computing("head"):
-                logits = self._model.logits(self._steps.hidden(token, sequence.cache, context))[0]
+                logits, finite = self._steps.logits(token, sequence.cache, used)
                 chosen, number = sequence.choose_on_device(logits)
-                finite = mx.isfinite(logits).all(keepdims=True)
-                report = mx.concatenate([chosen.astype(mx.int32), finite.astype(mx.int32), used.indices()])
+                report = mx.concatenate([chosen.astype(mx.int32), finite, used.listed])
+                refuse_cancelled()
                 mx.async_eval(report, chosen, *sequence.cache.arrays())  # type: ignore[no-untyped-call]
         except BaseException:
             sequence.cache.rewind(mark)
@@ -92,8 +91,7 @@ class StepsAhead:
 
     def _take(self, sequence: Sequence, step: Step) -> None:
         """Wait for ``step`` and append its token to ``sequence``."""
-        with self._clock.computing("head"):
-            report = np.array(step.report)
+        report = self._clock.read("head", step.report)
         step.used.count(report[2:])
         with self._clock.phase("sample"):
             if not report[1]:

@@ -321,9 +321,8 @@ class Runner:
         if not used:
             self.clock.evaluate(phase, *arrays)
             return
-        indices = used.indices()
-        self.clock.evaluate(phase, indices, *arrays)
-        used.count(np.array(indices))
+        self.clock.evaluate(phase, used.listed, *arrays)
+        used.count(np.array(used.listed))
 
 
 @contextmanager

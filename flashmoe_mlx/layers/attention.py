@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
+from flashmoe_mlx.custom_kernels.checks import CheckedKernel
 from flashmoe_mlx.layers.cache import KVCache
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.sequences import by_sequence
@@ -27,11 +28,13 @@ class Attention:
     joint: Linear | None = None
     """The first three projections as one matrix, for one token; see ``layers.linear.join``."""
 
-    def __call__(self, x: mx.array, caches: Sequence[KVCache], lengths: Sequence[int], residual: mx.array) -> mx.array:
+    def __call__(
+        self, projected: Sequence[mx.array], caches: Sequence[KVCache], lengths: Sequence[int], residual: mx.array
+    ) -> mx.array:
         """Attend from each token to the tokens of its sequence up to itself.
 
         Args:
-            x: normalized hidden states [T, hidden] of the new tokens of all sequences, one sequence after the other.
+            projected: the results of ``project`` for the new tokens of all sequences, one sequence after the other.
             caches: the cache of each sequence, which the new tokens join.
             lengths: the number of new tokens of each sequence.
             residual: [T, hidden], added to the result.
@@ -39,11 +42,16 @@ class Attention:
         Returns:
             [T, hidden].
         """
-        return self.o_proj(by_sequence(self.attend, self.project(x), caches, lengths), residual)
+        return self.o_proj(by_sequence(self.attend, projected, caches, lengths), residual)
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute queries with their gates, keys, and values, each [T, ...], of ``x`` [T, hidden]."""
-        return project_all((self.q_proj, self.k_proj, self.v_proj), x, self.joint)
+        return project_all(self.projections, x)
+
+    @property
+    def projections(self) -> tuple[Linear, ...]:
+        """The matrices of ``project``."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def new_cache(self) -> KVCache:
         """Return the cache of a sequence without tokens."""
@@ -58,3 +66,17 @@ class Attention:
         )
         cache.length += length
         return y
+
+    def attend_at(self, position: mx.array, caches: Sequence[mx.array], projected: Sequence[mx.array]) -> mx.array:
+        """Attend from one token to keys and values with room for it; needs ``takes_positions``."""
+        q_and_gate, k, v = projected
+        keys, values = caches
+        return self.kernels.attention(AttentionInputs(q_and_gate, k, v, self.weights, keys, values, 0, position))[0]
+
+    def takes_positions(self) -> bool:
+        """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""
+        attention, weights = self.kernels.attention, self.weights
+        room = mx.zeros((1, weights.kv_heads, 1, weights.head_dim), weights.q_norm.dtype)
+        row = mx.zeros((1, 2 * weights.heads * weights.head_dim), weights.q_norm.dtype)
+        inputs = AttentionInputs(row, row, row, weights, room, room, 0)
+        return isinstance(attention, CheckedKernel) and attention.runs(inputs)

@@ -29,14 +29,23 @@ class GatedDeltaNet:
     """The first four projections as one matrix, for one token; see ``layers.linear.join``."""
 
     def __call__(
-        self, x: mx.array, caches: Sequence[RecurrentState], lengths: Sequence[int], residual: mx.array
+        self,
+        projected: Sequence[mx.array],
+        caches: Sequence[RecurrentState],
+        lengths: Sequence[int],
+        residual: mx.array,
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
-        return self.out_proj(by_sequence(self._recur, self.project(x), caches, lengths), residual)
+        return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute the four inputs of the recurrence, each [T, ...], of ``x`` [T, hidden]."""
-        return project_all((self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a), x, self.joint)
+        return project_all(self.projections, x)
+
+    @property
+    def projections(self) -> tuple[Linear, ...]:
+        """The matrices of ``project``."""
+        return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
 
     def new_cache(self) -> RecurrentState:
         """Return the state of a sequence without tokens."""

@@ -1,11 +1,13 @@
 """Resident matrices, dense or quantized."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import mlx.core as mx
 
+from flashmoe_mlx.custom_kernels import NormedMatvec
+from flashmoe_mlx.custom_kernels.embedding.reference import by_mlx as embedding_by_mlx
 from flashmoe_mlx.custom_kernels.quantized_matvec.mlx import quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
@@ -15,10 +17,11 @@ _BY_MLX = one_by_one(quantized_matvec)
 
 @dataclass(frozen=True, slots=True)
 class Linear(QuantizedWeight):
-    """A linear map, y = x W^T + bias; ``products`` multiplies if W is quantized."""
+    """A linear map, y = x W^T + bias; ``products`` multiplies and ``embedding`` looks up rows if W is quantized."""
 
     bias: mx.array | None = None
     products: Products = _BY_MLX
+    embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array] = embedding_by_mlx
 
     def __call__(self, x: mx.array, residual: mx.array | None = None) -> mx.array:
         """Map ``x`` [T, in] to [T, out] and add ``residual`` [T, out]."""
@@ -29,6 +32,15 @@ class Linear(QuantizedWeight):
             (y,) = self.products(x, (self,), residual)
         return y if self.bias is None else y + self.bias
 
+    def after_norm(
+        self, x: mx.array, norm: mx.array, eps: float, normed_matvec: NormedMatvec
+    ) -> tuple[mx.array, mx.array]:
+        """Normalize ``x`` [1, in] by the factors ``norm`` [in] and map it; return the result and the normalized vector.
+
+        The matrix must be quantized and without a bias.
+        """
+        return normed_matvec(x, norm, eps, self.weight, self.scales, self.biases, self.bits, self.group_size)
+
     @property
     def nbytes(self) -> int:
         """The size in bytes."""
@@ -38,10 +50,7 @@ class Linear(QuantizedWeight):
         """Look up rows of W, such as an embedding table: [T] to [T, in] of type ``dtype``."""
         if self.bits is None:
             return self.weight[indices].astype(dtype)
-        assert self.scales is not None
-        assert self.biases is not None
-        scales, biases = (part[indices].astype(dtype) for part in (self.scales, self.biases))
-        return mx.dequantize(self.weight[indices], scales, biases, group_size=self.group_size, bits=self.bits)
+        return self.embedding(self, indices, dtype)
 
 
 def join(linears: Sequence[Linear], rows_multiple: int = 16) -> tuple[Linear, list[Linear]] | None:
@@ -79,15 +88,17 @@ def join(linears: Sequence[Linear], rows_multiple: int = 16) -> tuple[Linear, li
     return replace(first, weight=weight, scales=scales, biases=biases), views
 
 
-def project_all(linears: Sequence[Linear], x: mx.array, joint: Linear | None = None) -> tuple[mx.array, ...]:
-    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; returns a [T, out] of each.
+def parts_of(row: mx.array, linears: Sequence[Linear]) -> tuple[mx.array, ...]:
+    """Return the result [1, out] of each of ``linears`` as a part of the result [1, ...] of ``join(linears)``.
 
-    ``joint`` is the result of ``join``, if there is one. It serves one token, whose results are parts of one row; parts
-    of several rows would have to be copied.
+    A joint matrix serves one token: parts of several rows would have to be copied.
     """
-    if joint is not None and len(x) == 1:
-        ends = list(accumulate(linear.weight.shape[0] for linear in linears))
-        return tuple(mx.split(joint(x), ends, axis=-1)[: len(linears)])
+    ends = list(accumulate(linear.weight.shape[0] for linear in linears))
+    return tuple(mx.split(row, ends, axis=-1)[: len(linears)])
+
+
+def project_all(linears: Sequence[Linear], x: mx.array) -> tuple[mx.array, ...]:
+    """Apply each of ``linears`` to ``x`` [T, in], quantized matrices in one call; returns a [T, out] of each."""
     if any(linear.bits is None for linear in linears):
         return tuple(linear(x) for linear in linears)
     results = zip(linears[0].products(x, linears, None), linears, strict=True)

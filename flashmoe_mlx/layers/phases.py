@@ -3,8 +3,11 @@
 import time
 from collections import defaultdict
 from types import TracebackType
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 
 class _Phase:
@@ -38,6 +41,8 @@ class PhaseClock:
         """Seconds spent in each phase so far, by the phase's name."""
         self.split = split
         """Whether each phase is evaluated by itself."""
+        self.waits = 0
+        """How often the host waited for the device so far."""
 
     def phase(self, name: str) -> _Phase:
         """Charge the enclosed time to ``name``."""
@@ -53,7 +58,28 @@ class PhaseClock:
     def evaluate(self, name: str, *arrays: mx.array) -> None:
         """Evaluate ``arrays``, the results of the phase ``name``, and charge the time to it."""
         with self.computing(name):
+            self.waits += 1
             mx.eval(*arrays)
+
+    def begin(self, name: str, *arrays: mx.array) -> None:
+        """Begin to evaluate ``arrays``, results of the phase ``name``; wait for them only if phases are split."""
+        if self.split:
+            self.evaluate(name, *arrays)
+        else:
+            with self.computing(name):
+                mx.async_eval(*arrays)  # type: ignore[no-untyped-call]
+
+    def read(self, name: str, array: mx.array, *also: mx.array) -> npt.NDArray[Any]:
+        """Begin to evaluate ``array`` and ``also``, results of the phase ``name``, and wait for ``array``.
+
+        ``also`` may still be under way, unless phases are split.
+        """
+        self.begin(name, array)
+        if also:
+            self.begin(name, *also)
+        with self.computing(name):
+            self.waits += not self.split
+            return np.array(array)
 
     def settle(self, name: str, *arrays: mx.array) -> None:
         """Evaluate ``arrays``, the results of the phase ``name``, if phases are split."""

@@ -261,6 +261,7 @@ class MoeBlock:
             kernels.rms_norm,
             joint,
             kernels.choose_experts,
+            kernels.normed_matvec,
             by_numpy=isinstance(strategy, ExpertsOnHost),
         )
         in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)

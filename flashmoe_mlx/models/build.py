@@ -7,6 +7,7 @@ from flashmoe_mlx.models.config import ModelConfig, layer_prefix
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD
 from flashmoe_mlx.models.weights import ResidentTensors, ResidentWeights
+from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -31,6 +32,7 @@ def build_model(
     Raises:
         PackError: a tensor is missing or has the wrong shape or type.
     """
+    report("reading the weights that all tokens use")
     weights = ResidentWeights(tensors, config.resident_parameters(), dtype, kernels)
     layers = []
     for layer in range(config.num_layers):

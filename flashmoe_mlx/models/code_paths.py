@@ -28,20 +28,21 @@ def model_shapes(model: Model) -> ModelShapes:
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
         slots=first.store.slots,
+        embedding=None if model.embedding.bits is None else model.embedding,
     )
 
 
 def _projections(model: Model) -> Iterator[Projection]:
     for layer in model.layers:
         yield from _of_layer(layer)
-    yield from _calls([model.head])
+    yield from _calls([model.head], normed=model.kernels.normed_matvec is not None)
 
 
 def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     mixer = layer.mixer
     assert isinstance(mixer, Attention | GatedDeltaNet)
     if mixer.joint is not None:
-        yield from _calls([mixer.joint])
+        yield from _calls([mixer.joint], normed=True)
     apart = mixer.joint is None
     if isinstance(mixer, Attention):
         yield from _calls([mixer.q_proj, mixer.k_proj, mixer.v_proj], one_token=apart)
@@ -50,20 +51,22 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a], one_token=apart)
         yield from _calls([mixer.out_proj], residual=True)
     if layer.experts.router.joint is not None:
-        yield from _calls([layer.experts.router.joint])
+        yield from _calls([layer.experts.router.joint], normed=True)
     router = [layer.experts.router.gate, layer.experts.router.shared_gate]
     yield from _calls(router)  # together on CPUs, separately on GPUs and by prefetch policies
     for linear in router:
         yield from _calls([linear])
 
 
-def _calls(linears: Sequence[Linear], residual: bool = False, one_token: bool = True) -> Iterator[Projection]:
+def _calls(
+    linears: Sequence[Linear], residual: bool = False, one_token: bool = True, normed: bool = False
+) -> Iterator[Projection]:
     """Yield the calls for quantized matrices: one call for all unless a matrix is dense, else one call for each."""
     quantized = [linear for linear in linears if linear.bits is not None]
     if len(quantized) == len(linears):
-        yield Projection(tuple(linears), residual, one_token)
+        yield Projection(tuple(linears), residual, one_token, normed)
     else:
-        yield from (Projection((linear,), residual, one_token) for linear in quantized)
+        yield from (Projection((linear,), residual, one_token, normed) for linear in quantized)
 
 
 def _expert_format(expert: ExpertWeights) -> tuple[object, ...]:

@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.layers.cache import LayerCache, SequenceCache
-from flashmoe_mlx.layers.linear import Linear
+from flashmoe_mlx.layers.linear import Linear, parts_of
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
@@ -17,7 +17,23 @@ from flashmoe_mlx.moe.experts import MixtureOfExperts
 class Mixer(Protocol):
     """The part of a layer in which tokens of a sequence meet: attention, or a recurrence."""
 
-    def __call__(self, x: mx.array, caches: Sequence[Any], lengths: Sequence[int], residual: mx.array) -> mx.array:
+    @property
+    def joint(self) -> Linear | None:
+        """A matrix with the rows of all ``projections``, or None."""
+        ...
+
+    @property
+    def projections(self) -> tuple[Linear, ...]:
+        """The matrices of ``project``."""
+        ...
+
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Apply ``projections`` to normalized hidden states [T, hidden]."""
+        ...
+
+    def __call__(
+        self, projected: Sequence[mx.array], caches: Sequence[Any], lengths: Sequence[int], residual: mx.array
+    ) -> mx.array:
         """Mix new tokens of several sequences; see ``layers.attention.Attention``."""
         ...
 
@@ -51,15 +67,19 @@ class DecoderLayer:
         if context.prefetcher is not None:
             context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
-            x = self.mixer(self.normalize(x), caches, lengths, x)
+            x = self.mixer(self.project(x), caches, lengths, x)
         clock.settle("attention", x)
         x = self.experts(x, context)
         clock.settle("experts", x)
         return x
 
-    def normalize(self, x: mx.array) -> mx.array:
-        """Normalize the residual stream [T, hidden] for the mixer."""
-        return self.kernels.rms_norm(x, self.input_norm, self.eps)
+    def project(self, x: mx.array) -> tuple[mx.array, ...]:
+        """Normalize the residual stream [T, hidden] and apply the projections of the mixer."""
+        mixer, normed_matvec = self.mixer, self.kernels.normed_matvec
+        if len(x) == 1 and mixer.joint is not None and normed_matvec is not None:
+            row, _ = mixer.joint.after_norm(x, self.input_norm, self.eps, normed_matvec)
+            return parts_of(row, mixer.projections)
+        return mixer.project(self.kernels.rms_norm(x, self.input_norm, self.eps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,5 +130,9 @@ class Model:
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Compute the logits f32 [T, vocabulary] of hidden states [T, hidden], lazily."""
-        normed = self.kernels.rms_norm(hidden, self.norm, self.config.rms_norm_eps)
-        return self.head(normed).astype(mx.float32)
+        eps, normed_matvec = self.config.rms_norm_eps, self.kernels.normed_matvec
+        if len(hidden) == 1 and normed_matvec is not None and self.head.bits is not None:
+            y, _ = self.head.after_norm(hidden, self.norm, eps, normed_matvec)
+        else:
+            y = self.head(self.kernels.rms_norm(hidden, self.norm, eps))
+        return y.astype(mx.float32)

@@ -1,98 +1,119 @@
-"""Decode steps of a model whose experts are all in the memory of a GPU, by functions that MLX traces once.
+"""Decode steps of a model whose experts are all in the memory of a GPU, by a function that MLX traces once.
 
-To build the graph of a layer in Python takes longer than to compute it. A traced function builds it in microseconds.
-Whatever changes with the position, attention to the cache, stays outside.
+To build the graph of a step in Python takes longer than to compute it; a traced function builds it in microseconds. It
+serves every position: the position is an array, and the caches have their capacity, which rarely changes.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import mlx.core as mx
 
 from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import KVCache, LayerCache, RecurrentState, SequenceCache
+from flashmoe_mlx.layers.cache import KVCache, RecurrentState, SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
-from flashmoe_mlx.moe.context import ForwardContext
+from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import LayerInMemory
 
-LayerStep = Callable[[mx.array, LayerCache], tuple[mx.array, mx.array]]
-"""Takes the residual [1, hidden] and the cache of a layer; returns the next residual and the experts chosen [1, K]."""
+_CAPACITIES = 8
+"""Traced functions that are kept: one for each capacity of a KV cache."""
 
 
 class TracedSteps:
-    """The layers of a model, to be called with one token of one sequence."""
+    """A model, to be called with one token of one sequence."""
 
     def __init__(self, model: Model, layers: list[LayerInMemory]) -> None:
         """Prepare steps of ``model`` with the experts of ``layers``; functions are traced at their first call."""
         self._model = model
-        self._steps = [layer_step(layer, whole) for layer, whole in zip(model.layers, layers, strict=True)]
+        self._layers = layers
+        self._traced = lru_cache(maxsize=_CAPACITIES)(self._trace)
 
     @classmethod
     def of(cls, model: Model) -> "TracedSteps | None":
-        """Return the steps of ``model``, or None unless its store holds all layers in memory that a GPU reads."""
+        """Return the steps of ``model``, or None unless its store holds all layers in memory that a GPU reads.
+
+        Also None if a GPU has no kernel for a mixer.
+        """
         layers = []
         for layer in model.layers:
             whole = layer.experts.whole_layer(1)
-            if whole is None:
+            if whole is None or (isinstance(layer.mixer, Attention) and not layer.mixer.takes_positions()):
                 return None
             layers.append(whole)
         return cls(model, layers)
 
-    def hidden(self, token: mx.array, cache: SequenceCache, context: ForwardContext) -> mx.array:
-        """Compute the hidden states [1, hidden] of ``token`` uint32 [1] lazily; see ``Model.forward``.
+    def logits(self, token: mx.array, cache: SequenceCache, used: UsedExperts) -> tuple[mx.array, mx.array]:
+        """Compute the logits f32 [vocabulary] of ``token`` uint32 [1] lazily, and whether all are finite, int32 [1].
 
-        ``context.used`` takes the experts. A call that fails leaves ``cache`` between two states.
+        ``used`` takes the experts. A call that fails leaves ``cache`` between two states.
         """
-        assert context.used is not None
-        x = self._model.embedding.rows(token, self._model.norm.dtype)
-        for index, step in enumerate(self._steps):
-            if context.before_layer is not None:
-                context.before_layer(index)
-            x, chosen = step(x, cache.layers[index])
-            context.used.add(index, chosen)
+        states: list[mx.array] = []
+        capacity = 0
+        for layer, mixer in zip(cache.layers, (layer.mixer for layer in self._model.layers), strict=True):
+            if isinstance(layer, KVCache):
+                assert isinstance(mixer, Attention)
+                states += layer.reserve(1, mixer.weights.kv_heads, mixer.weights.head_dim, self._model.norm.dtype)
+                capacity = states[-1].shape[2]
+            else:
+                states += layer.arrays()
+        position = mx.full((4,), cache.length, mx.int32)
+        logits, finite, listed, *states = self._traced(capacity)(token, position, used.listed, *states)
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, RecurrentState):
+                layer.conv_state, layer.recurrent_state, *states = states
+            else:
+                assert isinstance(layer, KVCache)
+                layer.length += 1
+            used.add(index, listed)
         cache.length += 1
-        return x
+        return logits, finite
+
+    def _trace(self, capacity: int) -> Callable[..., Any]:  # noqa: ARG002  # the key of the cache
+        return mx.compile(self._step)
+
+    def _step(self, token: mx.array, position: mx.array, listed: mx.array, *states: mx.array) -> tuple[mx.array, ...]:
+        """Compute logits, whether they are finite, the list of experts, and new recurrent states."""
+        model = self._model
+        x = model.embedding.rows(token, model.norm.dtype)
+        new: list[mx.array] = []
+        for index, (layer, whole) in enumerate(zip(model.layers, self._layers, strict=True)):
+            x, listed, changed = layer_step(layer, whole, x, position, listed, states[2 * index : 2 * index + 2])
+            new += changed
+        logits = model.logits(x)[0]
+        finite = mx.isfinite(logits).all(keepdims=True).astype(mx.int32)
+        return logits, finite, listed, *new
 
 
-def layer_step(layer: DecoderLayer, whole: LayerInMemory) -> LayerStep:
-    """Return what computes ``layer``, whose experts are ``whole``."""
-    mixer = layer.mixer
+def layer_step(
+    layer: DecoderLayer,
+    whole: LayerInMemory,
+    x: mx.array,
+    position: mx.array,
+    listed: mx.array,
+    states: tuple[mx.array, ...],
+) -> tuple[mx.array, mx.array, tuple[mx.array, ...]]:
+    """Compute a layer for one token.
+
+    Args:
+        layer: the layer.
+        whole: its experts.
+        x: the residual [1, hidden].
+        position: the position of the token, int32 [4].
+        listed: the experts of earlier layers; see ``ExpertsInMemory``.
+        states: both arrays of the layer's cache. Keys and values have room for the token and are updated in place.
+
+    Returns:
+        The next residual, the longer list, and the new states of a recurrence.
+    """
+    projected, mixer = layer.project(x), layer.mixer
+    changed: tuple[mx.array, ...] = ()
     if isinstance(mixer, GatedDeltaNet):
-        return _recurrent_step(layer, mixer, whole)
-    assert isinstance(mixer, Attention)
-    return _attention_step(layer, mixer, whole)
-
-
-def _recurrent_step(layer: DecoderLayer, mixer: GatedDeltaNet, whole: LayerInMemory) -> LayerStep:
-    def everything(x: mx.array, conv_state: mx.array, recurrent_state: mx.array) -> tuple[mx.array, ...]:
-        y, conv_state, recurrent_state = mixer.recur(mixer.project(layer.normalize(x)), conv_state, recurrent_state)
-        x, chosen = layer.experts.apply(mixer.out_proj(y, x), whole)
-        return x, chosen, conv_state, recurrent_state
-
-    traced: Callable[..., Any] = mx.compile(everything)
-
-    def step(x: mx.array, cache: LayerCache) -> tuple[mx.array, mx.array]:
-        assert isinstance(cache, RecurrentState)
-        x, chosen, cache.conv_state, cache.recurrent_state = traced(x, cache.conv_state, cache.recurrent_state)
-        return x, chosen
-
-    return step
-
-
-def _attention_step(layer: DecoderLayer, mixer: Attention, whole: LayerInMemory) -> LayerStep:
-    def before(x: mx.array) -> tuple[mx.array, ...]:
-        return mixer.project(layer.normalize(x))
-
-    def after(y: mx.array, x: mx.array) -> tuple[mx.array, mx.array]:
-        return layer.experts.apply(mixer.o_proj(y, x), whole)
-
-    traced_before: Callable[..., Any] = mx.compile(before)
-    traced_after: Callable[..., Any] = mx.compile(after)
-
-    def step(x: mx.array, cache: LayerCache) -> tuple[mx.array, mx.array]:
-        assert isinstance(cache, KVCache)
-        following, chosen = traced_after(mixer.attend(cache, *traced_before(x)), x)
-        return following, chosen
-
-    return step
+        y, *after = mixer.recur(projected, states[0], states[1])
+        x, changed = mixer.out_proj(y, x), tuple(after)
+    else:
+        assert isinstance(mixer, Attention)
+        x = mixer.o_proj(mixer.attend_at(position, states, projected), x)
+    x, listed = layer.experts.apply(x, whole, listed)
+    return x, listed, changed

@@ -114,7 +114,7 @@ class ResidentWeights:
             )
         if self._kernels.routed_experts_cpu is not None:  # kernels for CPUs read in place
             weight, scales, biases = map(align_to_cache_line, (weight, scales, biases))
-        return Linear(weight, scales, biases, bits, group_size, products=self._kernels.products)
+        return Linear(weight, scales, biases, bits, group_size, None, self._kernels.products, self._kernels.embedding)
 
 
 def _check_shape(name: str, array: mx.array, shape: tuple[int, ...]) -> None:

@@ -30,12 +30,13 @@ class ExpertsOneByOne:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apart = shared.begin(x, routing.shared_weight, groups.clock)
         y = mx.zeros(x.shape, mx.float32)
         for group in groups:
             for expert, record in zip(group.experts, group.batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.layout), routing)
             group.finish(y)
-        return residual + (y.astype(x.dtype) + shared(x, routing.shared_weight))
+        return residual + (y.astype(x.dtype) + apart)
 
     def _add(self, y: mx.array, x: mx.array, expert: int, weights: ExpertWeights, routing: Routing) -> mx.array:
         tokens, ranks = np.nonzero(routing.experts == expert)

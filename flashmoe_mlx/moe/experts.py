@@ -49,17 +49,17 @@ class MixtureOfExperts:
             whole = self.whole_layer(len(residual))
             if whole is not None:
                 with context.clock.computing("experts"):
-                    y, chosen = self.apply(residual, whole)
-                context.used.add(self.layer, chosen)
+                    y, listed = self.apply(residual, whole, context.used.listed)
+                context.used.add(self.layer, listed)
                 return y
         clock, prefetcher = context.clock, context.prefetcher
         with clock.computing("experts"):
-            x = self.router.normalize(residual)
+            x, scores = self.router.normalize_and_score(residual)
         guess = None
         if prefetcher is not None:
             with clock.computing("router_wait"):
                 guess = prefetcher.guess(self.layer, residual)
-        routing = self.router.route(x, clock, *(() if guess is None else (guess,)))
+        routing = self.router.route(x, scores, clock, *(() if guess is None else (guess,)))
         if context.observer is not None:
             context.observer(self.layer, routing.experts)
 
@@ -70,10 +70,10 @@ class MixtureOfExperts:
         groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch)
         return self.strategy(x, residual, routing, self.shared, groups)
 
-    def apply(self, residual: mx.array, whole: LayerInMemory) -> tuple[mx.array, mx.array]:
+    def apply(self, residual: mx.array, whole: LayerInMemory, earlier: mx.array) -> tuple[mx.array, mx.array]:
         """Route and apply the experts of ``whole``, the result of ``whole_layer``; see ``ExpertsInMemory``."""
         assert self.in_memory is not None
-        return self.in_memory(residual, self.router, self.shared, whole)
+        return self.in_memory(residual, self.router, self.shared, whole, earlier)
 
     def whole_layer(self, tokens: int) -> LayerInMemory | None:
         """Return all experts of the layer if ``tokens`` tokens can use them without waiting for the router's choice."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import ExpertFormat
-from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, grouped_experts
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels, grouped_experts
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.router import Routing
 from flashmoe_mlx.moe.shared_expert import SharedExpert
@@ -17,19 +17,24 @@ class ExpertsGrouped:
 
     Attributes:
         dense_experts: as ``dense_experts.reference.dense_experts``.
+        row_kernels: gather tokens and add outputs.
         form: the format of the records.
     """
 
     dense_experts: DenseExperts
+    row_kernels: RowKernels
     form: ExpertFormat
 
     def __call__(
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apart = shared.begin(x, routing.shared_weight, groups.clock)
         y = mx.zeros(x.shape, mx.float32)
         for group in groups:
             rows = group.rows(group.batch.slots)
-            y = y + grouped_experts(x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts)
+            y = y + grouped_experts(
+                x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts, self.row_kernels
+            )
             group.finish(y)
-        return residual + (y.astype(x.dtype) + shared(x, routing.shared_weight))
+        return residual + (y.astype(x.dtype) + apart)

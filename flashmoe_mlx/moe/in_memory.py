@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -12,6 +13,8 @@ from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
 
+_ZEROS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertsInMemory:
@@ -19,18 +22,20 @@ class ExpertsInMemory:
 
     Attributes:
         kernel: as ``routed_experts.reference.routed_experts``.
+        chosen: as ``chosen_experts.reference.chosen_experts``, where ``fuse_shared``.
         form: the format of the records.
         fuse_shared: whether ``kernel`` takes the shared expert along.
         most_tokens: the largest number of tokens for which ``kernel`` is the best choice.
     """
 
     kernel: Callable[..., mx.array]
+    chosen: Callable[..., tuple[mx.array, mx.array]] | None
     form: ExpertFormat
     fuse_shared: bool
     most_tokens: int
 
     def __call__(
-        self, residual: mx.array, router: Router, shared: SharedExpert, whole: LayerInMemory
+        self, residual: mx.array, router: Router, shared: SharedExpert, whole: LayerInMemory, earlier: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Add routed and shared experts to ``residual`` [T, hidden].
 
@@ -39,19 +44,30 @@ class ExpertsInMemory:
             router: chooses the experts.
             shared: the expert that every token uses.
             whole: all experts of the layer.
+            earlier: the experts of earlier layers, int32 [n].
 
         Returns:
-            [T, hidden] in the dtype of ``residual``, and the chosen experts, uint32 [T, K]; both lazy.
+            [T, hidden] in the dtype of ``residual``, and ``earlier`` followed by the chosen experts, int32 [n + T * K];
+            both lazy.
         """
-        x = router.normalize(residual)
-        chosen, rows, all_weights = router.choose_rows(x, whole.table)
+        x, scores = router.normalize_and_score(residual)
+        if self.chosen is not None and scores is not None:
+            choice = (scores, whole.table, earlier, router.experts_k)
+            return self.chosen(x, residual, whole.slab, *choice, self.form, shared.weights)
+        chosen, rows, all_weights = router.choose_rows(x, scores, whole.table)
+        listed = mx.concatenate([earlier, chosen.reshape(-1).astype(mx.int32)])
         if self.fuse_shared:
-            y = self.kernel(x, whole.slab, rows, all_weights, self.form, shared.weights)
-        else:
-            weights, shared_weight = mx.split(all_weights, [router.experts_k], axis=-1)
-            routed = self.kernel(x, whole.slab, rows, weights, self.form, None)
-            y = routed + shared(x, shared_weight.astype(x.dtype))
-        return residual + y, chosen
+            return self.kernel(x, whole.slab, rows, all_weights, self.form, shared.weights, residual), listed
+        weights, shared_weight = mx.split(all_weights, [router.experts_k], axis=-1)
+        y = self.kernel(x, whole.slab, rows, weights, self.form, None, residual)
+        return y + shared(x, shared_weight.astype(x.dtype)), listed
+
+
+@cache
+def _nothing() -> mx.array:
+    zeros = mx.zeros(_ZEROS, mx.int32)  # kernels take no empty arrays
+    mx.eval(zeros)
+    return zeros
 
 
 @dataclass(slots=True)
@@ -60,22 +76,19 @@ class UsedExperts:
 
     store: ExpertStore
     _layers: list[int] = field(default_factory=list)
-    _chosen: list[mx.array] = field(default_factory=list)
+    listed: mx.array = field(default_factory=_nothing)
+    """The experts of all layers one after the other, int32 [layers * T * K], lazy; before them, some zeros."""
 
-    def add(self, layer: int, chosen: mx.array) -> None:
-        """Remember the experts ``chosen`` [T, K] of ``layer``."""
+    def add(self, layer: int, listed: mx.array) -> None:
+        """Remember ``listed``, to which ``layer`` has appended its experts."""
         self._layers.append(layer)
-        self._chosen.append(chosen)
-
-    def indices(self) -> mx.array:
-        """Return all indices in one array, int32 [layers * T * K], lazily."""
-        return mx.concatenate([chosen.reshape(-1) for chosen in self._chosen]).astype(mx.int32)
+        self.listed = listed
 
     def __len__(self) -> int:
         """Return the number of layers."""
         return len(self._layers)
 
     def count(self, indices: npt.NDArray[np.integer]) -> None:
-        """Count the uses in the store; ``indices`` are the values of ``indices()``."""
+        """Count the uses in the store; ``indices`` are the values of ``listed``."""
         if self._layers:
-            self.store.note_use(self._layers, indices.reshape(len(self._layers), -1))
+            self.store.note_use(self._layers, indices[_ZEROS:].reshape(len(self._layers), -1))

@@ -29,15 +29,20 @@ class ExpertsInPlace:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        apart = None if self.fuse_shared else shared.begin(x, routing.shared_weight, groups.clock)
         y: mx.array | None = None
+        added = False
         for group in groups:
+            added = y is None and group.is_last  # the kernel adds the residual, unless further groups are to be added
             fuse = self.fuse_shared and y is None
             weights = routing.all_weights if fuse else routing.weights
             rows = mx.array(group.rows(group.batch.slots))
-            part = self.kernel(x, group.batch.slab, rows, weights, self.form, shared.weights if fuse else None)
+            own = shared.weights if fuse else None
+            part = self.kernel(x, group.batch.slab, rows, weights, self.form, own, residual if added else None)
             # Sums over several groups are in f32, so that they hardly depend on the number of slots.
             y = part if y is None else y.astype(mx.float32) + part
             group.finish(y)
         assert y is not None
         y = y.astype(x.dtype)
-        return residual + (y if self.fuse_shared else y + shared(x, routing.shared_weight))
+        y = y if apart is None else y + apart
+        return y if added else residual + y

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.custom_kernels import ChooseExperts
+from flashmoe_mlx.custom_kernels import ChooseExperts, NormedMatvec
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.phases import PhaseClock
 
@@ -55,6 +55,7 @@ class Router:
         joint: ``gate`` and ``shared_gate`` as one matrix with rows of zeros below, whose product ``choose_experts``
             takes; None for the two products, and elementary operations.
         choose_experts: see ``Kernels.choose_experts``; only with ``joint``.
+        normed_matvec: see ``Kernels.normed_matvec``; only with ``joint``.
         by_numpy: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
             a further operation to a thread than for the operation.
     """
@@ -67,43 +68,58 @@ class Router:
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
     joint: Linear | None = None
     choose_experts: ChooseExperts | None = None
+    normed_matvec: NormedMatvec | None = None
     by_numpy: bool = False
 
     def normalize(self, residual: mx.array) -> mx.array:
         """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
         return self.rms_norm(residual, self.norm, self.eps)
 
+    def normalize_and_score(self, residual: mx.array) -> tuple[mx.array, mx.array | None]:
+        """Return ``normalize(residual)``, and its product with ``joint``; None without ``joint``."""
+        if self.joint is not None and self.normed_matvec is not None and len(residual) == 1:
+            scores, x = self.joint.after_norm(residual, self.norm, self.eps, self.normed_matvec)
+            return x, scores
+        x = self.normalize(residual)
+        return x, None if self.joint is None else self.joint(x)
+
     def scores(self, residual: mx.array) -> mx.array:
         """Compute the scores f32 [T, experts] that this router would give the residual stream [T, hidden]."""
         return self.gate(self.normalize(residual)).astype(mx.float32)
 
-    def route(self, x: mx.array, clock: PhaseClock, *also: mx.array) -> Routing:
-        """Choose experts for normalized hidden states ``x`` [T, hidden], and wait for the choice.
+    def route(self, x: mx.array, scores: mx.array | None, clock: PhaseClock, *also: mx.array) -> Routing:
+        """Choose experts, and wait for the choice alone; the weights and ``also`` are then under way.
 
-        ``also`` is evaluated in the same wait.
+        Args:
+            x: normalized hidden states [T, hidden].
+            scores: the second result of ``normalize_and_score``.
+            clock: measures the wait.
+            also: further arrays to begin.
         """
         if self.by_numpy:
             with clock.computing("router_wait"):
+                clock.waits += 1
                 experts, all_weights = self.choose_on_host(x)
                 mx.eval(*also)
             return Routing(experts, mx.array(all_weights), x.dtype)
-        chosen, _, weights = self.choose_rows(x, _everyone(self.gate.weight.shape[0]))
-        clock.evaluate("router_wait", chosen, weights, *also)
-        return Routing(np.array(chosen).astype(np.uint32), weights, x.dtype)
+        chosen, _, weights = self.choose_rows(x, scores, _everyone(self.gate.weight.shape[0]))
+        experts = clock.read("router_wait", chosen, weights, *also)
+        return Routing(experts.astype(np.uint32), weights, x.dtype)
 
-    def choose_rows(self, x: mx.array, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    def choose_rows(self, x: mx.array, scores: mx.array | None, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Choose experts lazily.
 
         Args:
             x: normalized hidden states [T, hidden].
+            scores: the second result of ``normalize_and_score``.
             table: int32 [experts], the row of a slab for each expert.
 
         Returns:
             The experts [T, K], ascending for each token, their rows [T, K], and all weights f32 [T, K + 1], the shared
             expert's last.
         """
-        if self.joint is not None and self.choose_experts is not None:
-            return self.choose_experts(self.joint(x), table, self.experts_k)
+        if scores is not None and self.choose_experts is not None:
+            return self.choose_experts(scores, table, self.experts_k)
         chosen, weights = self.choose(x)
         shared = mx.sigmoid(self.shared_gate(x)).astype(mx.float32)
         return chosen, table[chosen], mx.concatenate([weights, shared], axis=-1)

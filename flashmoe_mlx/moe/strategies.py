@@ -77,7 +77,7 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
         return ExpertsOnHost(kernels.routed_experts_cpu, form, cpu.can_fuse_shared_expert(shared))
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
-        many = ExpertsGrouped(kernels.dense_experts, form)
+        many = ExpertsGrouped(kernels.dense_experts, kernels.row_kernels, form)
     in_memory = choose_in_memory(kernels, layout, dtype, shared)
     if in_memory is None:
         return many
@@ -96,4 +96,5 @@ def choose_in_memory(
     if form is None or kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
         return None
     fuse_shared = gpu.can_fuse_shared_expert(shared, form)
-    return ExpertsInMemory(kernels.routed_experts_gpu, form, fuse_shared, kernels.most_gpu_tokens)
+    chosen = kernels.chosen_experts if fuse_shared else None
+    return ExpertsInMemory(kernels.routed_experts_gpu, chosen, form, fuse_shared, kernels.most_gpu_tokens)

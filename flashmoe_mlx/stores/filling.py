@@ -1,7 +1,7 @@
 """The refilling of slots: memory to write new records to, and a commit that makes the records valid."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -29,6 +29,9 @@ class Filling:
         ValueError: a slot occurs twice.
     """
 
+    copies_later: ClassVar[bool] = False
+    """Whether records are read from their rows, and by ``move`` from other rows, until the next filling begins."""
+
     def __init__(
         self,
         slots: Sequence[int],
@@ -46,9 +49,15 @@ class Filling:
         """The writable bytes of each slot, by slot."""
         return self._rows
 
+    def arrived(self, slots: Sequence[int]) -> None:
+        """Begin what can be done with the records of ``slots``, which have been written, before ``commit``."""
+
     def move(self, slot: int, source: Rows, place: int) -> None:
         """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined."""
         np.copyto(np.frombuffer(self._rows[slot], np.uint8), np.frombuffer(source.rows([place])[0], np.uint8))
+
+    def give_up(self) -> None:
+        """Wait until nothing reads the rows or writes to the slots any more; in place of ``commit``, after an error."""
 
     def commit(self) -> None:
         """Make the written records the content of the slots.

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.fill_slots import fill_slots
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.staging import StagingArea
 
 
 class GpuSlots:
@@ -26,49 +25,19 @@ class GpuSlots:
         array: the slots as uint8 [count, record_bytes].
     """
 
-    def __init__(self, count: int, record_bytes: int, staging: "StagingArea") -> None:
+    def __init__(self, count: int, record_bytes: int, staging: StagingArea) -> None:
         self.count = count
-        self._staging = staging
         self.array = mx.zeros((count, record_bytes), mx.uint8)
         mx.eval(self.array)
+        self._staging = staging
 
     def fill(self, slots: Sequence[int]) -> Filling:
-        """Begin to refill ``slots``, all different; ``commit`` copies the new records to the GPU."""
+        """Begin to refill ``slots``, all different; kernels launched after ``commit`` read the new records."""
         return self._staging.fill(self.array, slots)
 
     def batch(self, slots: Sequence[int]) -> "GpuBatch":
         """Return the records in ``slots``."""
         return GpuBatch(self.array, tuple(slots))
-
-
-class StagingArea:
-    """Memory for at most ``at_once`` records that the CPU writes and that are then copied to a GPU.
-
-    All slots of a store share it, so only the latest filling is valid.
-    """
-
-    def __init__(self, at_once: int, record_bytes: int) -> None:
-        self._slab = Slab(at_once, record_bytes)
-        self._fillings = 0
-
-    def fill(self, array: mx.array, slots: Sequence[int]) -> Filling:
-        """Begin to refill ``slots``, all different, of ``array``, uint8 [count, record_bytes].
-
-        The previous filling becomes invalid.
-
-        Raises:
-            ValueError: a slot occurs twice, or there are more slots than rows of this memory.
-        """
-        if len(slots) > self._slab.count:
-            raise ValueError(f"{len(slots)} slots to fill at once, but there is memory for {self._slab.count} records")
-        filling = Filling(slots, self._slab.rows(range(len(slots))), partial(self._copy, array, self._fillings + 1))
-        self._fillings += 1
-        return filling
-
-    def _copy(self, array: mx.array, number: int, slots: Sequence[int]) -> None:
-        if number != self._fillings:
-            raise RuntimeError("a later filling has taken over the memory of this one")
-        fill_slots(array, self._slab.array, mx.array(list(slots), mx.int32))
 
 
 @dataclass(frozen=True)

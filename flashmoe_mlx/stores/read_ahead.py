@@ -11,8 +11,9 @@ from threading import Event, Thread
 from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
+from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.readers import ExpertReader
 from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
@@ -39,6 +40,7 @@ class ReadAhead:
         direct: whether prefetches bypass the page cache.
         slab: at least ``slots`` slots, from which ``fetch`` serves batches in place. The first hint replaces a slab of
             fewer than twice ``slots`` slots by one of that size. None if the caller uses ``read`` and its own slots.
+        spare_rows: makes memory for prefetched experts, given their number; needed without ``slab``.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ReadAhead:
         threads: int,
         direct: bool = False,
         slab: Slab | None = None,
+        spare_rows: "Callable[[int], HostSlots | PinnedRows] | None" = None,
     ) -> None:
         self._source = source
         self._reader = reader
@@ -57,9 +60,10 @@ class ReadAhead:
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._sampler = None if direct else PageCacheSampler(source)
         self._in_place = slab is not None
-        self._slab: Slab | HostSlots | None = slab
+        self._slab: Slab | HostSlots | PinnedRows | None = slab
+        self._spare_rows = spare_rows
         self._in_use: Collection[int] = ()
-        """The slots of the latest batch."""
+        """The slots of the latest batch, or slots from which its records may still be copied."""
         self._threads: list[Thread] = []
         self._queue: SimpleQueue[_Prefetch | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
@@ -105,8 +109,17 @@ class ReadAhead:
             assert self._slab is not None  # the job has one of its slots
             filling.move(places[expert], self._slab, job.slot)
 
+        def arrived(experts: Sequence[int]) -> None:
+            filling.arrived([places[expert] for expert in experts])
+
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
-        return self._load(layer, wanted, self._claim(layer, places), move)
+        ahead = self._claim(layer, places)
+        self._in_use = {job.slot for job in ahead.values()} if filling.copies_later else ()
+        try:
+            return self._load(layer, wanted, ahead, move, arrived)
+        except BaseException:
+            filling.give_up()
+            raise
 
     def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Prefetch]":
         """Return the running and finished prefetches of ``experts``, by expert; cancel all other prefetches."""
@@ -124,6 +137,7 @@ class ReadAhead:
         wanted: Sequence[tuple[int, memoryview]],
         ahead: "Mapping[int, _Prefetch]",
         move: "Callable[[int, _Prefetch], None] | None" = None,
+        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -132,29 +146,28 @@ class ReadAhead:
             wanted: the experts and their rows.
             ahead: the prefetch of each expert that has one; all other experts are read now.
             move: brings a prefetched expert to its row; None if batches are served in place.
+            arrived: as for readers.
         """
-        done = self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead])
-        failed = []
-        for expert, row in wanted:
-            job = ahead.get(expert)
-            if job is None:
-                continue
+        finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
+        done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
+        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], arrived)
+        for job in ahead.values():
             job.finished.wait()
-            if not job.complete:
-                failed.append((expert, row))
-                continue
-            if move is not None:
-                move(expert, job)
-            job.used = True
-            done += replace(job.sampled, reads=job.reads, bytes_read=job.nbytes, prefetched=1)
-        done += self._read(layer, failed)
+        done += _take({expert: job for expert, job in ahead.items() if expert not in finished}, move)
+        failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
+        done += self._read(layer, failed, arrived)
         return done + StoreStats(bytes_wasted=self._wasted())
 
-    def _read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> StoreStats:
+    def _read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[Sequence[int]], None] | None,
+    ) -> StoreStats:
         if not wanted:
             return StoreStats()
         sampled = self._sample(layer, [expert for expert, _ in wanted])
-        reads, nbytes = self._reader.read(layer, wanted)
+        reads, nbytes = self._reader.read(layer, wanted, arrived)
         return replace(sampled, reads=reads, bytes_read=nbytes)
 
     def _sample(self, layer: int, experts: Sequence[int]) -> StoreStats:
@@ -198,13 +211,13 @@ class ReadAhead:
             self._sampler.close()
         return StoreStats(bytes_wasted=self._wasted())
 
-    def _started(self) -> Slab | HostSlots:
+    def _started(self) -> Slab | HostSlots | PinnedRows:
         """Allocate the slots for prefetches and start the threads, once; return the slots."""
-        record = self._source.layout.record_bytes
         if self._slab is None:
-            self._slab = HostSlots(self._slots, record, CopyBuffer(record))
+            assert self._spare_rows is not None
+            self._slab = self._spare_rows(self._slots)
         elif self._in_place and self._slab.count < 2 * self._slots:
-            self._slab = Slab(2 * self._slots, record)
+            self._slab = Slab(2 * self._slots, self._source.layout.record_bytes)
         try:
             while len(self._threads) < self._count:
                 name = f"expert-prefetch-{len(self._threads)}"
@@ -270,6 +283,18 @@ class _Prefetch:
             _log.debug("prefetch of expert %s failed", self.plan[0].expert, exc_info=True)
         finally:
             self.finished.set()
+
+
+def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], None] | None) -> StoreStats:
+    """Use the complete prefetches of ``finished``, by expert; return the counters."""
+    done = StoreStats()
+    for expert, job in finished.items():
+        if job.complete:
+            if move is not None:
+                move(expert, job)
+            job.used = True
+            done += replace(job.sampled, reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+    return done
 
 
 def _serve(queue: "SimpleQueue[_Prefetch | None]", files: FileDescriptorCache) -> None:

@@ -1,6 +1,6 @@
 """The interface of readers, which read experts into memory, and a function that creates a reader by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
@@ -13,10 +13,20 @@ from flashmoe_mlx.stores.uring_reader import UringReader
 class ExpertReader(Protocol):
     """A reader of the experts of one source, into memory of the caller."""
 
-    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+    def read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[Sequence[int]], None] | None = None,
+    ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
         After this method returns or raises an error, nothing is written to the rows.
+
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            arrived: called, in the thread of the caller, with experts whose rows are complete.
 
         Raises:
             ExpertReadError: an expert could not be read.

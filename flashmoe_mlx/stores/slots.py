@@ -13,9 +13,11 @@ from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
 from flashmoe_mlx.stores.contract import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
-from flashmoe_mlx.stores.gpu_slots import GpuSlots, StagingArea
+from flashmoe_mlx.stores.gpu_slots import GpuSlots
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.staging import StagingArea
 
 
 class Slots(Protocol):
@@ -86,13 +88,15 @@ class SlotMaker:
 
     Attributes:
         kind: the kind of memory of the slots.
-        shared_bytes: size of the memory that all slots share, for copies or for records on their way to a GPU. Copies
-            of more than ``at_once`` experts are not included.
+        shared_bytes: size of further memory of the same kind, for copies of up to ``at_once`` experts.
+        spare_bytes: size of further memory of the same kind, for ``at_once`` prefetched experts.
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
         self.kind = choose_memory_kind()
-        self.shared_bytes = 0 if self.kind is MemoryKind.SHARED else at_once * record_bytes + RECORD_ALIGNMENT
+        size = at_once * record_bytes + RECORD_ALIGNMENT
+        self.shared_bytes = size if self.kind is MemoryKind.HOST else 0
+        self.spare_bytes = 0 if self.kind is MemoryKind.GPU else size  # for a GPU they are in memory of the CPU
         self._record_bytes = record_bytes
         self._at_once = at_once
         self._copies = CopyBuffer(record_bytes)
@@ -105,12 +109,22 @@ class SlotMaker:
             InputError: there is not enough memory (code "not_enough_memory").
         """
         if self.kind is MemoryKind.GPU:
-            if self._staging is None:
-                self._staging = StagingArea(self._at_once, self._record_bytes)
-            return GpuSlots(count, self._record_bytes, self._staging)
+            return GpuSlots(count, self._record_bytes, self.staging())
         if self.kind is MemoryKind.SHARED:
             return Slab(count, self._record_bytes)
         return HostSlots(count, self._record_bytes, self._copies)
+
+    def staging(self) -> StagingArea:
+        """Return the memory through which records reach slots on a GPU."""
+        if self._staging is None:
+            self._staging = StagingArea(self._at_once, self._record_bytes)
+        return self._staging
+
+    def spare_rows(self, count: int) -> HostSlots | PinnedRows:
+        """Make memory for ``count`` prefetched records, from which ``Filling.move`` brings them to slots."""
+        if self.kind is MemoryKind.GPU:
+            return self.staging().spare_rows(count)
+        return HostSlots(count, self._record_bytes, CopyBuffer(self._record_bytes))
 
 
 def place_table(slots: Sequence[int]) -> mx.array:

@@ -1,7 +1,7 @@
 """A reader whose threads read experts straight into memory of the caller."""
 
 import weakref
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import SimpleQueue
@@ -20,6 +20,9 @@ from flashmoe_mlx.stores.reads import (
     plan_reads,
     total_bytes,
 )
+
+_PART = 2**21
+"""Largest read in bytes if the caller uses each expert as soon as it arrives."""
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
 
@@ -74,22 +77,34 @@ class ThreadReader:
                 code="no_threads",
             ) from error
 
-    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+    def read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[Sequence[int]], None] | None = None,
+    ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
         After this method returns or raises an error, nothing is written to the rows.
+
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            arrived: called, in the thread of the caller, with experts whose rows are complete. Threads then read parts
+                of one expert together, so that the first expert arrives early.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
-        reads = list(plan_reads(self._source, layer, wanted, self._chunk))
-        batch = _Batch(partial(self._read, layer), reads)
+        chunk = self._chunk if arrived is None else min(self._chunk or _PART, _PART)
+        reads = list(plan_reads(self._source, layer, wanted, chunk))
+        batch = _Batch(partial(self._read, layer), reads, announces=arrived is not None)
         workers = min(len(reads), len(self._queues))
         try:
             for queue in self._queues[:workers]:
                 queue.put(batch.work)
-            done = [batch.finished.get() for _ in range(workers)]
+            done = batch.wait(workers, arrived)
         except BaseException:
             batch.todo.clear()
             self._settle()
@@ -115,9 +130,13 @@ class ThreadReader:
 
     def _read(self, layer: int, read: Read) -> int:
         try:
-            return read_exactly(self._files[read.path], read.view, read.offset)
+            return self._fill(read)
         except (EOFError, OSError) as error:
             raise read.failed(layer, error) from error
+
+    def _fill(self, read: Read) -> int:
+        """Make ``read``; return the number of system calls."""
+        return read_exactly(self._files[read.path], read.view, read.offset)
 
     def close(self) -> None:
         """End the threads and close the files; no read may be running. Later calls have no effect."""
@@ -128,13 +147,33 @@ class ThreadReader:
 
 
 class _Batch:
-    """Reads that several threads share; each thread finally puts its numbers of reads and bytes into ``finished``."""
+    """Reads that several threads share.
 
-    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read]) -> None:
+    Each thread finally puts its numbers of reads and bytes into ``finished``; before, with ``announces``, each expert
+    whose last read it made.
+    """
+
+    def __init__(self, read: Callable[[Read], int], reads: Sequence[Read], announces: bool) -> None:
         self._read = read
         self.todo = deque(reads)
         self.errors: list[BaseException] = []
-        self.finished: SimpleQueue[tuple[int, int]] = SimpleQueue()
+        self.finished: SimpleQueue[tuple[int, int] | int] = SimpleQueue()
+        counts = Counter(read.expert for read in reads if announces)
+        self._left = {expert: list(range(count)) for expert, count in counts.items()}
+        """As many numbers as an expert has reads; one thread alone takes the 0, after all reads have been made."""
+
+    def wait(self, workers: int, arrived: Callable[[Sequence[int]], None] | None) -> list[tuple[int, int]]:
+        """Pass on experts that arrive, until all ``workers`` have finished; return their numbers."""
+        done: list[tuple[int, int]] = []
+        while len(done) < workers:
+            news = [self.finished.get()]
+            while not self.finished.empty():  # no other thread takes from this queue
+                news.append(self.finished.get())
+            done += (item for item in news if isinstance(item, tuple))
+            experts = [item for item in news if isinstance(item, int)]
+            if experts and arrived is not None:
+                arrived(experts)
+        return done
 
     def work(self) -> None:
         """Make reads until none is left or one of them fails."""
@@ -143,6 +182,9 @@ class _Batch:
             while (read := self._next()) is not None:
                 count += self._read(read)
                 nbytes += len(read.view)
+                left = self._left.get(read.expert)
+                if left is not None and left.pop() == 0:
+                    self.finished.put(read.expert)
         except BaseException as error:  # raised again by the waiting thread
             self.errors.append(error)
             self.todo.clear()

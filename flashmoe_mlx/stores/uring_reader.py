@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from flashmoe_mlx.stores.reads import (
     total_bytes,
 )
 from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.staging import StagingArea
 from flashmoe_mlx.stores.uring import Ring, RingRead
 
 
@@ -49,7 +50,7 @@ class UringReader:
         chunk_mib: float | None = None,
         direct: bool = False,
         workers: bool = False,
-        registered: Slab | None = None,
+        registered: Slab | StagingArea | None = None,
     ) -> None:
         DEPTH.check("depth", depth)
         self._chunk = chunk_bytes(chunk_mib)
@@ -70,7 +71,7 @@ class UringReader:
                 self.close()
                 raise
 
-    def _register(self, slab: Slab) -> None:
+    def _register(self, slab: Slab | StagingArea) -> None:
         rows = slab.rows(range(slab.count))
         try:
             self._ring.register_buffers(rows)
@@ -86,10 +87,20 @@ class UringReader:
         self._registered = rows  # as long as these exist, no other memory has their addresses
         self._buffers = {address_of(row): index for index, row in enumerate(rows)}
 
-    def read(self, layer: int, wanted: Sequence[tuple[int, memoryview]]) -> tuple[int, int]:
+    def read(
+        self,
+        layer: int,
+        wanted: Sequence[tuple[int, memoryview]],
+        arrived: Callable[[Sequence[int]], None] | None = None,
+    ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
         After this method returns or raises an error, nothing is written to the rows.
+
+        Args:
+            layer: a valid layer.
+            wanted: the experts and their rows.
+            arrived: called with experts whose rows are complete, after the reads that the ring makes at once.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
@@ -108,6 +119,9 @@ class UringReader:
             nbytes += sum(max(0, done) for done in results)
             remainders = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
             todo = [rest for rest in remainders if rest] + todo
+            complete = {read.expert for read in batch}.difference(read.expert for read in todo)
+            if arrived is not None and complete:
+                arrived(sorted(complete))
         check_all_read(layer, planned, nbytes)
         return count, nbytes
 

@@ -1,4 +1,7 @@
-"""``task=doctor``: compare every kernel with its reference on this machine and time it; print a table for an issue."""
+"""``task=doctor``: compare every kernel with its reference on this machine, time it, and time decode steps.
+
+The output is for an issue.
+"""
 
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +20,11 @@ from flashmoe_mlx.custom_kernels.native.fastest import Choice, settle
 from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import Form, contests
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.research.decode_probe import DecodeFinding, measure_decoding
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.keys import CommonConfig
 
-DOCTOR_VERSION = 1
+DOCTOR_VERSION = 2
 _CALLS = 20
 _REPEATS = 7
 
@@ -68,9 +72,13 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
                 case = make(dtype)
                 announce(f"{case.operation} {case.title}, {geometry} shape")
                 findings.append(_examined(case, geometry, kernels is not None))
-    write_json(run_dir / "doctor.json", _record(gpu, kernels, choices, findings))
+        announce("decode steps of the demo model")
+        decoding = measure_decoding()
+    write_json(run_dir / "doctor.json", _record(gpu, kernels, choices, findings) | {"decoding": asdict(decoding)})
     for line in _report(kernels, choices, findings):
         show(line)
+    show("")
+    show(_decode_line(decoding))
     failed = [f"{bad.kernel} ({bad.case}, {bad.geometry}, {bad.dtype})" for bad in findings if not bad.passed]
     if failed:
         raise FlashMoeError(
@@ -97,6 +105,12 @@ def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype
         ]
         for make in makers:
             yield name, partial(make, on_cpu=on_cpu)
+        if on_gpu:
+            yield name, partial(cases.normed_matvec, geometry.hidden, geometry.hidden)
+            yield (
+                name,
+                partial(cases.quantized_matvec, geometry.hidden, geometry.hidden, with_residual=True),
+            )
 
 
 def _examined(case: Case, geometry: str, custom: bool) -> Finding:
@@ -167,6 +181,14 @@ def _report(kernels: str | None, choices: list[Choice], findings: list[Finding])
             f"| {found.kernel} | {found.case} | {found.geometry} | {found.dtype} | {error} "
             f"| {_shown(found.microseconds)} | {_shown(found.mlx_microseconds)} | {verdict} |"
         )
+
+
+def _decode_line(found: DecodeFinding) -> str:
+    dispatches = "-" if found.dispatches is None else str(found.dispatches)
+    return (
+        f"Demo model, all experts in memory: {found.milliseconds:.2f} ms a token, {found.waits:.1f} waits a token, "
+        f"{dispatches} dispatches a token"
+    )
 
 
 def _shown(microseconds: float | None) -> str:

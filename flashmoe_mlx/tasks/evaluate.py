@@ -68,10 +68,12 @@ def run(config: Config, run_dir: Path) -> None:
         "environment": environment(),
         "cells": [],
     }
-    with activity() as announce, _reference(config, folder, items, _reporter(announce)) as reference:
+    with activity() as announce, _reference(config, folder, items, announce) as reference:
         record["reference"] = reference.setup
         for backend, k in settings:
-            with load(folder, backend, k, kernels=config.kernels, activations=config.activations) as engine:
+            with load(
+                folder, backend, k, kernels=config.kernels, activations=config.activations, on_load=announce
+            ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
@@ -101,15 +103,15 @@ def _settings(config: Config) -> list[tuple[dict[str, Any], int | None]]:
 
 
 @contextmanager
-def _reference(config: Config, folder: Path, items: list[Item], progress: Progress) -> Iterator[Reference]:
+def _reference(config: Config, folder: Path, items: list[Item], announce: Callable[[str], None]) -> Iterator[Reference]:
     if config.reference is not None:
         folder = expand_path(config.reference)
     backend = {key: value for key, value in config.backend.items() if key != "variant"}
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
     backend = chosen_backend(backend, folder, config.model, None)
-    with load(folder, backend, kernels=config.reference_kernels) as engine:
-        reference = Reference.record(engine, items, progress)
+    with load(folder, backend, kernels=config.reference_kernels, on_load=announce) as engine:
+        reference = Reference.record(engine, items, _reporter(announce))
     with reference:
         yield reference
 

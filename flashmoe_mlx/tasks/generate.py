@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.console.output import print_notes, print_table, show
+from flashmoe_mlx.console.output import activity, print_notes, print_table, show
 from flashmoe_mlx.console.tables import metrics_lines, metrics_table
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
@@ -37,15 +37,18 @@ def run(config: Config, run_dir: Path) -> None:
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
-    with load(
-        folder,
-        backend,
-        config.experts_k,
-        kernels=config.kernels,
-        activations=config.activations,
-        prefetch=config.prefetch,
-        profile=config.profile,
-    ) as engine:
+    with activity() as announce:
+        loaded = load(
+            folder,
+            backend,
+            config.experts_k,
+            kernels=config.kernels,
+            activations=config.activations,
+            prefetch=config.prefetch,
+            profile=config.profile,
+            on_load=announce,
+        )
+    with loaded as engine:
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, options)

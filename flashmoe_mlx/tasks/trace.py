@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flashmoe_mlx.console.output import print_notes, show
+from flashmoe_mlx.console.output import activity, print_notes, show
 from flashmoe_mlx.engine import load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
@@ -41,7 +41,16 @@ def run(config: Config, run_dir: Path) -> None:
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
-    with load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations) as engine:
+    with activity() as announce:
+        loaded = load(
+            folder,
+            backend,
+            config.experts_k,
+            kernels=config.kernels,
+            activations=config.activations,
+            on_load=announce,
+        )
+    with loaded as engine:
         print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, **options)
         if config.temperature is None:

@@ -52,7 +52,6 @@ struct __nv_bfloat16 {
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline uint max(uint a, uint b) { return a > b ? a : b; }
 static inline uint __float_as_uint(float value) { return same_bits<uint>(value); }
-static inline uint __vmaxu2(uint a, uint b) { return max(a & 0xffff, b & 0xffff) | max(a >> 16, b >> 16) << 16; }
 static inline uint __byte_perm(uint low, uint high, uint pick) {
   uint result = 0;
   for (int i = 0; i < 4; i++) {
@@ -236,6 +235,17 @@ static inline uint __reduce_add_sync(uint, uint value) {
     }
     for (int lane = 0; lane < LANES; lane++) {
       all.taken[lane][0] = sum;
+    }
+  });
+}
+static inline uint __reduce_max_sync(uint, uint value) {
+  return *meet(&value, 1, [](Simdgroup& all) {
+    uint most = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+      most = max(most, all.given[lane][0]);
+    }
+    for (int lane = 0; lane < LANES; lane++) {
+      all.taken[lane][0] = most;
     }
   });
 }

@@ -13,7 +13,7 @@ from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.made_models.demo import demo_folder, demo_has, demo_with_variants
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.pack.opening import open_pack
-from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
 
 _TIMEOUT = 600.0
@@ -91,19 +91,16 @@ def model_identity(folder: Path) -> str:
 def cache_folder(choice: ModelChoice) -> Path:
     """Return the folder for models made on this machine and for measurements of the machine.
 
-    An empty environment variable counts as unset, in accordance with the XDG specification.
-
     Raises:
         InputError: no folder is set, and the user has no home folder.
     """
     if choice.cache_dir is not None:
         return expand_path(choice.cache_dir)
-    chosen = os.environ.get("FLASHMOE_CACHE")
-    if chosen:
-        return expand_path(chosen)
     try:
-        return expand_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "flashmoe_mlx"
+        return user_cache()
     except InputError as error:
+        if error.code != "no_home_folder" or os.environ.get("FLASHMOE_CACHE"):
+            raise
         raise InputError(
             "no home folder for the cache of models: set HOME, FLASHMOE_CACHE or model.cache_dir", code=error.code
         ) from None

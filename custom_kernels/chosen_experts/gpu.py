@@ -1,0 +1,76 @@
+"""The kernels for GPUs: one dispatch for one token on NVIDIA GPUs from Hopper on; two or three for everything else."""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
+from flashmoe_mlx.custom_kernels.choose_experts import gpu as choose
+from flashmoe_mlx.custom_kernels.choose_experts.reference import choose_experts
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed
+from flashmoe_mlx.custom_kernels.shapes import ModelShapes
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights
+
+
+def code_path(
+    x: mx.array,
+    residual: mx.array,  # noqa: ARG001  # the signature of the operation
+    slab: mx.array,
+    scores: mx.array,
+    table: mx.array,
+    earlier: mx.array,  # noqa: ARG001
+    k: int,
+    form: ExpertFormat,
+    shared: ExpertWeights,
+) -> CodePath | None:
+    """Return the code path of ``chosen_experts``; None if it does not support the arguments."""
+    weights = mx.zeros((len(x), k + 1))
+    path = routed.code_path(x, slab, weights, weights, form, shared)
+    if path is None:
+        return None
+    return (*path, "" if choose.code_path(scores, table, k) else "chosen by elementary operations")
+
+
+def chosen_experts(
+    x: mx.array,
+    residual: mx.array,
+    slab: mx.array,
+    scores: mx.array,
+    table: mx.array,
+    earlier: mx.array,
+    k: int,
+    form: ExpertFormat,
+    shared: ExpertWeights,
+) -> tuple[mx.array, mx.array]:
+    """Compute ``reference.chosen_experts`` for arguments with a ``code_path``."""
+    if choose.code_path(scores, table, k) is None:
+        few, rows, weights = choose_experts(scores, table, k)
+        listed = mx.concatenate([earlier, few.reshape(-1)])
+        return routed.routed_experts(x, slab, rows, weights, form, shared, residual), listed
+    plan = routed.plan_of(form, x.dtype, len(x), k + 1)
+    if plan is not None and scores.dtype == mx.bfloat16:
+        inputs = [x, residual, slab, scores, table, earlier]
+        y, chosen = routed.run_fused(plan, inputs, form, k + 1, shared, experts=len(table))
+        return y, chosen
+    chosen, rows, weights = choose.list_experts(scores, table, k, earlier)
+    return routed.routed_experts(x, slab, rows, weights, form, shared, residual), chosen
+
+
+def samples(model: ModelShapes) -> Iterator[Sample]:
+    """Yield one token and several tokens with each shared expert that joins the kernels, with true sizes."""
+    if model.experts is None or not routed.supports(model.experts, model.dtype):
+        return
+    inputs, form, k = RandomInputs(model.dtype, 0), model.experts, model.experts_k
+    slab = inputs.slab(form, 3)
+    table = mx.array(np.arange(model.num_experts) % 3, mx.int32)
+    fused = [shared for shared in model.shared if routed.can_fuse_shared_expert(shared, form)]
+    for shared in (inputs.expert_like(shared) for shared in fused[:1]):
+        for tokens in (1, min(routed.most_tokens(), 5)):
+            scores = choose.different_scores(tokens, model.num_experts, model.dtype)
+            x, residual = (inputs.normal(tokens, form.hidden_size) for _ in range(2))
+            arguments = (x, residual, slab, scores, table, mx.array([7] * 5, mx.int32), k, form, shared)
+            if code_path(*arguments) is not None:
+                yield Sample(arguments)

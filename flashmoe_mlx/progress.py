@@ -1,0 +1,69 @@
+"""Reports about a long step, from the code that takes the time to whoever waits for it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock, Timer
+
+Listener = Callable[[str], None]
+"""Takes the current activity in a few words; threads call it in turn."""
+
+
+_INTERVAL = 0.5
+"""Seconds between two reports of one activity, which differ in what follows the colon."""
+
+
+class _Patient:
+    """Reports for ``listener``; ``release`` passes on the latest, and from then on each new activity."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._latest: str | None = None
+        self._released = False
+        self._told = ("", 0.0)
+        self._lock = Lock()
+
+    def report(self, activity: str) -> None:
+        with self._lock:
+            self._latest = activity
+            if self._released:
+                self._tell(activity)
+
+    def release(self) -> None:
+        with self._lock:
+            self._released = True
+            if self._latest is not None:
+                self._tell(self._latest)
+
+    def _tell(self, activity: str) -> None:
+        kind, now = activity.partition(":")[0], time.monotonic()
+        if kind != self._told[0] or now >= self._told[1] + _INTERVAL:
+            self._told = kind, now
+            self._listener(activity)
+
+
+_patient: ContextVar[_Patient | None] = ContextVar("patient", default=None)
+
+
+def report(activity: str) -> None:
+    """Tell the listener, if there is one, about the current activity, in a few words."""
+    patient = _patient.get()
+    if patient is not None:
+        patient.report(activity)
+
+
+@contextmanager
+def reports_to(listener: Listener, after: float = 1.0) -> Iterator[None]:
+    """Send this thread's reports in the block to ``listener``, unless the block ends within ``after`` seconds."""
+    patient = _Patient(listener)
+    timer = Timer(after, patient.release)
+    timer.daemon = True
+    timer.start()
+    token = _patient.set(patient)
+    try:
+        yield
+    finally:
+        _patient.reset(token)
+        timer.cancel()
+        timer.join()
