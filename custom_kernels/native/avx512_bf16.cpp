@@ -21,7 +21,7 @@ namespace {
 #include "panel.hpp"
 #include "matmul_bf16.hpp"
 
-const Multiplication multiplication = {kBf16Block,   kPanelRows,   4,            bf16_vector_bytes,
+const Multiplication multiplication = {kBf16Block,   kPanelRows,   3,            bf16_vector_bytes,
                                        arrange_bf16, panel_floats, multiply_bf16};
 } // namespace
 } // namespace flashmoe

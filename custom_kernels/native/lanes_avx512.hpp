@@ -75,7 +75,7 @@ INLINE F spread(F block, int chunk) {
 // halves the speed of one core (docs/measurements/2026-11-26-cpu-steps.md).
 INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
-constexpr int kTokens = 4;  // vectors that share a pass over the codes
+constexpr int kTokens = 2;  // vectors that share a pass over the codes; with four, compilers keep sums in memory
 
 // --- for products of many vectors: words of 32 bits
 
