@@ -63,7 +63,7 @@ def run(config: Config, run_dir: Path) -> None:
             )
         if len(waiting) < len(lines):
             show(f"{counted(len(lines) - len(waiting), 'answer')} of an earlier run kept")
-        with load(folder, backend, config.experts_k, kernels=config.kernels) as engine:
+        with load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations) as engine:
             print_notes([engine.setup["note"]])
             batch = _Batch(engine, config.together, _defaults(config), model_identity(folder))
             with _progress(len(lines), len(lines) - len(waiting)) as advance:
