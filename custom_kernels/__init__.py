@@ -6,8 +6,8 @@ compares custom kernels with the references on every code path of a model (see `
 """
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -20,8 +20,10 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, Unch
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
+from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import contests, forms
 from flashmoe_mlx.custom_kernels.quantized_matvec.products import Products, one_by_one
 from flashmoe_mlx.custom_kernels.routed_experts.gpu import most_tokens
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels
@@ -62,6 +64,7 @@ class Kernels:
         chosen_experts: an implementation of ``chosen_experts.reference.chosen_experts``; None without a kernel.
         normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
+        activations: type of the vectors in products of many vectors on CPUs, a member of ``native.ACTIVATIONS``.
         note: a message for the user about the choice, or None.
     """
 
@@ -82,6 +85,7 @@ class Kernels:
     chosen_experts: Callable[..., tuple[mx.array, mx.array]] | None = None
     normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
+    activations: str = "f32"
     note: str | None = None
 
 
@@ -100,28 +104,32 @@ def operations() -> dict[str, Operation[..., Any]]:
     return found
 
 
-def choose(preference: str) -> Kernels:
+def choose(preference: str, activations: str = "auto") -> Kernels:
     """Choose an implementation of every operation.
 
     Args:
         preference: "auto" for custom kernels, and the fastest of MLX's operations where there is none; "mlx" for MLX's
             fused operations; "reference" for elementary operations.
+        activations: a member of ``native.ACTIVATIONS`` to which kernels for CPUs round the vectors of products of many
+            vectors; "auto" for exact vectors.
 
     Returns:
         Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
-        InputError: ``preference`` is unknown (code "unknown_kernels"), or an environment variable requests instructions
-            that the extension does not have or an invalid number of threads.
+        InputError: ``preference`` or ``activations`` is unknown (codes "unknown_kernels", "unknown_activations") or has
+            no effect here (code "activations_without_effect"), or an environment variable requests instructions that
+            the extension does not have or an invalid number of threads.
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
     target = _target(preference)
+    rounding = _checked_activations(activations, target)
     if dialect() == "cuda":
         launch_directly()
         code_cache.keep_modules_of_mlx(gpu().architecture)
     found = operations()
-    chosen = {name: operation.on(target) for name, operation in found.items()}
+    chosen = {name: operation.on(target, rounding) for name, operation in found.items()}
     note = native.MISSING if target == "fallback" else None
     if note is not None:
         _log.warning("%s", note)
@@ -144,18 +152,64 @@ def choose(preference: str) -> Kernels:
         chosen_experts=chosen["chosen_experts"] if on_gpu else None,
         normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
+        activations=rounding,
         note=note,
     )
+
+
+def _checked_activations(activations: str, target: Target) -> str:
+    if activations == "auto":
+        return "f32"
+    choices = native.ACTIVATIONS[1:]
+    if activations not in choices:
+        raise InputError(
+            f"activations={activations!r}: choose from auto, {', '.join(choices)}", code="unknown_activations"
+        )
+    if target != "cpu" or not native.has_activations(activations):
+        why = "only kernels=auto on a CPU rounds" if target != "cpu" else "this CPU has no faster instructions for it"
+        raise InputError(
+            f"activations={activations}: no effect here, because {why}; leave it out", code="activations_without_effect"
+        )
+    return activations
+
+
+def rounding_note(activations: str, names: Iterable[str]) -> str | None:
+    """Return what the user should know about ``activations``; None for "f32".
+
+    Args:
+        activations: a member of ``native.ACTIVATIONS``.
+        names: code paths of a model, from the report of ``check_kernels``.
+
+    Raises:
+        InputError: no code path rounds vectors; code "activations_without_effect".
+    """
+    if activations == "f32":
+        return None
+    if not any(native.rounded_phrase(activations) in name for name in names):
+        raise InputError(
+            f"activations={activations}: no effect on this model, which has no quantized matrices; leave it out",
+            code="activations_without_effect",
+        )
+    few = native.few_tokens()
+    return f"activations={activations}: products of more than {few} tokens round their inputs to 8 bits of precision"
 
 
 def check_kernels(kernels: Kernels, model: ModelShapes) -> KernelReport:
     """Compare every custom kernel with its reference on every code path that ``model`` takes.
 
-    MLX's implementation replaces a kernel on a path where it fails, with a warning in the log. Inputs and weights are
-    random; the values of a model's weights do not matter.
+    On a CPU the fastest instruction sets are chosen first; see ``native.fastest``. MLX's implementation replaces a
+    kernel on a path where it fails, with a warning in the log. Inputs and weights are random; the values of a model's
+    weights do not matter.
+
+    Raises:
+        InputError: activations are to be rounded, but no code path does; code "activations_without_effect".
     """
     custom = [kernel for kernel in kernels.implementations.values() if isinstance(kernel, CheckedKernel)]
-    return checks.check_kernels(custom, model, kernels.names, kernels.note)
+    chosen = settle(contests(forms(model), kernels.activations)) if kernels.routed_experts_cpu is not None else []
+    names = {**kernels.names, **{choice.contest: str(choice) for choice in chosen}}
+    report = checks.check_kernels(custom, model, names, kernels.note)
+    rounding = rounding_note(kernels.activations, report.names)
+    return replace(report, note="; ".join(filter(None, (report.note, rounding))) or None)
 
 
 def _target(preference: str) -> Target:
@@ -185,4 +239,5 @@ __all__ = [
     "choose",
     "dialect",
     "operations",
+    "rounding_note",
 ]

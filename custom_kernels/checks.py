@@ -34,8 +34,8 @@ TOLERANCE = {mx.float32: 2e-3, mx.bfloat16: 5e-2}
 
 Wide enough for CUDA's TF32 products and for bf16 between the reference's operations; a wrong kernel is far outside.
 """
-
-
+ROUNDED_TOLERANCE = 5e-2
+"""As ``TOLERANCE``, for a kernel that rounds its vectors to 8 bits."""
 _UNCHECKED = "not checked"
 
 
@@ -97,7 +97,8 @@ class CheckedKernel(Generic[P, R]):
         code_path: name the code path of ``kernel`` for given arguments; None if it does not support them.
         samples: yield samples for every code path that a model takes.
         maker: kind of the kernel, for records.
-        built_for: device of the kernel, for records; empty to leave it out.
+        built_for: return what the kernel runs on, for records; empty to leave it out.
+        rounded: the phrase of code paths on which the kernel rounds its vectors to 8 bits; empty if there are none.
     """
 
     name: str
@@ -107,7 +108,8 @@ class CheckedKernel(Generic[P, R]):
     code_path: Callable[P, CodePath | None]
     samples: Callable[[ModelShapes], Iterable[Sample]]
     maker: str = "custom kernel"
-    built_for: str = ""
+    built_for: Callable[[], str] = str
+    rounded: str = ""
     _reasons: dict[CodePath, str | None] = field(default_factory=dict)
     """The reason why each checked path was replaced; None where the kernel runs."""
     _warned: set[CodePath] = field(default_factory=set)
@@ -149,6 +151,7 @@ class CheckedKernel(Generic[P, R]):
         """Describe the error in the kernel's results; return None if they are correct."""
         reference: Callable[..., R] = self.reference
         kernel: Callable[..., R] = self.kernel
+        path_of: Callable[..., CodePath | None] = self.code_path
         try:
             expected = _arrays(reference(*(sample.arguments if sample.expected is None else sample.expected)))
             mx.eval(expected)
@@ -161,6 +164,8 @@ class CheckedKernel(Generic[P, R]):
             return f"cannot run: {_first_line(error)}"
         # A state in f32 that is computed from inputs in bf16 is only as exact as the inputs.
         accepted = max(TOLERANCE[array.dtype] for array in got if array.dtype in TOLERANCE)
+        if self.rounded and self.rounded in (path_of(*sample.arguments) or ()):
+            accepted = max(accepted, ROUNDED_TOLERANCE)
         for result, exact in zip(got, expected, strict=True):
             difference = relative_difference(result, exact)
             if not difference <= (accepted if result.dtype in TOLERANCE else 0):  # NaN fails; integers must be equal
@@ -169,7 +174,8 @@ class CheckedKernel(Generic[P, R]):
 
     def _verdict(self, path: CodePath, reason: str | None) -> Verdict:
         if reason is None:
-            built_for = f" ({self.built_for})" if self.built_for else ""
+            built_for = self.built_for()
+            built_for = f" ({built_for})" if built_for else ""
             return Verdict(self.name, path, f"{self.maker} {self.name}{built_for}")
         return Verdict(self.name, path, f"MLX: the {self.maker} {self.name} {reason}", reason)
 

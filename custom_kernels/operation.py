@@ -14,12 +14,13 @@ By convention the folder holds
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample
-from flashmoe_mlx.custom_kernels.native import description
+from flashmoe_mlx.custom_kernels.native import in_use, rounded_phrase
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
 P = ParamSpec("P")
@@ -43,6 +44,7 @@ class Implementation(Generic[P, R]):
         samples: yield samples for every code path that a model takes; a path may have several samples.
         adapt: give the reference and MLX's implementation the arguments of ``run``, where these differ.
         dialects: GPUs on which the kernel runs.
+        rounds: whether ``run`` and ``code_path`` take ``activations``, a member of ``native.ACTIVATIONS``.
     """
 
     run: Callable[P, R]
@@ -50,6 +52,7 @@ class Implementation(Generic[P, R]):
     samples: Callable[[ModelShapes], Iterable[Sample]]
     adapt: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function
     dialects: tuple[str, ...] = ("metal", "cuda")
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,20 @@ class Operation(Generic[P, R]):
     fallback: Callable[P, R] | None = None
     prompts: Mapping[Target, str] = field(default_factory=dict)
 
-    def on(self, target: Target) -> Callable[..., Any]:
-        """Return the implementation for ``target``; a kernel as a ``CheckedKernel``, to be checked before its use."""
+    def on(self, target: Target, activations: str = "f32") -> Callable[..., Any]:
+        """Return the implementation for ``target``; a kernel as a ``CheckedKernel``, to be checked before its use.
+
+        ``activations`` is the type to which kernels for CPUs round the vectors of products of many vectors.
+        """
         if target == "reference":
             return self.reference
         if target == "mlx":
             return self.mlx
         fallback = self.fallback or self.mlx
         if target == "cpu" and self.cpu is not None:
-            return self._checked(self.cpu, fallback, "native kernel", description())
+            return self._checked(self.cpu, fallback, "native kernel", in_use, activations)
         if self.gpu is not None and target in self.gpu.dialects:
-            return self._checked(self.gpu, fallback, "custom kernel", "")
+            return self._checked(self.gpu, fallback, "custom kernel", str)
         return fallback
 
     def names(self, target: Target) -> dict[str, str]:
@@ -99,15 +105,25 @@ class Operation(Generic[P, R]):
         return names
 
     def _checked(
-        self, kernel: Implementation[..., Any], fallback: Callable[..., Any], maker: str, built_for: str
+        self,
+        kernel: Implementation[..., Any],
+        fallback: Callable[..., Any],
+        maker: str,
+        built_for: Callable[[], str],
+        activations: str = "f32",
     ) -> CheckedKernel[..., Any]:
+        run, code_path, rounded = kernel.run, kernel.code_path, ""
+        if kernel.rounds and activations != "f32":
+            run, code_path = partial(run, activations=activations), partial(code_path, activations=activations)
+            rounded = rounded_phrase(activations)
         return CheckedKernel(
             self.name,
             kernel.adapt(self.reference),
             kernel.adapt(fallback),
-            kernel.run,
-            kernel.code_path,
+            run,
+            code_path,
             kernel.samples,
             maker,
             built_for,
+            rounded,
         )

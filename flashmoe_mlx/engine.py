@@ -49,6 +49,7 @@ def load(
     experts_k: int | None = None,
     *,
     kernels: str = "auto",
+    activations: str = "auto",
     prefetch: str = "none",
     profile: bool = False,
     on_load: Listener = _log.info,
@@ -63,18 +64,19 @@ def load(
         backend: name of a file in ``configs/backend/``, or a mapping with ``_target_`` for a store from elsewhere.
         experts_k: routed experts per token; None for the model's own number.
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
+        activations: on a CPU, "bf16" or "int8" rounds the inputs of products of more than 8 tokens to 8 bits of
+            precision, which makes prompts faster and less exact; "auto" is exact.
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
-        on_load: called with the current activity, such as "compiling kernels: 3 of 16", if loading takes longer than a
-            second; by default it goes to the log.
+        on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
     Raises:
         InputError: the model, the backend or an option is wrong.
     """
     with reports_to(on_load):
-        chosen = choose(kernels)
+        chosen = choose(kernels, activations)
         files = open_model(expand_path(model))
         k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
         tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
@@ -96,7 +98,7 @@ def load(
         setup = {
             "experts_k": k,
             "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
-            "activations": str(dtype),
+            "activations": str(dtype) if activations == "auto" else activations,
             "kernels": checked.names,
             "replaced_kernels": checked.replaced,
             "note": "; ".join(filter(None, notes)) or None,

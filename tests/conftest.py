@@ -38,6 +38,9 @@ def device(request: pytest.FixtureRequest) -> Iterator[None]:
 # TF32 is not exact enough for comparisons in f32. MLX reads this variable when it first uses a GPU.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+# Measured choices of instructions would differ between runs of the tests; tests of the choice unset this variable.
+os.environ.setdefault("FLASHMOE_INSTRUCTIONS", "auto")
+
 TINY = SyntheticSizes(
     num_layers=4,
     hidden_size=128,

@@ -280,7 +280,7 @@ def test_experts_of_a_prompt_by_dense_matrices(slots: int, tiny_pack: Path, monk
         made_of.append(len(rows))
         return dense_experts.dense_experts(slab, rows, *rest)
 
-    monkeypatch.setattr(engine_module, "choose", lambda _: replace(choose("mlx"), dense_experts=dense))
+    monkeypatch.setattr(engine_module, "choose", lambda *_: replace(choose("mlx"), dense_experts=dense))
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
         np.testing.assert_allclose(engine.logits(tokens), expected, atol=1e-4)
     assert 0 < max(made_of) <= slots

@@ -106,7 +106,7 @@ def test_the_router_waits_once_for_its_choice() -> None:
         made = router_of_scores(3, 2)
         router = Router(made.gate, made.norm, made.eps, made.experts_k, made.shared_gate, by_numpy=by_numpy)
         clock = PhaseClock()
-        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), clock, mx.arange(3) + 1)
+        router.route(mx.array([[2.0, 1.0, 0.0, 0.0]]), None, clock, mx.arange(3) + 1)
         assert clock.waits == 1
 
 
@@ -172,7 +172,7 @@ def cpu(kernels: str) -> Callable[[], AbstractContextManager[Any]]:
     @contextmanager
     def device() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flashmoe_mlx.engine.choose", lambda _: choose(kernels))
+            patch.setattr("flashmoe_mlx.engine.choose", lambda *_: choose(kernels))
             yield
 
     return device if kernels != "auto" else nullcontext

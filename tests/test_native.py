@@ -22,7 +22,7 @@ from pack_oracle import assert_one_line
 
 import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
-from flashmoe_mlx.custom_kernels import cases, native
+from flashmoe_mlx.custom_kernels import cases, native, rounding_note
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
@@ -79,6 +79,74 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
                     29, columns, F32, bits=bits, group_size=group_size, tokens=tokens, scales=scales, on_cpu=True
                 )
             )
+
+
+ROUNDED = {
+    name: error for name, error in (("f32", 1e-6), ("bf16", 4e-3), ("int8", 1.2e-2)) if native.has_activations(name)
+}
+"""Largest error of products of many vectors, relative to the result, by the type of vectors."""
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("activations", ROUNDED)
+@pytest.mark.parametrize("group_size", native.GROUP_SIZES)
+@pytest.mark.parametrize("bits", native.BITS)
+def test_products_of_many_vectors(bits: int, group_size: int, activations: str) -> None:
+    """Vectors in exact and rounded types; results do not depend on other vectors, so every block is the same."""
+    inputs = RandomInputs(F32, bits, mx.bfloat16)
+    for columns in (group_size, 9 * group_size, 19 * group_size):
+        weight = inputs.quantized(53, columns, bits, group_size)
+        x = inputs.normal(300, columns)
+        exact = np.array(x, np.float64) @ np.array(weight.dense(), np.float64).T
+        (whole,) = (np.array(y) for y in products(x, [weight], None, activations))
+        assert np.linalg.norm(whole - exact) <= ROUNDED[activations] * np.linalg.norm(exact)
+        for tokens in (*range(9, 26), 40):
+            (part,) = (np.array(y) for y in products(x[:tokens], [weight], None, activations))
+            np.testing.assert_array_equal(part, whole[:tokens])
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("activations", ROUNDED)
+def test_routed_experts_of_many_vectors(activations: str) -> None:
+    """Of the experts of a prompt, some have many tokens, and some a few."""
+    made = cases.expert_inputs(ODD, F32, bits=4, group_size=32, tokens=40, k=2)
+    rows = np.zeros((40, 2), np.int32)
+    rows[:, 0] = np.repeat([0, 1, 2, 3], [1, 4, 9, 26])
+    rows[:, 1] = -1
+    arguments = (mx.array(rows), made.routing_weights, made.form, made.shared)
+    found = routed_experts(made.x, made.records, *arguments, None, activations)
+    expected = reference.routed_experts(made.x, made.slab, *arguments)
+    error = cases.relative_error(found, expected.astype(mx.float64, stream=mx.cpu))
+    assert error <= 3 * ROUNDED[activations]
+
+
+@pytest.mark.parametrize("activations", list(ROUNDED)[1:])
+@pytest.mark.parametrize("bits", native.BITS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_rounded_vectors_stay_nonfinite(value: float, bits: int, activations: str) -> None:
+    inputs = RandomInputs(F32, 0)
+    weight, x = inputs.quantized(40, 192, bits, 64), np.ones((9, 192), np.float32)
+    x[4, 100] = value
+    (found,) = (np.array(y) for y in products(mx.array(x), [weight], None, activations))
+    assert not np.isfinite(found[4]).any()
+    assert np.isfinite(np.delete(found, 4, 0)).all()
+
+
+def test_rounded_vectors_of_any_magnitude() -> None:
+    """Each group has a scale; groups of zeros and of tiny values, and a value far above the rest of its group."""
+    inputs = RandomInputs(F32, 0)
+    weight, x = inputs.quantized(40, 640, 4, 64), np.array(inputs.normal(9, 640))
+    x[:, 64:128] *= 1e-20
+    x[:, 128:192] = 0
+    x[:, 192:256] *= 1e-36
+    x[:, 256] = 1e5
+    x[:, 320:384] = np.float32(1e30) * np.sign(x[:, 320:384])
+    for end in (640, 256, 192, 64):
+        x[:, end:] = 0
+        exact = x.astype(np.float64) @ np.array(weight.dense(), np.float64).T
+        for activations in list(ROUNDED)[1:]:
+            (found,) = (np.array(y) for y in products(mx.array(x), [weight], None, activations))
+            assert np.linalg.norm(found - exact) <= ROUNDED[activations] * np.linalg.norm(exact)
 
 
 @pytest.mark.usefixtures("instructions", "threads")
@@ -229,7 +297,7 @@ scales = random.standard_normal((512, 16)).astype(np.float32)
 x, y = random.standard_normal((1, 1024)).astype(np.float32), np.empty((1, 512), np.float32)
 def run():
     for _ in range(50):
-        n.products(x, 1, ((codes, scales, scales, 512, 1024, 4, 64, 0),), (y,), False)
+        n.products(x, 1, ((codes, scales, scales, 512, 1024, 4, 64, 0),), (y,), False, 0)
     return y.copy()
 expected = run()
 child = os.fork()
@@ -260,7 +328,7 @@ MATRIX = (np.zeros((8, 8), np.uint32), np.zeros((8, 1), np.float32), np.zeros((8
 def test_arguments_that_do_not_fit_are_refused(extension: ModuleType, place: int, value: object, message: str) -> None:
     matrix = (*MATRIX[:place], value, *MATRIX[place + 1 :])
     with pytest.raises(ValueError, match=message):
-        extension.products(np.zeros(64 * 9, np.float32), 1, (matrix,), (np.zeros(64, np.float32),), False)
+        extension.products(np.zeros(64 * 9, np.float32), 1, (matrix,), (np.zeros(64, np.float32),), False, 0)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +348,7 @@ def test_elements_of_another_type_are_refused(
 ) -> None:
     matrix = (*MATRIX[:place], value, *MATRIX[place + 1 :])
     with pytest.raises(ValueError, match=re.escape(message)):
-        extension.products(np.zeros(64, np.float32), 1, (matrix,), (np.zeros(8, np.float32),), False)
+        extension.products(np.zeros(64, np.float32), 1, (matrix,), (np.zeros(8, np.float32),), False, 0)
 
 
 @pytest.mark.parametrize("wrong", ["x", "y"])
@@ -288,7 +356,7 @@ def test_elements_of_another_type_are_refused(
 def test_vectors_of_another_type_are_refused(extension: ModuleType, wrong: str, dtype: str) -> None:
     x, y = (np.zeros(128, dtype if wrong == which else np.float32) for which in ("x", "y"))
     with pytest.raises(ValueError, match=f"{wrong}: elements of type f32 are needed"):
-        extension.products(x, 1, (MATRIX,), (y,), False)
+        extension.products(x, 1, (MATRIX,), (y,), False, 0)
 
 
 @pytest.mark.parametrize("dtype", [mx.int64, mx.uint32, mx.int16, mx.float32])
@@ -326,9 +394,9 @@ def test_a_failure_in_any_thread_reaches_its_caller_and_the_pool_continues(tmp_p
 def test_results_must_be_writable_and_contiguous(extension: ModuleType) -> None:
     x = np.zeros(64, np.float32)
     with pytest.raises((BufferError, ValueError)):
-        extension.products(x, 1, (MATRIX,), (bytes(32),), False)
+        extension.products(x, 1, (MATRIX,), (bytes(32),), False, 0)
     with pytest.raises((BufferError, ValueError)):
-        extension.products(x, 1, (MATRIX,), (np.zeros((8, 2), np.float32)[:, 0],), False)
+        extension.products(x, 1, (MATRIX,), (np.zeros((8, 2), np.float32)[:, 0],), False, 0)
 
 
 def test_an_input_with_gaps_is_read_correctly() -> None:
@@ -438,3 +506,45 @@ def test_an_engine_gives_the_same_logits_with_and_without(tiny_pack: Path, backe
             logits[kernels] = np.concatenate(parts)
     np.testing.assert_allclose(logits["auto"], logits["mlx"], rtol=0, atol=1e-3)
     np.testing.assert_array_equal(logits["auto"].argmax(-1), logits["mlx"].argmax(-1))
+
+
+@pytest.mark.parametrize("activations", list(ROUNDED)[1:])
+def test_an_engine_with_rounded_activations(tiny_pack: Path, activations: str) -> None:
+    """Prompts are close to exact; steps are exact; the record names every code path that rounds."""
+    tokens = [int(t) for t in np.random.default_rng(0).integers(0, 200, 60)]
+    with flashmoe_mlx.load(tiny_pack) as engine, flashmoe_mlx.load(tiny_pack, activations=activations) as rounded:
+        exact, found = engine.logits(tokens), rounded.logits(tokens)
+        assert 0 < np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
+        np.testing.assert_array_equal(rounded.logits(tokens[:8]), engine.logits(tokens[:8]))
+        setup = rounded.setup
+    assert setup["activations"] == activations
+    assert f"activations={activations}: " in setup["note"]
+    for operation in ("quantized_matvec", "routed_experts"):
+        many = [name for name in setup["kernels"] if name.startswith(f"{operation}: more than 8 tokens")]
+        assert many
+        assert all(f"vectors in {activations}" in name for name in many)
+    assert not any("vectors in" in name for name in setup["kernels"] if "more than 8 tokens" not in name)
+
+
+@pytest.mark.parametrize(
+    ("activations", "kernels", "code"),
+    [
+        ("int4", "auto", "unknown_activations"),
+        ("f32", "auto", "unknown_activations"),
+        ("int8", "mlx", "activations_without_effect"),
+        ("bf16", "reference", "activations_without_effect"),
+    ],
+)
+def test_activations_without_effect_are_refused(tiny_pack: Path, activations: str, kernels: str, code: str) -> None:
+    with pytest.raises(InputError) as error:
+        flashmoe_mlx.load(tiny_pack, kernels=kernels, activations=activations)
+    assert error.value.code == code
+    assert_one_line(str(error.value))
+
+
+def test_activations_without_effect_on_a_model_are_refused() -> None:
+    """A model without quantized matrices has no products that round."""
+    assert rounding_note("f32", ["rms_norm: one token"]) is None
+    with pytest.raises(InputError) as error:
+        rounding_note("int8", ["rms_norm: one token"])
+    assert error.value.code == "activations_without_effect"

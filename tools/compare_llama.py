@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        print(json.dumps({"ours": _ours, "peer": _peer, "write": _write_gguf}[arguments.side](arguments)))
+        print(json.dumps({"ours": _ours, "peer": _peer, "write": write_gguf}[arguments.side](arguments)))
         return
     if not arguments.peer:
         parser.error("--peer is needed")
@@ -67,7 +67,7 @@ def main() -> None:
     arguments.sizes = asdict(sizes)  # the peer's interpreter has no flashmoe_mlx
 
     _run(arguments, "ours", only_make=True)
-    if not _gguf(arguments).exists():
+    if not gguf_path(arguments).exists():
         _run(arguments, "write")
     results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
     for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
@@ -84,7 +84,7 @@ def main() -> None:
         result = _run(arguments, side)
         if arguments.cold and side == "peer":
             result["note"] += (
-                f", {cached_bytes(_gguf(arguments)) / 1e9:.1f} GB of its file in the page cache at the end"
+                f", {cached_bytes(gguf_path(arguments)) / 1e9:.1f} GB of its file in the page cache at the end"
             )
         results[side].append(result)
         print(
@@ -165,7 +165,7 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
         return {"ms": times, "open": opened, "peak": _peak(), "note": note}
 
 
-def _gguf(arguments: argparse.Namespace) -> Path:
+def gguf_path(arguments: argparse.Namespace) -> Path:
     """Return the path of the model for llama.cpp."""
     folder: Path = arguments.folder
     return folder / f"compare-{arguments.layers}-{arguments.experts}.gguf"
@@ -187,7 +187,7 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
         llama_cpp.llama_cpp.llama_model_default_params = without_copy
     start = time.perf_counter()
     llama = llama_cpp.Llama(
-        str(_gguf(arguments)), n_ctx=512, n_threads=len(os.sched_getaffinity(0)), verbose=False, logits_all=False
+        str(gguf_path(arguments)), n_ctx=512, n_threads=len(os.sched_getaffinity(0)), verbose=False, logits_all=False
     )
     opened = time.perf_counter() - start
     times = _time_tokens(arguments, lambda token: llama.eval([token]))
@@ -195,12 +195,12 @@ def _peer(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"ms": times, "open": opened, "peak": _peak(), "note": note}
 
 
-def _write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
+def write_gguf(arguments: argparse.Namespace) -> dict[str, Any]:
     """Write a model of random Q4_K weights. Norms, and other tensors that llama.cpp keeps in f32, are f32."""
     import gguf
     import numpy as np
 
-    path = _gguf(arguments)
+    path = gguf_path(arguments)
     partial = path.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "qwen35moe")
     sizes = arguments.sizes

@@ -3,9 +3,10 @@
 ``operators.hpp`` describes the kernels. They read and write Python buffers; an ``mx.array`` is a buffer, and is
 evaluated when it is accessed. Results are evaluated.
 
-Two environment variables are read once, at the first use; an empty variable counts as unset: ``FLASHMOE_THREADS`` (1 to
-256; default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
-``neon`` or ``portable``; default: the best of this machine).
+Two environment variables are read at the first use; an empty variable counts as unset: ``FLASHMOE_THREADS`` (1 to 256;
+default: the cores that this process may use) and ``FLASHMOE_INSTRUCTIONS`` (``avx512_vnni``, ``avx512``, ``avx2``,
+``neon`` or ``portable``; ``auto`` for the first of these that this machine has; default: measured at load where the
+instruction set matters most, see ``fastest.py``, else ``auto``).
 """
 
 import math
@@ -26,6 +27,9 @@ from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 from flashmoe_mlx.errors import InputError
 
 BITS = (2, 3, 4, 8)
+ACTIVATIONS = ("f32", "bf16", "int8")
+"""Types of vectors in products of many vectors: exact, or rounded to 8 bits of precision, bf16 with an exponent for
+each value and int8 with a scale for each group."""
 GROUP_SIZES = (32, 64, 128)
 LANES = 16
 """Head sizes must be a multiple of this."""
@@ -37,7 +41,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 4
+_INTERFACE = 6
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
@@ -95,16 +99,35 @@ def description() -> str:
     return f"{native.instruction_set()}, {native.threads()} threads"
 
 
+def in_use() -> str:
+    """Return the instruction sets that the extension uses and the number of threads, for the records of runs."""
+    native = loaded()
+    return f"{' and '.join(native.instruction_sets_in_use())}, {native.threads()} threads"
+
+
 def few_tokens() -> int:
     """Return the most vectors for which products read codes directly; with more, they dequantize blocks first."""
     few: int = loaded().FEW_TOKENS
     return few
 
 
-def tokens_phrase(tokens: int) -> str:
-    """Return the phrase for the number of tokens in the names of code paths of products."""
+def has_activations(activations: str) -> bool:
+    """Return whether this machine has products with vectors of this type, a member of ``ACTIVATIONS``."""
+    native = extension()
+    return native is not None and bool(native.has_activations(ACTIVATIONS.index(activations)))
+
+
+def rounded_phrase(activations: str) -> str:
+    """Return the phrase for rounded vectors in the names of code paths; empty for exact vectors."""
+    return "" if activations == "f32" else f"vectors in {activations}"
+
+
+def tokens_phrases(tokens: int, activations: str) -> tuple[str, ...]:
+    """Return the phrases for the number of tokens, and for rounded vectors, in the names of code paths of products."""
     few = few_tokens()
-    return "one token" if tokens == 1 else f"2 to {few} tokens" if tokens <= few else f"more than {few} tokens"
+    if tokens <= few:
+        return ("one token" if tokens == 1 else f"2 to {few} tokens", "")
+    return f"more than {few} tokens", rounded_phrase(activations)
 
 
 def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:

@@ -21,6 +21,9 @@ const char* const kName = "avx512";
 #include "formats.hpp"
 #include "dot_floats.hpp"
 #include "dot.hpp"
+#include "panel.hpp"
+#include "matmul_floats.hpp"
+#include "matmul_bytes.hpp"
 #include "body.hpp"
 } // namespace
 } // namespace flashmoe

@@ -17,10 +17,14 @@
 namespace flashmoe {
 namespace {
 const char* const kName = "avx512_vnni";
+#define FLASHMOE_VNNI
 #include "lanes_avx512.hpp"
 #include "formats.hpp"
 #include "dot_bytes.hpp"
 #include "dot.hpp"
+#include "panel.hpp"
+#include "matmul_floats.hpp"
+#include "matmul_bytes.hpp"
 #include "body.hpp"
 } // namespace
 } // namespace flashmoe

@@ -39,88 +39,6 @@ INLINE F load_part(const float* x, int64_t i, int64_t count) {
     return load(last);
 }
 
-// --- products of many vectors
-// -----------------------------------------------------------------------------------------
-
-// Store the codes of a chunk as floats, in the order of packed vectors.
-template <int BITS, int J>
-INLINE void dequantize_codes(W w, F s, F b, float* to) {
-    store(to + 16 * J, fma(decode<BITS, J>(w), s, b));
-    if constexpr (J + 1 < codes_per_lane(BITS)) dequantize_codes<BITS, J + 1>(w, s, b, to);
-}
-
-template <int BITS, int GROUP>
-INLINE void dequantize_chunks(const uint8_t* codes, F scales, F biases, float* to, int chunks) {
-    constexpr int per_group = kPerGroup<BITS, GROUP>;
-    for (int c = 0; c < chunks; ++c)
-        dequantize_codes<BITS, 0>(load_codes<BITS>(codes + c * kChunkBytes<BITS>), spread<per_group>(scales, c),
-                                  spread<per_group>(biases, c), to + c * kChunk<BITS>);
-}
-
-// Compute tile[r][t] += sum over k of block[r][k] * across[k][t].
-template <int VECTORS>
-INLINE void multiply_block(const float* block, int64_t stride, int64_t length, const float* across, int width,
-                           float* tile) {
-    F total[kRows][VECTORS];
-    for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < VECTORS; ++v) total[r][v] = load(tile + r * width + 16 * v);
-    for (int64_t k = 0; k < length; ++k) {
-        F x[VECTORS];
-        for (int v = 0; v < VECTORS; ++v) x[v] = load(across + k * width + 16 * v);
-        for (int r = 0; r < kRows; ++r) {
-            F q = splat(block[r * stride + k]);
-            for (int v = 0; v < VECTORS; ++v) total[r][v] = fma(q, x[v], total[r][v]);
-        }
-    }
-    for (int r = 0; r < kRows; ++r)
-        for (int v = 0; v < VECTORS; ++v) store(tile + r * width + 16 * v, total[r][v]);
-}
-
-INLINE void multiply_tokens(const float* block, int64_t stride, int64_t length, const float* across, int width,
-                            float* tile) {
-    int t = 0;
-    if constexpr (kVectors >= 4)
-        for (; t + 64 <= width; t += 64) multiply_block<4>(block, stride, length, across + t, width, tile + t);
-    if constexpr (kVectors >= 2)
-        for (; t + 32 <= width; t += 32) multiply_block<2>(block, stride, length, across + t, width, tile + t);
-    for (; t + 16 <= width; t += 16) multiply_block<1>(block, stride, length, across + t, width, tile + t);
-}
-
-template <int BITS, int GROUP>
-void multiply_rows(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
-                   float* scratch) {
-    constexpr int64_t block = 16 * GROUP, block_bytes = block * BITS / 8;
-    const int size = static_cast<int>(m.scale_bytes());
-    const int64_t groups = m.groups(), blocks = (groups + 15) / 16;
-    Tail tail;
-    std::memset(tile, 0, sizeof(float) * ((end - begin + kRows - 1) / kRows * kRows * width));
-    for (int64_t b = 0; b < blocks; ++b) { // outer loop, so that this part of `across` stays in the cache for all rows
-        for (int64_t row = begin; row < end; row += kRows) {
-            int chunks = kPerGroup<BITS, GROUP>;
-            for (int r = 0; r < kRows; ++r) {
-                const int64_t at = row + r < end ? row + r : end - 1; // results of rows beyond the end are unused
-                const uint8_t* codes = m.codes + at * m.row_bytes() + b * block_bytes;
-                const uint8_t* scales = m.scales + at * m.scale_row_bytes() + b * 16 * size;
-                const uint8_t* biases = m.biases + at * m.scale_row_bytes() + b * 16 * size;
-                if (16 * (b + 1) > groups) {
-                    read_tail<BITS, GROUP>(codes, scales, biases, static_cast<int>(groups - 16 * b), size,
-                                           tail);
-                    codes = tail.codes, scales = tail.scales, biases = tail.biases, chunks = tail.chunks;
-                }
-                dequantize_chunks<BITS, GROUP>(codes, any_scales(scales, m.type), any_scales(biases, m.type),
-                                                  scratch + r * block, chunks);
-            }
-            multiply_tokens(scratch, block, int64_t{chunks} * kChunk<BITS>, across + b * block * width, width,
-                            tile + (row - begin) * width);
-        }
-    }
-}
-
-void multiply(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
-              float* scratch) {
-    FOR_FORMAT(multiply_rows, begin, end, across, width, tile, scratch)
-}
-
 void swiglu(float* gate, const float* up, int64_t count) {
     over(gate, count, [&](int64_t i, F g) { return g * sigmoid(g) * load_part(up, i, count); });
 }
@@ -292,5 +210,22 @@ void attend(const float* queries, int64_t heads, int64_t dim, const float* keys,
     }
 }
 
-const Operations operations = {kName,  pack,     vector_bytes, prepare, dot, multiply, swiglu, convolve,
-                               delta,  rms_norm, attend,       multiply_by_sigmoid};
+#include "attend_many.hpp"
+
+const Operations operations = {
+    kName,
+    vector_bytes,
+    prepare,
+    dot,
+    {kFloatBlock, kPanelRows, kFewTokens, float_vector_bytes, arrange_floats, panel_floats, multiply_floats},
+    {kByteBlock, kPanelRows, 2, byte_vector_bytes, arrange_bytes, panel_floats, multiply_bytes},
+    swiglu,
+    convolve,
+    delta,
+    rms_norm,
+    attend,
+    tokens_of_block,
+    attend_many_floats,
+    attend_many,
+    multiply_by_sigmoid,
+};

@@ -57,7 +57,9 @@ INLINE void split(const uint8_t* p, __m512i* part) {
         part[0] = _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x2926232009060300), lanes), seven);
         part[1] = _mm512_and_si512(_mm512_multishift_epi64_epi8(_mm512_set1_epi64(0x35322f2c15120f0c), lanes), seven);
     } else {
-        const __m512i bytes = _mm512_loadu_si512(p), mask = _mm512_set1_epi8((1 << BITS) - 1);
+        __m512i bytes = _mm512_loadu_si512(p);
+        asm("" : "+v"(bytes)); // one load
+        const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
         part[0] = BITS == 8 ? bytes : _mm512_and_si512(bytes, mask);
 #pragma GCC unroll 4 // keeps parts in registers
         for (int i = 1; i < kParts<BITS>; ++i) part[i] = _mm512_and_si512(_mm512_srli_epi16(bytes, BITS * i), mask);
@@ -119,35 +121,81 @@ void prepare(const float* x, int64_t columns, int bits, int group, uint8_t* to) 
     }
 }
 
-// Return codes of a chunk times a vector: the sum of every lane, in units of the vector's scale.
-template <int BITS>
-INLINE F multiply_parts(const __m512i* part, const uint8_t* planes) {
+// The number of rows that share a pass over a vector; the result of a row does not depend on it.
+constexpr int kRowsAtOnce = 2;
+
+// Return zeros in a register that compilers do not copy from another one: a copy of 64 bytes takes an execution unit.
+INLINE __m512i fresh_zero() {
+    __m512i zeros;
+    asm volatile("vpxord %0, %0, %0" : "=v"(zeros));
+    return zeros;
+}
+
+// Load 64 bytes into a register, once for all of its uses.
+INLINE __m512i load_once(const uint8_t* p) {
+    __m512i bytes = _mm512_load_si512(p);
+    asm("" : "+v"(bytes));
+    return bytes;
+}
+
+// Add codes of a chunk times a vector to `total`, for all rows.
+template <int BITS, int ROWS>
+INLINE void multiply_parts(const __m512i (*part)[kParts<BITS>], const uint8_t* planes, __m512i* upper, __m512i* lower) {
     constexpr int parts = kParts<BITS>;
-    const auto add = [&](__m512i sum, int plane) {
 #pragma GCC unroll 4
-        for (int i = 0; i < parts; ++i)
-            sum = _mm512_dpbusd_epi32(sum, part[i], _mm512_load_si512(planes + (plane * parts + i) * 64));
-        return sum;
+    for (int r = 0; r < ROWS; ++r) upper[r] = fresh_zero();
+    const auto add = [&](__m512i* sum, int plane) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+        for (int i = 0; i < parts; ++i) {
+            const __m512i bytes = load_once(planes + (plane * parts + i) * 64);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_dpbusd_epi32(sum[r], part[r][i], bytes);
+        }
     };
     // Less than 2^31, because 15 * 128 * 8 * 65793 is.
-    const __m512i upper = add(_mm512_slli_epi32(add(_mm512_setzero_si512(), 0), 8), 1);
-    if constexpr (BITS < 8) return {_mm512_cvtepi32_ps(add(_mm512_slli_epi32(upper, 8), 2))};
-    const __m512 lower = _mm512_cvtepi32_ps(add(_mm512_setzero_si512(), 2));
-    return {_mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(256.0f), lower)};
+    add(upper, 0);
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r) upper[r] = _mm512_slli_epi32(upper[r], 8);
+    add(upper, 1);
+    if constexpr (BITS < 8) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) upper[r] = _mm512_slli_epi32(upper[r], 8);
+        add(upper, 2);
+    } else {
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) lower[r] = fresh_zero();
+        add(lower, 2);
+    }
 }
 
 // Add the first `chunks` chunks of block `b`.
-template <int BITS, int GROUP, int TOKENS>
-INLINE void add_block(const uint8_t* codes, F scales, const Vector* x, int64_t b, int chunks, F* total) {
-    F own[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) own[t] = scales * load(x[t].scales + 16 * b);
+template <int BITS, int GROUP, int ROWS, int TOKENS>
+INLINE void add_block(const uint8_t* const* codes, const F* scales, const Vector* x, int64_t b, int chunks,
+                      F (*total)[TOKENS]) {
+    constexpr int parts = kParts<BITS>;
+    F own[ROWS][TOKENS];
+    for (int t = 0; t < TOKENS; ++t) {
+        const F vector_scales = load(x[t].scales + 16 * b);
+        for (int r = 0; r < ROWS; ++r) own[r][t] = scales[r] * vector_scales;
+    }
     for (int c = 0; c < chunks; ++c) {
-        __m512i part[kParts<BITS>];
-        split<BITS>(codes + c * kChunkBytes<BITS>, part);
-        prefetch(codes + c * kChunkBytes<BITS> + kAhead);
+        __m512i part[ROWS][parts];
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; ++r) {
+            split<BITS>(codes[r] + c * kChunkBytes<BITS>, part[r]);
+            prefetch(codes[r] + c * kChunkBytes<BITS> + kAhead);
+        }
         const int64_t at = 3 * (b * 16 * GROUP + c * kChunk<BITS>);
-        for (int t = 0; t < TOKENS; ++t)
-            total[t] = fma(multiply_parts<BITS>(part, x[t].planes + at), spread<kPerGroup<BITS, GROUP>>(own[t], c),
-                           total[t]);
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; ++t) {
+            __m512i upper[ROWS], lower[ROWS];
+            multiply_parts<BITS, ROWS>(part, x[t].planes + at, upper, lower);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) {
+                F product{_mm512_cvtepi32_ps(upper[r])};
+                if constexpr (BITS == 8) product = fma(product, splat(256.0f), {_mm512_cvtepi32_ps(lower[r])});
+                total[r][t] = fma(product, spread<kPerGroup<BITS, GROUP>>(own[r][t], c), total[r][t]);
+            }
+        }
     }
 }

@@ -16,21 +16,6 @@ constexpr int kChunk = 16 * codes_per_lane(BITS); // codes in a chunk
 template <int BITS, int GROUP>
 constexpr int kPerGroup = GROUP / codes_per_lane(BITS); // lanes in a group, and chunks in a block
 
-void pack(const float* x, int64_t columns, int bits, int group, float* packed) {
-    const int per_lane = codes_per_lane(bits), chunk = 16 * per_lane;
-    const int64_t length = packed_length(columns, group);
-    int64_t c = 0;
-    for (; (c + 1) * chunk <= columns; ++c)
-        for (int j = 0; j < per_lane; ++j)
-            store(packed + c * chunk + 16 * j, gather(x + c * chunk + j, per_lane));
-    for (; c * chunk < length; ++c)
-        for (int j = 0; j < per_lane; ++j)
-            for (int i = 0; i < 16; ++i) {
-                int64_t at = c * chunk + int64_t{i} * per_lane + j;
-                packed[c * chunk + 16 * j + i] = at < columns ? x[at] : 0.0f;
-            }
-}
-
 // Store the sum of every group, and zeros up to the end of the last block.
 void add_up_groups(const float* x, int64_t columns, int group, float* sums) {
     const int64_t groups = columns / group, padded = packed_length(columns, group) / group;

@@ -96,8 +96,92 @@ INLINE F spread(F block, int chunk) {
             _mm256_permutevar8x32_ps(half, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + 8)))};
 }
 
-INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Fetch a line into the second-level cache. A core waits for fewer lines at once for its first-level cache: on Zen 4 that
+// halves the speed of one core (docs/measurements/2026-11-26-cpu-steps.md).
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 constexpr int kTokens = 2;  // vectors that share a pass over the codes
-constexpr int kVectors = 1;
-constexpr int kRows = 6;
+
+// --- for products of many vectors: words of 32 bits
+
+INLINE W operator&(W a, W b) { return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)}; }
+INLINE W operator|(W a, W b) { return {_mm256_or_si256(a.low, b.low), _mm256_or_si256(a.high, b.high)}; }
+template <int N>
+INLINE W shift_right(W a) {
+    return {_mm256_srli_epi32(a.low, N), _mm256_srli_epi32(a.high, N)};
+}
+template <int N>
+INLINE W shift_left(W a) {
+    return {_mm256_slli_epi32(a.low, N), _mm256_slli_epi32(a.high, N)};
+}
+INLINE W splat_word(uint32_t x) {
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(x));
+    return {all, all};
+}
+INLINE W load_words(const uint32_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
+}
+INLINE void store_words(uint32_t* p, W a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.low);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.high);
+}
+INLINE F to_floats(W a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+
+// Transpose 8 rows of 8 words.
+INLINE void transpose_eight(__m256i* rows) {
+    __m256i a[8], b[8];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        a[2 * i] = _mm256_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]);
+        a[2 * i + 1] = _mm256_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 8; i += 4) {
+        b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x20);
+        rows[i + 4] = _mm256_permute2x128_si256(b[i], b[i + 4], 0x31);
+    }
+}
+
+// Transpose 16 rows of 16 words.
+INLINE void transpose(W* rows) {
+    __m256i quarter[4][8]; // upper left, upper right, lower left, lower right
+    for (int i = 0; i < 8; ++i) {
+        quarter[0][i] = rows[i].low, quarter[1][i] = rows[i].high;
+        quarter[2][i] = rows[i + 8].low, quarter[3][i] = rows[i + 8].high;
+    }
+    for (auto& own : quarter) transpose_eight(own);
+    for (int i = 0; i < 8; ++i) {
+        rows[i] = {quarter[0][i], quarter[2][i]};
+        rows[i + 8] = {quarter[1][i], quarter[3][i]};
+    }
+}
+
+template <bool WIDE>
+INLINE __m256i add_products(__m256i sum, __m256i codes, __m256i bytes) {
+    const __m256i ones = _mm256_set1_epi16(1), half = _mm256_set1_epi8(15);
+    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(WIDE ? _mm256_and_si256(codes, half) : codes, bytes), ones);
+    if constexpr (!WIDE) return _mm256_add_epi32(sum, low);
+    const __m256i upper = _mm256_and_si256(_mm256_srli_epi16(codes, 4), half);
+    const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(upper, bytes), ones);
+    return _mm256_add_epi32(_mm256_add_epi32(sum, low), _mm256_slli_epi32(high, 4));
+}
+
+// Add to each lane of `sum` the products of its four bytes, unsigned `codes` and the signed bytes of `x`. WIDE codes
+// exceed 15, and their sums in 16 bits would overflow, so their halves are multiplied apart.
+template <bool WIDE>
+INLINE W add_products(W sum, W codes, uint32_t x) {
+    const __m256i bytes = _mm256_set1_epi32(static_cast<int>(x));
+    return {add_products<WIDE>(sum.low, codes.low, bytes), add_products<WIDE>(sum.high, codes.high, bytes)};
+}
+
+constexpr int kPanelVectors = 1; // vectors of rows in a panel
+constexpr int kFloatBlock = 6;   // vectors that share a pass over a panel
+constexpr int kByteBlock = 4;

@@ -71,8 +71,77 @@ INLINE F spread(F block, int chunk) {
     return {_mm512_permutexvar_ps(_mm512_loadu_si512(index), block.v)};
 }
 
-INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+// Fetch a line into the second-level cache. A core waits for fewer lines at once for its first-level cache: on Zen 4 that
+// halves the speed of one core (docs/measurements/2026-11-26-cpu-steps.md).
+INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
-constexpr int kTokens = 4;  // vectors that share a pass over the codes
-constexpr int kVectors = 4; // registers of 16 vectors in `multiply`
-constexpr int kRows = 6;
+constexpr int kTokens = 2;  // vectors that share a pass over the codes; with four, compilers keep sums in memory
+
+// --- for products of many vectors: words of 32 bits
+
+INLINE W operator&(W a, W b) { return {_mm512_and_si512(a.v, b.v)}; }
+INLINE W operator|(W a, W b) { return {_mm512_or_si512(a.v, b.v)}; }
+template <int N>
+INLINE W shift_right(W a) {
+    return {_mm512_srli_epi32(a.v, N)};
+}
+template <int N>
+INLINE W shift_left(W a) {
+    return {_mm512_slli_epi32(a.v, N)};
+}
+INLINE W splat_word(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))}; }
+INLINE W load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE void store_words(uint32_t* p, W a) { _mm512_storeu_si512(p, a.v); }
+INLINE F to_floats(W a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// Transpose 16 rows of 16 words.
+INLINE void transpose(W* rows) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        a[2 * i] = _mm512_unpacklo_epi32(rows[2 * i].v, rows[2 * i + 1].v);
+        a[2 * i + 1] = _mm512_unpackhi_epi32(rows[2 * i].v, rows[2 * i + 1].v);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) { // b[4 j + i] has words i, i + 4, ... of rows 4 j to 4 j + 3
+        const __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), high = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+        rows[i] = {_mm512_shuffle_i32x4(low, low2, 0x88)};
+        rows[i + 4] = {_mm512_shuffle_i32x4(high, high2, 0x88)};
+        rows[i + 8] = {_mm512_shuffle_i32x4(low, low2, 0xdd)};
+        rows[i + 12] = {_mm512_shuffle_i32x4(high, high2, 0xdd)};
+    }
+}
+
+#ifdef FLASHMOE_VNNI
+// Add to each lane of `sum` the products of its four bytes, unsigned `codes` and the signed bytes of `x`.
+template <bool WIDE>
+INLINE W add_products(W sum, W codes, uint32_t x) {
+    return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(static_cast<int>(x)))};
+}
+#else
+// The same; WIDE codes exceed 15, and their sums in 16 bits would overflow, so their halves are multiplied apart.
+template <bool WIDE>
+INLINE W add_products(W sum, W codes, uint32_t x) {
+    const __m512i bytes = _mm512_set1_epi32(static_cast<int>(x)), ones = _mm512_set1_epi16(1);
+    const __m512i half = _mm512_set1_epi8(15);
+    const __m512i low = _mm512_madd_epi16(_mm512_maddubs_epi16(WIDE ? _mm512_and_si512(codes.v, half) : codes.v, bytes),
+                                          ones);
+    if constexpr (!WIDE) return {_mm512_add_epi32(sum.v, low)};
+    const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(codes.v, 4), half);
+    const __m512i high = _mm512_madd_epi16(_mm512_maddubs_epi16(upper, bytes), ones);
+    return {_mm512_add_epi32(_mm512_add_epi32(sum.v, low), _mm512_slli_epi32(high, 4))};
+}
+#endif
+
+constexpr int kPanelVectors = 2; // registers of rows in a panel
+constexpr int kFloatBlock = 12;  // vectors that share a pass over a panel
+constexpr int kByteBlock = 6;

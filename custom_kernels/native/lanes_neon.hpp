@@ -111,5 +111,79 @@ INLINE F spread(F block, int chunk) {
 INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 constexpr int kTokens = 4;  // vectors that share a pass over the codes
-constexpr int kVectors = 1;
-constexpr int kRows = 4;
+
+// --- for products of many vectors: words of 32 bits
+
+#define OF_WORDS(name, instruction) \
+    INLINE W name(W a, W b) {       \
+        return {instruction(a.v0, b.v0), instruction(a.v1, b.v1), instruction(a.v2, b.v2), instruction(a.v3, b.v3)}; \
+    }
+OF_WORDS(operator&, vandq_u32)
+OF_WORDS(operator|, vorrq_u32)
+#undef OF_WORDS
+template <int N>
+INLINE W shift_right(W a) {
+    if constexpr (N == 0) return a;
+    else return {vshrq_n_u32(a.v0, N), vshrq_n_u32(a.v1, N), vshrq_n_u32(a.v2, N), vshrq_n_u32(a.v3, N)};
+}
+template <int N>
+INLINE W shift_left(W a) {
+    return {vshlq_n_u32(a.v0, N), vshlq_n_u32(a.v1, N), vshlq_n_u32(a.v2, N), vshlq_n_u32(a.v3, N)};
+}
+INLINE W splat_word(uint32_t x) { return {vdupq_n_u32(x), vdupq_n_u32(x), vdupq_n_u32(x), vdupq_n_u32(x)}; }
+INLINE W load_words(const uint32_t* p) { return {vld1q_u32(p), vld1q_u32(p + 4), vld1q_u32(p + 8), vld1q_u32(p + 12)}; }
+INLINE void store_words(uint32_t* p, W a) {
+    vst1q_u32(p, a.v0);
+    vst1q_u32(p + 4, a.v1);
+    vst1q_u32(p + 8, a.v2);
+    vst1q_u32(p + 12, a.v3);
+}
+INLINE float32x4_t to_four_floats(uint32x4_t a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
+INLINE F to_floats(W a) {
+    return {to_four_floats(a.v0), to_four_floats(a.v1), to_four_floats(a.v2), to_four_floats(a.v3)};
+}
+
+// Transpose 16 rows of 16 words.
+INLINE void transpose(W* rows) {
+    uint32_t words[16][16];
+    for (int i = 0; i < 16; ++i) store_words(words[i], rows[i]);
+    for (int i = 0; i < 16; i += 4) { // vld4 takes columns i to i + 3 apart, if their rows lie side by side
+        uint32_t part[4][16];
+        for (int row = 0; row < 16; ++row) vst1q_u32(part[row / 4] + row % 4 * 4, vld1q_u32(words[row] + i));
+        const uint32x4x4_t a = vld4q_u32(part[0]), b = vld4q_u32(part[1]), c = vld4q_u32(part[2]), d = vld4q_u32(part[3]);
+        for (int j = 0; j < 4; ++j) rows[i + j] = {a.val[j], b.val[j], c.val[j], d.val[j]};
+    }
+}
+
+INLINE int32x4_t add_products(int32x4_t sum, int8x16_t codes, int8x16_t bytes) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return vdotq_s32(sum, codes, bytes);
+#else
+    const int32x4_t low = vpaddlq_s16(vmull_s8(vget_low_s8(codes), vget_low_s8(bytes)));
+    const int32x4_t high = vpaddlq_s16(vmull_s8(vget_high_s8(codes), vget_high_s8(bytes)));
+    return vaddq_s32(sum, vpaddq_s32(low, high));
+#endif
+}
+
+template <bool WIDE>
+INLINE uint32x4_t add_products(uint32x4_t sum, uint32x4_t codes, int8x16_t bytes) {
+    const int32x4_t before = vreinterpretq_s32_u32(sum);
+    const uint8x16_t own = vreinterpretq_u8_u32(codes);
+    if constexpr (!WIDE) return vreinterpretq_u32_s32(add_products(before, vreinterpretq_s8_u8(own), bytes));
+    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(own, vdupq_n_u8(15)));
+    const int32x4_t high = add_products(vdupq_n_s32(0), vreinterpretq_s8_u8(vshrq_n_u8(own, 4)), bytes);
+    return vreinterpretq_u32_s32(vaddq_s32(add_products(before, low, bytes), vshlq_n_s32(high, 4)));
+}
+
+// Add to each lane of `sum` the products of its four bytes, unsigned `codes` and the signed bytes of `x`. WIDE codes
+// exceed 127 and are no signed bytes, so their halves are multiplied apart.
+template <bool WIDE>
+INLINE W add_products(W sum, W codes, uint32_t x) {
+    const int8x16_t bytes = vreinterpretq_s8_u32(vdupq_n_u32(x));
+    return {add_products<WIDE>(sum.v0, codes.v0, bytes), add_products<WIDE>(sum.v1, codes.v1, bytes),
+            add_products<WIDE>(sum.v2, codes.v2, bytes), add_products<WIDE>(sum.v3, codes.v3, bytes)};
+}
+
+constexpr int kPanelVectors = 1; // vectors of rows in a panel
+constexpr int kFloatBlock = 6;   // vectors that share a pass over a panel
+constexpr int kByteBlock = 4;

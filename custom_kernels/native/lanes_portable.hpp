@@ -117,5 +117,49 @@ inline F spread(F block, int chunk) {
 inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 
 constexpr int kTokens = 1;  // vectors that share a pass over the codes
-constexpr int kVectors = 1;
-constexpr int kRows = 4;
+
+// --- for products of many vectors: words of 32 bits
+
+inline W operator&(W a, W b) { return {a.v & b.v}; }
+inline W operator|(W a, W b) { return {a.v | b.v}; }
+template <int N>
+inline W shift_right(W a) {
+    return {a.v >> N};
+}
+template <int N>
+inline W shift_left(W a) {
+    return {a.v << N};
+}
+inline W splat_word(uint32_t x) { return {Words{} + x}; }
+inline W load_words(const uint32_t* p) {
+    W r;
+    std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+}
+inline void store_words(uint32_t* p, W a) { std::memcpy(p, &a.v, sizeof a.v); }
+inline F to_floats(W a) {
+    Integers whole;
+    std::memcpy(&whole, &a.v, sizeof whole);
+    return {__builtin_convertvector(whole, Floats)};
+}
+
+// Transpose 16 rows of 16 words.
+inline void transpose(W* rows) {
+    uint32_t words[16][16], own[16];
+    for (int i = 0; i < 16; ++i) store_words(words[i], rows[i]);
+    for (int i = 0; i < 16; ++i) {
+        for (int row = 0; row < 16; ++row) own[row] = words[row][i];
+        rows[i] = load_words(own);
+    }
+}
+
+// Add to each lane of `sum` the products of its four bytes, unsigned `codes` and the signed bytes of `x`.
+template <bool WIDE>
+inline W add_products(W sum, W codes, uint32_t x) {
+    for (int i = 0; i < 4; ++i) sum.v += (codes.v >> (8 * i) & 255u) * static_cast<uint32_t>(static_cast<int8_t>(x >> (8 * i)));
+    return sum;
+}
+
+constexpr int kPanelVectors = 1; // vectors of rows in a panel
+constexpr int kFloatBlock = 2;   // vectors that share a pass over a panel
+constexpr int kByteBlock = 2;

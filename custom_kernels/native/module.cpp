@@ -153,14 +153,23 @@ Matrix matrix(Held& held, PyObject* tuple) {
     return m;
 }
 
+bool is_activations(int type) { return type >= 0 && type <= 2 && has_activations(static_cast<Activations>(type)); }
+
+Activations checked(int type) {
+    require(is_activations(type), "this machine, or this build, has no products with such activations");
+    return static_cast<Activations>(type);
+}
+
 PyObject* products(PyObject*, PyObject* args) {
     PyObject *x, *matrices, *results;
     long long tokens;
-    int add;
-    if (!PyArg_ParseTuple(args, "OLO!O!p", &x, &tokens, &PyTuple_Type, &matrices, &PyTuple_Type, &results, &add))
+    int add, activations;
+    if (!PyArg_ParseTuple(args, "OLO!O!pi", &x, &tokens, &PyTuple_Type, &matrices, &PyTuple_Type, &results, &add,
+                          &activations))
         return nullptr;
     return guarded([&] {
         Held held;
+        const Activations type = checked(activations);
         require(tokens >= 0, "tokens out of range");
         const Py_ssize_t count = PyTuple_Size(matrices);
         require(count > 0 && PyTuple_Size(results) == count, "as many results as matrices are needed");
@@ -172,7 +181,7 @@ PyObject* products(PyObject*, PyObject* args) {
         }
         const float* in = floats(held, x, "x", tokens * all[0].matrix.columns);
         WithoutGil released;
-        quantized_products(all, in, tokens, add);
+        quantized_products(all, in, tokens, add, type);
     });
 }
 
@@ -232,11 +241,13 @@ struct Format {
 PyObject* experts(PyObject*, PyObject* args) {
     PyObject *x, *records, *form, *rows, *routing_weights, *shared, *y;
     long long tokens, choices;
-    if (!PyArg_ParseTuple(args, "OLO!O!OOLOO", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
-                          &routing_weights, &choices, &shared, &y))
+    int activations;
+    if (!PyArg_ParseTuple(args, "OLO!O!OOLOOi", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
+                          &routing_weights, &choices, &shared, &y, &activations))
         return nullptr;
     return guarded([&] {
         Held held;
+        const Activations type = checked(activations);
         require(tokens >= 0 && choices >= 0, "tokens and choices out of range");
         const Format format(form);
         const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
@@ -278,7 +289,7 @@ PyObject* experts(PyObject*, PyObject* args) {
             all.push_back(std::move(own));
         }
         WithoutGil released;
-        apply_experts(all, in, tokens, hidden, out);
+        apply_experts(all, in, tokens, hidden, out, type);
     });
 }
 
@@ -343,12 +354,10 @@ PyObject* attention(PyObject*, PyObject* args) {
 
 PyObject* instruction_set(PyObject*, PyObject*) { return PyUnicode_FromString(operations().name); }
 
-PyObject* instruction_sets(PyObject*, PyObject*) {
+PyObject* names_of(const std::vector<const Operations*>& sets) {
     PyObject* names = PyList_New(0);
     if (!names) return nullptr;
-    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
-                                    portable_operations()}) {
-        if (!found) continue;
+    for (const Operations* found : sets) {
         PyObject* name = PyUnicode_FromString(found->name);
         if (!name || PyList_Append(names, name) != 0) {
             Py_XDECREF(name);
@@ -360,10 +369,29 @@ PyObject* instruction_sets(PyObject*, PyObject*) {
     return names;
 }
 
+PyObject* instruction_sets(PyObject*, PyObject*) { return names_of(all_operations()); }
+
+PyObject* instruction_sets_in_use(PyObject*, PyObject*) { return names_of(operations_in_use()); }
+
 PyObject* use_instruction_set(PyObject*, PyObject* args) {
     const char* name;
     if (!PyArg_ParseTuple(args, "s", &name)) return nullptr;
     return guarded([&] { require(choose_operations(name), "this machine, or this build, has no such instruction set"); });
+}
+
+PyObject* use_for_products(PyObject*, PyObject* args) {
+    long long vectors;
+    int activations, bits, group;
+    const char* name;
+    if (!PyArg_ParseTuple(args, "Liiis", &vectors, &activations, &bits, &group, &name)) return nullptr;
+    return guarded([&] {
+        require(vectors >= 1, "the number of vectors is out of range");
+        const Activations type = checked(activations);
+        require(vectors <= kFewTokens || type != Activations::bf16, "products of bf16 have one instruction set");
+        check_format(1, group, bits, group, 0);
+        require(choose_for_products(vectors, type, bits, group, name),
+                "this machine, or this build, has no such instruction set");
+    });
 }
 
 PyObject* use_threads(PyObject*, PyObject* args) {
@@ -377,25 +405,37 @@ PyObject* use_threads(PyObject*, PyObject* args) {
 
 PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
 
+PyObject* supports_activations(PyObject*, PyObject* args) {
+    int type;
+    if (!PyArg_ParseTuple(args, "i", &type)) return nullptr;
+    return PyBool_FromLong(is_activations(type));
+}
+
 PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
-     "products(x, tokens, matrices, results, add): each result = (or +=) x times the transpose of its matrix"},
+     "products(x, tokens, matrices, results, add, activations): each result = (or +=) x times the transpose of its matrix"},
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
-     "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y): y += weighted outputs"},
+     "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
     {"delta_net", delta_net, METH_VARARGS,
      "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, conv_state, recurrent_state, y)"},
     {"attention", attention, METH_VARARGS,
      "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
+    {"has_activations", supports_activations, METH_VARARGS,
+     "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
     {"instruction_sets", instruction_sets, METH_NOARGS, "Those that this machine has, the best first."},
+    {"instruction_sets_in_use", instruction_sets_in_use, METH_NOARGS, "Those that some operation uses."},
     {"use_instruction_set", use_instruction_set, METH_VARARGS, "Use one by name; \"auto\" is the best."},
+    {"use_for_products", use_for_products, METH_VARARGS,
+     "use_for_products(vectors, activations, bits, group, name): use an instruction set for products of one vector, of a "
+     "few, or of many vectors of a type"},
     {"use_threads", use_threads, METH_VARARGS, "Share work among so many threads, the caller included."},
     {"threads", thread_count, METH_NOARGS, "Return the number of threads."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 4; // see __init__.py
+constexpr int kInterface = 6; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

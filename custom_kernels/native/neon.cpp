@@ -13,6 +13,9 @@ const char* const kName = "neon";
 #include "formats.hpp"
 #include "dot_floats.hpp"
 #include "dot.hpp"
+#include "panel.hpp"
+#include "matmul_floats.hpp"
+#include "matmul_bytes.hpp"
 #include "body.hpp"
 } // namespace
 

@@ -10,10 +10,10 @@
 namespace flashmoe {
 
 constexpr int kLanes = 16;     // floats in a vector, whatever the width of the registers
+// The most vectors for which a product reads the codes directly; for more, panels are unpacked. Python checks both.
+constexpr int64_t kFewTokens = 8;
 constexpr int kMostTokens = 4; // vectors that share one pass over the codes
-constexpr int kTile = 64;      // vectors that share one dequantized block
-constexpr int kSlack = 8;
-constexpr int kScratch = 8 * 16 * 128;
+constexpr int kTile = 64;      // tokens that pass through GatedDeltaNet or attention together
 constexpr int kAhead = 8192;   // bytes between codes in use and prefetched codes
 
 enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2 };
@@ -49,12 +49,6 @@ struct GroupOfLane {
 template <int PER_GROUP>
 inline constexpr GroupOfLane<PER_GROUP> kGroupOfLane{};
 
-// Return the place of column `column` in a packed vector.
-inline int64_t packed_place(int64_t column, int bits) {
-    const int64_t per_lane = codes_per_lane(bits), chunk = kLanes * per_lane, within = column % chunk;
-    return column - within + kLanes * (within % per_lane) + within / per_lane;
-}
-
 // Return the length of a packed vector: blocks of 16 groups, zero at the end; in a chunk of 16 lanes, element [j][i]
 // belongs to code j of lane i.
 inline int64_t packed_length(int64_t columns, int group) {
@@ -75,11 +69,37 @@ struct AttentionShape {
     int64_t heads, kv_heads, head_dim, rotary_dim, capacity, start;
 };
 
+// Parts of nearly equal size of `count` items, each of at most `most`.
+struct Parts {
+    int64_t count, parts;
+
+    Parts(int64_t count_, int64_t most) : count(count_), parts((count_ + most - 1) / most) {}
+    int64_t begin(int64_t part) const { return count * part / parts; }
+    int64_t size(int64_t part) const { return begin(part + 1) - begin(part); }
+};
+
+// Products of many vectors, which are arranged first, in `Parts(vectors, block)`; see `matmul.hpp`.
+struct Multiplication {
+    int64_t block; // vectors side by side
+    int64_t rows;  // of a panel
+    int64_t few;   // the most vectors for which `dot` takes less time
+
+    // Return the size of an arranged vector in bytes, a multiple of 4.
+    int64_t (*vector_bytes)(int64_t columns, int group);
+
+    // Store `count` <= `block` vectors for matrices of a format.
+    void (*arrange)(const float* const* x, int count, int64_t columns, int bits, int group, uint8_t* to);
+
+    // Return the floats of scratch memory that `multiply` needs.
+    int64_t (*scratch)(const Matrix& m);
+
+    // Compute tile[t][r] = row `first + r` of `m` times vector t, r < rows; rows beyond the end of `m` are undefined.
+    void (*multiply)(const Matrix& m, int64_t first, int64_t vectors, const uint8_t* arranged, float* tile,
+                     float* scratch);
+};
+
 struct Operations {
     const char* name;
-
-    // Store `x` [columns] in the order that `multiply` needs for `bits`.
-    void (*pack)(const float* x, int64_t columns, int bits, int group, float* packed);
 
     // Prepare `x` [columns] for `dot`, and return the size of a prepared vector in bytes, in whole cache lines.
     int64_t (*vector_bytes)(int64_t columns, int group);
@@ -89,10 +109,7 @@ struct Operations {
     void (*dot)(const Matrix& m, int64_t begin, int64_t end, int tokens, const uint8_t* const* vectors,
                 float* const* out);
 
-    // Compute tile[row - begin][t] for up to kTile vectors. `across` [packed_length][width] holds the packed vectors
-    // side by side; `width` is a multiple of 16. `tile` has room for kSlack more rows, `scratch` for kScratch floats.
-    void (*multiply)(const Matrix& m, int64_t begin, int64_t end, const float* across, int width, float* tile,
-                     float* scratch);
+    Multiplication floats, bytes;
 
     // Compute gate = silu(gate) * up.
     void (*swiglu)(float* gate, const float* up, int64_t count);
@@ -114,6 +131,14 @@ struct Operations {
     void (*attend)(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values,
                    int64_t begin, int64_t end, float* sums, float* peaks, float* scratch);
 
+    // Attend from queries [tokens][heads][dim] of one kv head, whose tokens are `stride` floats apart like those of the
+    // results `y`. The first token sees `seen` keys, each further token one more. `attend_block` returns the number of
+    // tokens in the best call, and `attend_scratch` the floats of scratch memory for it.
+    int64_t (*attend_block)(int64_t heads);
+    int64_t (*attend_scratch)(int64_t heads, int64_t dim);
+    void (*attend_many)(const float* queries, int64_t stride, int64_t tokens, int64_t heads, int64_t dim,
+                        const float* keys, const float* values, int64_t seen, float* y, float* scratch);
+
     // Compute x[i] *= sigmoid(gate[i]).
     void (*gate)(float* x, const float* gate, int64_t count);
 };
@@ -124,5 +149,8 @@ const Operations* avx2_operations();
 const Operations* avx512_operations();
 const Operations* avx512_vnni_operations();
 const Operations* neon_operations();
+
+// Return products with vectors in bf16; null if this machine or this build lacks instructions for them.
+const Multiplication* avx512_bf16();
 
 } // namespace flashmoe

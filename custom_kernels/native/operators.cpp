@@ -12,12 +12,18 @@ namespace flashmoe {
 namespace {
 
 std::atomic<const Operations*> chosen{nullptr};
+// The operations for products by number and type of vectors, and by format; null stands for `chosen`.
+std::atomic<const Operations*> chosen_for[4][9][3];
 
-const Operations* best() {
-    for (const Operations* found :
-         {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations()})
-        if (found) return found;
-    return portable_operations();
+std::atomic<const Operations*>& choice_for(int64_t vectors, Activations type, int bits, int group) {
+    const int kind = vectors == 1 ? 0 : vectors <= kFewTokens ? 1 : type == Activations::int8 ? 3 : 2;
+    return chosen_for[kind][bits][group / 64];
+}
+
+const Operations* named(const char* name) {
+    for (const Operations* found : all_operations())
+        if (std::strcmp(found->name, name) == 0) return found;
+    return nullptr;
 }
 
 // Memory that a thread keeps between calls, so that the system does not clear new pages every time. It is aligned to a
@@ -50,38 +56,50 @@ float* scratch(int64_t count) {
     return memory.room(count);
 }
 
-enum Purpose { kPacked, kAcross, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
+enum Purpose { kPacked, kArranged, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
 
 constexpr int64_t kBytesAtOnce = 24 * 1024; // bytes of weights per step of a thread, so that all end together
 
-int64_t rows_at_once(const Matrix& m, int64_t tokens) {
+int64_t rows_at_once(const Matrix& m) {
     const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();
-    const int64_t least = tokens > kFewTokens ? 24 : 8; // whole blocks of rows
-    return std::max<int64_t>(least, kBytesAtOnce / row / least * least);
+    return std::max<int64_t>(8, kBytesAtOnce / row / 8 * 8); // whole blocks of rows
 }
 
-int64_t up_to_lanes(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+constexpr int64_t kTokensAtOnce = 256; // tokens for which a panel is unpacked once
 
 bool same_format(const Matrix& a, const Matrix& b) {
     return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
 }
 
-// Vectors that are prepared for `dot` with a matrix's format.
+const Operations& operations_for(const Matrix& m, int64_t vectors, Activations type = Activations::f32) {
+    const Operations* found = choice_for(vectors, type, m.bits, m.group).load(std::memory_order_relaxed);
+    return found ? *found : operations();
+}
+
+// Return the products of more than kFewTokens vectors of a type that `has_activations`.
+const Multiplication& multiplication(const Matrix& m, Activations type) {
+    if (type == Activations::bf16) return *avx512_bf16();
+    const Operations& own = operations_for(m, kFewTokens + 1, type);
+    return type == Activations::int8 ? own.bytes : own.floats;
+}
+
+// `count` vectors that are prepared for `dot` with a matrix's format.
 struct Prepared {
+    const Operations& own;
     int64_t bytes;
     uint8_t* memory;
 
     static int64_t size(const Matrix& m, int64_t count) {
-        return count * operations().vector_bytes(m.columns, m.group) / 4; // floats
+        return count * operations_for(m, count).vector_bytes(m.columns, m.group) / 4; // floats
     }
-    Prepared(const Matrix& m, float* memory_)
-        : bytes(operations().vector_bytes(m.columns, m.group)), memory(reinterpret_cast<uint8_t*>(memory_)) {}
+    Prepared(const Matrix& m, int64_t count, float* memory_)
+        : own(operations_for(m, count)), bytes(own.vector_bytes(m.columns, m.group)),
+          memory(reinterpret_cast<uint8_t*>(memory_)) {}
     uint8_t* vector(int64_t i) const { return memory + i * bytes; }
 
     // `row(i)` returns vector i.
     template <typename Row>
     void fill(const Matrix& m, int64_t count, const Row& row) const {
-        const Operations& own = operations();
         parallel(count, 4, [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
         });
@@ -95,65 +113,78 @@ void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t
     for (int64_t first = 0; first < count; first += kMostTokens) {
         const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
         for (int t = 0; t < tokens; ++t) vectors[t] = x.vector(first + t), out[t] = to + (first + t) * stride;
-        operations().dot(m, begin, end, tokens, vectors, out);
+        x.own.dot(m, begin, end, tokens, vectors, out);
     }
 }
 
-// Store `count` packed vectors side by side, [packed length][width]; `row(i)` returns vector i.
-template <typename Row>
-float* across(const Matrix& m, int64_t count, int64_t width, const Row& row) {
-    const int64_t length = packed_length(m.columns, m.group);
-    float *packed = scratch<kPacked>(count * length), *to = scratch<kAcross>(length * width);
-    const Operations& own = operations();
-    parallel(count, 4, [&](int64_t begin, int64_t end, int) {
-        for (int64_t i = begin; i < end; ++i) own.pack(row(i), m.columns, m.bits, m.group, packed + i * length);
-    });
-    parallel(length, 256, [&](int64_t begin, int64_t end, int) {
-        for (int64_t k = begin; k < end; ++k) {
-            for (int64_t t = 0; t < count; ++t) to[k * width + t] = packed[t * length + k];
-            for (int64_t t = count; t < width; ++t) to[k * width + t] = 0.0f;
-        }
-    });
-    return to;
-}
+// Vectors that are arranged for products of many vectors with matrices of a format; `row(i)` returns vector i.
+class Arranged {
+public:
+    template <typename Row>
+    Arranged(const Multiplication& how, const Matrix& m, int64_t count, const Row& row) : how_(how), count_(count) {
+        const int64_t bytes = how.vector_bytes(m.columns, m.group);
+        memory_ = reinterpret_cast<uint8_t*>(scratch<kArranged>(count * bytes / 4));
+        const Parts blocks(count, how.block);
+        parallel(blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
+            std::vector<const float*> rows(how.block);
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t first = blocks.begin(i), size = blocks.size(i);
+                for (int64_t t = 0; t < size; ++t) rows[t] = row(first + t);
+                how.arrange(rows.data(), static_cast<int>(size), m.columns, m.bits, m.group, memory_ + first * bytes);
+            }
+        });
+    }
 
-void many(const Matrix& m, int64_t begin, int64_t end, const float* across, int64_t width, float* tile) {
-    operations().multiply(m, begin, end, across, static_cast<int>(width), tile, scratch<kOwn>(kScratch));
-}
+    // Call f(first, rows) for all panels of `rows` rows.
+    template <typename Function>
+    void panels(int64_t rows, const Function& f) const {
+        parallel((rows + how_.rows - 1) / how_.rows, 1, [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) f(i * how_.rows, std::min(how_.rows, rows - i * how_.rows));
+        });
+    }
 
-// Call f(first, count) for blocks of tokens as large as one pass allows; a few remaining tokens form another block.
+    // Return the products with a panel of `m`, [vector][rows of a panel]; PURPOSE says which memory of the thread to use.
+    template <Purpose PURPOSE>
+    float* times(const Matrix& m, int64_t first) const {
+        float* tile = scratch<PURPOSE>(count_ * how_.rows);
+        how_.multiply(m, first, count_, memory_, tile, scratch<kOwn>(how_.scratch(m)));
+        return tile;
+    }
+
+private:
+    const Multiplication& how_;
+    const int64_t count_;
+    uint8_t* memory_;
+};
+
+// Call f(first, count) for blocks of tokens for which panels are unpacked once.
 template <typename Function>
 void token_blocks(int64_t tokens, const Function& f) {
-    int64_t first = 0;
-    while (first < tokens) {
-        int64_t count = std::min<int64_t>(kTile, tokens - first);
-        if (count > kFewTokens && count % kLanes && count % kLanes <= kFewTokens / 2) count -= count % kLanes;
-        f(first, count);
-        first += count;
-    }
+    const Parts blocks(tokens, kTokensAtOnce);
+    for (int64_t i = 0; i < blocks.parts; ++i) f(blocks.begin(i), blocks.size(i));
 }
 
 // One expert and one block of the tokens that use it.
-void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y) {
+void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y,
+                    Activations type, bool of_few) {
     const int64_t inner = e.gate.rows;
     const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
-    const int64_t width = up_to_lanes(count);
-    const int64_t step = rows_at_once(e.gate, count), down_step = rows_at_once(e.down, count);
-    if (count <= kFewTokens) {
-        const Prepared prepared(e.gate, scratch<kPacked>(Prepared::size(e.gate, count)));
+    const Multiplication& how = multiplication(e.gate, type);
+    if (count <= (of_few ? kFewTokens : how.few)) {
+        const Prepared prepared(e.gate, count, scratch<kPacked>(Prepared::size(e.gate, count)));
         prepared.fill(e.gate, count, input);
         float* middle = scratch<kHidden>(count * inner);
-        parallel(inner, step, [&](int64_t begin, int64_t end, int) {
+        parallel(inner, rows_at_once(e.gate), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* up = scratch<kOwnUp>(count * rows);
             few(e.gate, begin, end, prepared, count, middle + begin, inner);
             few(e.up, begin, end, prepared, count, up, rows);
             for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
         });
-        const Prepared prepared_middle(e.down, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
+        const Prepared prepared_middle(e.down, count, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
         prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
-        parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
+        parallel(hidden, rows_at_once(e.down), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* out = scratch<kOwnTile>(count * rows);
             few(e.down, begin, end, prepared_middle, count, out, rows);
@@ -163,27 +194,21 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         });
         return;
     }
-    const float* inputs = across(e.gate, count, width, input);
-    const int64_t middle_length = packed_length(inner, e.down.group);
-    float* middle = scratch<kHidden>(middle_length * width);
-    std::fill(middle, middle + middle_length * width, 0.0f);
-    parallel(inner, step, [&](int64_t begin, int64_t end, int) {
-        const int64_t rows = end - begin;
-        float *gate = scratch<kOwnTile>((rows + kSlack) * width), *up = scratch<kOwnUp>((rows + kSlack) * width);
-        many(e.gate, begin, end, inputs, width, gate);
-        many(e.up, begin, end, inputs, width, up);
-        own.swiglu(gate, up, rows * width);
-        for (int64_t r = 0; r < rows; ++r)
-            std::memcpy(middle + packed_place(begin + r, e.down.bits) * width, gate + r * width,
-                        sizeof(float) * width);
+    float* middle = scratch<kHidden>(count * inner);
+    const Arranged inputs(how, e.gate, count, input);
+    inputs.panels(inner, [&](int64_t first, int64_t rows) {
+        float *gate = inputs.times<kOwnTile>(e.gate, first), *up = inputs.times<kOwnUp>(e.up, first);
+        own.swiglu(gate, up, count * how.rows);
+        for (int64_t t = 0; t < count; ++t)
+            std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
     });
-    parallel(hidden, down_step, [&](int64_t begin, int64_t end, int) {
-        const int64_t rows = end - begin;
-        float* out = scratch<kOwnTile>((rows + kSlack) * width);
-        many(e.down, begin, end, middle, width, out);
+    const Multiplication& how_down = multiplication(e.down, type);
+    const Arranged middles(how_down, e.down, count, [&](int64_t i) { return middle + i * inner; });
+    middles.panels(hidden, [&](int64_t first, int64_t rows) {
+        const float* out = middles.times<kOwnTile>(e.down, first);
         for (int64_t t = 0; t < count; ++t)
             for (int64_t r = 0; r < rows; ++r)
-                y[uses[t].token * hidden + begin + r] += uses[t].routing_weight * out[r * width + t];
+                y[uses[t].token * hidden + first + r] += uses[t].routing_weight * out[t * how_down.rows + r];
     });
 }
 
@@ -207,13 +232,13 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
             inputs.push_back(inputs.back());
             continue;
         }
-        inputs.emplace_back(gate, free);
+        inputs.emplace_back(gate, 1, free);
         free += Prepared::size(gate, 1);
         inputs.back().fill(gate, 1, [&](int64_t) { return x; });
     }
     float* middle = scratch<kHidden>(starts[count]);
     const Matrix& first = experts[0].expert.gate;
-    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first, 1) / 2), [&](int64_t begin, int64_t end, int) {
+    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first) / 2), [&](int64_t begin, int64_t end, int) {
         int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
         while (begin < end) {
             const Expert& e = experts[i].expert;
@@ -228,10 +253,10 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     float* packed_memory = scratch<kHiddenPacked>(widest * count);
     std::vector<Prepared> middles;
     for (int64_t i = 0; i < count; ++i) {
-        middles.emplace_back(experts[i].expert.down, packed_memory + widest * i);
+        middles.emplace_back(experts[i].expert.down, 1, packed_memory + widest * i);
         middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
     }
-    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down, 1) / count);
+    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down) / count);
     parallel(hidden, step, [&](int64_t begin, int64_t end, int) {
         const int64_t rows = end - begin;
         float* out = scratch<kOwnTile>(rows);
@@ -245,18 +270,46 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
 
 } // namespace
 
+std::vector<const Operations*> all_operations() {
+    std::vector<const Operations*> all;
+    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
+                                    portable_operations()})
+        if (found) all.push_back(found);
+    return all;
+}
+
+std::vector<const Operations*> operations_in_use() {
+    std::vector<const Operations*> used{&operations()};
+    for (const Operations* found : all_operations()) {
+        bool uses = false;
+        for (const auto& by_format : chosen_for)
+            for (const auto& by_group : by_format)
+                for (const auto& choice : by_group) uses = uses || choice.load() == found;
+        if (uses && found != used[0]) used.push_back(found);
+    }
+    return used;
+}
+
 const Operations& operations() {
     const Operations* found = chosen.load(std::memory_order_relaxed);
-    if (!found) chosen.store(found = best());
+    if (!found) chosen.store(found = all_operations()[0]);
     return *found;
 }
 
 bool choose_operations(const char* name) {
-    if (std::strcmp(name, "auto") == 0) return chosen.store(best()), true;
-    for (const Operations* found : {avx512_vnni_operations(), avx512_operations(), avx2_operations(), neon_operations(),
-                                    portable_operations()})
-        if (found && std::strcmp(found->name, name) == 0) return chosen.store(found), true;
-    return false;
+    const Operations* found = std::strcmp(name, "auto") == 0 ? all_operations()[0] : named(name);
+    if (!found) return false;
+    chosen.store(found);
+    for (auto& by_format : chosen_for)
+        for (auto& by_group : by_format)
+            for (auto& choice : by_group) choice.store(nullptr);
+    return true;
+}
+
+bool choose_for_products(int64_t vectors, Activations type, int bits, int group, const char* name) {
+    const Operations* found = named(name);
+    if (found) choice_for(vectors, type, bits, group).store(found);
+    return found;
 }
 
 namespace {
@@ -274,12 +327,12 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
         starts[i + 1] = starts[i] + m.rows;
         int64_t same = 0;
         while (same < i && !same_format(m, products[same].matrix)) ++same;
-        inputs.push_back(same < i ? inputs[same] : Prepared(m, free));
+        inputs.push_back(same < i ? inputs[same] : Prepared(m, count, free));
         if (same < i) continue;
         free += Prepared::size(m, count);
         inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });
     }
-    parallel(starts[matrices], rows_at_once(products[0].matrix, count), [&](int64_t begin, int64_t end, int) {
+    parallel(starts[matrices], rows_at_once(products[0].matrix), [&](int64_t begin, int64_t end, int) {
         int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
         for (; begin < end; begin = starts[++i]) {
             const Matrix& m = products[i].matrix;
@@ -297,30 +350,31 @@ void multiply_few(const std::vector<Product>& products, const float* x, int64_t 
     });
 }
 
-void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add) {
+void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add,
+                   Activations type) {
     const Matrix& m = product.matrix;
-    const int64_t width = up_to_lanes(count);
-    const float* inputs = across(m, count, width, [&](int64_t t) { return x + t * m.columns; });
-    float* out = product.y + first * m.rows;
-    parallel(m.rows, rows_at_once(m, count), [&](int64_t begin, int64_t end, int) {
-        float* tile = scratch<kOwnTile>((end - begin + kSlack) * width);
-        many(m, begin, end, inputs, width, tile);
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t r = begin; r < end; ++r) {
-                const float residual = add ? out[t * m.rows + r] : 0.0f;
-                out[t * m.rows + r] = residual + tile[(r - begin) * width + t];
-            }
+    const Multiplication& how = multiplication(m, type);
+    const Arranged inputs(how, m, count, [&](int64_t t) { return x + t * m.columns; });
+    inputs.panels(m.rows, [&](int64_t row, int64_t rows) {
+        const float* tile = inputs.times<kOwnTile>(m, row);
+        for (int64_t t = 0; t < count; ++t) {
+            float* out = product.y + (first + t) * m.rows + row;
+            for (int64_t r = 0; r < rows; ++r) out[r] = (add ? out[r] : 0.0f) + tile[t * how.rows + r];
+        }
     });
 }
 
 } // namespace
 
-void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add) {
+bool has_activations(Activations type) { return type != Activations::bf16 || avx512_bf16(); }
+
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
+                        Activations type) {
     if (products.empty()) return;
     const int64_t columns = products[0].matrix.columns;
     token_blocks(tokens, [&](int64_t first, int64_t count) {
         if (count <= kFewTokens) return multiply_few(products, x + first * columns, count, first, add);
-        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add);
+        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add, type);
     });
 }
 
@@ -331,12 +385,13 @@ void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width
     });
 }
 
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y) {
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
+                   Activations type) {
     if (experts.empty()) return;
     if (tokens == 1) return apply_to_one(experts, x, hidden, y);
     for (const ExpertUses& one : experts)
         token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y);
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, type, tokens <= kFewTokens);
         });
 }
 
@@ -413,6 +468,27 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
                 std::memcpy(values + at, v + ((first + t) * kv_heads + kv) * dim, sizeof(float) * dim);
             }
         });
+
+        if (count > kFewTokens) {
+            const int64_t block = own.attend_block(group);
+            const Parts blocks(count, block);
+            float* out = y + first * heads * dim;
+            parallel(kv_heads * blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
+                for (int64_t item = begin; item < end; ++item) {
+                    const int64_t kv = item % kv_heads, part = item / kv_heads, t = blocks.begin(part);
+                    const int64_t at = (t * heads + kv * group) * dim;
+                    own.attend_many(queries + at, heads * dim, blocks.size(part), group, dim,
+                                    keys + kv * shape.capacity * dim, values + kv * shape.capacity * dim,
+                                    shape.start + first + t + 1, out + at,
+                                    scratch<kOwn>(own.attend_scratch(group, dim)));
+                }
+            });
+            parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
+                for (int64_t item = begin; item < end; ++item)
+                    own.gate(out + item * dim, q_and_gate + (first * heads + item) * 2 * dim + dim, dim);
+            });
+            continue;
+        }
 
         // Threads share the keys of a single token, or else the tokens.
         const int64_t end_of_keys = shape.start + first + count;

@@ -1,4 +1,4 @@
-// The operations on whole arrays, whose work the threads routing_weight.
+// The operations on whole arrays, whose work the threads share.
 #pragma once
 
 #include <vector>
@@ -7,14 +7,25 @@
 
 namespace flashmoe {
 
-// The most vectors for which a product reads the codes directly; for more, blocks are dequantized. Python checks both.
-constexpr int64_t kFewTokens = 8;
-
 // Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
 const Operations& operations();
 
-// Select an instruction set by name, the best for "auto"; return false if this machine lacks it.
+// Return the instruction sets of this machine, the best first, and those that some operation uses.
+std::vector<const Operations*> all_operations();
+std::vector<const Operations*> operations_in_use();
+
+// Select an instruction set by name, the best for "auto", for all operations; return false if this machine lacks it.
 bool choose_operations(const char* name);
+
+// The type of vectors in products of more than kFewTokens vectors.
+enum class Activations : int { f32 = 0, bf16 = 1, int8 = 2 };
+
+// Return whether this machine and this build have products with vectors of a type.
+bool has_activations(Activations type);
+
+// Select an instruction set by name for products with matrices of a format: of one vector, of 2 to kFewTokens, or of more
+// vectors of a type, f32 or int8. Return false if this machine lacks it.
+bool choose_for_products(int64_t vectors, Activations type, int bits, int group, const char* name);
 
 // A matrix and the result y [tokens, rows] = x [tokens, columns] times its transpose.
 struct Product {
@@ -23,7 +34,8 @@ struct Product {
 };
 
 // Compute products of `x` with matrices of the same number of columns; with `add`, add them to the results.
-void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add);
+void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
+                        Activations type);
 
 // Compute y [tokens, width] = x / rms(x) * weight.
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);
@@ -44,7 +56,8 @@ struct ExpertUses {
 };
 
 // Compute y[token] += routing_weight * down(silu(gate x) * up x) for every use; x and y are [tokens, hidden].
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y);
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
+                   Activations type);
 
 struct DeltaLayer {
     DeltaShape shape;

@@ -10,6 +10,9 @@ const char* const kName = "portable";
 #include "formats.hpp"
 #include "dot_floats.hpp"
 #include "dot.hpp"
+#include "panel.hpp"
+#include "matmul_floats.hpp"
+#include "matmul_bytes.hpp"
 #include "body.hpp"
 } // namespace
 

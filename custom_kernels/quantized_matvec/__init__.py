@@ -12,5 +12,5 @@ OPERATION = Operation(
     mlx=mlx.quantized_matvec,
     mlx_name="mx.quantized_matmul",
     gpu=Implementation(gpu.quantized_matvec, gpu.code_path, gpu.samples),
-    cpu=Implementation(cpu.products, cpu.code_path, cpu.samples, adapt=one_by_one),
+    cpu=Implementation(cpu.products, cpu.code_path, cpu.samples, adapt=one_by_one, rounds=True),
 )

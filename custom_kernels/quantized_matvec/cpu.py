@@ -12,21 +12,26 @@ from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 
 
-def code_path(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None) -> CodePath | None:
+def code_path(
+    x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None, activations: str = "f32"
+) -> CodePath | None:
     """Return the code path of ``products``; None if it does not support the arguments."""
     if x.dtype != mx.float32 or not all(native.supports_weight(weight) for weight in weights):
         return None
     how = "added to a residual" if residual is not None else "one matrix" if len(weights) == 1 else "several matrices"
     formats = " and ".join(dict.fromkeys(weight.format_name for weight in weights))
-    return native.tokens_phrase(len(x)), formats, how
+    return *native.tokens_phrases(len(x), activations), formats, how
 
 
-def products(x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None) -> tuple[mx.array, ...]:
-    """Compute ``Products`` for ``x`` in f32 and any number of vectors."""
+def products(
+    x: mx.array, weights: Sequence[QuantizedWeight], residual: mx.array | None = None, activations: str = "f32"
+) -> tuple[mx.array, ...]:
+    """Compute ``Products`` for ``x`` in f32 and any number of vectors; see ``native.ACTIVATIONS``."""
     tokens = len(x)
     matrices = tuple(native.matrix(weight) for weight in weights)
     results = [native.Output((tokens, matrix[3]), residual) for matrix in matrices]
-    native.loaded().products(x, tokens, matrices, tuple(y.buffer for y in results), residual is not None)
+    buffers, rounding = tuple(y.buffer for y in results), native.ACTIVATIONS.index(activations)
+    native.loaded().products(x, tokens, matrices, buffers, residual is not None, rounding)
     return tuple(y.array() for y in results)
 
 

@@ -11,7 +11,7 @@ OPERATION = Operation(
     mlx=mlx.routed_experts,
     mlx_name="expert_mlp",
     gpu=Implementation(gpu.routed_experts, gpu.code_path, gpu.samples),
-    cpu=Implementation(cpu.routed_experts, cpu.code_path, cpu.samples, adapt=cpu.on_records),
+    cpu=Implementation(cpu.routed_experts, cpu.code_path, cpu.samples, adapt=cpu.on_records, rounds=True),
     prompts={
         "reference": "reference",
         "mlx": "expert_mlp",

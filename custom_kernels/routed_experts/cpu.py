@@ -30,6 +30,7 @@ def code_path(
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,  # noqa: ARG001
+    activations: str = "f32",
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
@@ -43,7 +44,7 @@ def code_path(
             return None
         formats = dict.fromkeys((shared.gate.format_name, shared.down.format_name))
         fused = f"with a shared expert of {' and '.join(formats)}"
-    return native.tokens_phrase(len(x)), format_name(form.bits, form.group_size, form.dtype), fused
+    return *native.tokens_phrases(len(x), activations), format_name(form.bits, form.group_size, form.dtype), fused
 
 
 def routed_experts(
@@ -54,6 +55,7 @@ def routed_experts(
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,
+    activations: str = "f32",
 ) -> mx.array:
     """Compute ``reference.routed_experts`` in f32 for any number of tokens.
 
@@ -65,13 +67,17 @@ def routed_experts(
         form: format of the records.
         shared: an expert for every token, or None.
         residual: [T, hidden] to add to the result, such as the outputs of an earlier group of experts; or None.
+        activations: type of the vectors of experts with many tokens; see ``native.ACTIVATIONS``.
     """
     y = native.Output(x.shape, residual)
     offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
     scales = native.SCALES[form.dtype]
     layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, scales, offsets)
     matrices = None if shared is None else tuple(native.matrix(matrix) for matrix in shared.matrices)
-    native.loaded().experts(x, len(x), list(records), layout, rows, routing_weights, rows.shape[1], matrices, y.buffer)
+    choices, rounding = rows.shape[1], native.ACTIVATIONS.index(activations)
+    native.loaded().experts(
+        x, len(x), list(records), layout, rows, routing_weights, choices, matrices, y.buffer, rounding
+    )
     return y.array()
 
 

@@ -216,7 +216,7 @@ class AnswerFile:
 
     def _read(self) -> bytes | None:
         """Collect the keys of the answers; return the lines to keep, or None to keep all."""
-        lines = []
+        lines: list[bytes] = []
         all_kept = True
         for line in self._file:
             key = None

@@ -167,7 +167,8 @@ class Runner:
                 self._prefill_parts(parts, before_layer, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
-                sequence.report(sequence.prefilled)
+                if sequence.prefilled == len(sequence.request.prompt_ids):
+                    sequence.report(sequence.prefilled)
         if failures:
             raise failures[0]
 

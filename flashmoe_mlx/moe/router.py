@@ -22,15 +22,23 @@ class Routing:
 
     Attributes:
         experts: [T, K], ascending for each token, so that a token's sum does not depend on its prompt's chunks.
-        weights: f32 [T, K]; the weights of a token sum to 1.
-        shared_weight: [T, 1], the weight of the shared expert.
-        all_weights: f32 [T, K + 1], ``weights`` and then ``shared_weight``.
+        all_weights: f32 [T, K + 1], ``weights`` and then the weight of the shared expert.
+        dtype: the type of activations.
     """
 
     experts: npt.NDArray[np.uint32]
-    weights: mx.array
-    shared_weight: mx.array
     all_weights: mx.array
+    dtype: mx.Dtype
+
+    @property
+    def weights(self) -> mx.array:
+        """The weights of routed experts, f32 [T, K]; those of a token sum to 1."""
+        return self.all_weights[:, :-1]
+
+    @property
+    def shared_weight(self) -> mx.array:
+        """The weight of the shared expert, [T, 1] in the type of activations."""
+        return self.all_weights[:, -1:].astype(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +101,10 @@ class Router:
                 clock.waits += 1
                 experts, all_weights = self.choose_on_host(x)
                 mx.eval(*also)
-            all_on_device = mx.array(all_weights)
-            return Routing(experts, mx.array(all_weights[:, :-1]), mx.array(all_weights[:, -1:]), all_on_device)
+            return Routing(experts, mx.array(all_weights), x.dtype)
         chosen, _, weights = self.choose_rows(x, scores, _everyone(self.gate.weight.shape[0]))
         experts = clock.read("router_wait", chosen, weights, *also)
-        routed, shared = mx.split(weights, [self.experts_k], axis=-1)
-        return Routing(experts.astype(np.uint32), routed, shared.astype(x.dtype), weights)
+        return Routing(experts.astype(np.uint32), weights, x.dtype)
 
     def choose_rows(self, x: mx.array, scores: mx.array | None, table: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Choose experts lazily.

@@ -1,5 +1,6 @@
 """How much of what a store reads is in the page cache before the read, measured on a sample of the requests."""
 
+import contextlib
 import mmap
 from collections.abc import Sequence
 from time import perf_counter
@@ -35,6 +36,8 @@ class PageCacheSampler:
         self._began = perf_counter()
         self._spent = 0.0
         self._known = True
+        self._open: set[int] = set()
+        """Layers whose files are open."""
 
     def sample(self, layer: int, experts: Sequence[int]) -> StoreStats:
         """Look up one of ``experts`` of ``layer``, if this request is in the sample.
@@ -47,6 +50,8 @@ class PageCacheSampler:
         if not experts or not self._known:
             return StoreStats()
         self._requests += 1
+        if layer not in self._open:
+            self._open_files(layer, experts[0])
         if self._skip:
             self._skip -= 1
             return StoreStats()
@@ -60,6 +65,16 @@ class PageCacheSampler:
         self._step = min(1 + int(cost / (_SHARE * per_request)), 2 * self._step)
         self._skip = int(self._random.integers(2 * self._step - 1))
         return found
+
+    def _open_files(self, layer: int, expert: int) -> None:
+        """Open the files of a layer at its first request, as the readers do, rather than at some later request.
+
+        An interrupt could lose a descriptor while it is opened; so can only the first request of a layer.
+        """
+        with contextlib.suppress(OSError):  # no such file, or too many open files
+            for extent in self._source.extents(layer, expert):
+                self._files[extent.path]
+        self._open.add(layer)
 
     def _look_up(self, layer: int, expert: int) -> StoreStats:
         total = cached = 0

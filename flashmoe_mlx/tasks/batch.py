@@ -66,7 +66,7 @@ def run(config: Config, run_dir: Path) -> None:
         if not waiting:
             show(f"answers: {out}")
             return
-        with load(folder, backend, config.experts_k, kernels=config.kernels) as engine:
+        with load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations) as engine:
             print_notes([engine.setup["note"]])
             defaults = _defaults(config)
             engine.request("a", **defaults)  # refuses options that would make every request fail

@@ -139,7 +139,15 @@ def _plan(config: Config) -> Plan:
     if not prompts or ("rotating" in config.conditions and len(prompts) < 2):
         raise InputError("prompts= needs at least one text, or two for conditions=[rotating]")
     return Plan(
-        folder, configurations, config.conditions, prompts, config.raw, config.tokens, config.rounds, config.kernels
+        folder,
+        configurations,
+        config.conditions,
+        prompts,
+        config.raw,
+        config.tokens,
+        config.rounds,
+        config.kernels,
+        config.activations,
     )
 
 

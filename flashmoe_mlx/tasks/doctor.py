@@ -16,6 +16,8 @@ import mlx.core as mx
 from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.custom_kernels import cases, dialect, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
+from flashmoe_mlx.custom_kernels.native.fastest import Choice, settle
+from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import Form, contests
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.research.decode_probe import DecodeFinding, measure_decoding
@@ -60,9 +62,11 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
     """
     gpu = dialect()
     on_cpu = gpu is None and native.extension() is not None
-    kernels = f"kernels for CPUs ({native.description()})" if on_cpu else gpu
     findings: list[Finding] = []
     with activity() as announce:
+        announce("timing instruction sets")
+        choices = settle(contests(_standard_forms())) if on_cpu else []
+        kernels = f"kernels for CPUs ({native.in_use()})" if on_cpu else gpu
         for geometry, make in _cases(gpu is not None, on_cpu):
             for dtype in (mx.float32, mx.bfloat16) if gpu else (mx.float32,):
                 case = make(dtype)
@@ -70,8 +74,8 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
                 findings.append(_examined(case, geometry, kernels is not None))
         announce("decode steps of the demo model")
         decoding = measure_decoding()
-    write_json(run_dir / "doctor.json", _record(gpu, kernels, findings) | {"decoding": asdict(decoding)})
-    for line in _report(kernels, findings):
+    write_json(run_dir / "doctor.json", _record(gpu, kernels, choices, findings) | {"decoding": asdict(decoding)})
+    for line in _report(kernels, choices, findings):
         show(line)
     show("")
     show(_decode_line(decoding))
@@ -141,18 +145,24 @@ def _microseconds(function: Callable[[], Results]) -> float:
     return median(times)
 
 
-def _record(gpu: str | None, kernels: str | None, findings: list[Finding]) -> dict[str, Any]:
+def _standard_forms() -> Iterator[Form]:
+    size = GEOMETRIES["397B"].hidden
+    return (Form(size, size, bits, 64, mx.bfloat16) for bits in native.BITS)
+
+
+def _record(gpu: str | None, kernels: str | None, choices: list[Choice], findings: list[Finding]) -> dict[str, Any]:
     return {
         "version": DOCTOR_VERSION,
         "environment": environment(),
         "device": {str(key): str(value) for key, value in mx.device_info(mx.default_device()).items()},
         "dialect": gpu,
         "kernels": kernels,
+        "choices": [asdict(choice) for choice in choices],
         "findings": [asdict(found) | {"passed": found.passed} for found in findings],
     }
 
 
-def _report(kernels: str | None, findings: list[Finding]) -> Iterator[str]:
+def _report(kernels: str | None, choices: list[Choice], findings: list[Finding]) -> Iterator[str]:
     """Yield the lines of a report in Markdown."""
     described = ", ".join(f"{key} {value}" for key, value in environment().items() if isinstance(value, str))
     yield f"{described}, {mx.device_info(mx.default_device()).get('device_name', mx.default_device())}"
@@ -160,6 +170,7 @@ def _report(kernels: str | None, findings: list[Finding]) -> Iterator[str]:
         yield "MLX finds no GPU, and the kernels for CPUs are not installed: this table checks MLX's operations."
     else:
         yield f"Custom kernels: {kernels}. Times: microseconds per call, launch included; weights mostly in cache."
+    yield from (f"- {choice.contest}: {choice}" for choice in choices)
     yield ""
     yield "| kernel | case | shape | type | error | kernel, us | MLX, us | |"
     yield "|---|---|---|---|---|---|---|---|"

@@ -71,7 +71,9 @@ def run(config: Config, run_dir: Path) -> None:
     with activity() as announce, _reference(config, folder, items, announce) as reference:
         record["reference"] = reference.setup
         for backend, k in settings:
-            with load(folder, backend, k, kernels=config.kernels, on_load=announce) as engine:
+            with load(
+                folder, backend, k, kernels=config.kernels, activations=config.activations, on_load=announce
+            ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)

@@ -43,6 +43,7 @@ def run(config: Config, run_dir: Path) -> None:
             backend,
             config.experts_k,
             kernels=config.kernels,
+            activations=config.activations,
             prefetch=config.prefetch,
             profile=config.profile,
             on_load=announce,

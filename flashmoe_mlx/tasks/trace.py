@@ -42,7 +42,14 @@ def run(config: Config, run_dir: Path) -> None:
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with activity() as announce:
-        loaded = load(folder, backend, config.experts_k, kernels=config.kernels, on_load=announce)
+        loaded = load(
+            folder,
+            backend,
+            config.experts_k,
+            kernels=config.kernels,
+            activations=config.activations,
+            on_load=announce,
+        )
     with loaded as engine:
         print_notes([engine.setup["note"]])
         prompt = engine.encode(config.prompt, **options)

@@ -1,5 +1,5 @@
 // Every operation of the extension for CPUs, called by several threads at once, on every instruction set, compared with
-// the results of a single thread; for sanitizers (.ci/sanitize). Buffers have exactly the required length.
+// the results of a single thread, and those with portable code; for sanitizers (.ci/sanitize) and emulators. Buffers have exactly the required length.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -40,10 +40,12 @@ std::vector<float> noise(std::mt19937& random, int64_t count) {
 
 // Return the results of all operations on inputs drawn from `seed`.
 std::vector<float> results(int seed) {
+    const Activations rounded = static_cast<Activations>(seed % 3);
+    const Activations type = has_activations(rounded) ? rounded : Activations::f32;
     std::mt19937 random(seed);
     std::vector<float> all;
     const int widths[] = {2, 3, 4, 8}, groups[] = {32, 64, 128};
-    const int bits = widths[seed % 4], group = groups[seed % 3];
+    const int bits = widths[seed % 4], group = groups[seed / 4 % 3];
     for (int64_t tokens : {1, 3, 19, 70}) {
         const int64_t hidden = 3 * group, inner = 2 * group;
         const auto x = noise(random, tokens * hidden);
@@ -51,7 +53,7 @@ std::vector<float> results(int seed) {
         Weights down(random, hidden, inner, bits, group);
         std::vector<float> y(tokens * inner), other(tokens * inner), normed(tokens * inner);
         for (bool add : {false, true})
-            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add);
+            quantized_products({{gate.matrix, y.data()}, {up.matrix, other.data()}}, x.data(), tokens, add, type);
         rms_norm(y.data(), other.data(), tokens, inner, 1e-6f, normed.data());
         all.insert(all.end(), y.begin(), y.end());
         all.insert(all.end(), other.begin(), other.end());
@@ -61,7 +63,7 @@ std::vector<float> results(int seed) {
         for (auto& expert : experts)
             for (int64_t t = 0; t < tokens; ++t) expert.uses.push_back({t, 0.5f});
         y.assign(tokens * hidden, 0.0f);
-        apply_experts(experts, x.data(), tokens, hidden, y.data());
+        apply_experts(experts, x.data(), tokens, hidden, y.data(), type);
         all.insert(all.end(), y.begin(), y.end());
 
         const DeltaShape shape{2, 4, 32, 16, 4};
@@ -89,28 +91,41 @@ std::vector<float> results(int seed) {
     return all;
 }
 
+// Return the results of all seeds by a single thread.
+std::vector<std::vector<float>> by_one_thread() {
+    set_threads(1);
+    std::vector<std::vector<float>> all;
+    for (int seed = 0; seed < 12; ++seed) all.push_back(results(seed));
+    return all;
+}
+
+// End the program if results differ.
+void compare(const std::vector<float>& found, const std::vector<float>& expected, float tolerance, const char* name,
+             int seed) {
+    for (size_t i = 0; i < found.size(); ++i) {
+        const float difference = std::fabs(found[i] - expected[i]);
+        if (difference <= tolerance * (1.0f + std::fabs(expected[i]))) continue;
+        std::printf("%s, seed %d: element %zu differs by %g\n", name, seed, i, difference);
+        std::exit(1);
+    }
+}
+
 } // namespace
 
 int main() {
+    choose_operations("portable");
+    const auto portable = by_one_thread();
     for (const char* name : {"avx512_vnni", "avx512", "avx2", "neon", "portable"}) {
         if (!choose_operations(name)) continue;
-        set_threads(1);
-        std::vector<std::vector<float>> expected;
-        for (int seed = 0; seed < 12; ++seed) expected.push_back(results(seed));
+        const auto expected = by_one_thread();
+        for (int seed = 0; seed < 12; ++seed) compare(expected[seed], portable[seed], 2e-3f, name, seed);
         set_threads(3);
         std::vector<std::thread> callers;
         for (int caller = 0; caller < 4; ++caller)
             callers.emplace_back([&, caller] {
                 for (int round = 0; round < 12; ++round) {
                     const int seed = (round + 3 * caller) % 12;
-                    const auto found = results(seed);
-                    for (size_t i = 0; i < found.size(); ++i) {
-                        const float difference = std::fabs(found[i] - expected[seed][i]);
-                        if (!(difference <= 1e-4f * (1.0f + std::fabs(expected[seed][i])))) {
-                            std::printf("%s, seed %d: element %zu differs by %g\n", name, seed, i, difference);
-                            std::exit(1);
-                        }
-                    }
+                    compare(results(seed), expected[seed], 1e-4f, name, seed);
                 }
             });
         for (auto& caller : callers) caller.join();

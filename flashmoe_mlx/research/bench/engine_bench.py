@@ -64,6 +64,7 @@ class Plan:
         tokens: tokens to generate in each trial.
         rounds: number of rounds.
         kernels: choice of kernels, as in ``load``.
+        activations: types of the inputs of products, as in ``load``.
     """
 
     folder: Path
@@ -74,6 +75,7 @@ class Plan:
     tokens: int
     rounds: int
     kernels: str
+    activations: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def _run(plan: Plan, configuration: Configuration, condition: str, number: int) 
         configuration.backend,
         configuration.experts_k,
         kernels=plan.kernels,
+        activations=plan.activations,
         prefetch=configuration.prefetch,
     ) as engine:
         files = expert_files(engine.store.source)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.console.output import activity, show
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
@@ -14,6 +15,8 @@ from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, tota
 from flashmoe_mlx.stores.registry import AUTO
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
 from flashmoe_mlx.tasks.shared.model import cache_folder
+
+_OPTIONS = ("_target_", "variant", "mirrors")
 
 
 def chosen_backend(
@@ -30,10 +33,17 @@ def chosen_backend(
         experts_k: routed experts per token; None for the model's own number.
 
     Raises:
-        InputError: the model does not fit into memory, or the speed model does not know it.
+        InputError: an option is set that ``backend=auto`` chooses itself, the model does not fit into memory, or the
+            speed model does not know it.
     """
     if settings.get("_target_") != AUTO:
         return dict(settings)
+    for name in settings:
+        if name not in _OPTIONS:
+            raise InputError(
+                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
+                code="unknown_option",
+            )
     profile = machine_profile(cache_folder(choice))
     files = open_model(folder)
     made = choose_backend(files, profile, usable_memory(), settings.get("variant"), experts_k)

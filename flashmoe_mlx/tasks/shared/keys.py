@@ -60,6 +60,7 @@ class EngineConfig(StoreConfig):
     """Keys of tasks that run a model."""
 
     kernels: str = "auto"
+    activations: str = "auto"
 
 
 @dataclass
