@@ -104,7 +104,7 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 
 class _Batch:
-    """The answers to some requests.
+    """The answers to the requests of a file.
 
     Args:
         engine: the loaded model.

@@ -1,4 +1,4 @@
-"""``backend=auto`` on the command line: measurements of this machine, and the backend that follows from them."""
+"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ _OPTIONS = ("_target_", "variant", "mirrors")
 def chosen_backend(
     settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
 ) -> dict[str, Any]:
-    """Return ``settings``, or for ``backend=auto`` the settings of the backend for this model and machine.
+    """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
     The first call on a machine measures it for two minutes. The choice and its reasons are shown.
 
