@@ -200,3 +200,13 @@ def test_an_id_that_utf_8_cannot_hold(tmp_path: Path) -> None:
         answers.write({"id": "\ud800", "text": "a"})
     with contextlib.closing(AnswerFile(path)) as answers:
         assert answers.done == {"\ud800"}
+
+
+def test_a_symbolic_link_stays_when_lines_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.symlink_to("elsewhere.jsonl")
+    kept = b'{"id": "a", "text": "b"}\n'
+    (tmp_path / "elsewhere.jsonl").write_bytes(kept + b'{"id": "c')
+    AnswerFile(path).close()
+    assert path.is_symlink()
+    assert path.read_bytes() == kept

@@ -207,7 +207,7 @@ class AnswerFile:
         try:
             kept = self._read()
             if kept is not None:
-                write_atomically(path, kept)
+                write_atomically(path.resolve(), kept)  # a symbolic link stays
                 replaced, self._file = self._file, _open_locked(path)
                 replaced.close()
         except BaseException:
