@@ -1,4 +1,4 @@
-"""Reports about a long step, from the code that takes the time to whoever waits for it."""
+"""Reports of a long operation to the code that waits for it."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -7,15 +7,15 @@ from contextvars import ContextVar
 from threading import Lock, Timer
 
 Listener = Callable[[str], None]
-"""Takes the current activity in a few words; threads call it in turn."""
+"""Receives a short description of the current activity; never called by two threads at once."""
 
 
 _INTERVAL = 0.5
-"""Seconds between two reports of one activity, which differ in what follows the colon."""
+"""Shortest time in seconds between two reports of one activity, which differ only after the colon."""
 
 
 class _Patient:
-    """Reports for ``listener``; ``release`` passes on the latest, and from then on each new activity."""
+    """Reports for ``listener``: ``release`` passes on the latest report, and later reports follow at once."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener

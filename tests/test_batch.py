@@ -103,6 +103,7 @@ def test_an_interrupted_run_is_continued(requests: Path, tmp_path: Path, capsys:
         b'{"prompt": "a", "n": 2}\n',
         b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n',
         b'{"prompt": "a", "prompt": "b"}\n',
+        b'{"prompt": "a", "stop": 5}\n',
         json.dumps(openai_line("a", "b", n=2)).encode(),
         json.dumps(openai_line("a", "b") | {"url": "/v1/embeddings"}).encode(),
         json.dumps(openai_line("a", "b") | {"body": []}).encode(),
@@ -128,7 +129,18 @@ def test_any_text_is_requests_or_an_error(tmp_path_factory: pytest.TempPathFacto
         assert read_batch(path)
 
 
-@pytest.mark.parametrize("content", [b'{"prompt": "a"}\n', b"text\n", b'{"id": "x", "prompt": "a"}\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"prompt": "a"}\n',
+        b"text\n",
+        b'{"id": "x", "prompt": "a"}\n',
+        b"\xff\n",
+        b"text",
+        b'{"prompt": "a"}',
+        b'{"id": "x", "prompt": "a"}',
+    ],
+)
 def test_a_file_without_answers_is_not_appended_to(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "out.jsonl"
     path.write_bytes(content)
@@ -150,3 +162,51 @@ def test_a_place_that_cannot_be_written_is_named(requests: Path, tmp_path: Path)
     assert caught.value.code == "invalid_batch"
     assert batch(requests, tmp_path / "no" / "out.jsonl", f"hydra.run.dir={tmp_path / 'run'}") == 2
     assert run_command_line(["task=batch", f"hydra.run.dir={tmp_path / 'run2'}"]) == 2
+
+
+def test_failed_requests_are_tried_again(requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, out) == 1
+    answered = [line for line in out.read_bytes().splitlines() if b'"template_refused"' not in line]
+    assert batch(requests, out) == 1
+    assert out.read_bytes().splitlines()[:-1] == answered
+    assert len(read_answers(out)) == 6
+    write_lines(requests, [json.loads(line) for line in requests.read_text().splitlines()[:-1]])
+    assert batch(requests, out) == 0
+    assert out.read_bytes().splitlines() == answered
+    assert batch(requests, out) == 0
+    assert "5 answers of an earlier run kept" in capsys.readouterr().err
+
+
+def test_an_option_that_no_request_can_have_ends_the_run(requests: Path, tmp_path: Path) -> None:
+    assert batch(requests, tmp_path / "out.jsonl", "top_p=2") == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_two_processes_cannot_write_one_file(tmp_path: Path) -> None:
+    with contextlib.closing(AnswerFile(tmp_path / "out.jsonl")), pytest.raises(InputError, match="another process"):
+        AnswerFile(tmp_path / "out.jsonl")
+
+
+def test_devices_are_refused() -> None:
+    with pytest.raises(InputError, match="regular file") as caught:
+        AnswerFile(Path("/dev/full"))
+    assert caught.value.code == "invalid_batch"
+
+
+def test_an_id_that_utf_8_cannot_hold(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with contextlib.closing(AnswerFile(path)) as answers:
+        answers.write({"id": "\ud800", "text": "a"})
+    with contextlib.closing(AnswerFile(path)) as answers:
+        assert answers.done == {"\ud800"}
+
+
+def test_a_symbolic_link_stays_when_lines_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.symlink_to("elsewhere.jsonl")
+    kept = b'{"id": "a", "text": "b"}\n'
+    (tmp_path / "elsewhere.jsonl").write_bytes(kept + b'{"id": "c')
+    AnswerFile(path).close()
+    assert path.is_symlink()
+    assert path.read_bytes() == kept

@@ -1,10 +1,12 @@
-"""Files of many requests and their answers, one JSON object a line: plain lines, or lines of the OpenAI batch API.
+"""Files of many requests and their answers, one JSON object on each line, plain or of the OpenAI batch API.
 
-Source of the latter: https://platform.openai.com/docs/guides/batch.
+Source of the OpenAI format: https://platform.openai.com/docs/guides/batch.
 """
 
+import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import parse_object
 from flashmoe_mlx.paths import name_in_errors
 
@@ -23,9 +26,11 @@ _PLAIN = (*_SAME, "top_k", "min_p", "repetition_penalty", "system")
 _OPENAI = {name: name for name in _SAME} | {"max_completion_tokens": "max_tokens"}
 """Fields of the body of an OpenAI line, with the arguments of ``Engine.request`` that they set."""
 _ANSWER = {"text", "error", "response"}
-"""Fields of which every answer has one."""
-_MOST_BYTES = 64 * 2**20
-"""Largest line in bytes."""
+"""Fields of answers; every answer has at least one of them."""
+_BEGIN = b'{"id": "'
+"""The first bytes of every answer."""
+_LONGEST = 64 * 2**20
+"""Number of characters that no line may reach."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +38,10 @@ class Line:
     """A request of a batch.
 
     Attributes:
-        key: the name by which its answer is found: ``custom_id``, or else the number of the line.
+        key: the name that the request shares with its answer: ``custom_id``, ``id``, or the number of the line.
         prompt: a user's message, or messages.
         options: arguments of ``Engine.request``.
-        openai: whether the line has the form of the OpenAI batch API, as its answer then has.
+        openai: whether the line and its answer have the form of the OpenAI batch API.
     """
 
     key: str
@@ -47,7 +52,7 @@ class Line:
     def answer(
         self, text: str, reasoning: str, finish_reason: str, counts: tuple[int, int], model: str
     ) -> dict[str, Any]:
-        """Return the line with the answer.
+        """Return the line of the answer.
 
         Args:
             text: the answer.
@@ -99,7 +104,7 @@ class Line:
 
 
 def read_batch(path: Path) -> list[Line]:
-    """Read the requests in the file at ``path``; blank lines are left out.
+    """Read the requests in the file at ``path``; skip blank lines.
 
     Raises:
         InputError: the file is missing, or a line is not a request (code "invalid_batch"); the error names the line.
@@ -107,13 +112,13 @@ def read_batch(path: Path) -> list[Line]:
     lines: list[Line] = []
     keys: set[str] = set()
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, text in enumerate(_bounded(file, path), 1):
                 if not text.strip():
                     continue
                 place = f"{path}:{number}"
                 try:
-                    line = _parse(parse_object(text), number)
+                    line = _parse(parse_object(text.strip()), number)
                 except (InputError, ValueError) as error:
                     raise InputError(f"{place}: {error}", code=_INVALID) from None
                 if line.key in keys:
@@ -130,9 +135,11 @@ def read_batch(path: Path) -> list[Line]:
 
 
 def _bounded(file: IO[str], path: Path) -> Iterator[str]:
-    while text := file.readline(_MOST_BYTES):
-        if len(text) == _MOST_BYTES:
-            raise InputError(f"{path}: a line is longer than {_MOST_BYTES // 2**20} MiB", code=_INVALID)
+    number = 0
+    while text := file.readline(_LONGEST):
+        number += 1
+        if len(text) == _LONGEST:
+            raise InputError(f"{path}:{number}: the line is longer than {_LONGEST:,} characters", code=_INVALID)
         yield text
 
 
@@ -150,7 +157,7 @@ def _parse(content: Mapping[str, Any], number: int) -> Line:
     prompt = content.get("prompt", content.get("messages"))
     if not isinstance(prompt, str if "prompt" in content else list):
         raise InputError("prompt must be text, and messages a list", code=_INVALID)
-    return Line(key, prompt, {name: content[name] for name in _PLAIN if content.get(name) is not None})
+    return Line(key, prompt, _options(content, {name: name for name in _PLAIN}))
 
 
 def _parse_openai(content: Mapping[str, Any], key: str) -> Line:
@@ -164,41 +171,65 @@ def _parse_openai(content: Mapping[str, Any], key: str) -> Line:
     for name, value in body.items():
         if name not in ("messages", "model", *_OPENAI) and value is not None:
             raise InputError(f"body.{name} is not supported", code=_INVALID)
-    options = {argument: body[name] for name, argument in _OPENAI.items() if body.get(name) is not None}
-    return Line(key, body["messages"], options, openai=True)
+    return Line(key, body["messages"], _options(body, _OPENAI), openai=True)
+
+
+def _options(fields: Mapping[str, Any], arguments: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments of ``Engine.request`` for the ``fields`` that are not null."""
+    options = {argument: fields[name] for name, argument in arguments.items() if fields.get(name) is not None}
+    if not isinstance(options.get("stop", ""), str | list):
+        raise InputError("stop must be text or a list of texts", code=_INVALID)
+    return options
 
 
 class AnswerFile:
     """The answers of a batch, appended line by line; each line is on disk before the next one is written.
 
+    The file is locked until it is closed. If it exists, it holds the answers of an earlier run. Lines of failed
+    requests are removed, so that these requests are tried again; so is an incomplete last line.
+
     Args:
-        path: the file. If it exists, it holds answers of an earlier run, whose keys are ``done``; a last line without
-            an end is removed.
+        path: the file.
+
+    Attributes:
+        done: the keys of the answers in the file.
 
     Raises:
-        InputError: the file cannot be written, or does not hold answers (code "invalid_batch").
+        InputError: the file cannot be written, holds anything but answers, or belongs to another process (code
+            "invalid_batch").
+        OSError: lines cannot be removed, for instance because the disk is full; the error names the file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.done: set[str] = set()
+        self._file = _open_locked(path)
         try:
-            with name_in_errors(path):
-                self._file = path.open("a+b")
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})", code=_INVALID) from None
-        try:
-            self._file.seek(0)
-            complete = 0
-            for line in self._file:
-                if not line.endswith(b"\n"):
-                    break
-                complete += len(line)
-                self.done.add(_key_of(line, path))
-            self._file.truncate(complete)
+            kept = self._read()
+            if kept is not None:
+                write_atomically(path.resolve(), kept)  # a symbolic link stays
+                replaced, self._file = self._file, _open_locked(path)
+                replaced.close()
         except BaseException:
             self._file.close()
             raise
+
+    def _read(self) -> bytes | None:
+        """Collect the keys of the answers; return the lines to keep, or None to keep all."""
+        lines: list[bytes] = []
+        all_kept = True
+        for line in self._file:
+            key = None
+            if line.endswith(b"\n"):
+                key = _key_of(line, self._path)
+            elif not lines and all_kept and not _may_be_part_of_an_answer(line):
+                raise _holds_other_lines(self._path)  # never truncate a file that is not ours
+            if key is None:
+                all_kept = False
+            else:
+                self.done.add(key)
+                lines.append(line)
+        return None if all_kept else b"".join(lines)
 
     def write(self, answer: Mapping[str, Any]) -> None:
         """Append ``answer`` and wait until it is on disk.
@@ -207,7 +238,7 @@ class AnswerFile:
             OSError: the disk is full or gone; the error names the file.
         """
         with name_in_errors(self._path):
-            self._file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+            self._file.write(_encode(answer))
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -216,12 +247,57 @@ class AnswerFile:
         self._file.close()
 
 
-def _key_of(line: bytes, path: Path) -> str:
+def _open_locked(path: Path) -> IO[bytes]:
+    """Open ``path`` for reading and appending, at its beginning, and lock it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})", code=_INVALID) from None
+    file = os.fdopen(fd, "r+b")
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise InputError(f"{path}: is not a regular file; choose another out=", code=_INVALID)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(fd), path.stat()):  # another process replaced it since it was opened here
+            raise BlockingIOError
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"{path}: another process is writing this file; wait until it ends", code=_INVALID) from None
+    except OSError as error:
+        file.close()
+        raise InputError(f"{path}: cannot be locked ({error.strerror}); choose another out=", code=_INVALID) from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _encode(answer: Mapping[str, Any]) -> bytes:
+    """Return the line of ``answer``; half of a surrogate pair, which UTF-8 cannot hold, becomes an escape of JSON."""
+    return json.dumps(answer, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
+
+
+def _may_be_part_of_an_answer(line: bytes) -> bool:
+    """Return whether ``line``, without an end, may be what an interrupted run has written."""
+    if not line.startswith(_BEGIN):
+        return _BEGIN.startswith(line)
+    try:
+        return bool(_ANSWER & parse_object(line.decode()).keys())
+    except ValueError:
+        return True
+
+
+def _holds_other_lines(path: Path) -> InputError:
+    return InputError(f"{path}: holds other lines than answers; choose another out=", code=_INVALID)
+
+
+def _key_of(line: bytes, path: Path) -> str | None:
+    """Return the key of the answer in ``line``; None if its request failed."""
     try:
         content = parse_object(line.decode())
-        key = content.get("custom_id", content.get("id")) if _ANSWER & content.keys() else None
-    except (InputError, ValueError):
-        key = None
-    if not isinstance(key, str):
-        raise InputError(f"{path}: holds other lines than answers; choose another out=", code=_INVALID)
-    return key
+    except ValueError:
+        raise _holds_other_lines(path) from None
+    key = content.get("custom_id", content.get("id"))
+    if not _ANSWER & content.keys() or not isinstance(key, str):
+        raise _holds_other_lines(path)
+    return key if content.get("error") is None else None

@@ -1,4 +1,4 @@
-"""Several requests at once: prompts are processed beside the answers in progress, which share their passes."""
+"""Several requests at once: answers share their passes, and new prompts are processed between their tokens."""
 
 from collections import deque
 from collections.abc import Callable
@@ -15,8 +15,8 @@ class Progress:
     """The change of a sequence in a step.
 
     Attributes:
-        sequence: it has a new token, or has ended.
-        error: the error that ended it; None while all is well.
+        sequence: the sequence that has a new token or has ended.
+        error: the error that ended it; None without an error.
     """
 
     sequence: Sequence
@@ -28,9 +28,9 @@ class Scheduler:
 
     All methods are called from one thread, ``step`` inside ``Runner.exclusive``.
 
-    Waiting sequences are admitted in the order in which they came, between two tokens of the running ones. A step
-    processes at most ``prefill_tokens`` tokens of prompts while answers are in progress, so that a long prompt delays
-    the next tokens by one such part rather than by the whole prompt.
+    Waiting sequences are admitted in the order in which they came, between two tokens of the running sequences. A
+    step processes at most ``prefill_tokens`` tokens of prompts while answers are in progress, so that a long prompt
+    delays the next tokens by one such part rather than by the whole prompt.
 
     Args:
         runner: runs the passes.
@@ -60,7 +60,7 @@ class Scheduler:
     def step(self) -> list[Progress]:
         """Process parts of prompts, then decode one token of each answer in progress; return the changed sequences.
 
-        An error that ends some sequences does not end the others: it is returned with those that it ended.
+        An error that ends some sequences does not end the other sequences. It is returned with the sequences it ended.
         """
         while self._waiting and len(self._running) < self._together:
             self._running.append(self._waiting.popleft())
@@ -80,7 +80,7 @@ class Scheduler:
 
 
 def _changes(sequences: Listed[Sequence], run_pass: Callable[[], None]) -> list[Progress]:
-    """Run a pass over ``sequences``; return those with a new token, and those that ended."""
+    """Run a pass over ``sequences``; return the sequences that have a new token or have ended."""
     before = [len(sequence.token_ids) for sequence in sequences]
     failure: Exception | None = None
     try:

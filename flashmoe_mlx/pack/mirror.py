@@ -45,10 +45,10 @@ def mirror_pack(pack: Pack, folder: Path, progress: Progress | None = None) -> N
 
 
 def _copy_of(experts: PackedExperts, folder: Path) -> PackedExperts:
-    """Return the place of the copy of ``experts`` in ``folder``, where there may be none yet.
+    """Return the copy of ``experts`` in ``folder``; it need not exist yet.
 
     Raises:
-        PackError: there are other experts (code "another_model").
+        PackError: ``folder`` holds other experts (code "another_model").
     """
     copy = replace(experts, directory=folder / experts.directory.name)
     try:

@@ -72,10 +72,10 @@ def open_mirrors(source: ExpertSource, mirrors: object) -> ExpertSource:
 
     Args:
         source: the experts of a pack.
-        mirrors: paths of folders, not yet checked; None or empty for no mirrors.
+        mirrors: unchecked paths of folders; None or empty for no mirrors.
 
     Raises:
-        InputError: ``mirrors`` is no list of paths (code "option_of_another_type"), or ``source`` is not a pack
+        InputError: ``mirrors`` is not a list of paths (code "option_of_another_type"), or ``source`` is not a pack
             ("not_a_pack").
         PackError: a folder holds no copy of this variant (code "no_mirror") or a copy of other experts
             ("another_model"), or a layer file has another size ("wrong_size").
@@ -109,7 +109,7 @@ def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
         checksums = (folder / CHECKSUMS).read_bytes()
     except OSError:
         raise PackError(
-            f"backend.mirrors: {folder}: no copy of these experts here; {advice}", code="no_mirror"
+            f"backend.mirrors: {folder}: holds no copy of these experts; {advice}", code="no_mirror"
         ) from None
     if checksums != (source.directory / CHECKSUMS).read_bytes():
         raise PackError(f"backend.mirrors: {folder}: holds other experts than the pack; {advice}", code="another_model")
@@ -130,8 +130,8 @@ def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
 def _bandwidth(source: PackedExperts, held: Sequence[int], folder: Path) -> float:
     """Measure the bandwidth of ``folder``, which holds the layers ``held``, in bytes per second.
 
-    Random records are read past the page cache, where the filesystem can do that: copies in memory tell nothing about
-    the disk.
+    Random records are read past the page cache, if the filesystem supports it, because reads from memory say nothing
+    about the disk.
 
     Raises:
         ExpertReadError: a record cannot be read.

@@ -1,4 +1,4 @@
-"""How much of what a store reads is in the page cache before the read, measured on a sample of the requests."""
+"""The share of the bytes of a store's reads that the page cache held before, measured on a sample of the requests."""
 
 import contextlib
 import mmap
@@ -13,11 +13,11 @@ from flashmoe_mlx.stores.page_cache import cached_range
 from flashmoe_mlx.stores.reads import FileDescriptorCache, coalesce, open_for_reading
 
 _SHARE = 0.005
-"""Share of the wall time that samples may take; less than half of the 1 % that nobody would notice."""
+"""Share of the wall time that samples may take."""
 
 
 class PageCacheSampler:
-    """Looks up experts in the page cache before they are read.
+    """A lookup of experts in the page cache before they are read.
 
     A sample is one expert of a request, both chosen at random, as often as 0.5 % of the wall time allows.
 

@@ -1,4 +1,4 @@
-"""``task=batch``: answer a file of requests, several at once; an interrupted run continues where it ended."""
+"""``task=batch``: answer a file of requests, several at once, and continue an interrupted run."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -63,9 +63,14 @@ def run(config: Config, run_dir: Path) -> None:
             )
         if len(waiting) < len(lines):
             show(f"{counted(len(lines) - len(waiting), 'answer')} of an earlier run kept")
+        if not waiting:
+            show(f"answers: {out}")
+            return
         with load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations) as engine:
             print_notes([engine.setup["note"]])
-            batch = _Batch(engine, config.together, _defaults(config), model_identity(folder))
+            defaults = _defaults(config)
+            engine.request("a", **defaults)  # refuses options that would make every request fail
+            batch = _Batch(engine, config.together, defaults, model_identity(folder))
             with _progress(len(lines), len(lines) - len(waiting)) as advance:
                 try:
                     for answer in batch.answers(waiting):
@@ -99,7 +104,7 @@ def _defaults(config: Config) -> dict[str, Any]:
 
 
 class _Batch:
-    """The answers to some requests.
+    """The answers to the requests of a file.
 
     Args:
         engine: the loaded model.
@@ -162,7 +167,7 @@ class _Batch:
         return line.answer(parts[0], parts[1], str(sequence.finish_reason), counts, self._model)
 
     def _failure(self, line: Line, error: Exception) -> Mapping[str, Any]:
-        log.warning("request %s: %s", line.key, error)
+        log.warning("request %r: %s", line.key, error)
         self.failed += 1
         return line.failure(error)
 

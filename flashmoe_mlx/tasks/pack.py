@@ -115,11 +115,17 @@ def _verify(config: Config) -> None:
     pack = open_pack(expand_path(config.out))
     with byte_progress() as progress:
         damages = verify_pack(pack, progress)
+        of_pack = len(damages)
         if config.mirror is not None:
             damages += verify_mirror(pack, expand_path(config.mirror), progress)
     for damage in damages[:_MAX_SHOWN]:
         show(str(damage))
     if damages:
         count = "1 part is" if len(damages) == 1 else f"{len(damages)} parts are"
-        raise FlashMoeError(f"{pack.folder}: {count} damaged, as listed above; delete the pack and make it again")
+        remedy = (
+            "delete the pack and make it again"
+            if of_pack
+            else f"delete the damaged files, and copy them again: task=pack source={pack.folder} mirror={config.mirror}"
+        )
+        raise FlashMoeError(f"{pack.folder if of_pack else config.mirror}: {count} damaged, as listed above; {remedy}")
     show(f"{pack.folder}: verified, every byte is intact")

@@ -14,7 +14,7 @@ from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.stores.registry import backend_settings
 
 _CONTEXT = 8192
-"""Tokens of context for which memory is left."""
+"""Tokens of context for which memory is reserved."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def choose_backend(
     layout = files.variant(variant).layout
     if layout.bits is None or layout.group_size is None:
         raise InputError(
-            "backend=auto: the speed model knows only quantized experts; make a pack (task=pack), or choose a backend",
+            "backend=auto: the speed model needs quantized experts; make a pack (task=pack), or choose a backend",
             code="unsupported_layout",
         )
     config, size = files.config, activation_type().size

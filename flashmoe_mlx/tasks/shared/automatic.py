@@ -1,10 +1,11 @@
-"""``backend=auto`` on the command line: measurements of this machine, and the backend that follows from them."""
+"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flashmoe_mlx.console.output import activity, show
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
@@ -15,11 +16,13 @@ from flashmoe_mlx.stores.registry import AUTO
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
 from flashmoe_mlx.tasks.shared.model import cache_folder
 
+_OPTIONS = ("_target_", "variant", "mirrors")
+
 
 def chosen_backend(
     settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
 ) -> dict[str, Any]:
-    """Return ``settings``, or for ``backend=auto`` the settings of the backend for this model and machine.
+    """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
     The first call on a machine measures it for two minutes. The choice and its reasons are shown.
 
@@ -30,10 +33,17 @@ def chosen_backend(
         experts_k: routed experts per token; None for the model's own number.
 
     Raises:
-        InputError: the model does not fit into memory, or the speed model does not know it.
+        InputError: an option is set that ``backend=auto`` chooses itself, the model does not fit into memory, or the
+            speed model does not know it.
     """
     if settings.get("_target_") != AUTO:
         return dict(settings)
+    for name in settings:
+        if name not in _OPTIONS:
+            raise InputError(
+                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
+                code="unknown_option",
+            )
     profile = machine_profile(cache_folder(choice))
     files = open_model(folder)
     made = choose_backend(files, profile, usable_memory(), settings.get("variant"), experts_k)
