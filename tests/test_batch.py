@@ -38,7 +38,7 @@ def read_answers(path: Path) -> dict[str, dict[str, Any]]:
 def requests(tmp_path: Path) -> Path:
     """Five requests in both forms, and one that the template refuses."""
     plain = [{"prompt": prompt, "id": prompt, "max_tokens": 8} for prompt in PROMPTS[:2]]
-    openai = [openai_line(prompt, prompt, max_completion_tokens=8) for prompt in PROMPTS[2:]]
+    openai = [openai_line(prompt, prompt, max_completion_tokens=8, n=1, stream=False) for prompt in PROMPTS[2:]]
     return write_lines(tmp_path / "in.jsonl", [*plain, *openai, {"messages": [{"role": "x", "content": "y"}]}])
 
 

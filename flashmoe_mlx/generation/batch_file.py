@@ -23,6 +23,8 @@ _URL = "/v1/chat/completions"
 _SAME = ("max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 _PLAIN = (*_SAME, "top_k", "min_p", "repetition_penalty", "system")
 """Options of a plain line; they are arguments of ``Engine.request``."""
+_NEUTRAL: Mapping[str, Any] = {"n": 1, "stream": False, "logprobs": False, "response_format": {"type": "text"}}
+"""Values of further fields that ask for nothing."""
 _OPENAI = {name: name for name in _SAME} | {"max_completion_tokens": "max_tokens"}
 """Fields of the body of an OpenAI line, with the arguments of ``Engine.request`` that they set."""
 _ANSWER = {"text", "error", "response"}
@@ -169,7 +171,7 @@ def _parse_openai(content: Mapping[str, Any], key: str) -> Line:
     if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list):
         raise InputError("body must be an object with a list of messages", code=_INVALID)
     for name, value in body.items():
-        if name not in ("messages", "model", *_OPENAI) and value is not None:
+        if name not in ("messages", "model", *_OPENAI) and value is not None and value != _NEUTRAL.get(name):
             raise InputError(f"body.{name} is not supported", code=_INVALID)
     return Line(key, body["messages"], _options(body, _OPENAI), openai=True)
 
