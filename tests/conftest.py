@@ -14,7 +14,7 @@ from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
 # Every run draws other examples, so fewer of them per run keep the tests within their six minutes.
-settings.register_profile("everyday", max_examples=60)
+settings.register_profile("everyday", max_examples=40)
 settings.load_profile("everyday")
 
 

@@ -190,7 +190,7 @@ def test_one_wait_for_each_layer_that_reads(device: Device, tiny_pack: Path) -> 
 @pytest.mark.parametrize(
     ("device", "slots"),
     [
-        (gpu_on_cpu.cuda, 5),
+        pytest.param(gpu_on_cpu.cuda, 5, marks=pytest.mark.thorough),
         (gpu_on_cpu.metal, 16),
         pytest.param(gpu_on_cpu.cuda, 16, marks=pytest.mark.thorough),
         pytest.param(gpu_on_cpu.metal, 5, marks=pytest.mark.thorough),
@@ -210,13 +210,14 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
 @pytest.mark.parametrize(
     ("gpu", "kernels"),
     [
-        (
+        pytest.param(
             gpu_on_cpu.HOPPER,
             (
                 "routed_experts_fused_with_shared_expert_chooses",
                 "quantized_matvec_stream_with_norm",
                 "attention_decode_tensor",
             ),
+            marks=pytest.mark.thorough,
         ),
         (
             gpu_on_cpu.AMPERE,

@@ -185,7 +185,7 @@ def test_random_numbers_of_a_discarded_step_are_used_again(engine: Engine) -> No
     assert sequence.token_ids == waiting(engine, sampling=WARM, seed=5).token_ids
 
 
-@pytest.mark.parametrize("place", [1, 2, 5])
+@pytest.mark.parametrize("place", [2, *(pytest.param(place, marks=pytest.mark.thorough) for place in (1, 5))])
 def test_a_stop_token(place: int, engine: Engine) -> None:
     stop = waiting(engine).token_ids[place]
     expected = waiting(engine, stop_ids=frozenset([stop]))
