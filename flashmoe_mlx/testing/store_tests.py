@@ -494,9 +494,11 @@ class ExpertStoreTests:
     def test_interrupts_at_any_point(self, store: ExpertStore, stored: StoredExperts) -> None:
         """Interrupts at many different moments, as from Ctrl-C."""
         for layer in range(LAYERS):
-            # Files and threads are opened here: an interrupt could lose a new descriptor before it is stored.
-            store.prefetch(layer, [0])
+            # Files and threads are opened here: an interrupt could lose a new descriptor before it is stored. A read on
+            # demand and a hinted read may open the file of a layer each.
             store.fetch(layer, [0])
+            store.prefetch(layer, [1])
+            store.fetch(layer, [1])
         interrupted = 0
         with _no_garbage_collection(), _handling(signal.SIGALRM, signal.default_int_handler):
             for step in range(300):
