@@ -49,7 +49,7 @@ def batch(requests: Path, out: Path, *arguments: str) -> int:
 
 
 def test_answers_equal_those_of_each_prompt_alone(requests: Path, tmp_path: Path, demo_pack: Path) -> None:
-    """A request that fails does not stop the others; the exit code tells of it."""
+    """A failed request does not stop the other requests, and the exit code is 1."""
     out = tmp_path / "out.jsonl"
     assert batch(requests, out, "together=3") == 1
     answers = read_answers(out)

@@ -1,4 +1,4 @@
-"""Records on their way to a GPU: the order of copies, what the driver refuses, and what is freed."""
+"""Records on their way to a GPU: the order of copies, refusals of the driver, and the release of memory."""
 
 import ctypes
 import gc

@@ -10,7 +10,7 @@ namespace flashmoe {
 // Return the operations that `choose_operations` selected; without a selection, the best operations for this machine.
 const Operations& operations();
 
-// Return the instruction sets of this machine, the best first, and those that some operation uses.
+// Return the instruction sets of this machine, the best first, and the instruction sets in use by an operation.
 std::vector<const Operations*> all_operations();
 std::vector<const Operations*> operations_in_use();
 

@@ -17,7 +17,7 @@ order of the experts and nothing else. ``experts-<variant>/checksums.xxh3`` hold
 each record, by layer, then expert. Layer files have no hash in the manifest, because each of their records has one.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class PackedExperts:
     def layer_bytes(self) -> int:
         """Size of a layer file in bytes."""
         return self.num_experts * self.layout.record_bytes
+
+    def copy_in(self, folder: Path) -> "PackedExperts":
+        """Return the place of a copy of these records in ``folder``, which is a mirror of the pack."""
+        return replace(self, directory=folder / self.directory.name)
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """Return the place of the record of ``expert``, including its padding."""

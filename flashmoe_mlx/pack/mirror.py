@@ -1,7 +1,6 @@
 """Copy the experts of a pack to another disk, so that both disks serve them together."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from flashmoe_mlx.errors import PackError
@@ -50,7 +49,7 @@ def _copy_of(experts: PackedExperts, folder: Path) -> PackedExperts:
     Raises:
         PackError: ``folder`` holds other experts (code "another_model").
     """
-    copy = replace(experts, directory=folder / experts.directory.name)
+    copy = experts.copy_in(folder)
     try:
         known = (copy.directory / CHECKSUMS).read_bytes()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Verification of every byte of a pack against its checksums."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ def verify_mirror(pack: Pack, folder: Path, progress: Progress | None = None) ->
     progress = progress or Silent()
     found: list[Damage] = []
     for variant, experts in pack.experts.items():
-        copy = replace(experts, directory=folder / experts.directory.name)
+        copy = experts.copy_in(folder)
         held = [layer for layer in range(copy.num_layers) if copy.layer_path(layer).is_file()]
         if not held:
             raise PackError(f"mirror={folder}: no copy of {experts.directory} here", code="no_mirror")

@@ -101,7 +101,8 @@ def open_mirrors(source: ExpertSource, mirrors: object) -> ExpertSource:
 
 def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
     """Return the folder of the variant in ``mirror`` and the layers it holds, after a comparison with ``source``."""
-    folder = mirror / source.directory.name
+    copy = source.copy_in(mirror)
+    folder = copy.directory
     advice = f"make one: task=pack source={source.directory.parent} mirror={mirror}"
     if folder.resolve() == source.directory.resolve():
         raise PackError(f"backend.mirrors: {mirror} is the folder of the pack itself", code="no_mirror")
@@ -113,11 +114,11 @@ def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
         ) from None
     if checksums != (source.directory / CHECKSUMS).read_bytes():
         raise PackError(f"backend.mirrors: {folder}: holds other experts than the pack; {advice}", code="another_model")
-    sizes = [regular_file_size(folder / layer_file(layer)) for layer in range(source.num_layers)]
+    sizes = [regular_file_size(copy.layer_path(layer)) for layer in range(source.num_layers)]
     for layer, size in enumerate(sizes):
         if size not in (None, source.layer_bytes):
             raise PackError(
-                f"backend.mirrors: {folder / layer_file(layer)} has {size} bytes instead of {source.layer_bytes}; "
+                f"backend.mirrors: {copy.layer_path(layer)} has {size} bytes instead of {source.layer_bytes}; "
                 f"delete it, and {advice}",
                 code="wrong_size",
             )
