@@ -1,11 +1,12 @@
 """A request: everything that determines an answer."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import LogitsProcessor
+from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.sampling import ChosenSampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -31,6 +32,7 @@ class Request:
         logprobs: the number of alternatives to report for each token; None for no log probabilities at all.
         prefill_chunk: the number of prompt tokens that go through the model together.
         split_reasoning: whether thinking is separated from the answer.
+        boundaries: positions in ``prompt_ids`` at which other prompts may diverge, for the prompt cache.
         processors: change the logits in this order, after the penalties of ``sampling`` and before its temperature.
 
     Raises:
@@ -47,6 +49,7 @@ class Request:
     logprobs: int | None = None
     prefill_chunk: int = PREFILL_CHUNK
     split_reasoning: bool = True
+    boundaries: Mapping[int, Kind] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:

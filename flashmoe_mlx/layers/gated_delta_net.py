@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import DeltaInputs, DeltaWeights, Kernels
-from flashmoe_mlx.layers.cache import RecurrentState
 from flashmoe_mlx.layers.linear import Linear, project_all
+from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.layers.sequences import by_sequence
 
 
@@ -55,8 +55,19 @@ class GatedDeltaNet:
         """Continue the recurrence of one sequence; all arrays are [T, ...] of its new tokens."""
         if cache.conv_state is None or cache.recurrent_state is None:
             cache.conv_state, cache.recurrent_state = self.weights.empty(projected[0].dtype)
-        y, cache.conv_state, cache.recurrent_state = self.recur(projected, cache.conv_state, cache.recurrent_state)
-        return y
+        if not cache.keep_at:
+            y, cache.conv_state, cache.recurrent_state = self.recur(projected, cache.conv_state, cache.recurrent_state)
+            return y
+        pieces, start, tokens = [], 0, len(projected[0])
+        for end in (*cache.keep_at, *(() if cache.keep_at[-1] == tokens else (tokens,))):
+            rows = [array[start:end] for array in projected]
+            y, cache.conv_state, cache.recurrent_state = self.recur(rows, cache.conv_state, cache.recurrent_state)
+            pieces.append(y)
+            if end in cache.keep_at:
+                # A kernel may write to its states in place, so a copy must be made before the next piece.
+                cache.kept.append(cache.snapshot())
+            start = end
+        return mx.concatenate(pieces)
 
     def recur(
         self, projected: Sequence[mx.array], conv_state: mx.array, recurrent_state: mx.array
