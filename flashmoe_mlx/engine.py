@@ -28,7 +28,6 @@ from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.moe.context import RoutingObserver
-from flashmoe_mlx.moe.groups import experts_at_once
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.progress import Listener, reports_to
@@ -88,7 +87,7 @@ def load(
         try:
             built = build_model(files.config, files.resident, store, k, chosen, dtype)
             prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
-            if prefetcher is not None or experts_at_once(store) < files.config.num_experts:
+            if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
             checked = check_kernels(chosen, model_shapes(built))
         except BaseException:
