@@ -95,7 +95,7 @@ def load(
         try:
             built = build_model(files.config, files.resident, store, k, chosen, dtype)
             prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
-            if prefetcher is not None:
+            if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
             checked = check_kernels(chosen, model_shapes(built))
         except BaseException:
