@@ -39,10 +39,10 @@ def test_states_kept_in_a_pass_change_nothing(engine: Engine) -> None:
         engine.forward(prompt[:position], fresh)
         resumed.assemble([kept.part(0, 2), kept.part(2, 40)], state, position)
         for ours, theirs in zip(resumed.arrays(), fresh.arrays(), strict=True):
-            print(position, mx.abs(ours-theirs).max() if ours.shape==theirs.shape else (ours.shape, theirs.shape))
+            print(position, mx.abs(ours - theirs).max() if ours.shape == theirs.shape else (ours.shape, theirs.shape))
         rest = [9, *prompt[position:]]
         logits = engine.forward(rest, resumed)
-        print(np.abs(logits-engine.forward(rest, fresh)).max())
+        print(np.abs(logits - engine.forward(rest, fresh)).max())
 
 
 def test_prompt_continues(engine: Engine) -> None:

@@ -59,7 +59,7 @@ class PromptCache:
             if match.length:
                 path = match.segment.path()
                 try:
-                    cache.assemble([segment.part for segment in path], match.segment.state, match.length)
+                    cache.assemble([segment.part for segment in path], match.segment.state or [], match.length)
                 except Exception:
                     _log.warning("prompt cache: a prompt could not be continued", exc_info=True)
                     cache.rewind(empty)

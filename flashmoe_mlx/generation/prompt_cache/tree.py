@@ -1,13 +1,13 @@
 """A tree of conversations: segments of tokens that share their beginnings, each with what its tokens left behind."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.generation.prompt_cache.positions import Kind
-from flashmoe_mlx.layers.cache import Checkpoint
+from flashmoe_mlx.layers.cache import Checkpoint, LayerCache
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -41,12 +41,12 @@ class Segment:
     @property
     def part_bytes(self) -> int:
         """The size of tokens, keys and values in bytes."""
-        return self.tokens.nbytes + sum(layer.nbytes for layer in self.part if layer is not None)
+        return self.tokens.nbytes + _nbytes(self.part)
 
     @property
     def state_bytes(self) -> int:
         """The size of the states in bytes."""
-        return sum(layer.nbytes for layer in self.state or () if layer is not None)
+        return _nbytes(self.state or ())
 
     def path(self) -> list["Segment"]:
         """Return the segments from the first one of the conversation to this one."""
@@ -161,8 +161,12 @@ _FEW = 16
 """Tokens of the other conversation that a match shows after the divergence."""
 
 
+def _nbytes(layers: Sequence[LayerCache | None]) -> int:
+    return sum(layer.nbytes for layer in layers if layer is not None)
+
+
 def _shared(first: Tokens, second: Tokens) -> int:
     """Return the number of tokens at the beginning that both have."""
     length = min(len(first), len(second))
     different = first[:length] != second[:length]
-    return int(different.argmax()) if different.any() else length
+    return int(np.argmax(different)) if different.any() else length
