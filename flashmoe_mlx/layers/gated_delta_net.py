@@ -8,21 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-        if not cache.keep_at:
-            states = self._states(cache, projected[0].dtype)
-            y, cache.conv_state, cache.recurrent_state = self.recur(projected, *states)
-            return y
-        pieces, start, tokens = [], 0, len(projected[0])
-        for end in dict.fromkeys((*cache.keep_at, tokens)):
-            rows = [array[start:end] for array in projected]
-            states = self._states(cache, projected[0].dtype)
-            y, cache.conv_state, cache.recurrent_state = self.recur(rows, *states)
-            pieces.append(y)
-            if end in cache.keep_at:
-                # A kernel may write to its states in place, so a copy must be made before the next piece.
-                cache.kept.append(cache.snapshot())
-            start = end
-        return mx.concatenate(pieces)
+from flashmoe_mlx.custom_kernels import DeltaBatch, DeltaInputs, DeltaWeights, Kernels
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.layers.sequences import by_sequence
