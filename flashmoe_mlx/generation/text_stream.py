@@ -65,8 +65,8 @@ class TextStream:
             text = "" if token in sequence.request.stop_ids else self._detokenizer.add(token)
             thought, answer = self._split(token, text)
             reasoning += thought
-            content += self._stop.add(answer)
             self._read += 1
+            content += answer if self._read < sequence.request.min_tokens else self._stop.add(answer)
         if sequence.finish_reason is not None and self._stop.found is None:
             thought, answer = self._rest()
             reasoning += thought
