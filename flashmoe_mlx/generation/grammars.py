@@ -29,6 +29,8 @@ _LARGEST = 64 * 2**10
 _LARGEST_TOOLS = 2**20
 """Number of characters of a grammar of tool calls; agents declare tools of 80 KB."""
 _DEEPEST = 32
+_JSON = {"whitespace_pattern": "[ \\t\\n\\r]{0,40}"}
+"""Options of llguidance: whitespace is free, but a weak model cannot go on with it for ever."""
 
 
 def grammars_available() -> bool:
@@ -249,7 +251,7 @@ def _json_rule(schema: object) -> str:
     if not isinstance(schema, Mapping):
         raise InputError(f"schema={schema!r:.60}: must be a JSON schema, which is an object", code=_SCHEMA)
     try:
-        text = json.dumps(schema, allow_nan=False)
+        text = json.dumps({**schema, "x-guidance": _JSON}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"schema: is not JSON ({error})", code=_SCHEMA) from None
     if _depth(schema) > _DEEPEST:

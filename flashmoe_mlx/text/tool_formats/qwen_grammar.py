@@ -65,21 +65,24 @@ class _Function:
         if not self._parameters:
             arguments = "other*" if self._schemas.is_open(self._name) else ""
         elif len(self._parameters) <= _MOST_IN_ANY_ORDER:
-            arguments, orders = self._any_order(self._parameters, [])
+            arguments, orders = self._any_order(self._parameters, "")
             rules += orders
         elif len(self._required) <= _MOST_IN_ANY_ORDER:
-            optional = [name for name in self._parameters if name not in self._required]
-            arguments, orders = self._any_order(self._required, optional)
+            arguments, orders = self._any_order(self._required, self._optional())
             rules += orders
         else:  # in the order of the declaration
-            optional = [name for name in self._parameters if name not in self._required]
-            loop = f" ({self._one_of(optional)})* " if optional else " "
-            arguments = loop + loop.join(self._symbols(self._required)) + loop
+            between = self._optional()
+            arguments = between + between.join(self._symbols(self._required)) + between
         start, end = _text(f"<function={self._name}>\n"), _text("</function>\n")
         return [*rules, f"{self._symbol}: {start} {arguments} {end}"]
 
-    def _any_order(self, names: Sequence[str], optional: Sequence[str]) -> tuple[str, list[str]]:
-        """Return the start symbol and the rules for ``names`` in any order, each once, between ``optional`` ones.
+    def _optional(self) -> str:
+        """Return an expression for optional parameters, of which one may come twice, but no more than there are."""
+        symbols = self._symbols(name for name in self._parameters if name not in self._required)
+        return f" ({' | '.join(symbols)}){{0,{len(symbols)}}} " if symbols else " "
+
+    def _any_order(self, names: Sequence[str], between: str) -> tuple[str, list[str]]:
+        """Return the start and the rules for ``names`` in any order, each once, with ``between`` around each.
 
         One rule stands for each set of parameters that are still to come.
         """
@@ -91,19 +94,16 @@ class _Function:
         for count in range(len(names) + 1):
             for missing in combinations(names, count):
                 options = [
-                    f"{self._symbols([name])[0]} {symbol(rest for rest in missing if rest != name)}" for name in missing
+                    f"{self._symbols([name])[0]} {between} {symbol(rest for rest in missing if rest != name)}"
+                    for name in missing
                 ]
-                options += [f"{parameter} {symbol(missing)}" for parameter in self._symbols(optional)]
                 if not set(missing) & set(self._required):
                     options.append('""')
                 rules.append(f"{symbol(missing)}: {' | '.join(options)}")
-        return symbol(names), rules
+        return f"{between} {symbol(names)}", rules
 
     def _symbols(self, names: Iterable[str]) -> list[str]:
         return [f"{self._symbol}p{self._parameters.index(name)}" for name in names]
-
-    def _one_of(self, names: Iterable[str]) -> str:
-        return " | ".join(self._symbols(names))
 
     def _parameter_rule(self, index: int, name: str) -> str:
         return f"{self._symbol}p{index}: {_text(f'<parameter={name}>' + chr(10))} {self._value(name)}"
