@@ -16,7 +16,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
-from flashmoe_mlx.generation.prompting import Messages, Tools, render_prompt
+from flashmoe_mlx.generation.prompting import Messages, Tools, encode_prompt
 from flashmoe_mlx.generation.request import PrefillProgress, Request, checked_chunk
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import PublishedSampling
@@ -382,16 +382,15 @@ class Engine:
         template_options: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the tokens that ``generate`` sends for a prompt; arguments and errors are those of ``generate``."""
-        text = render_prompt(
+        return encode_prompt(
             prompt,
-            self.tokenizer.chat_template,
+            self.tokenizer,
             raw=raw,
             system=system,
             tools=tools,
             enable_thinking=enable_thinking,
             template_options=template_options,
         )
-        return self.tokenizer.encode(text)
 
     def _forward(self, tokens: list[int], cache: SequenceCache, decoding: bool) -> Logits:
         with self.runner.exclusive():
