@@ -31,7 +31,7 @@ class ApiError(InputError):
         retry_after: seconds after which the request may succeed; None for an error that repetition does not mend.
     """
 
-    default_code = "invalid_request"
+    default_code = "invalid_value"
 
     def __init__(
         self,
