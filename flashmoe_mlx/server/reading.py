@@ -128,5 +128,4 @@ class PrefillReports:
 
 def usage_of(sequence: Sequence, completion: int = 0, reasoning: int = 0) -> Usage:
     """Return the numbers of tokens of ``sequence``."""
-    cached = getattr(sequence.metrics, "reused_tokens", 0) or 0
-    return Usage(len(sequence.request.prompt_ids), cached, completion, reasoning)
+    return Usage(len(sequence.request.prompt_ids), sequence.metrics.reused_tokens, completion, reasoning)

@@ -81,7 +81,9 @@ class Service:
         if self.stopping:
             raise ApiError("the server is stopping", status=503, code="stopping", retry_after=5)
         if self.worker.failure is not None or (self.worker.engine is not None and not self.worker.alive):
-            raise ApiError("the engine has failed; the log of the server has the details", status=503, code="engine_failed")
+            raise ApiError(
+                "the engine has failed; the log of the server has the details", status=503, code="engine_failed"
+            )
         if self.worker.engine is None:
             raise ApiError("the model is loading", status=503, code="loading", retry_after=5)
         return self.worker.engine
