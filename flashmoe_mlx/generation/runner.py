@@ -161,15 +161,15 @@ class Runner:
         layers = self.model.config.num_layers
         failures: list[Exception] = []
 
-        def before_layer(layer: int) -> None:
+        def reached(done: float) -> None:
             for sequence, tokens in parts.items():
-                sequence.report(sequence.prefilled + len(tokens) * layer // layers)
+                sequence.report(sequence.prefilled + int(len(tokens) * done / layers))
             _refuse_cancelled(running)
 
         with _ending(running):
             stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
             with measured_pass(stages, self.store, self.clock):
-                self._prefill_parts(parts, before_layer, failures)
+                self._prefill_parts(parts, reached, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
                 if sequence.prefilled == len(sequence.request.prompt_ids):
@@ -178,7 +178,7 @@ class Runner:
             raise failures[0]
 
     def _prefill_parts(
-        self, parts: Mapping[Sequence, list[int]], before_layer: Callable[[int], None], failures: list[Exception]
+        self, parts: Mapping[Sequence, list[int]], reached: Callable[[float], None], failures: list[Exception]
     ) -> None:
         """Process the next tokens of each sequence in one pass; errors of the choices join ``failures``."""
         used = self._used_experts()
@@ -189,7 +189,7 @@ class Runner:
             caches,
             [sequence.guesses for sequence in parts],
             used,
-            before_layer=before_layer,
+            reached=reached,
         )
         ends = dict(zip(parts, accumulate(lengths), strict=True))
         complete = {
@@ -263,7 +263,7 @@ class Runner:
                 [sequence.guesses for sequence in sequences],
                 used,
                 decoding=True,
-                before_layer=lambda _: _refuse_cancelled(sequences),
+                reached=lambda _: _refuse_cancelled(sequences),
             )
             logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
@@ -304,12 +304,12 @@ class Runner:
         used: UsedExperts | None,
         *,
         decoding: bool = False,
-        before_layer: Callable[[int], None] | None = None,
+        reached: Callable[[float], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
