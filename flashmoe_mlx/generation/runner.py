@@ -15,6 +15,7 @@ from flashmoe_mlx.errors import EngineBusyError, InputError
 from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.generation.metrics import measured_pass
+from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
@@ -93,10 +94,13 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
+        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
-            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
-            self.model.new_cache(),
-            self.model.config.max_context,
+            replace(request, prompt_ids=tokens),
+            model.new_cache(),
+            model.config.max_context,
+            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,
@@ -372,7 +376,7 @@ def _next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Sequ
     room = sum(len(sequence.request.prompt_ids) for sequence in sequences) if most_tokens is None else most_tokens
     for sequence in sequences:
         start = sequence.prefilled
-        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.request.prefill_chunk)]
+        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.prefill_chunk)]
         if tokens:
             parts[sequence] = tokens
             room -= len(tokens)

@@ -56,6 +56,7 @@ class Sequence:
         cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
         ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
         prefilled: the number of prompt tokens in ``cache``.
+        prefill_chunk: the number of prompt tokens that go through a layer together.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
@@ -70,6 +71,7 @@ class Sequence:
         request: Request,
         cache: SequenceCache,
         max_context: int,
+        prefill_chunk: int,
         *,
         prefetches: bool = False,
         on_prefill: PrefillProgress | None = None,
@@ -81,6 +83,7 @@ class Sequence:
             request: the prompt and the options of its answer.
             cache: empty caches.
             max_context: the largest number of tokens that the model's context holds.
+            prefill_chunk: the number of prompt tokens that go through a layer together.
             prefetches: whether ``metrics`` report guesses about experts.
             on_prefill: called with the progress through the prompt, at least once per layer.
             start: the time from which the delay of the first token is measured, a value of ``time.perf_counter``; None
@@ -90,11 +93,13 @@ class Sequence:
         self.cache = cache
         self.ahead: Step | None = None
         self.prefilled = 0
+        self.prefill_chunk = prefill_chunk
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.guesses = Guesses()
-        self.metrics = RunMetrics(sampling=request.sampling.to_json(), guesses=self.guesses if prefetches else None)
+        guesses = self.guesses if prefetches else None
+        self.metrics = RunMetrics(prefill_chunk, sampling=request.sampling.to_json(), guesses=guesses)
         self.cancelled = False
         self._on_prefill = on_prefill
         self._start = time.perf_counter() if start is None else start
