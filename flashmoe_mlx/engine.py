@@ -16,6 +16,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
+from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
+from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.generation.prompting import Messages, render_prompt
 from flashmoe_mlx.generation.request import (
     PrefillProgress,
@@ -61,6 +63,7 @@ def load(
     activations: str = "auto",
     prefetch: str = "none",
     profile: bool = False,
+    prompt_cache_gib: float | None = None,
     on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
@@ -78,6 +81,8 @@ def load(
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
+        prompt_cache_gib: memory for the states of earlier prompts and answers, from which later prompts continue; 0 to
+            compute every prompt, None for a sixteenth of the machine's memory, at most 4 GiB.
         on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
@@ -87,6 +92,7 @@ def load(
     with reports_to(on_load):
         chosen = choose(kernels, activations)
         files = open_model(expand_path(model))
+        cache_bytes = prompt_cache_bytes(prompt_cache_gib)
         k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
         tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
         sampling = PublishedSampling.load(files.folder)
@@ -113,8 +119,9 @@ def load(
             "note": "; ".join(filter(None, notes)) or None,
             "prefetch": prefetch,
             "backend": settings,
+            "prompt_cache_bytes": cache_bytes,
         }
-        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -142,6 +149,7 @@ class Engine:
         profile: bool = False,
         prefetcher: Prefetcher | None = None,
         sampling: PublishedSampling | None = None,
+        prompt_cache_bytes: int = 0,
     ) -> None:
         self.store = store
         self.setup = setup
@@ -151,7 +159,19 @@ class Engine:
         self.metrics = RunMetrics()
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
-        self.runner = Runner(model, store, PhaseClock(profile), prefetcher, traces=not setup.get("replaced_kernels"))
+        prompt_cache = None
+        if prompt_cache_bytes:
+            prompt_cache = PromptCache(
+                prompt_cache_bytes, model.state_bytes, None if tokenizer is None else tokenizer.decode
+            )
+        self.runner = Runner(
+            model,
+            store,
+            PhaseClock(profile),
+            prefetcher,
+            traces=not setup.get("replaced_kernels"),
+            prompt_cache=prompt_cache,
+        )
         """Runs several sequences together, for callers that schedule them."""
         self._guesses = Guesses()
         """Guesses about sequences that ``forward`` runs."""

@@ -143,3 +143,18 @@ def test_a_block_is_written_in_place(engine: Engine, monkeypatch: pytest.MonkeyP
     mixed = layer._mix(x, [layer.mixer.new_cache()], [len(x)], context)
     assert (np.array(mixed) == 1).all()
     assert mx.get_peak_memory() - before < x.nbytes
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_states_are_kept_inside_and_between_blocks(engine: Engine) -> None:
+    cache, offsets = engine.new_cache(), [30, 64, 100, len(TOKENS)]
+    cache.keep_states(offsets)
+    engine.forward(TOKENS, cache)
+    for offset, kept in zip(offsets, cache.take_states(len(offsets)), strict=True):
+        alone = engine.new_cache()
+        engine.forward(TOKENS[:offset], alone)
+        for state, expected in zip(kept, alone.state(), strict=True):
+            assert (state is None) == (expected is None)
+            if state is not None:
+                for array, other in zip(state.arrays(), expected.arrays(), strict=True):
+                    np.testing.assert_allclose(array, other, rtol=0, atol=1e-5)

@@ -112,6 +112,12 @@ class Model:
     touched_bytes: int
     """The size of the resident weights that every pass reads: all but an embedding that is not also the head."""
 
+    @property
+    def state_bytes(self) -> int:
+        """The bytes that a sequence keeps at any length."""
+        mixers = (self.config.mixer(layer) for layer in range(self.config.num_layers))
+        return sum(mixer.cache_size(self.norm.dtype.size).fixed for mixer in mixers)
+
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""
         return SequenceCache([layer.mixer.new_cache() for layer in self.layers])

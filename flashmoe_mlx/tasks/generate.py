@@ -45,6 +45,7 @@ def run(config: Config, run_dir: Path) -> None:
             activations=config.activations,
             prefetch=config.prefetch,
             profile=config.profile,
+            prompt_cache_gib=0,
             on_load=announce,
         )
     with loaded as engine:

@@ -196,6 +196,7 @@ def _run(plan: Plan, configuration: Configuration, condition: str, number: int) 
         kernels=plan.kernels,
         activations=plan.activations,
         prefetch=configuration.prefetch,
+        prompt_cache_gib=0,
     ) as engine:
         files = expert_files(engine.store.source)
         if condition != "warm" or sys.platform == "linux":
