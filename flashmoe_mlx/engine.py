@@ -33,6 +33,7 @@ from flashmoe_mlx.generation.sampling import PublishedSampling
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
@@ -250,12 +251,12 @@ class Engine:
         return self._forward(self.runner.checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
+        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, ``prefill_chunk`` or 1,024 at a time.
 
         The result takes 4 bytes for each token and vocabulary entry. Raises the errors of ``forward``.
         """
         tokens = self.runner.checked_tokens(token_ids)
-        size = checked_chunk(prefill_chunk)
+        size = checked_chunk(prefill_chunk) or BLOCK
         cache = self.new_cache()
         chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
         return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
