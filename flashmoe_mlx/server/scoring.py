@@ -41,7 +41,7 @@ class Scoring:
     def advance(self) -> list[Event]:
         """Score the next part of the prompt; return the new events."""
         tokens = self._request.prompt_ids
-        size = max(1, min(self._request.prefill_chunk, _MOST_LOGITS // self._engine.model.config.vocab_size))
+        size = max(1, _MOST_LOGITS // self._engine.model.config.vocab_size)
         part = tokens[self._done : self._done + size]
         logits = self._engine.forward(part, self._cache)
         count = self._request.logprobs or 0
