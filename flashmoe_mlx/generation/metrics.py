@@ -102,6 +102,8 @@ def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock
 class RunMetrics:
     """Measurements of one generation."""
 
+    prefill_chunk: int | None = None
+    """The number of prompt tokens that went through a layer together; None without a prompt."""
     prefill: Stage = field(default_factory=Stage)
     decode: Stage = field(default_factory=Stage)
     time_to_first_token: float | None = None
@@ -132,6 +134,7 @@ class RunMetrics:
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
             "forced_tokens": self.forced_tokens,
+            "prefill_chunk": self.prefill_chunk,
             "sampling": self.sampling,
             "prompt": {
                 "tokens": self.prompt_tokens,

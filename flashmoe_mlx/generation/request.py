@@ -16,8 +16,6 @@ from flashmoe_mlx.text.tokenizer import Tokenizer
 FinishReason = Literal["stop", "length", "cancelled"]
 PrefillProgress = Callable[[int, int], object]
 """Called with the number of prompt tokens that are done, fractions of a chunk included, and with their total."""
-PREFILL_CHUNK = 1024
-"""The default number of prompt tokens that go through the model together."""
 _LONGEST_STOP = 4096
 _MOST_STOPS = 64
 
@@ -95,7 +93,8 @@ class RequestOptions(PromptOptions, ConstraintOptions, total=False):
         prompt_logprobs: the same for the tokens of the prompt; see ``Generation.prompt_logprobs``.
         logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each returns
             changed logits.
-        prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
+        prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
+            memory.
         ignore_eos: continue after the end of the answer, for benchmarks.
     """
 
@@ -151,7 +150,8 @@ class Request:
         logit_bias: numbers that are added to the logits of tokens.
         logprobs: the number of alternatives to report for each token; None for no log probabilities at all.
         prompt_logprobs: the same for each token of the prompt but the first.
-        prefill_chunk: the number of prompt tokens that go through the model together.
+        prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
+            memory.
         split_reasoning: whether thinking is separated from the answer.
         boundaries: positions in ``prompt_ids`` at which other prompts may diverge, for the prompt cache.
         processors: change the logits in this order, after the penalties of ``sampling`` and before its temperature.
@@ -172,7 +172,7 @@ class Request:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    prefill_chunk: int = PREFILL_CHUNK
+    prefill_chunk: int | None = None
     split_reasoning: bool = True
     boundaries: Mapping[int, Kind] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
@@ -287,8 +287,8 @@ def _checked_bias(bias: Mapping[int, float] | Mapping[str, float], vocab_size: i
     return checked
 
 
-def checked_chunk(prefill_chunk: int | None) -> int:
-    """Return the number of tokens in a chunk; None stands for the default.
+def checked_chunk(prefill_chunk: int | None) -> int | None:
+    """Return ``prefill_chunk``; None leaves the choice to the runner.
 
     Raises:
         InputError: it is not a positive integer; code "invalid_prefill_chunk".
@@ -297,4 +297,4 @@ def checked_chunk(prefill_chunk: int | None) -> int:
         raise InputError(
             f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token", code="invalid_prefill_chunk"
         )
-    return prefill_chunk or PREFILL_CHUNK
+    return prefill_chunk

@@ -27,6 +27,7 @@ from flashmoe_mlx.generation.passes import (
     score_prompts,
     take_states,
 )
+from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
@@ -108,10 +109,13 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
+        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
-            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
-            self.model.new_cache(),
-            self.model.config.max_context,
+            replace(request, prompt_ids=tokens),
+            model.new_cache(),
+            model.config.max_context,
+            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,
@@ -200,15 +204,15 @@ class Runner:
         layers = self.model.config.num_layers
         failures: list[Exception] = []
 
-        def before_layer(layer: int) -> None:
+        def reached(done: float) -> None:
             for sequence, tokens in parts.items():
-                sequence.report(sequence.prefilled + len(tokens) * layer // layers)
+                sequence.report(sequence.prefilled + int(len(tokens) * done / layers))
             refuse_cancelled(running)
 
         with self._pass(), ending(running):
             stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
             with measured_pass(stages, self.store, self.clock):
-                self._prefill_parts(parts, before_layer, failures)
+                self._prefill_parts(parts, reached, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
                 if sequence.prefilled == len(sequence.request.prompt_ids):
@@ -224,7 +228,7 @@ class Runner:
                     self.prompt_cache.resume(sequence)
 
     def _prefill_parts(
-        self, parts: Mapping[Sequence, list[int]], before_layer: Callable[[int], None], failures: list[Exception]
+        self, parts: Mapping[Sequence, list[int]], reached: Callable[[float], None], failures: list[Exception]
     ) -> None:
         """Process the next tokens of each sequence in one pass; errors of the choices join ``failures``."""
         used = self._used_experts()
@@ -238,7 +242,7 @@ class Runner:
             caches,
             [sequence.guesses for sequence in parts],
             used,
-            before_layer=before_layer,
+            reached=reached,
         )
         ends = dict(zip(parts, accumulate(lengths), strict=True))
         complete = {
@@ -321,7 +325,7 @@ class Runner:
                 [sequence.guesses for sequence in sequences],
                 used,
                 decoding=max(lengths) == 1,
-                before_layer=lambda _: refuse_cancelled(sequences),
+                reached=lambda _: refuse_cancelled(sequences),
             )
             if max(lengths) > 1:
                 hidden = hidden[mx.array(list(accumulate(lengths))) - 1]
@@ -364,12 +368,12 @@ class Runner:
         used: UsedExperts | None,
         *,
         decoding: bool = False,
-        before_layer: Callable[[int], None] | None = None,
+        reached: Callable[[float], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
