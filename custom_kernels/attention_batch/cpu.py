@@ -17,7 +17,7 @@ def code_path(batch: AttentionBatch) -> CodePath | None:
     """Return the code path of ``gated_attention``; None if it does not support the inputs."""
     if not cpu.supports(batch.weights, batch.q_and_gate.dtype):
         return None
-    return ("one token of each" if max(batch.lengths) == 1 else "several tokens",)
+    return ("one token of each" if max(batch.lengths) == 1 else "several tokens", batch.weights.rows.phrase)
 
 
 def gated_attention(batch: AttentionBatch) -> tuple[mx.array, ...]:
@@ -54,4 +54,5 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             keys, values = (
                 [mx.array(np.array(cache)) for cache in caches] for caches in (expected.keys, expected.values)
             )
-            yield Sample((replace(expected, keys=keys, values=values),), (expected,))
+            shown = cpu.without_codes(first.weights)
+            yield Sample((replace(expected, keys=keys, values=values),), (expected,), of_both=shown)
