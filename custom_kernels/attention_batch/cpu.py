@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from flashmoe_mlx.custom_kernels.attention import cpu
 from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
@@ -51,8 +50,6 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
                 [one.start for one in drawn],
                 list(lengths),
             )
-            keys, values = (
-                [mx.array(np.array(cache)) for cache in caches] for caches in (expected.keys, expected.values)
-            )
+            keys, values = ([cpu.copied(cache) for cache in caches] for caches in (expected.keys, expected.values))
             shown = cpu.without_codes(first.weights)
             yield Sample((replace(expected, keys=keys, values=values),), (expected,), of_both=shown)

@@ -72,7 +72,13 @@ def run(config: Config, run_dir: Path) -> None:
         record["reference"] = reference.setup
         for backend, k in settings:
             with load(
-                folder, backend, k, kernels=config.kernels, activations=config.activations, on_load=announce
+                folder,
+                backend,
+                k,
+                kernels=config.kernels,
+                activations=config.activations,
+                kv_bits=config.kv_bits,
+                on_load=announce,
             ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
@@ -138,6 +144,7 @@ def _table(cells: list[dict[str, Any]]) -> Table:
         bits = setup["experts"]["bits"]
         table.add_row(
             (setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"))
+            + (f" kv{setup['kv_bits']}" if setup["kv_bits"] else "")
             + f" {_MARK}" * bool(setup["note"]),
             str(setup["experts_k"]),
             f"{text['perplexity']:.3f}" if text else "-",

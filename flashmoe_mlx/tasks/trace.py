@@ -48,6 +48,7 @@ def run(config: Config, run_dir: Path) -> None:
             config.experts_k,
             kernels=config.kernels,
             activations=config.activations,
+            kv_bits=config.kv_bits,
             on_load=announce,
         )
     with loaded as engine:
