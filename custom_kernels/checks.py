@@ -223,8 +223,7 @@ def check_kernels(
     """
     drawn = [(kernel, list(kernel.samples(model))) for kernel in kernels]
     if dialect() == "cuda":
-        with precompiled.planning():
-            _run_all(drawn)
+        precompiled.compile_together(lambda: _run_all(drawn))
     verdicts: list[Verdict] = []
     while drawn:  # samples are freed after their check
         kernel, samples = drawn.pop(0)

@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import KVCache, RecurrentState, SequenceCache
+from flashmoe_mlx.layers.cache import KVCache, SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import LayerInMemory

@@ -78,6 +78,7 @@ def run(config: Config, run_dir: Path) -> None:
                 kernels=config.kernels,
                 activations=config.activations,
                 kv_bits=config.kv_bits,
+                prompt_cache_gib=0,
                 on_load=announce,
             ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
@@ -116,7 +117,7 @@ def _reference(config: Config, folder: Path, items: list[Item], announce: Callab
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
     backend = chosen_backend(backend, folder, config.model, None)
-    with load(folder, backend, kernels=config.reference_kernels, on_load=announce) as engine:
+    with load(folder, backend, kernels=config.reference_kernels, prompt_cache_gib=0, on_load=announce) as engine:
         reference = Reference.record(engine, items, _reporter(announce))
     with reference:
         yield reference

@@ -46,6 +46,7 @@ def run(config: Config, run_dir: Path) -> None:
             kv_bits=config.kv_bits,
             prefetch=config.prefetch,
             profile=config.profile,
+            prompt_cache_gib=0,
             on_load=announce,
         )
     with loaded as engine:

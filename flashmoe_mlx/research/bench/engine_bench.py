@@ -199,6 +199,7 @@ def _run(plan: Plan, configuration: Configuration, condition: str, number: int) 
         activations=plan.activations,
         kv_bits=plan.kv_bits,
         prefetch=configuration.prefetch,
+        prompt_cache_gib=0,
     ) as engine:
         files = expert_files(engine.store.source)
         if condition != "warm" or sys.platform == "linux":
