@@ -211,7 +211,7 @@ def make_request(
     options: RequestOptions,
     published: PublishedSampling,
     tokenizer: Tokenizer,
-    constraint: Constraint | None,
+    constraint: Constraint | None = None,
 ) -> Request:
     """Return the request for a tokenized prompt with ``options``.
 
