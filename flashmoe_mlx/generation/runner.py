@@ -107,8 +107,11 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
+        tokens = self.checked_tokens(request.prompt_ids)
+        if self.prompt_cache is not None:
+            tokens = self.prompt_cache.aligned(tokens, self.model.config.max_context)
         return Sequence(
-            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
+            replace(request, prompt_ids=tokens),
             self.model.new_cache(),
             self.model.config.max_context,
             prefetches=self._prefetcher is not None,
