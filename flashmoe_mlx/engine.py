@@ -18,7 +18,7 @@ from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
-from flashmoe_mlx.generation.prompting import Messages, render_prompt
+from flashmoe_mlx.generation.prompting import Messages, encode_prompt
 from flashmoe_mlx.generation.request import (
     PrefillProgress,
     PromptOptions,
@@ -33,6 +33,7 @@ from flashmoe_mlx.generation.sampling import PublishedSampling
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
@@ -248,12 +249,12 @@ class Engine:
         return self._forward(self.runner.checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
+        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, ``prefill_chunk`` or 1,024 at a time.
 
         The result takes 4 bytes for each token and vocabulary entry. Raises the errors of ``forward``.
         """
         tokens = self.runner.checked_tokens(token_ids)
-        size = checked_chunk(prefill_chunk)
+        size = checked_chunk(prefill_chunk) or BLOCK
         cache = self.new_cache()
         chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
         return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
@@ -287,7 +288,7 @@ class Engine:
 
     def encode(self, prompt: str | Messages, **options: Unpack[PromptOptions]) -> list[int]:
         """Return the tokens that ``generate`` sends for a prompt; errors are those of ``generate``."""
-        return self.tokenizer.encode(render_prompt(prompt, self.tokenizer.chat_template, **options))
+        return encode_prompt(prompt, self.tokenizer, **options)
 
     def _forward(self, tokens: list[int], cache: SequenceCache, decoding: bool) -> Logits:
         with self.runner.exclusive():

@@ -102,6 +102,8 @@ def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock
 class RunMetrics:
     """Measurements of one generation."""
 
+    prefill_chunk: int | None = None
+    """The number of prompt tokens that went through a layer together; None without a prompt."""
     prefill: Stage = field(default_factory=Stage)
     decode: Stage = field(default_factory=Stage)
     time_to_first_token: float | None = None
@@ -129,6 +131,7 @@ class RunMetrics:
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "prefill_chunk": self.prefill_chunk,
             "sampling": self.sampling,
             "prompt": {
                 "tokens": self.prompt_tokens,

@@ -53,7 +53,7 @@ def next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Seque
     room = sum(len(sequence.request.prompt_ids) for sequence in sequences) if most_tokens is None else most_tokens
     for sequence in sequences:
         start = sequence.prefilled
-        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.request.prefill_chunk)]
+        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.prefill_chunk)]
         if tokens:
             parts[sequence] = tokens
             room -= len(tokens)

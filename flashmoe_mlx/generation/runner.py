@@ -26,6 +26,7 @@ from flashmoe_mlx.generation.passes import (
     refuse_duplicates,
     take_states,
 )
+from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
@@ -107,13 +108,15 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
-        tokens = self.checked_tokens(request.prompt_ids)
+        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
         if self.prompt_cache is not None:
-            tokens = self.prompt_cache.aligned(tokens, self.model.config.max_context)
+            tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
+        experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
             replace(request, prompt_ids=tokens),
-            self.model.new_cache(),
-            self.model.config.max_context,
+            model.new_cache(),
+            model.config.max_context,
+            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,
@@ -202,15 +205,15 @@ class Runner:
         layers = self.model.config.num_layers
         failures: list[Exception] = []
 
-        def before_layer(layer: int) -> None:
+        def reached(done: float) -> None:
             for sequence, tokens in parts.items():
-                sequence.report(sequence.prefilled + len(tokens) * layer // layers)
+                sequence.report(sequence.prefilled + int(len(tokens) * done / layers))
             refuse_cancelled(running)
 
         with self._pass(), ending(running):
             stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
             with measured_pass(stages, self.store, self.clock):
-                self._prefill_parts(parts, before_layer, failures)
+                self._prefill_parts(parts, reached, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
                 if sequence.prefilled == len(sequence.request.prompt_ids):
@@ -226,7 +229,7 @@ class Runner:
                     self.prompt_cache.resume(sequence)
 
     def _prefill_parts(
-        self, parts: Mapping[Sequence, list[int]], before_layer: Callable[[int], None], failures: list[Exception]
+        self, parts: Mapping[Sequence, list[int]], reached: Callable[[float], None], failures: list[Exception]
     ) -> None:
         """Process the next tokens of each sequence in one pass; errors of the choices join ``failures``."""
         used = self._used_experts()
@@ -240,7 +243,7 @@ class Runner:
             caches,
             [sequence.guesses for sequence in parts],
             used,
-            before_layer=before_layer,
+            reached=reached,
         )
         ends = dict(zip(parts, accumulate(lengths), strict=True))
         complete = {
@@ -316,7 +319,7 @@ class Runner:
                 [sequence.guesses for sequence in sequences],
                 used,
                 decoding=True,
-                before_layer=lambda _: refuse_cancelled(sequences),
+                reached=lambda _: refuse_cancelled(sequences),
             )
             logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
@@ -357,12 +360,12 @@ class Runner:
         used: UsedExperts | None,
         *,
         decoding: bool = False,
-        before_layer: Callable[[int], None] | None = None,
+        reached: Callable[[float], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:

@@ -58,6 +58,7 @@ class Sequence:
         cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
         ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
         prefilled: the number of prompt tokens in ``cache``.
+        prefill_chunk: the number of prompt tokens that go through a layer together.
         keep_at: the positions in the prompt at which passes keep states for the prompt cache; None before the cache
             was asked, which may set ``prefilled``.
         kept: the states that passes kept, by their positions.
@@ -75,6 +76,7 @@ class Sequence:
         request: Request,
         cache: SequenceCache,
         max_context: int,
+        prefill_chunk: int,
         *,
         prefetches: bool = False,
         on_prefill: PrefillProgress | None = None,
@@ -87,6 +89,7 @@ class Sequence:
             request: the prompt and the options of its answer.
             cache: empty caches.
             max_context: the largest number of tokens that the model's context holds.
+            prefill_chunk: the number of prompt tokens that go through a layer together.
             prefetches: whether ``metrics`` report guesses about experts.
             on_prefill: called with the progress through the prompt, at least once per layer.
             start: the time from which the delay of the first token is measured, a value of ``time.perf_counter``; None
@@ -97,6 +100,7 @@ class Sequence:
         self.cache = cache
         self.ahead: Step | None = None
         self.prefilled = 0
+        self.prefill_chunk = prefill_chunk
         self.keep_at: dict[int, Kind] | None = None
         self.kept: dict[int, Checkpoint] = {}
         self.token_ids: list[int] = []
@@ -104,6 +108,7 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
         self.guesses = Guesses()
         self.metrics = RunMetrics(
+            prefill_chunk,
             sampling=request.sampling.to_json(),
             guesses=self.guesses if prefetches else None,
             prompt_tokens=len(request.prompt_ids),

@@ -75,16 +75,18 @@ class GatedDeltaNet:
             states = self._states(cache, projected[0].dtype)
             y, cache.conv_state, cache.recurrent_state = self.recur(projected, *states)
             return y
-        pieces, start = [], 0
-        for end in dict.fromkeys((*cache.keep_at, len(projected[0]))):
+        pieces, start, tokens = [], 0, len(projected[0])
+        keep_here = [end for end in cache.keep_at if end <= tokens]
+        for end in dict.fromkeys((*keep_here, tokens)):
             rows = [array[start:end] for array in projected]
             states = self._states(cache, projected[0].dtype)
             y, cache.conv_state, cache.recurrent_state = self.recur(rows, *states)
             pieces.append(y)
-            if end in cache.keep_at:
+            if end in keep_here:
                 # A kernel may write to its states in place, so a copy must be made before the next piece.
                 cache.kept.append(cache.snapshot())
             start = end
+        cache.keep_at = [end - tokens for end in cache.keep_at if end > tokens]  # a pass may come in several blocks
         return mx.concatenate(pieces)
 
     def _states(self, cache: RecurrentState, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:

@@ -13,7 +13,7 @@ class RecurrentState:
     Attributes:
         conv_state: the latest inputs of the convolution, [kernel - 1, channels].
         recurrent_state: f32 [1, heads, Dv, Dk].
-        keep_at: numbers of tokens of the next pass, ascending, after which the layer copies its state to ``kept``.
+        keep_at: numbers of tokens to come, ascending, after which the layer copies its state to ``kept``.
         kept: the copied states.
     """
 

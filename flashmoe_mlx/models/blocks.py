@@ -47,6 +47,16 @@ class MixerBlock(Protocol):
         """Compute the size of its cache for activations of ``activation_bytes`` bytes each."""
         ...
 
+    @property
+    def working_width(self) -> int:
+        """The elements of a token's intermediate results, from the projections of its input to that of the output."""
+        ...
+
+    @property
+    def recurrent_width(self) -> int:
+        """The elements of a token's values in a recurrence."""
+        ...
+
 
 @dataclass(frozen=True)
 class AttentionBlock:
@@ -120,6 +130,16 @@ class AttentionBlock:
     def cache_size(self, activation_bytes: int) -> CacheSize:
         """Compute the size of keys and values for activations of ``activation_bytes`` bytes each."""
         return CacheSize(per_token=2 * self.num_kv_heads * self.head_dim * activation_bytes)
+
+    @property
+    def working_width(self) -> int:
+        """The elements of queries and gates, keys, values and results."""
+        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def recurrent_width(self) -> int:
+        """0: there is no recurrence."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +222,16 @@ class GatedDeltaNetBlock:
         """Compute the size of the convolution's inputs, of ``activation_bytes`` bytes each, and of the f32 state."""
         state = self.value_heads * self.value_dim * self.key_dim
         return CacheSize(fixed=4 * state + activation_bytes * (self.conv_kernel - 1) * self._conv_width)
+
+    @property
+    def working_width(self) -> int:
+        """The elements of the convolution's inputs, of gates, decays and results."""
+        return self._conv_width + 2 * self._value_width + 2 * self.value_heads
+
+    @property
+    def recurrent_width(self) -> int:
+        """The elements of the values of all heads."""
+        return self._value_width
 
 
 @dataclass(frozen=True, slots=True)
