@@ -217,6 +217,7 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
                 "quantized_matvec_stream_with_norm",
                 "attention_decode_tensor",
             ),
+            id="hopper",
             marks=pytest.mark.thorough,
         ),
         pytest.param(
