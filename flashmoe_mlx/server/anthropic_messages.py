@@ -46,6 +46,8 @@ async def messages(request: Request) -> EventStream | WholeAnswer:
     fields, service = call.fields, call.service
     model = fields.required_text("model", 256)
     service.check_model(model)
+    if "max_tokens" not in fields:
+        fields.refuse("max_tokens", "is required", code="missing_field")
     conversation = parse_messages(fields, service.engine)
     stream = fields.flag("stream")
 
@@ -62,7 +64,7 @@ async def messages(request: Request) -> EventStream | WholeAnswer:
     prompt_tokens = len(answer.prepared.request.prompt_ids)
     if stream:
         return call.stream(answer, MessageStream(model, prompt_tokens))
-    return call.whole(answer, lambda events: _whole(model, prompt_tokens, events))
+    return call.whole([answer], lambda events: _whole(model, prompt_tokens, events[0]))
 
 
 async def count_tokens(request: Request) -> Response:

@@ -61,7 +61,7 @@ async def responses(request: Request) -> EventStream | WholeAnswer:
     answer = await call.answer(prepare)
     if stream:
         return call.stream(answer, ResponseStream(model, fields))
-    return call.whole(answer, lambda events: _whole(model, fields, events))
+    return call.whole([answer], lambda events: _whole(model, fields, events[0]))
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:
