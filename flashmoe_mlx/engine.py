@@ -165,9 +165,7 @@ class Engine:
         self._tokenizer = tokenizer
         prompt_cache = None
         if prompt_cache_bytes:
-            prompt_cache = PromptCache(
-                prompt_cache_bytes, model.state_bytes, None if tokenizer is None else tokenizer.decode
-            )
+            prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer)
         self.runner = Runner(
             model,
             store,
