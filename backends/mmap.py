@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import Delivery, ExpertBatch, ExpertStore, StoreStats
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
 from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
@@ -87,7 +87,7 @@ class MmapStore(ExpertStore):
         else:
             self._slab = Slab(slots, source.layout.record_bytes)
 
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
         extents = {expert: self.source.extents(layer, expert)[0] for expert in distinct}
         mappings = {expert: self._mapping(layer, expert, extents[expert]) for expert in distinct}

@@ -63,6 +63,29 @@ class ExpertGroups:
     clock: PhaseClock
     after_last_fetch: Callable[[], None]
 
+    @property
+    def fit(self) -> bool:
+        """Whether one fetch holds all choices, even if no expert repeats."""
+        return self.chosen.size <= self.store.slots
+
+    def fetch_in_parts(self, use: Callable[[ExpertGroup], None]) -> None:
+        """Fetch all experts, which ``fit``, and call ``use`` with parts of them while others are being read.
+
+        The first part may be empty. The time of ``use`` does not count as I/O.
+        """
+        distinct, num_experts = sorted(set(self.chosen.ravel().tolist())), self.store.source.num_experts
+        left = len(distinct)
+
+        def arrived(experts: Sequence[int], batch: ExpertBatch) -> None:
+            nonlocal left
+            left -= len(experts)
+            with self.clock.instead("io"):
+                use(ExpertGroup(experts, batch, left == 0, self.chosen, num_experts, self.clock))
+
+        with self.clock.phase("io"):
+            self.store.fetch(self.layer, distinct, arrived)
+            self.after_last_fetch()
+
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch and yield each group on demand."""
         distinct, size = sorted(set(self.chosen.ravel().tolist())), self.store.slots

@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from threading import Event, Thread
 
 from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
-from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
+from flashmoe_mlx.stores.contract import BackendUnavailableError, Delivery, StoreStats
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
@@ -19,6 +19,9 @@ from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_readin
 from flashmoe_mlx.stores.slab import Slab
 
 _log = logging.getLogger(__name__)
+
+_Ready = Callable[[Sequence[int]], None]
+"""Receives experts whose records are complete."""
 
 MAX_THREADS = 8
 _CHUNK = 2**22
@@ -70,10 +73,13 @@ class ReadAhead:
         self._hinted: dict[tuple[int, int], _Prefetch] = {}
         self._retired: list[_Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> tuple[Slab, dict[int, int], StoreStats]:
+    def fetch(
+        self, layer: int, experts: Sequence[int], delivery: Delivery
+    ) -> tuple[Slab, dict[int, int], StoreStats]:
         """Load distinct ``experts`` of ``layer`` into slots of the slab, where they stay valid until the next call.
 
-        Returns the slab, the slot of each expert, and the counters that ``read`` returns.
+        Returns the slab, the slot of each expert, and the counters that ``read`` returns. Experts are delivered as they
+        arrive.
 
         Raises:
             ExpertReadError: an expert could not be read.
@@ -85,10 +91,14 @@ class ReadAhead:
         free = (slot for slot in range(slab.count) if slot not in taken)
         slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
         self._in_use = frozenset(slots.values())
-        done = self._load(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
-        return slab, slots, done
 
-    def read(self, layer: int, places: Mapping[int, int], filling: Filling) -> StoreStats:
+        def ready(experts: Sequence[int]) -> None:
+            delivery.deliver(experts, lambda: slab.batch([slots[expert] for expert in experts]))
+
+        wanted = list(zip(slots, slab.rows(list(slots.values())), strict=True))
+        return slab, slots, self._load(layer, wanted, ahead, ready if delivery.wanted else None)
+
+    def read(self, layer: int, places: Mapping[int, int], filling: Filling, ready: _Ready | None = None) -> StoreStats:
         """Load experts of ``layer`` into slots of the caller, who then commits ``filling``.
 
         After this method returns or raises an error, nothing is written to ``filling``.
@@ -97,6 +107,8 @@ class ReadAhead:
             layer: a valid layer.
             places: the slot of each expert.
             filling: the memory of these slots.
+            ready: called first with experts that need no read, possibly none, when all other experts are being read;
+                then with further experts whose slots have been filled.
 
         Returns:
             The counters ``reads``, ``bytes_read``, ``prefetched``, ``bytes_wasted``, and the sampled bytes.
@@ -111,12 +123,14 @@ class ReadAhead:
 
         def arrived(experts: Sequence[int]) -> None:
             filling.arrived([places[expert] for expert in experts])
+            if ready is not None:
+                ready(experts)
 
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
         ahead = self._claim(layer, places)
         self._in_use = {job.slot for job in ahead.values()} if filling.copies_later else ()
         try:
-            return self._load(layer, wanted, ahead, move, arrived)
+            return self._load(layer, wanted, ahead, ready, arrived, move)
         except BaseException:
             filling.give_up()
             raise
@@ -136,8 +150,9 @@ class ReadAhead:
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
         ahead: "Mapping[int, _Prefetch]",
+        ready: _Ready | None,
+        arrived: _Ready | None = None,
         move: "Callable[[int, _Prefetch], None] | None" = None,
-        arrived: Callable[[Sequence[int]], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -145,29 +160,44 @@ class ReadAhead:
             layer: a valid layer.
             wanted: the experts and their rows.
             ahead: the prefetch of each expert that has one; all other experts are read now.
+            ready: as for ``read``.
+            arrived: called with experts that were read now; None for ``ready``.
             move: brings a prefetched expert to its row; None if batches are served in place.
-            arrived: as for readers.
         """
         finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
         done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
-        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], arrived)
-        for job in ahead.values():
-            job.finished.wait()
-        done += _take({expert: job for expert, job in ahead.items() if expert not in finished}, move)
+        complete = [expert for expert, job in finished.items() if job.complete]
+
+        def begun() -> None:
+            if ready is not None:
+                ready(complete)
+
+        rest = [(expert, row) for expert, row in wanted if expert not in ahead]
+        if rest:
+            done += self._read(layer, rest, arrived or ready, begun)
+        else:
+            begun()
+        for expert, job in ahead.items():
+            if expert not in finished:
+                job.finished.wait()
+                done += _take({expert: job}, move)
+                if job.complete and ready is not None:
+                    ready([expert])
         failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
-        done += self._read(layer, failed, arrived)
+        done += self._read(layer, failed, arrived or ready)
         return done + StoreStats(bytes_wasted=self._wasted())
 
     def _read(
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        arrived: Callable[[Sequence[int]], None] | None,
+        arrived: _Ready | None,
+        begun: Callable[[], None] | None = None,
     ) -> StoreStats:
         if not wanted:
             return StoreStats()
         sampled = self._sample(layer, [expert for expert, _ in wanted])
-        reads, nbytes = self._reader.read(layer, wanted, arrived)
+        reads, nbytes = self._reader.read(layer, wanted, arrived, begun)
         return replace(sampled, reads=reads, bytes_read=nbytes)
 
     def _sample(self, layer: int, experts: Sequence[int]) -> StoreStats:

@@ -92,6 +92,7 @@ class UringReader:
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
+        begun: Callable[[], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -107,6 +108,7 @@ class UringReader:
             ExpertStoreError: the ring did not answer for exactly the requested reads (code "lost_read").
             ValueError: the reader has registered slots, and a row is not one of them.
         """
+        if begun is not None: begun()
         buffers = {expert: self._buffer(row) for expert, row in wanted}
         todo = list(plan_reads(self._source, layer, wanted, self._chunk))
         planned, nbytes = total_bytes(todo), 0
