@@ -10,14 +10,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.stores.contract import (
-    Delivery,
-    ExpertBatch,
-    ExpertReadError,
-    ExpertStore,
-    LayerInMemory,
-    StoreStats,
-)
+from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, LayerInMemory, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy
@@ -131,16 +125,16 @@ class RamHybridStore(ExpertStore):
             return self._layers[layer].batch([places[expert] for expert in experts]), StoreStats(hits=len(distinct))
         try:
             placement = self._caches[layer].place(distinct)
-            places = {expert: placement.slots[expert] for expert in placement.misses}
-            held: list[int] | None = [expert for expert in distinct if expert not in places]
+            missing = {expert: placement.slots[expert] for expert in placement.misses}
+            held: list[int] | None = [expert for expert in distinct if expert not in missing]
 
             def ready(arrived: Sequence[int]) -> None:
                 nonlocal held
-                usable, held = [*(held or ()), *arrived], None  # the slots that are held come with the first arrivals
-                batch = lambda: self._layers[layer].batch([placement.slots[expert] for expert in usable])  # noqa: E731
-                delivery.deliver(usable, batch)
+                usable, held = [*(held or ()), *arrived], None  # experts that have slots come with the first arrivals
+                slots = [placement.slots[expert] for expert in usable]
+                delivery.deliver(usable, lambda: self._layers[layer].batch(slots))
 
-            done = self._fill(layer, places, ready if places else None)
+            done = self._fill(layer, missing, ready if missing else None)
         except BaseException as error:
             # After a failed read only the slots of the misses are invalid. After any other error, such as an
             # interrupt, the state of this layer is unknown.

@@ -26,11 +26,16 @@ import yaml
 
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.stores.contract import Delivery, StoreStats
+from flashmoe_mlx.stores.contract import StoreStats
+from flashmoe_mlx.stores.delivery import Delivery
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 
 _OTHER_RECORDS = 64
 _WARM_UP = 8
+_HEAD = (
+    "| prefetch | ms per token: parts | blocking | compute alone | I/O alone | parts / larger alone | I/O hidden | "
+    "MB read per token | wasted | read ahead |\n|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
 class Bench:
@@ -123,8 +128,7 @@ def main() -> None:
     mx.set_default_device(mx.cpu)
     options = dict(option.split("=", 1) for option in filter(None, arguments.options.split(",")))
     parsed = {name: yaml.safe_load(value) for name, value in options.items()}
-    print("| prefetch | ms per token: parts | blocking | compute alone | I/O alone | parts / larger alone | I/O hidden | "
-          "MB read per token | wasted | read ahead |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    print(_HEAD)
     for policy in arguments.prefetch.split(","):
         with flashmoe_mlx.load(arguments.pack, arguments.backend, prefetch=policy, **parsed) as engine:
             bench = Bench(engine, seed=1)
@@ -133,7 +137,9 @@ def main() -> None:
             done = StoreStats()
             for round_ in range(arguments.rounds):
                 before = engine.store.stats()
-                for mode in ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io"):
+                for mode in (
+                    ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io")
+                ):
                     before = engine.store.stats()
                     times[mode] += getattr(bench, mode)(arguments.tokens)
                     if mode == "parts":

@@ -110,7 +110,15 @@ class ExpertOutputs:
         """
         shared, self._shared = self._shared, None
         native.loaded().expert_outputs(
-            self._x, len(self._x), list(records), self._layout, rows, self._choices, shared, self._columns, self._outputs
+            self._x,
+            len(self._x),
+            list(records),
+            self._layout,
+            rows,
+            self._choices,
+            shared,
+            self._columns,
+            self._outputs,
         )
 
     def sum(self, routing_weights: mx.array, residual: mx.array) -> mx.array:

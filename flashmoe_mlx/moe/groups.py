@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import ExpertBatch
 
 
 @dataclass(frozen=True, slots=True)

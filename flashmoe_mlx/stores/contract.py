@@ -7,8 +7,8 @@ A batch stays valid until the next ``fetch`` of the same store. The router of la
 n, so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does
 not protect a buffer from being overwritten while a kernel reads it.
 
-A fetch may deliver in parts: the engine passes ``arrived``, and computes with the experts that the store holds while the
-store reads the missing experts.
+A fetch may deliver in parts: the engine passes ``arrived``, and computes with the experts that the store holds while
+the store reads the missing experts.
 
 A store that holds all experts of a layer in memory that MLX reads in place may also offer them as a whole, with
 ``in_memory``. The choice of the router then stays on the GPU, and no layer waits for the host. The engine tells the
@@ -19,12 +19,12 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from threading import Lock, get_ident
 from types import TracebackType
-from typing import ClassVar, Protocol, Self, SupportsIndex
+from typing import ClassVar, Self, SupportsIndex
 
 import mlx.core as mx
 import numpy as np
@@ -33,6 +33,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
 
@@ -82,79 +83,6 @@ class ExpertReadError(ExpertStoreError):
     ) -> None:
         super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}", code=code)
         self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
-
-
-class ExpertBatch(Protocol):
-    """Experts in memory, valid until the next ``fetch`` of the store that returned them.
-
-    ``slab``, ``records``, and ``host`` are three views of the same bytes for different kernels. A store that must copy
-    to provide a view copies at the first access. ``slots``, ``records``, and ``host`` follow the order of the request.
-    """
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """The row of ``slab`` that holds each expert."""
-        ...
-
-    @property
-    def slab(self) -> mx.array:
-        """One buffer with all experts, uint8 [rows, record bytes]."""
-        ...
-
-    @property
-    def records(self) -> Sequence[mx.array]:
-        """A separate array for each expert, uint8 [record bytes]."""
-        ...
-
-    @property
-    def host(self) -> Sequence[memoryview]:
-        """The read-only bytes of each expert for the CPU, of format "B"."""
-        ...
-
-
-Arrived = Callable[[Sequence[int], ExpertBatch], None]
-"""Receives experts, and a batch of exactly these experts in the same order, during a fetch."""
-
-
-class Delivery:
-    """Passes the experts of one fetch to the caller as they arrive.
-
-    Args:
-        arrived: the caller's function; None if the caller waits for all experts.
-        total: number of distinct experts of the fetch.
-
-    Attributes:
-        wanted: whether the caller takes experts before all have arrived.
-        seconds: time spent in ``arrived``.
-        overlapped: the part of ``seconds`` during which further experts were being read.
-    """
-
-    __slots__ = ("_arrived", "_delivered", "_total", "overlapped", "seconds", "wanted")
-
-    def __init__(self, arrived: Arrived | None, total: int) -> None:
-        self._arrived = arrived
-        self._total = total
-        self._delivered = 0
-        self.wanted = arrived is not None
-        self.seconds = self.overlapped = 0.0
-
-    def deliver(self, experts: Sequence[int], batch: Callable[[], ExpertBatch]) -> None:
-        """Pass ``experts`` on, with the result of ``batch``, a batch of exactly these experts."""
-        if self._arrived is None:
-            return
-        start = time.perf_counter()
-        self._delivered += len(experts)
-        self._arrived(experts, batch())
-        spent = time.perf_counter() - start
-        self.seconds += spent
-        if self._delivered < self._total:
-            self.overlapped += spent
-
-    def finish(self, experts: Sequence[int], batch: ExpertBatch) -> None:
-        """Pass all ``experts`` on if the store has delivered none."""
-        if not self._delivered:
-            self._delivered = self._total
-            self.deliver(experts, lambda: batch)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,20 +3,23 @@
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 
-from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
-from flashmoe_mlx.stores.contract import BackendUnavailableError, Delivery, StoreStats
+from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.pinned import PinnedRows
+from flashmoe_mlx.stores.prefetches import Prefetch, RingPrefetch, ThreadPrefetch
 from flashmoe_mlx.stores.readers import ExpertReader
-from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
+from flashmoe_mlx.stores.reads import FileDescriptorCache, open_for_reading, plan_reads
 from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.uring_reader import UringReader
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class ReadAhead:
     ) -> None:
         self._source = source
         self._reader = reader
+        self._ring = reader if isinstance(reader, UringReader) else None
         self._slots = slots
         self._count = min(threads, MAX_THREADS)
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
@@ -68,14 +72,12 @@ class ReadAhead:
         self._in_use: Collection[int] = ()
         """The slots of the latest batch, or slots from which its records may still be copied."""
         self._threads: list[Thread] = []
-        self._queue: SimpleQueue[_Prefetch | None] = SimpleQueue()
+        self._queue: SimpleQueue[ThreadPrefetch | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
-        self._hinted: dict[tuple[int, int], _Prefetch] = {}
-        self._retired: list[_Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
+        self._hinted: dict[tuple[int, int], Prefetch] = {}
+        self._retired: list[Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
 
-    def fetch(
-        self, layer: int, experts: Sequence[int], delivery: Delivery
-    ) -> tuple[Slab, dict[int, int], StoreStats]:
+    def fetch(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[Slab, dict[int, int], StoreStats]:
         """Load distinct ``experts`` of ``layer`` into slots of the slab, where they stay valid until the next call.
 
         Returns the slab, the slot of each expert, and the counters that ``read`` returns. Experts are delivered as they
@@ -117,7 +119,7 @@ class ReadAhead:
             ExpertReadError: an expert could not be read.
         """
 
-        def move(expert: int, job: _Prefetch) -> None:
+        def move(expert: int, job: Prefetch) -> None:
             assert self._slab is not None  # the job has one of its slots
             filling.move(places[expert], self._slab, job.slot)
 
@@ -135,9 +137,10 @@ class ReadAhead:
             filling.give_up()
             raise
 
-    def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Prefetch]":
+    def _claim(self, layer: int, experts: Iterable[int]) -> dict[int, Prefetch]:
         """Return the running and finished prefetches of ``experts``, by expert; cancel all other prefetches."""
         hinted = self._hinted
+        self._poll()
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
         self._cancel(set(hinted.values()).difference(ahead.values()))
@@ -149,10 +152,10 @@ class ReadAhead:
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        ahead: "Mapping[int, _Prefetch]",
+        ahead: Mapping[int, Prefetch],
         ready: _Ready | None,
         arrived: _Ready | None = None,
-        move: "Callable[[int, _Prefetch], None] | None" = None,
+        move: Callable[[int, Prefetch], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -164,25 +167,27 @@ class ReadAhead:
             arrived: called with experts that were read now; None for ``ready``.
             move: brings a prefetched expert to its row; None if batches are served in place.
         """
-        finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
+        finished = {expert: job for expert, job in ahead.items() if job.ended}
         done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
         complete = [expert for expert, job in finished.items() if job.complete]
 
         def begun() -> None:
+            nonlocal done
             if ready is not None:
                 ready(complete)
+            for expert, job in ahead.items():  # these reads began before those of this request
+                if expert not in finished:
+                    job.wait()
+                    done += _take({expert: job}, move)
+                    if job.complete and ready is not None:
+                        ready([expert])
 
         rest = [(expert, row) for expert, row in wanted if expert not in ahead]
         if rest:
-            done += self._read(layer, rest, arrived or ready, begun)
+            read = self._read(layer, rest, arrived or ready, begun)
+            done += read
         else:
             begun()
-        for expert, job in ahead.items():
-            if expert not in finished:
-                job.finished.wait()
-                done += _take({expert: job}, move)
-                if job.complete and ready is not None:
-                    ready([expert])
         failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
         done += self._read(layer, failed, arrived or ready)
         return done + StoreStats(bytes_wasted=self._wasted())
@@ -211,6 +216,7 @@ class ReadAhead:
             BackendUnavailableError: the system starts no thread (code "no_threads").
         """
         slab = self._started()
+        self._poll()
         wanted = {(layer, expert): None for expert in experts}
         kept = {place: job for place, job in self._hinted.items() if place in wanted}
         self._cancel(set(self._hinted.values()).difference(kept.values()))
@@ -219,11 +225,25 @@ class ReadAhead:
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
         new = [place for place in wanted if place not in kept][: max(0, self._slots - len(taken))]
         for place, slot in zip(new, free, strict=False):
-            row = slab.rows([slot])[0]
-            plan = list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK))
-            job = _Prefetch(slot, row, plan, self._sample(layer, [place[1]]))
+            job = self._begin(layer, place[1], slot, slab.rows([slot])[0])
+            if job is None:
+                return
             self._hinted[place] = job
-            self._queue.put(job)
+
+    def _begin(self, layer: int, expert: int, slot: int, row: memoryview) -> Prefetch | None:
+        """Begin to prefetch an expert into ``row``; return None if no read can be made now."""
+        sampled = self._sample(layer, [expert])
+        if self._ring is not None:
+            reads = self._ring.begin(layer, expert, row)
+            return None if reads is None else RingPrefetch(slot, sampled, self._ring, reads)
+        job = ThreadPrefetch(slot, sampled, row, list(plan_reads(self._source, layer, [(expert, row)], _CHUNK)))
+        self._queue.put(job)
+        return job
+
+    def _poll(self) -> None:
+        """Notice which reads of the ring have ended."""
+        if self._ring is not None:
+            self._ring.poll()
 
     def close(self) -> StoreStats:
         """Cancel all prefetches, end the threads, and close the reader; return the wasted bytes.
@@ -248,6 +268,8 @@ class ReadAhead:
             self._slab = self._spare_rows(self._slots)
         elif self._in_place and self._slab.count < 2 * self._slots:
             self._slab = Slab(2 * self._slots, self._source.layout.record_bytes)
+        if self._ring is not None:
+            return self._slab
         try:
             while len(self._threads) < self._count:
                 name = f"expert-prefetch-{len(self._threads)}"
@@ -261,61 +283,22 @@ class ReadAhead:
                 ) from error
         return self._slab
 
-    def _cancel(self, jobs: Iterable["_Prefetch"]) -> None:
+    def _cancel(self, jobs: Iterable[Prefetch]) -> None:
         for job in jobs:
             job.cancelled = True
             self._retired.append(job)
 
     def _wasted(self) -> int:
         """Return the bytes of finished prefetches that no request used, and forget these prefetches."""
-        writing: list[_Prefetch] = []
-        finished: list[_Prefetch] = []
+        writing: list[Prefetch] = []
+        finished: list[Prefetch] = []
         for job in self._retired:  # one look at each: a prefetch may end at any moment
             (writing if job.writing else finished).append(job)
         self._retired = writing
         return sum(job.nbytes for job in finished if not job.used)
 
 
-@dataclass(eq=False, slots=True)
-class _Prefetch:
-    """The prefetch of one record. The thread sets the second group of fields, the owner all other fields."""
-
-    slot: int
-    row: memoryview
-    plan: list[Read]
-    sampled: StoreStats
-
-    begun: bool = False
-    complete: bool = False
-    reads: int = 0
-    nbytes: int = 0
-    finished: Event = field(default_factory=Event)
-
-    cancelled: bool = False
-    used: bool = False
-
-    @property
-    def writing(self) -> bool:
-        """Whether the slot may still be written to; a prefetch that is cancelled before it begins does not write."""
-        return not self.finished.is_set() and (self.begun or not self.cancelled)
-
-    def run(self, files: FileDescriptorCache) -> None:
-        """Make the reads, unless cancelled; after an error ``complete`` stays false."""
-        self.begun = True
-        try:
-            for read in self.plan:
-                if self.cancelled:
-                    return
-                self.reads += read_exactly(files[read.path], read.view, read.offset)
-                self.nbytes += len(read.view)
-            self.complete = self.nbytes == total_bytes(self.plan)
-        except Exception:  # the thread must survive for the next prefetch
-            _log.debug("prefetch of expert %s failed", self.plan[0].expert, exc_info=True)
-        finally:
-            self.finished.set()
-
-
-def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], None] | None) -> StoreStats:
+def _take(finished: Mapping[int, Prefetch], move: Callable[[int, Prefetch], None] | None) -> StoreStats:
     """Use the complete prefetches of ``finished``, by expert; return the counters."""
     done = StoreStats()
     for expert, job in finished.items():
@@ -327,12 +310,12 @@ def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], No
     return done
 
 
-def _serve(queue: "SimpleQueue[_Prefetch | None]", files: FileDescriptorCache) -> None:
+def _serve(queue: "SimpleQueue[ThreadPrefetch | None]", files: FileDescriptorCache) -> None:
     while (job := queue.get()) is not None:
         job.run(files)
         del job  # its slot keeps the owner alive, whose finalizer ends this thread
 
 
-def _end(queue: "SimpleQueue[_Prefetch | None]", threads: Sequence[Thread]) -> None:
+def _end(queue: "SimpleQueue[ThreadPrefetch | None]", threads: Sequence[Thread]) -> None:
     for _ in threads:
         queue.put(None)

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.contract import Delivery, ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import ExpertReader
