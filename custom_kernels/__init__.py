@@ -16,10 +16,13 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import checks, code_cache, native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
+from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, UncheckedPathWarning
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
+from flashmoe_mlx.custom_kernels.gated_delta_net_batch.reference import DeltaBatch
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.kv_rows import KV_BITS
 from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
@@ -51,6 +54,9 @@ class Kernels:
         rms_norm: x / rms(x) * weight.
         implementations: the implementation of every operation, by name.
         names: names of the implementations that run where no custom kernel does, by operation.
+        attention_batch: an implementation of ``attention_batch.reference.gated_attention``; None without a kernel.
+        gated_delta_net_batch: an implementation of ``gated_delta_net_batch.reference.gated_delta_net``; None without a
+            kernel.
         routed_experts_cpu: an implementation of ``routed_experts.cpu.routed_experts`` for any number of tokens; None
             without the C++ extension, and where a GPU computes.
         routed_experts_gpu: an implementation of ``routed_experts.reference.routed_experts`` for a few tokens; None
@@ -65,6 +71,7 @@ class Kernels:
         normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         activations: type of the vectors in products of many vectors on CPUs, a member of ``native.ACTIVATIONS``.
+        kv_bits: the width of cached keys and values; see ``kv_rows.RowFormat``.
         note: a message for the user about the choice, or None.
     """
 
@@ -77,6 +84,8 @@ class Kernels:
     embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array]
     implementations: Mapping[str, Callable[..., Any]]
     names: Mapping[str, str]
+    attention_batch: Callable[[AttentionBatch], tuple[mx.array, ...]] | None = None
+    gated_delta_net_batch: Callable[[DeltaBatch], tuple[mx.array, ...]] | None = None
     routed_experts_cpu: Callable[..., mx.array] | None = None
     routed_experts_gpu: Callable[..., mx.array] | None = None
     most_gpu_tokens: int = 0
@@ -86,6 +95,7 @@ class Kernels:
     normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
     activations: str = "f32"
+    kv_bits: int | None = None
     note: str | None = None
 
 
@@ -104,7 +114,7 @@ def operations() -> dict[str, Operation[..., Any]]:
     return found
 
 
-def choose(preference: str, activations: str = "auto") -> Kernels:
+def choose(preference: str, activations: str = "auto", kv_bits: int | None = None) -> Kernels:
     """Choose an implementation of every operation.
 
     Args:
@@ -112,17 +122,26 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
             fused operations; "reference" for elementary operations.
         activations: a member of ``native.ACTIVATIONS`` to which kernels for CPUs round the vectors of products of many
             vectors; "auto" for exact vectors.
+        kv_bits: the width of cached keys and values, a member of ``KV_BITS``; None for the type of activations.
 
     Returns:
         Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
-        InputError: ``preference`` or ``activations`` is unknown (codes "unknown_kernels", "unknown_activations") or has
-            no effect here (code "activations_without_effect"), or an environment variable requests instructions that
-            the extension does not have or an invalid number of threads.
+        InputError: ``preference``, ``activations`` or ``kv_bits`` is unknown (codes "unknown_kernels",
+            "unknown_activations", "unknown_kv_bits") or has no effect here (code "activations_without_effect"), or an
+            environment variable requests instructions that the extension does not have or an invalid number of
+            threads.
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
+    if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in KV_BITS):
+        choices = ", ".join(map(str, KV_BITS))
+        raise InputError(
+            f"kv_bits={kv_bits!r}: choose from {choices}, or leave it out for keys and values in the type of "
+            "activations",
+            code="unknown_kv_bits",
+        )
     target = _target(preference)
     rounding = _checked_activations(activations, target)
     if dialect() == "cuda":
@@ -144,6 +163,8 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         embedding=chosen["embedding"],
         implementations=chosen,
         names={name: runs for operation in found.values() for name, runs in operation.names(target).items()},
+        attention_batch=chosen["attention_batch"] if on_cpu else None,
+        gated_delta_net_batch=chosen["gated_delta_net_batch"] if on_cpu else None,
         routed_experts_cpu=chosen["routed_experts"] if on_cpu else None,
         routed_experts_gpu=chosen["routed_experts"] if on_gpu else None,
         most_gpu_tokens=most_tokens() if on_gpu else 0,
@@ -153,6 +174,7 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         activations=rounding,
+        kv_bits=kv_bits,
         note=note,
     )
 
@@ -222,9 +244,11 @@ def _target(preference: str) -> Target:
 
 __all__ = [
     "PREFERENCES",
+    "AttentionBatch",
     "AttentionInputs",
     "AttentionWeights",
     "ChooseExperts",
+    "DeltaBatch",
     "DeltaInputs",
     "DeltaWeights",
     "ExpertFormat",

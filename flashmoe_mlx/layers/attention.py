@@ -3,12 +3,12 @@
 Source: transformers ``Qwen3_5MoeAttention``. Position sections for images are plain positions in text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
+from flashmoe_mlx.custom_kernels import AttentionBatch, AttentionInputs, AttentionWeights, Kernels
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel
 from flashmoe_mlx.layers.cache import KVCache
 from flashmoe_mlx.layers.linear import Linear, project_all
@@ -42,7 +42,29 @@ class Attention:
         Returns:
             [T, hidden].
         """
+        if len(caches) > 1 and self.kernels.attention_batch is not None:
+            return self.o_proj(
+                self._attend_together(self.kernels.attention_batch, projected, caches, lengths), residual
+            )
         return self.o_proj(by_sequence(self.attend, projected, caches, lengths), residual)
+
+    def _attend_together(
+        self,
+        kernel: Callable[[AttentionBatch], tuple[mx.array, ...]],
+        projected: Sequence[mx.array],
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+    ) -> mx.array:
+        """Attend within each of several sequences in one call of ``kernel``."""
+        weights, (q_and_gate, k, v) = self.weights, projected
+        room = [self.room(cache, length, q_and_gate.dtype) for cache, length in zip(caches, lengths, strict=True)]
+        keys, values = zip(*room, strict=True)
+        starts = [cache.length for cache in caches]
+        y, *arrays = kernel(AttentionBatch(q_and_gate, k, v, weights, keys, values, starts, list(lengths)))
+        for cache, length, kept in zip(caches, lengths, zip(arrays[::2], arrays[1::2], strict=True), strict=True):
+            cache.keys, cache.values = kept
+            cache.length += length
+        return y
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute queries with their gates, keys, and values, each [T, ...], of ``x`` [T, hidden]."""
@@ -57,10 +79,15 @@ class Attention:
         """Return the cache of a sequence without tokens."""
         return KVCache()
 
+    def room(self, cache: KVCache, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return the keys and values of ``cache``, with room for ``tokens`` more, for activations of type ``dtype``."""
+        rows = self.weights.rows
+        return cache.reserve(tokens, self.weights.kv_heads, rows.width, rows.dtype(dtype))
+
     def attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Attend within one sequence; all arrays are [T, ...] of its new tokens."""
         length, weights = q_and_gate.shape[0], self.weights
-        keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
+        keys, values = self.room(cache, length, q_and_gate.dtype)
         y, cache.keys, cache.values = self.kernels.attention(
             AttentionInputs(q_and_gate, k, v, weights, keys, values, cache.length)
         )
@@ -76,7 +103,7 @@ class Attention:
     def takes_positions(self) -> bool:
         """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""
         attention, weights = self.kernels.attention, self.weights
-        room = mx.zeros((1, weights.kv_heads, 1, weights.head_dim), weights.q_norm.dtype)
+        room = mx.zeros((1, weights.kv_heads, 1, weights.rows.width), weights.rows.dtype(weights.q_norm.dtype))
         row = mx.zeros((1, 2 * weights.heads * weights.head_dim), weights.q_norm.dtype)
         inputs = AttentionInputs(row, row, row, weights, room, room, 0)
         return isinstance(attention, CheckedKernel) and attention.runs(inputs)

@@ -39,17 +39,25 @@ class ExpertsOnHost:
         fused = shared.weights if self.fuse_shared else None
         if self._applies_parts(x, routing, fused, groups):
             return self._in_parts(x, y, routing, fused, groups)
+        in_place = not self.fuse_shared  # ``residual`` itself belongs to the caller
         for group in groups:
-            y = self._apply(x, y, routing, fused if group.is_last else None, group)
+            y = self._apply(x, y, routing, fused if group.is_last else None, group, in_place)
+            in_place = True
         return y
 
     def _apply(
-        self, x: mx.array, y: mx.array, routing: Routing, fused: ExpertWeights | None, group: ExpertGroup
+        self,
+        x: mx.array,
+        y: mx.array,
+        routing: Routing,
+        fused: ExpertWeights | None,
+        group: ExpertGroup,
+        in_place: bool = False,
     ) -> mx.array:
         weights = routing.weights if fused is None else routing.all_weights
         rows = mx.array(group.rows(range(len(group.experts))))
         with group.clock.computing("experts"):
-            return self.kernel(x, group.batch.host, rows, weights, self.form, fused, y)
+            return self.kernel(x, group.batch.host, rows, weights, self.form, fused, y, in_place=in_place)
 
     def _applies_parts(self, x: mx.array, routing: Routing, fused: ExpertWeights | None, groups: ExpertGroups) -> bool:
         """Return whether experts can be applied as they arrive: by the extension, which passed its check."""

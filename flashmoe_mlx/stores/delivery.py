@@ -66,7 +66,7 @@ class Delivery:
         if self._arrived is None:
             return
         start = time.perf_counter()
-        self._delivered += len(experts)
+        self._delivered += len(set(experts))
         self._arrived(experts, batch())
         spent = time.perf_counter() - start
         self.seconds += spent
@@ -74,7 +74,12 @@ class Delivery:
             self.overlapped += spent
 
     def finish(self, experts: Sequence[int], batch: ExpertBatch) -> None:
-        """Pass all ``experts`` on if the store has delivered none."""
+        """Pass all ``experts`` on if the store has delivered none.
+
+        Raises:
+            RuntimeError: the store has delivered some of the experts, or one twice.
+        """
         if not self._delivered:
-            self._delivered = self._total
             self.deliver(experts, lambda: batch)
+        elif self._delivered != self._total:
+            raise RuntimeError(f"the store has delivered {self._delivered} of {self._total} experts")

@@ -127,11 +127,13 @@ class UringReader:
             self._submit(reads)
             if begun is not None:
                 begun()
-            while not reads.ended:
-                self.poll(1)
-                complete = reads.take_complete()
+            while True:
+                complete = reads.take_complete()  # some may have ended in ``begun``, which may wait for other reads
                 if arrived is not None and complete and reads.failure is None:
                     arrived(complete)
+                if reads.ended:
+                    break
+                self.poll(1)
         except BaseException:
             self._abandon()
             raise
