@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from threading import Event
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from flashmoe_mlx.formats.extents import read_exactly
 from flashmoe_mlx.stores.contract import StoreStats
@@ -51,6 +52,10 @@ class Prefetch(Protocol):
         """Bytes read."""
         ...
 
+    def start(self) -> None:
+        """Begin to read."""
+        ...
+
     def wait(self) -> None:
         """Wait until it has ended."""
         ...
@@ -65,9 +70,12 @@ class RingPrefetch:
     ring: UringReader
     run: RingReads
 
-    begun: ClassVar[bool] = True
     cancelled: bool = False
     used: bool = False
+
+    @property
+    def begun(self) -> bool:
+        return self.run.count > 0
 
     @property
     def ended(self) -> bool:
@@ -75,7 +83,7 @@ class RingPrefetch:
 
     @property
     def writing(self) -> bool:
-        return not self.run.ended
+        return not self.run.ended and (self.begun or not self.cancelled)
 
     @property
     def complete(self) -> bool:
@@ -89,6 +97,9 @@ class RingPrefetch:
     def nbytes(self) -> int:
         return self.run.nbytes
 
+    def start(self) -> None:
+        self.ring.begin(self.run)
+
     def wait(self) -> None:
         self.ring.wait(self.run)
 
@@ -101,6 +112,7 @@ class ThreadPrefetch:
     sampled: StoreStats
     row: memoryview
     plan: list[Read]
+    queue: "SimpleQueue[ThreadPrefetch | None]"
 
     begun: bool = False
     complete: bool = False
@@ -118,6 +130,9 @@ class ThreadPrefetch:
     @property
     def writing(self) -> bool:
         return not self.finished.is_set() and (self.begun or not self.cancelled)
+
+    def start(self) -> None:
+        self.queue.put(self)
 
     def wait(self) -> None:
         self.finished.wait()

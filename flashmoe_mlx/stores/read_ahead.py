@@ -228,20 +228,20 @@ class ReadAhead:
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
         new = [place for place in wanted if place not in kept][: max(0, self._ahead - len(taken))]
         for place, slot in zip(new, free, strict=False):
-            job = self._begin(layer, place[1], slot, slab.rows([slot])[0])
-            if job is None:
+            if self._ring is not None and not self._ring.has_room:
                 return
-            self._hinted[place] = job
+            row = slab.rows([slot])[0]
+            # The job is known before its reads begin, so that an interrupt cannot free its slot too early.
+            job = self._hinted[place] = self._prefetch_of(layer, place[1], slot, row)
+            job.start()
 
-    def _begin(self, layer: int, expert: int, slot: int, row: memoryview) -> Prefetch | None:
-        """Begin to prefetch an expert into ``row``; return None if no read can be made now."""
+    def _prefetch_of(self, layer: int, expert: int, slot: int, row: memoryview) -> Prefetch:
+        """Return a prefetch of ``expert`` into ``row``, to be started."""
         sampled = self._sample(layer, [expert])
         if self._ring is not None:
-            reads = self._ring.begin(layer, expert, row)
-            return None if reads is None else RingPrefetch(slot, sampled, self._ring, reads)
-        job = ThreadPrefetch(slot, sampled, row, list(plan_reads(self._source, layer, [(expert, row)], _CHUNK)))
-        self._queue.put(job)
-        return job
+            return RingPrefetch(slot, sampled, self._ring, self._ring.plan(layer, expert, row))
+        plan = list(plan_reads(self._source, layer, [(expert, row)], _CHUNK))
+        return ThreadPrefetch(slot, sampled, row, plan, self._queue)
 
     def _poll(self) -> None:
         """Notice which reads of the ring have ended."""

@@ -142,47 +142,51 @@ class UringReader:
         check_all_read(layer, planned, reads.nbytes)
         return reads.count, reads.nbytes
 
-    def begin(self, layer: int, expert: int, row: memoryview) -> "RingReads | None":
-        """Begin to read ``expert`` into ``row``, without any wait; return None if no read can be made now.
+    @property
+    def has_room(self) -> bool:
+        """Whether the ring has room for another read."""
+        return self._ring.free > 0
 
-        ``row`` belongs to the reader until the result has ``ended``, after ``poll``.
-        """
+    def plan(self, layer: int, expert: int, row: memoryview) -> "RingReads":
+        """Return the reads of ``expert`` into ``row``, for ``begin``."""
         wanted = [(expert, row)]
         plan = plan_reads(self._source, layer, wanted, min(self._chunk or _LARGEST, _LARGEST))
-        reads = RingReads(layer, plan, self._buffers_of(wanted), by_worker=not self._direct)
-        if not self._ring.free:
-            return None
+        return RingReads(layer, plan, self._buffers_of(wanted), by_worker=not self._direct)
+
+    def begin(self, reads: "RingReads") -> None:
+        """Begin ``reads`` without any wait; the reader owns their rows until they have ``ended``, after ``poll``."""
         try:
             self._submit(reads)
         except BaseException:
             self._abandon()
             raise
-        return reads
 
     def poll(self, at_least: int = 0) -> None:
         """Wait until ``at_least`` running reads have ended, and continue with all reads that wait for these."""
-        for number, result in self._ring.ended(at_least):
-            if number in self._running:
-                read, reads = self._running.pop(number)
-                reads.take(read, result)
-                if reads.todo and reads not in self._waiting:
-                    self._waiting.append(reads)
-        if self._running and not self._ring.running:  # the kernel has not answered for some reads
-            for read, reads in self._running.values():
-                reads.take(read, -errno.EIO)
-            self._running.clear()
-        waiting, self._waiting = self._waiting, []
-        for reads in waiting:
-            self._submit(reads)
-
-    def wait(self, reads: "RingReads") -> None:
-        """Wait until ``reads``, a result of ``begin``, has ended."""
         try:
-            while not reads.ended:
-                self.poll(1)
+            for number, result in self._ring.ended(at_least):
+                if number in self._running:
+                    read, reads = self._running[number]
+                    reads.take(read, result)
+                    del self._running[number]
+                    if reads.todo and reads not in self._waiting:
+                        self._waiting.append(reads)
+            if self._running and not self._ring.running:  # the kernel has not answered for some reads
+                for read, reads in self._running.values():
+                    reads.take(read, -errno.EIO)
+                self._running.clear()
+            waiting, self._waiting = self._waiting, []
+            for reads in waiting:
+                self._submit(reads)
         except BaseException:
             self._abandon()
             raise
+
+    def wait(self, reads: "RingReads") -> None:
+        """Wait until ``reads``, a result of ``begin``, has ended."""
+        while not reads.ended:
+            self.begin(reads)  # an interrupt may have left reads out
+            self.poll(1)
 
     def _submit(self, reads: "RingReads") -> None:
         """Submit as many of ``reads`` as the ring has room for."""
