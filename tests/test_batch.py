@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,13 @@ def test_answers_equal_those_of_each_prompt_alone(requests: Path, tmp_path: Path
     (record,) = tmp_path.glob("run-*/batch.json")
     found = json.loads(record.read_text())
     assert (found["answered"], found["failed"], found["together"]) == (5, 1, 3)
+
+
+def test_requests_from_standard_input(tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "flashmoe_mlx", "task=batch", "input=-", f"out={tmp_path / 'out.jsonl'}"]
+    line = json.dumps({"prompt": "Hello", "id": "a", "max_tokens": 2}).encode()
+    subprocess.run([*run, f"hydra.run.dir={tmp_path / 'run'}"], input=line, check=True, timeout=120)
+    assert list(read_answers(tmp_path / "out.jsonl")) == ["a"]
 
 
 def test_an_interrupted_run_is_continued(requests: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,7 +51,7 @@ def run(config: Config, run_dir: Path) -> None:
     """Answer the requests in ``input``, append the answers to ``out``, and write ``batch.json`` to ``run_dir``."""
     if config.input is None or config.out is None:
         raise InputError("task=batch needs input=<file of requests> and out=<file for the answers>")
-    lines = read_batch(expand_path(config.input))
+    lines = read_batch(Path("/dev/stdin") if config.input == "-" else expand_path(config.input))
     out = expand_path(config.out)
     folder = model_folder(config.model, config.backend)
     backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
