@@ -27,6 +27,7 @@ FLOORS = (
     ("engine",),
     ("research",),
     ("console",),
+    ("chat",),
     ("tasks",),
     ("cli",),
     ("__main__",),

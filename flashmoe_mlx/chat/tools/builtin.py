@@ -10,12 +10,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.chat.tools.toolbox import Tool, ToolFailure, declared
+from flashmoe_mlx.chat.tools.toolbox import Tool, ToolCallError, declared
 from flashmoe_mlx.errors import InputError
 
 NAMES = ("shell", "read", "write", "list")
 _BLOCK = 2**16
 _MOST_ENTRIES = 1000
+_MOST_BYTES = 2**20
+"""Number of bytes of a file or of the output of a command that are read; the model gets a part of them."""
 _TEXT = {"type": "string"}
 
 
@@ -28,13 +30,12 @@ class BuiltinTools:
         names: names from ``NAMES``.
         folder: the folder.
         timeout: the largest number of seconds that a command of the shell may take.
-        limit: the largest number of bytes that are read from a file or a command.
 
     Raises:
         InputError: there is no such tool (code "unknown_tool") or no such folder (code "not_a_folder").
     """
 
-    def __init__(self, names: Sequence[str], folder: Path, timeout: float, limit: int) -> None:
+    def __init__(self, names: Sequence[str], folder: Path, timeout: float) -> None:
         for name in names:
             if name not in NAMES:
                 raise InputError(
@@ -44,7 +45,6 @@ class BuiltinTools:
             raise InputError(f"tools.folder={folder}: is not a folder", code="not_a_folder")
         self._folder = folder.resolve()
         self._timeout = timeout
-        self._limit = limit
         offered: Mapping[str, tuple[str, Mapping[str, Any], Callable[[Mapping[str, Any]], str]]] = {
             "shell": ("Run a command in a shell and return its output.", {"command": _TEXT}, self._shell),
             "read": ("Return the text of a file.", {"path": _TEXT}, self._read),
@@ -97,7 +97,7 @@ class BuiltinTools:
                 block = os.read(stream.fileno(), _BLOCK)
                 if not block:
                     break
-                kept += block[: self._limit - len(kept)]
+                kept += block[: _MOST_BYTES - len(kept)]
             else:
                 return bytes(kept), False
         try:
@@ -110,15 +110,15 @@ class BuiltinTools:
         path = self._inside(_text(arguments, "path"))
         with _failures(path):
             if not path.is_file():
-                raise ToolFailure(f"{path.name}: no such file")
+                raise ToolCallError(f"{path.name}: no such file")
             with path.open("rb") as file:
-                return file.read(self._limit).decode(errors="replace")
+                return file.read(_MOST_BYTES).decode(errors="replace")
 
     def _write(self, arguments: Mapping[str, Any]) -> str:
         path, text = self._inside(_text(arguments, "path")), _text(arguments, "text")
         with _failures(path):
             if path.exists() and not path.is_file():
-                raise ToolFailure(f"{path.name}: is not a file")
+                raise ToolCallError(f"{path.name}: is not a file")
             path.write_text(text, encoding="utf-8")
         return f"wrote {len(text.encode()):,} bytes"
 
@@ -135,9 +135,9 @@ class BuiltinTools:
         try:
             path = (self._folder / name).resolve()
         except (OSError, ValueError, RuntimeError) as error:
-            raise ToolFailure(f"{name[:80]!r}: {error}") from error
+            raise ToolCallError(f"{name[:80]!r}: {error}") from error
         if not path.is_relative_to(self._folder):
-            raise ToolFailure(f"{name}: is outside the folder that this tool may use")
+            raise ToolCallError(f"{name}: is outside the folder that this tool may use")
         return path
 
 
@@ -147,13 +147,13 @@ def _failures(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ToolFailure(f"{path.name}: {error.strerror}") from error
+        raise ToolCallError(f"{path.name}: {error.strerror}") from error
 
 
 def _text(arguments: Mapping[str, Any], name: str) -> str:
     value = arguments.get(name)
     if not isinstance(value, str):
-        raise ToolFailure(f"the argument {name!r} must be text")
+        raise ToolCallError(f"the argument {name!r} must be text")
     return value
 
 

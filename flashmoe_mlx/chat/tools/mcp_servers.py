@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from flashmoe_mlx.chat.tools.toolbox import Tool, ToolFailure, declared
+from flashmoe_mlx.chat.tools.toolbox import Tool, ToolCallError, declared
 from flashmoe_mlx.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class McpServer:
         log: file for what the server writes to stderr.
 
     Raises:
-        InputError: the package ``mcp`` is missing (code "missing_extra"), or the server cannot be started or does not
+        InputError: the package ``mcp`` is missing (code "missing_package"), or the server cannot be started or does not
             answer (code "mcp_failed").
     """
 
@@ -48,7 +48,7 @@ class McpServer:
             import mcp  # noqa: F401
         except ImportError:
             raise InputError(
-                "tools.mcp needs the package mcp: pip install 'flashmoe_mlx[mcp]'", code="missing_extra"
+                "tools.mcp needs the package mcp: pip install 'flashmoe_mlx[mcp]'", code="missing_package"
             ) from None
         self._command = command
         self._timeout = timeout
@@ -122,13 +122,13 @@ class McpServer:
         try:
             result = self._wait(self._client.call_tool(name, dict(arguments)), self._timeout)
         except TimeoutError:
-            raise ToolFailure(f"stopped: it took longer than {self._timeout:g} s") from None
+            raise ToolCallError(f"stopped: it took longer than {self._timeout:g} s") from None
         except (Exception, CancelledError) as error:
-            raise ToolFailure(_reason(error)) from error
+            raise ToolCallError(_reason(error)) from error
         parts = [getattr(part, "text", None) or f"[{part.type}, which cannot be shown]" for part in result.content]
         text = "\n".join(parts)
         if result.is_error:
-            raise ToolFailure(text)
+            raise ToolCallError(text)
         return text
 
     def _wait(self, work: Coroutine[Any, Any, Result], seconds: float) -> Result:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.chat.tools.toolbox import Tool, ToolFailure
+from flashmoe_mlx.chat.tools.toolbox import Tool, ToolCallError
 from flashmoe_mlx.errors import InputError
 
 _WORKER = Path(__file__).with_name("python_worker.py")
@@ -72,7 +72,7 @@ class PythonTools:
 
     def _start(self) -> list[dict[str, Any]]:
         """Start the process; return the declarations of the functions."""
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603  # a file that the user named
             [sys.executable, "-P", str(_WORKER), str(self._path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -98,7 +98,7 @@ class PythonTools:
             try:
                 self._start()
             except InputError as error:
-                raise ToolFailure(str(error)) from error
+                raise ToolCallError(str(error)) from error
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -108,15 +108,15 @@ class PythonTools:
             answer = self._answer(process, self._timeout)
         except TimeoutError:
             self.close()
-            raise ToolFailure(f"stopped: it took longer than {self._timeout:g} s") from None
+            raise ToolCallError(f"stopped: it took longer than {self._timeout:g} s") from None
         except (EOFError, OSError):
             self.close()
-            raise ToolFailure("the process that runs the functions has ended") from None
+            raise ToolCallError("the process that runs the functions has ended") from None
         except BaseException:
             self.close()
             raise
         if "error" in answer:
-            raise ToolFailure(answer["error"])
+            raise ToolCallError(answer["error"])
         return str(answer["result"])
 
     def _answer(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:

@@ -32,7 +32,8 @@ def schema_of(hint: Any) -> dict[str, Any]:
     if origin is typing.Literal:
         return {"enum": list(arguments)}
     if origin is typing.Annotated:
-        return {**schema_of(arguments[0]), **{"description": text for text in arguments[1:] if isinstance(text, str)}}
+        text = next((text for text in arguments[1:] if isinstance(text, str)), None)
+        return schema_of(arguments[0]) | ({} if text is None else {"description": text})
     if origin in (typing.Union, types.UnionType):
         return {"anyOf": [schema_of(option) for option in arguments]}
     if hint is list or origin in (list, tuple, set):

@@ -15,7 +15,7 @@ INTERRUPTED = "not finished: the user interrupted it"
 """The result of a call that was interrupted."""
 
 
-class ToolFailure(Exception):
+class ToolCallError(Exception):
     """The failure of a call, which the model gets as the result."""
 
 
@@ -26,7 +26,7 @@ class Tool:
     Attributes:
         declaration: the function in the form of the OpenAI API.
         origin: a description of the place that the function comes from, for people.
-        run: runs the function with JSON arguments and returns its result; raises ``ToolFailure``, or
+        run: runs the function with JSON arguments and returns its result; raises ``ToolCallError``, or
             ``KeyboardInterrupt`` after it has stopped the call.
     """
 
@@ -48,7 +48,10 @@ class Tool:
 class ToolSource(Protocol):
     """A place that tools come from; closing it ends its processes."""
 
-    tools: Sequence[Tool]
+    @property
+    def tools(self) -> Sequence[Tool]:
+        """The tools."""
+        ...
 
     def close(self) -> None:
         """End the processes of the source."""
@@ -101,7 +104,9 @@ class Toolbox:
         """
         if unknown := sorted(self.allowed - self.tools.keys()):
             known = ", ".join(self.tools) or "none"
-            raise InputError(f"tools.allow: no tool is named {unknown[0]!r}; the tools are {known}", code="unknown_tool")
+            raise InputError(
+                f"tools.allow: no tool is named {unknown[0]!r}; the tools are {known}", code="unknown_tool"
+            )
 
     @property
     def declarations(self) -> list[Mapping[str, Any]] | None:
