@@ -32,6 +32,8 @@ class ResidentStore(ExpertStore):
 
     limits: ClassVar[Mapping[str, Limit]] = {"depth": DEPTH}
 
+    reads: ClassVar[bool] = False
+
     def __init__(self, source: ExpertSource, reader: str = "pread", depth: int = 4) -> None:
         super().__init__(source, source.num_experts)
         maker = SlotMaker(source.layout.record_bytes, _BATCH)

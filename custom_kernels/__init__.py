@@ -16,9 +16,11 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import checks, code_cache, native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
+from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel, KernelReport, UncheckedPathWarning
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
+from flashmoe_mlx.custom_kernels.gated_delta_net_batch.reference import DeltaBatch
 from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
@@ -51,6 +53,9 @@ class Kernels:
         rms_norm: x / rms(x) * weight.
         implementations: the implementation of every operation, by name.
         names: names of the implementations that run where no custom kernel does, by operation.
+        attention_batch: an implementation of ``attention_batch.reference.gated_attention``; None without a kernel.
+        gated_delta_net_batch: an implementation of ``gated_delta_net_batch.reference.gated_delta_net``; None without a
+            kernel.
         routed_experts_cpu: an implementation of ``routed_experts.cpu.routed_experts`` for any number of tokens; None
             without the C++ extension, and where a GPU computes.
         routed_experts_gpu: an implementation of ``routed_experts.reference.routed_experts`` for a few tokens; None
@@ -77,6 +82,8 @@ class Kernels:
     embedding: Callable[[QuantizedWeight, mx.array, mx.Dtype], mx.array]
     implementations: Mapping[str, Callable[..., Any]]
     names: Mapping[str, str]
+    attention_batch: Callable[[AttentionBatch], tuple[mx.array, ...]] | None = None
+    gated_delta_net_batch: Callable[[DeltaBatch], tuple[mx.array, ...]] | None = None
     routed_experts_cpu: Callable[..., mx.array] | None = None
     routed_experts_gpu: Callable[..., mx.array] | None = None
     most_gpu_tokens: int = 0
@@ -144,6 +151,8 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         embedding=chosen["embedding"],
         implementations=chosen,
         names={name: runs for operation in found.values() for name, runs in operation.names(target).items()},
+        attention_batch=chosen["attention_batch"] if on_cpu else None,
+        gated_delta_net_batch=chosen["gated_delta_net_batch"] if on_cpu else None,
         routed_experts_cpu=chosen["routed_experts"] if on_cpu else None,
         routed_experts_gpu=chosen["routed_experts"] if on_gpu else None,
         most_gpu_tokens=most_tokens() if on_gpu else 0,
@@ -222,9 +231,11 @@ def _target(preference: str) -> Target:
 
 __all__ = [
     "PREFERENCES",
+    "AttentionBatch",
     "AttentionInputs",
     "AttentionWeights",
     "ChooseExperts",
+    "DeltaBatch",
     "DeltaInputs",
     "DeltaWeights",
     "ExpertFormat",

@@ -39,7 +39,7 @@ class ModelShapes:
         shared: the shared expert of each distinct format.
         experts_k: routed experts per token.
         num_experts: routed experts per layer.
-        slots: number of records that the store holds at once.
+        slots: largest number of experts that one call applies.
         embedding: the quantized embedding table, or None.
     """
 
@@ -56,7 +56,7 @@ class ModelShapes:
     embedding: QuantizedWeight | None = None
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
-        """Return whether a call may need more experts than there are slots, and so apply them in groups.
+        """Return whether a call may need more experts than one call applies, and so apply them in groups.
 
         ``most_tokens`` is the largest number of tokens of a call; None stands for any number.
         """

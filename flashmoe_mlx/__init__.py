@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from flashmoe_mlx.engine import Engine, Generation, Piece, Request, load
+    from flashmoe_mlx.engine import Engine, Generation, Piece, Request, RequestOptions, load
 
-__all__ = ["Engine", "Generation", "Piece", "Request", "load"]
+__all__ = ["Engine", "Generation", "Piece", "Request", "RequestOptions", "load"]
 
 # In a source checkout three subpackages lie beside this folder, under the names that people look for. An installed
 # package has them inside; this keeps `python -m flashmoe_mlx` working in the checkout, where this folder hides the

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsIndex
+from typing import Any, Self, SupportsIndex, Unpack
 
 import mlx.core as mx
 import numpy as np
@@ -13,11 +13,19 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.generation.logits import Logits, LogitsProcessor
+from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
-from flashmoe_mlx.generation.prompting import Messages, Tools, render_prompt
-from flashmoe_mlx.generation.request import PrefillProgress, Request, checked_chunk
+from flashmoe_mlx.generation.prompting import Messages, render_prompt
+from flashmoe_mlx.generation.request import (
+    PrefillProgress,
+    PromptOptions,
+    Request,
+    RequestOptions,
+    checked_chunk,
+    make_request,
+    prompt_options,
+)
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import PublishedSampling
 from flashmoe_mlx.generation.text_stream import Piece
@@ -35,7 +43,7 @@ from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.registry import open_store
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
-__all__ = ["Engine", "Generation", "Piece", "Request", "load"]
+__all__ = ["Engine", "Generation", "Piece", "Request", "RequestOptions", "load"]
 _log = logging.getLogger(__name__)
 _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
@@ -87,7 +95,7 @@ def load(
         try:
             built = build_model(files.config, files.resident, store, k, chosen, dtype)
             prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
-            if prefetcher is not None:
+            if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
             checked = check_kernels(chosen, model_shapes(built))
         except BaseException:
@@ -233,29 +241,7 @@ class Engine:
         return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
 
     def generate(
-        self,
-        prompt: str | Messages,
-        *,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        prefill_chunk: int | None = None,
-        raw: bool = False,
-        system: str | None = None,
-        tools: Tools | None = None,
-        enable_thinking: bool | None = None,
-        template_options: Mapping[str, Any] | None = None,
-        ignore_eos: bool = False,
-        on_prefill: PrefillProgress | None = None,
+        self, prompt: str | Messages, *, on_prefill: PrefillProgress | None = None, **options: Unpack[RequestOptions]
     ) -> Generation:
         """Begin an answer to ``prompt``; return an iterator that computes its pieces on demand.
 
@@ -263,135 +249,27 @@ class Engine:
 
         Args:
             prompt: a user's message, or messages with "role" and "content".
-            max_tokens: the largest number of tokens to generate, thinking included.
-            temperature: 0 for greedy decoding; None, here and below, for the value in the model's
-                generation_config.json. See ``SamplingOptions`` for this and the next six.
-            top_p: as in ``SamplingOptions``.
-            top_k: as in ``SamplingOptions``.
-            min_p: as in ``SamplingOptions``.
-            repetition_penalty: as in ``SamplingOptions``.
-            presence_penalty: as in ``SamplingOptions``.
-            frequency_penalty: as in ``SamplingOptions``.
-            seed: makes the draws repeatable.
-            stop: texts that end the answer and are not part of it; a single text or several.
-            logprobs: the number of alternatives to report for each token, with log probabilities; None for none.
-            logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each
-                returns changed logits.
-            prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
-            raw: send a string without the chat template, and do not separate thinking from the text.
-            system: as in ``render_prompt``, like the next three.
-            tools: declarations of functions, in the form of the OpenAI API.
-            enable_thinking: whether the model may think first; None leaves it to the template.
-            template_options: further variables of the template.
-            ignore_eos: continue after the end of the answer, for benchmarks.
             on_prefill: called with the progress through the prompt, at least once per layer.
+            **options: the options of the answer, such as ``max_tokens=100``; see ``RequestOptions``.
 
         Raises:
             InputError: an option is out of range, or the prompt does not fit.
+            TypeError: an option does not exist.
         """
         start = time.perf_counter()
-        request = self.request(
-            prompt,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            logits_processors=logits_processors,
-            prefill_chunk=prefill_chunk,
-            raw=raw,
-            system=system,
-            tools=tools,
-            enable_thinking=enable_thinking,
-            template_options=template_options,
-            ignore_eos=ignore_eos,
-        )
+        request = self.request(prompt, **options)
         generation = Generation(self.runner, self.runner.begin(request, on_prefill, start), self.tokenizer)
         self.metrics = generation.metrics
         return generation
 
-    def request(
-        self,
-        prompt: str | Messages,
-        *,
-        max_tokens: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        presence_penalty: float | None = None,
-        frequency_penalty: float | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-        logprobs: int | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
-        prefill_chunk: int | None = None,
-        raw: bool = False,
-        system: str | None = None,
-        tools: Tools | None = None,
-        enable_thinking: bool | None = None,
-        template_options: Mapping[str, Any] | None = None,
-        ignore_eos: bool = False,
-    ) -> Request:
+    def request(self, prompt: str | Messages, **options: Unpack[RequestOptions]) -> Request:
         """Return the request that ``generate`` answers; arguments and errors are those of ``generate``."""
-        sampling = self.sampling.choose(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-        )
-        token_ids = self.encode(
-            prompt,
-            raw=raw,
-            system=system,
-            tools=tools,
-            enable_thinking=enable_thinking,
-            template_options=template_options,
-        )
-        return Request(
-            prompt_ids=token_ids,
-            sampling=sampling,
-            max_tokens=max_tokens,
-            seed=seed,
-            stop_ids=frozenset() if ignore_eos else self.tokenizer.eos_token_ids,
-            stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            logprobs=logprobs,
-            prefill_chunk=checked_chunk(prefill_chunk),
-            split_reasoning=not raw,
-            processors=tuple(logits_processors),
-        )
+        token_ids = self.encode(prompt, **prompt_options(options))
+        return make_request(token_ids, options, self.sampling, self.tokenizer.eos_token_ids)
 
-    def encode(
-        self,
-        prompt: str | Messages,
-        *,
-        raw: bool = False,
-        system: str | None = None,
-        tools: Tools | None = None,
-        enable_thinking: bool | None = None,
-        template_options: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Return the tokens that ``generate`` sends for a prompt; arguments and errors are those of ``generate``."""
-        text = render_prompt(
-            prompt,
-            self.tokenizer.chat_template,
-            raw=raw,
-            system=system,
-            tools=tools,
-            enable_thinking=enable_thinking,
-            template_options=template_options,
-        )
-        return self.tokenizer.encode(text)
+    def encode(self, prompt: str | Messages, **options: Unpack[PromptOptions]) -> list[int]:
+        """Return the tokens that ``generate`` sends for a prompt; errors are those of ``generate``."""
+        return self.tokenizer.encode(render_prompt(prompt, self.tokenizer.chat_template, **options))
 
     def _forward(self, tokens: list[int], cache: SequenceCache, decoding: bool) -> Logits:
         with self.runner.exclusive():

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +20,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_experts
 from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.generation.request import PromptOptions, RequestOptions
 from flashmoe_mlx.moe.by_expert import expert_weights
 from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
 
@@ -326,3 +328,13 @@ def test_logits_on_a_gpu_equal_logits_on_a_cpu(tiny_pack: Path, where: str) -> N
     # bf16 may turn a close choice of the router; most tokens must still be close.
     close = np.abs(got - expected).max(-1) < 0.1 * np.abs(expected).max()
     assert close.mean() > 0.9
+
+
+def test_unknown_options_are_refused(engine: Engine) -> None:
+    with pytest.raises(TypeError, match=r"'max_token'; the options of a request are .*max_tokens"):
+        engine.generate("a", max_token=3)  # type: ignore[call-arg]
+
+
+def test_every_option_is_documented() -> None:
+    text = f"{PromptOptions.__doc__}{RequestOptions.__doc__}"
+    assert set(re.findall(r"^ {8}(\w+):", text, re.MULTILINE)) == set(RequestOptions.__annotations__)

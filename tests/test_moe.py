@@ -335,18 +335,25 @@ def test_groups_cover_every_choice_once(chosen: list[list[int]], slots: int) -> 
     assert [expert for _, fetched in fetches for expert in fetched] == sorted(set(experts.ravel().tolist()))
     assert {layer for layer, _ in fetches} == {5}
     assert calls[-3:] == [fetches[-1], "all are there", "computed"]
+    assert store.hints == fetches[1:], "every group but the first is read during the computation of the group before it"
 
 
 class FakeStore:
-    """A store that keeps a list of the requests."""
+    """A store that keeps lists of the requests and of the hints."""
+
+    reads = True
 
     def __init__(self, slots: int, calls: list[Any]) -> None:
         self.slots = slots
         self.source = SimpleNamespace(num_experts=12)
+        self.hints: list[tuple[int, list[int]]] = []
         self._calls = calls
 
     def fetch(self, layer: int, experts: Sequence[int]) -> None:
         self._calls.append((layer, list(experts)))
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        self.hints.append((layer, list(experts)))
 
 
 def test_a_sum_is_evaluated_before_its_slots_are_refilled(tiny_pack: Path) -> None:

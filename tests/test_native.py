@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,13 @@ from pack_oracle import assert_one_line
 import flashmoe_mlx
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.custom_kernels import cases, native, rounding_note
+from flashmoe_mlx.custom_kernels.attention.cpu import gated_attention as attend_alone
+from flashmoe_mlx.custom_kernels.attention_batch.cpu import gated_attention as attend_together
+from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Geometry
+from flashmoe_mlx.custom_kernels.gated_delta_net.cpu import gated_delta_net as recur_alone
+from flashmoe_mlx.custom_kernels.gated_delta_net_batch.cpu import gated_delta_net as recur_together
+from flashmoe_mlx.custom_kernels.gated_delta_net_batch.reference import DeltaBatch
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import reference
@@ -198,6 +205,36 @@ def test_gated_delta_net(geometry: Geometry, tokens: int) -> None:
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("lengths", [[1, 1, 1], [70, 1, 3]])
+def test_sequences_together_give_the_bits_of_each_alone(lengths: list[int]) -> None:
+    starts = [600, 0, 63]
+    attention = [
+        cases.attention_inputs(ODD, F32, context=start + length, tokens=length, seed=seed)
+        for seed, (start, length) in enumerate(zip(starts, lengths, strict=True))
+    ]
+    weights, caches = attention[0].weights, [[one.keys, one.values] for one in attention]
+    rows = [mx.concatenate([getattr(one, name) for one in attention]) for name in ("q_and_gate", "k", "v")]
+    own = [[mx.array(np.array(cache)) for cache in both] for both in caches]
+    got = attend_together(AttentionBatch(*rows, weights, *map(list, zip(*own, strict=True)), starts, lengths))
+    alone = [attend_alone(replace(one, weights=weights)) for one in attention]
+    assert_equal_to_each(got, alone)
+
+    delta = [cases.delta_inputs(ODD, F32, tokens=length, seed=seed) for seed, length in enumerate(lengths)]
+    rows = [mx.concatenate([getattr(one, name) for one in delta]) for name in ("qkv", "z", "b", "a")]
+    states = [[mx.array(np.array(state)) for state in (one.conv_state, one.recurrent_state)] for one in delta]
+    got = recur_together(DeltaBatch(*rows, delta[0].weights, *map(list, zip(*states, strict=True)), lengths))
+    assert_equal_to_each(got, [recur_alone(replace(one, weights=delta[0].weights)) for one in delta])
+
+
+def assert_equal_to_each(together: tuple[mx.array, ...], alone: list[tuple[mx.array, ...]]) -> None:
+    """Check the results of a call for several sequences against the results of a call for each."""
+    y, *arrays = together
+    np.testing.assert_array_equal(np.array(y), np.concatenate([np.array(own) for own, *_ in alone]))
+    for array, expected in zip(arrays, [array for _, *own in alone for array in own], strict=True):
+        np.testing.assert_array_equal(np.array(array), np.array(expected))
 
 
 @pytest.mark.usefixtures("instructions")
@@ -483,7 +520,9 @@ def test_the_record_of_a_run_names_the_implementation_of_every_path(tiny_pack: P
         names = engine.setup["kernels"]
     for operation, paths in {
         "attention": ["one token", "several tokens"],
+        "attention_batch": ["one token of each", "several tokens"],
         "gated_delta_net": ["one token", "several tokens"],
+        "gated_delta_net_batch": ["one token of each", "several tokens"],
         "routed_experts": ["one token", "2 to 8 tokens", "more than 8 tokens"],
         "quantized_matvec": ["one token", "2 to 8 tokens", "more than 8 tokens"],
         "rms_norm": ["one token", "several tokens"],

@@ -293,17 +293,43 @@ PyObject* experts(PyObject*, PyObject* args) {
     });
 }
 
+// Return how many sequences are in a list, and check that another list is as long.
+Py_ssize_t sequences_in(PyObject* first, PyObject* second) {
+    const Py_ssize_t count = PyList_Size(first);
+    require(PyList_Size(second) == count, "lists of sequences must be equally long");
+    return count;
+}
+
+// Return the number of new tokens of each of `count` sequences.
+std::vector<int64_t> lengths_of(PyObject* list, Py_ssize_t count) {
+    require(PyList_Size(list) == count, "lists of sequences must be equally long");
+    std::vector<int64_t> lengths;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        const long long length = PyLong_AsLongLong(PyList_GetItem(list, i));
+        if (length == -1 && PyErr_Occurred()) throw PythonError{};
+        require(length >= 0, "lengths and positions must not be negative");
+        lengths.push_back(length);
+    }
+    return lengths;
+}
+
+int64_t sum_of(const std::vector<int64_t>& values) {
+    int64_t total = 0;
+    for (int64_t value : values) total += value;
+    return total;
+}
+
 PyObject* delta_net(PyObject*, PyObject* args) {
-    PyObject *qkv, *z, *b, *a, *convolution, *a_log, *dt_bias, *norm, *conv_state, *recurrent_state, *y;
-    long long tokens, key_heads, value_heads, key_dim, value_dim, taps;
+    PyObject *qkv, *z, *b, *a, *lengths, *convolution, *a_log, *dt_bias, *norm, *conv_states, *recurrent_states, *y;
+    long long key_heads, value_heads, key_dim, value_dim, taps;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOOLOOOO(LLLLL)fOOO", &qkv, &z, &b, &a, &tokens, &convolution, &a_log, &dt_bias,
-                          &norm, &key_heads, &value_heads, &key_dim, &value_dim, &taps, &eps,
-                          &conv_state, &recurrent_state, &y))
+    if (!PyArg_ParseTuple(args, "OOOOO!OOOO(LLLLL)fO!O!O", &qkv, &z, &b, &a, &PyList_Type, &lengths, &convolution,
+                          &a_log, &dt_bias, &norm, &key_heads, &value_heads, &key_dim, &value_dim, &taps, &eps,
+                          &PyList_Type, &conv_states, &PyList_Type, &recurrent_states, &y))
         return nullptr;
     return guarded([&] {
         Held held;
-        require(tokens >= 0 && key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0, "heads do not fit");
+        require(key_heads > 0 && value_heads > 0 && value_heads % key_heads == 0, "heads do not fit");
         require(key_dim > 0 && value_dim > 0 && key_dim % kLanes == 0 && value_dim % kLanes == 0,
                 "head sizes must be multiples of 16");
         require(taps > 0, "taps out of range");
@@ -312,43 +338,59 @@ PyObject* delta_net(PyObject*, PyObject* args) {
         const DeltaLayer layer{shape, floats(held, convolution, "convolution", channels * taps),
                                floats(held, a_log, "a_log", value_heads), floats(held, dt_bias, "dt_bias", value_heads),
                                floats(held, norm, "norm", value_dim), eps};
+        const Py_ssize_t count = sequences_in(conv_states, recurrent_states);
+        const std::vector<int64_t> tokens_of = lengths_of(lengths, count);
+        const int64_t tokens = sum_of(tokens_of);
         const float* in[4] = {floats(held, qkv, "qkv", tokens * channels),
                               floats(held, z, "z", tokens * shape.value_width()),
                               floats(held, b, "b", tokens * value_heads), floats(held, a, "a", tokens * value_heads)};
-        float* own_conv_state = floats(held, conv_state, "conv_state", (taps - 1) * channels, true);
-        float* own_recurrent_state =
-            floats(held, recurrent_state, "recurrent_state", value_heads * value_dim * key_dim, true);
+        std::vector<DeltaSequence> sequences;
+        for (Py_ssize_t i = 0; i < count; ++i)
+            sequences.push_back({tokens_of[i],
+                                 floats(held, PyList_GetItem(conv_states, i), "conv_state", (taps - 1) * channels, true),
+                                 floats(held, PyList_GetItem(recurrent_states, i), "recurrent_state",
+                                        value_heads * value_dim * key_dim, true)});
         float* out = floats(held, y, "y", tokens * shape.value_width(), true);
         WithoutGil released;
-        gated_delta_net(layer, in[0], in[1], in[2], in[3], tokens, own_conv_state, own_recurrent_state, out);
+        gated_delta_net(layer, in[0], in[1], in[2], in[3], sequences, out);
     });
 }
 
 PyObject* attention(PyObject*, PyObject* args) {
-    PyObject *q_and_gate, *k, *v, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
-    long long tokens, heads, kv_heads, dim, rotary, capacity, start;
+    PyObject *q_and_gate, *k, *v, *lengths, *starts, *capacities, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
+    long long heads, kv_heads, dim, rotary;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOLOO(LLLLLL)OfOOO", &q_and_gate, &k, &v, &tokens, &q_norm, &k_norm, &heads,
-                          &kv_heads, &dim, &rotary, &capacity, &start, &frequencies, &eps, &keys, &values, &y))
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLL)OfO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
+                          &starts, &PyList_Type, &capacities, &q_norm, &k_norm, &heads, &kv_heads, &dim, &rotary,
+                          &frequencies, &eps, &PyList_Type, &keys, &PyList_Type, &values, &y))
         return nullptr;
     return guarded([&] {
         Held held;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads do not fit");
         require(dim > 0 && dim % kLanes == 0 && rotary > 0 && rotary % 2 == 0 && rotary <= dim,
                 "the head size must be a multiple of 16, and rotated dimensions even");
-        require(tokens >= 0 && start >= 0 && start + tokens <= capacity, "the cache has no room for these tokens");
+        const Py_ssize_t count = sequences_in(keys, values);
+        const std::vector<int64_t> tokens_of = lengths_of(lengths, count), start_of = lengths_of(starts, count),
+                                   capacity_of = lengths_of(capacities, count);
+        const int64_t tokens = sum_of(tokens_of);
         held.push_back(std::make_unique<Buffer>(frequencies, "frequencies", kDouble, rotary / 2));
         const double* turned = held.back()->as<double>();
-        const AttentionLayer layer{{heads, kv_heads, dim, rotary, capacity, start}, turned, eps,
-                                   floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, turned, eps, floats(held, q_norm, "q_norm", dim),
+                                   floats(held, k_norm, "k_norm", dim)};
         const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
                               floats(held, k, "k", tokens * kv_heads * dim),
                               floats(held, v, "v", tokens * kv_heads * dim)};
-        float* own_keys = floats(held, keys, "keys", kv_heads * capacity * dim, true);
-        float* own_values = floats(held, values, "values", kv_heads * capacity * dim, true);
+        std::vector<AttentionSequence> sequences;
+        for (Py_ssize_t i = 0; i < count; ++i) {
+            require(start_of[i] + tokens_of[i] <= capacity_of[i], "a cache has no room for its tokens");
+            const int64_t size = kv_heads * capacity_of[i] * dim;
+            sequences.push_back({tokens_of[i], start_of[i], capacity_of[i],
+                                 floats(held, PyList_GetItem(keys, i), "keys", size, true),
+                                 floats(held, PyList_GetItem(values, i), "values", size, true)});
+        }
         float* out = floats(held, y, "y", tokens * heads * dim, true);
         WithoutGil released;
-        gated_attention(layer, in[0], in[1], in[2], tokens, own_keys, own_values, out);
+        gated_attention(layer, in[0], in[1], in[2], sequences, out);
     });
 }
 
@@ -418,9 +460,11 @@ PyMethodDef methods[] = {
     {"experts", experts, METH_VARARGS,
      "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
     {"delta_net", delta_net, METH_VARARGS,
-     "delta_net(qkv, z, b, a, tokens, convolution, a_log, dt_bias, norm, shape, eps, conv_state, recurrent_state, y)"},
+     "delta_net(qkv, z, b, a, lengths, convolution, a_log, dt_bias, norm, shape, eps, conv_states, recurrent_states, y): "
+     "the new tokens of several sequences, one sequence after the other"},
     {"attention", attention, METH_VARARGS,
-     "attention(q_and_gate, k, v, tokens, q_norm, k_norm, shape, frequencies, eps, keys, values, y)"},
+     "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, keys, values, y): "
+     "the new tokens of several sequences, one sequence after the other"},
     {"has_activations", supports_activations, METH_VARARGS,
      "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
@@ -435,7 +479,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 6; // see __init__.py
+constexpr int kInterface = 7; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

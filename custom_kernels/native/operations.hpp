@@ -66,7 +66,7 @@ struct DeltaShape {
 };
 
 struct AttentionShape {
-    int64_t heads, kv_heads, head_dim, rotary_dim, capacity, start;
+    int64_t heads, kv_heads, head_dim, rotary_dim;
 };
 
 // Parts of nearly equal size of `count` items, each of at most `most`.

@@ -395,30 +395,85 @@ void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64
         });
 }
 
-void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
-                     int64_t tokens, float* conv_state, float* recurrent_state, float* y) {
+namespace {
+
+template <typename Sequence>
+bool all_have_one_token(const std::vector<Sequence>& sequences) {
+    return std::all_of(sequences.begin(), sequences.end(), [](const Sequence& one) { return one.tokens == 1; });
+}
+
+// Store the latest inputs of the convolution after `count` tokens `x`, for channels [begin, end).
+void keep_inputs(const DeltaShape& shape, const float* x, int64_t count, int64_t begin, int64_t end,
+                 float* conv_state) {
+    const int64_t channels = shape.channels(), kept = shape.taps - 1;
+    for (int64_t row = 0; row < kept; ++row) { // ascending, because the source rows come later
+        const int64_t from = row + count;
+        const float* source = from < kept ? conv_state + from * channels : x + (from - kept) * channels;
+        std::memmove(conv_state + row * channels + begin, source + begin, sizeof(float) * (end - begin));
+    }
+}
+
+void delta_of_one(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
+                  const DeltaSequence& sequence, float* y) {
     const DeltaShape& shape = layer.shape;
     const Operations& own = operations();
-    const int64_t channels = shape.channels(), kept = shape.taps - 1;
-    for (int64_t first = 0; first < tokens; first += kTile) {
-        const int64_t count = std::min<int64_t>(kTile, tokens - first);
+    const int64_t channels = shape.channels();
+    for (int64_t first = 0; first < sequence.tokens; first += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, sequence.tokens - first);
         const float* x = qkv + first * channels;
         float* mixed = scratch<kMixed>(count * channels);
         parallel(channels, count == 1 ? 2048 : 256, [&](int64_t begin, int64_t end, int) {
-            own.convolve(conv_state, x, layer.convolution, count, channels, shape.taps, begin, end, mixed);
-            for (int64_t row = 0; row < kept; ++row) { // ascending, because the source rows come later
-                const int64_t from = row + count;
-                const float* source = from < kept ? conv_state + from * channels : x + (from - kept) * channels;
-                std::memmove(conv_state + row * channels + begin, source + begin, sizeof(float) * (end - begin));
-            }
+            own.convolve(sequence.conv_state, x, layer.convolution, count, channels, shape.taps, begin, end, mixed);
+            keep_inputs(shape, x, count, begin, end, sequence.conv_state);
         });
         parallel(shape.value_heads, 1, [&](int64_t begin, int64_t end, int) {
             for (int64_t head = begin; head < end; ++head)
                 own.delta(shape, head, count, mixed, z + first * shape.value_width(), b + first * shape.value_heads,
                           a + first * shape.value_heads, layer.a_log, layer.dt_bias, layer.norm, layer.eps,
-                          recurrent_state + head * shape.value_dim * shape.key_dim, y + first * shape.value_width(),
-                          scratch<kOwn>(2 * shape.key_dim + shape.value_dim));
+                          sequence.recurrent_state + head * shape.value_dim * shape.key_dim,
+                          y + first * shape.value_width(), scratch<kOwn>(2 * shape.key_dim + shape.value_dim));
         });
+    }
+}
+
+// One token of each sequence, in two loops.
+void delta_of_several(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
+                      const std::vector<DeltaSequence>& sequences, float* y) {
+    const DeltaShape& shape = layer.shape;
+    const Operations& own = operations();
+    const int64_t channels = shape.channels(), count = static_cast<int64_t>(sequences.size());
+    float* mixed = scratch<kMixed>(count * channels);
+    parallel(count, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+            const float* x = qkv + i * channels;
+            own.convolve(sequences[i].conv_state, x, layer.convolution, 1, channels, shape.taps, 0, channels,
+                         mixed + i * channels);
+            keep_inputs(shape, x, 1, 0, channels, sequences[i].conv_state);
+        }
+    });
+    parallel(count * shape.value_heads, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t i = item / shape.value_heads, head = item % shape.value_heads;
+            own.delta(shape, head, 1, mixed + i * channels, z + i * shape.value_width(), b + i * shape.value_heads,
+                      a + i * shape.value_heads, layer.a_log, layer.dt_bias, layer.norm, layer.eps,
+                      sequences[i].recurrent_state + head * shape.value_dim * shape.key_dim,
+                      y + i * shape.value_width(), scratch<kOwn>(2 * shape.key_dim + shape.value_dim));
+        }
+    });
+}
+
+} // namespace
+
+void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
+                     const std::vector<DeltaSequence>& sequences, float* y) {
+    const DeltaShape& shape = layer.shape;
+    if (sequences.size() > 1 && all_have_one_token(sequences))
+        return delta_of_several(layer, qkv, z, b, a, sequences, y);
+    for (const DeltaSequence& one : sequences) {
+        delta_of_one(layer, qkv, z, b, a, one, y);
+        qkv += one.tokens * shape.channels(), z += one.tokens * shape.value_width();
+        b += one.tokens * shape.value_heads, a += one.tokens * shape.value_heads;
+        y += one.tokens * shape.value_width();
     }
 }
 
@@ -436,96 +491,156 @@ void place(const Operations& own, const AttentionLayer& layer, const float* x, c
     }
 }
 
-} // namespace
+// A token whose queries attend, in spans of keys.
+struct Row {
+    const AttentionSequence* sequence;
+    int64_t position, span, first_span;
 
-void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
-                     int64_t tokens, float* keys, float* values, float* y) {
+    int64_t spans() const { return (position + span) / span; } // of position + 1 keys
+};
+
+// Return the keys of a span, when threads share the keys of a single token.
+int64_t shared_span(int64_t keys) { return std::max<int64_t>(128, (keys + 8 * threads() - 1) / (8 * threads())); }
+
+// Compute the cosines, then the sines, of the positions of `rows`.
+std::vector<float> rotations_of(const AttentionLayer& layer, const std::vector<Row>& rows) {
+    const int64_t pairs = layer.shape.rotary_dim / 2;
+    std::vector<float> rotations(rows.size() * 2 * pairs);
+    float* to = rotations.data();
+    for (const Row& row : rows) {
+        for (int64_t i = 0; i < pairs; ++i) {
+            const double angle = static_cast<double>(row.position) * layer.frequencies[i];
+            to[i] = static_cast<float>(std::cos(angle));
+            to[pairs + i] = static_cast<float>(std::sin(angle));
+        }
+        to += 2 * pairs;
+    }
+    return rotations;
+}
+
+// Store the keys and values of `rows` in their caches; return their queries [row][heads][D].
+const float* place_all(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
+                       const std::vector<Row>& rows) {
+    const AttentionShape& shape = layer.shape;
+    const Operations& own = operations();
+    const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.head_dim;
+    const int64_t count = static_cast<int64_t>(rows.size());
+    float* queries = scratch<kQueries>(count * heads * dim);
+    const std::vector<float> rotations = rotations_of(layer, rows);
+    parallel(count * (heads + kv_heads), 32, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
+            const float* own_rotations = rotations.data() + t * shape.rotary_dim;
+            if (head < heads) {
+                place(own, layer, q_and_gate + (t * heads + head) * 2 * dim, layer.q_norm, own_rotations,
+                      queries + (t * heads + head) * dim);
+                continue;
+            }
+            const AttentionSequence& sequence = *rows[t].sequence;
+            const int64_t kv = head - heads, at = (kv * sequence.capacity + rows[t].position) * dim;
+            place(own, layer, k + (t * kv_heads + kv) * dim, layer.k_norm, own_rotations, sequence.keys + at);
+            std::memcpy(sequence.values + at, v + (t * kv_heads + kv) * dim, sizeof(float) * dim);
+        }
+    });
+    return queries;
+}
+
+// Attend from each of `rows` in its spans of keys, apply the gate, and store the results.
+void attend_in_spans(const AttentionLayer& layer, const float* queries, const float* q_and_gate,
+                     std::vector<Row>& rows, float* y) {
     const AttentionShape& shape = layer.shape;
     const Operations& own = operations();
     const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.head_dim, group = heads / kv_heads;
-    const int64_t pairs = shape.rotary_dim / 2;
-    for (int64_t first = 0; first < tokens; first += kTile) {
-        const int64_t count = std::min<int64_t>(kTile, tokens - first);
-        float* queries = scratch<kQueries>(count * heads * dim);
-        std::vector<float> rotations(count * 2 * pairs);
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t i = 0; i < pairs; ++i) {
-                const double angle = static_cast<double>(shape.start + first + t) * layer.frequencies[i];
-                rotations[t * 2 * pairs + i] = static_cast<float>(std::cos(angle));
-                rotations[t * 2 * pairs + pairs + i] = static_cast<float>(std::sin(angle));
-            }
-        parallel(count * (heads + kv_heads), 32, [&](int64_t begin, int64_t end, int) {
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
-                const float* own_rotations = rotations.data() + t * 2 * pairs;
-                if (head < heads) {
-                    place(own, layer, q_and_gate + ((first + t) * heads + head) * 2 * dim, layer.q_norm, own_rotations,
-                          queries + (t * heads + head) * dim);
-                    continue;
-                }
-                const int64_t kv = head - heads, at = (kv * shape.capacity + shape.start + first + t) * dim;
-                place(own, layer, k + ((first + t) * kv_heads + kv) * dim, layer.k_norm, own_rotations, keys + at);
-                std::memcpy(values + at, v + ((first + t) * kv_heads + kv) * dim, sizeof(float) * dim);
-            }
-        });
-
-        if (count > kFewTokens) {
-            const int64_t block = own.attend_block(group);
-            const Parts blocks(count, block);
-            float* out = y + first * heads * dim;
-            parallel(kv_heads * blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
-                for (int64_t item = begin; item < end; ++item) {
-                    const int64_t kv = item % kv_heads, part = item / kv_heads, t = blocks.begin(part);
-                    const int64_t at = (t * heads + kv * group) * dim;
-                    own.attend_many(queries + at, heads * dim, blocks.size(part), group, dim,
-                                    keys + kv * shape.capacity * dim, values + kv * shape.capacity * dim,
-                                    shape.start + first + t + 1, out + at,
-                                    scratch<kOwn>(own.attend_scratch(group, dim)));
-                }
-            });
-            parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
-                for (int64_t item = begin; item < end; ++item)
-                    own.gate(out + item * dim, q_and_gate + (first * heads + item) * 2 * dim + dim, dim);
-            });
-            continue;
+    const int64_t count = static_cast<int64_t>(rows.size()), part = group * (dim + 2); // sums, then peak and weight
+    int64_t spans = 0;
+    for (Row& row : rows) row.first_span = spans, spans += row.spans();
+    std::vector<int64_t> row_of(spans);
+    for (int64_t t = 0; t < count; ++t)
+        std::fill_n(row_of.begin() + rows[t].first_span, rows[t].spans(), t);
+    float* partial = scratch<kPartial>(spans * kv_heads * part);
+    parallel(spans * kv_heads, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t kv = item % kv_heads, t = row_of[item / kv_heads];
+            const Row& row = rows[t];
+            const int64_t s = item / kv_heads - row.first_span, at = kv * row.sequence->capacity * dim;
+            float* to = partial + item * part;
+            own.attend(queries + (t * heads + kv * group) * dim, group, dim, row.sequence->keys + at,
+                       row.sequence->values + at, s * row.span, std::min(row.position + 1, (s + 1) * row.span), to,
+                       to + group * dim, scratch<kOwn>(group * 64));
         }
+    });
+    parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t t = item / heads, head = item % heads, kv = head / group, h = head % group;
+            const float* parts = partial + (rows[t].first_span * kv_heads + kv) * part;
+            const int64_t own_spans = rows[t].spans(), stride = kv_heads * part;
+            float peak = -INFINITY, total = 0.0f;
+            for (int64_t s = 0; s < own_spans; ++s) peak = std::max(peak, parts[s * stride + group * dim + 2 * h]);
+            float* out = y + item * dim;
+            std::fill(out, out + dim, 0.0f);
+            for (int64_t s = 0; s < own_spans; ++s) {
+                const float* peaks = parts + s * stride + group * dim + 2 * h;
+                const float factor = std::exp(peaks[0] - peak);
+                total += factor * peaks[1];
+                for (int64_t i = 0; i < dim; ++i) out[i] += factor * parts[s * stride + h * dim + i];
+            }
+            for (int64_t i = 0; i < dim; ++i) out[i] /= total;
+            own.gate(out, q_and_gate + item * 2 * dim + dim, dim);
+        }
+    });
+}
 
-        // Threads share the keys of a single token, or else the tokens.
-        const int64_t end_of_keys = shape.start + first + count;
-        const int64_t span = count > 1 ? end_of_keys
-                                       : std::max<int64_t>(128, (end_of_keys + 8 * threads() - 1) / (8 * threads()));
-        const int64_t spans = (end_of_keys + span - 1) / span;
-        const int64_t part = group * (dim + 2); // sums, then the peak and the weight of each head
-        float* partial = scratch<kPartial>(count * kv_heads * spans * part);
-        parallel(count * kv_heads * spans, 1, [&](int64_t begin, int64_t end, int) {
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t t = item / (kv_heads * spans), kv = item / spans % kv_heads, s = item % spans;
-                const int64_t seen = shape.start + first + t + 1;
-                float* to = partial + item * part;
-                own.attend(queries + (t * heads + kv * group) * dim, group, dim, keys + kv * shape.capacity * dim,
-                           values + kv * shape.capacity * dim, s * span, std::min(seen, (s + 1) * span), to,
-                           to + group * dim, scratch<kOwn>(group * 64));
-            }
-        });
-        parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
-            for (int64_t item = begin; item < end; ++item) {
-                const int64_t t = item / heads, head = item % heads, kv = head / group, h = head % group;
-                const float* parts = partial + (t * kv_heads + kv) * spans * part;
-                float peak = -INFINITY, total = 0.0f;
-                for (int64_t s = 0; s < spans; ++s) peak = std::max(peak, parts[s * part + group * dim + 2 * h]);
-                float* out = y + ((first + t) * heads + head) * dim;
-                std::fill(out, out + dim, 0.0f);
-                for (int64_t s = 0; s < spans; ++s) {
-                    const float* peaks = parts + s * part + group * dim + 2 * h;
-                    const float factor = std::exp(peaks[0] - peak);
-                    total += factor * peaks[1];
-                    for (int64_t i = 0; i < dim; ++i) out[i] += factor * parts[s * part + h * dim + i];
-                }
-                for (int64_t i = 0; i < dim; ++i) out[i] /= total;
-                own.gate(out, q_and_gate + ((first + t) * heads + head) * 2 * dim + dim, dim);
-            }
-        });
+// Attend from successive tokens of one sequence, of which the first is at `position`, in blocks of tokens.
+void attend_in_blocks(const AttentionLayer& layer, const float* queries, const float* q_and_gate,
+                      const AttentionSequence& sequence, int64_t position, int64_t count, float* y) {
+    const AttentionShape& shape = layer.shape;
+    const Operations& own = operations();
+    const int64_t heads = shape.heads, kv_heads = shape.kv_heads, dim = shape.head_dim, group = heads / kv_heads;
+    const Parts blocks(count, own.attend_block(group));
+    parallel(kv_heads * blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t kv = item % kv_heads, part = item / kv_heads, t = blocks.begin(part);
+            const int64_t at = (t * heads + kv * group) * dim, first = kv * sequence.capacity * dim;
+            own.attend_many(queries + at, heads * dim, blocks.size(part), group, dim, sequence.keys + first,
+                            sequence.values + first, position + t + 1, y + at,
+                            scratch<kOwn>(own.attend_scratch(group, dim)));
+        }
+    });
+    parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
+        for (int64_t item = begin; item < end; ++item)
+            own.gate(y + item * dim, q_and_gate + item * 2 * dim + dim, dim);
+    });
+}
+
+} // namespace
+
+void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
+                     const std::vector<AttentionSequence>& sequences, float* y) {
+    const AttentionShape& shape = layer.shape;
+    const int64_t width = shape.heads * shape.head_dim, kv_width = shape.kv_heads * shape.head_dim;
+    std::vector<Row> rows;
+    const auto process = [&](bool in_blocks) {
+        const float* queries = place_all(layer, q_and_gate, k, v, rows);
+        const int64_t count = static_cast<int64_t>(rows.size());
+        if (in_blocks)
+            attend_in_blocks(layer, queries, q_and_gate, *rows[0].sequence, rows[0].position, count, y);
+        else
+            attend_in_spans(layer, queries, q_and_gate, rows, y);
+        q_and_gate += 2 * count * width, k += count * kv_width, v += count * kv_width, y += count * width;
+        rows.clear();
+    };
+    if (all_have_one_token(sequences)) { // each in the same spans as alone, so that results are equal
+        for (const AttentionSequence& one : sequences) rows.push_back({&one, one.start, shared_span(one.start + 1), 0});
+        if (!rows.empty()) process(false);
+        return;
     }
+    for (const AttentionSequence& one : sequences)
+        for (int64_t first = 0; first < one.tokens; first += kTile) {
+            const int64_t count = std::min<int64_t>(kTile, one.tokens - first), end = one.start + first + count;
+            const int64_t span = count > 1 ? end : shared_span(end); // threads share the tokens, or a token's keys
+            for (int64_t t = 0; t < count; ++t) rows.push_back({&one, one.start + first + t, span, 0});
+            process(count > kFewTokens);
+        }
 }
 
 } // namespace flashmoe

@@ -65,10 +65,16 @@ struct DeltaLayer {
     float eps;
 };
 
-// Compute y, and replace `conv_state` [taps - 1, channels] and `recurrent_state` [value heads, Dv, Dk] by their values
+// A sequence with new tokens, and its states: `conv_state` [taps - 1, channels], `recurrent_state` [value heads, Dv, Dk].
+struct DeltaSequence {
+    int64_t tokens;
+    float *conv_state, *recurrent_state;
+};
+
+// Compute y for the new tokens of all sequences, one sequence after the other, and replace the states by their values
 // after the tokens.
 void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, const float* b, const float* a,
-                     int64_t tokens, float* conv_state, float* recurrent_state, float* y);
+                     const std::vector<DeltaSequence>& sequences, float* y);
 
 struct AttentionLayer {
     AttentionShape shape;
@@ -77,8 +83,15 @@ struct AttentionLayer {
     const float *q_norm, *k_norm;
 };
 
-// Store the tokens' keys and values in the caches [kv heads, capacity, D], and compute y [tokens, heads * D].
+// A sequence with new tokens, the first at position `start`, and its caches [kv heads, capacity, D].
+struct AttentionSequence {
+    int64_t tokens, start, capacity;
+    float *keys, *values;
+};
+
+// Store the keys and values of the new tokens of all sequences, one sequence after the other, in their caches, and
+// compute y [tokens, heads * D].
 void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const float* k, const float* v,
-                     int64_t tokens, float* keys, float* values, float* y);
+                     const std::vector<AttentionSequence>& sequences, float* y);
 
 } // namespace flashmoe

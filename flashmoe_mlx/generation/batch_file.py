@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import parse_object
+from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.paths import name_in_errors
 
 _INVALID = "invalid_batch"
@@ -42,13 +43,13 @@ class Line:
     Attributes:
         key: the name that the request shares with its answer: ``custom_id``, ``id``, or the number of the line.
         prompt: a user's message, or messages.
-        options: arguments of ``Engine.request``.
+        options: the options of the answer, of which ``Engine.request`` checks the values.
         openai: whether the line and its answer have the form of the OpenAI batch API.
     """
 
     key: str
     prompt: str | list[dict[str, Any]]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: RequestOptions = field(default_factory=RequestOptions)
     openai: bool = False
 
     def answer(
@@ -176,12 +177,12 @@ def _parse_openai(content: Mapping[str, Any], key: str) -> Line:
     return Line(key, body["messages"], _options(body, _OPENAI), openai=True)
 
 
-def _options(fields: Mapping[str, Any], arguments: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments of ``Engine.request`` for the ``fields`` that are not null."""
+def _options(fields: Mapping[str, Any], arguments: Mapping[str, str]) -> RequestOptions:
+    """Return the options for the ``fields`` that are not null."""
     options = {argument: fields[name] for name, argument in arguments.items() if fields.get(name) is not None}
     if not isinstance(options.get("stop", ""), str | list):
         raise InputError("stop must be text or a list of texts", code=_INVALID)
-    return options
+    return cast(RequestOptions, options)
 
 
 class AnswerFile:

@@ -1,12 +1,13 @@
 """A request: everything that determines an answer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import LogitsProcessor
-from flashmoe_mlx.generation.sampling import ChosenSampling
+from flashmoe_mlx.generation.prompting import Tools
+from flashmoe_mlx.generation.sampling import ChosenSampling, PublishedSampling
 
 FinishReason = Literal["stop", "length", "cancelled"]
 PrefillProgress = Callable[[int, int], object]
@@ -15,6 +16,79 @@ PREFILL_CHUNK = 1024
 """The default number of prompt tokens that go through the model together."""
 _LONGEST_STOP = 4096
 _MOST_STOPS = 64
+
+
+class PromptOptions(TypedDict, total=False):
+    """The options that shape a prompt, as keyword arguments; see ``render_prompt``.
+
+    Attributes:
+        raw: send a string without the chat template, and do not separate thinking from the text.
+        system: the system message.
+        tools: declarations of functions, in the form of the OpenAI API.
+        enable_thinking: whether the model may think first; None leaves it to the template.
+        template_options: further variables of the template.
+    """
+
+    raw: bool
+    system: str | None
+    tools: Tools | None
+    enable_thinking: bool | None
+    template_options: Mapping[str, Any] | None
+
+
+class RequestOptions(PromptOptions, total=False):
+    """The options of an answer, as keyword arguments of ``Engine.generate`` and ``Engine.request``.
+
+    Attributes:
+        max_tokens: the largest number of tokens to generate, thinking included; 256 if it is missing.
+        temperature: 0 for greedy decoding; None, here and below, for the value in the model's generation_config.json.
+            See ``SamplingOptions`` for this and the next six.
+        top_p: as in ``SamplingOptions``.
+        top_k: as in ``SamplingOptions``.
+        min_p: as in ``SamplingOptions``.
+        repetition_penalty: as in ``SamplingOptions``.
+        presence_penalty: as in ``SamplingOptions``.
+        frequency_penalty: as in ``SamplingOptions``.
+        seed: makes the draws repeatable; None for different draws each time.
+        stop: texts that end the answer and are not part of it; a single text or several.
+        logprobs: the number of alternatives to report for each token, with log probabilities; None for none.
+        logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each returns
+            changed logits.
+        prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
+        ignore_eos: continue after the end of the answer, for benchmarks.
+    """
+
+    max_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    stop: str | Sequence[str]
+    logprobs: int | None
+    logits_processors: Sequence[LogitsProcessor]
+    prefill_chunk: int | None
+    ignore_eos: bool
+
+
+_SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+
+
+def prompt_options(options: RequestOptions) -> PromptOptions:
+    """Return the part of ``options`` that shapes the prompt.
+
+    Raises:
+        TypeError: an option does not exist, as for a keyword argument.
+    """
+    if unknown := sorted(options.keys() - RequestOptions.__optional_keys__):
+        known = ", ".join(sorted(RequestOptions.__optional_keys__))
+        raise TypeError(f"there is no option {unknown[0]!r}; the options of a request are {known}")
+    return {name: options[name] for name in PromptOptions.__optional_keys__ & options.keys()}  # type: ignore[literal-required,return-value]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +143,35 @@ class Request:
                 raise InputError(
                     f"stop={text!r:.60}: must be text of 1 to {_LONGEST_STOP} characters", code="invalid_stop"
                 )
+
+
+def make_request(
+    prompt_ids: list[int], options: RequestOptions, published: PublishedSampling, eos_ids: frozenset[int]
+) -> Request:
+    """Return the request for a tokenized prompt with ``options``.
+
+    Args:
+        prompt_ids: the tokens of the prompt.
+        options: the options of the answer.
+        published: the model's sampling options, which apply where ``options`` have none.
+        eos_ids: the tokens that end an answer.
+
+    Raises:
+        InputError: an option is out of range; see ``Request`` and ``PublishedSampling.choose``.
+    """
+    stop = options.get("stop", ())
+    return Request(
+        prompt_ids=prompt_ids,
+        sampling=published.choose(**{name: options.get(name) for name in _SAMPLING}),  # type: ignore[arg-type]
+        max_tokens=options.get("max_tokens", 256),
+        seed=options.get("seed"),
+        stop_ids=frozenset() if options.get("ignore_eos", False) else eos_ids,
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=options.get("logprobs"),
+        prefill_chunk=checked_chunk(options.get("prefill_chunk")),
+        split_reasoning=not options.get("raw", False),
+        processors=tuple(options.get("logits_processors", ())),
+    )
 
 
 def checked_chunk(prefill_chunk: int | None) -> int:

@@ -3,12 +3,12 @@
 Source: transformers ``Qwen3_5MoeAttention``. Position sections for images are plain positions in text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, Kernels
+from flashmoe_mlx.custom_kernels import AttentionBatch, AttentionInputs, AttentionWeights, Kernels
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel
 from flashmoe_mlx.layers.cache import KVCache
 from flashmoe_mlx.layers.linear import Linear, project_all
@@ -42,7 +42,32 @@ class Attention:
         Returns:
             [T, hidden].
         """
+        if len(caches) > 1 and self.kernels.attention_batch is not None:
+            return self.o_proj(
+                self._attend_together(self.kernels.attention_batch, projected, caches, lengths), residual
+            )
         return self.o_proj(by_sequence(self.attend, projected, caches, lengths), residual)
+
+    def _attend_together(
+        self,
+        kernel: Callable[[AttentionBatch], tuple[mx.array, ...]],
+        projected: Sequence[mx.array],
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+    ) -> mx.array:
+        """Attend within each of several sequences in one call of ``kernel``."""
+        weights, (q_and_gate, k, v) = self.weights, projected
+        room = [
+            cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
+            for cache, length in zip(caches, lengths, strict=True)
+        ]
+        keys, values = zip(*room, strict=True)
+        starts = [cache.length for cache in caches]
+        y, *arrays = kernel(AttentionBatch(q_and_gate, k, v, weights, keys, values, starts, list(lengths)))
+        for cache, length, kept in zip(caches, lengths, zip(arrays[::2], arrays[1::2], strict=True), strict=True):
+            cache.keys, cache.values = kept
+            cache.length += length
+        return y
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute queries with their gates, keys, and values, each [T, ...], of ``x`` [T, hidden]."""

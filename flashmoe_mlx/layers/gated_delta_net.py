@@ -3,12 +3,12 @@
 Source: transformers ``Qwen3_5MoeGatedDeltaNet``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import DeltaInputs, DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels import DeltaBatch, DeltaInputs, DeltaWeights, Kernels
 from flashmoe_mlx.layers.cache import RecurrentState
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.sequences import by_sequence
@@ -36,7 +36,25 @@ class GatedDeltaNet:
         residual: mx.array,
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
+        kernel = self.kernels.gated_delta_net_batch
+        if len(caches) > 1 and kernel is not None:
+            return self.out_proj(self._recur_together(kernel, projected, caches, lengths), residual)
         return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)
+
+    def _recur_together(
+        self,
+        kernel: Callable[[DeltaBatch], tuple[mx.array, ...]],
+        projected: Sequence[mx.array],
+        caches: Sequence[RecurrentState],
+        lengths: Sequence[int],
+    ) -> mx.array:
+        """Continue the recurrence of each of several sequences in one call of ``kernel``."""
+        qkv, z, b, a = projected
+        conv_states, recurrent_states = zip(*(self._states(cache, qkv.dtype) for cache in caches), strict=True)
+        y, *arrays = kernel(DeltaBatch(qkv, z, b, a, self.weights, conv_states, recurrent_states, list(lengths)))
+        for cache, states in zip(caches, zip(arrays[::2], arrays[1::2], strict=True), strict=True):
+            cache.conv_state, cache.recurrent_state = states
+        return y
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute the four inputs of the recurrence, each [T, ...], of ``x`` [T, hidden]."""
@@ -53,10 +71,15 @@ class GatedDeltaNet:
 
     def _recur(self, cache: RecurrentState, *projected: mx.array) -> mx.array:
         """Continue the recurrence of one sequence; all arrays are [T, ...] of its new tokens."""
-        if cache.conv_state is None or cache.recurrent_state is None:
-            cache.conv_state, cache.recurrent_state = self.weights.empty(projected[0].dtype)
-        y, cache.conv_state, cache.recurrent_state = self.recur(projected, cache.conv_state, cache.recurrent_state)
+        states = self._states(cache, projected[0].dtype)
+        y, cache.conv_state, cache.recurrent_state = self.recur(projected, *states)
         return y
+
+    def _states(self, cache: RecurrentState, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return both states of a sequence."""
+        if cache.conv_state is None or cache.recurrent_state is None:
+            return self.weights.empty(dtype)
+        return cache.conv_state, cache.recurrent_state
 
     def recur(
         self, projected: Sequence[mx.array], conv_state: mx.array, recurrent_state: mx.array

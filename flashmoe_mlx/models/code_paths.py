@@ -9,6 +9,7 @@ from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.moe.groups import experts_at_once
 
 
 def model_shapes(model: Model) -> ModelShapes:
@@ -27,7 +28,7 @@ def model_shapes(model: Model) -> ModelShapes:
         shared=tuple(shared.values()),
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
-        slots=first.store.slots,
+        slots=experts_at_once(first.store),
         embedding=None if model.embedding.bits is None else model.embedding,
     )
 

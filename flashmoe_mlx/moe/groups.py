@@ -1,4 +1,4 @@
-"""Groups of a layer's experts, each as large as the slots of the store."""
+"""Groups of a layer's experts: the experts of one group are computed while those of the next are read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,9 @@ import numpy.typing as npt
 
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
+
+_AT_ONCE = 16
+"""Experts of a group where a layer needs more than twice as many: few, so that the first group arrives early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class ExpertGroup:
 class ExpertGroups:
     """The distinct experts that T tokens chose in one layer, fetched group by group.
 
-    Tokens of several sequences share a fetch. Iterate once, and stop using a group before the next.
+    Each expert is fetched once, and tokens of several sequences share a fetch. After each fetch, the next group is
+    hinted to the store, which reads it during the computation. Iterate once, and stop using a group before the next.
 
     Attributes:
         store: serves the experts.
@@ -65,12 +69,25 @@ class ExpertGroups:
 
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch and yield each group on demand."""
-        distinct, size = sorted(set(self.chosen.ravel().tolist())), self.store.slots
-        num_experts = self.store.source.num_experts
-        for start in range(0, len(distinct), size):
-            experts, is_last = distinct[start : start + size], start + size >= len(distinct)
+        distinct = np.unique(self.chosen).tolist()
+        size, num_experts = self._size(len(distinct)), self.store.source.num_experts
+        groups = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        for number, experts in enumerate(groups):
+            following = groups[number + 1] if number + 1 < len(groups) else None
             with self.clock.phase("io"):
                 batch = self.store.fetch(self.layer, experts)
-                if is_last:
+                if following is None:
                     self.after_last_fetch()
-            yield ExpertGroup(experts, batch, is_last, self.chosen, num_experts, self.clock)
+                else:
+                    self.store.prefetch(self.layer, following)
+            yield ExpertGroup(experts, batch, following is None, self.chosen, num_experts, self.clock)
+
+    def _size(self, distinct: int) -> int:
+        """Return the number of experts of a group, given the number of experts of all groups."""
+        most = experts_at_once(self.store)
+        return most if distinct <= most else min(most, _AT_ONCE)
+
+
+def experts_at_once(store: ExpertStore) -> int:
+    """Return the largest number of experts of a layer that are applied as one group."""
+    return min(store.slots, 2 * _AT_ONCE) if store.reads else store.slots

@@ -184,6 +184,8 @@ class ExpertStore(ABC):
 
     limits: ClassVar[Mapping[str, Limit]] = {"slots": SLOTS}
     """Ranges of the numeric options of the constructor, by option; ``create_store`` checks them."""
+    reads: ClassVar[bool] = True
+    """Whether a fetch may have to read; the engine then fetches many experts in groups, and hints each group before."""
 
     def __init__(self, source: ExpertSource, slots: int) -> None:
         SLOTS.check("slots", slots)

@@ -21,6 +21,8 @@ from flashmoe_mlx.stores.slab import Slab
 _log = logging.getLogger(__name__)
 
 MAX_THREADS = 8
+_MOST_AHEAD = 32
+"""Slots for prefetches; more would hold memory that no reader fills in time."""
 _CHUNK = 2**22
 """Size of one read in bytes; small, so that a cancelled prefetch soon leaves the storage to requests."""
 
@@ -35,11 +37,11 @@ class ReadAhead:
     Args:
         source: the location of the experts.
         reader: reads the experts that were not prefetched; ``close`` closes it.
-        slots: maximum number of experts in one request, and of simultaneous prefetches.
+        slots: maximum number of experts in one request; there are as many simultaneous prefetches, up to 32.
         threads: number of threads for prefetches, limited to ``MAX_THREADS``.
         direct: whether prefetches bypass the page cache.
-        slab: at least ``slots`` slots, from which ``fetch`` serves batches in place. The first hint replaces a slab of
-            fewer than twice ``slots`` slots by one of that size. None if the caller uses ``read`` and its own slots.
+        slab: at least ``slots`` slots, from which ``fetch`` serves batches in place. The first hint replaces a slab
+            without further slots for prefetches by a larger one. None if the caller uses ``read`` and its own slots.
         spare_rows: makes memory for prefetched experts, given their number; needed without ``slab``.
     """
 
@@ -56,6 +58,7 @@ class ReadAhead:
         self._source = source
         self._reader = reader
         self._slots = slots
+        self._ahead = min(slots, _MOST_AHEAD)
         self._count = min(threads, MAX_THREADS)
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._sampler = None if direct else PageCacheSampler(source)
@@ -187,7 +190,7 @@ class ReadAhead:
         self._hinted = kept
         taken = {job.slot for job in kept.values()} | {job.slot for job in self._retired if job.writing}
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
-        new = [place for place in wanted if place not in kept][: max(0, self._slots - len(taken))]
+        new = [place for place in wanted if place not in kept][: max(0, self._ahead - len(taken))]
         for place, slot in zip(new, free, strict=False):
             row = slab.rows([slot])[0]
             plan = list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK))
@@ -215,9 +218,9 @@ class ReadAhead:
         """Allocate the slots for prefetches and start the threads, once; return the slots."""
         if self._slab is None:
             assert self._spare_rows is not None
-            self._slab = self._spare_rows(self._slots)
-        elif self._in_place and self._slab.count < 2 * self._slots:
-            self._slab = Slab(2 * self._slots, self._source.layout.record_bytes)
+            self._slab = self._spare_rows(self._ahead)
+        elif self._in_place and self._slab.count < self._slots + self._ahead:
+            self._slab = Slab(self._slots + self._ahead, self._source.layout.record_bytes)
         try:
             while len(self._threads) < self._count:
                 name = f"expert-prefetch-{len(self._threads)}"

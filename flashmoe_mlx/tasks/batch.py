@@ -15,6 +15,7 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.batch_file import AnswerFile, Line, read_batch
+from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.generation.scheduler import Scheduler
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.generation.text_stream import TextStream
@@ -87,8 +88,8 @@ def run(config: Config, run_dir: Path) -> None:
         )
 
 
-def _defaults(config: Config) -> dict[str, Any]:
-    """Return the arguments of ``Engine.request`` for requests that do not set them."""
+def _defaults(config: Config) -> RequestOptions:
+    """Return the options of requests that do not set them."""
     return {
         "raw": config.raw,
         "max_tokens": config.max_tokens,
@@ -109,11 +110,11 @@ class _Batch:
     Args:
         engine: the loaded model.
         together: the largest number of requests that are answered at once.
-        defaults: arguments of ``Engine.request`` for requests that do not set them.
+        defaults: options of requests that do not set them.
         model: the name of the model.
     """
 
-    def __init__(self, engine: Engine, together: int, defaults: Mapping[str, Any], model: str) -> None:
+    def __init__(self, engine: Engine, together: int, defaults: RequestOptions, model: str) -> None:
         self._engine = engine
         self._model = model
         self._scheduler = Scheduler(engine.runner, together)
@@ -132,7 +133,8 @@ class _Batch:
                 # Requests are tokenized when there is room for them: a file may hold millions.
                 while len(active) < self._together and (line := next(following, None)) is not None:
                     try:
-                        request = self._engine.request(line.prompt, **{**self._defaults, **line.options})
+                        options: RequestOptions = {**self._defaults, **line.options}
+                        request = self._engine.request(line.prompt, **options)
                         sequence = self._engine.runner.begin(request)
                     except (InputError, TypeError) as error:
                         yield self._failure(line, error)

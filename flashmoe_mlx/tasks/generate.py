@@ -1,16 +1,15 @@
 """``task=generate``: answer a prompt, stream the text, and show the cost."""
 
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from flashmoe_mlx.console.output import activity, print_notes, print_table, show
 from flashmoe_mlx.console.tables import metrics_lines, metrics_table
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig
@@ -76,7 +75,7 @@ def run(config: Config, run_dir: Path) -> None:
         raise shown.stopped
 
 
-def _explain_missing_answer(engine: Engine, config: Config, options: Mapping[str, Any], shown: Streamed) -> str:
+def _explain_missing_answer(engine: Engine, config: Config, options: PromptOptions, shown: Streamed) -> str:
     """Explain why thinking ended without an answer, and list the remedies that this model supports."""
     context = engine.model.config.max_context
     advice = []
@@ -95,9 +94,10 @@ def _explain_missing_answer(engine: Engine, config: Config, options: Mapping[str
     return "; ".join([f"no answer: {reason} while the model was thinking", *advice])
 
 
-def _can_skip_thinking(engine: Engine, config: Config, options: Mapping[str, Any]) -> bool:
+def _can_skip_thinking(engine: Engine, config: Config, options: PromptOptions) -> bool:
+    without_thinking: PromptOptions = {**options, "enable_thinking": False}
     try:
-        prompt = engine.encode(config.prompt, **{**options, "enable_thinking": False})
+        prompt = engine.encode(config.prompt, **without_thinking)
     except InputError:
         return False
     return not ReasoningSplitter(engine.tokenizer, prompt).open

@@ -73,19 +73,20 @@ std::vector<float> results(int seed) {
         auto conv_state = noise(random, 3 * shape.channels()), recurrent_state = noise(random, 4 * 16 * 32);
         y.assign(tokens * shape.value_width(), 0.0f);
         const DeltaLayer layer{shape, convolution.data(), rates.data(), rates.data(), norm.data(), 1e-6f};
-        gated_delta_net(layer, qkv.data(), z.data(), b.data(), a.data(), tokens, conv_state.data(), recurrent_state.data(), y.data());
+        gated_delta_net(layer, qkv.data(), z.data(), b.data(), a.data(), {{tokens, conv_state.data(), recurrent_state.data()}}, y.data());
         all.insert(all.end(), y.begin(), y.end());
         all.insert(all.end(), recurrent_state.begin(), recurrent_state.end());
 
         const int64_t start = 150;
-        const AttentionShape heads{6, 2, 32, 8, start + tokens, start};
+        const AttentionShape heads{6, 2, 32, 8};
+        const int64_t capacity = start + tokens;
         const auto q = noise(random, tokens * 6 * 64), k = noise(random, tokens * 64), v = noise(random, tokens * 64);
         const auto norms = noise(random, 32);
-        auto keys = noise(random, 2 * heads.capacity * 32), values = noise(random, 2 * heads.capacity * 32);
+        auto keys = noise(random, 2 * capacity * 32), values = noise(random, 2 * capacity * 32);
         y.assign(tokens * 6 * 32, 0.0f);
         const double frequencies[4] = {1.0, 0.02, 3e-4, 6e-6};
         const AttentionLayer attention{heads, frequencies, 1e-6f, norms.data(), norms.data()};
-        gated_attention(attention, q.data(), k.data(), v.data(), tokens, keys.data(), values.data(), y.data());
+        gated_attention(attention, q.data(), k.data(), v.data(), {{tokens, start, capacity, keys.data(), values.data()}}, y.data());
         all.insert(all.end(), y.begin(), y.end());
     }
     return all;

@@ -4,11 +4,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,6 +15,7 @@ from flashmoe_mlx.console.output import console, literal_console, show
 from flashmoe_mlx.console.streams import OutputError, neutralize, print_answer
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.prompting import load_tools
+from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig
@@ -46,8 +46,8 @@ class Streamed:
         self.finish_reason = piece.finish_reason
 
 
-def prompt_options(config: GenerationConfig) -> dict[str, Any]:
-    """Return the keys that shape the prompt as keyword arguments of ``Engine.encode`` and ``Engine.generate``.
+def prompt_options(config: GenerationConfig) -> PromptOptions:
+    """Return the options of the prompt.
 
     Raises:
         InputError: the file given by ``tools=`` does not contain valid tools.
@@ -61,7 +61,7 @@ def prompt_options(config: GenerationConfig) -> dict[str, Any]:
     }
 
 
-def stream(engine: Engine, config: GenerationConfig, options: Mapping[str, Any]) -> Streamed:
+def stream(engine: Engine, config: GenerationConfig, options: PromptOptions) -> Streamed:
     """Generate an answer and show each piece as soon as it is available.
 
     Args:
