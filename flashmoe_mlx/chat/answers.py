@@ -11,6 +11,7 @@ from flashmoe_mlx.chat.status import Status, measured
 from flashmoe_mlx.chat.terminal import quiet_keyboard
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.text.tool_calls import ToolCall, ToolCallReader
@@ -52,7 +53,7 @@ def generate_answer(
     engine: Engine,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
-    options: Mapping[str, Any],
+    options: RequestOptions,
     view: AnswerView,
 ) -> Answer:
     """Generate the next answer of a conversation; an interrupt or an error ends it and keeps what arrived.
@@ -72,7 +73,8 @@ def generate_answer(
     def on_prefill(done: int, total: int) -> None:
         view.status(measured(generation.metrics, done, max_context, f"reading the prompt: {done:,} of {total:,}"))
 
-    generation = engine.generate(messages, tools=tools, on_prefill=on_prefill, **options)
+    complete: RequestOptions = {**options, "tools": tools}
+    generation = engine.generate(messages, on_prefill=on_prefill, **complete)
     reader = _Reader(engine, tools)
     answer = Answer()
     tokens = len(generation.request.prompt_ids)

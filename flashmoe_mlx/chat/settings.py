@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.request import RequestOptions
 
 KEYS: Mapping[str, type[int] | type[float]] = {
     "max_tokens": int,
@@ -34,19 +35,21 @@ class Settings:
         folded: whether thinking is reduced to one line when it ends.
     """
 
-    options: dict[str, Any] = field(default_factory=dict)
+    options: RequestOptions = field(default_factory=RequestOptions)
     thinking: bool | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
     folded: bool = True
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> RequestOptions:
         """Return the settings as arguments of ``Engine.generate``."""
         return {**self.options, "enable_thinking": self.thinking, "template_options": self.template_options}
 
-    def with_option(self, key: str, value: float | None) -> dict[str, Any]:
+    def with_option(self, key: str, value: float | None) -> RequestOptions:
         """Return ``options`` with a changed value; None stands for the default."""
-        changed = {name: old for name, old in self.options.items() if name != key}
-        return changed if value is None else {**changed, key: value}
+        changed: dict[str, Any] = {name: old for name, old in self.options.items() if name != key}
+        if value is not None:
+            changed[key] = value
+        return cast(RequestOptions, changed)
 
 
 def parse_setting(text: str) -> tuple[str, float | None]:

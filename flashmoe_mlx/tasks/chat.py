@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from flashmoe_mlx.chat.commands import CommandCompleter
 from flashmoe_mlx.chat.conversation import Conversation
@@ -25,6 +26,7 @@ from flashmoe_mlx.console.output import activity, literal_console, print_notes, 
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
@@ -110,7 +112,7 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
 
 def _settings(config: Config) -> Settings:
     """Return the settings of the answers; values of null leave the model's defaults."""
-    given = {
+    given: RequestOptions = {
         "max_tokens": config.max_tokens,
         "temperature": config.temperature,
         "top_p": config.top_p,
@@ -124,7 +126,7 @@ def _settings(config: Config) -> Settings:
     }
     assert given.keys() == KEYS.keys()
     options = {key: value for key, value in given.items() if value is not None}
-    return Settings(options, config.thinking, config.template_options)
+    return Settings(cast(RequestOptions, options), config.thinking, config.template_options)
 
 
 def _toolbox(choice: ToolChoice, run_dir: Path) -> Toolbox:
