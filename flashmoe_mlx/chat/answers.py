@@ -1,6 +1,5 @@
 """One answer of the model: generated, shown while it arrives, and divided into text, thinking and calls of tools."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +7,6 @@ from typing import Any
 from flashmoe_mlx.chat.interrupts import interrupts_to
 from flashmoe_mlx.chat.screen import AnswerView
 from flashmoe_mlx.chat.status import Status, measured
-from flashmoe_mlx.chat.terminal import quiet_keyboard
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.request import RequestOptions
@@ -78,7 +76,7 @@ def generate_answer(
     reader = _Reader(engine, tools)
     answer = Answer()
     tokens = len(generation.request.prompt_ids)
-    with quiet_keyboard(sys.stdin), interrupts_to(generation.cancel) as interrupted:
+    with interrupts_to(generation.cancel) as interrupted:
         try:
             for piece in generation:
                 tokens += len(piece.token_ids)

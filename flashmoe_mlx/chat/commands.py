@@ -20,6 +20,10 @@ from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.stores.registry import AUTO, backend_names, backend_settings
 
 _UNKNOWN = "unknown_command"
+_KEYS = (
+    "Enter sends; Alt-Enter or Ctrl-J begins a new line; Tab completes; Ctrl-C stops an answer; Ctrl-D ends the chat. "
+    "A line that begins with // is sent with one slash."
+)
 
 
 class Outcome(Enum):
@@ -68,11 +72,8 @@ def run_command(chat: Chat, line: str) -> Outcome:
 
 
 def _help(chat: Chat, argument: str) -> None:  # noqa: ARG001  # the signature of a command
-    width = max(len(f"/{name} {command.usage}") for name, command in COMMANDS.items())
-    lines = [f"{f'/{name} {command.usage}':<{width}}  {command.about}" for name, command in COMMANDS.items()]
-    lines += ["", "Enter sends; Alt-Enter or Ctrl-J begins a new line; Tab completes; Ctrl-C stops an answer;"]
-    lines += ["Ctrl-D ends the chat. A line that begins with // is sent with one slash."]
-    chat.screen.note("\n".join(lines))
+    lines = [f"{f'/{name} {command.usage}'.rstrip()}: {command.about}" for name, command in COMMANDS.items()]
+    chat.screen.note("\n".join([*lines, "", _KEYS]))
 
 
 def _system(chat: Chat, argument: str) -> None:

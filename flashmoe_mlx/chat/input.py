@@ -2,8 +2,8 @@
 
 import sys
 import termios
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from typing import IO, Protocol
@@ -164,3 +164,26 @@ def _bindings() -> KeyBindings:
         event.current_buffer.insert_text("\n")
 
     return keys
+
+
+@contextmanager
+def quiet_keyboard(stream: IO[str]) -> Iterator[None]:
+    """Keep characters that are typed during an answer out of the output; the next prompt gets them.
+
+    Enter stays Enter: as a line feed, in which a terminal converts it, it would begin a new line at the prompt.
+    """
+    try:
+        descriptor = stream.fileno()
+        before = termios.tcgetattr(descriptor)
+    except (OSError, ValueError, termios.error):  # not a terminal
+        yield
+        return
+    changed = [*before]
+    changed[0] &= ~termios.ICRNL
+    changed[3] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
+    try:
+        yield
+    finally:
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)

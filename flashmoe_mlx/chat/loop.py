@@ -1,6 +1,9 @@
 """The loop of a chat: read a question or a command, answer it."""
 
+import sys
+
 from flashmoe_mlx.chat.commands import Outcome, run_command
+from flashmoe_mlx.chat.input import quiet_keyboard
 from flashmoe_mlx.chat.session import Chat
 from flashmoe_mlx.console.output import counted
 from flashmoe_mlx.errors import FlashMoeError
@@ -13,7 +16,8 @@ def run_chat(chat: Chat) -> None:
         KeyboardInterrupt: an answer to a question from a file was interrupted.
         FlashMoeError: the input is a file, and questions or commands in it failed; code "chat_failed".
     """
-    _Loop(chat).run()
+    with quiet_keyboard(sys.stdin):
+        _Loop(chat).run()
 
 
 class _Loop:

@@ -1,10 +1,6 @@
 """The output of a chat on a terminal: rendered Markdown, dimmed thinking, and a status that changes in place."""
 
-import termios
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import IO
 
 from rich.console import Console, RenderableType
 from rich.segment import SegmentLines
@@ -34,7 +30,7 @@ class TerminalScreen:
 
     def note(self, text: str) -> None:
         """Show a note of the program."""
-        self.console.print(neutralize(text), soft_wrap=True)
+        self.console.print(neutralize(text))
 
     def quote(self, text: str) -> None:
         """Show text from elsewhere, dimmed."""
@@ -148,22 +144,3 @@ class TerminalAnswer:
 
     def _lines(self, text: RenderableType, width: int) -> list[Line]:
         return self._console.render_lines(text, self._console.options.update(width=width, height=None), pad=False)
-
-
-@contextmanager
-def quiet_keyboard(stream: IO[str] | None) -> Iterator[None]:
-    """Keep typed characters out of the output while the block runs; they stay in the queue of the terminal."""
-    try:
-        descriptor = -1 if stream is None else stream.fileno()
-        before = termios.tcgetattr(descriptor)
-    except (OSError, ValueError, termios.error):  # not a terminal
-        yield
-        return
-    changed = [*before]
-    changed[3] &= ~termios.ECHO
-    termios.tcsetattr(descriptor, termios.TCSADRAIN, changed)
-    try:
-        yield
-    finally:
-        with suppress(termios.error):  # the terminal is gone
-            termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
