@@ -7,7 +7,7 @@ from pathlib import Path
 import pexpect
 import pyte
 
-_TIMEOUT = 20.0
+_TIMEOUT = 60.0
 
 
 class _Screen(pyte.HistoryScreen):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_blocks_hold_every_character(parts: list[str], cuts: list[int]) -> None:
     bounds = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     reader = BlockReader()
     blocks = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         blocks += reader.add(text[start:end])
     blocks += reader.finish()
     whole = BlockReader()
@@ -243,7 +244,7 @@ def test_questions_from_a_pipe(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "run" / "conversation.json").read_text())["messages"]) == 36
 
 
-@pytest.mark.parametrize("variant", ["q4", "q2"])
+@pytest.mark.parametrize("variant", ["q2", pytest.param("q4", marks=pytest.mark.thorough)])
 def test_the_demo_model_completes_a_loop(tmp_path: Path, variant: str) -> None:
     (tmp_path / "market.py").write_text(
         "def buy(product: str, amount: int) -> dict:\n"
