@@ -15,7 +15,6 @@ A number that changes with every call is an array of at least 16 bytes that an o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import cache
 from importlib.resources import files
 from typing import Literal, cast
@@ -119,10 +118,11 @@ class Kernel:
             code = _machine_code(self, tuple(array.dtype for array in inputs), tuple(types), tuple(template.items()))
             if precompiled.planned(code):
                 return [mx.zeros(shape, dtype) for shape, dtype in outputs]
-            if code.exception() is None:
+            made = code.get()
+            if isinstance(made, bytes):
                 return mx.fast.precompiled_cuda_kernel(
                     name=self.name,
-                    compiled_source=code.result(),
+                    compiled_source=made,
                     inputs=list(inputs),
                     output_shapes=shapes,
                     output_dtypes=types,
@@ -148,9 +148,9 @@ def _machine_code(
     inputs: tuple[mx.Dtype, ...],
     outputs: tuple[mx.Dtype, ...],
     template: tuple[tuple[str, int | mx.Dtype], ...],
-) -> Future[bytes]:
-    """Return the machine code of ``kernel`` for CUDA, which other threads may still be compiling."""
-    return precompiled.compiled(kernel.name, kernel.cuda_text(inputs, outputs, template))
+) -> precompiled.MachineCode:
+    """Return the machine code of ``kernel`` for CUDA, perhaps not compiled yet."""
+    return precompiled.MachineCode(kernel.name, kernel.cuda_text(inputs, outputs, template))
 
 
 @cache

@@ -2,12 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from contextvars import ContextVar, copy_context
 from functools import cache
 from importlib.metadata import version
+from queue import Empty, SimpleQueue
+from threading import Thread
 
 import mlx.core as mx
 
@@ -20,31 +20,30 @@ _log = logging.getLogger(__name__)
 _MOST_THREADS = 16
 
 
-class _Plan:
-    """Kernels that are compiled together."""
+class MachineCode:
+    """Machine code of one kernel, or the error of its compilation.
 
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self.threads = threads
-        self.codes: set[Future[bytes]] = set()
-
-
-_plan: ContextVar[_Plan | None] = ContextVar("plan", default=None)
-
-
-def compiled(name: str, text: str) -> Future[bytes]:
-    """Compile ``text``, whose function is ``name``, or read the result of an earlier process.
-
-    Inside ``planning`` other threads do so; else the result is ready.
+    No lock protects it. An interrupt can leave the lock of a ``Future`` locked, and every later call of the kernel
+    would wait forever. Two threads may therefore compile the same text, with the same result.
     """
-    plan = _plan.get()
-    if plan is not None:
-        return plan.threads.submit(_code, name, text)
-    code: Future[bytes] = Future()
-    try:
-        code.set_result(_code(name, text))
-    except Exception as error:
-        code.set_exception(error)
-    return code
+
+    def __init__(self, name: str, text: str) -> None:
+        """Prepare to compile ``text``, whose function is ``name``."""
+        self._name, self._text = name, text
+        self._made: bytes | Exception | None = None
+
+    def get(self) -> bytes | Exception:
+        """Return the machine code, which is compiled at the first call or read from the result of another process."""
+        if self._made is None:
+            try:
+                self._made = _code(self._name, self._text)
+            except Exception as error:
+                self._made = error
+        return self._made
+
+
+_plan: ContextVar[dict[MachineCode, None] | None] = ContextVar("plan", default=None)
+"""Kernels to compile at the end of ``compile_together``."""
 
 
 def _code(name: str, text: str) -> bytes:
@@ -65,9 +64,12 @@ def refusal() -> str | None:
     """
     try:
         text = cuda_text("probe", [], [("y", mx.uint8)], "", "y[threadIdx.x] = 1;", [])
+        code = MachineCode("probe", text).get()
+        if isinstance(code, Exception):
+            raise code
         (y,) = mx.fast.precompiled_cuda_kernel(
             name="probe",
-            compiled_source=compiled("probe", text).result(),
+            compiled_source=code,
             inputs=[],
             output_shapes=[(32,)],
             output_dtypes=[mx.uint8],
@@ -84,27 +86,63 @@ def refusal() -> str | None:
     return None
 
 
-@contextmanager
-def planning() -> Iterator[None]:
-    """Compile the kernels that the block calls, all at the same time, without running them.
+def compile_together(calls: Callable[[], object]) -> None:
+    """Compile the kernels that ``calls`` runs, all at the same time, without running them.
 
-    Inside, a kernel returns arrays of zeros. The block is left when all kernels are compiled. A kernel with an error is
-    compiled by MLX at its first call, which then raises the error.
+    Inside ``calls``, a kernel returns arrays of zeros. A kernel with an error is compiled by MLX at its first call,
+    which then raises the error.
     """
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "compile") as threads:
-        plan = _Plan(threads)
-        token = _plan.set(plan)
-        try:
-            yield
-        finally:
-            _plan.reset(token)
-        for number, _ in enumerate(as_completed(plan.codes)):
-            report(f"compiling kernels: {number + 1} of {len(plan.codes)}")
+    plan: dict[MachineCode, None] = {}
+
+    def planning() -> None:
+        _plan.set(plan)
+        calls()
+
+    copy_context().run(planning)  # an interrupt cannot leave the plan behind, as it could leave a ``with`` block
+    _compile_all(list(plan))
 
 
-def planned(code: Future[bytes]) -> bool:
-    """Return whether the caller is inside ``planning``, which then waits for ``code``."""
+def planned(code: MachineCode) -> bool:
+    """Return whether the caller is inside ``compile_together``, which then compiles ``code``."""
     plan = _plan.get()
     if plan is not None:
-        plan.codes.add(code)
+        plan[code] = None
     return plan is not None
+
+
+def _compile_all(codes: list[MachineCode]) -> None:
+    """Compile ``codes`` in several threads; an interrupt leaves the rest to the first calls of the kernels."""
+    waiting: SimpleQueue[MachineCode] = SimpleQueue()
+    finished: SimpleQueue[None] = SimpleQueue()
+    for code in codes:
+        waiting.put(code)
+
+    def work() -> None:
+        while (code := _next(waiting)) is not None:
+            code.get()
+            finished.put(None)
+
+    threads = [Thread(target=work, name=f"compile-{n}", daemon=True) for n in range(min(_most_threads(), len(codes)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for number in range(len(codes)):
+            finished.get()
+            report(f"compiling kernels: {number + 1} of {len(codes)}")
+    except BaseException:
+        while _next(waiting) is not None:
+            pass
+        raise
+    for thread in threads:
+        thread.join()
+
+
+def _most_threads() -> int:
+    return min(_MOST_THREADS, os.cpu_count() or 1)
+
+
+def _next(queue: SimpleQueue[MachineCode]) -> MachineCode | None:
+    try:
+        return queue.get_nowait()
+    except Empty:
+        return None

@@ -16,7 +16,9 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
-from flashmoe_mlx.generation.prompting import Messages, render_prompt
+from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
+from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
+from flashmoe_mlx.generation.prompting import Messages, encode_prompt
 from flashmoe_mlx.generation.request import (
     PrefillProgress,
     PromptOptions,
@@ -31,6 +33,7 @@ from flashmoe_mlx.generation.sampling import PublishedSampling
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
@@ -58,8 +61,10 @@ def load(
     *,
     kernels: str = "auto",
     activations: str = "auto",
+    kv_bits: int | None = None,
     prefetch: str = "none",
     profile: bool = False,
+    prompt_cache_gib: float | None = None,
     on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
@@ -74,9 +79,13 @@ def load(
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
         activations: on a CPU, "bf16" or "int8" rounds the inputs of products of more than 8 tokens to 8 bits of
             precision, which makes prompts faster and less exact; "auto" is exact.
+        kv_bits: 16, 8 or 4 stores keys and values with this width, which takes less memory and is less exact; None
+            stores them as the activations are.
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
+        prompt_cache_gib: memory for the states of earlier prompts and answers, from which later prompts continue; 0 to
+            compute every prompt, None for a sixteenth of the machine's memory, at most 4 GiB.
         on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
@@ -84,8 +93,9 @@ def load(
         InputError: the model, the backend or an option is wrong.
     """
     with reports_to(on_load):
-        chosen = choose(kernels, activations)
+        chosen = choose(kernels, activations, kv_bits)
         files = open_model(expand_path(model))
+        cache_bytes = prompt_cache_bytes(prompt_cache_gib)
         k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
         tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
         sampling = PublishedSampling.load(files.folder)
@@ -107,13 +117,15 @@ def load(
             "experts_k": k,
             "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
             "activations": str(dtype) if activations == "auto" else activations,
+            "kv_bits": kv_bits,
             "kernels": checked.names,
             "replaced_kernels": checked.replaced,
             "note": "; ".join(filter(None, notes)) or None,
             "prefetch": prefetch,
             "backend": settings,
+            "prompt_cache_bytes": cache_bytes,
         }
-        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling)
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -141,6 +153,7 @@ class Engine:
         profile: bool = False,
         prefetcher: Prefetcher | None = None,
         sampling: PublishedSampling | None = None,
+        prompt_cache_bytes: int = 0,
     ) -> None:
         self.store = store
         self.setup = setup
@@ -150,7 +163,17 @@ class Engine:
         self.metrics = RunMetrics()
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
-        self.runner = Runner(model, store, PhaseClock(profile), prefetcher, traces=not setup.get("replaced_kernels"))
+        prompt_cache = None
+        if prompt_cache_bytes:
+            prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer)
+        self.runner = Runner(
+            model,
+            store,
+            PhaseClock(profile),
+            prefetcher,
+            traces=not setup.get("replaced_kernels"),
+            prompt_cache=prompt_cache,
+        )
         """Runs several sequences together, for callers that schedule them."""
         self._guesses = Guesses()
         """Guesses about sequences that ``forward`` runs."""
@@ -230,12 +253,12 @@ class Engine:
         return self._forward(self.runner.checked_tokens(token_ids, cache.length), cache, len(token_ids) == 1)
 
     def logits(self, token_ids: Sequence[SupportsIndex], prefill_chunk: int | None = None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``.
+        """Compute the logits f32 [T, vocabulary] after each of ``token_ids``, ``prefill_chunk`` or 1,024 at a time.
 
         The result takes 4 bytes for each token and vocabulary entry. Raises the errors of ``forward``.
         """
         tokens = self.runner.checked_tokens(token_ids)
-        size = checked_chunk(prefill_chunk)
+        size = checked_chunk(prefill_chunk) or BLOCK
         cache = self.new_cache()
         chunks = (tokens[start : start + size] for start in range(0, len(tokens), size))
         return np.concatenate([self._forward(chunk, cache, decoding=False) for chunk in chunks])
@@ -269,7 +292,7 @@ class Engine:
 
     def encode(self, prompt: str | Messages, **options: Unpack[PromptOptions]) -> list[int]:
         """Return the tokens that ``generate`` sends for a prompt; errors are those of ``generate``."""
-        return self.tokenizer.encode(render_prompt(prompt, self.tokenizer.chat_template, **options))
+        return encode_prompt(prompt, self.tokenizer, **options)
 
     def _forward(self, tokens: list[int], cache: SequenceCache, decoding: bool) -> Logits:
         with self.runner.exclusive():

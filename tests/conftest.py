@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from hypothesis import settings
+from serving import Live, serve
 
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
@@ -75,3 +76,10 @@ def demo_pack() -> Path:
 def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a pack with random weights and the sizes ``TINY``. Tests must not write to it."""
     return synthetic_pack("tiny", TINY, tmp_path_factory.mktemp("cache")).folder
+
+
+@pytest.fixture(scope="session")
+def live(demo_pack: Path) -> Iterator[Live]:
+    """Serve the demo model to all tests."""
+    with serve(demo_pack) as running:
+        yield running

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.layers.cache import KVCache, RecurrentState, SequenceCache
+from flashmoe_mlx.layers.cache import KVCache, SequenceCache
+from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.stores.contract import ExpertReadError
 
 TOKENS = [5, 17, 42, 8, 3, 99, 23, 64, 12, 7]

@@ -1,6 +1,7 @@
 """Compiled kernels on disk: hits, misses, damage, foreign folders and concurrent processes, with NVRTC on a CPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,7 +129,8 @@ TEXT = cuda_text.cuda_text(
 @needs_nvrtc
 def test_a_text_is_compiled_once_for_all_processes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompiled, "gpu", lambda: nvidia.Gpu(1, 9, 1))
-    code = precompiled.compiled("twice", TEXT).result()
+    code = precompiled.MachineCode("twice", TEXT).get()
+    assert isinstance(code, bytes)
     assert code.startswith(b"\x7fELF")
     (file,) = folder.iterdir()
     script = f"""
@@ -136,24 +138,52 @@ from flashmoe_mlx.custom_kernels import nvidia, nvrtc, precompiled
 precompiled.gpu = lambda: nvidia.Gpu(1, 9, 1)
 def refuse(*_): raise AssertionError("compiled again")
 nvrtc.Compiler.compile = refuse
-code = precompiled.compiled("twice", {TEXT!r}).result()
+code = precompiled.MachineCode("twice", {TEXT!r}).get()
 print(len(code))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.stdout.split() == [str(len(code))], done.stderr
     assert list(folder.iterdir()) == [file]
     monkeypatch.setattr(precompiled, "gpu", lambda: nvidia.Gpu(1, 8, 1))
-    assert precompiled.compiled("twice", TEXT).result() != code
+    assert precompiled.MachineCode("twice", TEXT).get() != code
     assert len(list(folder.iterdir())) == 2
 
 
 @needs_nvrtc
 def test_an_error_in_the_text_is_reported_and_not_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompiled, "gpu", lambda: nvidia.Gpu(1, 9, 1))
-    error = precompiled.compiled("twice", TEXT.replace("2.0f", "undeclared")).exception()
+    error = precompiled.MachineCode("twice", TEXT.replace("2.0f", "undeclared")).get()
     assert isinstance(error, nvrtc.CompilerError)
     assert 'identifier "undeclared" is undefined' in str(error)
     assert list(folder.iterdir()) == []
+
+
+def test_interrupts_leave_kernels_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt at any point of planning or of a call is raised and has no other effect."""
+    monkeypatch.setattr(precompiled, "_code", lambda name, text: (name + text).encode())
+    monkeypatch.setattr(precompiled, "_compile_all", list)  # Python's start of a thread cannot be interrupted anywhere
+    interrupted = 0
+    codes = [precompiled.MachineCode("kernel", str(n)) for n in range(8)]
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for step in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-5 + 5e-6 * (step % 100))
+                planned = [*codes, precompiled.MachineCode("new", "")]
+                precompiled.compile_together(lambda planned=planned: [precompiled.planned(code) for code in planned])
+                for _ in range(100):
+                    assert all(code.get() for code in codes)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                interrupted += 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert interrupted > 0
+    assert not precompiled.planned(codes[0])
+    with ThreadPoolExecutor(1) as other:
+        found = other.submit(lambda: [code.get() for code in codes]).result(timeout=10)
+    assert found == [f"kernel{n}".encode() for n in range(8)]
 
 
 def test_sizes_that_a_body_reads() -> None:

@@ -263,10 +263,9 @@ def test_a_kernel_that_does_not_compile_ahead(monkeypatch: pytest.MonkeyPatch) -
         check(kernel_cases.gated_delta_net(SMALL, F32), launches, "gated_delta_net_step")
 
 
-def test_planning_compiles_and_runs_nothing(on_hopper: gpu_on_cpu.Launches) -> None:
+def test_kernels_compiled_together_do_not_run(on_hopper: gpu_on_cpu.Launches) -> None:
     case = kernel_cases.gated_delta_net(SMALL, F32)
     check(case, on_hopper, "gated_delta_net_step")
     on_hopper.clear()
-    with precompiled.planning():
-        case.custom()
+    precompiled.compile_together(case.custom)
     assert not on_hopper

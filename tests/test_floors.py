@@ -25,6 +25,7 @@ FLOORS = (
     ("made_models", "model_files"),
     ("generation",),
     ("engine",),
+    ("server",),
     ("research",),
     ("console",),
     ("chat",),

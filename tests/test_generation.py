@@ -44,7 +44,7 @@ THINKING_TEMPLATE = """
 
 @pytest.fixture
 def engine(tiny_pack: Path) -> Iterator[Engine]:
-    with flashmoe_mlx.load(tiny_pack) as opened:
+    with flashmoe_mlx.load(tiny_pack, prompt_cache_gib=0) as opened:
         yield opened
 
 
@@ -150,7 +150,7 @@ def test_interleaved_generations_keep_their_answers_and_measurements(tiny_pack: 
         }
         return {**stages, "guesses": stats["guesses"], "reason": stats["finish_reason"]}
 
-    with flashmoe_mlx.load(tiny_pack, prefetch=policy) as engine:
+    with flashmoe_mlx.load(tiny_pack, prefetch=policy, prompt_cache_gib=0) as engine:
         alone = []
         for prompt in prompts:
             generation = engine.generate(prompt, max_tokens=9, ignore_eos=True)
@@ -354,7 +354,7 @@ def test_a_trace_of_a_pass_that_was_cut_short_has_no_layers_missing(
 def test_guesses_are_counted_by_phase(
     tiny_pack: Path, policy: str, prompt: str, chunk: int | None, max_tokens: int
 ) -> None:
-    with flashmoe_mlx.load(tiny_pack, prefetch=policy) as engine:
+    with flashmoe_mlx.load(tiny_pack, prefetch=policy, prompt_cache_gib=0) as engine:
         generation = engine.generate(
             prompt, raw=True, max_tokens=max_tokens, temperature=0, prefill_chunk=chunk, ignore_eos=True
         )

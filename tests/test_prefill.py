@@ -1,13 +1,21 @@
-"""Prompts: one pass over their experts, reads during computation."""
+"""Prompts: blocks of tokens, one pass over their experts, chunks chosen by free memory."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 
 import flashmoe_mlx
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.generation import prefill_chunk
+from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS, choose_chunk
+from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
 TOKENS = list(range(5, 145))
@@ -44,3 +52,109 @@ def test_a_prompt_reads_each_of_its_experts_once(backend: str, options: dict[str
         assert (stats.requests, stats.hits, stats.misses) == (experts, 0, experts)
         assert stats.bytes_read == experts * engine.store.layout.record_bytes
         assert experts > 2 * 32
+
+
+@given(lengths=st.lists(st.integers(1, 700), min_size=1, max_size=6), most=st.sampled_from([64, 128, 1024]))
+def test_blocks_cover_every_row_once(lengths: list[int], most: int) -> None:
+    total, row, done = sum(lengths), 0, [0] * len(lengths)
+    for block in blocks(lengths, most):
+        assert block.rows.start == row < block.rows.stop <= min(total, row + most)
+        assert block.rows.stop == total or block.rows.stop % 64 == 0
+        row = block.rows.stop
+        assert sum(block.lengths) == row - block.rows.start
+        for sequence, length in zip(range(len(lengths))[block.sequences], block.lengths, strict=True):
+            assert done[:sequence] == lengths[:sequence]
+            assert length > 0
+            done[sequence] += length
+    assert done == lengths
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divide the tokens of a pass into blocks of 64."""
+    for module in ("models.decoder", "moe.experts", "moe.router"):
+        monkeypatch.setattr(f"flashmoe_mlx.{module}.BLOCK", 64)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "mlx"])
+def test_blocks_do_not_change_logits(kernels: str, many_experts: Path, request: pytest.FixtureRequest) -> None:
+    with flashmoe_mlx.load(many_experts, kernels=kernels) as engine:
+        whole = engine.logits(TOKENS)
+        request.getfixturevalue("small_blocks")
+        divided = engine.logits(TOKENS)
+        cache = engine.new_cache()
+        following = np.concatenate([engine.forward(part, cache) for part in (TOKENS[:70], TOKENS[70:])])
+    if kernels == "auto":
+        np.testing.assert_array_equal(divided, whole)
+    for logits in (divided, following):
+        np.testing.assert_allclose(logits, whole, rtol=0, atol=2e-4)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_long_chunk_reports_progress_and_ends_inside_a_layer(many_experts: Path) -> None:
+    reports: list[int] = []
+    with flashmoe_mlx.load(many_experts) as engine:
+        generation = engine.generate("a" * 150, raw=True, max_tokens=1, on_prefill=lambda done, _: reports.append(done))
+        list(generation)
+        assert reports == sorted(reports)
+        assert len(set(reports)) > 2 * engine.model.config.num_layers
+
+        def cancel(done: int, _: int) -> None:
+            if done >= 100:  # of 150 in the second of two layers
+                cancelled.cancel()
+
+        cancelled = engine.generate("a" * 150, raw=True, max_tokens=1, on_prefill=cancel)
+        assert [piece.finish_reason for piece in cancelled] == ["cancelled"]
+        assert cancelled.stats()["prefill"]["tokens"] == 0
+        np.testing.assert_array_equal(engine.logits(TOKENS), engine.logits(TOKENS))
+
+
+@pytest.fixture(scope="module")
+def engine(many_experts: Path) -> Iterator[Engine]:
+    with flashmoe_mlx.load(many_experts) as loaded:
+        yield loaded
+
+
+def test_the_chunk_depends_on_free_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = engine.model.config
+    chunks = []
+    for free in (0, 2**24, 2**25, 2**27, 2**40):
+        monkeypatch.setattr(prefill_chunk, "available_memory", lambda free=free: free)
+        assert choose_chunk(config, 4, 4, 100) == BLOCK
+        chunks.append(choose_chunk(config, 4, 4, 20_000))
+    assert chunks[0] == 1000, "20 chunks of similar size"
+    assert chunks == sorted(chunks)
+    assert BLOCK < chunks[2] < chunks[-1] == 20_000
+    assert choose_chunk(config, 4, 4, MOST_TOKENS + 2) == MOST_TOKENS // 2 + 1
+    chosen = engine.generate("a" * 150, raw=True, max_tokens=1)
+    explicit = engine.generate("a" * 150, raw=True, max_tokens=1, prefill_chunk=77)
+    assert (chosen.stats()["prefill_chunk"], explicit.stats()["prefill_chunk"]) == (BLOCK, 77)
+
+
+def test_a_block_is_written_in_place(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = engine.model.layers[0]
+    x = mx.zeros((4 * BLOCK, layer.input_norm.size))
+    mx.eval(x)
+    before, mx_peak = mx.get_active_memory(), mx.reset_peak_memory
+    mx_peak()
+    monkeypatch.setattr(type(layer.mixer), "__call__", lambda self, projected, caches, lengths, residual: residual + 1)
+    monkeypatch.setattr(type(layer), "project", lambda self, rows: ())
+    context = flashmoe_mlx.moe.context.ForwardContext(engine.runner.clock)  # type: ignore[attr-defined]
+    mixed = layer._mix(x, [layer.mixer.new_cache()], [len(x)], context)
+    assert (np.array(mixed) == 1).all()
+    assert mx.get_peak_memory() - before < x.nbytes
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_states_are_kept_inside_and_between_blocks(engine: Engine) -> None:
+    cache, offsets = engine.new_cache(), [30, 64, 100, len(TOKENS)]
+    cache.keep_states(offsets)
+    engine.forward(TOKENS, cache)
+    for offset, kept in zip(offsets, cache.take_states(len(offsets)), strict=True):
+        alone = engine.new_cache()
+        engine.forward(TOKENS[:offset], alone)
+        for state, expected in zip(kept, alone.state(), strict=True):
+            assert (state is None) == (expected is None)
+            if state is not None:
+                for array, other in zip(state.arrays(), expected.arrays(), strict=True):
+                    np.testing.assert_allclose(array, other, rtol=0, atol=1e-5)

@@ -20,7 +20,7 @@ from flashmoe_mlx.stores.contract import ExpertReadError
 
 @pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
-    with flashmoe_mlx.load(request.getfixturevalue("tiny_pack")) as opened:
+    with flashmoe_mlx.load(request.getfixturevalue("tiny_pack"), prompt_cache_gib=0) as opened:
         yield opened
 
 

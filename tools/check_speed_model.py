@@ -195,7 +195,10 @@ def _reads(configuration: Configuration, folder: Path, cache: Path, tokens: int)
         return
     path = cache / f"{configuration.pack.replace(' ', '-')}-{configuration.experts_k}-{tokens}.moetrace"
     if not path.exists():
-        with load(folder, "pread", experts_k=configuration.experts_k) as engine, recorded(engine) as recorder:
+        with (
+            load(folder, "pread", experts_k=configuration.experts_k, prompt_cache_gib=0) as engine,
+            recorded(engine) as recorder,
+        ):
             given, _ = _decode(engine, tokens, TRACE_SEED)
             recorder.trace(engine.model.config.num_experts, given).save(path)
     misses = replay(RoutingTrace.load(path), CacheDesign("lru", configuration.slots)).misses

@@ -154,7 +154,9 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     options = dict(option.split("=", 1) for option in filter(None, arguments.options.split(",")))
     parsed = {name: yaml.safe_load(value) for name, value in options.items()}
     start = time.perf_counter()
-    with flashmoe_mlx.load(pack, arguments.backend, prefetch=arguments.prefetch, **parsed) as engine:
+    with flashmoe_mlx.load(
+        pack, arguments.backend, prefetch=arguments.prefetch, **parsed, prompt_cache_gib=0
+    ) as engine:
         opened, cache = time.perf_counter() - start, engine.new_cache()
         times = _time_tokens(arguments, lambda token: engine.forward([token], cache))
         stats = engine.store.stats()

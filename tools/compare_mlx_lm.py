@@ -101,7 +101,7 @@ def compare(pack: Pack, k: int, prompt: int, tokens: int, rounds: int) -> dict[s
     """Decode with both engines in turns; see the module."""
     chosen = random.Random(0)  # noqa: S311
     prompt_ids = [chosen.randrange(pack.config.vocab_size) for _ in range(prompt)]
-    with flashmoe_mlx.load(pack.folder, backend="resident", experts_k=k) as engine:
+    with flashmoe_mlx.load(pack.folder, backend="resident", experts_k=k, prompt_cache_gib=0) as engine:
         engines = {"flashmoe_mlx": our_decode(engine), "mlx-lm": peer_decode(peer_model(pack, k))}
         found = {name: Rounds() for name in engines}
         for name, decode in engines.items():  # compilation does not count

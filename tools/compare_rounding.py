@@ -61,7 +61,9 @@ def truth_of(pack: Pack, k: int, prompt: int, count: int) -> tuple[list[Logits],
     truth: list[Logits] = []
     own, engine_module.activation_type = engine_module.activation_type, lambda: mx.float32
     try:
-        with flashmoe_mlx.load(pack.folder, backend="resident", experts_k=k, kernels="reference") as engine:
+        with flashmoe_mlx.load(
+            pack.folder, backend="resident", experts_k=k, kernels="reference", prompt_cache_gib=0
+        ) as engine:
             cache = engine.new_cache()
             for _ in range(count):
                 truth.append(np.asarray(engine.forward(tokens[-1], cache), np.float32)[-1])
@@ -76,7 +78,7 @@ def answers(pack: Pack, k: int, tokens: list[list[int]]) -> dict[str, list[Logit
     from mlx_lm.models.cache import make_prompt_cache
 
     found: dict[str, list[Logits]] = {}
-    with flashmoe_mlx.load(pack.folder, backend="resident", experts_k=k) as engine:
+    with flashmoe_mlx.load(pack.folder, backend="resident", experts_k=k, prompt_cache_gib=0) as engine:
         cache = engine.new_cache()
         found["flashmoe_mlx"] = [np.asarray(engine.forward(part, cache), np.float32)[-1] for part in tokens]
     model = peer_model(pack, k)

@@ -53,7 +53,7 @@ def main() -> None:
     prompts = [f"What is {17 * n % 50} plus {29 * n % 50}?" for n in range(arguments.requests)]
     counts = [1, *arguments.together]
     rates: dict[int, list[float]] = {count: [] for count in counts}
-    with load(arguments.model, arguments.backend) as engine:
+    with load(arguments.model, arguments.backend, prompt_cache_gib=0) as engine:
         made = " on " + native.in_use() if native.extension() else ""
         _, expected, texts = answers(engine, prompts, 1, arguments.tokens)
         for repeat in range(arguments.repeats):

@@ -140,7 +140,9 @@ def _measure_decoding(pack: Path, sizes: SyntheticSizes, arguments: argparse.Nam
         if backend == "io_uring":
             continue
         for k, prefetch in [(k, "none") for k in arguments.k] + [(arguments.k[-1], "next_router")]:
-            with flashmoe_mlx.load(pack, backend, experts_k=k, prefetch=prefetch, **options) as engine:
+            with flashmoe_mlx.load(
+                pack, backend, experts_k=k, prefetch=prefetch, **options, prompt_cache_gib=0
+            ) as engine:
                 cache = engine.new_cache()
                 times, io = [], []
                 for token in range(_WARM_UP + 24):

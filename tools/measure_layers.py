@@ -63,7 +63,8 @@ class Models:
     def __init__(self, pack: Path, k: int) -> None:
         self.k = k
         self.engines = {
-            kernels: flashmoe_mlx.load(pack, "resident", experts_k=k, kernels=kernels) for kernels in ("auto", "mlx")
+            kernels: flashmoe_mlx.load(pack, "resident", experts_k=k, kernels=kernels, prompt_cache_gib=0)
+            for kernels in ("auto", "mlx")
         }
         self.caches = {kernels: engine.new_cache() for kernels, engine in self.engines.items()}
         for kernels, engine in self.engines.items():

@@ -103,7 +103,7 @@ def _logits(demo: Path, scratch: Path) -> None:
     tokens = np.random.default_rng(2).integers(0, 256, 256).tolist()
 
     def log_probabilities(variant: str) -> npt.NDArray[np.float64]:
-        with flashmoe_mlx.load(folder, variant=variant) as engine:
+        with flashmoe_mlx.load(folder, variant=variant, prompt_cache_gib=0) as engine:
             logits = engine.logits(tokens).astype(np.float64)
         return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)  # type: ignore[no-any-return]
 

@@ -53,7 +53,7 @@ def main() -> None:
     pack = synthetic_pack("threads", sizes, arguments.folder).folder
     numbers = iter(random.Random(0).randrange(256) for _ in iter(int, 1))  # noqa: S311
     times: dict[int, list[float]] = {count: [] for count in counts}
-    with flashmoe_mlx.load(pack, "resident") as engine:
+    with flashmoe_mlx.load(pack, "resident", prompt_cache_gib=0) as engine:
         for _ in range(arguments.rounds):
             for count in (*counts, *reversed(counts)):
                 extension.use_threads(count)

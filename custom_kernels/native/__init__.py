@@ -41,7 +41,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 7
+_INTERFACE = 8
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
@@ -166,14 +166,19 @@ class Output:
     Args:
         shape: shape of the result.
         residual: initial values, to which the kernel adds; None stands for zeros.
+        in_place: whether the result may take the memory of ``residual``, which then has other values.
     """
 
-    def __init__(self, shape: tuple[int, ...], residual: mx.array | None = None) -> None:
+    def __init__(self, shape: tuple[int, ...], residual: mx.array | None = None, in_place: bool = False) -> None:
         self._array: mx.array | None = None
+        self.buffer: mx.array | npt.NDArray[np.float32]
         if math.prod(shape) > _COPIED:
+            if in_place and residual is not None:
+                self.buffer = self._array = residual
+                return
             self._array = mx.zeros(shape) if residual is None else mx.array(np.asarray(residual))
             mx.eval(self._array)
-            self.buffer: mx.array | npt.NDArray[np.float32] = self._array
+            self.buffer = self._array
         else:
             self.buffer = np.zeros(shape, np.float32) if residual is None else np.array(residual)
 

@@ -31,6 +31,7 @@ def code_path(
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,  # noqa: ARG001
     activations: str = "f32",
+    in_place: bool = False,  # noqa: ARG001
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
@@ -56,6 +57,7 @@ def routed_experts(
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,
     activations: str = "f32",
+    in_place: bool = False,
 ) -> mx.array:
     """Compute ``reference.routed_experts`` in f32 for any number of tokens.
 
@@ -68,8 +70,9 @@ def routed_experts(
         shared: an expert for every token, or None.
         residual: [T, hidden] to add to the result, such as the outputs of an earlier group of experts; or None.
         activations: type of the vectors of experts with many tokens; see ``native.ACTIVATIONS``.
+        in_place: whether the result may take the memory of ``residual``, which saves a copy for each group of experts.
     """
-    y = native.Output(x.shape, residual)
+    y = native.Output(x.shape, residual, in_place)
     offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
     scales = native.SCALES[form.dtype]
     layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, scales, offsets)
@@ -92,6 +95,7 @@ def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
         form: ExpertFormat,
         shared: ExpertWeights | None = None,
         residual: mx.array | None = None,
+        in_place: bool = False,  # noqa: ARG001  # MLX's operations return new arrays
     ) -> mx.array:
         slab = mx.array(np.stack([np.frombuffer(record, np.uint8) for record in records]))
         y = function(x, slab, rows, routing_weights, form, shared)

@@ -6,5 +6,5 @@ from flashmoe_mlx.errors import InputError
 
 if find_spec("prompt_toolkit") is None:
     raise InputError(
-        "task=chat needs the package prompt_toolkit: pip install 'flashmoe_mlx[chat]'", code="missing_package"
+        "task=chat needs the package prompt_toolkit: pip install 'flashmoe_mlx[chat]'", code="missing_extra"
     )

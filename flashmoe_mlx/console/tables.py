@@ -7,6 +7,8 @@ from rich.table import Table
 
 from flashmoe_mlx.generation.metrics import ratio
 
+_LONG = 1024
+"""Prompts of more tokens get a line about their passes over the experts."""
 _PHASE_NAMES = {
     "compute": "attention + router + experts",
     "router_wait": "router wait",
@@ -62,6 +64,11 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "interrupted before the first token"
     else:
         yield f"first token after {first:.3g} s; {reasons.get(metrics['finish_reason'], 'interrupted')}"
+    prompt, chunk = metrics["prefill"]["tokens"], metrics["prefill_chunk"]
+    if chunk is not None and prompt > chunk:
+        yield f"prefill: {chunk:,} tokens through a layer at once, {-(-prompt // chunk)} passes over the experts"
+    elif prompt > _LONG:
+        yield f"prefill: all {prompt:,} tokens through a layer at once, one pass over the experts"
     for name in ("prefill", "decode"):
         stage = metrics[name]
         if stage["seconds"]:

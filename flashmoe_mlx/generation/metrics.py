@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,8 @@ from flashmoe_mlx.moe.prefetch import Guesses
 from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
 
 METRICS_VERSION = 1
+ReusedFrom = Literal["live", "ram", "disk"]
+"""The most recent conversation, another one in memory, or the disk."""
 
 
 @dataclass
@@ -100,6 +102,8 @@ def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock
 class RunMetrics:
     """Measurements of one generation."""
 
+    prefill_chunk: int | None = None
+    """The number of prompt tokens that went through a layer together; None without a prompt."""
     prefill: Stage = field(default_factory=Stage)
     decode: Stage = field(default_factory=Stage)
     time_to_first_token: float | None = None
@@ -109,6 +113,17 @@ class RunMetrics:
     """The guesses of the prefetcher; None without a prefetcher."""
     sampling: Mapping[str, Any] | None = None
     """The sampling options, in the form of ``ChosenSampling.to_json``."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt."""
+    reused_tokens: int = 0
+    """Tokens of the prompt that came from the prompt cache."""
+    reused_from: ReusedFrom | None = None
+    """The place of these tokens; None if there are none."""
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that were computed."""
+        return self.prefill.tokens
 
     def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
         """Return all measurements in the form of ``metrics.json``, in seconds, bytes and tokens."""
@@ -116,7 +131,14 @@ class RunMetrics:
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "prefill_chunk": self.prefill_chunk,
             "sampling": self.sampling,
+            "prompt": {
+                "tokens": self.prompt_tokens,
+                "reused": self.reused_tokens,
+                "reused_from": self.reused_from,
+                "computed": self.computed_tokens,
+            },
             "guesses": None if self.guesses is None else self.guesses.to_json(),
             "prefill": self.prefill.to_json(resident_bytes, record_bytes),
             "decode": self.decode.to_json(resident_bytes, record_bytes),

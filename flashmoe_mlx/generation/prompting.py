@@ -9,7 +9,9 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.untrusted import read_text
 from flashmoe_mlx.text.chat_template import ChatTemplate
 from flashmoe_mlx.text.messages import find_non_text_part
+from flashmoe_mlx.text.quoting import Quoting
 from flashmoe_mlx.text.tags import THINK
+from flashmoe_mlx.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Messages = Sequence[Message]
@@ -23,6 +25,34 @@ _RESERVED = {
     "add_generation_prompt": "it is always true",
     "self": "Jinja uses the name",
 }
+
+
+def encode_prompt(
+    prompt: str | Messages,
+    tokenizer: Tokenizer,
+    *,
+    raw: bool = False,
+    system: str | None = None,
+    tools: Tools | None = None,
+    enable_thinking: bool | None = None,
+    template_options: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Render ``prompt`` like ``render_prompt``, and return its tokens.
+
+    Names of special tokens in messages and tools are text; in a ``raw`` prompt they are tokens.
+    """
+    template = tokenizer.chat_template
+    quoting = Quoting(tokenizer, *(() if raw or template is None else (prompt, system, tools)))
+    text = render_prompt(
+        quoting.mark(prompt),
+        template,
+        raw=raw,
+        system=quoting.mark(system),
+        tools=quoting.mark(tools),
+        enable_thinking=enable_thinking,
+        template_options=template_options,
+    )
+    return quoting.encode(text)
 
 
 def render_prompt(

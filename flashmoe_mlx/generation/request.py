@@ -12,8 +12,6 @@ from flashmoe_mlx.generation.sampling import ChosenSampling, PublishedSampling
 FinishReason = Literal["stop", "length", "cancelled"]
 PrefillProgress = Callable[[int, int], object]
 """Called with the number of prompt tokens that are done, fractions of a chunk included, and with their total."""
-PREFILL_CHUNK = 1024
-"""The default number of prompt tokens that go through the model together."""
 _LONGEST_STOP = 4096
 _MOST_STOPS = 64
 
@@ -54,7 +52,8 @@ class RequestOptions(PromptOptions, total=False):
         logprobs: the number of alternatives to report for each token, with log probabilities; None for none.
         logits_processors: called with the logits f64 [vocabulary] of each step and the ``TokenHistory``; each returns
             changed logits.
-        prefill_chunk: the number of prompt tokens that go through the model together; None for 1024.
+        prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
+            memory.
         ignore_eos: continue after the end of the answer, for benchmarks.
     """
 
@@ -103,7 +102,8 @@ class Request:
         stop_ids: tokens that end the answer, such as the model's end of text.
         stop: texts that end the answer and are not part of it. They are looked for in the answer, not in thinking.
         logprobs: the number of alternatives to report for each token; None for no log probabilities at all.
-        prefill_chunk: the number of prompt tokens that go through the model together.
+        prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
+            memory.
         split_reasoning: whether thinking is separated from the answer.
         processors: change the logits in this order, after the penalties of ``sampling`` and before its temperature.
 
@@ -119,7 +119,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
-    prefill_chunk: int = PREFILL_CHUNK
+    prefill_chunk: int | None = None
     split_reasoning: bool = True
     processors: tuple[LogitsProcessor, ...] = ()
 
@@ -174,8 +174,8 @@ def make_request(
     )
 
 
-def checked_chunk(prefill_chunk: int | None) -> int:
-    """Return the number of tokens in a chunk; None stands for the default.
+def checked_chunk(prefill_chunk: int | None) -> int | None:
+    """Return ``prefill_chunk``; None leaves the choice to the runner.
 
     Raises:
         InputError: it is not a positive integer; code "invalid_prefill_chunk".
@@ -184,4 +184,4 @@ def checked_chunk(prefill_chunk: int | None) -> int:
         raise InputError(
             f"prefill_chunk={prefill_chunk!r}: must be a whole number, at least 1 token", code="invalid_prefill_chunk"
         )
-    return prefill_chunk or PREFILL_CHUNK
+    return prefill_chunk

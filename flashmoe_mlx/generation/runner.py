@@ -15,6 +15,19 @@ from flashmoe_mlx.errors import EngineBusyError, InputError
 from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
 from flashmoe_mlx.generation.metrics import measured_pass
+from flashmoe_mlx.generation.passes import (
+    ending,
+    ending_alone,
+    kept_in_part,
+    next_parts,
+    not_cancelled,
+    refuse_broken,
+    refuse_cancelled,
+    refuse_duplicates,
+    take_states,
+)
+from flashmoe_mlx.generation.prefill_chunk import choose_chunk
+from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
@@ -24,10 +37,6 @@ from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
 from flashmoe_mlx.stores.contract import ExpertStore
-
-
-class _CancelledError(Exception):
-    pass
 
 
 class Runner:
@@ -43,6 +52,7 @@ class Runner:
         clock: PhaseClock,
         prefetcher: Prefetcher | None,
         traces: bool = True,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -53,6 +63,7 @@ class Runner:
             prefetcher: hints experts, or None.
             traces: whether MLX can trace the model's kernels, so that steps can be begun ahead; what replaces a kernel
                 of routed experts cannot be traced.
+            prompt_cache: keeps the sequences that end, for later prompts; None to compute every prompt.
         """
         self.model = model
         self.store = store
@@ -63,6 +74,10 @@ class Runner:
         self._traces = traces
         self._ahead = StepsAhead(model, store, clock)
         self._lock = threading.Lock()
+        self.prompt_cache = prompt_cache
+        self._in_pass = False
+        self._ended: list[Sequence] = []
+        """Sequences that ended in the present pass."""
 
     def exclusive(self) -> AbstractContextManager[object]:
         """Return a context that keeps other callers out: a batch of experts is valid only until the next fetch.
@@ -93,14 +108,42 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
+        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        if self.prompt_cache is not None:
+            tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
+        experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
-            replace(request, prompt_ids=self.checked_tokens(request.prompt_ids)),
-            self.model.new_cache(),
-            self.model.config.max_context,
+            replace(request, prompt_ids=tokens),
+            model.new_cache(),
+            model.config.max_context,
+            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,
+            on_finish=self._finished,
         )
+
+    def _finished(self, sequence: Sequence) -> None:
+        """Hand an ended sequence to the prompt cache, after the present pass."""
+        self._ended.append(sequence)
+        if not self._in_pass:
+            self._keep_ended()
+
+    def _keep_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        if self.prompt_cache is not None:
+            for sequence in ended:
+                self.prompt_cache.keep(sequence)
+
+    @contextmanager
+    def _pass(self) -> Iterator[None]:
+        """Keep sequences that end in the enclosed pass when it is over: their copies take time that is not its own."""
+        self._in_pass = True
+        try:
+            yield
+        finally:
+            self._in_pass = False
+            self._keep_ended()
 
     def checked_tokens(self, token_ids: Iterable[SupportsIndex], before: int = 0) -> list[int]:
         """Return ``token_ids``, which follow ``before`` other tokens, as plain integers.
@@ -151,25 +194,26 @@ class Runner:
         """
         if any(sequence.status is not Status.WAITING for sequence in sequences):
             raise InputError("the prompt of this sequence was processed before", code="not_waiting")
-        running = _not_cancelled(sequences)
-        _refuse_broken([sequence.cache for sequence in running])
-        _refuse_duplicates(running)
-        parts = _next_parts(running, most_tokens)
+        running = not_cancelled(sequences)
+        refuse_broken([sequence.cache for sequence in running])
+        refuse_duplicates(running)
+        self._resume(running)
+        parts = next_parts(running, most_tokens)
         if not parts:
             return
         running = list(parts)
         layers = self.model.config.num_layers
         failures: list[Exception] = []
 
-        def before_layer(layer: int) -> None:
+        def reached(done: float) -> None:
             for sequence, tokens in parts.items():
-                sequence.report(sequence.prefilled + len(tokens) * layer // layers)
-            _refuse_cancelled(running)
+                sequence.report(sequence.prefilled + int(len(tokens) * done / layers))
+            refuse_cancelled(running)
 
-        with _ending(running):
+        with self._pass(), ending(running):
             stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
             with measured_pass(stages, self.store, self.clock):
-                self._prefill_parts(parts, before_layer, failures)
+                self._prefill_parts(parts, reached, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
                 if sequence.prefilled == len(sequence.request.prompt_ids):
@@ -177,19 +221,29 @@ class Runner:
         if failures:
             raise failures[0]
 
+    def _resume(self, sequences: list[Sequence]) -> None:
+        """Begin ``sequences`` where the prompt cache ends, unless that was done before."""
+        if self.prompt_cache is not None and self.observer is None:
+            for sequence in sequences:
+                if sequence.keep_at is None:
+                    self.prompt_cache.resume(sequence)
+
     def _prefill_parts(
-        self, parts: Mapping[Sequence, list[int]], before_layer: Callable[[int], None], failures: list[Exception]
+        self, parts: Mapping[Sequence, list[int]], reached: Callable[[float], None], failures: list[Exception]
     ) -> None:
         """Process the next tokens of each sequence in one pass; errors of the choices join ``failures``."""
         used = self._used_experts()
         caches, lengths = [sequence.cache for sequence in parts], [len(tokens) for tokens in parts.values()]
+        positions = {sequence: kept_in_part(sequence, len(tokens)) for sequence, tokens in parts.items()}
+        for sequence, kept in positions.items():
+            sequence.cache.keep_states([position - sequence.prefilled for position in kept])
         hidden = self._hidden(
             [token for tokens in parts.values() for token in tokens],
             lengths,
             caches,
             [sequence.guesses for sequence in parts],
             used,
-            before_layer=before_layer,
+            reached=reached,
         )
         ends = dict(zip(parts, accumulate(lengths), strict=True))
         complete = {
@@ -199,12 +253,14 @@ class Runner:
         }
         if not complete:
             self._evaluate("experts", hidden, caches, used)
+            take_states(positions)
             return
         rows = [hidden[end - 1 : end] for end in complete.values()]
         logits = self._unchecked_logits(rows[0] if len(rows) == 1 else mx.concatenate(rows), caches, used)
+        take_states(positions)
         with self.clock.phase("sample"):
             for sequence, row in zip(complete, logits, strict=True):
-                with _ending_alone(sequence, failures):
+                with ending_alone(sequence, failures):
                     sequence.take(checked_logits(row))
 
     def decode(self, sequences: list[Sequence]) -> None:
@@ -221,22 +277,22 @@ class Runner:
                 chosen for a sequence, whose ``cache.broken`` is then true; the other sequences have their tokens and
                 can continue. Errors of logits processors have the same effect. The first such error is raised.
         """
-        running = _not_cancelled(sequences)
+        running = not_cancelled(sequences)
         if not running:
             return
         caches = [sequence.cache for sequence in running]
-        _refuse_broken(caches)
+        refuse_broken(caches)
         if any(sequence.status is Status.WAITING for sequence in running):
             raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
-        _refuse_duplicates(running)
+        refuse_duplicates(running)
         failures: list[Exception] = []
-        with _ending(running):
+        with self._pass(), ending(running):
             if len(running) == 1 and self._can_run_ahead(running[0]):
-                self._ahead.decode(running[0], lambda: _refuse_cancelled(running))
+                self._ahead.decode(running[0], lambda: refuse_cancelled(running))
                 return
             begun = [sequence for sequence in running if sequence.ahead is not None]
             for sequence in begun:
-                with _ending_alone(sequence, failures):
+                with ending_alone(sequence, failures):
                     self._ahead.take(sequence)
             rest = [sequence for sequence in running if sequence not in begun]
             if rest:
@@ -263,12 +319,12 @@ class Runner:
                 [sequence.guesses for sequence in sequences],
                 used,
                 decoding=True,
-                before_layer=lambda _: _refuse_cancelled(sequences),
+                reached=lambda _: refuse_cancelled(sequences),
             )
             logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
                 for sequence, row in zip(sequences, logits, strict=True):
-                    with _ending_alone(sequence, failures):
+                    with ending_alone(sequence, failures):
                         sequence.take(checked_logits(row))
 
     def logits(self, token_ids: list[int], cache: SequenceCache, guesses: Guesses, *, decoding: bool) -> Logits:
@@ -284,7 +340,7 @@ class Runner:
             InputError: an earlier pass over this sequence failed; code "broken_sequence".
             FlashMoeError: an expert cannot be read, or a logit is NaN or +inf (code "bad_logits").
         """
-        _refuse_broken([cache])
+        refuse_broken([cache])
         used = self._used_experts()
         hidden = self._hidden(token_ids, [len(token_ids)], [cache], [guesses], used, decoding=decoding)
         return self._logits(hidden, [cache], used)
@@ -304,12 +360,12 @@ class Runner:
         used: UsedExperts | None,
         *,
         decoding: bool = False,
-        before_layer: Callable[[int], None] | None = None,
+        reached: Callable[[float], None] | None = None,
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
             self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, before_layer, used)
+        context = ForwardContext(self.clock, self._prefetcher, self.observer, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
@@ -329,68 +385,3 @@ class Runner:
             return
         self.clock.evaluate(phase, used.listed, *arrays)
         used.count(np.array(used.listed))
-
-
-@contextmanager
-def _ending(sequences: list[Sequence]) -> Iterator[None]:
-    """Finish ``sequences`` if an enclosed pass is cancelled, and mark them as broken after an error."""
-    try:
-        yield
-    except _CancelledError:
-        for sequence in sequences:
-            sequence.finish("cancelled")
-    except BaseException:
-        # Interrupts after the last layer count, too: some sequences may have chosen a token, the rest none.
-        for sequence in sequences:
-            sequence.ahead = None
-            sequence.cache.broken = True
-        raise
-
-
-@contextmanager
-def _ending_alone(sequence: Sequence, failures: list[Exception]) -> Iterator[None]:
-    """Mark ``sequence`` as broken if the choice of its token fails, and add the error to ``failures``."""
-    try:
-        yield
-    except Exception as error:
-        sequence.ahead = None
-        sequence.cache.broken = True
-        failures.append(error)
-
-
-def _not_cancelled(sequences: list[Sequence]) -> list[Sequence]:
-    """Finish the cancelled ones of ``sequences``; return the unfinished sequences."""
-    for sequence in sequences:
-        if sequence.cancelled and sequence.finish_reason is None:
-            sequence.finish("cancelled")
-    return [sequence for sequence in sequences if sequence.finish_reason is None]
-
-
-def _next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Sequence, list[int]]:
-    """Return the next tokens of the prompts, ``most_tokens`` in all; sequences without a part are left out."""
-    parts: dict[Sequence, list[int]] = {}
-    room = sum(len(sequence.request.prompt_ids) for sequence in sequences) if most_tokens is None else most_tokens
-    for sequence in sequences:
-        start = sequence.prefilled
-        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.request.prefill_chunk)]
-        if tokens:
-            parts[sequence] = tokens
-            room -= len(tokens)
-    return parts
-
-
-def _refuse_duplicates(sequences: list[Sequence]) -> None:
-    if len({id(sequence.cache) for sequence in sequences}) < len(sequences):
-        raise InputError("a sequence is in the list twice", code="duplicate_sequence")
-
-
-def _refuse_broken(caches: list[SequenceCache]) -> None:
-    if any(cache.broken for cache in caches):
-        raise InputError(
-            "a pass over this sequence failed halfway: begin again with new_cache()", code="broken_sequence"
-        )
-
-
-def _refuse_cancelled(sequences: list[Sequence]) -> None:
-    if all(sequence.cancelled for sequence in sequences):
-        raise _CancelledError

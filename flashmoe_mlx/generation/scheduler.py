@@ -68,7 +68,7 @@ class Scheduler:
         waiting = [sequence for sequence in self._running if sequence.status is Status.WAITING]
         changed: list[Progress] = []
         if waiting:
-            most_tokens = self._prefill_tokens if decoding else waiting[0].request.prefill_chunk
+            most_tokens = self._prefill_tokens if decoding else waiting[0].prefill_chunk
             changed += _changes(waiting, lambda: self._runner.prefill_part(waiting, most_tokens))
         if decoding:
             changed += _changes(decoding, lambda: self._runner.decode(decoding))

@@ -1,6 +1,7 @@
 """A sequence: one answer in progress, with its tokens, caches and measurements."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -9,9 +10,10 @@ import mlx.core as mx
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.logprobs import TokenLogprobs, token_logprobs
 from flashmoe_mlx.generation.metrics import RunMetrics
+from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.request import FinishReason, PrefillProgress, Request
 from flashmoe_mlx.generation.sampling import Sampler
-from flashmoe_mlx.layers.cache import CacheMark, SequenceCache
+from flashmoe_mlx.layers.cache import CacheMark, Checkpoint, SequenceCache
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses
 
@@ -56,6 +58,10 @@ class Sequence:
         cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
         ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
         prefilled: the number of prompt tokens in ``cache``.
+        prefill_chunk: the number of prompt tokens that go through a layer together.
+        keep_at: the positions in the prompt at which passes keep states for the prompt cache; None before the cache
+            was asked, which may set ``prefilled``.
+        kept: the states that passes kept, by their positions.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
@@ -70,10 +76,12 @@ class Sequence:
         request: Request,
         cache: SequenceCache,
         max_context: int,
+        prefill_chunk: int,
         *,
         prefetches: bool = False,
         on_prefill: PrefillProgress | None = None,
         start: float | None = None,
+        on_finish: Callable[["Sequence"], object] = lambda _: None,
     ) -> None:
         """Begin a sequence without tokens.
 
@@ -81,22 +89,33 @@ class Sequence:
             request: the prompt and the options of its answer.
             cache: empty caches.
             max_context: the largest number of tokens that the model's context holds.
+            prefill_chunk: the number of prompt tokens that go through a layer together.
             prefetches: whether ``metrics`` report guesses about experts.
             on_prefill: called with the progress through the prompt, at least once per layer.
             start: the time from which the delay of the first token is measured, a value of ``time.perf_counter``; None
                 for now.
+            on_finish: called once, when the sequence ends without an error.
         """
         self.request = request
         self.cache = cache
         self.ahead: Step | None = None
         self.prefilled = 0
+        self.prefill_chunk = prefill_chunk
+        self.keep_at: dict[int, Kind] | None = None
+        self.kept: dict[int, Checkpoint] = {}
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.guesses = Guesses()
-        self.metrics = RunMetrics(sampling=request.sampling.to_json(), guesses=self.guesses if prefetches else None)
+        self.metrics = RunMetrics(
+            prefill_chunk,
+            sampling=request.sampling.to_json(),
+            guesses=self.guesses if prefetches else None,
+            prompt_tokens=len(request.prompt_ids),
+        )
         self.cancelled = False
         self._on_prefill = on_prefill
+        self._on_finish = on_finish
         self._start = time.perf_counter() if start is None else start
         self._limit = min(request.max_tokens, max_context - len(request.prompt_ids) + 1)
         self._sampler = Sampler(request.sampling.options, request.seed, request.prompt_ids, request.processors)
@@ -115,7 +134,9 @@ class Sequence:
     def finish(self, reason: FinishReason) -> None:
         """End the sequence."""
         self.settle()
-        self.finish_reason = self.metrics.finish_reason = reason
+        ended, self.finish_reason, self.metrics.finish_reason = self.finish_reason is not None, reason, reason
+        if not ended:
+            self._on_finish(self)
 
     def report(self, done: int) -> None:
         """Report that ``done`` tokens of the prompt are processed."""

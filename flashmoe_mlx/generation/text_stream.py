@@ -1,4 +1,4 @@
-"""Convert generated tokens to pieces of text: detokenize, separate thinking from the answer, find stop strings."""
+"""Convert generated tokens to pieces: detokenize, separate thinking and tool calls from the text, find stop strings."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,9 @@ from flashmoe_mlx.generation.request import FinishReason
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.generation.stopping import StopStrings
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
+from flashmoe_mlx.text.tags import Segment
 from flashmoe_mlx.text.tokenizer import Tokenizer
+from flashmoe_mlx.text.tool_calls import CallDelta, ToolCallReader
 
 _NO_TOKEN = -1
 
@@ -25,6 +27,7 @@ class Piece:
             not think, and for raw prompts.
         stop: the stop string that ended the answer, in the last piece.
         logprobs: the log probabilities of ``token_ids``, if the request asked for them.
+        calls: the next parts of tool calls, if a reader of tool calls was given.
     """
 
     text: str
@@ -33,17 +36,29 @@ class Piece:
     reasoning: str = ""
     stop: str | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
+    calls: tuple[CallDelta, ...] = ()
 
 
 class TextStream:
-    """A conversion of the tokens of one sequence to pieces while they are generated."""
+    """A conversion of the tokens of one sequence to pieces while they are generated.
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    Args:
+        sequence: the sequence.
+        tokenizer: the tokenizer of its model.
+        tool_reader: separates tool calls from the text; None leaves them in the text.
+
+    Attributes:
+        reasoning_tokens: the number of tokens that belong to thinking so far.
+    """
+
+    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, tool_reader: ToolCallReader | None = None) -> None:
         request = sequence.request
         self._sequence = sequence
         self._detokenizer = tokenizer.detokenizer()
         self._splitter = ReasoningSplitter(tokenizer, request.prompt_ids) if request.split_reasoning else None
+        self._tools = tool_reader
         self._stop = StopStrings(request.stop)
+        self.reasoning_tokens = 0
         self._given = 0
         """The number of tokens that pieces have returned."""
         self._read = 0
@@ -61,32 +76,42 @@ class TextStream:
         """
         sequence = self._sequence
         reasoning = content = ""
+        calls: list[CallDelta] = []
         for token in sequence.token_ids[self._read :]:
             text = "" if token in sequence.request.stop_ids else self._detokenizer.add(token)
-            thought, answer = self._split(token, text)
+            thought, segments = self._split(token, text)
+            self.reasoning_tokens += self.thinking or bool(thought)
             reasoning += thought
-            content += self._stop.add(answer)
+            content += self._stop.add(self._without_calls(segments, calls))
             self._read += 1
         if sequence.finish_reason is not None and self._stop.found is None:
-            thought, answer = self._rest()
+            thought, segments = self._rest()
             reasoning += thought
-            content += self._stop.add(answer) + self._stop.finish()
+            content += self._stop.add(self._without_calls(segments, calls, ended=True)) + self._stop.finish()
         if self._stop.found is not None:
             sequence.finish("stop")
-        if not (reasoning or content) and sequence.finish_reason is None:
+        if not (reasoning or content or calls) and sequence.finish_reason is None:
             return None
-        tokens = sequence.token_ids[self._given : self._read]
-        logprobs = sequence.logprobs[self._given : self._read]
+        tokens = tuple(sequence.token_ids[self._given : self._read])
+        logprobs = tuple(sequence.logprobs[self._given : self._read])
         self._given = self._read
-        return Piece(content, tuple(tokens), sequence.finish_reason, reasoning, self._stop.found, tuple(logprobs))
+        return Piece(content, tokens, sequence.finish_reason, reasoning, self._stop.found, logprobs, tuple(calls))
 
-    def _split(self, token: int, text: str) -> tuple[str, str]:
-        return ("", text) if self._splitter is None else self._splitter.add(token, text)
+    def _split(self, token: int, text: str) -> tuple[str, list[Segment]]:
+        return ("", [Segment(text)]) if self._splitter is None else self._splitter.split(token, text)
 
-    def _rest(self) -> tuple[str, str]:
+    def _rest(self) -> tuple[str, list[Segment]]:
         """Return the parts of the reasoning and of the answer that were held back."""
-        reasoning, content = self._split(_NO_TOKEN, self._detokenizer.flush())
+        reasoning, segments = self._split(_NO_TOKEN, self._detokenizer.flush())
         if self._splitter is None:
-            return reasoning, content
-        rest = self._splitter.finish()
-        return reasoning + rest[0], content + rest[1]
+            return reasoning, segments
+        rest = self._splitter.split_rest()
+        return reasoning + rest[0], segments + rest[1]
+
+    def _without_calls(self, segments: list[Segment], calls: list[CallDelta], *, ended: bool = False) -> str:
+        """Return the text of ``segments``; move parts of tool calls to ``calls``."""
+        if self._tools is None:
+            return "".join(segment.text for segment in segments)
+        outputs = [self._tools.add_segments(segments), *([self._tools.finish()] if ended else [])]
+        calls += (delta for output in outputs for delta in output.calls)
+        return "".join(output.content for output in outputs)

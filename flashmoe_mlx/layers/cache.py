@@ -7,6 +7,7 @@ from typing import Any, Protocol, Self
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.layers.recurrent_state import RecurrentState, copied
 
 _GROWTH = 256
 """Tokens by which a KV cache grows."""
@@ -54,6 +55,22 @@ class LayerCache(Protocol):
 
     def must_grow(self, tokens: int) -> bool:
         """Whether ``tokens`` more tokens make the cache copy what is in it."""
+        ...
+
+    @property
+    def keeps_tokens(self) -> bool:
+        """Whether the cache keeps every token, so that a part of it is the state of these tokens."""
+        ...
+
+    def part(self, start: int, end: int) -> Self:
+        """Return a copy of the tokens from ``start`` to ``end``; this requires ``keeps_tokens``."""
+        ...
+
+    def assemble(self, parts: Sequence[Self]) -> None:
+        """Replace the contents by copies of ``parts``, one after the other.
+
+        A cache with ``keeps_tokens`` takes all parts; any other cache takes the last one, which is a snapshot.
+        """
         ...
 
 
@@ -108,7 +125,7 @@ class KVCache:
         used = _rounded(self.length)
         if self.keys is None or self.values is None:
             return KVCache()
-        return KVCache(_copied(self.keys[:, :, :used]), _copied(self.values[:, :, :used]), self.length)
+        return KVCache(copied(self.keys[:, :, :used]), copied(self.values[:, :, :used]), self.length)
 
     def restore(self, snapshot: "KVCache") -> None:
         """Return to the state of ``snapshot``."""
@@ -131,58 +148,26 @@ class KVCache:
         """Whether the capacity is less than ``tokens`` more tokens need."""
         return self.keys is not None and self.length + tokens > self.keys.shape[2]
 
-
-@dataclass(slots=True)
-class RecurrentState:
-    """The state of a GatedDeltaNet layer.
-
-    Attributes:
-        conv_state: the latest inputs of the convolution, [kernel - 1, channels].
-        recurrent_state: f32 [1, heads, Dv, Dk].
-    """
-
-    conv_state: mx.array | None = None
-    recurrent_state: mx.array | None = None
-
     @property
-    def nbytes(self) -> int:
-        """The size in bytes, which does not depend on the number of tokens."""
-        return sum(array.nbytes for array in self.arrays())
+    def keeps_tokens(self) -> bool:
+        """True, because every token has a key and a value."""
+        return True
 
-    @property
-    def can_trim(self) -> bool:
-        """False once there is a state: tokens cannot be removed from a sum."""
-        return self.recurrent_state is None
+    def part(self, start: int, end: int) -> "KVCache":
+        """Return a copy of the tokens from ``start`` to ``end``, without unused capacity."""
+        assert self.keys is not None
+        assert self.values is not None
+        return KVCache(copied(self.keys[:, :, start:end]), copied(self.values[:, :, start:end]), end - start)
 
-    def arrays(self) -> list[mx.array]:
-        """Return the states; none before the first token."""
-        return [array for array in (self.conv_state, self.recurrent_state) if array is not None]
+    def assemble(self, parts: Sequence["KVCache"]) -> None:
+        """Replace the contents by copies of the tokens of ``parts``."""
+        self.length = sum(part.length for part in parts)
+        self.keys = _joined([(part.keys, part.length) for part in parts])
+        self.values = _joined([(part.values, part.length) for part in parts])
 
-    def snapshot(self) -> "RecurrentState":
-        """Return a copy."""
-        if self.conv_state is None or self.recurrent_state is None:
-            return RecurrentState()
-        return RecurrentState(_copied(self.conv_state), _copied(self.recurrent_state))
 
-    def restore(self, snapshot: "RecurrentState") -> None:
-        """Return to the state of ``snapshot``."""
-        copy = snapshot.snapshot()
-        self.conv_state, self.recurrent_state = copy.conv_state, copy.recurrent_state
-
-    def trim(self, length: int) -> None:
-        """Do nothing: only an empty state can be trimmed."""
-
-    def mark(self) -> tuple[mx.array | None, mx.array | None]:
-        """Return both arrays."""
-        return self.conv_state, self.recurrent_state
-
-    def rewind(self, mark: tuple[mx.array | None, mx.array | None]) -> None:
-        """Take the arrays of ``mark``; kernels for GPUs never write to a state that they were given."""
-        self.conv_state, self.recurrent_state = mark
-
-    def must_grow(self, tokens: int) -> bool:  # noqa: ARG002  # of the protocol
-        """False, because the size is fixed."""
-        return False
+Checkpoint = list[Any]
+"""For each layer, a copy of its state, or None for a layer that keeps tokens; or the other way around."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,6 +261,49 @@ class SequenceCache:
             layer.trim(length)
         self.length = length
 
+    @property
+    def has_state(self) -> bool:
+        """Whether a layer keeps a state in place of tokens, so that the sequence continues only where it was kept."""
+        return not all(layer.keeps_tokens for layer in self.layers)
+
+    def keep_states(self, offsets: Sequence[int]) -> None:
+        """Make the next pass copy the states after each number of its tokens in ``offsets``, which ascend."""
+        for layer in self.layers:
+            if isinstance(layer, RecurrentState):
+                layer.keep_at, layer.kept = offsets, []
+
+    def take_states(self, count: int) -> list[Checkpoint]:
+        """Return the ``count`` states that the latest pass copied, in order, and keep no more states."""
+        kept = [layer.kept if isinstance(layer, RecurrentState) else None for layer in self.layers]
+        self.keep_states(())
+        return [[None if states is None else states[index] for states in kept] for index in range(count)]
+
+    def state(self) -> Checkpoint:
+        """Return copies of the present states."""
+        return [None if layer.keeps_tokens else layer.snapshot() for layer in self.layers]
+
+    def part(self, start: int, end: int) -> Checkpoint:
+        """Return copies of the tokens from ``start`` to ``end`` of every layer that keeps tokens; None elsewhere."""
+        return [layer.part(start, end) if layer.keeps_tokens else None for layer in self.layers]
+
+    def assemble(self, parts: Sequence[Checkpoint], state: Checkpoint, length: int) -> None:
+        """Replace the contents by copies, so that the sequence continues after ``length`` tokens.
+
+        Args:
+            parts: results of ``part`` for consecutive tokens, which may go beyond ``length``.
+            state: the states after ``length`` tokens.
+            length: the number of tokens.
+        """
+        self.broken = True
+        for index, layer in enumerate(self.layers):
+            if layer.keeps_tokens:
+                layer.assemble([part[index] for part in parts])
+                layer.trim(length)
+            else:
+                layer.assemble([state[index]])
+        mx.eval(self.arrays())
+        self.length, self.broken = length, False
+
 
 def _rounded(tokens: int) -> int:
     return -(-tokens // _GROWTH) * _GROWTH
@@ -287,8 +315,14 @@ def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.arra
     return room
 
 
-def _copied(array: mx.array) -> mx.array:
-    """Return a contiguous copy in separate memory; a selection is exact for every bit pattern."""
-    copy = mx.where(mx.array(True), array, array)
-    mx.eval(copy)
-    return copy
+def _joined(parts: Sequence[tuple[mx.array | None, int]]) -> mx.array | None:
+    """Return the first tokens of each array [1, kv heads, capacity, head dim], with capacity for more tokens."""
+    arrays = [array[:, :, :length] for array, length in parts if array is not None]
+    if not arrays:
+        return None
+    _, heads, _, width = arrays[0].shape
+    length = sum(array.shape[2] for array in arrays)
+    spare = mx.zeros((1, heads, _rounded(length + 1) - length, width), arrays[0].dtype)
+    joined = mx.contiguous(mx.concatenate([*arrays, spare], axis=2))
+    mx.eval(joined)  # kernels write to it
+    return joined

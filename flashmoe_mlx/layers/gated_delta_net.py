@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import DeltaBatch, DeltaInputs, DeltaWeights, Kernels
-from flashmoe_mlx.layers.cache import RecurrentState
 from flashmoe_mlx.layers.linear import Linear, project_all
+from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.layers.sequences import by_sequence
 
 
@@ -37,7 +37,7 @@ class GatedDeltaNet:
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
         kernel = self.kernels.gated_delta_net_batch
-        if len(caches) > 1 and kernel is not None:
+        if len(caches) > 1 and kernel is not None and not any(cache.keep_at for cache in caches):
             return self.out_proj(self._recur_together(kernel, projected, caches, lengths), residual)
         return self.out_proj(by_sequence(self._recur, projected, caches, lengths), residual)
 
@@ -71,9 +71,23 @@ class GatedDeltaNet:
 
     def _recur(self, cache: RecurrentState, *projected: mx.array) -> mx.array:
         """Continue the recurrence of one sequence; all arrays are [T, ...] of its new tokens."""
-        states = self._states(cache, projected[0].dtype)
-        y, cache.conv_state, cache.recurrent_state = self.recur(projected, *states)
-        return y
+        if not cache.keep_at:
+            states = self._states(cache, projected[0].dtype)
+            y, cache.conv_state, cache.recurrent_state = self.recur(projected, *states)
+            return y
+        pieces, start, tokens = [], 0, len(projected[0])
+        keep_here = [end for end in cache.keep_at if end <= tokens]
+        for end in dict.fromkeys((*keep_here, tokens)):
+            rows = [array[start:end] for array in projected]
+            states = self._states(cache, projected[0].dtype)
+            y, cache.conv_state, cache.recurrent_state = self.recur(rows, *states)
+            pieces.append(y)
+            if end in keep_here:
+                # A kernel may write to its states in place, so a copy must be made before the next piece.
+                cache.kept.append(cache.snapshot())
+            start = end
+        cache.keep_at = [end - tokens for end in cache.keep_at if end > tokens]  # a pass may come in several blocks
+        return mx.concatenate(pieces)
 
     def _states(self, cache: RecurrentState, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Return both states of a sequence."""

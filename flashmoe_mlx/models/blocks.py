@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels.kv_rows import RowFormat
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.rope import Rope
@@ -43,8 +45,18 @@ class MixerBlock(Protocol):
         """Make the block from its weights."""
         ...
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:
         """Compute the size of its cache for activations of ``activation_bytes`` bytes each."""
+        ...
+
+    @property
+    def working_width(self) -> int:
+        """The elements of a token's intermediate results, from the projections of its input to that of the output."""
+        ...
+
+    @property
+    def recurrent_width(self) -> int:
+        """The elements of a token's values in a recurrence."""
         ...
 
 
@@ -93,7 +105,17 @@ class AttentionBlock:
         yield Parameter(f"{prefix}self_attn.k_norm.weight", self.norm, (self.head_dim,))
 
     def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> Attention:
-        """Make the block from its weights."""
+        """Make the block from its weights.
+
+        Raises:
+            InputError: heads cannot be divided into groups of quantized keys and values; code "unsupported_kv_bits".
+        """
+        if not RowFormat(self.head_dim, kernels.kv_bits).is_supported:
+            raise InputError(
+                f"kv_bits={kernels.kv_bits}: needs heads of a multiple of 32 values; those of this model have "
+                f"{self.head_dim}. Leave kv_bits out",
+                code="unsupported_kv_bits",
+            )
         joint = None
         if kernels.routed_experts_gpu is not None:
             joint = weights.join(*(f"{prefix}self_attn.{part}_proj" for part in "qkv"))
@@ -108,6 +130,7 @@ class AttentionBlock:
                 _scaled_by_yarn(weights.vector(f"{prefix}self_attn.k_norm.weight"), self.rope),
                 self.eps,
                 self._frequencies,
+                kernels.kv_bits,
             ),
             kernels,
             weights.linear(f"{prefix}self_attn.q_proj"),
@@ -117,9 +140,20 @@ class AttentionBlock:
             joint,
         )
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:
         """Compute the size of keys and values for activations of ``activation_bytes`` bytes each."""
-        return CacheSize(per_token=2 * self.num_kv_heads * self.head_dim * activation_bytes)
+        row = RowFormat(self.head_dim, kv_bits).nbytes(activation_bytes)
+        return CacheSize(per_token=2 * self.num_kv_heads * row)
+
+    @property
+    def working_width(self) -> int:
+        """The elements of queries and gates, keys, values and results."""
+        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+
+    @property
+    def recurrent_width(self) -> int:
+        """0: there is no recurrence."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +232,20 @@ class GatedDeltaNetBlock:
             joint,
         )
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:  # noqa: ARG002
         """Compute the size of the convolution's inputs, of ``activation_bytes`` bytes each, and of the f32 state."""
         state = self.value_heads * self.value_dim * self.key_dim
         return CacheSize(fixed=4 * state + activation_bytes * (self.conv_kernel - 1) * self._conv_width)
+
+    @property
+    def working_width(self) -> int:
+        """The elements of the convolution's inputs, of gates, decays and results."""
+        return self._conv_width + 2 * self._value_width + 2 * self.value_heads
+
+    @property
+    def recurrent_width(self) -> int:
+        """The elements of the values of all heads."""
+        return self._value_width
 
 
 @dataclass(frozen=True, slots=True)

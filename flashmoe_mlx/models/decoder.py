@@ -9,6 +9,7 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.layers.cache import LayerCache, SequenceCache
 from flashmoe_mlx.layers.linear import Linear, parts_of
+from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
@@ -58,7 +59,7 @@ class DecoderLayer:
         """Compute [T, hidden] from [T, hidden]; the last operations stay lazy.
 
         Args:
-            x: the residual of the new tokens of all sequences, one sequence after the other.
+            x: the residual of the new tokens of all sequences, one sequence after the other; overwritten.
             caches: the cache of each sequence in this layer.
             lengths: the number of new tokens of each sequence.
             context: shared by all layers of a pass.
@@ -67,10 +68,26 @@ class DecoderLayer:
         if context.prefetcher is not None:
             context.prefetcher.begins(self.experts.layer, x)
         with clock.computing("attention"):
-            x = self.mixer(self.project(x), caches, lengths, x)
+            x = self._mix(x, caches, lengths, context)
         clock.settle("attention", x)
         x = self.experts(x, context)
         clock.settle("experts", x)
+        return x
+
+    def _mix(
+        self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
+    ) -> mx.array:
+        """Apply the mixer; many tokens in blocks, whose results are written to ``x``."""
+        if len(x) <= BLOCK:
+            return self.mixer(self.project(x), caches, lengths, x)
+        for block in blocks(lengths, BLOCK):
+            context.reach(self.experts.layer + block.rows.start / len(x) / 2)
+            rows = x[block.rows]
+            mixed = self.mixer(self.project(rows), caches[block.sequences], block.lengths, rows)
+            mx.eval(mixed, [array for cache in caches[block.sequences] for array in cache.arrays()])
+            del rows  # another reference to the memory of x would make the next line copy it
+            x[block.rows] = mixed
+            mx.eval(x)
         return x
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
@@ -95,6 +112,12 @@ class Model:
     touched_bytes: int
     """The size of the resident weights that every pass reads: all but an embedding that is not also the head."""
 
+    @property
+    def state_bytes(self) -> int:
+        """The bytes that a sequence keeps at any length."""
+        mixers = (self.config.mixer(layer) for layer in range(self.config.num_layers))
+        return sum(mixer.cache_size(self.norm.dtype.size).fixed for mixer in mixers)
+
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""
         return SequenceCache([layer.mixer.new_cache() for layer in self.layers])
@@ -104,7 +127,7 @@ class Model:
     ) -> mx.array:
         """Compute the hidden states [T, hidden], before the final norm, of new tokens of one or several sequences.
 
-        A pass that ends after its first layer began, by an error or by ``context.before_layer``, leaves
+        A pass that ends after its first layer began, by an error or by ``context.reached``, leaves
         ``broken`` set in all ``caches``.
 
         Args:
@@ -118,8 +141,7 @@ class Model:
         """
         x = self.embedding.rows(tokens, self.norm.dtype)
         for index, layer in enumerate(self.layers):
-            if context.before_layer is not None:
-                context.before_layer(index)
+            context.reach(index)
             for cache in caches:
                 cache.broken = True
             x = layer(x, [cache.layers[index] for cache in caches], lengths, context)

@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import KVCache, RecurrentState, SequenceCache
+from flashmoe_mlx.layers.cache import KVCache, SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import LayerInMemory
@@ -54,7 +55,7 @@ class TracedSteps:
         for layer, mixer in zip(cache.layers, (layer.mixer for layer in self._model.layers), strict=True):
             if isinstance(layer, KVCache):
                 assert isinstance(mixer, Attention)
-                states += layer.reserve(1, mixer.weights.kv_heads, mixer.weights.head_dim, self._model.norm.dtype)
+                states += mixer.room(layer, 1, self._model.norm.dtype)
                 capacity = states[-1].shape[2]
             else:
                 states += layer.arrays()

@@ -22,7 +22,8 @@ class ForwardContext:
         clock: measures the phases of the pass.
         prefetcher: hints experts to the store; its ``begin_pass`` was called for this pass.
         observer: receives the routing of each layer.
-        before_layer: receives the index of each layer before the layer runs; may raise an error to end the pass.
+        reached: receives the number of layers that are done, before each layer and, with fractions, inside a layer with
+            many tokens; may raise an error to end the pass.
         used: collects the experts of layers that need not wait for the choice of their router; None if every layer has
             to wait, because the prefetcher, the observer or the clock needs the choice at once.
     """
@@ -30,5 +31,10 @@ class ForwardContext:
     clock: PhaseClock
     prefetcher: Prefetcher | None = None
     observer: RoutingObserver | None = None
-    before_layer: Callable[[int], None] | None = None
+    reached: Callable[[float], None] | None = None
     used: UsedExperts | None = None
+
+    def reach(self, layers: float) -> None:
+        """Report that ``layers`` layers are done."""
+        if self.reached is not None:
+            self.reached(layers)

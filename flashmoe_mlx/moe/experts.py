@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.in_memory import ExpertsInMemory
@@ -67,7 +68,11 @@ class MixtureOfExperts:
             if prefetcher is not None:
                 prefetcher.chosen(self.layer, routing.experts, guess)
 
-        groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch)
+        def before_group(done: float) -> None:
+            if len(residual) > BLOCK:
+                context.reach(self.layer + (1 + done) / 2)
+
+        groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch, before_group)
         return self.strategy(x, residual, routing, self.shared, groups)
 
     def apply(self, residual: mx.array, whole: LayerInMemory, earlier: mx.array) -> tuple[mx.array, mx.array]:

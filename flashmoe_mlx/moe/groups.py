@@ -59,6 +59,7 @@ class ExpertGroups:
         chosen: [T, K], the experts of each token.
         clock: measures fetches and computation.
         after_last_fetch: called when all experts have been fetched, before any computation with the last group.
+        before_group: called with the share of the groups that are done, before each fetch.
     """
 
     store: ExpertStore
@@ -66,6 +67,7 @@ class ExpertGroups:
     chosen: npt.NDArray[np.uint32]
     clock: PhaseClock
     after_last_fetch: Callable[[], None]
+    before_group: Callable[[float], None] = lambda _: None
 
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch and yield each group on demand."""
@@ -73,6 +75,7 @@ class ExpertGroups:
         size, num_experts = self._size(len(distinct)), self.store.source.num_experts
         groups = [distinct[start : start + size] for start in range(0, len(distinct), size)]
         for number, experts in enumerate(groups):
+            self.before_group(number / len(groups))
             following = groups[number + 1] if number + 1 < len(groups) else None
             with self.clock.phase("io"):
                 batch = self.store.fetch(self.layer, experts)

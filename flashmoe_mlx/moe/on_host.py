@@ -33,10 +33,13 @@ class ExpertsOnHost:
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
         y = residual if self.fuse_shared else residual + shared(x, routing.shared_weight)
+        in_place = not self.fuse_shared  # ``residual`` itself belongs to the caller
         for group in groups:
             fuse = self.fuse_shared and group.is_last
             weights = routing.all_weights if fuse else routing.weights
             rows = mx.array(group.rows(range(len(group.experts))))
             with group.clock.computing("experts"):
-                y = self.kernel(x, group.batch.host, rows, weights, self.form, shared.weights if fuse else None, y)
+                own = shared.weights if fuse else None
+                y = self.kernel(x, group.batch.host, rows, weights, self.form, own, y, in_place=in_place)
+            in_place = True
         return y

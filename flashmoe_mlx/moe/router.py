@@ -14,6 +14,7 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import ChooseExperts, NormedMatvec
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.layers.sequences import BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +91,23 @@ class Router:
     def route(self, x: mx.array, scores: mx.array | None, clock: PhaseClock, *also: mx.array) -> Routing:
         """Choose experts, and wait for the choice alone; the weights and ``also`` are then under way.
 
+        The tokens are divided into blocks, because the scores of all experts take more memory than the choice.
+
         Args:
             x: normalized hidden states [T, hidden].
             scores: the second result of ``normalize_and_score``.
             clock: measures the wait.
             also: further arrays to begin.
         """
+        rows = [slice(start, start + BLOCK) for start in range(0, len(x), BLOCK)]
+        parts = [self._route(x[at], None if scores is None else scores[at], clock, *also) for at in rows]
+        if len(parts) == 1:
+            return parts[0]
+        weights = mx.concatenate([part.all_weights for part in parts])
+        return Routing(np.concatenate([part.experts for part in parts]), weights, x.dtype)
+
+    def _route(self, x: mx.array, scores: mx.array | None, clock: PhaseClock, *also: mx.array) -> Routing:
+        """Choose experts for at most ``BLOCK`` tokens; see ``route``."""
         if self.by_numpy:
             with clock.computing("router_wait"):
                 clock.waits += 1

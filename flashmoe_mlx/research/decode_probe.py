@@ -57,7 +57,7 @@ class DecodeFinding:
 
 def measure_decoding() -> DecodeFinding:
     """Decode greedily with the demo model on the default device."""
-    with load(demo_folder(), "resident") as engine:
+    with load(demo_folder(), "resident", prompt_cache_gib=0) as engine:
         runner = engine.runner
         with runner.exclusive():
             sequence = runner.begin(Request(_PROMPT, ChosenSampling(SamplingOptions()), max_tokens=_TOKENS))

@@ -102,6 +102,7 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
             experts_k,
             kernels=config.kernels,
             activations=config.activations,
+            kv_bits=config.kv_bits,
             prefetch=config.prefetch,
             on_load=announce,
         )

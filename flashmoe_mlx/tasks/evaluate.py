@@ -72,7 +72,14 @@ def run(config: Config, run_dir: Path) -> None:
         record["reference"] = reference.setup
         for backend, k in settings:
             with load(
-                folder, backend, k, kernels=config.kernels, activations=config.activations, on_load=announce
+                folder,
+                backend,
+                k,
+                kernels=config.kernels,
+                activations=config.activations,
+                kv_bits=config.kv_bits,
+                prompt_cache_gib=0,
+                on_load=announce,
             ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
@@ -110,7 +117,7 @@ def _reference(config: Config, folder: Path, items: list[Item], announce: Callab
     if not (folder / MANIFEST).exists():
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
     backend = chosen_backend(backend, folder, config.model, None)
-    with load(folder, backend, kernels=config.reference_kernels, on_load=announce) as engine:
+    with load(folder, backend, kernels=config.reference_kernels, prompt_cache_gib=0, on_load=announce) as engine:
         reference = Reference.record(engine, items, _reporter(announce))
     with reference:
         yield reference
@@ -138,6 +145,7 @@ def _table(cells: list[dict[str, Any]]) -> Table:
         bits = setup["experts"]["bits"]
         table.add_row(
             (setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"))
+            + (f" kv{setup['kv_bits']}" if setup["kv_bits"] else "")
             + f" {_MARK}" * bool(setup["note"]),
             str(setup["experts_k"]),
             f"{text['perplexity']:.3f}" if text else "-",

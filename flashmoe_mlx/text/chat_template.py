@@ -51,6 +51,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._template = _Compiled(source)
         self._tool_template = self._template if tool_source is None else _Compiled(tool_source)

@@ -11,6 +11,10 @@ from flashmoe_mlx.formats.untrusted import read_file, read_object
 from flashmoe_mlx.text.chat_template import ChatTemplate
 
 _LARGEST_TOKENIZER = 256 * 2**20
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
+_BYTE_OF = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
+"""The byte that each character of a byte-level vocabulary stands for; source: ``bytes_to_unicode`` of GPT-2."""
 _LONGEST_CHARACTER = 4
 """Largest number of bytes, and therefore of tokens, of a UTF-8 character."""
 
@@ -71,6 +75,16 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ``ids``. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are left out."""
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes of one token, which may be a part of a character; none for an id outside the vocabulary."""
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token in self.added_tokens:
+            return token.encode()
+        values = [_BYTE_OF.get(character) for character in token]
+        return token.encode() if None in values else bytes(value for value in values if value is not None)
 
     def detokenizer(self) -> "Detokenizer":
         """Return an incremental decoder for one stream of ids."""

@@ -33,7 +33,7 @@ class McpServer:
         log: file for what the server writes to stderr.
 
     Raises:
-        InputError: the package ``mcp`` is missing (code "missing_package"), or the server cannot be started or does not
+        InputError: the package ``mcp`` is missing (code "missing_extra"), or the server cannot be started or does not
             answer (code "mcp_failed").
     """
 
@@ -48,7 +48,7 @@ class McpServer:
             import mcp  # noqa: F401
         except ImportError:
             raise InputError(
-                "tools.mcp needs the package mcp: pip install 'flashmoe_mlx[mcp]'", code="missing_package"
+                "tools.mcp needs the package mcp: pip install 'flashmoe_mlx[mcp]'", code="missing_extra"
             ) from None
         self._command = command
         self._timeout = timeout

@@ -117,7 +117,7 @@ class _SizeProbe:
 
     def _load(self, files: ModelFiles, backend: str) -> Engine:
         """Load an engine and check its kernels for every measured K; ``load`` checks them for the model's own K."""
-        engine = self._stack.enter_context(load(files.folder, backend))
+        engine = self._stack.enter_context(load(files.folder, backend, prompt_cache_gib=0))
         for k in set(EXPERTS) - {files.config.experts_per_token}:
             check_kernels(engine.model.kernels, model_shapes(with_experts(engine.model, engine.store, k)))
         return engine

@@ -63,6 +63,7 @@ class EngineConfig(StoreConfig):
 
     kernels: str = "auto"
     activations: str = "auto"
+    kv_bits: int | None = None
 
 
 @dataclass
@@ -111,3 +112,21 @@ class ToolChoice:
     allow: list[str] = field(default_factory=list)
     timeout: float = 60.0
     most_calls: int = 16
+
+
+@dataclass
+class ServerConfig:
+    """Keys of the HTTP server of ``task=serve``."""
+
+    host: str = field(default="127.0.0.1", metadata=TEXT)
+    port: int = 8080
+    api_key_file: str | None = field(default=None, metadata=TEXT)
+    insecure: bool = False
+    names: list[str] = field(default_factory=list, metadata=TEXT)
+    origins: list[str] = field(default_factory=list, metadata=TEXT)
+    name: str | None = field(default=None, metadata=TEXT)
+    aliases: list[str] = field(default_factory=list, metadata=TEXT)
+    any_model: bool = True
+    queue: int = 64
+    together: int = 8
+    stop_seconds: float = 10.0

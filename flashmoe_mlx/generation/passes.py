@@ -1,0 +1,89 @@
+"""Passes over several sequences: their parts, their failures, and what they refuse."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.layers.cache import SequenceCache
+
+
+class CancelledError(Exception):
+    """The end of a pass all of whose sequences were cancelled."""
+
+
+@contextmanager
+def ending(sequences: list[Sequence]) -> Iterator[None]:
+    """Finish ``sequences`` if an enclosed pass is cancelled, and mark them as broken after an error."""
+    try:
+        yield
+    except CancelledError:
+        for sequence in sequences:
+            sequence.finish("cancelled")
+    except BaseException:
+        # Interrupts after the last layer count, too: some sequences may have chosen a token, the rest none.
+        for sequence in sequences:
+            sequence.ahead = None
+            sequence.cache.broken = True
+        raise
+
+
+@contextmanager
+def ending_alone(sequence: Sequence, failures: list[Exception]) -> Iterator[None]:
+    """Mark ``sequence`` as broken if the choice of its token fails, and add the error to ``failures``."""
+    try:
+        yield
+    except Exception as error:
+        sequence.ahead = None
+        sequence.cache.broken = True
+        failures.append(error)
+
+
+def not_cancelled(sequences: list[Sequence]) -> list[Sequence]:
+    """Finish the cancelled ones of ``sequences``; return the unfinished sequences."""
+    for sequence in sequences:
+        if sequence.cancelled and sequence.finish_reason is None:
+            sequence.finish("cancelled")
+    return [sequence for sequence in sequences if sequence.finish_reason is None]
+
+
+def next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Sequence, list[int]]:
+    """Return the next tokens of the prompts, ``most_tokens`` in all; sequences without a part are left out."""
+    parts: dict[Sequence, list[int]] = {}
+    room = sum(len(sequence.request.prompt_ids) for sequence in sequences) if most_tokens is None else most_tokens
+    for sequence in sequences:
+        start = sequence.prefilled
+        tokens = sequence.request.prompt_ids[start : start + min(room, sequence.prefill_chunk)]
+        if tokens:
+            parts[sequence] = tokens
+            room -= len(tokens)
+    return parts
+
+
+def kept_in_part(sequence: Sequence, tokens: int) -> list[int]:
+    """Return the positions in the next ``tokens`` tokens of a prompt after which states are kept."""
+    start = sequence.prefilled
+    return [position for position in sequence.keep_at or () if start < position <= start + tokens]
+
+
+def take_states(positions: Mapping[Sequence, list[int]]) -> None:
+    """Move the states that a pass kept to their sequences."""
+    for sequence, kept in positions.items():
+        sequence.kept |= dict(zip(kept, sequence.cache.take_states(len(kept)), strict=True))
+
+
+def refuse_duplicates(sequences: list[Sequence]) -> None:
+    if len({id(sequence.cache) for sequence in sequences}) < len(sequences):
+        raise InputError("a sequence is in the list twice", code="duplicate_sequence")
+
+
+def refuse_broken(caches: list[SequenceCache]) -> None:
+    if any(cache.broken for cache in caches):
+        raise InputError(
+            "a pass over this sequence failed halfway: begin again with new_cache()", code="broken_sequence"
+        )
+
+
+def refuse_cancelled(sequences: list[Sequence]) -> None:
+    if all(sequence.cancelled for sequence in sequences):
+        raise CancelledError

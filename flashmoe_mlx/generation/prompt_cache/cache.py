@@ -1,0 +1,200 @@
+"""The prompt cache of an engine: it begins sequences where earlier ones left off, and keeps those that end."""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
+from threading import Lock
+
+import numpy as np
+
+from flashmoe_mlx.generation.prompt_cache.answers import AnswerMemory
+from flashmoe_mlx.generation.prompt_cache.eviction import shrink
+from flashmoe_mlx.generation.prompt_cache.positions import Kind, checkpoint_positions
+from flashmoe_mlx.generation.prompt_cache.tree import Match, Segment, Tokens, Tree
+from flashmoe_mlx.generation.prompt_cache.vocabulary import Vocabulary
+from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.layers.cache import Checkpoint
+from flashmoe_mlx.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_SHOWN = 16
+"""Tokens on either side of a divergence in the log."""
+
+
+class PromptCache:
+    """The conversations of one engine in memory.
+
+    Args:
+        budget: the largest size in bytes.
+        state_bytes: the size of the states that do not grow with a sequence, at one position.
+        tokenizer: the model's tokenizer, if it has one. With it, other tokens for the same text and other forms of
+            the model's answers continue known conversations, too.
+    """
+
+    def __init__(self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None) -> None:
+        self._budget = budget
+        self._most_states = max(1, budget // 2 // state_bytes) if state_bytes else None
+        self._has_state = state_bytes > 0
+        self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+        self._answers = None if self._vocabulary is None else AnswerMemory(self._vocabulary)
+        self._tree = Tree()
+        self._requests = 0
+        self._lock = Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all conversations in bytes."""
+        return self._tree.nbytes
+
+    def clear(self) -> None:
+        """Forget all conversations."""
+        with self._lock:
+            self._tree.clear()
+            if self._answers is not None:
+                self._answers.clear()
+
+    def aligned(self, prompt_ids: list[int], most: int) -> list[int]:
+        """Return the tokens of a known conversation for the part of a prompt that means the same.
+
+        Args:
+            prompt_ids: the prompt.
+            most: the largest length of the result; ``prompt_ids`` are returned if it would be longer.
+        """
+        vocabulary, answers = self._vocabulary, self._answers
+        if vocabulary is None or answers is None:
+            return prompt_ids
+        with self._lock:
+            result = answers.restored(prompt_ids)
+            segment, size = self._tree.match_text(vocabulary.key(result), self._has_state)
+            exact = self._tree.match(np.array(result, np.uint32), self._has_state)
+            if size > len(vocabulary.key(result[: exact.length])):
+                known = [token for part in segment.path() for token in part.tokens.tolist()]
+                rest = _after(result, size, vocabulary)
+                result = result if rest is None else known + rest
+        return result if len(result) <= most else prompt_ids
+
+    def resume(self, sequence: Sequence) -> None:
+        """Begin a ``sequence`` without tokens after the longest known beginning of its prompt.
+
+        Also chooses the positions at which its passes keep states.
+        """
+        request, cache, empty = sequence.request, sequence.cache, sequence.cache.mark()
+        tokens = np.array(request.prompt_ids, np.uint32)
+        with self._lock:
+            self._requests += 1
+            match = self._tree.match(tokens, cache.has_state)
+            if match.length:
+                path = match.segment.path()
+                try:
+                    cache.assemble([segment.part for segment in path], match.segment.state or [], match.length)
+                except Exception:
+                    _log.warning("prompt cache: a prompt could not be continued", exc_info=True)
+                    cache.rewind(empty)
+                    match = replace(match, segment=self._tree.root, length=0)
+                match.segment.used = self._requests
+                for segment in path:
+                    segment.reused = True
+        boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
+        sequence.prefilled = sequence.metrics.reused_tokens = match.length
+        sequence.metrics.reused_from = "ram" if match.length else None
+        sequence.keep_at = checkpoint_positions(len(tokens), boundaries, match.length, self._most_states)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s", self._described(tokens, match))
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keep an ended ``sequence``, without the last pass if that was cancelled halfway.
+
+        A failure leaves the sequence out and is logged.
+        """
+        if sequence.cache.broken and sequence.finish_reason != "cancelled":
+            return
+        try:
+            self._keep(sequence)
+        except Exception:
+            _log.warning("prompt cache: a sequence could not be kept", exc_info=True)
+
+    def _keep(self, sequence: Sequence) -> None:
+        cache, request = sequence.cache, sequence.request
+        tokens = np.array([*request.prompt_ids, *sequence.token_ids][: cache.length], np.uint32)
+        states = {position: state for position, state in sequence.kept.items() if position <= cache.length}
+        with self._lock:
+            deepest = self._tree.descend(tokens)
+            if not cache.broken and cache.length > len(request.prompt_ids):
+                states[cache.length] = cache.state()
+            for position, state in sorted(states.items()):
+                kind = (sequence.keep_at or {}).get(position, Kind.ANSWER)
+                deepest = self._add(deepest, tokens, position, kind, state, cache.part)
+            if self._answers is not None and sequence.finish_reason != "cancelled":
+                self._answers.remember(request.prompt_ids, sequence.token_ids)
+            shrink(self._tree, self._budget, deepest)
+
+    def _add(
+        self,
+        deepest: Segment,
+        tokens: Tokens,
+        position: int,
+        kind: Kind,
+        state: Checkpoint,
+        part: Callable[[int, int], Checkpoint],
+    ) -> Segment:
+        """Add the tokens from ``deepest`` to ``position``, or the ``state`` of a known position without one.
+
+        Args:
+            deepest: the segment so far.
+            tokens: the tokens of the sequence.
+            position: the end of the new segment.
+            kind: its kind.
+            state: the states after it.
+            part: copies keys and values of a range of tokens.
+
+        Returns:
+            The segment that ends there, or ``deepest``.
+        """
+        for segment in deepest.path():
+            if segment.end == position:
+                segment.used = self._requests
+                segment.kind = min(segment.kind, kind)
+                if segment.state is None:
+                    self._tree.give_state(segment, state)
+                return deepest
+        if position < deepest.end:
+            return deepest
+        start = deepest.end
+        reused = deepest.reused and deepest.kind is not Kind.SYSTEM
+        added = tokens[start:position].copy()
+        key = b"" if self._vocabulary is None else self._vocabulary.key(added.tolist())
+        segment = Segment(deepest, added, key, position, kind, part(start, position), state, self._requests)
+        segment.reused = reused
+        self._tree.add(segment)
+        return segment
+
+    def _described(self, tokens: Tokens, match: Match) -> str:
+        """Describe the beginning of a sequence for the log."""
+        text = f"prompt of {len(tokens)} tokens: {match.length} reused, {match.common} shared"
+        if not match.common or match.common == len(tokens):
+            return text
+        at = match.common
+        before, known, new = (
+            self._shown(part) for part in (tokens[max(0, at - _SHOWN) : at], match.diverged, tokens[at : at + _SHOWN])
+        )
+        return f"{text}; after {before} the cache has {known} and the prompt {new}"
+
+    def _shown(self, tokens: Tokens) -> str:
+        listed = tokens.tolist()
+        return repr(listed if self._vocabulary is None else self._vocabulary.tokenizer.decode(listed))
+
+
+def _after(token_ids: list[int], size: int, vocabulary: Vocabulary) -> list[int] | None:
+    """Return tokens for the text of ``token_ids`` after the first ``size`` bytes of its key.
+
+    None if it begins inside a character or an added token.
+    """
+    ends = list(accumulate(map(vocabulary.key_size, token_ids), initial=0))
+    position = bisect_left(ends, size)
+    end = ends[position]
+    if end == size:
+        return token_ids[position:]
+    cut = vocabulary.encode_key(vocabulary.key([token_ids[position - 1]])[size - end :])
+    return None if cut is None else cut + token_ids[position:]

@@ -1,0 +1,46 @@
+"""The memory of the tokens of a prompt while they go through a layer together."""
+
+from dataclasses import dataclass
+
+from flashmoe_mlx.layers.sequences import BLOCK
+from flashmoe_mlx.models.config import ModelConfig
+
+_CHOICE = 96
+"""Bytes for each choice of an expert: its index, weight and row, and the sorted order of all choices."""
+_SCORES = 2**28
+"""Bytes of the attention scores that exist at the same time on a GPU."""
+_RECURRENCE = 40
+"""Memory of a recurrence in chunks on a GPU, in relation to its values in f32."""
+
+
+@dataclass(frozen=True)
+class PromptMemory:
+    """Bytes of tokens that go through a layer together, without caches.
+
+    Attributes:
+        per_token: of each of the tokens.
+        block: the intermediate results of the mixer for a block of ``BLOCK`` tokens.
+    """
+
+    per_token: int
+    block: int
+
+    def of(self, tokens: int) -> int:
+        """Return the bytes of ``tokens`` tokens."""
+        return tokens * self.per_token + min(tokens, BLOCK) * self.block // BLOCK
+
+
+def prompt_memory(config: ModelConfig, experts_k: int, activation_bytes: int) -> PromptMemory:
+    """Compute the memory of the tokens of a prompt, on a CPU if activations have 4 bytes, else on a GPU.
+
+    A layer holds the residual stream, its normalized form, and the sum of the experts in f32; on a GPU, where sum and
+    residual have different types, also the output of the shared expert and the new residual.
+    """
+    on_gpu = activation_bytes < 4  # f32
+    hidden = config.hidden_size
+    streams = hidden * (5 * activation_bytes + 4 if on_gpu else 3 * activation_bytes)
+    mixers = [config.mixer(layer) for layer in range(config.num_layers)]
+    block = BLOCK * (max(mixer.working_width for mixer in mixers) + 3 * hidden) * activation_bytes
+    if on_gpu:
+        block += max(_SCORES, _RECURRENCE * 4 * BLOCK * max(mixer.recurrent_width for mixer in mixers))
+    return PromptMemory(streams + experts_k * _CHOICE, block)

@@ -1,0 +1,94 @@
+"""One HTTP request that the engine answers: its body, and the way from there to a response."""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+
+from flashmoe_mlx.server.answer import Answer, Prepared
+from flashmoe_mlx.server.errors import ApiError
+from flashmoe_mlx.server.events import Event
+from flashmoe_mlx.server.fields import Fields, parse_body
+from flashmoe_mlx.server.service import Service, digest_of
+from flashmoe_mlx.server.streaming import EventStream, StreamFormat, WholeAnswer
+
+_RETRIES = "x-stainless-retry-count"
+"""A header of the SDKs of OpenAI and Anthropic: how often the request was repeated."""
+
+
+def service_of(request: Request) -> Service:
+    """Return the service behind ``request``."""
+    service: Service = request.app.state.service
+    return service
+
+
+async def read_fields(request: Request) -> Fields:
+    """Return the fields of a request's body.
+
+    Raises:
+        ApiError: the body is not a JSON object.
+    """
+    return Fields(parse_body(await _read(request)))
+
+
+async def _read(request: Request) -> bytes:
+    try:
+        return await request.body()
+    except ClientDisconnect:
+        raise ApiError("the client has gone", status=408, code="client_gone") from None
+
+
+class Call:
+    """A request for an answer.
+
+    Attributes:
+        fields: the fields of the body.
+        service: the service.
+    """
+
+    def __init__(self, request: Request, body: bytes) -> None:
+        self.fields = Fields(parse_body(body))
+        self.service = service_of(request)
+        self._digest = digest_of(request.url.path, body)
+        retries = request.headers.get(_RETRIES)
+        self._repeats = retries is not None
+        self._announced = retries is not None and retries.isdigit() and int(retries[:9]) > 0
+
+    @classmethod
+    async def read(cls, request: Request) -> "Call":
+        """Read the body of ``request``.
+
+        Raises:
+            ApiError: the body is not a JSON object.
+        """
+        return cls(request, await _read(request))
+
+    async def answers(self, prepare: Sequence[Callable[[], Awaitable[Prepared]]]) -> list[Answer]:
+        """Return several answers; see ``answer``. If one is refused, all are cancelled."""
+        found: list[Answer] = []
+        try:
+            for index, make in enumerate(prepare):
+                earlier = self.service.repeated(f"{self._digest}:{index}", announced=self._announced)
+                found.append(earlier or self.service.submit(await make()))
+        except BaseException:
+            for answer in found:
+                answer.cancel()
+            raise
+        return found
+
+    async def answer(self, prepare: Callable[[], Awaitable[Prepared]]) -> Answer:
+        """Return the answer: one in progress to the same request, or a new one after ``prepare``.
+
+        Raises:
+            ApiError: the request is refused.
+        """
+        (found,) = await self.answers([prepare])
+        return found
+
+    def stream(self, answer: Answer, stream_format: StreamFormat) -> EventStream:
+        """Return the response that streams ``answer``."""
+        return EventStream(self.service, [answer], self._digest, stream_format, repeats=self._repeats)
+
+    def whole(self, answers: Sequence[Answer], build: Callable[[list[list[Event]]], Mapping[str, Any]]) -> WholeAnswer:
+        """Return the response with all ``answers``, which ``build`` makes from the events of each."""
+        return WholeAnswer(self.service, answers, self._digest, build, repeats=self._repeats)

@@ -1,0 +1,209 @@
+"""The HTTP server: the socket, its time limits, and the orderly end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.server.app import make_app
+from flashmoe_mlx.server.middleware import Policy
+from flashmoe_mlx.server.service import Service
+
+_SLOWEST_HEADERS = 20.0
+"""Seconds in which the headers of a request must arrive."""
+_MOST_CONNECTIONS = 512
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 with a limit on the time that the headers of a request take; uvicorn has none."""
+
+    _headers_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._unwatch()  # the time limit of idle connections counts from here
+
+    def _watch_headers(self) -> None:
+        idle = self.cycle is None or self.cycle.response_complete
+        if not idle or self.conn.their_state is not h11.IDLE:
+            self._unwatch()
+        elif self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(_SLOWEST_HEADERS, self._close)
+
+    def _unwatch(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+    def _close(self) -> None:
+        self._headers_timer = None
+        self.transport.close()
+
+
+def check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
+    """Refuse to serve other machines without an API key.
+
+    Raises:
+        InputError: code "exposed_server".
+    """
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not (local or has_key or insecure):
+        raise InputError(
+            f"server.host={host}: other machines could use this server; set server.api_key_file, or "
+            "server.insecure=true on a network that you trust",
+            code="exposed_server",
+        )
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        InputError: the address is wrong or in use; code "cannot_listen".
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(_MOST_CONNECTIONS)
+        except BaseException:
+            listener.close()
+            raise
+    except OSError as error:
+        raise InputError(
+            f"server.host={host} server.port={port}: cannot listen there ({error.strerror or error}); choose another "
+            "server.port, 0 for any free one",
+            code="cannot_listen",
+        ) from None
+    return listener
+
+
+class HttpServer:
+    """A server for one service.
+
+    Args:
+        service: the service; its engine is loaded after the socket listens.
+        policy: the accepted requests.
+        stop_seconds: the time that answers in progress have to finish when the server stops.
+    """
+
+    def __init__(self, service: Service, policy: Policy, stop_seconds: float = 10.0) -> None:
+        self._service = service
+        self._stop_seconds = stop_seconds
+        config = uvicorn.Config(
+            make_app(service, policy),
+            http=_Protocol,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=_MOST_CONNECTIONS,
+            timeout_keep_alive=15,
+            timeout_graceful_shutdown=max(1, int(stop_seconds)),
+        )
+        self._server = _Uvicorn(config, self._on_exit)
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
+    def run(self, listener: socket.socket, on_ready: Callable[[], object] = lambda: None) -> None:
+        """Serve until a signal comes or ``stop`` is called.
+
+        Args:
+            listener: a listening socket.
+            on_ready: called once the model is loaded.
+
+        Raises:
+            FlashMoeError: the model cannot be loaded.
+        """
+        asyncio.run(self._run(listener, on_ready))
+        failure = self._service.worker.failure
+        if isinstance(failure, Exception):
+            raise failure
+
+    def stop(self) -> None:
+        """Stop from another thread."""
+        self._service.stopping = True
+        self._server.should_exit = True
+
+    def _on_exit(self) -> None:
+        self._service.stopping = True
+
+    async def _run(self, listener: socket.socket, on_ready: Callable[[], object]) -> None:
+        worker = self._service.worker
+        worker.start()
+        watching = asyncio.create_task(self._watch(on_ready))
+        try:
+            await self._server.serve(sockets=[listener])
+        finally:
+            self._service.stopping = True
+            watching.cancel()
+            stopped = await asyncio.to_thread(worker.stop, self._stop_seconds)
+            if not stopped:
+                raise FlashMoeError(
+                    f"the engine did not stop within {self._stop_seconds:g} seconds", code="stop_timeout"
+                )
+
+    async def _watch(self, on_ready: Callable[[], object]) -> None:
+        """Report the loaded model; stop the server if the engine's thread ends."""
+        worker = self._service.worker
+        ready = False
+        while worker.alive:
+            if not ready and worker.engine is not None:
+                ready = True
+                on_ready()
+            await asyncio.sleep(0.05 if not ready else 0.5)
+        self.stop()
+
+
+class _Uvicorn(uvicorn.Server):
+    """uvicorn's server, which tells when it begins to stop, and leaves signals alone outside the main thread."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal; a second interrupt ends answers at once."""
+        self._on_exit()
+        super().handle_exit(sig, frame)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals while the server runs; do not raise them again afterwards."""
+        handled: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # outside the main thread
+            handled = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in handled.items():
+                signal.signal(number, handler)

@@ -1,0 +1,126 @@
+"""Options that the APIs of OpenAI share, as arguments of ``Engine.request``."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.server.conversation import MOST_TOOLS
+from flashmoe_mlx.server.events import EndReason, Usage
+from flashmoe_mlx.server.fields import Fields, refuse
+
+_MOST_TOKENS = 2**31 - 1
+_MOST_STOPS = 16
+_LARGEST_SCHEMA = 64 * 2**10
+"""The largest JSON schema, in characters of its JSON."""
+_LARGEST_TEMPLATE_VALUE = 4096
+_LEAST_TOP_P = 1e-9
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+FINISH_REASONS: Mapping[EndReason, str] = {
+    "stop": "stop",
+    "stop_string": "stop",
+    "length": "length",
+    "context": "length",
+    "tool_calls": "tool_calls",
+}
+"""The names of the ends of an answer in the chat and completions APIs."""
+
+
+def sampling_options(fields: Fields, engine: Engine) -> dict[str, Any]:
+    """Return the options of sampling, of the length and of stop strings.
+
+    ``max_tokens`` is what the context holds if the request does not limit it; more than that is no error.
+    """
+    options: dict[str, Any] = {
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, 10),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+    }
+    if options["top_p"] is not None:
+        options["top_p"] = max(options["top_p"], _LEAST_TOP_P)
+    top_k = fields.integer("top_k", -1, _MOST_TOKENS)
+    options["top_k"] = 0 if top_k == -1 else top_k
+    seed = fields.integer("seed", -(2**63), 2**64 - 1)
+    options["seed"] = None if seed is None else seed % 2**64
+    options["stop"] = stop_strings(fields, "stop")
+    if fields.integer("n", 1, 1) is None:
+        fields.integer("best_of", 1, 1)
+    limit = fields.integer("max_tokens", 1, _MOST_TOKENS)
+    limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS) or limit
+    options["max_tokens"] = min(limit or _MOST_TOKENS, engine.model.config.max_context)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def stop_strings(fields: Fields, name: str) -> list[str]:
+    """Return stop strings: one text, or a list of texts; empty ones are dropped."""
+    given = fields.any(name)
+    texts = [given] if isinstance(given, str) else fields.items(name, _MOST_STOPS) or []
+    for text in texts:
+        if not isinstance(text, str) or len(text) > 4096:
+            fields.refuse(name, "must be a string or a list of strings, of at most 4096 characters each")
+    return [text for text in texts if text]
+
+
+def template_options(fields: Fields, engine: Engine) -> dict[str, Any]:
+    """Return the options of the chat template: those that the model's template reads, and nothing else."""
+    template = engine.tokenizer.chat_template
+    known = frozenset() if template is None else template.variables
+    given: dict[str, Any] = {}
+    kwargs = fields.object("chat_template_kwargs")
+    for name, value in (kwargs.content if kwargs else {}).items():
+        if name not in known and name != "enable_thinking":
+            shown = ", ".join(sorted(known)) or "none"
+            refuse(
+                f"chat_template_kwargs.{name}"[:120],
+                f"is not an option of this model's chat template; its options are {shown}",
+                code="unread_template_option",
+            )
+        if len(json.dumps(value)) > _LARGEST_TEMPLATE_VALUE:
+            refuse(f"chat_template_kwargs.{name}", f"must have at most {_LARGEST_TEMPLATE_VALUE} characters")
+        given[name] = value
+    reasoning = fields.object("reasoning")
+    effort = fields.choice("reasoning_effort", *_EFFORTS)
+    effort = effort or (reasoning.choice("effort", *_EFFORTS) if reasoning else None)
+    if "enable_thinking" in fields:
+        given.setdefault("enable_thinking", fields.flag("enable_thinking"))
+    if effort == "none" and "enable_thinking" in known:
+        given.setdefault("enable_thinking", False)
+    elif effort is not None and "reasoning_effort" in known:
+        given.setdefault("reasoning_effort", effort)
+    thinking = given.pop("enable_thinking", None)
+    if not isinstance(thinking, bool | None):
+        refuse("chat_template_kwargs.enable_thinking", "must be true or false")
+    return {"enable_thinking": thinking, "template_options": given}
+
+
+def declared_tools(fields: Fields) -> list[dict[str, Any]]:
+    """Return the declarations of functions; ``Engine.request`` checks their form."""
+    tools = [dict(tool.content) for tool in fields.objects("tools", MOST_TOOLS) or []]
+    for index, tool in enumerate(tools):
+        check_size(tool, f"tools[{index}]")
+    return tools
+
+
+def check_size(schema: Any, place: str) -> None:
+    """Refuse a schema, or a tool with its schema, that is too large."""
+    if len(json.dumps(schema)) > _LARGEST_SCHEMA:
+        refuse(place, f"must have at most {_LARGEST_SCHEMA} characters of JSON", code="schema_too_large")
+
+
+def usage_json(usage: Usage) -> dict[str, Any]:
+    """Return the numbers of tokens in the form of the chat and completions APIs."""
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.prompt + usage.completion,
+        "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": 0},
+        "completion_tokens_details": {
+            "reasoning_tokens": usage.reasoning,
+            "audio_tokens": 0,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
+        },
+    }

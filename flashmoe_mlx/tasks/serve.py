@@ -1,0 +1,113 @@
+"""``task=serve``: serve a model over HTTP to chat programs, agents and SDKs."""
+
+import json
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flashmoe_mlx.console.output import print_notes, show
+from flashmoe_mlx.engine import Engine, load
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.files import write_json
+from flashmoe_mlx.formats.untrusted import read_text
+from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.client_lines import client_lines
+from flashmoe_mlx.tasks.shared.keys import EngineConfig, ServerConfig
+from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
+
+log = logging.getLogger(__name__)
+_KEY_VARIABLE = "FLASHMOE_API_KEY"
+_LARGEST_KEY_FILE = 2**16
+
+
+@dataclass
+class Config(EngineConfig):
+    """Keys of ``task=serve``."""
+
+    server: ServerConfig = field(default_factory=ServerConfig)
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Serve until interrupted; write ``environment.json`` and the measurements of every request to ``run_dir``."""
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
+        raise InputError(
+            'task=serve needs the extra "server": pip install "flashmoe_mlx[server]"', code="missing_extra"
+        )
+    from flashmoe_mlx.server.listen import HttpServer, check_exposure, listening_socket
+    from flashmoe_mlx.server.middleware import Policy
+    from flashmoe_mlx.server.service import Service, Settings
+
+    options = config.server
+    keys = _keys(options.api_key_file)
+    check_exposure(options.host, has_key=bool(keys), insecure=options.insecure)
+    folder = model_folder(config.model, config.backend)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    write_json(run_dir / "environment.json", environment())
+    name = options.name or model_identity(folder).rpartition("/")[2].partition("@")[0] or "model"
+
+    def load_engine() -> Engine:
+        engine = load(
+            folder,
+            backend,
+            config.experts_k,
+            kernels=config.kernels,
+            activations=config.activations,
+            kv_bits=config.kv_bits,
+        )
+        print_notes([engine.setup["note"]])
+        log.info("model %s, %s", folder, engine.setup)
+        return engine
+
+    with (run_dir / "requests.jsonl").open("a") as file:
+        lock = threading.Lock()
+
+        def record(measured: dict[str, Any]) -> None:
+            with lock:
+                file.write(json.dumps(measured) + "\n")
+                file.flush()
+
+        settings = Settings(
+            name,
+            tuple(options.aliases),
+            any_model=options.any_model,
+            queue=options.queue,
+            together=options.together,
+            backend=str(backend.get("_target_", "")).split(".")[-2:][0],
+            record=record,
+        )
+        listener = listening_socket(options.host, options.port)
+        host, port = listener.getsockname()[:2]
+        policy = Policy(tuple(keys), (*options.names, options.host), tuple(options.origins))
+
+        def ready() -> None:
+            for line in client_lines(host, port, name, needs_key=bool(keys)):
+                show(line)
+
+        show(f"loading {name}; listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        HttpServer(Service(load_engine, settings), policy, options.stop_seconds).run(listener, ready)
+    show(f"record: {run_dir}")
+
+
+def _keys(path: str | None) -> list[bytes]:
+    """Return the accepted API keys: the lines of a file, and the value of an environment variable.
+
+    Raises:
+        InputError: the file is missing or holds no key; code "invalid_api_key_file".
+    """
+    keys = [os.environ[_KEY_VARIABLE]] if os.environ.get(_KEY_VARIABLE) else []
+    if path is not None:
+        text = read_text(expand_path(path), _LARGEST_KEY_FILE)
+        found = [line.strip() for line in (text or "").splitlines() if line.strip()]
+        if not found:
+            raise InputError(
+                f"server.api_key_file={path}: there is no key in it; write one key on each line",
+                code="invalid_api_key_file",
+            )
+        keys += found
+    return [key.encode() for key in keys]
