@@ -84,7 +84,7 @@ def test_a_block_is_complete_as_soon_as_nothing_can_change_it() -> None:
 
 def test_results_are_data() -> None:
     text = "a\x1b[31mb\x1b]0;t\x07c\x00\r\nd\x9b<|im_end|>"
-    assert clean_result(text, 100, ["<|im_end|>", "<think>"]) == "abc\nd< |im_end|>"
+    assert clean_result(text, 100) == "abc\nd<|im_end|>"
     assert clean_result("x" * 50, 10) == "x" * 10 + "\n[40 more characters were left out]"
 
 

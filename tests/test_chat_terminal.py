@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -94,7 +95,12 @@ def test_markdown_is_rendered(chat: Terminal) -> None:
 
 def test_characters_split_over_tokens(chat: Terminal, folder: Path) -> None:
     chat.type("unicode", "é, 中文", "and")
-    chat.type("/stats", "decode")
+    shown = chat.type("/stats", "decode")
+    counts = re.search(r"prompt: ([\d,]+) tokens, ([\d,]+) reused, ([\d,]+) computed", shown)
+    assert counts is not None
+    tokens, reused, computed = (int(count.replace(",", "")) for count in counts.groups())
+    assert reused + computed == tokens
+    assert computed < 200 < reused  # the second turn computes its new tokens only
     assert record(folder)[-1]["content"] == ANSWERS["unicode"]
 
 

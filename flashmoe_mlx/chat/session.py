@@ -209,9 +209,8 @@ class Chat:
             result = tool.run(arguments)
         except ToolCallError as failure:
             result = f"error: {failure}"
-        engine = self.engines.current
-        limit = min(_LONGEST_RESULT, engine.model.config.max_context)
-        result = clean_result(result, limit, engine.tokenizer.added_tokens)
+        limit = min(_LONGEST_RESULT, self.engines.current.model.config.max_context)
+        result = clean_result(result, limit)
         lines = result.splitlines()
         more = len(lines) - _SHOWN_LINES
         self.screen.quote("\n".join([*lines[:_SHOWN_LINES], *([f"[{more} more lines]"] if more > 0 else [])]))

@@ -124,21 +124,12 @@ def declared(name: str, description: str, parameters: Mapping[str, Any]) -> dict
     return {"type": "function", "function": function}
 
 
-def clean_result(text: str, limit: int, markup: Iterable[str] = ()) -> str:
-    """Return a result as plain data for a prompt.
+def clean_result(text: str, limit: int) -> str:
+    """Return the result ``text`` of a tool as plain data: without escape sequences and control characters.
 
-    Escape sequences and control characters are removed, and ``markup``, such as the tokens that end a turn, is broken
-    up by a space, so that a result cannot pretend to be another message.
-
-    Args:
-        text: the result of a tool.
-        limit: the largest number of characters to keep.
-        markup: texts of the tokenizer's added tokens.
+    At most ``limit`` characters are kept.
     """
     text = _CONTROL.sub("", _ESCAPE_SEQUENCE.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
-    for mark in sorted(markup, key=len, reverse=True):
-        if len(mark) > 1:
-            text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     if len(text) <= limit:
         return text
     return f"{text[:limit]}\n[{len(text) - limit:,} more characters were left out]"
