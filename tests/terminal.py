@@ -1,6 +1,7 @@
 """A program in a pseudo-terminal, and the screen that a person would see."""
 
 import os
+import re
 import time
 from pathlib import Path
 
@@ -74,6 +75,14 @@ class Terminal:
             waited += 0.02
             assert self.program.isalive() or text in self.text, self.text
             self.read(0.02)
+
+    def wait_for_prompt(self, seconds: float = _TIMEOUT) -> None:
+        """Wait until the last lines are an empty prompt and the line below it."""
+        waited = 0.0
+        while not re.search(r"(^|\n)>\s*\n[^\n]*(tokens|/help)[^\n]*\s*$", self.text):
+            assert waited < seconds, f"no prompt in:\n{self.text[-2000:]}"
+            self.read(0.02)
+            waited += 0.02
 
     def type(self, text: str, *expected: str, key: str = "\r") -> str:
         """Type ``text`` and a key; wait for each of the ``expected`` texts; return what was shown since."""

@@ -81,7 +81,8 @@ def chat(command: list[str], folder: Path) -> Iterator[Terminal]:
         terminal.close()
 
 
-def record(folder: Path) -> list[dict[str, str]]:
+def record(chat: Terminal, folder: Path) -> list[dict[str, str]]:
+    chat.wait_for_prompt()
     files = sorted((folder / "run").glob("conversation*.json"), key=lambda path: path.stat().st_mtime_ns)
     found: list[dict[str, str]] = json.loads(files[-1].read_text())["messages"]
     return found
@@ -101,7 +102,7 @@ def test_characters_split_over_tokens(chat: Terminal, folder: Path) -> None:
     tokens, reused, computed = (int(count.replace(",", "")) for count in counts.groups())
     assert reused + computed == tokens
     assert computed < 200 < reused  # the second turn computes its new tokens only
-    assert record(folder)[-1]["content"] == ANSWERS["unicode"]
+    assert record(chat, folder)[-1]["content"] == ANSWERS["unicode"]
 
 
 def test_control_sequences_of_the_model_do_nothing(chat: Terminal) -> None:
@@ -135,17 +136,17 @@ def test_ctrl_c_keeps_the_part_that_came(chat: Terminal, folder: Path) -> None:
     chat.type("slowly", "first second first", "computing")
     chat.interrupt()
     chat.wait("the conversation keeps this part")
-    assert record(folder)[-1]["content"].startswith("first second")
-    assert len(record(folder)[-1]["content"]) < len(ANSWERS["slowly"])
+    assert record(chat, folder)[-1]["content"].startswith("first second")
+    assert len(record(chat, folder)[-1]["content"]) < len(ANSWERS["slowly"])
 
 
 def test_ctrl_c_while_the_prompt_is_read(chat: Terminal, folder: Path) -> None:
-    before = record(folder)
+    before = record(chat, folder)
     chat.type("slowprefill", "reading the prompt")
     chat.interrupt()
     chat.wait("> slowprefill", since=chat.text.rindex("reading the prompt"))  # the question can be edited
-    assert record(folder) == before
     chat.type("", "Ctrl-D or /quit ends the chat", key="\x03")
+    assert record(chat, folder) == before
 
 
 def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
@@ -158,11 +159,11 @@ def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
 
 
 def test_backends_change_in_a_conversation(chat: Terminal, folder: Path) -> None:
-    messages = len(record(folder))
+    messages = len(record(chat, folder))
     chat.type("/backend resident", "ResidentStore")
     chat.type("/set experts_k=1", "experts_k=1")
     chat.type("hello", "Hello, world!")
-    assert len(record(folder)) == messages + 2
+    assert len(record(chat, folder)) == messages + 2
     chat.type("/set experts_k=99", "must be from 1 to")
     chat.type("/backend nosuch", "no such backend")
     chat.type("/backend pread slots=64", "slots=64")
@@ -186,8 +187,8 @@ def test_tools_ask_for_consent(chat: Terminal, folder: Path) -> None:
     chat.type("n", "weather did not run", "You refused.")
     chat.type("weather", "run it?")
     chat.type("o", "It is sunny there.")
-    assert record(folder)[-2]["content"].startswith("sunny in Corrow")
-    assert "\x1b" not in record(folder)[-2]["content"]
+    assert record(chat, folder)[-2]["content"].startswith("sunny in Corrow")
+    assert "\x1b" not in record(chat, folder)[-2]["content"]
     chat.type("weather", "run it?")
     chat.type("a", "It is sunny there.")
     shown = chat.type("weather", "It is sunny there.")
@@ -209,7 +210,7 @@ def test_ctrl_c_during_a_tool(chat: Terminal, folder: Path) -> None:
     chat.read(0.3)
     chat.interrupt()
     chat.wait("stopped", since=chat.text.rindex("sleep 60"))
-    assert record(folder)[-1]["content"] == "not finished: the user interrupted it"
+    assert record(chat, folder)[-1]["content"] == "not finished: the user interrupted it"
     chat.type("sleep", "run it?")
     chat.interrupt()
     chat.read(0.3)
@@ -217,32 +218,32 @@ def test_ctrl_c_during_a_tool(chat: Terminal, folder: Path) -> None:
 
 
 def test_retry_and_edit(chat: Terminal, folder: Path) -> None:
-    messages = record(folder)
+    messages = record(chat, folder)
     chat.type("/retry", "Hello, world!")
-    assert len(record(folder)) == len(messages)
+    assert len(record(chat, folder)) == len(messages)
     chat.type("/edit", "> hello")
     chat.type(" unicode", "é, 中")
-    assert [turn["content"] for turn in record(folder)[-2:]] == ["hello unicode", ANSWERS["unicode"]]
+    assert [turn["content"] for turn in record(chat, folder)[-2:]] == ["hello unicode", ANSWERS["unicode"]]
     chat.type("/edit hello", "Hello, world!")
-    assert record(folder)[-2]["content"] == "hello"
+    assert record(chat, folder)[-2]["content"] == "hello"
 
 
 def test_several_lines(chat: Terminal, folder: Path) -> None:
     chat.program.send("first line\x1b\r")
     chat.type("hello", "Hello, world!")
-    assert record(folder)[-2]["content"] == "first line\nhello"
+    assert record(chat, folder)[-2]["content"] == "first line\nhello"
     chat.type("//hello", "Hello, world!")
-    assert record(folder)[-2]["content"] == "/hello"
+    assert record(chat, folder)[-2]["content"] == "/hello"
 
 
 def test_save_clear_and_load(chat: Terminal, folder: Path) -> None:
     chat.type("/save saved.json", "saved")
     kept = json.loads((folder / "saved.json").read_text())["messages"]
     chat.type("/clear", "a new conversation begins")
-    assert record(folder) == []
+    assert record(chat, folder) == []
     chat.type("/retry", "there is no question yet")
     chat.type("/load saved.json", "loaded")
-    assert record(folder) == kept
+    assert record(chat, folder) == kept
     (folder / "other.json").write_text("{}")
     chat.type("/save other.json", "does not hold a conversation")
     chat.type("/load nosuch.json", "no such file")
@@ -264,7 +265,7 @@ def test_settings_and_mistakes(chat: Terminal) -> None:
 def test_copy(chat: Terminal, folder: Path) -> None:
     chat.type("/copy", "sent", "clipboard (OSC 52)")
     encoded = chat.output.rpartition("\x1b]52;c;")[2].partition("\x07")[0]
-    answer = next(turn["content"] for turn in reversed(record(folder)) if turn["role"] == "assistant")
+    answer = next(turn["content"] for turn in reversed(record(chat, folder)) if turn["role"] == "assistant")
     assert base64.b64decode(encoded).decode() == answer
 
 
