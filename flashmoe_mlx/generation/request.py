@@ -1,12 +1,11 @@
 """A request: everything that determines an answer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logits import LogitsProcessor
-from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.prompting import Tools
 from flashmoe_mlx.generation.sampling import ChosenSampling, PublishedSampling
 
@@ -106,7 +105,6 @@ class Request:
         prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
             memory.
         split_reasoning: whether thinking is separated from the answer.
-        boundaries: positions in ``prompt_ids`` at which other prompts may diverge, for the prompt cache.
         processors: change the logits in this order, after the penalties of ``sampling`` and before its temperature.
 
     Raises:
@@ -123,7 +121,6 @@ class Request:
     logprobs: int | None = None
     prefill_chunk: int | None = None
     split_reasoning: bool = True
-    boundaries: Mapping[int, Kind] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
 """One HTTP request that the engine answers: its body, and the way from there to a response."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -63,19 +63,32 @@ class Call:
         """
         return cls(request, await _read(request))
 
+    async def answers(self, prepare: Sequence[Callable[[], Awaitable[Prepared]]]) -> list[Answer]:
+        """Return several answers; see ``answer``. If one is refused, all are cancelled."""
+        found: list[Answer] = []
+        try:
+            for index, make in enumerate(prepare):
+                earlier = self.service.repeated(f"{self._digest}:{index}", announced=self._announced)
+                found.append(earlier or self.service.submit(await make()))
+        except BaseException:
+            for answer in found:
+                answer.cancel()
+            raise
+        return found
+
     async def answer(self, prepare: Callable[[], Awaitable[Prepared]]) -> Answer:
         """Return the answer: one in progress to the same request, or a new one after ``prepare``.
 
         Raises:
             ApiError: the request is refused.
         """
-        found = self.service.repeated(self._digest, announced=self._announced)
-        return found or self.service.submit(await prepare())
+        (found,) = await self.answers([prepare])
+        return found
 
     def stream(self, answer: Answer, stream_format: StreamFormat) -> EventStream:
         """Return the response that streams ``answer``."""
-        return EventStream(self.service, answer, self._digest, stream_format, repeats=self._repeats)
+        return EventStream(self.service, [answer], self._digest, stream_format, repeats=self._repeats)
 
-    def whole(self, answer: Answer, build: Callable[[list[Event]], Mapping[str, Any]]) -> WholeAnswer:
-        """Return the response with the whole ``answer``, which ``build`` makes from its events."""
-        return WholeAnswer(self.service, answer, self._digest, build, repeats=self._repeats)
+    def whole(self, answers: Sequence[Answer], build: Callable[[list[list[Event]]], Mapping[str, Any]]) -> WholeAnswer:
+        """Return the response with all ``answers``, which ``build`` makes from the events of each."""
+        return WholeAnswer(self.service, answers, self._digest, build, repeats=self._repeats)

@@ -15,6 +15,7 @@ from flashmoe_mlx.server.errors import ApiError, error_body
 from flashmoe_mlx.server.streaming import Message, Receive, Scope, Send, to_json
 
 LARGEST_BODY = 32 * 2**20
+_LARGEST_HEADERS = 2**16
 _SLOWEST_BODY = 60.0
 """Seconds in which the whole body must arrive."""
 _OPEN = ("/health",)
@@ -59,6 +60,8 @@ class Guard:
             return
         allowed: str | None = None
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _LARGEST_HEADERS:
+                raise ApiError("the headers are too large", status=431, code="headers_too_large")
             headers = _headers(scope)
             host = self._check_host(scope, headers)
             allowed = self._check_origin(scope, headers, host)

@@ -61,7 +61,7 @@ async def chat_completions(request: Request) -> EventStream | WholeAnswer:
     logprobs = _logprobs_writer(engine) if wanted else lambda _: None
     if stream:
         return call.stream(answer, _ChatStream(model, logprobs, usage=usage))
-    return call.whole(answer, lambda events: _whole(model, events, logprobs))
+    return call.whole([answer], lambda events: _whole(model, events[0], logprobs))
 
 
 def parse_conversation(fields: Fields, engine: Engine) -> Conversation:

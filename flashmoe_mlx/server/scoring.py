@@ -53,11 +53,12 @@ class Scoring:
             return events
         self.scored = True
         events.append(PromptScored(tuple(self._logprobs)))
-        if self._request.max_tokens == 1 and self._request.sampling.options == type(self._request.sampling.options)():
+        if not self.answer.prepared.generates:
+            self.finished = Finished("length", self.usage())
+        elif self._request.max_tokens == 1 and self._request.sampling.options == type(self._request.sampling.options)():
             token = int(logits[-1].argmax())
             events.append(self._token(token_logprobs(logits[-1], token, count)))
-            reason = "stop" if token in self._request.stop_ids else "length"
-            self.finished = Finished("stop" if reason == "stop" else "length", self.usage(1))
+            self.finished = Finished("stop" if token in self._request.stop_ids else "length", self.usage(1))
         return events
 
     def _token(self, entry: TokenLogprobs) -> Text:

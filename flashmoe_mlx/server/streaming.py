@@ -6,13 +6,13 @@ that does not read. The engine never waits for them.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from flashmoe_mlx.server.answer import Answer
-from flashmoe_mlx.server.errors import ApiError, as_api_error, error_body
+from flashmoe_mlx.server.errors import ApiError, error_body
 from flashmoe_mlx.server.events import Event, Failed
 from flashmoe_mlx.server.service import Service
 
@@ -72,44 +72,60 @@ class Following:
 
     Args:
         service: the service.
-        answer: the answer.
+        answers: the answers, in the order of their events.
         digest: the digest of the request.
         repeats: whether the client repeats requests after a timeout.
     """
 
-    def __init__(self, service: Service, answer: Answer, digest: str, *, repeats: bool) -> None:
+    def __init__(self, service: Service, answers: Sequence[Answer], digest: str, *, repeats: bool) -> None:
         self._service = service
-        self._answer = answer
+        self._answers = answers
+        self._takeovers = [answer.takeovers for answer in answers]
         self._digest = digest
         self._repeats = repeats
 
     @asynccontextmanager
     async def _following(self, receive: Receive) -> AsyncIterator[_Connection]:
-        """Watch for the end of the connection, and leave the answer afterwards."""
+        """Watch for the end of the connection, and leave the answers afterwards."""
         connection = _Connection()
-        answer = self._answer
-        answer.readers += 1
-        self._service.keep(self._digest, answer)
+        for index, answer in enumerate(self._answers):
+            answer.readers += 1
+            self._service.keep(f"{self._digest}:{index}", answer)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
                 pass
             connection.gone = True
-            answer.wake()
+            for answer in self._answers:
+                answer.wake()
 
         watcher = asyncio.create_task(watch())
         try:
             yield connection
         finally:
             watcher.cancel()
-            answer.readers -= 1
-            if not answer.readers:
-                repeats = self._repeats and connection.gone
-                self._service.leave(self._digest, answer, delivered=connection.delivered, repeats=repeats)
+            repeats = self._repeats and connection.gone
+            for index, answer in enumerate(self._answers):
+                answer.readers -= 1
+                if not answer.readers:
+                    digest = f"{self._digest}:{index}"
+                    self._service.leave(digest, answer, delivered=connection.delivered, repeats=repeats)
 
-    def _superseded(self, takeovers: int) -> bool:
-        """Return whether a repeated request has taken the answer over since ``takeovers``."""
-        return self._answer.takeovers > takeovers
+    async def _batches(self) -> AsyncIterator[list[Event]]:
+        """Yield the events of all answers, one answer after the other; see ``Answer.batches``."""
+        for answer in self._answers:
+            async for batch in answer.batches(KEEP_ALIVE):
+                yield batch
+
+    def _failure(self) -> ApiError | None:
+        """Return the error of the first answer that failed."""
+        last = [answer.events[-1] for answer in self._answers]
+        return next((event.error for event in last if isinstance(event, Failed)), None)
+
+    @property
+    def _superseded(self) -> bool:
+        """Whether a repeated request has taken the answers over."""
+        return [answer.takeovers for answer in self._answers] != self._takeovers
 
 
 async def _write(send: Send, body: bytes) -> None:
@@ -130,25 +146,26 @@ class EventStream(Following):
     """
 
     def __init__(
-        self, service: Service, answer: Answer, digest: str, stream_format: StreamFormat, *, repeats: bool
+        self, service: Service, answers: Sequence[Answer], digest: str, stream_format: StreamFormat, *, repeats: bool
     ) -> None:
-        super().__init__(service, answer, digest, repeats=repeats)
+        super().__init__(service, answers, digest, repeats=repeats)
         self._format = stream_format
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # the signature of ASGI
         """Send the response."""
-        takeovers = self._answer.takeovers
         async with self._following(receive) as connection:
             with suppress(TimeoutError, OSError):
                 await send(_start(200, {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}))
                 await _write(send, self._format.opening())
-                async for batch in self._answer.batches(KEEP_ALIVE):
-                    if connection.gone or self._superseded(takeovers):
+                async for batch in self._batches():
+                    if connection.gone or self._superseded:
                         return
                     body = b"".join(map(self._format.frames, batch)) if batch else self._format.ping()
                     if body:
                         await _write(send, body)
                         connection.delivered |= bool(batch)
+                if self._failure() is not None:
+                    return
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -162,24 +179,23 @@ class WholeAnswer(Following):
     def __init__(
         self,
         service: Service,
-        answer: Answer,
+        answers: Sequence[Answer],
         digest: str,
-        build: Callable[[list[Event]], Mapping[str, Any]],
+        build: Callable[[list[list[Event]]], Mapping[str, Any]],
         *,
         repeats: bool,
     ) -> None:
-        super().__init__(service, answer, digest, repeats=repeats)
+        super().__init__(service, answers, digest, repeats=repeats)
         self._build = build
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
-        takeovers = self._answer.takeovers
         headers = {"content-type": "application/json"}
         begun = False
         async with self._following(receive) as connection:
             with suppress(TimeoutError, OSError):
-                async for batch in self._answer.batches(KEEP_ALIVE):
-                    if connection.gone or self._superseded(takeovers):
+                async for batch in self._batches():
+                    if connection.gone or self._superseded:
                         return
                     if not batch:
                         if not begun:
@@ -188,7 +204,7 @@ class WholeAnswer(Following):
                         await _write(send, b" ")
                 error = self._failure()
                 if error is None:
-                    body = to_json(self._build(self._answer.events))
+                    body = to_json(self._build([answer.events for answer in self._answers]))
                 elif begun:
                     return
                 else:
@@ -199,10 +215,6 @@ class WholeAnswer(Following):
                 await _write(send, body)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 connection.delivered = True
-
-    def _failure(self) -> ApiError | None:
-        last = self._answer.events[-1]
-        return as_api_error(last.error) if isinstance(last, Failed) else None
 
 
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
