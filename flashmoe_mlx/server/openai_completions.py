@@ -73,7 +73,7 @@ async def completions(request: Request) -> EventStream | WholeAnswer:
         def make() -> Prepared:
             tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             tokens = engine.runner.checked_tokens(tokens)
-            made = make_request(tokens, options, engine.sampling, engine.tokenizer.eos_token_ids)
+            made = make_request(tokens, options, engine.sampling, engine.tokenizer)
             scores = echo and (wanted.logprobs or not wanted.generates)
             return Prepared(made, score_prompt=scores, generates=wanted.generates)
 
