@@ -22,6 +22,7 @@ from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs
 from flashmoe_mlx.custom_kernels.gated_delta_net_batch.reference import DeltaBatch
 from flashmoe_mlx.custom_kernels.kernel import dialect
+from flashmoe_mlx.custom_kernels.kv_rows import KV_BITS
 from flashmoe_mlx.custom_kernels.native.fastest import settle
 from flashmoe_mlx.custom_kernels.nvidia import gpu, launch_directly
 from flashmoe_mlx.custom_kernels.operation import Operation, Target
@@ -70,6 +71,7 @@ class Kernels:
         normed_matvec: an implementation of ``normed_matvec.reference.normed_matvec``; None without a kernel.
         accepts_any_scale_dtype: whether ``products`` accepts scales and biases whose type is not the activations'.
         activations: type of the vectors in products of many vectors on CPUs, a member of ``native.ACTIVATIONS``.
+        kv_bits: the width of cached keys and values; see ``kv_rows.RowFormat``.
         note: a message for the user about the choice, or None.
     """
 
@@ -93,6 +95,7 @@ class Kernels:
     normed_matvec: NormedMatvec | None = None
     accepts_any_scale_dtype: bool = False
     activations: str = "f32"
+    kv_bits: int | None = None
     note: str | None = None
 
 
@@ -111,7 +114,7 @@ def operations() -> dict[str, Operation[..., Any]]:
     return found
 
 
-def choose(preference: str, activations: str = "auto") -> Kernels:
+def choose(preference: str, activations: str = "auto", kv_bits: int | None = None) -> Kernels:
     """Choose an implementation of every operation.
 
     Args:
@@ -119,17 +122,26 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
             fused operations; "reference" for elementary operations.
         activations: a member of ``native.ACTIVATIONS`` to which kernels for CPUs round the vectors of products of many
             vectors; "auto" for exact vectors.
+        kv_bits: the width of cached keys and values, a member of ``KV_BITS``; None for the type of activations.
 
     Returns:
         Implementations. Custom kernels run only after ``check_kernels`` has checked them.
 
     Raises:
-        InputError: ``preference`` or ``activations`` is unknown (codes "unknown_kernels", "unknown_activations") or has
-            no effect here (code "activations_without_effect"), or an environment variable requests instructions that
-            the extension does not have or an invalid number of threads.
+        InputError: ``preference``, ``activations`` or ``kv_bits`` is unknown (codes "unknown_kernels",
+            "unknown_activations", "unknown_kv_bits") or has no effect here (code "activations_without_effect"), or an
+            environment variable requests instructions that the extension does not have or an invalid number of
+            threads.
     """
     if preference not in PREFERENCES:
         raise InputError(f"kernels={preference!r}: choose from {', '.join(PREFERENCES)}", code="unknown_kernels")
+    if kv_bits is not None and (type(kv_bits) is not int or kv_bits not in KV_BITS):
+        choices = ", ".join(map(str, KV_BITS))
+        raise InputError(
+            f"kv_bits={kv_bits!r}: choose from {choices}, or leave it out for keys and values in the type of "
+            "activations",
+            code="unknown_kv_bits",
+        )
     target = _target(preference)
     rounding = _checked_activations(activations, target)
     if dialect() == "cuda":
@@ -162,6 +174,7 @@ def choose(preference: str, activations: str = "auto") -> Kernels:
         normed_matvec=chosen["normed_matvec"] if on_gpu else None,
         accepts_any_scale_dtype=on_cpu,
         activations=rounding,
+        kv_bits=kv_bits,
         note=note,
     )
 

@@ -286,6 +286,7 @@ def attention(
     seed: int = 0,
     on_cpu: bool = False,
     frequencies: tuple[float, ...] | None = None,
+    kv_bits: int | None = None,
 ) -> Case:
     """Return tokens at the end of a filled cache.
 
@@ -297,32 +298,36 @@ def attention(
         seed: seed of the random numbers.
         on_cpu: run the kernel of the C++ extension.
         frequencies: radians per position of each rotary pair; None for powers of theta.
+        kv_bits: width of cached keys and values.
     """
-    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed)
+    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits)
     made = replace(made, weights=replace(made.weights, frequencies=frequencies))
 
     def with_own_caches() -> attention_reference.AttentionInputs:
         return replace(made, keys=made.keys * 1, values=made.values * 1)
 
-    own = with_own_caches()
+    rows, own = made.weights.rows, with_own_caches()
     mx.eval(own.keys, own.values)
     custom = attention_cpu.gated_attention if on_cpu else attention_gpu.gated_attention
 
     def filled(y: mx.array, keys: mx.array, values: mx.array) -> Results:
-        return y, keys[:, :, :context], values[:, :, :context]
+        caches = (cache[:, :, :context] for cache in (keys, values))
+        if kv_bits is None:
+            return y, *caches
+        return y, *(rows.unpack(cache, mx.float32) for cache in caches)
 
     def exact() -> Results:
         norms = {name: getattr(made.weights, name).astype(mx.float64) for name in ("q_norm", "k_norm")}
-        names = ("q_and_gate", "k", "v", "keys", "values")
+        names = ("q_and_gate", "k", "v", *(() if kv_bits else ("keys", "values")))
         wide = {name: getattr(made, name).astype(mx.float64) for name in names}
         inputs = replace(made, weights=replace(made.weights, **norms), **wide)
         return filled(*attention_reference.gated_attention(inputs))
 
     return Case(
         "attention",
-        f"context {context} T={tokens}",
+        f"context {context} T={tokens}{f' {kv_bits} bit' if kv_bits else ''}",
         dtype,
-        2 * context * geometry.kv_heads * geometry.head_dim * dtype.size,
+        2 * context * geometry.kv_heads * rows.nbytes(dtype.size),
         lambda: filled(*custom(own)),
         lambda: filled(*attention_mlx.gated_attention(with_own_caches())),
         exact,

@@ -56,11 +56,13 @@ class Sample:
         arguments: arguments of the kernel, which may write to them.
         expected: arguments of the reference, possibly for fewer tokens or rows; None if they are ``arguments``.
         compared: select the part of the kernel's results that the reference returns.
+        of_both: select the results to compare, of the kernel and of the reference.
     """
 
     arguments: tuple[Any, ...]
     expected: tuple[Any, ...] | None = None
     compared: Callable[[list[mx.array]], list[mx.array]] = lambda results: results
+    of_both: Callable[[list[mx.array]], list[mx.array]] = lambda results: results
 
 
 @dataclass(frozen=True)
@@ -153,12 +155,13 @@ class CheckedKernel(Generic[P, R]):
         kernel: Callable[..., R] = self.kernel
         path_of: Callable[..., CodePath | None] = self.code_path
         try:
-            expected = _arrays(reference(*(sample.arguments if sample.expected is None else sample.expected)))
+            arguments = sample.arguments if sample.expected is None else sample.expected
+            expected = sample.of_both(_arrays(reference(*arguments)))
             mx.eval(expected)
         except Exception as error:  # such as too little memory; a model can run without this kernel
             return f"cannot be checked: {_first_line(error)}"
         try:
-            got = sample.compared(_arrays(kernel(*sample.arguments)))
+            got = sample.of_both(sample.compared(_arrays(kernel(*sample.arguments))))
             mx.eval(got)
         except Exception as error:  # a compiler or a driver may raise anything
             return f"cannot run: {_first_line(error)}"

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
+from flashmoe_mlx.custom_kernels.kv_rows import RowFormat
 from flashmoe_mlx.custom_kernels.precision import widen
 
 
@@ -94,6 +95,7 @@ class AttentionWeights:
         k_norm: RMS norm of keys, [D].
         eps: epsilon of both norms.
         frequencies: radians per position of each pair, in place of the powers of ``theta``.
+        kv_bits: the width of cached keys and values; see ``kv_rows.RowFormat``.
     """
 
     heads: int
@@ -105,6 +107,12 @@ class AttentionWeights:
     k_norm: mx.array
     eps: float
     frequencies: tuple[float, ...] | None = None
+    kv_bits: int | None = None
+
+    @property
+    def rows(self) -> RowFormat:
+        """The format of cached keys and values."""
+        return RowFormat(self.head_dim, self.kv_bits)
 
     def rotations(self) -> npt.NDArray[np.float64]:
         """Return the radians per position of each pair, [rotary_dim / 2]."""

@@ -64,6 +64,7 @@ def load(
     *,
     kernels: str = "auto",
     activations: str = "auto",
+    kv_bits: int | None = None,
     prefetch: str = "none",
     profile: bool = False,
     prompt_cache_gib: float | None = None,
@@ -81,6 +82,8 @@ def load(
         kernels: "auto", "mlx" or "reference"; see ``custom_kernels.choose``.
         activations: on a CPU, "bf16" or "int8" rounds the inputs of products of more than 8 tokens to 8 bits of
             precision, which makes prompts faster and less exact; "auto" is exact.
+        kv_bits: 16, 8 or 4 stores keys and values with this width, which takes less memory and is less exact; None
+            stores them as the activations are.
         prefetch: "none", "previous_token", "next_router" or "early_router": which experts are read ahead while
             decoding; see ``moe.prefetch``.
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
@@ -93,7 +96,7 @@ def load(
         InputError: the model, the backend or an option is wrong.
     """
     with reports_to(on_load):
-        chosen = choose(kernels, activations)
+        chosen = choose(kernels, activations, kv_bits)
         files = open_model(expand_path(model))
         cache_bytes = prompt_cache_bytes(prompt_cache_gib)
         k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
@@ -117,6 +120,7 @@ def load(
             "experts_k": k,
             "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
             "activations": str(dtype) if activations == "auto" else activations,
+            "kv_bits": kv_bits,
             "kernels": checked.names,
             "replaced_kernels": checked.replaced,
             "note": "; ".join(filter(None, notes)) or None,
@@ -164,9 +168,7 @@ class Engine:
         self._tokenizer = tokenizer
         prompt_cache = None
         if prompt_cache_bytes:
-            prompt_cache = PromptCache(
-                prompt_cache_bytes, model.state_bytes, None if tokenizer is None else tokenizer.decode
-            )
+            prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer)
         self.runner = Runner(
             model,
             store,

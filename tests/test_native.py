@@ -207,6 +207,14 @@ def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
 
 
+@pytest.mark.usefixtures("instructions", "threads")
+@pytest.mark.parametrize(("context", "tokens"), [(1, 1), (600, 1), (300, 5), (150, 70)])
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+def test_attention_with_narrow_keys_and_values(kv_bits: int, context: int, tokens: int) -> None:
+    geometry = Geometry(192, 96, 6, 2, 64, 16, 2, 6, 32, 48)
+    check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True, kv_bits=kv_bits))
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [70, 1, 3]])
 def test_sequences_together_give_the_bits_of_each_alone(lengths: list[int]) -> None:

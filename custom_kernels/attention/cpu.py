@@ -1,10 +1,9 @@
 """The kernel of attention in the C++ extension."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
@@ -18,13 +17,13 @@ from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 
 def supports(weights: AttentionWeights, dtype: mx.Dtype) -> bool:
     """Return whether the kernel supports a layer with activations of type ``dtype``."""
-    return weights.head_dim % native.LANES == 0 and dtype == mx.float32
+    return weights.head_dim % native.LANES == 0 and weights.rows.is_supported and dtype == mx.float32
 
 
 def code_path(inputs: AttentionInputs) -> CodePath | None:
     """Return the code path of ``gated_attention``; None if it does not support the inputs."""
     supported = supports(inputs.weights, inputs.q_and_gate.dtype)
-    return (tokens_phrase(len(inputs.q_and_gate)),) if supported else None
+    return (tokens_phrase(len(inputs.q_and_gate)), inputs.weights.rows.phrase) if supported else None
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:
@@ -52,7 +51,7 @@ def attend(
         [cache.shape[2] for cache in keys],
         weights.q_norm,
         weights.k_norm,
-        (heads, weights.kv_heads, dim, weights.rotary_dim),
+        (heads, weights.kv_heads, dim, weights.rotary_dim, weights.kv_bits or 32, weights.rows.group_size),
         weights.rotations(),
         weights.eps,
         list(keys),
@@ -68,8 +67,22 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
         for tokens, start in ((1, 300), (ACROSS_TILES, 5)):
             expected = drawn(weights, model.dtype, tokens, start)
             if code_path(expected) is not None:
-                keys, values = (mx.array(np.array(cache)) for cache in (expected.keys, expected.values))
-                yield Sample((replace(expected, keys=keys, values=values),), (expected,))
+                keys, values = (copied(cache) for cache in (expected.keys, expected.values))
+                yield Sample(
+                    (replace(expected, keys=keys, values=values),), (expected,), of_both=without_codes(expected.weights)
+                )
+
+
+def copied(cache: mx.array) -> mx.array:
+    """Return a copy that a kernel may write to."""
+    copy = cache * 1
+    mx.eval(copy)
+    return copy
+
+
+def without_codes(weights: AttentionWeights) -> Callable[[list[mx.array]], list[mx.array]]:
+    """Return a function that leaves out quantized caches, whose codes differ by one where roundings differ."""
+    return (lambda results: results[:1]) if weights.rows.quantized else (lambda results: results)
 
 
 def drawn(weights: AttentionWeights, dtype: mx.Dtype, tokens: int, start: int) -> AttentionInputs:
@@ -77,7 +90,13 @@ def drawn(weights: AttentionWeights, dtype: mx.Dtype, tokens: int, start: int) -
     kv_heads, group = min(2, weights.kv_heads), reduced(weights.heads // weights.kv_heads, 8)
     geometry = Geometry(0, 0, kv_heads * group, kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
     inputs = attention_inputs(
-        geometry, dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
+        geometry,
+        dtype,
+        context=start + tokens,
+        tokens=tokens,
+        theta=weights.theta,
+        eps=weights.eps,
+        kv_bits=weights.kv_bits,
     )
     # Other properties of the layer, such as its rotary embedding, are kept.
     own = inputs.weights

@@ -64,6 +64,8 @@ def code_path(inputs: AttentionInputs) -> CodePath | None:
     weights, dtype, tokens = inputs.weights, inputs.q_and_gate.dtype, len(inputs.q_and_gate)
     if dtype not in (mx.float32, mx.bfloat16) or weights.head_dim % 32 or weights.head_dim > 256:
         return None
+    if weights.rows.dtype(dtype) != dtype:
+        return None
     if tokens > 1:
         return (tokens_phrase(tokens),)
     return tokens_phrase(tokens), "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""

@@ -25,7 +25,8 @@ class AttentionInputs:
         k: keys of the T tokens, [T, kv_heads * D].
         v: values of the T tokens, [T, kv_heads * D].
         weights: weights of the layer.
-        keys: cache of keys, [1, kv_heads, capacity, D], filled up to ``start``, with room for T more.
+        keys: cache of keys, rows of ``weights.rows`` [1, kv_heads, capacity, width], filled up to ``start``, with room
+            for T more.
         values: cache of values, of the same shape.
         start: position of the first of the T tokens.
         position: ``start`` as int32 [4] on a GPU, for one token; None to use ``start``. With it, kernels can be traced
@@ -100,8 +101,10 @@ def gated_attention(inputs: AttentionInputs, attend: Attend = attention, rotate:
         normed = mx.fast.rms_norm(x, norm, weights.eps).swapaxes(0, 1)[None]
         return rotate(normed, weights, start)
 
-    keys[:, :, start:end] = placed(new_keys, weights.k_norm)
-    values[:, :, start:end] = new_values.swapaxes(0, 1)[None]
-    mixed = attend(placed(queries, weights.q_norm), keys[:, :, :end], values[:, :, :end])
+    rows, dtype = weights.rows, inputs.q_and_gate.dtype
+    keys[:, :, start:end] = rows.pack(placed(new_keys, weights.k_norm), dtype)
+    values[:, :, start:end] = rows.pack(new_values.swapaxes(0, 1)[None], dtype)
+    seen = (rows.unpack(cache[:, :, :end], dtype) for cache in (keys, values))
+    mixed = attend(placed(queries, weights.q_norm), *seen)
     y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
     return y.reshape(length, weights.heads * weights.head_dim), keys, values

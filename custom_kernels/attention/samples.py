@@ -16,6 +16,7 @@ def attention_inputs(
     seed: int = 0,
     theta: float = 1e7,
     eps: float = 1e-6,
+    kv_bits: int | None = None,
 ) -> AttentionInputs:
     """Draw tokens at the end of a filled cache.
 
@@ -27,6 +28,7 @@ def attention_inputs(
         seed: seed of the random numbers.
         theta: base of the rotary embedding.
         eps: epsilon of the norms.
+        kv_bits: width of cached keys and values.
     """
     inputs = RandomInputs(dtype, seed)
     weights = AttentionWeights(
@@ -38,6 +40,7 @@ def attention_inputs(
         inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
         inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
         eps,
+        kv_bits=kv_bits,
     )
     width, kv_width = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
     room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
@@ -46,7 +49,7 @@ def attention_inputs(
         inputs.normal(tokens, kv_width),
         inputs.normal(tokens, kv_width),
         weights,
-        inputs.normal(*room),
-        inputs.normal(*room),
+        weights.rows.pack(inputs.normal(*room), dtype),
+        weights.rows.pack(inputs.normal(*room), dtype),
         context - tokens,
     )

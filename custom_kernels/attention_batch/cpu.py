@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 
 from flashmoe_mlx.custom_kernels.attention import cpu
 from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
@@ -17,7 +16,7 @@ def code_path(batch: AttentionBatch) -> CodePath | None:
     """Return the code path of ``gated_attention``; None if it does not support the inputs."""
     if not cpu.supports(batch.weights, batch.q_and_gate.dtype):
         return None
-    return ("one token of each" if max(batch.lengths) == 1 else "several tokens",)
+    return ("one token of each" if max(batch.lengths) == 1 else "several tokens", batch.weights.rows.phrase)
 
 
 def gated_attention(batch: AttentionBatch) -> tuple[mx.array, ...]:
@@ -51,7 +50,6 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
                 [one.start for one in drawn],
                 list(lengths),
             )
-            keys, values = (
-                [mx.array(np.array(cache)) for cache in caches] for caches in (expected.keys, expected.values)
-            )
-            yield Sample((replace(expected, keys=keys, values=values),), (expected,))
+            keys, values = ([cpu.copied(cache) for cache in caches] for caches in (expected.keys, expected.values))
+            shown = cpu.without_codes(first.weights)
+            yield Sample((replace(expected, keys=keys, values=values),), (expected,), of_both=shown)

@@ -12,7 +12,7 @@ INLINE int64_t panels_of(int64_t count) { return (count + kPanelRows - 1) / kPan
 
 int64_t attend_many_floats(int64_t heads, int64_t dim) {
     const int64_t queries = tokens_of_block(heads) * heads;
-    return queries * (dim + 2 * kTileKeys + panels_of(dim) * kPanelRows + 2) +
+    return queries * (dim + 2 * kTileKeys + panels_of(dim) * kPanelRows + 2) + kTileKeys * dim +
            (panels_of(kTileKeys) * dim + panels_of(dim) * kTileKeys) * kPanelRows;
 }
 
@@ -25,30 +25,28 @@ INLINE void add_queries(const Parts& blocks, const float* panel, int64_t columns
     }
 }
 
-// Store keys [begin, end) as panels [dim][kPanelRows], with zeros for keys beyond the end.
-INLINE void fill_keys(const float* keys, int64_t dim, int64_t begin, int64_t end, float* panels) {
+// Store `count` keys as panels [dim][kPanelRows], with zeros for further keys.
+INLINE void fill_keys(const float* keys, int64_t dim, int64_t count, float* panels) {
     for (int64_t n = 0; n < panels_of(kTileKeys) * kPanelRows; n += 16)
         for (int64_t i = 0; i < dim; i += 16) {
             W words[16];
             for (int r = 0; r < 16; ++r)
-                words[r] = begin + n + r < end
-                               ? load_words(reinterpret_cast<const uint32_t*>(keys + (begin + n + r) * dim + i))
-                               : splat_word(0);
+                words[r] = n + r < count ? load_words(reinterpret_cast<const uint32_t*>(keys + (n + r) * dim + i))
+                                         : splat_word(0);
             transpose(words);
             float* to = panels + (n / kPanelRows * dim + i) * kPanelRows + n % kPanelRows;
             for (int c = 0; c < 16; ++c) store_words(reinterpret_cast<uint32_t*>(to + c * kPanelRows), words[c]);
         }
 }
 
-// Store values [begin, end) as panels [key][kPanelRows], with zeros beyond the last key and the last dimension.
-INLINE void fill_values(const float* values, int64_t dim, int64_t begin, int64_t end, float* panels) {
+// Store `count` values as panels [key][kPanelRows], with zeros beyond the last key and the last dimension.
+INLINE void fill_values(const float* values, int64_t dim, int64_t count, float* panels) {
     for (int64_t p = 0; p < panels_of(dim); ++p)
         for (int64_t n = 0; n < kTileKeys; ++n)
             for (int64_t i = 0; i < kPanelRows; i += 16) {
                 const int64_t at = p * kPanelRows + i;
-                const bool exists = begin + n < end && at < dim;
                 store(panels + (p * kTileKeys + n) * kPanelRows + i,
-                      exists ? load(values + (begin + n) * dim + at) : zero());
+                      n < count && at < dim ? load(values + n * dim + at) : zero());
             }
 }
 
@@ -69,8 +67,11 @@ INLINE float weigh(float* scores, int64_t seen, float scale, float* peak) {
     return factor;
 }
 
-void attend_many(const float* queries, int64_t stride, int64_t tokens, int64_t heads, int64_t dim, const float* keys,
-                 const float* values, int64_t seen, float* y, float* scratch) {
+void attend_many(const float* queries, int64_t stride, int64_t tokens, int64_t heads, const RowFormat& rows,
+                 const uint8_t* keys, const uint8_t* values, int64_t seen, float* y, float* scratch) {
+    const int64_t dim = rows.dim;
+    float* widened = scratch;
+    scratch += kTileKeys * dim;
     const int64_t count = tokens * heads, width = panels_of(dim) * kPanelRows;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     const Parts blocks(count, kFloatBlock);
@@ -89,8 +90,9 @@ void attend_many(const float* queries, int64_t stride, int64_t tokens, int64_t h
     for (int64_t i = 0; i < count; ++i) peaks[2 * i] = -INFINITY, peaks[2 * i + 1] = 0.0f;
     const int64_t end = seen + tokens - 1;
     for (int64_t n = 0; n < end; n += kTileKeys) {
-        fill_keys(keys, dim, n, end, key_panels);
-        fill_values(values, dim, n, end, value_panels);
+        const int64_t held = end - n < kTileKeys ? end - n : kTileKeys;
+        fill_keys(load_rows(rows, keys, n, held, widened), dim, held, key_panels);
+        fill_values(load_rows(rows, values, n, held, widened), dim, held, value_panels);
         std::memset(scores, 0, sizeof(float) * count * kTileKeys);
         for (int64_t p = 0; p < panels_of(kTileKeys); ++p)
             add_queries(blocks, key_panels + p * dim * kPanelRows, dim, arranged, scores + p * count * kPanelRows);

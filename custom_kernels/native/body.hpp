@@ -143,6 +143,8 @@ void delta(const DeltaShape& shape, int64_t head, int64_t tokens, const float* m
 
 // --- attention ----------------------------------------------------------------------------------------------------
 
+#include "kv_rows.hpp"
+
 constexpr int64_t kSpan = 64;  // keys per step
 constexpr int kHeadsAtOnce = 4;
 
@@ -172,17 +174,20 @@ INLINE void accumulate(const float* weights, const float* values, int64_t count,
     }
 }
 
-void attend(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values, int64_t begin,
-            int64_t end, float* sums, float* peaks, float* scratch) {
+void attend(const float* queries, int64_t heads, const RowFormat& rows, const uint8_t* all_keys,
+            const uint8_t* all_values, int64_t begin, int64_t end, float* sums, float* peaks, float* scratch) {
+    const int64_t dim = rows.dim;
+    float* widened = scratch + heads * kSpan;
     const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
     std::memset(sums, 0, sizeof(float) * heads * dim);
     for (int64_t h = 0; h < heads; ++h) peaks[2 * h] = -INFINITY, peaks[2 * h + 1] = 0.0f;
     for (int64_t n = begin; n < end; n += kSpan) {
         const int64_t count = end - n < kSpan ? end - n : kSpan;
+        const float* keys = load_rows(rows, all_keys, n, count, widened);
         int64_t h = 0;
         for (; h + kHeadsAtOnce <= heads; h += kHeadsAtOnce)
-            score<kHeadsAtOnce>(queries + h * dim, dim, keys + n * dim, count, scale, scratch + h * kSpan);
-        for (; h < heads; ++h) score<1>(queries + h * dim, dim, keys + n * dim, count, scale, scratch + h * kSpan);
+            score<kHeadsAtOnce>(queries + h * dim, dim, keys, count, scale, scratch + h * kSpan);
+        for (; h < heads; ++h) score<1>(queries + h * dim, dim, keys, count, scale, scratch + h * kSpan);
         for (h = 0; h < heads; ++h) {
             float* own = scratch + h * kSpan;
             for (int64_t i = count; i < kSpan; ++i) own[i] = -INFINITY;
@@ -204,9 +209,10 @@ void attend(const float* queries, int64_t heads, int64_t dim, const float* keys,
             for (int64_t i = 0; i < kSpan; i += kLanes) total = total + load(own + i);
             peaks[2 * h + 1] += sum(total);
         }
+        const float* values = load_rows(rows, all_values, n, count, widened);
         for (h = 0; h + kHeadsAtOnce <= heads; h += kHeadsAtOnce)
-            accumulate<kHeadsAtOnce>(scratch + h * kSpan, values + n * dim, count, dim, sums + h * dim);
-        for (; h < heads; ++h) accumulate<1>(scratch + h * kSpan, values + n * dim, count, dim, sums + h * dim);
+            accumulate<kHeadsAtOnce>(scratch + h * kSpan, values, count, dim, sums + h * dim);
+        for (; h < heads; ++h) accumulate<1>(scratch + h * kSpan, values, count, dim, sums + h * dim);
     }
 }
 
@@ -223,6 +229,7 @@ const Operations operations = {
     convolve,
     delta,
     rms_norm,
+    store_row,
     attend,
     tokens_of_block,
     attend_many_floats,

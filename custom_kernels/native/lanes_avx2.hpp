@@ -59,6 +59,20 @@ INLINE F load_scales(const uint8_t* p) {
             _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(high), 16))};
 }
 
+// Load sixteen consecutive codes of 8 or 4 bits.
+template <int BITS>
+INLINE F sixteen_codes(const uint8_t* p) {
+    __m128i bytes;
+    if constexpr (BITS == 8) {
+        bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    } else {
+        const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+        bytes = _mm_unpacklo_epi8(_mm_and_si128(pairs, mask), _mm_and_si128(_mm_srli_epi16(pairs, 4), mask));
+    }
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
 INLINE F gather(const float* p, int stride) {
     const __m256i index = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(stride));
     return {_mm256_i32gather_ps(p, index, 4), _mm256_i32gather_ps(p + 8 * stride, index, 4)};

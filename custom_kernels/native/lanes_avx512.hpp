@@ -39,6 +39,16 @@ INLINE F load_scales(const uint8_t* p) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
 
+// Load sixteen consecutive codes of 8 or 4 bits.
+template <int BITS>
+INLINE F sixteen_codes(const uint8_t* p) {
+    if constexpr (BITS == 8)
+        return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+    const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(pairs, mask), high = _mm_and_si128(_mm_srli_epi16(pairs, 4), mask);
+    return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high)))};
+}
+
 INLINE F gather(const float* p, int stride) {
     const __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     return {_mm512_i32gather_ps(_mm512_mullo_epi32(index, _mm512_set1_epi32(stride)), p, 4)};

@@ -64,6 +64,22 @@ INLINE F load_scales(const uint8_t* p) {
             load_four_scales<TYPE>(p, 3)};
 }
 
+// Load sixteen consecutive codes of 8 or 4 bits.
+template <int BITS>
+INLINE F sixteen_codes(const uint8_t* p) {
+    uint8x16_t bytes;
+    if constexpr (BITS == 8) {
+        bytes = vld1q_u8(p);
+    } else {
+        const uint8x8_t pairs = vld1_u8(p);
+        const uint8x8x2_t both = vzip_u8(vand_u8(pairs, vdup_n_u8(15)), vshr_n_u8(pairs, 4));
+        bytes = vcombine_u8(both.val[0], both.val[1]);
+    }
+    const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
+    return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
+            vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))};
+}
+
 INLINE F gather(const float* p, int stride) {
     float values[16];
     for (int i = 0; i < 16; ++i) values[i] = p[i * stride];

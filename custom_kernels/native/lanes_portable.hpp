@@ -78,6 +78,14 @@ inline F load_scales(const uint8_t* p) {
     return r;
 }
 
+// Load sixteen consecutive codes of 8 or 4 bits.
+template <int BITS>
+inline F sixteen_codes(const uint8_t* p) {
+    float values[16];
+    for (int i = 0; i < 16; ++i) values[i] = BITS == 8 ? p[i] : p[i / 2] >> i % 2 * 4 & 15;
+    return load(values);
+}
+
 inline F gather(const float* p, int stride) {
     F r;
     for (int i = 0; i < 16; ++i) r.v[i] = p[i * stride];

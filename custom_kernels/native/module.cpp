@@ -359,34 +359,45 @@ PyObject* delta_net(PyObject*, PyObject* args) {
 PyObject* attention(PyObject*, PyObject* args) {
     PyObject *q_and_gate, *k, *v, *lengths, *starts, *capacities, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
     long long heads, kv_heads, dim, rotary;
+    int bits, row_group;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLL)OfO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
-                          &starts, &PyList_Type, &capacities, &q_norm, &k_norm, &heads, &kv_heads, &dim, &rotary,
-                          &frequencies, &eps, &PyList_Type, &keys, &PyList_Type, &values, &y))
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLLii)OfO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
+                          &starts, &PyList_Type, &capacities, &q_norm, &k_norm, &heads, &kv_heads, &dim, &rotary, &bits,
+                          &row_group, &frequencies, &eps, &PyList_Type, &keys, &PyList_Type, &values, &y))
         return nullptr;
     return guarded([&] {
         Held held;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads do not fit");
         require(dim > 0 && dim % kLanes == 0 && rotary > 0 && rotary % 2 == 0 && rotary <= dim,
                 "the head size must be a multiple of 16, and rotated dimensions even");
+        require(bits == 32 || bits == 16 || bits == 8 || bits == 4, "keys and values have 32, 16, 8 or 4 bits");
+        require(bits > 8 || (row_group > 0 && row_group % kLanes == 0 && dim % row_group == 0),
+                "the head size must be a multiple of the group, and the group of 16");
+        const RowFormat rows{bits, row_group, dim};
+        const Elements& elements = bits == 32 ? kFloat : bits == 16 ? kBrainFloat : kCodes;
         const Py_ssize_t count = sequences_in(keys, values);
         const std::vector<int64_t> tokens_of = lengths_of(lengths, count), start_of = lengths_of(starts, count),
                                    capacity_of = lengths_of(capacities, count);
         const int64_t tokens = sum_of(tokens_of);
         held.push_back(std::make_unique<Buffer>(frequencies, "frequencies", kDouble, rotary / 2));
         const double* turned = held.back()->as<double>();
-        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, turned, eps, floats(held, q_norm, "q_norm", dim),
-                                   floats(held, k_norm, "k_norm", dim)};
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, rows, turned, eps,
+                                   floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
         const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
                               floats(held, k, "k", tokens * kv_heads * dim),
                               floats(held, v, "v", tokens * kv_heads * dim)};
         std::vector<AttentionSequence> sequences;
         for (Py_ssize_t i = 0; i < count; ++i) {
             require(start_of[i] + tokens_of[i] <= capacity_of[i], "a cache has no room for its tokens");
-            const int64_t size = kv_heads * capacity_of[i] * dim;
-            sequences.push_back({tokens_of[i], start_of[i], capacity_of[i],
-                                 floats(held, PyList_GetItem(keys, i), "keys", size, true),
-                                 floats(held, PyList_GetItem(values, i), "values", size, true)});
+            const int64_t size = kv_heads * capacity_of[i] * rows.row_bytes() / elements.bytes;
+            uint8_t* caches[2];
+            for (int part : {0, 1}) {
+                held.push_back(std::make_unique<Buffer>(PyList_GetItem(part ? values : keys, i),
+                                                        part ? "values" : "keys", elements, size, true));
+                caches[part] = held.back()->as<uint8_t>();
+                require(reinterpret_cast<uintptr_t>(caches[part]) % 4 == 0, "a cache is not aligned");
+            }
+            sequences.push_back({tokens_of[i], start_of[i], capacity_of[i], caches[0], caches[1]});
         }
         float* out = floats(held, y, "y", tokens * heads * dim, true);
         WithoutGil released;
@@ -479,7 +490,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 7; // see __init__.py
+constexpr int kInterface = 8; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

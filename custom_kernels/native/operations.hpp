@@ -69,6 +69,14 @@ struct AttentionShape {
     int64_t heads, kv_heads, head_dim, rotary_dim;
 };
 
+// The rows of a KV cache: f32, bf16, or codes of 8 or 4 bits followed by a scale and a bias in bf16 for each group.
+struct RowFormat {
+    int bits, group;
+    int64_t dim;
+    int64_t code_bytes() const { return dim * bits / 8; }
+    int64_t row_bytes() const { return code_bytes() + (bits < 16 ? dim / group * 4 : 0); }
+};
+
 // Parts of nearly equal size of `count` items, each of at most `most`.
 struct Parts {
     int64_t count, parts;
@@ -126,18 +134,21 @@ struct Operations {
     // Compute out = x / rms(x) * weight for one row of `count`; a null `weight` stands for 1.
     void (*rms_norm)(const float* x, const float* weight, int64_t count, float eps, float* out);
 
+    // Store `x` [dim] as a row of a KV cache.
+    void (*store_row)(const float* x, const RowFormat& rows, uint8_t* to);
+
     // Attend from queries [heads][dim] to keys [begin, end) of one kv head: store unnormalized sums [heads][dim], and
-    // the largest score and the sum of weights of each head, [heads][2]. `scratch` has heads * 64 floats.
-    void (*attend)(const float* queries, int64_t heads, int64_t dim, const float* keys, const float* values,
-                   int64_t begin, int64_t end, float* sums, float* peaks, float* scratch);
+    // the largest score and the sum of weights of each head, [heads][2]. `scratch` has (heads + dim) * 64 floats.
+    void (*attend)(const float* queries, int64_t heads, const RowFormat& rows, const uint8_t* keys,
+                   const uint8_t* values, int64_t begin, int64_t end, float* sums, float* peaks, float* scratch);
 
     // Attend from queries [tokens][heads][dim] of one kv head, whose tokens are `stride` floats apart like those of the
     // results `y`. The first token sees `seen` keys, each further token one more. `attend_block` returns the number of
     // tokens in the best call, and `attend_scratch` the floats of scratch memory for it.
     int64_t (*attend_block)(int64_t heads);
     int64_t (*attend_scratch)(int64_t heads, int64_t dim);
-    void (*attend_many)(const float* queries, int64_t stride, int64_t tokens, int64_t heads, int64_t dim,
-                        const float* keys, const float* values, int64_t seen, float* y, float* scratch);
+    void (*attend_many)(const float* queries, int64_t stride, int64_t tokens, int64_t heads, const RowFormat& rows,
+                        const uint8_t* keys, const uint8_t* values, int64_t seen, float* y, float* scratch);
 
     // Compute x[i] *= sigmoid(gate[i]).
     void (*gate)(float* x, const float* gate, int64_t count);

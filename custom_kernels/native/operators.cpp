@@ -537,9 +537,11 @@ const float* place_all(const AttentionLayer& layer, const float* q_and_gate, con
                 continue;
             }
             const AttentionSequence& sequence = *rows[t].sequence;
-            const int64_t kv = head - heads, at = (kv * sequence.capacity + rows[t].position) * dim;
-            place(own, layer, k + (t * kv_heads + kv) * dim, layer.k_norm, own_rotations, sequence.keys + at);
-            std::memcpy(sequence.values + at, v + (t * kv_heads + kv) * dim, sizeof(float) * dim);
+            const int64_t kv = head - heads, row = kv * sequence.capacity + rows[t].position;
+            float* placed = scratch<kOwn>(dim);
+            place(own, layer, k + (t * kv_heads + kv) * dim, layer.k_norm, own_rotations, placed);
+            own.store_row(placed, layer.rows, sequence.keys + row * layer.rows.row_bytes());
+            own.store_row(v + (t * kv_heads + kv) * dim, layer.rows, sequence.values + row * layer.rows.row_bytes());
         }
     });
     return queries;
@@ -562,11 +564,12 @@ void attend_in_spans(const AttentionLayer& layer, const float* queries, const fl
         for (int64_t item = begin; item < end; ++item) {
             const int64_t kv = item % kv_heads, t = row_of[item / kv_heads];
             const Row& row = rows[t];
-            const int64_t s = item / kv_heads - row.first_span, at = kv * row.sequence->capacity * dim;
+            const int64_t s = item / kv_heads - row.first_span;
+            const int64_t at = kv * row.sequence->capacity * layer.rows.row_bytes();
             float* to = partial + item * part;
-            own.attend(queries + (t * heads + kv * group) * dim, group, dim, row.sequence->keys + at,
+            own.attend(queries + (t * heads + kv * group) * dim, group, layer.rows, row.sequence->keys + at,
                        row.sequence->values + at, s * row.span, std::min(row.position + 1, (s + 1) * row.span), to,
-                       to + group * dim, scratch<kOwn>(group * 64));
+                       to + group * dim, scratch<kOwn>((group + dim) * 64));
         }
     });
     parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
@@ -600,8 +603,8 @@ void attend_in_blocks(const AttentionLayer& layer, const float* queries, const f
     parallel(kv_heads * blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
             const int64_t kv = item % kv_heads, part = item / kv_heads, t = blocks.begin(part);
-            const int64_t at = (t * heads + kv * group) * dim, first = kv * sequence.capacity * dim;
-            own.attend_many(queries + at, heads * dim, blocks.size(part), group, dim, sequence.keys + first,
+            const int64_t at = (t * heads + kv * group) * dim, first = kv * sequence.capacity * layer.rows.row_bytes();
+            own.attend_many(queries + at, heads * dim, blocks.size(part), group, layer.rows, sequence.keys + first,
                             sequence.values + first, position + t + 1, y + at,
                             scratch<kOwn>(own.attend_scratch(group, dim)));
         }

@@ -78,15 +78,16 @@ void gated_delta_net(const DeltaLayer& layer, const float* qkv, const float* z, 
 
 struct AttentionLayer {
     AttentionShape shape;
+    RowFormat rows;
     const double* frequencies; // of each rotated pair, in radians per position
     float eps;
     const float *q_norm, *k_norm;
 };
 
-// A sequence with new tokens, the first at position `start`, and its caches [kv heads, capacity, D].
+// A sequence with new tokens, the first at position `start`, and its caches, rows [kv heads, capacity].
 struct AttentionSequence {
     int64_t tokens, start, capacity;
-    float *keys, *values;
+    uint8_t *keys, *values;
 };
 
 // Store the keys and values of the new tokens of all sequences, one sequence after the other, in their caches, and

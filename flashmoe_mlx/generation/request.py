@@ -7,7 +7,6 @@ from typing import Any, Literal, TypedDict
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.constraints import Constraint
 from flashmoe_mlx.generation.logits import Exclusion, LogitsProcessor
-from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.prompting import Tools
 from flashmoe_mlx.generation.sampling import ChosenSampling, PublishedSampling
 from flashmoe_mlx.text.tags import TOOL_CALL
@@ -153,7 +152,6 @@ class Request:
         prefill_chunk: the number of prompt tokens that go through a layer together; None for as many as fit into free
             memory.
         split_reasoning: whether thinking is separated from the answer.
-        boundaries: positions in ``prompt_ids`` at which other prompts may diverge, for the prompt cache.
         processors: change the logits in this order, after the penalties of ``sampling`` and before its temperature.
         constraint: the grammar that the answer follows; None for a free answer.
 
@@ -174,7 +172,6 @@ class Request:
     prompt_logprobs: int | None = None
     prefill_chunk: int | None = None
     split_reasoning: bool = True
-    boundaries: Mapping[int, Kind] = field(default_factory=dict)
     processors: tuple[LogitsProcessor, ...] = ()
     constraint: Constraint | None = None
 
@@ -211,7 +208,7 @@ def make_request(
     options: RequestOptions,
     published: PublishedSampling,
     tokenizer: Tokenizer,
-    constraint: Constraint | None,
+    constraint: Constraint | None = None,
 ) -> Request:
     """Return the request for a tokenized prompt with ``options``.
 

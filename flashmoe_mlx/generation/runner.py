@@ -110,6 +110,8 @@ class Runner:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
         model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        if self.prompt_cache is not None:
+            tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
         experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
             replace(request, prompt_ids=tokens),

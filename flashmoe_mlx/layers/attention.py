@@ -57,10 +57,7 @@ class Attention:
     ) -> mx.array:
         """Attend within each of several sequences in one call of ``kernel``."""
         weights, (q_and_gate, k, v) = self.weights, projected
-        room = [
-            cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
-            for cache, length in zip(caches, lengths, strict=True)
-        ]
+        room = [self.room(cache, length, q_and_gate.dtype) for cache, length in zip(caches, lengths, strict=True)]
         keys, values = zip(*room, strict=True)
         starts = [cache.length for cache in caches]
         y, *arrays = kernel(AttentionBatch(q_and_gate, k, v, weights, keys, values, starts, list(lengths)))
@@ -82,10 +79,15 @@ class Attention:
         """Return the cache of a sequence without tokens."""
         return KVCache()
 
+    def room(self, cache: KVCache, tokens: int, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return the keys and values of ``cache``, with room for ``tokens`` more, for activations of type ``dtype``."""
+        rows = self.weights.rows
+        return cache.reserve(tokens, self.weights.kv_heads, rows.width, rows.dtype(dtype))
+
     def attend(self, cache: KVCache, q_and_gate: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Attend within one sequence; all arrays are [T, ...] of its new tokens."""
         length, weights = q_and_gate.shape[0], self.weights
-        keys, values = cache.reserve(length, weights.kv_heads, weights.head_dim, q_and_gate.dtype)
+        keys, values = self.room(cache, length, q_and_gate.dtype)
         y, cache.keys, cache.values = self.kernels.attention(
             AttentionInputs(q_and_gate, k, v, weights, keys, values, cache.length)
         )
@@ -101,7 +103,7 @@ class Attention:
     def takes_positions(self) -> bool:
         """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""
         attention, weights = self.kernels.attention, self.weights
-        room = mx.zeros((1, weights.kv_heads, 1, weights.head_dim), weights.q_norm.dtype)
+        room = mx.zeros((1, weights.kv_heads, 1, weights.rows.width), weights.rows.dtype(weights.q_norm.dtype))
         row = mx.zeros((1, 2 * weights.heads * weights.head_dim), weights.q_norm.dtype)
         inputs = AttentionInputs(row, row, row, weights, room, room, 0)
         return isinstance(attention, CheckedKernel) and attention.runs(inputs)

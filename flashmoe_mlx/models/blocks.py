@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
+from flashmoe_mlx.custom_kernels.kv_rows import RowFormat
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.rope import Rope
@@ -43,7 +45,7 @@ class MixerBlock(Protocol):
         """Make the block from its weights."""
         ...
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:
         """Compute the size of its cache for activations of ``activation_bytes`` bytes each."""
         ...
 
@@ -103,7 +105,17 @@ class AttentionBlock:
         yield Parameter(f"{prefix}self_attn.k_norm.weight", self.norm, (self.head_dim,))
 
     def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> Attention:
-        """Make the block from its weights."""
+        """Make the block from its weights.
+
+        Raises:
+            InputError: heads cannot be divided into groups of quantized keys and values; code "unsupported_kv_bits".
+        """
+        if not RowFormat(self.head_dim, kernels.kv_bits).is_supported:
+            raise InputError(
+                f"kv_bits={kernels.kv_bits}: needs heads of a multiple of 32 values; those of this model have "
+                f"{self.head_dim}. Leave kv_bits out",
+                code="unsupported_kv_bits",
+            )
         joint = None
         if kernels.routed_experts_gpu is not None:
             joint = weights.join(*(f"{prefix}self_attn.{part}_proj" for part in "qkv"))
@@ -118,6 +130,7 @@ class AttentionBlock:
                 _scaled_by_yarn(weights.vector(f"{prefix}self_attn.k_norm.weight"), self.rope),
                 self.eps,
                 self._frequencies,
+                kernels.kv_bits,
             ),
             kernels,
             weights.linear(f"{prefix}self_attn.q_proj"),
@@ -127,9 +140,10 @@ class AttentionBlock:
             joint,
         )
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:
         """Compute the size of keys and values for activations of ``activation_bytes`` bytes each."""
-        return CacheSize(per_token=2 * self.num_kv_heads * self.head_dim * activation_bytes)
+        row = RowFormat(self.head_dim, kv_bits).nbytes(activation_bytes)
+        return CacheSize(per_token=2 * self.num_kv_heads * row)
 
     @property
     def working_width(self) -> int:
@@ -218,7 +232,7 @@ class GatedDeltaNetBlock:
             joint,
         )
 
-    def cache_size(self, activation_bytes: int) -> CacheSize:
+    def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:  # noqa: ARG002
         """Compute the size of the convolution's inputs, of ``activation_bytes`` bytes each, and of the f32 state."""
         state = self.value_heads * self.value_dim * self.key_dim
         return CacheSize(fixed=4 * state + activation_bytes * (self.conv_kernel - 1) * self._conv_width)

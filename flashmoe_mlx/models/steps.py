@@ -55,7 +55,7 @@ class TracedSteps:
         for layer, mixer in zip(cache.layers, (layer.mixer for layer in self._model.layers), strict=True):
             if isinstance(layer, KVCache):
                 assert isinstance(mixer, Attention)
-                states += layer.reserve(1, mixer.weights.kv_heads, mixer.weights.head_dim, self._model.norm.dtype)
+                states += mixer.room(layer, 1, self._model.norm.dtype)
                 capacity = states[-1].shape[2]
             else:
                 states += layer.arrays()

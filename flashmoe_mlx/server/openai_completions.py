@@ -73,7 +73,7 @@ async def completions(request: Request) -> EventStream | WholeAnswer:
         def make() -> Prepared:
             tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             tokens = engine.runner.checked_tokens(tokens)
-            made = make_request(tokens, options, engine.sampling, engine.tokenizer, None)
+            made = make_request(tokens, options, engine.sampling, engine.tokenizer)
             return Prepared(made, generates=wanted.generates)
 
         return await service.outside(make)

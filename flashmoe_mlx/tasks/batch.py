@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flashmoe_mlx.console.output import console, counted, print_notes, show
+from flashmoe_mlx.console.output import activity, console, counted, print_notes, show
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
@@ -67,7 +67,17 @@ def run(config: Config, run_dir: Path) -> None:
         if not waiting:
             show(f"answers: {out}")
             return
-        with load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations) as engine:
+        with activity() as announce:
+            loaded = load(
+                folder,
+                backend,
+                config.experts_k,
+                kernels=config.kernels,
+                activations=config.activations,
+                kv_bits=config.kv_bits,
+                on_load=announce,
+            )
+        with loaded as engine:
             print_notes([engine.setup["note"]])
             defaults = _defaults(config)
             engine.request("a", **defaults)  # refuses options that would make every request fail

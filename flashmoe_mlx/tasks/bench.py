@@ -148,6 +148,7 @@ def _plan(config: Config) -> Plan:
         config.rounds,
         config.kernels,
         config.activations,
+        config.kv_bits,
     )
 
 

@@ -66,6 +66,7 @@ class Config(CommonConfig):
     bits: list[int] | None = None
     resident_bits: int | None = None
     context: int | None = None
+    kv_bits: int | None = None
     trace: str | None = field(default=None, metadata=TEXT)
     memory_gib: float | None = None
     probe: bool | None = None
@@ -182,10 +183,12 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     if not 1 <= context <= geometry.max_context:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = activation_type().size
-    scale_bytes = 2 if choose("auto").accepts_any_scale_dtype else activation_bytes
+    scale_bytes = 2 if choose("auto", kv_bits=config.kv_bits).accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
-    return Model(geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size)
+    return Model(
+        geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size, config.kv_bits
+    )
 
 
 def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:

@@ -77,6 +77,7 @@ def run(config: Config, run_dir: Path) -> None:
                 k,
                 kernels=config.kernels,
                 activations=config.activations,
+                kv_bits=config.kv_bits,
                 prompt_cache_gib=0,
                 on_load=announce,
             ) as engine:
@@ -144,6 +145,7 @@ def _table(cells: list[dict[str, Any]]) -> Table:
         bits = setup["experts"]["bits"]
         table.add_row(
             (setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"))
+            + (f" kv{setup['kv_bits']}" if setup["kv_bits"] else "")
             + f" {_MARK}" * bool(setup["note"]),
             str(setup["experts_k"]),
             f"{text['perplexity']:.3f}" if text else "-",

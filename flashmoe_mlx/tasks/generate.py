@@ -43,6 +43,7 @@ def run(config: Config, run_dir: Path) -> None:
             config.experts_k,
             kernels=config.kernels,
             activations=config.activations,
+            kv_bits=config.kv_bits,
             prefetch=config.prefetch,
             profile=config.profile,
             prompt_cache_gib=0,

@@ -52,7 +52,14 @@ def run(config: Config, run_dir: Path) -> None:
     name = options.name or model_identity(folder).rpartition("/")[2].partition("@")[0] or "model"
 
     def load_engine() -> Engine:
-        engine = load(folder, backend, config.experts_k, kernels=config.kernels, activations=config.activations)
+        engine = load(
+            folder,
+            backend,
+            config.experts_k,
+            kernels=config.kernels,
+            activations=config.activations,
+            kv_bits=config.kv_bits,
+        )
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
         return engine

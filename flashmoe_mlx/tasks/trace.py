@@ -48,6 +48,7 @@ def run(config: Config, run_dir: Path) -> None:
             config.experts_k,
             kernels=config.kernels,
             activations=config.activations,
+            kv_bits=config.kv_bits,
             prompt_cache_gib=0,
             on_load=announce,
         )

@@ -82,12 +82,16 @@ std::vector<float> results(int seed) {
         const int64_t capacity = start + tokens;
         const auto q = noise(random, tokens * 6 * 64), k = noise(random, tokens * 64), v = noise(random, tokens * 64);
         const auto norms = noise(random, 32);
-        auto keys = noise(random, 2 * capacity * 32), values = noise(random, 2 * capacity * 32);
-        y.assign(tokens * 6 * 32, 0.0f);
         const double frequencies[4] = {1.0, 0.02, 3e-4, 6e-6};
-        const AttentionLayer attention{heads, frequencies, 1e-6f, norms.data(), norms.data()};
-        gated_attention(attention, q.data(), k.data(), v.data(), {{tokens, start, capacity, keys.data(), values.data()}}, y.data());
-        all.insert(all.end(), y.begin(), y.end());
+        for (int row_bits : {32, 16, 8, 4}) {
+            const RowFormat rows{row_bits, 32, 32};
+            // Zeros in every format; bytes of noise could be infinite scales.
+            std::vector<uint8_t> keys(2 * capacity * rows.row_bytes()), values(2 * capacity * rows.row_bytes());
+            y.assign(tokens * 6 * 32, 0.0f);
+            const AttentionLayer attention{heads, rows, frequencies, 1e-6f, norms.data(), norms.data()};
+            gated_attention(attention, q.data(), k.data(), v.data(), {{tokens, start, capacity, keys.data(), values.data()}}, y.data());
+            all.insert(all.end(), y.begin(), y.end());
+        }
     }
     return all;
 }

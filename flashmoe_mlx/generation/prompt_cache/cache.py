@@ -1,18 +1,22 @@
 """The prompt cache of an engine: it begins sequences where earlier ones left off, and keeps those that end."""
 
 import logging
+from bisect import bisect_left
 from collections.abc import Callable
-from collections.abc import Sequence as Listed
 from dataclasses import replace
+from itertools import accumulate
 from threading import Lock
 
 import numpy as np
 
+from flashmoe_mlx.generation.prompt_cache.answers import AnswerMemory
 from flashmoe_mlx.generation.prompt_cache.eviction import shrink
 from flashmoe_mlx.generation.prompt_cache.positions import Kind, checkpoint_positions
 from flashmoe_mlx.generation.prompt_cache.tree import Match, Segment, Tokens, Tree
+from flashmoe_mlx.generation.prompt_cache.vocabulary import Vocabulary
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.layers.cache import Checkpoint
+from flashmoe_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _SHOWN = 16
@@ -25,13 +29,16 @@ class PromptCache:
     Args:
         budget: the largest size in bytes.
         state_bytes: the size of the states that do not grow with a sequence, at one position.
-        decode: turns tokens into text, for the log; None for a model without a tokenizer.
+        tokenizer: the model's tokenizer, if it has one. With it, other tokens for the same text and other forms of
+            the model's answers continue known conversations, too.
     """
 
-    def __init__(self, budget: int, state_bytes: int, decode: Callable[[list[int]], str] | None = None) -> None:
+    def __init__(self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None) -> None:
         self._budget = budget
         self._most_states = max(1, budget // 2 // state_bytes) if state_bytes else None
-        self._decode = decode
+        self._has_state = state_bytes > 0
+        self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
+        self._answers = None if self._vocabulary is None else AnswerMemory(self._vocabulary)
         self._tree = Tree()
         self._requests = 0
         self._lock = Lock()
@@ -45,6 +52,28 @@ class PromptCache:
         """Forget all conversations."""
         with self._lock:
             self._tree.clear()
+            if self._answers is not None:
+                self._answers.clear()
+
+    def aligned(self, prompt_ids: list[int], most: int) -> list[int]:
+        """Return the tokens of a known conversation for the part of a prompt that means the same.
+
+        Args:
+            prompt_ids: the prompt.
+            most: the largest length of the result; ``prompt_ids`` are returned if it would be longer.
+        """
+        vocabulary, answers = self._vocabulary, self._answers
+        if vocabulary is None or answers is None:
+            return prompt_ids
+        with self._lock:
+            result = answers.restored(prompt_ids)
+            segment, size = self._tree.match_text(vocabulary.key(result), self._has_state)
+            exact = self._tree.match(np.array(result, np.uint32), self._has_state)
+            if size > len(vocabulary.key(result[: exact.length])):
+                known = [token for part in segment.path() for token in part.tokens.tolist()]
+                rest = _after(result, size, vocabulary)
+                result = result if rest is None else known + rest
+        return result if len(result) <= most else prompt_ids
 
     def resume(self, sequence: Sequence) -> None:
         """Begin a ``sequence`` without tokens after the longest known beginning of its prompt.
@@ -67,9 +96,10 @@ class PromptCache:
                 match.segment.used = self._requests
                 for segment in path:
                     segment.reused = True
+        boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
         sequence.prefilled = sequence.metrics.reused_tokens = match.length
         sequence.metrics.reused_from = "ram" if match.length else None
-        sequence.keep_at = checkpoint_positions(len(tokens), request.boundaries, match.length, self._most_states)
+        sequence.keep_at = checkpoint_positions(len(tokens), boundaries, match.length, self._most_states)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s", self._described(tokens, match))
 
@@ -96,6 +126,8 @@ class PromptCache:
             for position, state in sorted(states.items()):
                 kind = (sequence.keep_at or {}).get(position, Kind.ANSWER)
                 deepest = self._add(deepest, tokens, position, kind, state, cache.part)
+            if self._answers is not None and sequence.finish_reason != "cancelled":
+                self._answers.remember(request.prompt_ids, sequence.token_ids)
             shrink(self._tree, self._budget, deepest)
 
     def _add(
@@ -131,9 +163,9 @@ class PromptCache:
             return deepest
         start = deepest.end
         reused = deepest.reused and deepest.kind is not Kind.SYSTEM
-        segment = Segment(
-            deepest, tokens[start:position].copy(), position, kind, part(start, position), state, self._requests
-        )
+        added = tokens[start:position].copy()
+        key = b"" if self._vocabulary is None else self._vocabulary.key(added.tolist())
+        segment = Segment(deepest, added, key, position, kind, part(start, position), state, self._requests)
         segment.reused = reused
         self._tree.add(segment)
         return segment
@@ -150,5 +182,19 @@ class PromptCache:
         return f"{text}; after {before} the cache has {known} and the prompt {new}"
 
     def _shown(self, tokens: Tokens) -> str:
-        listed: Listed[int] = tokens.tolist()
-        return repr(listed if self._decode is None else self._decode(list(listed)))
+        listed = tokens.tolist()
+        return repr(listed if self._vocabulary is None else self._vocabulary.tokenizer.decode(listed))
+
+
+def _after(token_ids: list[int], size: int, vocabulary: Vocabulary) -> list[int] | None:
+    """Return tokens for the text of ``token_ids`` after the first ``size`` bytes of its key.
+
+    None if it begins inside a character or an added token.
+    """
+    ends = list(accumulate(map(vocabulary.key_size, token_ids), initial=0))
+    position = bisect_left(ends, size)
+    end = ends[position]
+    if end == size:
+        return token_ids[position:]
+    cut = vocabulary.encode_key(vocabulary.key([token_ids[position - 1]])[size - end :])
+    return None if cut is None else cut + token_ids[position:]

@@ -19,6 +19,7 @@ class Segment:
     Attributes:
         parent: the segment before; None for the root, which has no tokens.
         tokens: its tokens.
+        key: their text; see ``Vocabulary.key``. Empty for a model without a tokenizer.
         end: the number of tokens of the conversation up to its end.
         kind: the position of its end.
         part: its keys and values in every layer that keeps tokens.
@@ -30,6 +31,7 @@ class Segment:
 
     parent: "Segment | None"
     tokens: Tokens
+    key: bytes
     end: int
     kind: Kind
     part: Checkpoint
@@ -41,7 +43,7 @@ class Segment:
     @property
     def part_bytes(self) -> int:
         """The size of tokens, keys and values in bytes."""
-        return self.tokens.nbytes + _nbytes(self.part)
+        return self.tokens.nbytes + len(self.key) + _nbytes(self.part)
 
     @property
     def state_bytes(self) -> int:
@@ -79,7 +81,7 @@ class Tree:
     """Segments of all conversations; ``nbytes`` is their size."""
 
     def __init__(self) -> None:
-        self.root = Segment(None, np.zeros(0, np.uint32), 0, Kind.SYSTEM, [], None, 0)
+        self.root = Segment(None, np.zeros(0, np.uint32), b"", 0, Kind.SYSTEM, [], None, 0)
         self.nbytes = 0
 
     def segments(self) -> Iterator[Segment]:
@@ -115,6 +117,28 @@ class Tree:
                 if usable > max(best.length, segment.end):
                     best = Match(child, usable, common, child.tokens[:0])
         return Match(best.segment, best.length, longest.common, longest.diverged)
+
+    def match_text(self, key: bytes, has_state: bool) -> tuple[Segment, int]:
+        """Find the last segment to continue a prompt from whose tokens may be other tokens for the same text.
+
+        Args:
+            key: the text of the prompt.
+            has_state: whether a sequence continues only where its states were kept.
+
+        Returns:
+            The segment, or the root; and the size of the key up to its end.
+        """
+        best = (self.root, 0)
+        waiting = [best]
+        while waiting:
+            segment, size = waiting.pop()
+            for child in segment.children:
+                end = size + len(child.key)
+                if size < end < len(key) and key.startswith(child.key, size):
+                    waiting.append((child, end))
+                    if end > best[1] and (child.state is not None or not has_state):
+                        best = (child, end)
+        return best
 
     def descend(self, tokens: Tokens) -> Segment:
         """Return the segment that ends the longest path of whole segments along ``tokens``."""

@@ -65,6 +65,7 @@ class Plan:
         rounds: number of rounds.
         kernels: choice of kernels, as in ``load``.
         activations: types of the inputs of products, as in ``load``.
+        kv_bits: width of cached keys and values, as in ``load``.
     """
 
     folder: Path
@@ -76,6 +77,7 @@ class Plan:
     rounds: int
     kernels: str
     activations: str = "auto"
+    kv_bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +197,7 @@ def _run(plan: Plan, configuration: Configuration, condition: str, number: int) 
         configuration.experts_k,
         kernels=plan.kernels,
         activations=plan.activations,
+        kv_bits=plan.kv_bits,
         prefetch=configuration.prefetch,
         prompt_cache_gib=0,
     ) as engine:

@@ -60,6 +60,7 @@ class Model:
         scale_bytes: the bytes of a scale or bias of resident matrices.
         trace: a recording of its routing; None without one.
         group_size: the number of weights that share a scale and a bias.
+        kv_bits: the width of cached keys and values; None for that of activations.
     """
 
     config: ModelConfig
@@ -71,12 +72,15 @@ class Model:
     scale_bytes: int
     trace: RoutingTrace | None = None
     group_size: int = GROUP_SIZE
+    kv_bits: int | None = None
 
     @property
     def need(self) -> MemoryNeed:
         """The memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
-        return memory_need(self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size)
+        return memory_need(
+            self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size, self.kv_bits
+        )
 
     @property
     def expert_bytes(self) -> int:

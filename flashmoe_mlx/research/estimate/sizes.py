@@ -83,6 +83,7 @@ def memory_need(
     activation_bytes: int,
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
+    kv_bits: int | None = None,
 ) -> MemoryNeed:
     """Compute the memory that a model needs for one sequence.
 
@@ -94,8 +95,9 @@ def memory_need(
         activation_bytes: the bytes of an activation.
         scale_bytes: the bytes of a scale or bias of resident matrices.
         group_size: the number of weights that share a scale and a bias.
+        kv_bits: the width of cached keys and values; None for that of activations.
     """
-    caches = [config.mixer(layer).cache_size(activation_bytes) for layer in range(config.num_layers)]
+    caches = [config.mixer(layer).cache_size(activation_bytes, kv_bits) for layer in range(config.num_layers)]
     return MemoryNeed(
         resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
         keys_and_values=context * sum(cache.per_token for cache in caches),

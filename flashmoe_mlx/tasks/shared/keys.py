@@ -61,6 +61,7 @@ class EngineConfig(StoreConfig):
 
     kernels: str = "auto"
     activations: str = "auto"
+    kv_bits: int | None = None
 
 
 @dataclass
