@@ -217,14 +217,16 @@ def test_the_shared_expert_is_fused_with_routed_experts(device: Device, slots: i
                 "quantized_matvec_stream_with_norm",
                 "attention_decode_tensor",
             ),
+            id="hopper",
             marks=pytest.mark.thorough,
         ),
-        (
+        pytest.param(
             gpu_on_cpu.AMPERE,
             ("routed_experts_gate_up_tensor_with_shared_expert", "quantized_matvec_tensor", "attention_decode_tensor"),
+            id="ampere",
+            marks=pytest.mark.thorough,
         ),
     ],
-    ids=["hopper", "ampere"],
 )
 def test_tensor_cores(gpu: Gpu, kernels: tuple[str, ...], whole_chunks: Path) -> None:
     options = {"backend": "resident", "prompt": PROMPT[:2], "steps": STEPS[:2]}

@@ -158,6 +158,7 @@ def test_one_step_ahead(engine: Engine) -> None:
     assert finish(engine, sequence) == waiting(engine).token_ids
 
 
+@pytest.mark.thorough
 def test_threads_take_turns_at_a_sequence(engine: Engine) -> None:
     """A step that one thread has begun is finished by another, whose stream in MLX is a different one."""
     sequence = begin(engine)
@@ -175,6 +176,7 @@ def test_threads_take_turns_at_a_sequence(engine: Engine) -> None:
     assert finish(engine, sequence) == waiting(engine).token_ids
 
 
+@pytest.mark.thorough
 def test_random_numbers_of_a_discarded_step_are_used_again(engine: Engine) -> None:
     sequence = begin(engine, sampling=WARM, seed=5)
     with engine.runner.exclusive():
@@ -216,6 +218,7 @@ def test_cancelled_between_steps(engine: Engine) -> None:
     assert_same_state(engine, sequence, expected)
 
 
+@pytest.mark.thorough
 def test_cancelled_within_a_step(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     sequence, expected = begin(engine), waiting(engine, max_tokens=2)
     with engine.runner.exclusive():
@@ -250,6 +253,7 @@ def test_what_needs_logits_waits(engine: Engine) -> None:
     assert len(seen) == len(expected)
 
 
+@pytest.mark.thorough
 def test_sequences_that_join_and_leave(engine: Engine) -> None:
     """A step that was begun ahead counts when its sequence then goes on together with another."""
     prompts = (PROMPT, [64, 12])
@@ -266,6 +270,7 @@ def test_sequences_that_join_and_leave(engine: Engine) -> None:
     assert (one.metrics.decode.tokens, other.metrics.decode.tokens) == (8, 8)
 
 
+@pytest.mark.thorough
 def test_an_observer_that_comes_and_goes(engine: Engine) -> None:
     expected, sequence = waiting(engine).token_ids, begin(engine)
     seen: list[int] = []
@@ -289,6 +294,7 @@ def test_logits_that_are_no_numbers(engine: Engine, monkeypatch: pytest.MonkeyPa
     assert caught.value.code == "bad_logits"
 
 
+@pytest.mark.thorough
 def test_a_cache_grows_while_a_step_is_under_way(engine: Engine) -> None:
     prompt = (PROMPT * 40)[:248]
     assert finish(engine, begin(engine, prompt, max_tokens=9)) == waiting(engine, prompt=prompt).token_ids
