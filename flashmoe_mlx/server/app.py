@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from flashmoe_mlx.server import openai_chat, openai_completions, status
+from flashmoe_mlx.server import anthropic_messages, openai_chat, openai_completions, openai_responses, status
 from flashmoe_mlx.server.errors import ApiError, as_api_error, error_body
 from flashmoe_mlx.server.middleware import Guard, Policy
 from flashmoe_mlx.server.service import Service
@@ -23,6 +23,9 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/v1/models", status.list_models),
     ("GET", "/v1/models/{name:path}", status.get_model),
     ("POST", "/v1/chat/completions", openai_chat.chat_completions),
+    ("POST", "/v1/responses", openai_responses.responses),
+    ("POST", "/v1/messages", anthropic_messages.messages),
+    ("POST", "/v1/messages/count_tokens", anthropic_messages.count_tokens),
     ("POST", "/v1/completions", openai_completions.completions),
     ("POST", "/tokenize", status.tokenize),
     ("POST", "/detokenize", status.detokenize),

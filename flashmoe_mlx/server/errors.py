@@ -1,6 +1,7 @@
 """Errors of requests over HTTP, and the bodies that report them."""
 
 import logging
+import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,8 @@ _TYPES = {
     429: "rate_limit_error",
     503: "unavailable_error",
 }
+_ANTHROPIC_TYPES = {"unavailable_error": "overloaded_error", "server_error": "api_error"}
+"""The names of types of errors that differ in the Anthropic API."""
 
 
 class ApiError(InputError):
@@ -81,7 +84,17 @@ def openai_error(error: ApiError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}
 
 
-ERROR_FORMS: dict[str, Callable[[ApiError], Mapping[str, Any]]] = {"/v1/messages": lambda error: openai_error(error)}
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return the body of an error in the form of the Anthropic API."""
+    kind = _ANTHROPIC_TYPES.get(error.kind, error.kind)
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": str(error)},
+        "request_id": f"req_{uuid.uuid4().hex}",
+    }
+
+
+ERROR_FORMS: dict[str, Callable[[ApiError], Mapping[str, Any]]] = {"/v1/messages": anthropic_error}
 """The form of error bodies by the beginning of the path; every other path has the form of the OpenAI API."""
 
 
