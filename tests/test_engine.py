@@ -22,7 +22,8 @@ from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.generation.request import ConstraintOptions, PromptOptions, RequestOptions
 from flashmoe_mlx.moe.by_expert import expert_weights
-from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
+from flashmoe_mlx.stores.contract import StoreClosedError
+from flashmoe_mlx.stores.delivery import ExpertBatch
 
 PROMPT = "Hello, store"
 
