@@ -68,6 +68,11 @@ class LayerCache(Protocol):
         """Return a copy of the tokens from ``start`` to ``end``; this requires ``keeps_tokens``."""
         ...
 
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array], length: int) -> Self:
+        """Return the cache of ``length`` tokens whose ``arrays`` these are."""
+        ...
+
     def assemble(self, parts: Sequence[Self]) -> None:
         """Replace the contents by copies of ``parts``, one after the other.
 
@@ -156,6 +161,12 @@ class KVCache:
         assert self.keys is not None
         assert self.values is not None
         return KVCache(copied(self.keys[:, :, start:end]), copied(self.values[:, :, start:end]), end - start)
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array], length: int) -> "KVCache":
+        """Return the cache of keys and values of ``length`` tokens."""
+        keys, values = arrays
+        return cls(keys, values, length)
 
     def assemble(self, parts: Sequence["KVCache"]) -> None:
         """Replace the contents by copies of the tokens of ``parts``."""
