@@ -99,6 +99,10 @@ class GenerationConfig(AnswerConfig, PromptConfig):
     """Keys of tasks that answer one prompt: ``generate`` and ``trace``."""
 
     tools: str | None = field(default=None, metadata=TEXT)
+    schema: str | None = field(default=None, metadata=TEXT)
+    grammar: str | None = field(default=None, metadata=TEXT)
+    regex: str | None = field(default=None, metadata=TEXT)
+    choices: list[str] | None = field(default=None, metadata=TEXT)
 
 
 @dataclass
