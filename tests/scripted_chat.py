@@ -42,7 +42,7 @@ class Sampler:
         self._delay = 0.01 if word.startswith("slow") else 0.0
         self._tokens: Iterator[int] = iter([*encode(ANSWERS[word]), END_OF_TURN])
 
-    def __call__(self, logits: object) -> int:
+    def __call__(self, logits: object, *rest: object) -> int:
         time.sleep(self._delay)
         return next(self._tokens)
 

@@ -66,7 +66,7 @@ def test_blocks_hold_every_character(parts: list[str], cuts: list[int]) -> None:
     blocks += reader.finish()
     whole = BlockReader()
     assert blocks == [*whole.add(text), *whole.finish()]
-    kept = "".join(block.text for block in blocks)
+    kept = "".join(f"{block.language or ''}" * block.opens + block.text for block in blocks)
     assert sum(kept.count(mark) for mark in "ax") == sum(text.count(mark) for mark in "ax")
 
 

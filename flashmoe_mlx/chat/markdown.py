@@ -10,7 +10,7 @@ from rich.markdown import Markdown
 from rich.syntax import Syntax
 from rich.text import Text
 
-_FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})\s*([^`\s]*)[^`]*$")
+_FENCE = re.compile(r"^(\s*)(`{3,}|~{3,})[ \t]*([^`]*?)\s*$")
 _ITEM = re.compile(r"^(?:[-*+]|\d{1,9}[.)])(?:\s|$)")
 _SINGLE = re.compile(r"^(?:#{1,6}(?:\s|$)|(?:\*\s*){3,}$|(?:-\s*){3,}$|(?:_\s*){3,}$)")
 _QUOTE = re.compile(r"^>")
@@ -26,7 +26,7 @@ class Block:
 
     Attributes:
         text: the source.
-        language: the language of a part of a code block; None for other blocks.
+        language: the text after the marks of a code block, which begins with its language; None for other blocks.
         opens: whether the part is the first one of a code block.
         closes: whether the part is the last one of a code block.
     """
@@ -43,7 +43,7 @@ class Block:
         fence = Text("```", "dim")
         parts: list[RenderableType] = [Text(f"```{self.language}", "dim")] if self.opens else []
         if self.text:
-            lexer = self.language or "text"
+            lexer = (self.language.split() or ["text"])[0]
             code = self.text.removesuffix("\n")
             parts.append(Syntax(code, lexer, theme=_THEME, background_color="default", word_wrap=True))
         return Group(*parts, *([fence] if self.closes else []))
