@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsIndex, Unpack
@@ -13,6 +14,7 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import check_kernels, choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
@@ -38,6 +40,7 @@ from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
@@ -219,6 +222,11 @@ class Engine:
             )
         return self._tokenizer
 
+    @cached_property
+    def _grammars(self) -> Grammars:
+        config = self.model.config
+        return Grammars(self.tokenizer, config.vocab_size, family_of(config).tool_format)
+
     def observe_routing(self, observer: RoutingObserver | None) -> None:
         """Report every routing decision to ``observer`` from now on; None ends the reports.
 
@@ -288,7 +296,9 @@ class Engine:
     def request(self, prompt: str | Messages, **options: Unpack[RequestOptions]) -> Request:
         """Return the request that ``generate`` answers; arguments and errors are those of ``generate``."""
         token_ids = self.encode(prompt, **prompt_options(options))
-        return make_request(token_ids, options, self.sampling, self.tokenizer.eos_token_ids)
+        tools, thinking = options.get("tools"), options.get("enable_thinking")
+        constraint = self._grammars.constraint(options, tools, options.get("raw", False), thinking)
+        return make_request(token_ids, options, self.sampling, self.tokenizer, constraint)
 
     def encode(self, prompt: str | Messages, **options: Unpack[PromptOptions]) -> list[int]:
         """Return the tokens that ``generate`` sends for a prompt; errors are those of ``generate``."""

@@ -1,12 +1,14 @@
 """Check the model's logits, and change them with processors before a token is chosen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
 
+_EXCLUDES = -100.0
+"""The bias that excludes a token."""
 _LARGEST = np.finfo(np.float64).max
 Logits = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -44,15 +46,55 @@ class TokenHistory:
         self.seen[list(prompt)] = True
         self.generated = np.zeros(vocab_size, np.int64)
         """How often each token was generated."""
+        self.count = 0
+        """The number of generated tokens."""
 
     def add(self, token_id: int) -> None:
         """Count a generated token."""
         self.seen[token_id] = True
         self.generated[token_id] += 1
+        self.count += 1
 
 
 LogitsProcessor = Callable[[Scores, TokenHistory], Scores]
 """Returns changed logits f64 [vocabulary]; must not write into its argument."""
+
+
+class Bias:
+    """A processor that adds numbers to the logits of tokens; the least one, -100, excludes a token.
+
+    Source: the OpenAI API, ``logit_bias``.
+
+    Args:
+        biases: a number from -100 to 100 for each token id.
+    """
+
+    def __init__(self, biases: Mapping[int, float]) -> None:
+        self._ids = np.array(list(biases), np.int64)
+        values = np.array(list(biases.values()), np.float64)
+        self._values = np.where(values <= _EXCLUDES, -np.inf, values)
+
+    def __call__(self, logits: Scores, history: TokenHistory) -> Scores:  # noqa: ARG002  # a processor's signature
+        """Return the logits with their biases."""
+        changed = logits.copy()
+        changed[self._ids] += self._values
+        return changed
+
+
+class Exclusion:
+    """A processor that excludes the tokens ``ids`` until ``count`` tokens were generated; None for ever."""
+
+    def __init__(self, ids: Iterable[int], count: int | None = None) -> None:
+        self._ids = list(ids)
+        self._count = count
+
+    def __call__(self, logits: Scores, history: TokenHistory) -> Scores:
+        """Return the logits without the excluded tokens."""
+        if self._count is not None and history.count >= self._count:
+            return logits
+        changed = logits.copy()
+        changed[[token for token in self._ids if token < len(logits)]] = -np.inf
+        return changed
 
 
 class RepetitionPenalty:

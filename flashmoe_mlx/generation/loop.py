@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Self
 
+from flashmoe_mlx.generation.logprobs import TokenLogprobs
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.runner import Runner
@@ -51,6 +52,14 @@ class Generation(Iterator[Piece]):
     def metrics(self) -> RunMetrics:
         """The measurements of this generation."""
         return self._sequence.metrics
+
+    @property
+    def prompt_logprobs(self) -> list[TokenLogprobs]:
+        """The log probabilities of the prompt's tokens from the second on, if the request asks for them.
+
+        They are complete when the first piece is.
+        """
+        return self._sequence.prompt_logprobs
 
     @property
     def thinking(self) -> bool:

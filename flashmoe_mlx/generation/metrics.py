@@ -109,6 +109,8 @@ class RunMetrics:
     time_to_first_token: float | None = None
     """Seconds from the call to the first sampled token."""
     finish_reason: str | None = None
+    forced_tokens: int = 0
+    """The number of generated tokens that a constraint left no choice about, so that no pass chose them."""
     guesses: Guesses | None = None
     """The guesses of the prefetcher; None without a prefetcher."""
     sampling: Mapping[str, Any] | None = None
@@ -131,6 +133,7 @@ class RunMetrics:
             "metrics_version": METRICS_VERSION,
             "time_to_first_token": self.time_to_first_token,
             "finish_reason": self.finish_reason,
+            "forced_tokens": self.forced_tokens,
             "prefill_chunk": self.prefill_chunk,
             "sampling": self.sampling,
             "prompt": {

@@ -1,9 +1,12 @@
 """Passes over several sequences: their parts, their failures, and what they refuse."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import mlx.core as mx
+
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.logprobs import add_prompt_logprobs
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.layers.cache import SequenceCache
 
@@ -70,6 +73,22 @@ def take_states(positions: Mapping[Sequence, list[int]]) -> None:
     """Move the states that a pass kept to their sequences."""
     for sequence, kept in positions.items():
         sequence.kept |= dict(zip(kept, sequence.cache.take_states(len(kept)), strict=True))
+
+
+def score_prompts(ends: Mapping[Sequence, int], hidden: mx.array, logits_of: Callable[[mx.array], mx.array]) -> None:
+    """Compute the log probabilities of prompts after a pass, for the requests that ask for them.
+
+    Args:
+        ends: the ends of the sequences' rows of ``hidden``.
+        hidden: the hidden states [T, hidden] of the pass.
+        logits_of: computes logits.
+    """
+    for sequence, end in ends.items():
+        count = sequence.request.prompt_logprobs
+        if count is not None:
+            first, last = sequence.prefilled, sequence.cache.length
+            following = sequence.request.prompt_ids[first + 1 : last + 1]
+            add_prompt_logprobs(sequence.prompt_logprobs, following, count, hidden[end - (last - first) :], logits_of)
 
 
 def refuse_duplicates(sequences: list[Sequence]) -> None:

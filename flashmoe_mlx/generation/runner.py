@@ -24,6 +24,7 @@ from flashmoe_mlx.generation.passes import (
     refuse_broken,
     refuse_cancelled,
     refuse_duplicates,
+    score_prompts,
     take_states,
 )
 from flashmoe_mlx.generation.prefill_chunk import choose_chunk
@@ -225,7 +226,7 @@ class Runner:
         """Begin ``sequences`` where the prompt cache ends, unless that was done before."""
         if self.prompt_cache is not None and self.observer is None:
             for sequence in sequences:
-                if sequence.keep_at is None:
+                if sequence.keep_at is None and sequence.request.prompt_logprobs is None:
                     self.prompt_cache.resume(sequence)
 
     def _prefill_parts(
@@ -254,10 +255,12 @@ class Runner:
         if not complete:
             self._evaluate("experts", hidden, caches, used)
             take_states(positions)
+            score_prompts(ends, hidden, self.model.logits)
             return
         rows = [hidden[end - 1 : end] for end in complete.values()]
         logits = self._unchecked_logits(rows[0] if len(rows) == 1 else mx.concatenate(rows), caches, used)
         take_states(positions)
+        score_prompts(ends, hidden, self.model.logits)
         with self.clock.phase("sample"):
             for sequence, row in zip(complete, logits, strict=True):
                 with ending_alone(sequence, failures):
@@ -302,25 +305,32 @@ class Runner:
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Return whether the next steps of ``sequence`` need nothing from the host."""
-        return self._traces and self._used_experts() is not None and self._ahead.ready and sequence.can_choose_on_device
+        if not sequence.can_choose_on_device or len(sequence.pending) > 1:
+            return False
+        return self._traces and self._used_experts() is not None and self._ahead.ready
 
     def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.
 
-        Errors of the choices join ``failures``.
+        Forced tokens before the latest one are processed with it. Errors of the choices join ``failures``.
         """
         caches = [sequence.cache for sequence in sequences]
-        with measured_pass([(sequence.metrics.decode, 1) for sequence in sequences], self.store, self.clock):
+        pending = [sequence.pending for sequence in sequences]
+        lengths = [len(tokens) for tokens in pending]
+        stages = [(sequence.metrics.decode, length) for sequence, length in zip(sequences, lengths, strict=True)]
+        with measured_pass(stages, self.store, self.clock):
             used = self._used_experts()
             hidden = self._hidden(
-                [sequence.token_ids[-1] for sequence in sequences],
-                [1] * len(sequences),
+                [token for tokens in pending for token in tokens],
+                lengths,
                 caches,
                 [sequence.guesses for sequence in sequences],
                 used,
-                decoding=True,
+                decoding=max(lengths) == 1,
                 reached=lambda _: refuse_cancelled(sequences),
             )
+            if max(lengths) > 1:
+                hidden = hidden[mx.array(list(accumulate(lengths))) - 1]
             logits = self._unchecked_logits(hidden, caches, used)
             with self.clock.phase("sample"):
                 for sequence, row in zip(sequences, logits, strict=True):

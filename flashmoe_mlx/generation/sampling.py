@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.untrusted import read_object
+from flashmoe_mlx.generation.constraints import Allowed
 from flashmoe_mlx.generation.device_sampling import draw
 from flashmoe_mlx.generation.logits import (
+    Bias,
     CountPenalty,
     Logits,
     LogitsProcessor,
@@ -25,6 +27,7 @@ from flashmoe_mlx.generation.logits import (
 
 _TRANSFORMERS_TOP_K = 50
 """``top_k`` of a generation_config.json that samples and does not state it; source: transformers GenerationConfig."""
+AnyScores = TypeVar("AnyScores", Logits, Scores)
 _ABSENT = {"temperature": 1.0, "top_k": _TRANSFORMERS_TOP_K}
 
 
@@ -178,7 +181,8 @@ class PublishedSampling:
 class Sampler:
     """A source of the tokens that follow ``prompt``; equal seeds and logits give equal tokens.
 
-    ``processors`` change the logits after the penalties of ``options`` and before its temperature, as in transformers.
+    ``bias`` is added to the logits before the penalties of ``options``, as in vLLM. ``processors`` change the logits
+    after them and before the temperature, as in transformers.
     """
 
     def __init__(
@@ -187,6 +191,7 @@ class Sampler:
         seed: int | None = None,
         prompt: Sequence[int] = (),
         processors: Sequence[LogitsProcessor] = (),
+        bias: Mapping[int, float] | None = None,
     ) -> None:
         if seed is not None and (type(seed) is not int or seed < 0):
             raise InputError(
@@ -196,12 +201,15 @@ class Sampler:
         self._options = options
         self._random = np.random.default_rng(seed)
         self._returned: list[float] = []
-        self._processors = [*options.processors(), *processors]
+        biases: list[LogitsProcessor] = [Bias(bias)] if bias else []
+        self._processors = [*biases, *options.processors(), *processors]
         self._prompt = prompt
         self._history: TokenHistory | None = None
 
-    def __call__(self, logits: Logits) -> int:
+    def __call__(self, logits: Logits, allowed: Allowed | None = None) -> int:
         """Return the next token for ``logits`` [vocabulary], and count it as generated.
+
+        ``allowed`` bool [vocabulary] excludes tokens after all processors; None allows all.
 
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``. Code "no_token_left" if the logits
@@ -210,7 +218,7 @@ class Sampler:
         """
         logits = checked_logits(logits)
         if not self._processors:
-            return self._drawn(logits)
+            return self._drawn(logits if allowed is None else _only(allowed, logits))
         scores: Scores = logits.astype(np.float64)
         if self._history is None:
             self._history = TokenHistory(self._prompt, len(logits))
@@ -222,11 +230,16 @@ class Sampler:
                     f"logits, {logits.shape}",
                     code="invalid_processor",
                 )
-        if not np.isfinite(scores.max()):
-            raise FlashMoeError("the logits processors leave no token to choose", code="no_token_left")
-        token = self._drawn(scores)
+        token = self._drawn(_only(allowed, scores))
         self._history.add(token)
         return token
+
+    def count(self, token: int) -> None:
+        """Count ``token``, which a constraint forces, as generated; the next draw is that after a call."""
+        if self._processors and self._history is not None:
+            self._history.add(token)
+        if self._options.temperature != 0:
+            self._uniform()
 
     @property
     def can_choose_on_device(self) -> bool:
@@ -283,6 +296,19 @@ class Sampler:
         if options.min_p > 0:
             tokens = tokens[scaled[tokens] >= np.log(options.min_p)]
         return tokens
+
+
+def _only(allowed: Allowed | None, scores: AnyScores) -> AnyScores:
+    """Return the scores of the ``allowed`` tokens, and -inf for the rest.
+
+    Raises:
+        FlashMoeError: no token is left; code "no_token_left".
+    """
+    if allowed is not None:
+        scores = np.where(allowed, scores, scores.dtype.type(-np.inf))
+    if not np.isfinite(scores.max()):
+        raise FlashMoeError("the logits processors and constraints leave no token to choose", code="no_token_left")
+    return scores
 
 
 def _probabilities(scaled: Scores) -> Scores:

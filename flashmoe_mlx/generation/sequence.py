@@ -7,7 +7,8 @@ from enum import Enum, auto
 
 import mlx.core as mx
 
-from flashmoe_mlx.generation.logits import Logits
+from flashmoe_mlx.generation.constraints import ConstrainedAnswer
+from flashmoe_mlx.generation.logits import Exclusion, Logits
 from flashmoe_mlx.generation.logprobs import TokenLogprobs, token_logprobs
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompt_cache.positions import Kind
@@ -64,6 +65,7 @@ class Sequence:
         kept: the states that passes kept, by their positions.
         token_ids: the generated tokens.
         logprobs: their log probabilities, if the request asks for them.
+        prompt_logprobs: those of the tokens of the prompt, from the second on, if the request asks for them.
         finish_reason: "stop" (a stop token or a stop string), "length" (``max_tokens`` or the context limit) or
             "cancelled"; None while the answer continues.
         metrics: the measurements of this sequence.
@@ -105,6 +107,7 @@ class Sequence:
         self.kept: dict[int, Checkpoint] = {}
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
         self.guesses = Guesses()
         self.metrics = RunMetrics(
@@ -118,7 +121,17 @@ class Sequence:
         self._on_finish = on_finish
         self._start = time.perf_counter() if start is None else start
         self._limit = min(request.max_tokens, max_context - len(request.prompt_ids) + 1)
-        self._sampler = Sampler(request.sampling.options, request.seed, request.prompt_ids, request.processors)
+        processors = [*request.processors]
+        if request.min_tokens:
+            processors.append(Exclusion(request.stop_ids, request.min_tokens))
+        self._sampler = Sampler(
+            request.sampling.options, request.seed, request.prompt_ids, processors, request.logit_bias
+        )
+        self._constrained: ConstrainedAnswer | None = None
+        if request.constraint is not None:
+            self._constrained = request.constraint.begin(request.prompt_ids, request.stop_ids)
+        self._skips_forced = request.logprobs is None and not request.processors
+        """Whether nobody needs the logits of forced tokens."""
 
     @property
     def status(self) -> Status:
@@ -149,7 +162,7 @@ class Sequence:
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``.
         """
-        token = self._sampler(logits)
+        token = self._sampler(logits, None if self._constrained is None else self._constrained.allowed())
         if self.request.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.request.logprobs))
         self.accept(token)
@@ -157,7 +170,13 @@ class Sequence:
     @property
     def can_choose_on_device(self) -> bool:
         """Whether the next tokens can be chosen without their logits on the host."""
-        return self.request.logprobs is None and self._sampler.can_choose_on_device
+        free = self._constrained is None or not self._constrained.restricts
+        return free and self.request.logprobs is None and self._sampler.can_choose_on_device
+
+    @property
+    def pending(self) -> list[int]:
+        """The generated tokens that are not in ``cache``: the latest one, and forced ones before it."""
+        return self.token_ids[max(0, self.cache.length - len(self.request.prompt_ids)) :]
 
     @property
     def one_token_left(self) -> bool:
@@ -180,7 +199,29 @@ class Sequence:
             self._sampler.return_number(step.number)
 
     def accept(self, token: int) -> None:
-        """Append the chosen ``token``; the sequence may be finished then."""
+        """Append the chosen ``token`` and those that it forces; the sequence may be finished then."""
+        self._append(token)
+        constrained = self._constrained
+        if constrained is None:
+            return
+        forced: list[int] = []
+        while self.finish_reason is None:
+            constrained.add(token)
+            if constrained.complete:
+                self.finish("stop")
+                return
+            forced = forced or (constrained.forced() if self._skips_forced else [])
+            if not forced:
+                break
+            token = forced.pop(0)
+            self._sampler.count(token)
+            self.metrics.forced_tokens += 1
+            self._append(token)
+        if constrained.restricts:
+            self.settle()  # a step ahead chose from all tokens
+
+    def _append(self, token: int) -> None:
+        """Append ``token``, which may be the last one."""
         self.token_ids.append(token)
         if self.metrics.time_to_first_token is None:
             self.metrics.time_to_first_token = time.perf_counter() - self._start

@@ -82,8 +82,9 @@ class TextStream:
             thought, segments = self._split(token, text)
             self.reasoning_tokens += self.thinking or bool(thought)
             reasoning += thought
-            content += self._stop.add(self._without_calls(segments, calls))
             self._read += 1
+            answer = self._without_calls(segments, calls)
+            content += answer if self._read < sequence.request.min_tokens else self._stop.add(answer)
         if sequence.finish_reason is not None and self._stop.found is None:
             thought, segments = self._rest()
             reasoning += thought

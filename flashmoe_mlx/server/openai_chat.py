@@ -80,7 +80,7 @@ def parse_conversation(fields: Fields, engine: Engine) -> Conversation:
     elif fields.integer("top_logprobs", 0, _MOST_LOGPROBS):
         fields.refuse("top_logprobs", "needs logprobs: true")
     tools = declared_tools(fields)
-    options |= constraint_options(fields)
+    options |= constraint_options(fields, tools)
     return Conversation(messages, tools if fields.any("tool_choice") != "none" else [], options)
 
 

@@ -196,7 +196,7 @@ class ReasoningSplitter:
 
 def _initial_state(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _State:
     """Return the state at the end of the prompt."""
-    start = next((end for end in range(len(prompt_ids), 0, -1) if prompt_ids[end - 1] in tokenizer.special_ids), 0)
+    start = _turn_start(tokenizer, prompt_ids)
     scanner = TagScanner(tokenizer.added_tokens, (THINK, END_THINK))
     detokenizer = tokenizer.detokenizer()
     state = _State.START
@@ -207,6 +207,17 @@ def _initial_state(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> _State:
         elif state is _State.OPENED and segment.text.strip("\n"):
             state = _State.THINKING
     return state
+
+
+def thinking_is_closed(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> bool:
+    """Tell whether the prompt ends after thinking, so that the model answers at once."""
+    start = _turn_start(tokenizer, prompt_ids)
+    return END_THINK in tokenizer.decode(list(prompt_ids[start:]))
+
+
+def _turn_start(tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> int:
+    """Return the position after the last special token, which begins the last turn."""
+    return next((end for end in range(len(prompt_ids), 0, -1) if prompt_ids[end - 1] in tokenizer.special_ids), 0)
 
 
 def _join_content(pieces: tuple[str, list[Segment]]) -> tuple[str, str]:

@@ -62,6 +62,10 @@ class Tokenizer:
         """The number of tokens, added tokens included; the embedding of a model often has more rows."""
         return self._tokenizer.get_vocab_size()
 
+    def to_json(self) -> str:
+        """Return the content of ``tokenizer.json``."""
+        return self._tokenizer.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``. Special tokens in the text are recognized; no special tokens are added.
 

@@ -26,6 +26,7 @@ from enum import Enum, auto
 from flashmoe_mlx.text.tags import END_TOOL_CALL, TOOL_CALL, Segment, TagScanner
 from flashmoe_mlx.text.tool_formats.answer_text import AnswerText
 from flashmoe_mlx.text.tool_formats.calls import CallDelta, Output, ToolCall, json_text
+from flashmoe_mlx.text.tool_formats.qwen_grammar import body_grammar
 from flashmoe_mlx.text.tool_formats.qwen_value import (
     END_FUNCTION,
     END_PARAMETER,
@@ -375,3 +376,4 @@ def _name(text: str) -> str:
 
 
 READER = QwenXmlReader
+GRAMMAR = body_grammar

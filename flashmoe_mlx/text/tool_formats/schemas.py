@@ -107,6 +107,41 @@ class ToolSchemas:
             self._parameters[key] = TEXT if undeclared else Parameter(kinds, frozenset(reader.words))
         return self._parameters[key]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the functions."""
+        return list(self._schemas)
+
+    def parameters(self, function: str) -> list[str]:
+        """Return the names of the declared parameters of ``function``."""
+        return list(self._declared(function))
+
+    def required(self, function: str) -> frozenset[str]:
+        """Return the names of the declared parameters without which a call is incomplete."""
+        root = self._resolved(function, self._schemas.get(function))
+        names = {name for name in _items(root.get("required")) if isinstance(name, str)}
+        return frozenset(names & self._declared(function).keys())
+
+    def is_open(self, function: str) -> bool:
+        """Tell whether ``function`` takes parameters that are not declared, as an object without properties does."""
+        root = self._schemas.get(function)
+        return isinstance(root, Mapping) and "properties" not in root and root.get("additionalProperties") is not False
+
+    def schema(self, function: str, name: str) -> dict[str, Any]:
+        """Return the schema of a declared parameter, with the definitions to which its references may refer."""
+        root = self._schemas.get(function)
+        definitions = {key: root[key] for key in ("$defs", "definitions") if isinstance(root, Mapping) and key in root}
+        return {**definitions, **self._resolved(function, self._declared(function).get(name))}
+
+    def _resolved(self, function: str, schema: Any) -> dict[str, Any]:
+        """Return ``schema``, or what it refers to, as an object."""
+        if not isinstance(schema, Mapping):
+            return {}
+        target = _Reader(self._schemas.get(function)).target(schema.get("$ref"))
+        if not isinstance(target, Mapping):
+            return dict(schema)
+        return {**target, **{key: value for key, value in schema.items() if key != "$ref"}}
+
     def _declared(self, function: str) -> dict[str, Any]:
         """Return the schemas of the declared parameters by name."""
         if function not in self._properties:
@@ -134,7 +169,7 @@ class _Reader:
             return {}
         self._seen.add(id(schema))
         found: dict[str, Any] = {}
-        parts = [self._target(schema.get("$ref"))]
+        parts = [self.target(schema.get("$ref"))]
         parts += [part for key in ("allOf", "anyOf", "oneOf") for part in _items(schema.get(key))]
         for part in parts:
             found |= self.properties(part, depth + 1)
@@ -168,13 +203,13 @@ class _Reader:
         values = [*_items(schema.get("enum")), *([schema["const"]] if "const" in schema else [])]
         self.words.update(value for value in values if isinstance(value, str))
         yield _union(map(_kinds_of, values))
-        yield self.kinds(self._target(schema.get("$ref")), depth)
+        yield self.kinds(self.target(schema.get("$ref")), depth)
         for part in _items(schema.get("allOf")):
             yield self.kinds(part, depth)
         for key in ("anyOf", "oneOf"):
             yield _union(self.kinds(part, depth) for part in _items(schema.get(key)))
 
-    def _target(self, reference: Any) -> Any:
+    def target(self, reference: Any) -> Any:
         """Return the schema at a local reference such as ``#/$defs/Unit``; None if there is none."""
         if not isinstance(reference, str) or not reference.startswith("#"):
             return None
