@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.host_slots import HostBatch
 from flashmoe_mlx.stores.libc import MADV_POPULATE_READ, madvise
 from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
@@ -87,7 +88,7 @@ class MmapStore(ExpertStore):
         else:
             self._slab = Slab(slots, source.layout.record_bytes)
 
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
         extents = {expert: self.source.extents(layer, expert)[0] for expert in distinct}
         mappings = {expert: self._mapping(layer, expert, extents[expert]) for expert in distinct}
@@ -96,32 +97,41 @@ class MmapStore(ExpertStore):
             for expert in distinct:  # start all reads before waiting for the first
                 mappings[expert].advise(extents[expert], mmap.MADV_WILLNEED)
         if self._on_gpu is not None:
-            batch, done = self._load_on_gpu(self._on_gpu, layer, experts, distinct)
+            batch, done = self._load_on_gpu(self._on_gpu, layer, experts, distinct, delivery)
             return batch, sampled + done
+        views = {expert: mappings[expert].view(extents[expert]) for expert in distinct}
         if self._populate:
+            delivery.deliver([], lambda: self._batch([], views))  # the system reads in the meantime
             for expert in distinct:
                 try:
                     mappings[expert].populate(extents[expert])
                 except OSError as error:
                     raise _as_read(expert, extents[expert]).failed(layer, error) from error
-        views = {expert: mappings[expert].view(extents[expert]) for expert in distinct}
-        slots = {expert: slot for slot, expert in enumerate(distinct)}
-        batch = _MappedBatch(
-            tuple(slots[expert] for expert in experts), [views[expert].data for expert in experts], lambda _: self._slab
-        )
+                delivery.deliver([expert], partial(self._batch, [expert], views))
+        batch = self._batch(experts, views)
         nbytes = sum(extent.nbytes for extent in extents.values())
         return batch, replace(sampled, misses=len(distinct), reads=len(distinct), bytes_read=nbytes)
 
+    def _batch(self, experts: Sequence[int], views: Mapping[int, npt.NDArray[np.uint8]]) -> "_MappedBatch":
+        slots = {expert: slot for slot, expert in enumerate(dict.fromkeys(experts))}
+        return _MappedBatch(
+            tuple(slots[expert] for expert in experts), [views[expert].data for expert in experts], lambda _: self._slab
+        )
+
     def _load_on_gpu(
-        self, on_gpu: Slots, layer: int, experts: Sequence[int], distinct: Sequence[int]
+        self, on_gpu: Slots, layer: int, experts: Sequence[int], distinct: Sequence[int], delivery: Delivery
     ) -> tuple[ExpertBatch, StoreStats]:
         places = {expert: slot for slot, expert in enumerate(distinct)}
         filling = on_gpu.fill(list(places.values()))
+
+        def ready(arrived: Sequence[int]) -> None:
+            filling.arrived([places[expert] for expert in arrived])
+            delivery.deliver(arrived, lambda: on_gpu.batch([places[expert] for expert in arrived]))
+
         try:
             wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
-            reads, nbytes = self._copier.read(
-                layer, wanted, lambda arrived: filling.arrived([places[expert] for expert in arrived])
-            )
+            begun = partial(delivery.deliver, [], lambda: on_gpu.batch([]))
+            reads, nbytes = self._copier.read(layer, wanted, ready, begun)
         except BaseException:
             filling.give_up()
             raise

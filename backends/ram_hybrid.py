@@ -1,6 +1,6 @@
 """A memory budget for the most used experts; all other experts are read from storage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -10,7 +10,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertReadError, ExpertStore, LayerInMemory, StoreStats
+from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, LayerInMemory, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy
@@ -117,14 +118,23 @@ class RamHybridStore(ExpertStore):
     def _empty(self, layer: int) -> SlotCache:
         return SlotCache(self._capacity, make_policy(self._policy, self._capacity, self._hot[layer]))
 
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
         if layer in self._places:
             places = self._places[layer]
             return self._layers[layer].batch([places[expert] for expert in experts]), StoreStats(hits=len(distinct))
         try:
             placement = self._caches[layer].place(distinct)
-            done = self._fill(layer, {expert: placement.slots[expert] for expert in placement.misses})
+            missing = {expert: placement.slots[expert] for expert in placement.misses}
+            held: list[int] | None = [expert for expert in distinct if expert not in missing]
+
+            def ready(arrived: Sequence[int]) -> None:
+                nonlocal held
+                usable, held = [*(held or ()), *arrived], None  # experts that have slots come with the first arrivals
+                slots = [placement.slots[expert] for expert in usable]
+                delivery.deliver(usable, lambda: self._layers[layer].batch(slots))
+
+            done = self._fill(layer, missing, ready if missing else None)
         except BaseException as error:
             # After a failed read only the slots of the misses are invalid. After any other error, such as an
             # interrupt, the state of this layer is unknown.
@@ -150,11 +160,13 @@ class RamHybridStore(ExpertStore):
         # Hinted experts get separate slots: a guess evicts no expert, and hits do not depend on hints.
         self._reader.prefetch(layer, [expert for expert in experts if expert not in self._caches[layer]])
 
-    def _fill(self, layer: int, places: Mapping[int, int]) -> StoreStats:
-        """Read each expert of ``places``, a map from experts to slots, into its slot."""
+    def _fill(
+        self, layer: int, places: Mapping[int, int], ready: Callable[[Sequence[int]], None] | None = None
+    ) -> StoreStats:
+        """Read each expert of ``places``, a map from experts to slots, into its slot; ``ready`` is as for readers."""
         filling = self._layers[layer].fill(list(places.values()))
         try:
-            done = self._reader.read(layer, places, filling)
+            done = self._reader.read(layer, places, filling, ready)
         except ExpertReadError:
             self._caches[layer].drop(places)
             raise

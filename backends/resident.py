@@ -7,7 +7,8 @@ import mlx.core as mx
 
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.progress import report
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, LayerInMemory, StoreStats
+from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import DEPTH, Limit
 from flashmoe_mlx.stores.memory import check_memory
 from flashmoe_mlx.stores.readers import make_reader
@@ -65,7 +66,7 @@ class ResidentStore(ExpertStore):
         table = place_table(range(source.num_experts))
         self._whole = [whole_layer(slots, table) for slots in self._layers]
 
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:  # noqa: ARG002  # there are only hits
         return self._layers[layer].batch(experts), StoreStats(hits=len(set(experts)))
 
     def _in_memory(self, layer: int) -> LayerInMemory | None:

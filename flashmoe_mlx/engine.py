@@ -19,6 +19,7 @@ from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
+from flashmoe_mlx.generation.prompt_cache.disk import Disk, open_disk
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.generation.prompting import Messages, encode_prompt
 from flashmoe_mlx.generation.request import (
@@ -68,6 +69,8 @@ def load(
     prefetch: str = "none",
     profile: bool = False,
     prompt_cache_gib: float | None = None,
+    cache_dir: str | Path | None = None,
+    cache_dir_gib: float = 16.0,
     on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
@@ -89,6 +92,8 @@ def load(
         profile: evaluate every phase separately, which is slower but makes the split of the time exact.
         prompt_cache_gib: memory for the states of earlier prompts and answers, from which later prompts continue; 0 to
             compute every prompt, None for a sixteenth of the machine's memory, at most 4 GiB.
+        cache_dir: folder in which conversations outlast the process, readable by its owner only; None for none.
+        cache_dir_gib: the largest size of the conversations of this model in ``cache_dir``.
         on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
@@ -128,7 +133,14 @@ def load(
             "backend": settings,
             "prompt_cache_bytes": cache_bytes,
         }
-        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes)
+        disk = None
+        if cache_dir is not None:
+            try:
+                disk = open_disk(expand_path(cache_dir), cache_dir_gib, files.folder, setup, built)
+            except BaseException:
+                store.close()
+                raise
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -157,6 +169,7 @@ class Engine:
         prefetcher: Prefetcher | None = None,
         sampling: PublishedSampling | None = None,
         prompt_cache_bytes: int = 0,
+        disk: Disk | None = None,
     ) -> None:
         self.store = store
         self.setup = setup
@@ -167,8 +180,8 @@ class Engine:
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
         prompt_cache = None
-        if prompt_cache_bytes:
-            prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer)
+        if prompt_cache_bytes or disk is not None:
+            prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer, disk)
         self.runner = Runner(
             model,
             store,

@@ -164,6 +164,13 @@ def test_more_tiles_of_a_span_than_are_in_flight(
     check(kernel_cases.attention(geometry, BF16, context=32 * 32 * 6 + 5), on_ampere, "attention_decode_tensor")
 
 
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_attention_with_narrow_keys_and_values(kv_bits: int, on_hopper: gpu_on_cpu.Launches) -> None:
+    geometry = Geometry(64, 32, 4, 2, 64, 16, 1, 1, 32, 16)
+    for tokens, name in ((1, "attention_decode"), (3, "attention_prepare")):
+        check(kernel_cases.attention(geometry, F32, context=70, tokens=tokens, kv_bits=kv_bits), on_hopper, name)
+
+
 BODIES = {
     "routed_experts_gate_up_with_shared_expert": partial(kernel_cases.routed_experts, SMALL, group_size=32, tokens=3),
     "routed_experts_down": partial(kernel_cases.routed_experts, SMALL, group_size=32, bits=3, shared=False),

@@ -20,9 +20,10 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_experts
 from flashmoe_mlx.engine import Engine, Piece
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.generation.request import PromptOptions, RequestOptions
+from flashmoe_mlx.generation.request import ConstraintOptions, PromptOptions, RequestOptions
 from flashmoe_mlx.moe.by_expert import expert_weights
-from flashmoe_mlx.stores.contract import ExpertBatch, StoreClosedError
+from flashmoe_mlx.stores.contract import StoreClosedError
+from flashmoe_mlx.stores.delivery import ExpertBatch
 
 PROMPT = "Hello, store"
 
@@ -336,5 +337,5 @@ def test_unknown_options_are_refused(engine: Engine) -> None:
 
 
 def test_every_option_is_documented() -> None:
-    text = f"{PromptOptions.__doc__}{RequestOptions.__doc__}"
+    text = f"{PromptOptions.__doc__}{ConstraintOptions.__doc__}{RequestOptions.__doc__}"
     assert set(re.findall(r"^ {8}(\w+):", text, re.MULTILINE)) == set(RequestOptions.__annotations__)

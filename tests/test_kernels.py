@@ -373,6 +373,13 @@ def test_the_checks_notice_an_unwritten_element() -> None:
     assert relative_error(mx.ones((3,)), whole.astype(mx.float64)) == float("inf")
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(("kv_bits", "width", "tokens"), [(8, 32, 1), (4, 64, 1), (8, 64, 3), (4, 96, 2), (4, 256, 1)])
+def test_attention_with_narrow_keys_and_values(kv_bits: int, width: int, tokens: int) -> None:
+    geometry = cases.Geometry(64, 32, 4, 2, width, 16, 1, 1, 32, 16)
+    check(cases.attention(geometry, mx.float32, context=70, tokens=tokens, kv_bits=kv_bits))
+
+
 @pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantized_matvec"])
 def test_mlx_operations_equal_the_references(operation: str) -> None:
     make = {
@@ -547,9 +554,12 @@ def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
     template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
-    assert compile_for_cuda(attention.PREPARE, [dtype] * 7 + [F32, I32], [dtype], template | {"ROTARY": 64} | eps)
     parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
-    assert compile_for_cuda(attention.DECODE, [dtype] * 3 + [I32], [F32, F32], template | parts)
+    for rows, bits, width in ((dtype, 0, 256), (mx.uint32, 8, 68), (mx.uint32, 4, 36)):
+        cached = {"KV": rows, "ROW": width, "GROUP": 64, "BITS": bits}
+        inputs = [dtype] * 5 + [rows] * 2 + [F32, I32]
+        assert compile_for_cuda(attention.PREPARE, inputs, [dtype], template | {"ROTARY": 64} | eps | cached)
+        assert compile_for_cuda(attention.DECODE, [dtype, rows, rows, I32], [F32, F32], template | cached | parts)
     assert compile_for_cuda(attention.MERGE, [F32, F32, dtype], [dtype], template | {"SIMDGROUPS": 8, "MOST_SPANS": 64})
 
 

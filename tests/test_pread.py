@@ -21,7 +21,7 @@ from flashmoe_mlx.backends.pread import PreadStore
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.stores import read_ahead, slab, thread_reader
+from flashmoe_mlx.stores import prefetches, read_ahead, slab, thread_reader
 from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
 from flashmoe_mlx.stores.reads import FileDescriptorCache, open_for_reading
 from flashmoe_mlx.testing.leaks import nothing_left_behind
@@ -218,14 +218,14 @@ def test_an_incomplete_prefetch_is_not_used(tmp_path: Path, monkeypatch: pytest.
     """An incomplete prefetch is not used; the fetch reads the record."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
     monkeypatch.setattr(read_ahead, "_CHUNK", stored.source.layout.record_bytes // 4)
-    original = read_ahead._Prefetch.run
+    original = prefetches.ThreadPrefetch.run
 
     def lose_the_last(job: Any, files: Any) -> None:
-        monkeypatch.setattr(read_ahead, "total_bytes", lambda _: stored.source.layout.record_bytes)
+        monkeypatch.setattr(prefetches, "total_bytes", lambda _: stored.source.layout.record_bytes)
         job.plan = job.plan[:-1]
         original(job, files)
 
-    monkeypatch.setattr(read_ahead._Prefetch, "run", lose_the_last)
+    monkeypatch.setattr(prefetches.ThreadPrefetch, "run", lose_the_last)
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
         _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
@@ -237,7 +237,7 @@ def test_a_prefetch_thread_survives_any_error(stored: StoredExperts, monkeypatch
     def fail(*_: object) -> int:
         raise IndexError
 
-    monkeypatch.setattr(read_ahead, "read_exactly", fail)
+    monkeypatch.setattr(prefetches, "read_exactly", fail)
     with PreadStore(stored.source, threads=1) as store:
         store.prefetch(0, [3])
         _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
@@ -262,7 +262,7 @@ def test_a_prefetch_that_ends_while_it_is_counted(stored: StoredExperts, monkeyp
             asked.append(True)
             return len(asked) == 1
 
-        monkeypatch.setattr(read_ahead._Prefetch, "writing", property(end_after_the_first_look))
+        monkeypatch.setattr(prefetches.ThreadPrefetch, "writing", property(end_after_the_first_look))
         reader = store._reader
         reader._cancel(reader._hinted.values())
         reader._hinted = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,3 +171,38 @@ def test_memory_stays_within_the_budget(engine: Engine) -> None:
         sizes.append(cache.nbytes)
     assert max(sizes) <= 2**20
     assert engine.runner._ended == []
+
+
+@pytest.mark.parametrize("damage", ["none", "keys and values", "state", "header", "missing", "other settings"])
+def test_conversations_outlast_the_process(tiny_pack: Path, tmp_path: Path, damage: str) -> None:
+    def answer(prompt: list[int], **options: Any) -> tuple[Sequence, Logits]:
+        capture = Capture()
+        with flashmoe_mlx.load(tiny_pack, cache_dir=tmp_path / "cache", prompt_cache_gib=0.01, **options) as engine:
+            sequence = run(engine, begin(engine, prompt, max_tokens=4, processors=(capture,)))
+        assert capture.first is not None
+        return sequence, capture.first
+
+    first, _ = answer(list(range(1, 60)))
+    prompt = [*first.request.prompt_ids, *first.token_ids, 7, 8, 9]
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    states = sorted((tmp_path / "cache").glob("*/*/*.safetensors"))
+    keys = next((tmp_path / "cache").glob("*/*/kv.bin"))
+    if damage == "keys and values":
+        data = bytearray(keys.read_bytes())
+        data[10] ^= 1
+        keys.write_bytes(data)
+    for state in states:
+        data = bytearray(state.read_bytes())
+        if damage == "state":
+            data[-1] ^= 1
+        elif damage == "header":
+            data = data[:40]
+        state.write_bytes(data)
+    if damage == "missing":
+        keys.unlink()
+    options = {"experts_k": 2} if damage == "other settings" else {}
+    second, logits = answer(prompt, **options)
+    assert second.metrics.reused_from == ("disk" if damage == "none" else None)
+    assert (second.metrics.computed_tokens == 4) == (damage == "none")
+    with flashmoe_mlx.load(tiny_pack, prompt_cache_gib=0, **options) as engine:
+        np.testing.assert_allclose(logits, engine.logits(prompt)[-1], atol=1e-3)

@@ -127,7 +127,7 @@ def test_a_failed_read_ends_the_sequences_of_its_pass(engine: Engine, monkeypatc
         scheduler.step()
         load_experts = engine.store._load  # a disk that fails once
 
-        def fail(layer: int, experts: Any) -> Any:
+        def fail(layer: int, experts: Any, _: object) -> Any:
             monkeypatch.setattr(engine.store, "_load", load_experts)
             raise ExpertReadError(Path("disk"), layer, experts[0], 0, "gone")
 

@@ -1,7 +1,7 @@
 """Every backend passes the conformance suite, with several options and on emulated machines."""
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -72,30 +72,20 @@ class _ThroughRing(ExpertStoreTests):
     """A short read returns a multiple of this number of bytes."""
 
     def inject(self, monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-        original, count = uring.Ring.run, 0
+        original, count = uring.Ring.ended, 0
 
-        def run(ring: uring.Ring, reads: Sequence[uring.RingRead]) -> list[int]:
+        def ended(ring: uring.Ring, at_least: int = 0) -> list[tuple[int, int]]:
             nonlocal count
-            outcomes = [fault(count + index + 1) for index in range(len(reads))]
-            count += len(reads)
-            shortened = [
-                uring.RingRead(
-                    read.file,
-                    read.offset,
-                    read.view[: max(outcome // self.alignment * self.alignment, self.alignment)],
-                    read.buffer,
-                )
-                if outcome is not None and outcome > 0
-                else read
-                for read, outcome in zip(reads, outcomes, strict=True)
-            ]
-            results = original(ring, shortened)
-            return [
-                outcome if outcome is not None and outcome < 0 else result
-                for outcome, result in zip(outcomes, results, strict=True)
-            ]
+            results = []
+            for number, result in original(ring, at_least):
+                count += 1
+                outcome = fault(count)
+                if outcome is not None and outcome > 0:
+                    outcome = min(result, max(outcome // self.alignment * self.alignment, self.alignment))
+                results.append((number, result if outcome is None else outcome))
+            return results
 
-        monkeypatch.setattr(uring.Ring, "run", run)
+        monkeypatch.setattr(uring.Ring, "ended", ended)
 
 
 class TestPread(ExpertStoreTests):

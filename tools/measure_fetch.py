@@ -29,7 +29,8 @@ from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.research.estimate.probe_models import SIZES
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import ExpertBatch
 from flashmoe_mlx.stores.registry import backend_settings, create_store
 
 _TINY = replace(SIZES["large"], hidden_size=128, num_experts=16, expert_size=128, shared_expert_size=128)

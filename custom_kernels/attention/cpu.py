@@ -1,13 +1,13 @@
 """The kernel of attention in the C++ extension."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
-from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
+from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs, without_codes
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
 from flashmoe_mlx.custom_kernels.native.reduced import ACROSS_TILES, reduced
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry
@@ -78,11 +78,6 @@ def copied(cache: mx.array) -> mx.array:
     copy = cache * 1
     mx.eval(copy)
     return copy
-
-
-def without_codes(weights: AttentionWeights) -> Callable[[list[mx.array]], list[mx.array]]:
-    """Return a function that leaves out quantized caches, whose codes differ by one where roundings differ."""
-    return (lambda results: results[:1]) if weights.rows.quantized else (lambda results: results)
 
 
 def drawn(weights: AttentionWeights, dtype: mx.Dtype, tokens: int, start: int) -> AttentionInputs:

@@ -12,8 +12,8 @@ const int length = position[0] + 1, capacity = keys_shape[2], spans = threadgrou
 const int span = (capacity + spans - 1) / spans;
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
-const device T* own_keys = keys + (long)kv_head * capacity * DIM;
-const device T* own_values = values + (long)kv_head * capacity * DIM;
+const device KV* own_keys = keys + (long)kv_head * capacity * ROW;
+const device KV* own_values = values + (long)kv_head * capacity * ROW;
 
 float q[HEADS_AT_ONCE * WIDTH], sums[HEADS_AT_ONCE * WIDTH], largest[HEADS_AT_ONCE], total[HEADS_AT_ONCE];
 #pragma unroll
@@ -28,8 +28,8 @@ for (int h = 0; h < HEADS_AT_ONCE; h++) {
 }
 for (int key = begin + simdgroup; key < end; key += SIMDGROUPS) {
   float k[WIDTH], v[WIDTH];
-  load_some<WIDTH>(own_keys + (long)key * DIM + lane * WIDTH, k);
-  load_some<WIDTH>(own_values + (long)key * DIM + lane * WIDTH, v);
+  load_row<DIM, GROUP, BITS, WIDTH>(own_keys + (long)key * ROW, lane * WIDTH, k);
+  load_row<DIM, GROUP, BITS, WIDTH>(own_values + (long)key * ROW, lane * WIDTH, v);
 #pragma unroll
   for (int h = 0; h < HEADS_AT_ONCE; h++) {
     float score = 0.0f;

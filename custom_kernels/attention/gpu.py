@@ -13,7 +13,7 @@ import numpy as np
 
 from flashmoe_mlx.custom_kernels.attention.mlx import attention
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
-from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs
+from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs, without_codes
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
 from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect
 from flashmoe_mlx.custom_kernels.nvidia import gpu
@@ -27,11 +27,15 @@ PREPARE = Kernel(
     "prepare",
     ["q_and_gate", "k", "v", "q_norm", "k_norm", *_CACHE],
     ["queries"],
-    ["functions"],
+    ["functions", "loads", "rows"],
     in_place=["keys", "values"],
 )
 DECODE = Kernel(
-    __package__, "decode", ["queries", "keys", "values", "position"], ["partial", "peaks"], ["functions", "loads"]
+    __package__,
+    "decode",
+    ["queries", "keys", "values", "position"],
+    ["partial", "peaks"],
+    ["functions", "loads", "rows"],
 )
 MERGE = Kernel(__package__, "merge", ["partial", "peaks", "q_and_gate"], ["y"], ["functions"])
 _SIMDGROUPS = 8
@@ -64,11 +68,12 @@ def code_path(inputs: AttentionInputs) -> CodePath | None:
     weights, dtype, tokens = inputs.weights, inputs.q_and_gate.dtype, len(inputs.q_and_gate)
     if dtype not in (mx.float32, mx.bfloat16) or weights.head_dim % 32 or weights.head_dim > 256:
         return None
-    if weights.rows.dtype(dtype) != dtype:
+    if not weights.rows.is_supported:
         return None
+    rows = weights.rows.phrase
     if tokens > 1:
-        return (tokens_phrase(tokens),)
-    return tokens_phrase(tokens), "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
+        return tokens_phrase(tokens), rows
+    return tokens_phrase(tokens), rows, "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:
@@ -89,6 +94,12 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     }
     frequencies = _rotary(weights.rotary_dim, weights.theta, weights.frequencies)
     arrays = [q_and_gate, inputs.k, inputs.v, weights.q_norm, weights.k_norm, keys, values, frequencies, position]
+    cached: dict[str, int | mx.Dtype] = {
+        "KV": keys.dtype,
+        "ROW": weights.rows.width,
+        "GROUP": weights.rows.group_size,
+        "BITS": weights.kv_bits if weights.rows.quantized and weights.kv_bits else 0,
+    }
     norm_and_rotary: dict[str, int | mx.Dtype] = {"ROTARY": weights.rotary_dim, "EPS": bits_of(weights.eps)}
     if tokens == 1 and (stages := stages_on_tensor_cores(weights, dtype)):
         most_spans = max(32, _BLOCKS // weights.kv_heads // 32 * 32)
@@ -110,13 +121,14 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         [((1, heads, tokens, width), dtype)],
         (heads + 2 * weights.kv_heads, tokens, 1),
         32,
-        template | norm_and_rotary,
+        template | norm_and_rotary | cached,
     )
     if tokens > 1:
         # The kernel that writes the caches also returns the queries, so attention over both runs after it.
         end = inputs.start + tokens
         gate = q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1]
-        mixed = attention(queries, keys[:, :, :end], values[:, :, :end])
+        seen = (weights.rows.unpack(cache[:, :, :end], dtype) for cache in (keys, values))
+        mixed = attention(queries, *seen)
         y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
         return y.reshape(tokens, heads * width), keys, values
 
@@ -128,7 +140,7 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
         (spans, heads // at_once, 1),
         32 * _SIMDGROUPS,
-        template | {"HEADS_AT_ONCE": at_once, "WIDTH": width // 32, "SIMDGROUPS": _SIMDGROUPS},
+        template | cached | {"HEADS_AT_ONCE": at_once, "WIDTH": width // 32, "SIMDGROUPS": _SIMDGROUPS},
     )
     return _merged(partial, peaks, q_and_gate, template, _SPANS), keys, values
 
@@ -151,6 +163,7 @@ def stages_on_tensor_cores(weights: AttentionWeights, dtype: mx.Dtype) -> int:
     """Return the number of tiles in flight if one token runs on NVIDIA's tensor cores, else 0."""
     supported = (
         dialect() == "cuda"
+        and not weights.rows.quantized
         and dtype == weights.q_norm.dtype == weights.k_norm.dtype == mx.bfloat16
         and weights.head_dim in (128, 256)
         and weights.rotary_dim % 64 == 0
@@ -192,7 +205,13 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
         geometry = Geometry(0, 0, weights.heads, weights.kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
         for tokens, start in ((1, 300), (5, 70)):
             drawn = attention_inputs(
-                geometry, model.dtype, context=start + tokens, tokens=tokens, theta=weights.theta, eps=weights.eps
+                geometry,
+                model.dtype,
+                context=start + tokens,
+                tokens=tokens,
+                theta=weights.theta,
+                eps=weights.eps,
+                kv_bits=weights.kv_bits,
             )
             # Other properties of the layer, such as its rotary embedding, are kept.
             own = replace(weights, q_norm=drawn.weights.q_norm, k_norm=drawn.weights.k_norm)
@@ -201,4 +220,4 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             mx.eval(written)
             inputs = replace(expected, keys=written[0], values=written[1])
             if code_path(inputs) is not None:
-                yield Sample((inputs,), (expected,))
+                yield Sample((inputs,), (expected,), of_both=without_codes(weights))

@@ -10,17 +10,18 @@ const int head = is_query ? index : (index - HEADS) % KV_HEADS;
 const device T* from = is_query ? q_and_gate + ((long)token * HEADS + head) * 2 * DIM
                      : is_key   ? k + ((long)token * KV_HEADS + head) * DIM
                                 : v + ((long)token * KV_HEADS + head) * DIM;
-const long cached = ((long)head * capacity + start + token) * DIM;
+const long cached = ((long)head * capacity + start + token) * ROW;
 
+SHARED float row[DIM];
 if (!is_query && !is_key) {
-  device T* to = (device T*)values;
   for (int c = lane; c < DIM; c += 32) {
-    to[cached + c] = from[c];
+    row[c] = float(from[c]);
   }
+  wait_for_threadgroup();
+  store_row<DIM, GROUP, BITS>(row, lane, (device KV*)values + cached);
   return;
 }
 
-SHARED float row[DIM];
 float square = 0.0f;
 for (int c = lane; c < DIM; c += 32) {
   const float value = float(from[c]);
@@ -32,8 +33,8 @@ for (int c = lane; c < DIM; c += 32) {
 }
 wait_for_threadgroup();
 
-device T* to = is_query ? queries + ((long)head * tokens + token) * DIM : (device T*)keys + cached;
 const int pairs = ROTARY / 2;
+float placed[(DIM + 31) / 32];
 for (int c = lane; c < DIM; c += 32) {
   float value = row[c];
   if (c < ROTARY) {
@@ -43,5 +44,15 @@ for (int c = lane; c < DIM; c += 32) {
     const float partner = c < pairs ? -row[c + pairs] : row[c - pairs];
     value = value * cosine(angle) + partner * sine(angle);
   }
-  to[c] = T(value);
+  placed[c / 32] = value;
+}
+wait_for_threadgroup();
+for (int c = lane; c < DIM; c += 32) {
+  row[c] = placed[c / 32];
+}
+wait_for_threadgroup();
+if (is_query) {
+  store_row<DIM, GROUP, 0>(row, lane, queries + ((long)head * tokens + token) * DIM);
+} else {
+  store_row<DIM, GROUP, BITS>(row, lane, (device KV*)keys + cached);
 }

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.attention import cpu
+from flashmoe_mlx.custom_kernels.attention.samples import without_codes
 from flashmoe_mlx.custom_kernels.attention_batch.reference import AttentionBatch
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
 from flashmoe_mlx.custom_kernels.native.reduced import ACROSS_TILES
@@ -51,5 +52,5 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
                 list(lengths),
             )
             keys, values = ([cpu.copied(cache) for cache in caches] for caches in (expected.keys, expected.values))
-            shown = cpu.without_codes(first.weights)
+            shown = without_codes(first.weights)
             yield Sample((replace(expected, keys=keys, values=values),), (expected,), of_both=shown)

@@ -238,6 +238,45 @@ struct Format {
     }
 };
 
+// Return the experts with their uses from `records`, `rows` [tokens, choices] and, for the shared expert, `shared` or None.
+// `weights` [tokens, choices], with a further column for the shared expert, may be null.
+std::vector<ExpertUses> uses_of(Held& held, const Format& format, PyObject* records, PyObject* rows, int64_t tokens,
+                                int64_t choices, PyObject* shared, const float* weights) {
+    const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
+    const auto weight = [&](int64_t t, int64_t k) { return weights ? weights[t * columns + k] : 0.0f; };
+    held.push_back(std::make_unique<Buffer>(rows, "rows", kInt, tokens * choices));
+    const int32_t* row = held.back()->as<const int32_t>();
+    std::vector<ExpertUses> all;
+    const Py_ssize_t count = PyList_Size(records);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        held.push_back(std::make_unique<Buffer>(PyList_GetItem(records, i), "record", kByte, least));
+        const uint8_t* record = held.back()->bytes();
+        all.push_back({{format.part(0, record), format.part(1, record), format.part(2, record)}, {}});
+    }
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t k = 0; k < choices; ++k) {
+            const int32_t choice = row[t * choices + k];
+            require(choice < count, "a row names no record");
+            if (choice >= 0) all[choice].uses.push_back({t, weight(t, k), k});
+        }
+    all.erase(std::remove_if(all.begin(), all.end(), [](const ExpertUses& one) { return one.uses.empty(); }),
+              all.end());
+    if (shared == Py_None) return all;
+    PyObject *gate, *up, *down;
+    require(PyTuple_Check(shared), "a shared expert must be a tuple");
+    if (!PyArg_ParseTuple(shared, "O!O!O!", &PyTuple_Type, &gate, &PyTuple_Type, &up, &PyTuple_Type, &down))
+        throw PythonError{};
+    ExpertUses own{{matrix(held, gate), matrix(held, up), matrix(held, down)}, {}};
+    const Expert& e = own.expert;
+    require(e.gate.columns == hidden && e.up.columns == hidden && e.down.rows == hidden &&
+                e.up.rows == e.gate.rows && e.down.columns == e.gate.rows && e.up.bits == e.gate.bits &&
+                e.up.group == e.gate.group,
+            "the shared expert's matrices do not fit together");
+    for (int64_t t = 0; t < tokens; ++t) own.uses.push_back({t, weight(t, choices), choices});
+    all.push_back(std::move(own));
+    return all;
+}
+
 PyObject* experts(PyObject*, PyObject* args) {
     PyObject *x, *records, *form, *rows, *routing_weights, *shared, *y;
     long long tokens, choices;
@@ -250,46 +289,53 @@ PyObject* experts(PyObject*, PyObject* args) {
         const Activations type = checked(activations);
         require(tokens >= 0 && choices >= 0, "tokens and choices out of range");
         const Format format(form);
-        const int64_t hidden = format.hidden, least = format.record_bytes(), columns = choices + (shared != Py_None);
+        const int64_t hidden = format.hidden, columns = choices + (shared != Py_None);
         const float* in = floats(held, x, "x", tokens * hidden);
         const float* weights = floats(held, routing_weights, "routing_weights", tokens * columns);
         float* out = floats(held, y, "y", tokens * hidden, true);
-        held.push_back(std::make_unique<Buffer>(rows, "rows", kInt, tokens * choices));
-        const int32_t* row = held.back()->as<const int32_t>();
-        std::vector<ExpertUses> all;
-        const Py_ssize_t count = PyList_Size(records);
-        for (Py_ssize_t i = 0; i < count; ++i) {
-            held.push_back(std::make_unique<Buffer>(PyList_GetItem(records, i), "record", kByte, least));
-            const uint8_t* record = held.back()->bytes();
-            all.push_back({{format.part(0, record), format.part(1, record), format.part(2, record)}, {}});
-        }
-        for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t k = 0; k < choices; ++k) {
-                const int32_t choice = row[t * choices + k];
-                require(choice < count, "a row names no record");
-                if (choice >= 0) all[choice].uses.push_back({t, weights[t * columns + k]});
-            }
-        all.erase(std::remove_if(all.begin(), all.end(), [](const ExpertUses& one) { return one.uses.empty(); }),
-                  all.end());
+        std::vector<ExpertUses> all = uses_of(held, format, records, rows, tokens, choices, shared, weights);
         if (tokens == 1) // an expert that is chosen twice runs once, with both weights
             for (ExpertUses& one : all)
                 for (; one.uses.size() > 1; one.uses.pop_back())
                     one.uses[0].routing_weight += one.uses.back().routing_weight;
-        if (shared != Py_None) {
-            PyObject *gate, *up, *down;
-            if (!PyArg_ParseTuple(shared, "O!O!O!", &PyTuple_Type, &gate, &PyTuple_Type, &up, &PyTuple_Type, &down))
-                throw PythonError{};
-            ExpertUses own{{matrix(held, gate), matrix(held, up), matrix(held, down)}, {}};
-            const Expert& e = own.expert;
-            require(e.gate.columns == hidden && e.up.columns == hidden && e.down.rows == hidden &&
-                        e.up.rows == e.gate.rows && e.down.columns == e.gate.rows && e.up.bits == e.gate.bits &&
-                        e.up.group == e.gate.group,
-                    "the shared expert's matrices do not fit together");
-            for (int64_t t = 0; t < tokens; ++t) own.uses.push_back({t, weights[t * columns + choices]});
-            all.push_back(std::move(own));
-        }
         WithoutGil released;
         apply_experts(all, in, tokens, hidden, out, type);
+    });
+}
+
+PyObject* outputs_of_experts(PyObject*, PyObject* args) {
+    PyObject *x, *records, *form, *rows, *shared, *outputs;
+    long long tokens, choices, columns;
+    if (!PyArg_ParseTuple(args, "OLO!O!OLOLO", &x, &tokens, &PyList_Type, &records, &PyTuple_Type, &form, &rows,
+                          &choices, &shared, &columns, &outputs))
+        return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0 && tokens <= kFewTokens && choices >= 0, "tokens and choices out of range");
+        require(columns >= choices + (shared != Py_None), "more choices than columns");
+        const Format format(form);
+        const float* in = floats(held, x, "x", tokens * format.hidden);
+        float* out = floats(held, outputs, "outputs", tokens * columns * format.hidden, true);
+        const std::vector<ExpertUses> all = uses_of(held, format, records, rows, tokens, choices, shared, nullptr);
+        for (const ExpertUses& one : all)
+            require(tokens > 1 || one.uses.size() == 1, "a token chooses an expert twice");
+        WithoutGil released;
+        expert_outputs(all, in, tokens, format.hidden, columns, out);
+    });
+}
+
+PyObject* sum_outputs(PyObject*, PyObject* args) {
+    PyObject *outputs, *routing_weights, *y;
+    long long tokens, columns, hidden;
+    if (!PyArg_ParseTuple(args, "OOLLLO", &outputs, &routing_weights, &tokens, &columns, &hidden, &y)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(tokens >= 0 && columns >= 0 && hidden > 0, "sizes out of range");
+        const float* in = floats(held, outputs, "outputs", tokens * columns * hidden);
+        const float* weights = floats(held, routing_weights, "routing_weights", tokens * columns);
+        float* out = floats(held, y, "y", tokens * hidden, true);
+        WithoutGil released;
+        add_outputs(in, weights, tokens, columns, hidden, out);
     });
 }
 
@@ -470,6 +516,10 @@ PyMethodDef methods[] = {
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
      "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
+    {"expert_outputs", outputs_of_experts, METH_VARARGS,
+     "expert_outputs(x, tokens, records, format, rows, choices, shared, columns, outputs): outputs, without weights"},
+    {"add_outputs", sum_outputs, METH_VARARGS,
+     "add_outputs(outputs, routing_weights, tokens, columns, hidden, y): y += weighted outputs"},
     {"delta_net", delta_net, METH_VARARGS,
      "delta_net(qkv, z, b, a, lengths, convolution, a_log, dt_bias, norm, shape, eps, conv_states, recurrent_states, y): "
      "the new tokens of several sequences, one sequence after the other"},
@@ -490,7 +540,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 8; // see __init__.py
+constexpr int kInterface = 9; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

@@ -164,9 +164,15 @@ void token_blocks(int64_t tokens, const Function& f) {
     for (int64_t i = 0; i < blocks.parts; ++i) f(blocks.begin(i), blocks.size(i));
 }
 
-// One expert and one block of the tokens that use it.
-void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, float* y,
-                    Activations type, bool of_few) {
+// Add an output times its routing weight; all sums of outputs are made here, so that they are equal to the last bit.
+inline void add_weighted(float* y, float routing_weight, const float* out, int64_t count) {
+    for (int64_t r = 0; r < count; ++r) y[r] += routing_weight * out[r];
+}
+
+// One expert and one block of the tokens that use it; `take(use, row, rows, out)` receives parts of the outputs.
+template <typename Take>
+void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, Activations type,
+                    bool of_few, const Take& take) {
     const int64_t inner = e.gate.rows;
     const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
     const Operations& own = operations();
@@ -188,9 +194,7 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
             const int64_t rows = end - begin;
             float* out = scratch<kOwnTile>(count * rows);
             few(e.down, begin, end, prepared_middle, count, out, rows);
-            for (int64_t t = 0; t < count; ++t)
-                for (int64_t r = 0; r < rows; ++r)
-                    y[uses[t].token * hidden + begin + r] += uses[t].routing_weight * out[t * rows + r];
+            for (int64_t t = 0; t < count; ++t) take(uses[t], begin, rows, out + t * rows);
         });
         return;
     }
@@ -206,14 +210,13 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
     const Arranged middles(how_down, e.down, count, [&](int64_t i) { return middle + i * inner; });
     middles.panels(hidden, [&](int64_t first, int64_t rows) {
         const float* out = middles.times<kOwnTile>(e.down, first);
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t r = 0; r < rows; ++r)
-                y[uses[t].token * hidden + first + r] += uses[t].routing_weight * out[t * how_down.rows + r];
+        for (int64_t t = 0; t < count; ++t) take(uses[t], first, rows, out + t * how_down.rows);
     });
 }
 
-// Apply all experts of one token in two loops; this is the decode step.
-void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_t hidden, float* y) {
+// Apply all experts of one token in two loops; this is the decode step. `take` is as for `apply_to_block`.
+template <typename Take>
+void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_t hidden, const Take& take) {
     const Operations& own = operations();
     const int64_t count = static_cast<int64_t>(experts.size());
     std::vector<int64_t> starts(count + 1, 0);
@@ -262,8 +265,7 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
         float* out = scratch<kOwnTile>(rows);
         for (int64_t i = 0; i < count; ++i) {
             few(experts[i].expert.down, begin, end, middles[i], 1, out, rows);
-            const float routing_weight = experts[i].uses[0].routing_weight;
-            for (int64_t r = 0; r < rows; ++r) y[begin + r] += routing_weight * out[r];
+            take(experts[i].uses[0], begin, rows, out);
         }
     });
 }
@@ -385,14 +387,41 @@ void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width
     });
 }
 
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
-                   Activations type) {
+namespace {
+
+template <typename Take>
+void apply(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, Activations type,
+           const Take& take) {
     if (experts.empty()) return;
-    if (tokens == 1) return apply_to_one(experts, x, hidden, y);
+    if (tokens == 1) return apply_to_one(experts, x, hidden, take);
     for (const ExpertUses& one : experts)
         token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, y, type, tokens <= kFewTokens);
+            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, type, tokens <= kFewTokens, take);
         });
+}
+
+} // namespace
+
+void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
+                   Activations type) {
+    apply(experts, x, tokens, hidden, type, [&](const Use& use, int64_t row, int64_t rows, const float* out) {
+        add_weighted(y + use.token * hidden + row, use.routing_weight, out, rows);
+    });
+}
+
+void expert_outputs(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden,
+                    int64_t columns, float* outputs) {
+    const auto store = [&](const Use& use, int64_t row, int64_t rows, const float* out) {
+        std::memcpy(outputs + (use.token * columns + use.choice) * hidden + row, out, sizeof(float) * rows);
+    };
+    apply(experts, x, tokens, hidden, Activations::f32, store);
+}
+
+void add_outputs(const float* outputs, const float* routing_weights, int64_t tokens, int64_t columns, int64_t hidden,
+                 float* y) {
+    for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = t * columns; i < (t + 1) * columns; ++i)
+            add_weighted(y + t * hidden, routing_weights[i], outputs + i * hidden, hidden);
 }
 
 namespace {

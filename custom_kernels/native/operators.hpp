@@ -44,10 +44,11 @@ struct Expert {
     Matrix gate, up, down;
 };
 
-// The use of an expert by token `token`, with a routing weight.
+// The use of an expert by token `token`, with a routing weight; `choice` is its place among the token's choices.
 struct Use {
     int64_t token;
     float routing_weight;
+    int64_t choice = 0;
 };
 
 struct ExpertUses {
@@ -58,6 +59,17 @@ struct ExpertUses {
 // Compute y[token] += routing_weight * down(silu(gate x) * up x) for every use; x and y are [tokens, hidden].
 void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
                    Activations type);
+
+// Compute outputs[token, choice] = down(silu(gate x) * up x) for every use, without weights, of at most kFewTokens
+// tokens; x is [tokens, hidden], outputs [tokens, columns, hidden].
+void expert_outputs(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden,
+                    int64_t columns, float* outputs);
+
+// Compute y[token] += routing_weights[token, i] * outputs[token, i] for ascending i. With the outputs of
+// `expert_outputs`, computed in any order and by any number of calls, the sums equal those of `apply_experts` to the
+// last bit if the experts of a token are in the order of its choices.
+void add_outputs(const float* outputs, const float* routing_weights, int64_t tokens, int64_t columns, int64_t hidden,
+                 float* y);
 
 struct DeltaLayer {
     DeltaShape shape;

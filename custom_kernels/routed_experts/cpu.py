@@ -1,9 +1,11 @@
 """The kernel of routed experts in the C++ extension: any number of tokens, from records in the host's memory."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
@@ -73,15 +75,72 @@ def routed_experts(
         in_place: whether the result may take the memory of ``residual``, which saves a copy for each group of experts.
     """
     y = native.Output(x.shape, residual, in_place)
-    offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
-    scales = native.SCALES[form.dtype]
-    layout = (form.hidden_size, form.intermediate_size, form.bits, form.group_size, scales, offsets)
-    matrices = None if shared is None else tuple(native.matrix(matrix) for matrix in shared.matrices)
     choices, rounding = rows.shape[1], native.ACTIVATIONS.index(activations)
+    layout, matrices = _layout(form), _matrices(shared)
     native.loaded().experts(
         x, len(x), list(records), layout, rows, routing_weights, choices, matrices, y.buffer, rounding
     )
     return y.array()
+
+
+class ExpertOutputs:
+    """The outputs of the experts of a few tokens, computed in parts and in any order.
+
+    ``sum`` then equals ``routed_experts`` with all records at once to the last bit: the weighted outputs are added in
+    the order of each token's choices, which must be the order of the records.
+
+    Args:
+        x: [T, hidden], T at most ``native.few_tokens()``.
+        choices: K, the number of different experts of each token.
+        form: format of the records.
+        shared: an expert for every token, or None.
+    """
+
+    def __init__(self, x: mx.array, choices: int, form: ExpertFormat, shared: ExpertWeights | None) -> None:
+        self._x = x
+        self._choices = choices
+        self._layout = _layout(form)
+        self._columns = choices + (shared is not None)
+        self._shared = _matrices(shared)
+        self._outputs = np.empty((len(x), self._columns, form.hidden_size), np.float32)
+
+    def compute(self, records: Sequence[memoryview], rows: npt.NDArray[np.int32]) -> None:
+        """Compute the outputs of ``records``, and at the first call that of the shared expert.
+
+        Args:
+            records: records of experts, in place.
+            rows: index in ``records`` of each choice, [T, K]; -1 for choices of other calls.
+        """
+        shared, self._shared = self._shared, None
+        native.loaded().expert_outputs(
+            self._x,
+            len(self._x),
+            list(records),
+            self._layout,
+            rows,
+            self._choices,
+            shared,
+            self._columns,
+            self._outputs,
+        )
+
+    def sum(self, routing_weights: mx.array, residual: mx.array) -> mx.array:
+        """Return ``residual`` [T, hidden] plus the weighted outputs; the weights are those of ``routed_experts``."""
+        y = native.Output(residual.shape, residual)
+        tokens, columns, hidden = self._outputs.shape
+        native.loaded().add_outputs(self._outputs, routing_weights, tokens, columns, hidden, y.buffer)
+        return y.array()
+
+
+def _layout(form: ExpertFormat) -> tuple[Any, ...]:
+    """Return ``form`` as the extension takes it."""
+    offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
+    return (form.hidden_size, form.intermediate_size, form.bits, form.group_size, native.SCALES[form.dtype], offsets)
+
+
+def _matrices(shared: ExpertWeights | None) -> tuple[Any, ...] | None:
+    """Return the matrices of ``shared`` as the extension takes them."""
+    return None if shared is None else tuple(native.matrix(matrix) for matrix in shared.matrices)
 
 
 def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -100,6 +100,8 @@ class Runner:
         """Close the store, and free its experts."""
         self._ahead.close()
         self.store.close()
+        if self.prompt_cache is not None and self.prompt_cache.disk is not None:
+            self.prompt_cache.disk.close()
 
     def begin(
         self, request: Request, on_prefill: PrefillProgress | None = None, start: float | None = None

@@ -10,7 +10,9 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.recurrent_state import RecurrentState, copied
 
 _GROWTH = 256
-"""Tokens by which a KV cache grows."""
+"""The least number of tokens by which a KV cache grows."""
+_GROWTH_SHARE = 8
+"""A longer cache grows by this part of its capacity."""
 
 
 class LayerCache(Protocol):
@@ -66,6 +68,11 @@ class LayerCache(Protocol):
         """Return a copy of the tokens from ``start`` to ``end``; this requires ``keeps_tokens``."""
         ...
 
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array], length: int) -> Self:
+        """Return the cache of ``length`` tokens whose ``arrays`` these are."""
+        ...
+
     def assemble(self, parts: Sequence[Self]) -> None:
         """Replace the contents by copies of ``parts``, one after the other.
 
@@ -78,7 +85,7 @@ class LayerCache(Protocol):
 class KVCache:
     """Keys and values of an attention layer, [1, kv heads, capacity, head dim], of which ``length`` tokens are filled.
 
-    The capacity grows by 256 tokens at a time.
+    The capacity grows by 256 tokens, or by an eighth if that is more.
     """
 
     keys: mx.array | None = None
@@ -111,13 +118,9 @@ class KVCache:
         end = self.length + tokens
         if self.keys is None or self.values is None:
             self.keys, self.values = (_room(kv_heads, end, head_dim, dtype) for _ in range(2))
-        elif end > self.keys.shape[2]:
-            missing = end - self.keys.shape[2]
-            self.keys, self.values = (
-                mx.concatenate([old, _room(kv_heads, missing, head_dim, dtype)], axis=2)
-                for old in (self.keys, self.values)
-            )
-            mx.eval(self.keys, self.values)
+        # One after the other, so that only one of them is in memory twice.
+        self.keys = _grown(self.keys, end)
+        self.values = _grown(self.values, end)
         return self.keys, self.values
 
     def snapshot(self) -> "KVCache":
@@ -158,6 +161,12 @@ class KVCache:
         assert self.keys is not None
         assert self.values is not None
         return KVCache(copied(self.keys[:, :, start:end]), copied(self.values[:, :, start:end]), end - start)
+
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array], length: int) -> "KVCache":
+        """Return the cache of keys and values of ``length`` tokens."""
+        keys, values = arrays
+        return cls(keys, values, length)
 
     def assemble(self, parts: Sequence["KVCache"]) -> None:
         """Replace the contents by copies of the tokens of ``parts``."""
@@ -307,6 +316,17 @@ class SequenceCache:
 
 def _rounded(tokens: int) -> int:
     return -(-tokens // _GROWTH) * _GROWTH
+
+
+def _grown(rows: mx.array, end: int) -> mx.array:
+    """Return ``rows`` with room for ``end`` tokens; every token is copied a few times at most, however long it gets."""
+    capacity = rows.shape[2]
+    if end <= capacity:
+        return rows
+    missing = max(end - capacity, capacity // _GROWTH_SHARE)
+    grown = mx.concatenate([rows, _room(rows.shape[1], missing, rows.shape[3], rows.dtype)], axis=2)
+    mx.eval(grown)
+    return grown
 
 
 def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.array:

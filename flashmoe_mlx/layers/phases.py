@@ -13,11 +13,12 @@ import numpy.typing as npt
 class _Phase:
     """A context that charges its time to a phase; a generator would take Python three times as long."""
 
-    __slots__ = ("_name", "_seconds", "_start")
+    __slots__ = ("_name", "_seconds", "_sign", "_start")
 
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
+    def __init__(self, seconds: dict[str, float], name: str, sign: int = 1) -> None:
         self._seconds = seconds
         self._name = name
+        self._sign = sign
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -25,7 +26,7 @@ class _Phase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._seconds[self._name] += time.perf_counter() - self._start
+        self._seconds[self._name] += self._sign * (time.perf_counter() - self._start)
 
 
 class PhaseClock:
@@ -47,6 +48,10 @@ class PhaseClock:
     def phase(self, name: str) -> _Phase:
         """Charge the enclosed time to ``name``."""
         return _Phase(self.seconds, name)
+
+    def instead(self, name: str) -> _Phase:
+        """Do not charge the enclosed time, which may be charged to other phases, to the surrounding phase ``name``."""
+        return _Phase(self.seconds, name, -1)
 
     def computing(self, name: str) -> _Phase:
         """Charge the enclosed time to ``name``, or to "compute" if phases are not split.

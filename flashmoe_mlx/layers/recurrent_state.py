@@ -71,6 +71,12 @@ class RecurrentState:
         """Refuse: a state has no parts."""
         raise NotImplementedError
 
+    @classmethod
+    def of_arrays(cls, arrays: Sequence[mx.array], length: int) -> "RecurrentState":  # noqa: ARG003  # of the protocol
+        """Return the state of both arrays."""
+        conv_state, recurrent_state = arrays
+        return cls(conv_state, recurrent_state)
+
     def assemble(self, parts: Sequence["RecurrentState"]) -> None:
         """Return to the state of the last part."""
         self.restore(parts[-1])

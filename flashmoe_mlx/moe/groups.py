@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import ExpertBatch
 
 _AT_ONCE = 16
 """Experts of a group where a layer needs more than twice as many: few, so that the first group arrives early."""
@@ -68,6 +69,30 @@ class ExpertGroups:
     clock: PhaseClock
     after_last_fetch: Callable[[], None]
     before_group: Callable[[float], None] = lambda _: None
+
+    @property
+    def fit(self) -> bool:
+        """Whether one fetch holds all choices, even if no expert repeats."""
+        return self.chosen.size <= experts_at_once(self.store)
+
+    def fetch_in_parts(self, use: Callable[[ExpertGroup], None]) -> None:
+        """Fetch all experts, which ``fit``, and call ``use`` with parts of them while others are being read.
+
+        The first part may be empty. The time of ``use`` does not count as I/O.
+        """
+        distinct, num_experts = sorted(set(self.chosen.ravel().tolist())), self.store.source.num_experts
+        left = len(distinct)
+        self.before_group(0.0)
+
+        def arrived(experts: Sequence[int], batch: ExpertBatch) -> None:
+            nonlocal left
+            left -= len(experts)
+            with self.clock.instead("io"):
+                use(ExpertGroup(experts, batch, left == 0, self.chosen, num_experts, self.clock))
+
+        with self.clock.phase("io"):
+            self.store.fetch(self.layer, distinct, arrived)
+            self.after_last_fetch()
 
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch and yield each group on demand."""

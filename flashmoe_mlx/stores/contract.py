@@ -7,6 +7,9 @@ A batch stays valid until the next ``fetch`` of the same store. The router of la
 n, so once it is evaluated, the kernels of layer n have read their slots. The engine fetches only then, because MLX does
 not protect a buffer from being overwritten while a kernel reads it.
 
+A fetch may deliver in parts: the engine passes ``arrived``, and computes with the experts that the store holds while
+the store reads the missing experts.
+
 A store that holds all experts of a layer in memory that MLX reads in place may also offer them as a whole, with
 ``in_memory``. The choice of the router then stays on the GPU, and no layer waits for the host. The engine tells the
 store later, with ``note_use``, which experts it used, so that the counters are those of a fetch.
@@ -19,9 +22,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, get_ident
 from types import TracebackType
-from typing import ClassVar, Protocol, Self, SupportsIndex
+from typing import ClassVar, Self, SupportsIndex
 
 import mlx.core as mx
 import numpy as np
@@ -30,6 +33,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
 
@@ -81,34 +85,6 @@ class ExpertReadError(ExpertStoreError):
         self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
 
 
-class ExpertBatch(Protocol):
-    """Experts in memory, valid until the next ``fetch`` of the store that returned them.
-
-    ``slab``, ``records``, and ``host`` are three views of the same bytes for different kernels. A store that must copy
-    to provide a view copies at the first access. ``slots``, ``records``, and ``host`` follow the order of the request.
-    """
-
-    @property
-    def slots(self) -> tuple[int, ...]:
-        """The row of ``slab`` that holds each expert."""
-        ...
-
-    @property
-    def slab(self) -> mx.array:
-        """One buffer with all experts, uint8 [rows, record bytes]."""
-        ...
-
-    @property
-    def records(self) -> Sequence[mx.array]:
-        """A separate array for each expert, uint8 [record bytes]."""
-        ...
-
-    @property
-    def host(self) -> Sequence[memoryview]:
-        """The read-only bytes of each expert for the CPU, of format "B"."""
-        ...
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerInMemory:
     """All experts of one layer, in memory that MLX reads in place.
@@ -136,12 +112,13 @@ class StoreStats:
         evictions: experts that lost their slot to another expert.
         reads: reads of storage or page cache that served a fetch.
         bytes_read: bytes of these reads.
-        fetch_seconds: wall time inside ``fetch``.
+        fetch_seconds: wall time inside ``fetch``, without the time in ``arrived``.
         prefetched: misses whose read a hint had started before the fetch.
         bytes_wasted: bytes that were read because of hints and that no fetch used.
         sampled_bytes: bytes of fetched experts, in whole pages, that were looked up in the page cache before their
             read; a sample of ``bytes_read``, left out of comparisons of two counters.
         sampled_cached_bytes: those of ``sampled_bytes`` that were in the page cache.
+        overlapped_seconds: wall time that the caller spent in ``arrived`` while further experts were being read.
     """
 
     fetches: int = 0
@@ -156,6 +133,7 @@ class StoreStats:
     bytes_wasted: int = 0
     sampled_bytes: int = field(default=0, compare=False)
     sampled_cached_bytes: int = field(default=0, compare=False)
+    overlapped_seconds: float = 0.0
 
     @property
     def page_cache_hit_rate(self) -> float | None:
@@ -194,6 +172,8 @@ class ExpertStore(ABC):
         self._stats = StoreStats()
         self._closed = False
         self._lock = Lock()
+        self._fetching: int | None = None
+        """The thread whose fetch is running."""
         self._process = os.getpid()
 
     @property
@@ -201,12 +181,23 @@ class ExpertStore(ABC):
         """The layout of every record in the batches."""
         return self.source.layout
 
-    def fetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> ExpertBatch:
+    def fetch(
+        self, layer: SupportsIndex, experts: Sequence[SupportsIndex], arrived: Arrived | None = None
+    ) -> ExpertBatch:
         """Load ``experts`` of ``layer`` into slots, and return them when all of them are there.
+
+        Args:
+            layer: index of the layer.
+            experts: indices of the experts; an index may repeat.
+            arrived: called in this thread, first with the experts that need no read, possibly none, when all other
+                experts are being read, then with further experts as they arrive: once with each distinct expert. A
+                store that cannot deliver in parts calls it once, with all. It must not call the store. The fetch
+                raises its errors.
 
         Raises:
             ExpertRequestError: an index is not an integer or out of range, or there are more distinct experts than
-                slots (codes "index_no_integer", "index_out_of_range", "too_many_experts").
+                slots (codes "index_no_integer", "index_out_of_range", "too_many_experts"); or ``arrived`` called the
+                store ("call_during_fetch").
             ExpertReadError: the storage failed; the store remains usable.
             StoreClosedError: the store was closed, or opened by another process.
         """
@@ -219,11 +210,18 @@ class ExpertStore(ABC):
                 code="too_many_experts",
             )
         self._refuse_other_process()
+        delivery = Delivery(arrived, distinct)
         with self._lock:
             self._refuse_closed()
-            batch, done = self._load(layer, indices)
-            seconds = time.perf_counter() - start
-            self._stats += replace(done, fetches=1, requests=done.hits + done.misses, fetch_seconds=seconds)
+            self._fetching = get_ident()
+            try:
+                batch, done = self._load(layer, indices, delivery)
+                delivery.finish(indices, batch)
+            finally:
+                self._fetching = None
+            seconds = time.perf_counter() - start - delivery.seconds
+            counted = replace(done, fetches=1, requests=done.hits + done.misses, fetch_seconds=seconds)
+            self._stats += replace(counted, overlapped_seconds=delivery.overlapped)
         return batch
 
     def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
@@ -288,17 +286,25 @@ class ExpertStore(ABC):
         """Wait for a running fetch, then free files, threads, and slots. Later calls have no effect."""
         if os.getpid() != self._process:
             return  # the resources belong to the process that opened the store
+        self._refuse_call_during_fetch()
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._release()
 
     @abstractmethod
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:
         """Load ``experts`` of ``layer``, and return the batch with the counters of this call.
 
-        The indices are valid but may repeat. The caller sets ``fetches``, ``requests``, and ``fetch_seconds``. When
-        this method raises an error, no thread or kernel may still be writing to a slot.
+        The indices are valid but may repeat. The caller sets ``fetches``, ``requests``, and the times. When this method
+        raises an error, no thread or kernel may still be writing to a slot.
+
+        Args:
+            layer: index of the layer.
+            experts: indices of the experts.
+            delivery: may be given experts before all have arrived: first the experts that need no read, when all other
+                experts are being read, then further experts, each distinct expert once. Without a call, the caller
+                passes all experts on at the end.
         """
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # stores may ignore hints
@@ -321,6 +327,14 @@ class ExpertStore(ABC):
         if os.getpid() != self._process:
             raise StoreClosedError(
                 "this store was opened by another process; open one in this process", code="store_of_another_process"
+            )
+        self._refuse_call_during_fetch()
+
+    def _refuse_call_during_fetch(self) -> None:
+        if self._fetching == get_ident():  # it would wait for itself
+            raise ExpertRequestError(
+                "the store was called while it delivers experts of a fetch; call it after the fetch",
+                code="call_during_fetch",
             )
 
     def _refuse_closed(self) -> None:

@@ -3,22 +3,28 @@
 import logging
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
-from threading import Event, Thread
+from threading import Thread
 
-from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
+from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.pinned import PinnedRows
+from flashmoe_mlx.stores.prefetches import Prefetch, RingPrefetch, ThreadPrefetch
 from flashmoe_mlx.stores.readers import ExpertReader
-from flashmoe_mlx.stores.reads import FileDescriptorCache, Read, open_for_reading, plan_reads, total_bytes
+from flashmoe_mlx.stores.reads import FileDescriptorCache, open_for_reading, plan_reads
 from flashmoe_mlx.stores.slab import Slab
+from flashmoe_mlx.stores.uring_reader import UringReader
 
 _log = logging.getLogger(__name__)
+
+_Ready = Callable[[Sequence[int]], None]
+"""Receives experts whose records are complete."""
 
 MAX_THREADS = 8
 _MOST_AHEAD = 32
@@ -57,6 +63,7 @@ class ReadAhead:
     ) -> None:
         self._source = source
         self._reader = reader
+        self._ring = reader if isinstance(reader, UringReader) else None
         self._slots = slots
         self._ahead = min(slots, _MOST_AHEAD)
         self._count = min(threads, MAX_THREADS)
@@ -68,15 +75,16 @@ class ReadAhead:
         self._in_use: Collection[int] = ()
         """The slots of the latest batch, or slots from which its records may still be copied."""
         self._threads: list[Thread] = []
-        self._queue: SimpleQueue[_Prefetch | None] = SimpleQueue()
+        self._queue: SimpleQueue[ThreadPrefetch | None] = SimpleQueue()
         self._end = weakref.finalize(self, _end, self._queue, self._threads)
-        self._hinted: dict[tuple[int, int], _Prefetch] = {}
-        self._retired: list[_Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
+        self._hinted: dict[tuple[int, int], Prefetch] = {}
+        self._retired: list[Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
 
-    def fetch(self, layer: int, experts: Sequence[int]) -> tuple[Slab, dict[int, int], StoreStats]:
+    def fetch(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[Slab, dict[int, int], StoreStats]:
         """Load distinct ``experts`` of ``layer`` into slots of the slab, where they stay valid until the next call.
 
-        Returns the slab, the slot of each expert, and the counters that ``read`` returns.
+        Returns the slab, the slot of each expert, and the counters that ``read`` returns. Experts are delivered as they
+        arrive.
 
         Raises:
             ExpertReadError: an expert could not be read.
@@ -88,10 +96,14 @@ class ReadAhead:
         free = (slot for slot in range(slab.count) if slot not in taken)
         slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
         self._in_use = frozenset(slots.values())
-        done = self._load(layer, list(zip(slots, slab.rows(list(slots.values())), strict=True)), ahead)
-        return slab, slots, done
 
-    def read(self, layer: int, places: Mapping[int, int], filling: Filling) -> StoreStats:
+        def ready(experts: Sequence[int]) -> None:
+            delivery.deliver(experts, lambda: slab.batch([slots[expert] for expert in experts]))
+
+        wanted = list(zip(slots, slab.rows(list(slots.values())), strict=True))
+        return slab, slots, self._load(layer, wanted, ahead, ready if delivery.wanted else None)
+
+    def read(self, layer: int, places: Mapping[int, int], filling: Filling, ready: _Ready | None = None) -> StoreStats:
         """Load experts of ``layer`` into slots of the caller, who then commits ``filling``.
 
         After this method returns or raises an error, nothing is written to ``filling``.
@@ -100,6 +112,8 @@ class ReadAhead:
             layer: a valid layer.
             places: the slot of each expert.
             filling: the memory of these slots.
+            ready: called first with experts that need no read, possibly none, when all other experts are being read;
+                then with further experts whose slots have been filled.
 
         Returns:
             The counters ``reads``, ``bytes_read``, ``prefetched``, ``bytes_wasted``, and the sampled bytes.
@@ -108,25 +122,28 @@ class ReadAhead:
             ExpertReadError: an expert could not be read.
         """
 
-        def move(expert: int, job: _Prefetch) -> None:
+        def move(expert: int, job: Prefetch) -> None:
             assert self._slab is not None  # the job has one of its slots
             filling.move(places[expert], self._slab, job.slot)
 
         def arrived(experts: Sequence[int]) -> None:
             filling.arrived([places[expert] for expert in experts])
+            if ready is not None:
+                ready(experts)
 
         wanted = [(expert, filling.rows[slot]) for expert, slot in places.items()]
         ahead = self._claim(layer, places)
         self._in_use = {job.slot for job in ahead.values()} if filling.copies_later else ()
         try:
-            return self._load(layer, wanted, ahead, move, arrived)
+            return self._load(layer, wanted, ahead, ready, arrived, move)
         except BaseException:
             filling.give_up()
             raise
 
-    def _claim(self, layer: int, experts: Iterable[int]) -> "dict[int, _Prefetch]":
+    def _claim(self, layer: int, experts: Iterable[int]) -> dict[int, Prefetch]:
         """Return the running and finished prefetches of ``experts``, by expert; cancel all other prefetches."""
         hinted = self._hinted
+        self._poll()
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
         ahead = {expert: job for expert, job in ahead.items() if job.begun}
         self._cancel(set(hinted.values()).difference(ahead.values()))
@@ -138,9 +155,10 @@ class ReadAhead:
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        ahead: "Mapping[int, _Prefetch]",
-        move: "Callable[[int, _Prefetch], None] | None" = None,
-        arrived: Callable[[Sequence[int]], None] | None = None,
+        ahead: Mapping[int, Prefetch],
+        ready: _Ready | None,
+        arrived: _Ready | None = None,
+        move: Callable[[int, Prefetch], None] | None = None,
     ) -> StoreStats:
         """Load ``wanted``, pairs of an expert and its row in memory; return the counters.
 
@@ -148,29 +166,46 @@ class ReadAhead:
             layer: a valid layer.
             wanted: the experts and their rows.
             ahead: the prefetch of each expert that has one; all other experts are read now.
+            ready: as for ``read``.
+            arrived: called with experts that were read now; None for ``ready``.
             move: brings a prefetched expert to its row; None if batches are served in place.
-            arrived: as for readers.
         """
-        finished = {expert: job for expert, job in ahead.items() if job.finished.is_set()}
+        finished = {expert: job for expert, job in ahead.items() if job.ended}
         done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
-        done += self._read(layer, [(expert, row) for expert, row in wanted if expert not in ahead], arrived)
-        for job in ahead.values():
-            job.finished.wait()
-        done += _take({expert: job for expert, job in ahead.items() if expert not in finished}, move)
+        complete = [expert for expert, job in finished.items() if job.complete]
+
+        def begun() -> None:
+            nonlocal done
+            if ready is not None:
+                ready(complete)
+            for expert, job in ahead.items():  # these reads began before those of this request
+                if expert not in finished:
+                    job.wait()
+                    done += _take({expert: job}, move)
+                    if job.complete and ready is not None:
+                        ready([expert])
+
+        rest = [(expert, row) for expert, row in wanted if expert not in ahead]
+        if rest:
+            read = self._read(layer, rest, arrived or ready, begun)
+            done += read
+        else:
+            begun()
         failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
-        done += self._read(layer, failed, arrived)
+        done += self._read(layer, failed, arrived or ready)
         return done + StoreStats(bytes_wasted=self._wasted())
 
     def _read(
         self,
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
-        arrived: Callable[[Sequence[int]], None] | None,
+        arrived: _Ready | None,
+        begun: Callable[[], None] | None = None,
     ) -> StoreStats:
         if not wanted:
             return StoreStats()
         sampled = self._sample(layer, [expert for expert, _ in wanted])
-        reads, nbytes = self._reader.read(layer, wanted, arrived)
+        reads, nbytes = self._reader.read(layer, wanted, arrived, begun)
         return replace(sampled, reads=reads, bytes_read=nbytes)
 
     def _sample(self, layer: int, experts: Sequence[int]) -> StoreStats:
@@ -184,6 +219,7 @@ class ReadAhead:
             BackendUnavailableError: the system starts no thread (code "no_threads").
         """
         slab = self._started()
+        self._poll()
         wanted = {(layer, expert): None for expert in experts}
         kept = {place: job for place, job in self._hinted.items() if place in wanted}
         self._cancel(set(self._hinted.values()).difference(kept.values()))
@@ -192,11 +228,25 @@ class ReadAhead:
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
         new = [place for place in wanted if place not in kept][: max(0, self._ahead - len(taken))]
         for place, slot in zip(new, free, strict=False):
+            if self._ring is not None and not self._ring.has_room:
+                return
             row = slab.rows([slot])[0]
-            plan = list(plan_reads(self._source, layer, [(place[1], row)], _CHUNK))
-            job = _Prefetch(slot, row, plan, self._sample(layer, [place[1]]))
-            self._hinted[place] = job
-            self._queue.put(job)
+            # The job is known before its reads begin, so that an interrupt cannot free its slot too early.
+            job = self._hinted[place] = self._prefetch_of(layer, place[1], slot, row)
+            job.start()
+
+    def _prefetch_of(self, layer: int, expert: int, slot: int, row: memoryview) -> Prefetch:
+        """Return a prefetch of ``expert`` into ``row``, to be started."""
+        sampled = self._sample(layer, [expert])
+        if self._ring is not None:
+            return RingPrefetch(slot, sampled, self._ring, self._ring.plan(layer, expert, row))
+        plan = list(plan_reads(self._source, layer, [(expert, row)], _CHUNK))
+        return ThreadPrefetch(slot, sampled, row, plan, self._queue)
+
+    def _poll(self) -> None:
+        """Notice which reads of the ring have ended."""
+        if self._ring is not None:
+            self._ring.poll()
 
     def close(self) -> StoreStats:
         """Cancel all prefetches, end the threads, and close the reader; return the wasted bytes.
@@ -221,6 +271,8 @@ class ReadAhead:
             self._slab = self._spare_rows(self._ahead)
         elif self._in_place and self._slab.count < self._slots + self._ahead:
             self._slab = Slab(self._slots + self._ahead, self._source.layout.record_bytes)
+        if self._ring is not None:
+            return self._slab
         try:
             while len(self._threads) < self._count:
                 name = f"expert-prefetch-{len(self._threads)}"
@@ -234,61 +286,22 @@ class ReadAhead:
                 ) from error
         return self._slab
 
-    def _cancel(self, jobs: Iterable["_Prefetch"]) -> None:
+    def _cancel(self, jobs: Iterable[Prefetch]) -> None:
         for job in jobs:
             job.cancelled = True
             self._retired.append(job)
 
     def _wasted(self) -> int:
         """Return the bytes of finished prefetches that no request used, and forget these prefetches."""
-        writing: list[_Prefetch] = []
-        finished: list[_Prefetch] = []
+        writing: list[Prefetch] = []
+        finished: list[Prefetch] = []
         for job in self._retired:  # one look at each: a prefetch may end at any moment
             (writing if job.writing else finished).append(job)
         self._retired = writing
         return sum(job.nbytes for job in finished if not job.used)
 
 
-@dataclass(eq=False, slots=True)
-class _Prefetch:
-    """The prefetch of one record. The thread sets the second group of fields, the owner all other fields."""
-
-    slot: int
-    row: memoryview
-    plan: list[Read]
-    sampled: StoreStats
-
-    begun: bool = False
-    complete: bool = False
-    reads: int = 0
-    nbytes: int = 0
-    finished: Event = field(default_factory=Event)
-
-    cancelled: bool = False
-    used: bool = False
-
-    @property
-    def writing(self) -> bool:
-        """Whether the slot may still be written to; a prefetch that is cancelled before it begins does not write."""
-        return not self.finished.is_set() and (self.begun or not self.cancelled)
-
-    def run(self, files: FileDescriptorCache) -> None:
-        """Make the reads, unless cancelled; after an error ``complete`` stays false."""
-        self.begun = True
-        try:
-            for read in self.plan:
-                if self.cancelled:
-                    return
-                self.reads += read_exactly(files[read.path], read.view, read.offset)
-                self.nbytes += len(read.view)
-            self.complete = self.nbytes == total_bytes(self.plan)
-        except Exception:  # the thread must survive for the next prefetch
-            _log.debug("prefetch of expert %s failed", self.plan[0].expert, exc_info=True)
-        finally:
-            self.finished.set()
-
-
-def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], None] | None) -> StoreStats:
+def _take(finished: Mapping[int, Prefetch], move: Callable[[int, Prefetch], None] | None) -> StoreStats:
     """Use the complete prefetches of ``finished``, by expert; return the counters."""
     done = StoreStats()
     for expert, job in finished.items():
@@ -300,12 +313,12 @@ def _take(finished: Mapping[int, _Prefetch], move: Callable[[int, _Prefetch], No
     return done
 
 
-def _serve(queue: "SimpleQueue[_Prefetch | None]", files: FileDescriptorCache) -> None:
+def _serve(queue: "SimpleQueue[ThreadPrefetch | None]", files: FileDescriptorCache) -> None:
     while (job := queue.get()) is not None:
         job.run(files)
         del job  # its slot keeps the owner alive, whose finalizer ends this thread
 
 
-def _end(queue: "SimpleQueue[_Prefetch | None]", threads: Sequence[Thread]) -> None:
+def _end(queue: "SimpleQueue[ThreadPrefetch | None]", threads: Sequence[Thread]) -> None:
     for _ in threads:
         queue.put(None)

@@ -18,6 +18,7 @@ class ExpertReader(Protocol):
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
+        begun: Callable[[], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -27,6 +28,7 @@ class ExpertReader(Protocol):
             layer: a valid layer.
             wanted: the experts and their rows.
             arrived: called, in the thread of the caller, with experts whose rows are complete.
+            begun: called first, in the thread of the caller, as soon as reads are under way.
 
         Raises:
             ExpertReadError: an expert could not be read.

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.contract import ExpertBatch, ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.memory import check_memory, slots_on_gpu
 from flashmoe_mlx.stores.read_ahead import ReadAhead
 from flashmoe_mlx.stores.readers import ExpertReader
@@ -54,15 +55,20 @@ class ReadingStore(ExpertStore):
             slab = Slab(2 * slots if keep_slab else slots, record)
             self._reader = ReadAhead(source, make_reader(slab), slots, threads, direct, slab)
 
-    def _load(self, layer: int, experts: Sequence[int]) -> tuple[ExpertBatch, StoreStats]:
+    def _load(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[ExpertBatch, StoreStats]:
         distinct = list(dict.fromkeys(experts))
-        if self._on_gpu is not None:
+        on_gpu = self._on_gpu
+        if on_gpu is not None:
             places = {expert: slot for slot, expert in enumerate(distinct)}
-            filling = self._on_gpu.fill(list(places.values()))
-            done = self._reader.read(layer, places, filling)
+            filling = on_gpu.fill(list(places.values()))
+
+            def ready(arrived: Sequence[int]) -> None:
+                delivery.deliver(arrived, lambda: on_gpu.batch([places[expert] for expert in arrived]))
+
+            done = self._reader.read(layer, places, filling, ready)
             filling.commit()
-            return self._on_gpu.batch([places[expert] for expert in experts]), replace(done, misses=len(places))
-        slab, slots, done = self._reader.fetch(layer, distinct)
+            return on_gpu.batch([places[expert] for expert in experts]), replace(done, misses=len(places))
+        slab, slots, done = self._reader.fetch(layer, distinct, delivery)
         return slab.batch([slots[expert] for expert in experts]), replace(done, misses=len(slots))
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:

@@ -11,7 +11,8 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
-from flashmoe_mlx.stores.contract import ExpertBatch, LayerInMemory
+from flashmoe_mlx.stores.contract import LayerInMemory
+from flashmoe_mlx.stores.delivery import ExpertBatch
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuSlots
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots

@@ -82,6 +82,7 @@ class ThreadReader:
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
+        begun: Callable[[], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -92,6 +93,7 @@ class ThreadReader:
             wanted: the experts and their rows.
             arrived: called, in the thread of the caller, with experts whose rows are complete. Threads then read parts
                 of one expert together, so that the first expert arrives early.
+            begun: called first, in the thread of the caller, as soon as the threads have their work.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
@@ -104,6 +106,8 @@ class ThreadReader:
         try:
             for queue in self._queues[:workers]:
                 queue.put(batch.work)
+            if begun is not None:
+                begun()
             done = batch.wait(workers, arrived)
         except BaseException:
             batch.todo.clear()

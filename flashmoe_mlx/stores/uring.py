@@ -1,8 +1,11 @@
 """A ring of io_uring, which takes many reads in one system call.
 
 ``ctypes`` calls the interface of the kernel (``linux/io_uring.h``, io_uring(7), io_uring_enter(2)) and releases the
-interpreter's lock during system calls. Only one thread at a time may use a ring. The last read of every batch ends
-before ``io_uring_enter`` returns, so on any processor the writes of the kernel come before the reads of this process.
+interpreter's lock during system calls. Only one thread at a time may use a ring.
+
+A read that ends while no thread is inside a system call is noticed by its entry in the completion queue, whose tail the
+kernel stores last. Python cannot load with acquire semantics, so ``ended`` makes a system call before it reports such a
+read: on any processor the writes of the kernel then come before the reads of this process.
 """
 
 import ctypes
@@ -42,13 +45,15 @@ class RingRead:
     """A read that fills ``view`` from ``offset`` of a registered file.
 
     ``file`` is the number that ``Ring.register_file`` returned. ``buffer`` is the index of the registered buffer that
-    contains ``view``, or None.
+    contains ``view``, or None. With ``by_worker`` a thread of the kernel makes the read, so that its submission never
+    waits.
     """
 
     file: int
     offset: int
     view: memoryview
     buffer: int | None = None
+    by_worker: bool = False
 
 
 class Ring:
@@ -75,7 +80,10 @@ class Ring:
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         self._end = weakref.finalize(self, _free, self._fd, self._views, self._maps)
-        self._files = 0
+        self._files = self._submitted = 0
+        self._process = os.getpid()
+        self._running: dict[int, RingRead] = {}
+        """Submitted reads that have not ended, by number."""
         try:
             self._map(_PARAMS.unpack(params))
             # The table of registered files; -1 marks an entry that is set later.
@@ -147,36 +155,57 @@ class Ring:
         )
         self._call(_REGISTER, self._fd, _REGISTER_BUFFERS, vectors, len(buffers))
 
-    def run(self, reads: Sequence[RingRead]) -> list[int]:
-        """Make at most ``entries`` reads; return for each the number of bytes read or the negated error number.
+    @property
+    def running(self) -> int:
+        """Number of submitted reads that ``ended`` has not reported."""
+        return self._words[self._sq_tail] - self._words[self._cq_head] & 0xFFFFFFFF
 
-        After this method returns or raises an error, nothing is written to the views.
+    @property
+    def free(self) -> int:
+        """Number of reads that can be submitted before others must end."""
+        return self.entries - self.running
+
+    def submit(self, reads: Sequence[RingRead]) -> list[int]:
+        """Begin at most ``free`` reads; return their numbers, by which ``ended`` reports them.
+
+        Until a read has ended, and after an error until ``settle`` returns, its view may be written to.
         """
-        self._settle()  # an interrupt may have ended the previous call of it
-        results = [-errno.EIO] * len(reads)  # for reads without an answer of the kernel
-        try:
-            tail = self._words[self._sq_tail]
-            for index, read in enumerate(reads):
-                self._prepare(tail + index & self._sq_mask, index, read)
-            self._words[self._sq_tail] = tail + len(reads) & 0xFFFFFFFF
-            self._wait(len(reads))
-            head = self._words[self._cq_head]
-            for index in range(len(reads)):
-                place = (head + index & self._cq_mask) * _CQE.size
-                user_data, result, _ = _CQE.unpack_from(self._cqes, place)
-                results[user_data] = result
-            self._words[self._cq_head] = head + len(reads) & 0xFFFFFFFF
-        except BaseException:
-            self._settle()
-            raise
-        return results
+        tail, first = self._words[self._sq_tail], self._submitted
+        self._submitted += len(reads)
+        for index, read in enumerate(reads):
+            self._running[first + index] = read  # keeps the view alive
+            self._prepare(tail + index & self._sq_mask, first + index, read)
+        self._words[self._sq_tail] = tail + len(reads) & 0xFFFFFFFF
+        self._wait(0)
+        return list(range(first, first + len(reads)))
+
+    def ended(self, at_least: int = 0) -> list[tuple[int, int]]:
+        """Wait until ``at_least`` submitted reads have ended, or all if there are fewer; return all that have.
+
+        Returns:
+            The number of each read, and the number of bytes read or the negated error number.
+        """
+        words = self._words
+        at_least = min(at_least, self.running)
+        if not at_least and words[self._cq_tail] == words[self._cq_head]:
+            return []
+        self._wait(max(1, at_least))
+        head, tail = words[self._cq_head], words[self._cq_tail]
+        places = range(tail - head & 0xFFFFFFFF)
+        positions = ((head + place & self._cq_mask) * _CQE.size for place in places)
+        entries = [_CQE.unpack_from(self._cqes, position) for position in positions]
+        words[self._cq_head] = tail
+        for number, _, _ in entries:
+            self._running.pop(number, None)
+        return [(number, result) for number, result, _ in entries]
 
     def _prepare(self, place: int, number: int, read: RingRead) -> None:
         opcode, buffer = (_OP_READ, 0) if read.buffer is None else (_OP_READ_FIXED, read.buffer)
+        flags = self._flags | (_SQE_ASYNC if read.by_worker else 0)
         _SQE.pack_into(
             self._sqes,
             place * _SQE.size,
-            *(opcode, self._flags, 0, read.file, read.offset, address_of(read.view), len(read.view), 0, number),
+            *(opcode, flags, 0, read.file, read.offset, address_of(read.view), len(read.view), 0, number),
             *(buffer, 0, 0, 0, 0),
         )
 
@@ -185,20 +214,22 @@ class Ring:
         words = self._words
         while True:
             waiting = words[self._sq_tail] - words[self._sq_head] & 0xFFFFFFFF
-            ended = words[self._cq_tail] - words[self._cq_head] & 0xFFFFFFFF
-            if not waiting and ended >= count:
-                return
             try:
-                self._call(_ENTER, self._fd, waiting, count, _ENTER_GETEVENTS)
+                if waiting or count:
+                    self._call(_ENTER, self._fd, waiting, count, _ENTER_GETEVENTS if count else 0)
             except OSError as error:
                 # EINTR: a signal. EAGAIN, EBUSY: the kernel has no room until some reads have ended.
                 if error.errno not in (errno.EINTR, errno.EAGAIN, errno.EBUSY):
                     raise
+            waiting = words[self._sq_tail] - words[self._sq_head] & 0xFFFFFFFF
+            if not waiting and words[self._cq_tail] - words[self._cq_head] & 0xFFFFFFFF >= count:
+                return
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Withdraw reads that were not submitted, and wait for all others, even if interrupts arrive during the wait.
 
-        Only the counters in the rings are used; an interrupt cannot make them wrong.
+        ``ended`` reports none of these reads. Only the counters in the rings are used, which an interrupt cannot make
+        wrong.
         """
         words = self._words
         while len({words[index] for index in (self._sq_tail, self._sq_head, self._cq_tail, self._cq_head)}) > 1:
@@ -208,15 +239,21 @@ class Ring:
                 words[self._cq_head] = words[self._cq_tail]
             except KeyboardInterrupt:
                 continue
+        self._running.clear()
 
     def close(self) -> None:
         """Wait for running reads and release the ring. Later calls have no effect.
 
-        The ring is also released when the last reference to it goes, since ``run`` leaves no read running.
+        The ring is also closed when the last reference to it goes.
         """
         if self._end.alive:
-            self._settle()
+            if os.getpid() == self._process:  # a forked process shares the queues with its parent
+                self.settle()
             self._end()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_end"):
+            self.close()
 
 
 def _free(fd: int, views: list[memoryview], maps: list[mmap.mmap]) -> None:

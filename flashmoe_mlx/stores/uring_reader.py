@@ -2,12 +2,13 @@
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.contract import BackendUnavailableError
+from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadError, ExpertStoreError
 from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.limits import DEPTH
 from flashmoe_mlx.stores.reads import (
@@ -24,9 +25,12 @@ from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.staging import StagingArea
 from flashmoe_mlx.stores.uring import Ring, RingRead
 
+_LARGEST = 2**22
+"""Largest read in bytes of a hinted expert; a request that comes soon after need not wait for a large read."""
+
 
 class UringReader:
-    """A reader that reads experts through one ring.
+    """A reader that reads experts through one ring, in the order of the calls; ``begin`` does so without a wait.
 
     Args:
         source: the location of the experts.
@@ -57,10 +61,14 @@ class UringReader:
         if direct:
             check_alignment(source)
         self._source = source
-        self._depth = depth
+        self._direct = direct
         self._ring = Ring(depth, workers)
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
+        self._running: dict[int, tuple[Read, RingReads]] = {}
+        """Submitted reads by their numbers in the ring."""
+        self._waiting: list[RingReads] = []
+        """Reads for which the ring had no room, or which ended early."""
         self._buffers: dict[int, int] = {}
         """The index of each registered buffer by its address."""
         self._registered: Sequence[memoryview] = ()
@@ -92,72 +100,196 @@ class UringReader:
         layer: int,
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
+        begun: Callable[[], None] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        After this method returns or raises an error, nothing is written to the rows.
+        After this method returns or raises an error, nothing is written to the rows. After any error but a failed read,
+        nothing is written by reads of ``begin`` either, and they have failed.
 
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            arrived: called with experts whose rows are complete, after the reads that the ring makes at once.
+            arrived: called with experts whose rows are complete.
+            begun: called first, as soon as reads are under way.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: the ring did not answer for exactly the requested reads (code "lost_read").
             ValueError: the reader has registered slots, and a row is not one of them.
         """
-        buffers = {expert: self._buffer(row) for expert, row in wanted}
-        todo = list(plan_reads(self._source, layer, wanted, self._chunk))
-        planned, nbytes = total_bytes(todo), 0
-        count = 0
-        while todo:
-            batch, todo = todo[: self._depth], todo[self._depth :]
-            ring_reads = [self._ring_read(layer, read, buffers[read.expert]) for read in batch]
-            results = self._ring.run(ring_reads)
-            count += len(batch)
-            nbytes += sum(max(0, done) for done in results)
-            remainders = (_rest(layer, read, done) for read, done in zip(batch, results, strict=True))
-            todo = [rest for rest in remainders if rest] + todo
-            complete = {read.expert for read in batch}.difference(read.expert for read in todo)
-            if arrived is not None and complete:
-                arrived(sorted(complete))
-        check_all_read(layer, planned, nbytes)
-        return count, nbytes
+        for _, row in wanted:
+            if self._buffers and address_of(row) not in self._buffers:
+                raise ValueError("registered=true, but a row is not registered")
+        reads = RingReads(layer, plan_reads(self._source, layer, wanted, self._chunk), self._buffers_of(wanted))
+        planned = total_bytes(reads.todo)
+        try:
+            self._submit(reads)
+            if begun is not None:
+                begun()
+            while True:
+                complete = reads.take_complete()  # some may have ended in ``begun``, which may wait for other reads
+                if arrived is not None and complete and reads.failure is None:
+                    arrived(complete)
+                if reads.ended:
+                    break
+                self.poll(1)
+        except BaseException:
+            self._abandon()
+            raise
+        if reads.failure is not None:
+            raise reads.failure
+        check_all_read(layer, planned, reads.nbytes)
+        return reads.count, reads.nbytes
 
-    def _buffer(self, row: memoryview) -> int | None:
-        if not self._buffers:
-            return None
-        buffer = self._buffers.get(address_of(row))
-        if buffer is None:
-            raise ValueError("registered=true, but a row is not registered")
-        return buffer
+    @property
+    def has_room(self) -> bool:
+        """Whether the ring has room for another read."""
+        return self._ring.free > 0
 
-    def _ring_read(self, layer: int, read: Read, buffer: int | None) -> RingRead:
+    def plan(self, layer: int, expert: int, row: memoryview) -> "RingReads":
+        """Return the reads of ``expert`` into ``row``, for ``begin``."""
+        wanted = [(expert, row)]
+        plan = plan_reads(self._source, layer, wanted, min(self._chunk or _LARGEST, _LARGEST))
+        return RingReads(layer, plan, self._buffers_of(wanted), by_worker=not self._direct)
+
+    def begin(self, reads: "RingReads") -> None:
+        """Begin ``reads`` without any wait; the reader owns their rows until they have ``ended``, after ``poll``."""
+        try:
+            self._submit(reads)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def poll(self, at_least: int = 0) -> None:
+        """Wait until ``at_least`` running reads have ended, and continue with all reads that wait for these."""
+        try:
+            for number, result in self._ring.ended(at_least):
+                if number in self._running:
+                    read, reads = self._running[number]
+                    reads.take(read, result)
+                    del self._running[number]
+                    if reads.todo and reads not in self._waiting:
+                        self._waiting.append(reads)
+            if self._running and not self._ring.running:  # the kernel has not answered for some reads
+                for read, reads in self._running.values():
+                    reads.take(read, -errno.EIO)
+                self._running.clear()
+            waiting, self._waiting = self._waiting, []
+            for reads in waiting:
+                self._submit(reads)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def wait(self, reads: "RingReads") -> None:
+        """Wait until ``reads``, a result of ``begin``, has ended."""
+        while not reads.ended:
+            self.begin(reads)  # an interrupt may have left reads out
+            self.poll(1)
+
+    def _submit(self, reads: "RingReads") -> None:
+        """Submit as many of ``reads`` as the ring has room for."""
+        if reads.failure is not None or not reads.todo:
+            return
+        try:
+            now = [reads.todo[place] for place in range(min(len(reads.todo), self._ring.free))]
+            requests = [self._ring_read(read, reads) for read in now]
+        except ExpertReadError as error:
+            reads.fail(error)
+            return
+        for number, read in zip(self._ring.submit(requests), now, strict=True):
+            self._running[number] = (read, reads)
+            reads.todo.popleft()
+            reads.running += 1
+            reads.count += 1
+        if reads.todo and reads not in self._waiting:
+            self._waiting.append(reads)
+
+    def _abandon(self) -> None:
+        """Wait for all running reads, which then have failed."""
+        self._ring.settle()
+        for _, reads in self._running.values():
+            reads.running = 0
+            reads.fail(ExpertStoreError("a read was abandoned"))
+        self._running.clear()
+        self._waiting.clear()
+
+    def _buffers_of(self, wanted: Sequence[tuple[int, memoryview]]) -> dict[int, int | None]:
+        return {expert: self._buffers.get(address_of(row)) for expert, row in wanted}
+
+    def _ring_read(self, read: Read, reads: "RingReads") -> RingRead:
         number = self._numbers.get(read.path)
         if number is None:
             try:
                 number = self._ring.register_file(self._files[read.path])
             except OSError as error:
-                raise read.failed(layer, error) from error
+                raise read.failed(reads.layer, error) from error
             self._numbers[read.path] = number
-        return RingRead(number, read.offset, read.view, buffer)
+        return RingRead(number, read.offset, read.view, reads.buffers[read.expert], reads.by_worker)
 
     def close(self) -> None:
-        """Release the ring and close the files; no read may be running. Later calls have no effect."""
+        """Wait for running reads, release the ring, and close the files. Later calls have no effect."""
         self._ring.close()
+        self._running.clear()
         self._files.close()
 
 
-def _rest(layer: int, read: Read, done: int) -> Read | None:
-    """Return the read of the bytes that ``read`` left out, or None if it is complete.
+class RingReads:
+    """Reads that belong together.
 
-    ``done`` is the number of bytes read, or a negated error number.
+    Args:
+        layer: the layer of the experts.
+        plan: the reads.
+        buffers: the index of the registered buffer of each expert's row, or None.
+        by_worker: whether threads of the kernel make the reads.
+
+    Attributes:
+        todo: reads that have not been submitted.
+        running: number of submitted reads that have not ended.
+        count: number of submitted reads.
+        nbytes: bytes read.
+        failure: the first failure.
     """
-    if done < 0:
-        raise read.failed(layer, OSError(-done, os.strerror(-done)))
-    if done == 0:
-        raise read.failed(layer, EOFError(read.offset))
-    if done >= len(read.view):
-        return None
-    return Read(read.expert, read.path, read.offset + done, read.view[done:])
+
+    def __init__(
+        self, layer: int, plan: Iterable[Read], buffers: Mapping[int, int | None], by_worker: bool = False
+    ) -> None:
+        self.layer = layer
+        self.buffers = buffers
+        self.by_worker = by_worker
+        self.todo = deque(plan)
+        self.running = self.count = self.nbytes = 0
+        self.failure: Exception | None = None
+        self._left = Counter(read.expert for read in self.todo)
+        self._complete: list[int] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether no read is running and none will be submitted."""
+        return not self.running and not (self.todo and self.failure is None)
+
+    def take(self, read: Read, result: int) -> None:
+        """Take the result of a read, the number of bytes or a negated error number."""
+        self.running -= 1
+        if result < 0:
+            self.fail(read.failed(self.layer, OSError(-result, os.strerror(-result))))
+        elif result == 0:
+            self.fail(read.failed(self.layer, EOFError(read.offset)))
+        else:
+            self.nbytes += result
+            if result < len(read.view):
+                self.todo.appendleft(Read(read.expert, read.path, read.offset + result, read.view[result:]))
+                return
+        self._left[read.expert] -= 1
+        if not self._left[read.expert]:
+            self._complete.append(read.expert)
+
+    def take_complete(self) -> list[int]:
+        """Return the experts that have become complete since the previous call."""
+        complete, self._complete = self._complete, []
+        return complete
+
+    def fail(self, error: Exception) -> None:
+        """Make ``error`` the failure, unless there is an earlier one."""
+        self.failure = self.failure or error

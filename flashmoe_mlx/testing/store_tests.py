@@ -31,7 +31,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from flashmoe_mlx.stores.contract import (
-    ExpertBatch,
     ExpertReadError,
     ExpertRequestError,
     ExpertStore,
@@ -39,6 +38,7 @@ from flashmoe_mlx.stores.contract import (
     StoreClosedError,
     StoreStats,
 )
+from flashmoe_mlx.stores.delivery import ExpertBatch
 from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
@@ -422,6 +422,74 @@ class ExpertStoreTests:
         store.close()
         assert store.stats().prefetched == 0
 
+    # Delivery in parts
+
+    def test_each_expert_is_delivered_once(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """Slots hold other experts before, so that a record that is delivered too early is noticed."""
+        for layer, before, experts in ((0, [9, 10, 11], [1, 2, 3]), (0, [], [3, 1]), (1, [4], [5, 4, 4]), (2, [], [])):
+            if before:
+                check(store.fetch(layer, before), layer, before, stored)
+            check(fetch_in_parts(store, layer, experts, stored), layer, experts, stored)
+
+    def test_a_hinted_expert_that_arrives_before_the_fetch(self, store: ExpertStore, stored: StoredExperts) -> None:
+        for layer in range(LAYERS):
+            store.prefetch(layer, [6, 2])
+            time.sleep(0.01 * (layer % 2))
+            check(fetch_in_parts(store, layer, [2, 6, 7], stored), layer, [2, 6, 7], stored)
+
+    def test_the_time_of_the_receiver_is_not_time_of_the_fetch(self, store: ExpertStore) -> None:
+        before, start = store.stats(), time.perf_counter()
+        store.fetch(3, [1, 5], lambda *_: time.sleep(0.02))
+        passed, done = time.perf_counter() - start, store.stats() - before
+        assert done.fetch_seconds <= passed - 0.02
+        assert 0 <= done.overlapped_seconds <= passed - done.fetch_seconds
+
+    def test_a_failed_read_after_a_delivery(self, stored: StoredExperts, injector: _Injector) -> None:
+        with self.open_store(stored) as store:
+            for number in (1, 2, 3):
+                injector(lambda read, number=number: -errno.EIO if read == number else None)  # type: ignore[misc]
+                with contextlib.suppress(ExpertReadError):
+                    check(fetch_in_parts(store, number, [1, 2, 3], stored), number, [1, 2, 3], stored)
+                injector(lambda _: None)
+                check(fetch_in_parts(store, number, [3, 2, 8], stored), number, [3, 2, 8], stored)
+
+    def test_a_receiver_that_fails_or_is_interrupted(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """The fetch raises its error, is not counted, and leaves no read behind that writes to a slot."""
+        for error in (ZeroDivisionError, KeyboardInterrupt):
+            for call in (1, 2):
+                calls = 0
+
+                def fail(_: object, __: object, error: type[BaseException] = error, call: int = call) -> None:
+                    nonlocal calls
+                    calls += 1
+                    if calls == call:
+                        raise error
+
+                before = store.stats().fetches
+                with contextlib.suppress(error):
+                    store.fetch(call, [1, 2, 3], fail)
+                    assert calls < call
+                assert store.stats().fetches - before == (calls < call)
+                check(store.fetch(call, [7, 8, 9]), call, [7, 8, 9], stored)
+                check(fetch_in_parts(store, call, [1, 2, 3], stored), call, [1, 2, 3], stored)
+
+    def test_a_receiver_that_calls_the_store(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """An error, where a store would wait for itself."""
+        calls: list[Callable[[], object]] = [
+            lambda: store.fetch(0, [1]),
+            lambda: store.prefetch(0, [1]),
+            lambda: store.in_memory(0),
+            store.close,
+        ]
+        for call in calls:
+            with pytest.raises(ExpertRequestError) as caught:
+                store.fetch(1, [1, 2], lambda _, __, call=call: call())  # type: ignore[misc]
+            assert caught.value.code == "call_during_fetch"
+            assert_one_line(caught.value)
+        check(store.fetch(1, [1, 2]), 1, [1, 2], stored)
+
+    # Trouble with files
+
     def test_files_truncated_while_open(self, private: StoredExperts) -> None:
         """At any length a fetch returns the right bytes or raises a typed error; the process never ends."""
         with self.open_store(private) as store:
@@ -678,8 +746,8 @@ class _StoreMachine(RuleBasedStateMachine):
     _layers = st.integers(-1, LAYERS)
     _experts = st.lists(st.integers(-1, EXPERTS), max_size=EXPERTS)
 
-    @rule(layer=_layers, experts=_experts)
-    def fetch(self, layer: int, experts: list[int]) -> None:
+    @rule(layer=_layers, experts=_experts, in_parts=st.booleans())
+    def fetch(self, layer: int, experts: list[int], in_parts: bool) -> None:
         valid = 0 <= layer < LAYERS and all(0 <= expert < EXPERTS for expert in experts)
         if not valid or len(set(experts)) > self._store.slots:
             with pytest.raises(ExpertRequestError):
@@ -688,7 +756,11 @@ class _StoreMachine(RuleBasedStateMachine):
             with pytest.raises(StoreClosedError):
                 self._store.fetch(layer, experts)
         else:
-            check(self._store.fetch(layer, experts), layer, experts, self._stored)
+            if in_parts:
+                batch = fetch_in_parts(self._store, layer, experts, self._stored)
+            else:
+                batch = self._store.fetch(layer, experts)
+            check(batch, layer, experts, self._stored)
             self._fetches += 1
             self._requests += len(set(experts))
 
@@ -749,6 +821,20 @@ def check(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: Stored
         expected = stored.expected[layer, expert]
         assert _bytes(record)[: len(expected)] == expected
         assert _bytes(batch.slab[slot])[: len(expected)] == expected
+
+
+def fetch_in_parts(store: ExpertStore, layer: int, experts: Sequence[int], stored: StoredExperts) -> ExpertBatch:
+    """Fetch, assert that each expert is delivered once and with its bytes, and return the batch."""
+    seen: set[int] = set()
+
+    def arrived(part: Sequence[int], batch: ExpertBatch) -> None:
+        assert seen.isdisjoint(part)
+        seen.update(part)
+        check(batch, layer, part, stored)
+
+    batch = store.fetch(layer, experts, arrived)
+    assert seen == set(experts)
+    return batch
 
 
 def check_host(batch: ExpertBatch, layer: int, experts: Sequence[int], stored: StoredExperts) -> None:

@@ -1,5 +1,6 @@
 """The prompt cache of an engine: it begins sequences where earlier ones left off, and keeps those that end."""
 
+import contextlib
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from threading import Lock
 
 import numpy as np
 
+from flashmoe_mlx.generation.metrics import ReusedFrom
 from flashmoe_mlx.generation.prompt_cache.answers import AnswerMemory
+from flashmoe_mlx.generation.prompt_cache.disk import DamagedError, Disk
 from flashmoe_mlx.generation.prompt_cache.eviction import shrink
 from flashmoe_mlx.generation.prompt_cache.positions import Kind, checkpoint_positions
 from flashmoe_mlx.generation.prompt_cache.tree import Match, Segment, Tokens, Tree
@@ -31,9 +34,12 @@ class PromptCache:
         state_bytes: the size of the states that do not grow with a sequence, at one position.
         tokenizer: the model's tokenizer, if it has one. With it, other tokens for the same text and other forms of
             the model's answers continue known conversations, too.
+        disk: conversations on disk; None for none.
     """
 
-    def __init__(self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None) -> None:
+    def __init__(
+        self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None, disk: Disk | None = None
+    ) -> None:
         self._budget = budget
         self._most_states = max(1, budget // 2 // state_bytes) if state_bytes else None
         self._has_state = state_bytes > 0
@@ -42,6 +48,8 @@ class PromptCache:
         self._tree = Tree()
         self._requests = 0
         self._lock = Lock()
+        self.disk = disk
+        self._recall()
 
     @property
     def nbytes(self) -> int:
@@ -52,8 +60,55 @@ class PromptCache:
         """Forget all conversations."""
         with self._lock:
             self._tree.clear()
+            if self.disk is not None:
+                self.disk.clear()
             if self._answers is not None:
                 self._answers.clear()
+
+    def _recall(self) -> None:
+        """Find the conversations and answers on disk."""
+        if self.disk is None:
+            return
+        for segment in self.disk.load(self._tree, self._key):
+            if segment.kind is Kind.ANSWER and self._answers is not None and self._vocabulary is not None:
+                tokens = [token for part in segment.path() for token in part.tokens.tolist()]
+                answers = self._vocabulary.answers(tokens)
+                if answers:
+                    self._answers.remember(tokens[: answers[-1][0]], tokens[answers[-1][0] :])
+
+    def _key(self, token_ids: list[int]) -> bytes:
+        return b"" if self._vocabulary is None else self._vocabulary.key(token_ids)
+
+    def _load(self, match: Match) -> bool:
+        """Bring the segments of ``match`` into memory; return whether any was only on disk.
+
+        Raises:
+            DamagedError: one cannot be read. It is forgotten then, with all that follows it.
+        """
+        loaded = False
+        for segment in match.segment.path():
+            needs_state = segment is match.segment and self._has_state and segment.state is None
+            if segment.part is not None and not needs_state:
+                continue
+            assert self.disk is not None
+            before = segment.loaded_bytes
+            try:
+                self.disk.read(segment, with_state=needs_state)
+            except DamagedError as error:
+                _log.warning("prompt cache: %s; it is computed again", error)
+                self._forget(segment)
+                raise
+            self._tree.nbytes += segment.loaded_bytes - before
+            loaded = True
+        return loaded
+
+    def _forget(self, segment: Segment) -> None:
+        """Remove a segment and all segments after it, from the disk, too."""
+        for child in list(segment.children):
+            self._forget(child)
+        if self.disk is not None:
+            self.disk.discard(segment)
+        self._tree.remove(segment)
 
     def aligned(self, prompt_ids: list[int], most: int) -> list[int]:
         """Return the tokens of a known conversation for the part of a prompt that means the same.
@@ -84,11 +139,11 @@ class PromptCache:
         tokens = np.array(request.prompt_ids, np.uint32)
         with self._lock:
             self._requests += 1
-            match = self._tree.match(tokens, cache.has_state)
+            match, source = self._found(tokens)
             if match.length:
                 path = match.segment.path()
                 try:
-                    cache.assemble([segment.part for segment in path], match.segment.state or [], match.length)
+                    cache.assemble([segment.part or [] for segment in path], match.segment.state or [], match.length)
                 except Exception:
                     _log.warning("prompt cache: a prompt could not be continued", exc_info=True)
                     cache.rewind(empty)
@@ -98,10 +153,17 @@ class PromptCache:
                     segment.reused = True
         boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
         sequence.prefilled = sequence.metrics.reused_tokens = match.length
-        sequence.metrics.reused_from = "ram" if match.length else None
+        sequence.metrics.reused_from = source if match.length else None
         sequence.keep_at = checkpoint_positions(len(tokens), boundaries, match.length, self._most_states)
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s", self._described(tokens, match))
+
+    def _found(self, tokens: Tokens) -> tuple[Match, ReusedFrom]:
+        """Return what ``tokens`` continue, in memory, and where it was."""
+        while True:
+            match = self._tree.match(tokens, self._has_state)
+            with contextlib.suppress(DamagedError):
+                return match, "disk" if self._load(match) else "ram"
 
     def keep(self, sequence: Sequence) -> None:
         """Keep an ended ``sequence``, without the last pass if that was cancelled halfway.
@@ -128,6 +190,10 @@ class PromptCache:
                 deepest = self._add(deepest, tokens, position, kind, state, cache.part)
             if self._answers is not None and sequence.finish_reason != "cancelled":
                 self._answers.remember(request.prompt_ids, sequence.token_ids)
+            if self.disk is not None:
+                for segment in deepest.path():
+                    if segment.stored is None:
+                        self.disk.write(segment)
             shrink(self._tree, self._budget, deepest)
 
     def _add(
@@ -164,7 +230,7 @@ class PromptCache:
         start = deepest.end
         reused = deepest.reused and deepest.kind is not Kind.SYSTEM
         added = tokens[start:position].copy()
-        key = b"" if self._vocabulary is None else self._vocabulary.key(added.tolist())
+        key = self._key(added.tolist())
         segment = Segment(deepest, added, key, position, kind, part(start, position), state, self._requests)
         segment.reused = reused
         self._tree.add(segment)

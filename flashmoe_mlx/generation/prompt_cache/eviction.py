@@ -29,7 +29,9 @@ def shrink(tree: Tree, budget: int, keep: Segment) -> int:
         for _, segment in candidates:
             if tree.nbytes <= budget:
                 break
-            if segment.children:
+            if segment.stored is not None:
+                tree.unload(segment)
+            elif segment.children:
                 tree.drop_state(segment)
             else:
                 tree.remove(segment)
@@ -39,7 +41,7 @@ def shrink(tree: Tree, budget: int, keep: Segment) -> int:
 def _candidates(tree: Tree, latest: set[Segment]) -> Iterator[tuple[tuple[bool, int, int], Segment]]:
     """Yield what can be forgotten next, with its worth: whole leaves, and states of inner segments."""
     for segment in tree.segments():
-        if segment.children and segment.state_bytes == 0:
+        if segment.loaded_bytes == 0 or (segment.children and segment.stored is None and segment.state_bytes == 0):
             continue
         worth = segment.used
         if segment.kind is Kind.SYSTEM or len(segment.children) > 1:

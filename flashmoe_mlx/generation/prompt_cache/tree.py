@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,23 @@ from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.layers.cache import Checkpoint, LayerCache
 
 Tokens = npt.NDArray[np.uint32]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The place of a segment on disk.
+
+    Attributes:
+        file: the file of its state.
+        offset: the place of its keys and values in the file of the conversation.
+        size: their bytes.
+        checksum: their checksum.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    checksum: str
 
 
 @dataclass(eq=False, slots=True)
@@ -22,11 +40,12 @@ class Segment:
         key: their text; see ``Vocabulary.key``. Empty for a model without a tokenizer.
         end: the number of tokens of the conversation up to its end.
         kind: the position of its end.
-        part: its keys and values in every layer that keeps tokens.
+        part: its keys and values in every layer that keeps tokens; None while they are only on disk.
         state: the states after its last token; None once they were evicted.
         children: segments that continue it.
         used: the number of the request that used or made it last.
         reused: whether a later request continued this conversation.
+        stored: its place on disk, if it is there.
     """
 
     parent: "Segment | None"
@@ -34,21 +53,32 @@ class Segment:
     key: bytes
     end: int
     kind: Kind
-    part: Checkpoint
+    part: Checkpoint | None
     state: Checkpoint | None
     used: int
     children: list["Segment"] = field(default_factory=list)
     reused: bool = False
+    stored: Stored | None = None
 
     @property
     def part_bytes(self) -> int:
         """The size of tokens, keys and values in bytes."""
-        return self.tokens.nbytes + len(self.key) + _nbytes(self.part)
+        return self.tokens.nbytes + len(self.key) + _nbytes(self.part or ())
 
     @property
     def state_bytes(self) -> int:
         """The size of the states in bytes."""
         return _nbytes(self.state or ())
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a sequence can continue after it."""
+        return self.state is not None or self.stored is not None
+
+    @property
+    def loaded_bytes(self) -> int:
+        """The bytes that it would free if it were only on disk."""
+        return _nbytes(self.part or ()) + self.state_bytes
 
     def path(self) -> list["Segment"]:
         """Return the segments from the first one of the conversation to this one."""
@@ -112,7 +142,7 @@ class Tree:
                 if shared == len(child.tokens):
                     waiting.append(child)
                 usable = min(common, len(tokens) - 1)
-                if has_state and (child.state is None or usable < child.end):
+                if has_state and (not child.has_state or usable < child.end):
                     continue
                 if usable > max(best.length, segment.end):
                     best = Match(child, usable, common, child.tokens[:0])
@@ -136,7 +166,7 @@ class Tree:
                 end = size + len(child.key)
                 if size < end < len(key) and key.startswith(child.key, size):
                     waiting.append((child, end))
-                    if end > best[1] and (child.state is not None or not has_state):
+                    if end > best[1] and (child.has_state or not has_state):
                         best = (child, end)
         return best
 
@@ -162,6 +192,11 @@ class Tree:
         """Keep the states after ``segment`` again."""
         segment.state = state
         self.nbytes += segment.state_bytes
+
+    def unload(self, segment: Segment) -> None:
+        """Keep ``segment`` on disk only."""
+        self.nbytes -= segment.loaded_bytes
+        segment.part = segment.state = None
 
     def drop_state(self, segment: Segment) -> None:
         """Forget the states after ``segment``."""

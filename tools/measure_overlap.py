@@ -1,0 +1,163 @@
+"""Measure how much of the I/O of decoding is hidden behind computation, on a model larger than memory.
+
+    python tools/measure_overlap.py <pack> --backend ram_hybrid --prefetch none,early_router \
+        --options budget_gib=10,reader=io_uring,direct=true,preload=true
+
+Modes take turns in one process, on one store, with new random tokens in each round:
+
+- parts: experts are applied as they arrive; this is what users run.
+- blocking: the same, but a layer waits for its last expert before it computes with the first.
+- compute: the store serves other records from memory, so that nothing is read.
+- I/O: the misses of "parts" are read again, layer by layer, and nothing is computed.
+
+The store should read directly (``direct=true``), or "I/O" finds its records in the page cache.
+"""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import yaml
+
+import flashmoe_mlx
+from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.stores.contract import StoreStats
+from flashmoe_mlx.stores.delivery import Delivery
+from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
+
+_OTHER_RECORDS = 64
+_WARM_UP = 8
+_HEAD = (
+    "| prefetch | ms per token: parts | blocking | compute alone | I/O alone | parts / larger alone | I/O hidden | "
+    "MB read per token | wasted | read ahead |\n|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+class Bench:
+    """An engine whose store can be made to wait, to read nothing, or to do nothing but read."""
+
+    def __init__(self, engine: Engine, seed: int) -> None:
+        self.engine = engine
+        self.store: Any = engine.store  # this tool replaces private methods
+        self.random = np.random.default_rng(seed)
+        self.cache = engine.new_cache()
+        self.loads = self.store._load
+        record = self.store.layout.record_bytes
+        self.others = HostSlots(_OTHER_RECORDS, record, CopyBuffer(record))
+        some = range(min(self.store.slots, _OTHER_RECORDS))
+        for start in range(0, _OTHER_RECORDS, len(some)):
+            rows = self.others.rows(range(start, min(start + len(some), _OTHER_RECORDS)))
+            self.store._reader._reader.read(0, list(zip(some, rows, strict=False)))
+        self.misses: list[list[tuple[int, list[int]]]] = []
+        """The misses of each token of the latest round of "parts", by layer."""
+        self.next = 0
+
+    def tokens(self, count: int) -> list[float]:
+        """Decode random tokens and return the milliseconds of each."""
+        times = []
+        for token in self.random.integers(256, size=count).tolist():
+            self.misses.append([])
+            start = time.perf_counter()
+            self.engine.forward([token], self.cache)
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+    def parts(self, count: int) -> list[float]:
+        """Time the path of users, and record the misses."""
+        self.misses = []
+        reader, name = self.store._reader, "fetch" if self.store._reader._in_place else "read"
+        original: Callable[..., Any] = getattr(reader, name)
+
+        def recorded(layer: int, experts: Sequence[int], *rest: Any) -> Any:
+            self.misses[-1].append((layer, list(experts)))
+            return original(layer, experts, *rest)
+
+        setattr(reader, name, recorded)
+        try:
+            return self.tokens(count)
+        finally:
+            delattr(reader, name)
+
+    def blocking(self, count: int) -> list[float]:
+        """Time a store that delivers all experts at the end."""
+        return self._with_load(count, lambda layer, experts, _: self.loads(layer, experts, Delivery(None, 0)))
+
+    def compute(self, count: int) -> list[float]:
+        """Time a store that reads nothing."""
+
+        def load(_: int, experts: Sequence[int], __: Delivery) -> Any:
+            self.next += len(experts)
+            slots = [(self.next + place) % _OTHER_RECORDS for place in range(len(experts))]
+            return self.others.batch(slots), StoreStats(hits=len(experts))
+
+        return self._with_load(count, load)
+
+    def io(self, _: int) -> list[float]:
+        """Time the reads of the latest "parts" alone."""
+        times = []
+        for token in self.misses:
+            start = time.perf_counter()
+            for layer, experts in token:
+                self.store._reader._reader.read(layer, list(zip(experts, self.others.rows(range(32)), strict=False)))
+            times.append(1e3 * (time.perf_counter() - start))
+        return times
+
+    def _with_load(self, count: int, load: Callable[..., Any]) -> list[float]:
+        self.store._load = load
+        try:
+            return self.tokens(count)
+        finally:
+            del self.store._load
+
+
+def main() -> None:
+    """Measure every prefetch policy and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pack", type=Path)
+    parser.add_argument("--backend", default="ram_hybrid")
+    parser.add_argument("--options", default="", help="options of the backend: name=value,name=value")
+    parser.add_argument("--prefetch", default="none")
+    parser.add_argument("--tokens", type=int, default=20, help="tokens of a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    arguments = parser.parse_args()
+    mx.set_default_device(mx.cpu)
+    options = dict(option.split("=", 1) for option in filter(None, arguments.options.split(",")))
+    parsed = {name: yaml.safe_load(value) for name, value in options.items()}
+    print(_HEAD)
+    for policy in arguments.prefetch.split(","):
+        with flashmoe_mlx.load(arguments.pack, arguments.backend, prefetch=policy, **parsed) as engine:
+            bench = Bench(engine, seed=1)
+            bench.tokens(_WARM_UP)
+            times: dict[str, list[float]] = {"parts": [], "blocking": [], "compute": [], "io": []}
+            done = StoreStats()
+            for round_ in range(arguments.rounds):
+                before = engine.store.stats()
+                for mode in (
+                    ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io")
+                ):
+                    before = engine.store.stats()
+                    times[mode] += getattr(bench, mode)(arguments.tokens)
+                    if mode == "parts":
+                        done += engine.store.stats() - before
+            _print_row(policy, times, done)
+
+
+def _print_row(policy: str, times: dict[str, list[float]], done: StoreStats) -> None:
+    parts, blocking, compute, io = (mean(times[mode]) for mode in ("parts", "blocking", "compute", "io"))
+    tokens = len(times["parts"])
+    shown = " | ".join(f"{mean(ms):.1f} (p50 {median(ms):.1f})" for ms in times.values())
+    print(
+        f"| {policy} | {shown} | {parts / max(compute, io):.2f} | {1 - (parts - compute) / io:.0%} "
+        f"(blocking {1 - (blocking - compute) / io:.0%}) | {done.bytes_read / tokens / 1e6:.0f} | "
+        f"{done.bytes_wasted / tokens / 1e6:.0f} | {done.prefetched / max(1, done.misses):.0%} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
