@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -20,6 +21,8 @@ from flashmoe_mlx.generation.constraints import ConstrainedAnswer, Constraint
 from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.scheduler import Scheduler
 from flashmoe_mlx.research.quality.items import load_items, shipped_items
+from flashmoe_mlx.tasks.generate import Config
+from flashmoe_mlx.tasks.shared.constraints import constraint_options
 from flashmoe_mlx.text.tokenizer import Tokenizer
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
 
@@ -396,3 +399,17 @@ def test_schemas_of_parameters_that_cannot_be_enforced_keep_their_types(compiler
     constraint = compiled(compiler, tools, tool_choice="required", parallel_tool_calls=False)
     _, (call,) = parse_tool_calls(walk(constraint, 0), tools)
     assert isinstance(call.arguments["n"], int)
+
+
+def test_constraints_from_files(tmp_path: Path) -> None:
+    (tmp_path / "person.json").write_text(json.dumps(PERSON))
+    (tmp_path / "word.lark").write_text('start: "a" "b"+')
+    config = Config(schema=str(tmp_path / "person.json"))
+    assert constraint_options(config)["schema"] == PERSON
+    assert constraint_options(Config(grammar=str(tmp_path / "word.lark")))["grammar"] == 'start: "a" "b"+'
+    with pytest.raises(InputError, match="no such file"):
+        constraint_options(Config(schema=str(tmp_path / "missing.json")))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(InputError) as refusal:
+        constraint_options(Config(schema=str(tmp_path / "list.json")))
+    assert refusal.value.code == "unsupported_schema"

@@ -22,7 +22,10 @@ from flashmoe_mlx.paths import name_in_errors
 _INVALID = "invalid_batch"
 _URL = "/v1/chat/completions"
 _SAME = ("max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")
-_PLAIN = (*_SAME, "top_k", "min_p", "repetition_penalty", "system")
+_PLAIN = (
+    *_SAME, "top_k", "min_p", "repetition_penalty", "system", "stop_token_ids", "min_tokens", "logit_bias", "schema",
+    "json_object", "grammar", "regex", "choices",
+)  # fmt: skip
 """Options of a plain line; they are arguments of ``Engine.request``."""
 _NEUTRAL: Mapping[str, Any] = {"n": 1, "stream": False, "logprobs": False, "response_format": {"type": "text"}}
 """Values of further fields that ask for nothing."""

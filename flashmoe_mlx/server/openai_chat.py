@@ -228,5 +228,5 @@ def _whole(model: str, events: list[Event], logprobs: LogprobsJson) -> dict[str,
         "choices": [choice],
         "usage": usage_json(finished.usage),
         "service_tier": "default",
-        "system_fingerprint": None,
+        "system_fingerprint": "flashmoe_mlx",
     }

@@ -196,7 +196,7 @@ def _whole(wanted: _Wanted, prompts: list[list[int]], answers: list[list[Event]]
         "model": wanted.model,
         "choices": choices,
         "usage": usage_json(total),
-        "system_fingerprint": None,
+        "system_fingerprint": "flashmoe_mlx",
     }
 
 

@@ -91,6 +91,10 @@ class GenerationConfig(PromptConfig):
     frequency_penalty: float | None = None
     seed: int | None = None
     prefill_chunk: int | None = None
+    schema: str | None = field(default=None, metadata=TEXT)
+    grammar: str | None = field(default=None, metadata=TEXT)
+    regex: str | None = field(default=None, metadata=TEXT)
+    choices: list[str] | None = field(default=None, metadata=TEXT)
 
 
 @dataclass

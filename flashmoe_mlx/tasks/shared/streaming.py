@@ -19,6 +19,7 @@ from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.generation.text_stream import Piece
 from flashmoe_mlx.paths import expand_path
+from flashmoe_mlx.tasks.shared.constraints import constraint_options
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -86,6 +87,7 @@ def stream(engine: Engine, config: GenerationConfig, options: PromptOptions) -> 
         seed=config.seed,
         prefill_chunk=config.prefill_chunk,
         on_prefill=bar,
+        **constraint_options(config),
         **options,
     )
     shown = Streamed()
