@@ -214,7 +214,7 @@ def test_help_explains_exactly_the_keys_of_a_task(task: str, capsys: pytest.Capt
     shown = capsys.readouterr().out
     own = shown[shown.index(f"\ntask={task}:") : shown.index("\nExamples")]
     groups = {"task", "model", "backend"}
-    explained = dict(re.findall(r"^  (\w+)=.*(?:\n {28})?(\S.*)$", own, re.MULTILINE))
+    explained = dict(re.findall(r"^  (\w+)[\w.]*=.*(?:\n {28})?(\S.*)$", own, re.MULTILINE))
     assert set(explained) - groups == set(keys_of(task)) - groups - {"debug"}
     assert all(explained.values())
     assert "debug=true" in shown

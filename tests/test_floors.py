@@ -28,6 +28,7 @@ FLOORS = (
     ("server",),
     ("research",),
     ("console",),
+    ("chat",),
     ("tasks",),
     ("cli",),
     ("__main__",),

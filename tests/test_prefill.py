@@ -12,6 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flashmoe_mlx
+from flashmoe_mlx.custom_kernels.cases import GEOMETRIES
+from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts import grouped
+from flashmoe_mlx.custom_kernels.routed_experts import reference as routed_reference
+from flashmoe_mlx.custom_kernels.routed_experts.samples import format_of
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation import prefill_chunk
 from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS, choose_chunk
@@ -158,3 +164,23 @@ def test_states_are_kept_inside_and_between_blocks(engine: Engine) -> None:
             if state is not None:
                 for array, other in zip(state.arrays(), expected.arrays(), strict=True):
                     np.testing.assert_allclose(array, other, rtol=0, atol=1e-5)
+
+
+def test_experts_of_few_and_of_many_tokens_are_applied_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = grouped._batches(np.array([5000, 4900, 2000, 30, 20, *[8] * 20]))
+    assert list(batches) == [(0, 2), (2, 4), (4, 20), (20, 25)]
+    assert list(grouped._batches(np.array([2**15, 1]))) == [(0, 1), (1, 2)]
+
+    form, _ = format_of(GEOMETRIES["small"], mx.float32, 4, 32)
+    inputs, random = RandomInputs(mx.float32, 0), np.random.default_rng(0)
+    slab = inputs.slab(form, 6)
+    x, weights = inputs.normal(40, form.hidden_size), mx.softmax(inputs.normal(40, 2), axis=-1)
+    rows = np.stack([np.zeros(40), random.integers(-1, 6, 40)], axis=1).astype(np.int32)
+    rows[rows[:, 1] == 0, 1] = -1
+    arguments = (x, slab, rows, weights, form, dense_reference.dense_experts, grouped.RowKernels())
+    together = grouped.grouped_experts(*arguments)
+    monkeypatch.setattr(grouped, "_MOST_PADDING", 4)
+    apart = grouped.grouped_experts(*arguments)
+    expected = routed_reference.routed_experts(x, slab, mx.array(rows), weights, form)
+    for found in (together, apart):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)

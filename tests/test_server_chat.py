@@ -177,3 +177,64 @@ def test_a_prompt_beyond_the_context_is_refused_before_the_stream(live: Live) ->
     for stream in (False, True):
         error = live.chat(long, status=400, stream=stream)["error"]
         assert error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "buy"}}])
+def test_a_call_can_be_demanded(live: Live, choice: Any) -> None:
+    answer = live.chat(SUM, tools=[BUY], tool_choice=choice, max_tokens=100)["choices"][0]
+    assert answer["finish_reason"] == "tool_calls"
+    assert {call["function"]["name"] for call in answer["message"]["tool_calls"]} == {"buy"}
+    single = live.chat(SUM, tools=[BUY], tool_choice=choice, parallel_tool_calls=False)["choices"][0]
+    assert len(single["message"]["tool_calls"]) == 1
+
+
+def test_calls_can_be_forbidden(live: Live) -> None:
+    message = live.chat(ASK, tools=[BUY], tool_choice="none", max_tokens=30)["choices"][0]["message"]
+    assert "tool_calls" not in message
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "boat": {"type": "boolean"}, "coins": {"type": "integer"}},
+    "required": ["name", "boat", "coins"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}},
+        {"type": "json_object", "schema": SCHEMA},
+    ],
+)
+def test_answers_follow_a_schema(live: Live, asked: dict[str, Any], thinking: bool) -> None:
+    question = {"role": "user", "content": "Mabel has no boat. There are 6 coins in Mabel's bag. Write JSON."}
+    options = {"chat_template_kwargs": {"enable_thinking": thinking}, "max_tokens": 400}
+    answer = live.chat(question, response_format=asked, **options)["choices"][0]
+    if answer["finish_reason"] == "stop":
+        assert [*json.loads(answer["message"]["content"])] == ["name", "boat", "coins"]
+    assert answer["finish_reason"] == "stop" or thinking
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_schema"}},
+        {"response_format": {"type": "xml"}},
+        {"response_format": {"schema": {}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://a/b"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 70_000]}}}},
+        {"tool_choice": "required"},
+        {"tool_choice": "any", "tools": [BUY]},
+        {"tool_choice": {"type": "function", "function": {"name": "sell"}}, "tools": [BUY]},
+        {"logit_bias": {"5": 1000}},
+        {"logit_bias": {"x": 1}},
+        {"stop_token_ids": ["x"]},
+    ],
+)
+def test_constraints_that_cannot_be_kept_are_refused(live: Live, fields: dict[str, Any]) -> None:
+    for stream in (False, True):
+        assert live.chat(status=400, stream=stream, **fields)["error"]["message"]

@@ -1,5 +1,6 @@
 """``/v1/messages`` and ``/v1/messages/count_tokens``: the forms of the Anthropic API."""
 
+import json
 from typing import Any
 
 import pytest
@@ -288,3 +289,17 @@ def test_a_wrong_field_is_named(live: Live, fields: dict[str, Any], place: str) 
     body = live.post(PATH, status=400, **{"model": "demo", "max_tokens": 9, "messages": [SUM], **fields})
     assert body["error"]["type"] == "invalid_request_error"
     assert body["error"]["message"].startswith(f"{place} ")
+
+
+def test_calls_and_schemas_are_enforced(live: Live) -> None:
+    body = ask(live, tools=[BUY], tool_choice={"type": "tool", "name": "buy", "disable_parallel_tool_use": True})
+    assert [block["name"] for block in body["content"]] == ["buy"]
+    assert ask(live, tools=[BUY], tool_choice={"type": "any"})["stop_reason"] == "tool_use"
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"enum": [42]}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    (block,) = ask(live, output_config={"format": {"type": "json_schema", "schema": schema}})["content"]
+    assert json.loads(block["text"]) == {"sum": 42}

@@ -231,3 +231,20 @@ def test_a_wrong_field_is_named(live: Live, fields: dict[str, Any], param: str) 
     error = live.post(PATH, status=400, **{"model": "demo", "input": "Hello", **fields})["error"]
     assert error["param"] == param
     assert error["message"].startswith(param)
+
+
+def test_calls_and_schemas_are_enforced(live: Live) -> None:
+    other = {"type": "function", "name": "sell", "parameters": {"type": "object", "properties": {}}}
+    choices: list[Any] = [{"type": "function", "name": "buy"}]
+    choices.append({"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "buy"}]})
+    for choice in choices:
+        body = respond(live, tools=[other, BUY], tool_choice=choice, parallel_tool_calls=False)
+        assert [item["name"] for item in body["output"]] == ["buy"]
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"enum": [42]}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    body = respond(live, text={"format": {"type": "json_schema", "name": "sum", "schema": schema, "strict": True}})
+    assert json.loads(body["output"][0]["content"][0]["text"]) == {"sum": 42}

@@ -1,6 +1,6 @@
 """The routed experts of many tokens: several experts at a time are dequantized once and applied to all their tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +16,10 @@ Indices = npt.NDArray[np.intp]
 
 AT_ONCE = 16
 """Experts that are dense at once: 0.4 GB at the 397B geometry, in bf16."""
+MOST_PAIRS = 2**14
+"""Pairs of an expert and a token, padding included, that are applied at once, unless one expert has more tokens."""
+_MOST_PADDING = 2**11
+"""Padded pairs from which a further call costs less than the padding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,8 @@ def grouped_experts(
 ) -> mx.array:
     """Compute ``reference.routed_experts`` without a shared expert, for many tokens.
 
-    The tokens of an expert are padded to the largest number of tokens of an expert beside it. Experts are applied in
-    the order of their rows, ``AT_ONCE`` at a time; the sums of these are in the order of choices.
+    The tokens of an expert are padded to the largest number of tokens of an expert beside it. Experts are therefore
+    applied by descending numbers of tokens, at most ``AT_ONCE`` at a time, whose sums are in the order of choices.
 
     Args:
         x: [T, hidden].
@@ -58,16 +62,17 @@ def grouped_experts(
         f32 [T, hidden].
     """
     tokens, choices = np.nonzero(rows >= 0)
-    row = rows[tokens, choices]
-    order = np.lexsort((tokens, row))
-    tokens, choices, row = tokens[order], choices[order], row[order]
-    distinct, first = np.unique(row, return_index=True)
-    bounds = np.append(first, len(row))
+    distinct, own, counts = np.unique(rows[tokens, choices], return_inverse=True, return_counts=True)
+    by_use = np.argsort(-counts, kind="stable")
+    order = np.lexsort((tokens, np.argsort(by_use)[own]))
+    tokens, choices = tokens[order], choices[order]
+    distinct, counts = distinct[by_use], counts[by_use]
+    bounds = np.append(0, np.cumsum(counts))
     y = mx.zeros(x.shape, mx.float32)
-    for start in range(0, len(distinct), AT_ONCE):
-        at = bounds[start : start + AT_ONCE + 1]
+    for start, end in _batches(counts):
+        at = bounds[start : end + 1]
         pairs = slice(at[0], at[-1])
-        experts = distinct[start : start + AT_ONCE]
+        experts = distinct[start:end]
         table, own = _places(at - at[0], tokens[pairs])
         inputs = row_kernels.gather(x, mx.array(table.ravel())).reshape(*table.shape, -1)
         gate, up, down = dense_experts(slab, mx.array(experts), form, x.dtype)
@@ -78,6 +83,20 @@ def grouped_experts(
         places[tokens[pairs], choices[pairs]] = own
         y = row_kernels.add(y, out, mx.array(places), routing_weights)
     return y
+
+
+def _batches(counts: Indices) -> Iterator[tuple[int, int]]:
+    """Divide experts with descending ``counts`` of tokens into calls; yield the first expert and the end of each."""
+    start = 0
+    while start < len(counts):
+        most, end, padding = int(counts[start]), start + 1, 0
+        while end < min(len(counts), start + AT_ONCE) and (end + 1 - start) * most <= MOST_PAIRS:
+            padding += most - int(counts[end])
+            if padding > _MOST_PADDING:
+                break
+            end += 1
+        yield start, end
+        start = end
 
 
 def _places(bounds: Indices, tokens: Indices) -> tuple[npt.NDArray[np.int32], Indices]:

@@ -11,7 +11,7 @@ from flashmoe_mlx.cli.alternatives import check_alternatives, is_path
 from flashmoe_mlx.cli.arguments import Override, parse
 from flashmoe_mlx.cli.options import check_options, expand_home
 from flashmoe_mlx.cli.quoting import quote_scalars
-from flashmoe_mlx.cli.task_keys import GROUPS, check_key, root_of, text_key
+from flashmoe_mlx.cli.task_keys import GROUPS, check_key, full_key, root_of, text_key
 from flashmoe_mlx.cli.values import (
     MISSING_VALUE,
     backend_value,
@@ -60,6 +60,8 @@ def _override(key: str, value: str, tasks: Collection[str] | None, sweeps: bool)
     check_key(key, tasks)
     if key in GROUPS:
         return _group_override(key, value, sweeps)
+    if not value.lstrip().startswith("{"):
+        key = full_key(key, tasks)
     text = text_key(key, tasks)
     if text is not None:
         value = text_list_value(key, value, sweeps) if text.listed else text_value(value, sweeps, text.nullable)

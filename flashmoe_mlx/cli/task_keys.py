@@ -63,6 +63,13 @@ def known_keys() -> tuple[str, ...]:
     return tuple(sorted({key for task in task_names() for key in keys_of(task)}))
 
 
+def full_key(key: str, tasks: Collection[str] | None) -> str:
+    """Return the key that ``key`` is short for in all of ``tasks``, such as ``tools.file`` for ``tools``."""
+    found = [field for task in tasks or () for field in dataclasses.fields(config_class(task)) if field.name == key]
+    short = {field.metadata.get("short_for") for field in found}
+    return f"{key}.{short.pop()}" if len(short) == 1 and None not in short else key
+
+
 @dataclasses.dataclass(frozen=True)
 class TextKey:
     """Key whose characters have no special meaning; ``nullable`` if ``null`` is not text, ``listed`` for a list."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from importlib.resources import files as package_files
 from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
@@ -10,7 +11,7 @@ from flashmoe_mlx.cli.arguments import CommandLine
 from flashmoe_mlx.cli.task_keys import config_class, keys_of, names_in_group, task_names, unread_key
 from flashmoe_mlx.errors import InputError
 
-_KEY = re.compile(r"^(?P<key>\w+): *(?P<default>\[.*?\]|.*?)(?: +# (?P<about>.*))?$", re.MULTILINE)
+_KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+): *(?P<default>\[.*?\]|.*?)(?: +# (?P<about>.*))?$", re.MULTILINE)
 _EXAMPLE = "Example: "
 _TYPES = {
     int: "int",
@@ -49,13 +50,13 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
     yield "flashmoe_mlx: run Mixture-of-Experts models larger than memory\n"
     yield "  python -m flashmoe_mlx [task=NAME] [key=value ...]       key=value and +key=value mean the same\n"
     yield f"task={task}: {_summary('task', task)}"
-    described = _described("", "generation.yaml") | _described("task", f"{task}.yaml")
-    hints = get_type_hints(config_class(task))
+    shared = _described("", "answer.yaml") | _described("", "generation.yaml")
+    described = shared | _described("task", f"{task}.yaml")
     keys = keys_of(task)
-    for key in keys:
+    for key, hint in _typed_keys(config_class(task)):
         if key in described:
             default, about = described[key]
-            yield _row(f"{key}={default}", _type_name(hints[key]), about)
+            yield _row(f"{key}={default}", _type_name(hint), about)
     yield ""
     if "model" in keys:
         yield from _group("model", "demo")
@@ -90,6 +91,17 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
     yield f"\n{_GENERAL}"
 
 
+def _typed_keys(config: type) -> Iterator[tuple[str, object]]:
+    """Yield the keys of a task with their types; the keys of a group follow one another."""
+    hints = get_type_hints(config)
+    for field in fields(config):
+        hint = hints[field.name]
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from ((f"{field.name}.{key}", inner) for key, inner in _typed_keys(hint))
+        else:
+            yield field.name, hint
+
+
 def _row(key: str, type_name: str, about: str) -> str:
     """Return a line with a key, its type and its description; a long key gets a separate line."""
     start = f"  {key}\n{'':{_KEY_WIDTH + 2}}" if len(key) >= _KEY_WIDTH else f"  {key:<{_KEY_WIDTH}}"
@@ -119,12 +131,15 @@ def _comments(group: str, name: str) -> Iterator[str]:
 
 
 def _described(group: str, file: str) -> dict[str, tuple[str, str]]:
-    """Return the default and the comment of each top-level key of a file in ``configs/``."""
-    return {
-        match["key"]: (match["default"], match["about"] or "")
-        for match in _KEY.finditer(_text(group, file))
-        if match["key"] not in ("defaults", "task")
-    }
+    """Return the default and the comment of each key of a file in ``configs/``."""
+    found: dict[str, tuple[str, str]] = {}
+    parent = ""
+    for match in _KEY.finditer(_text(group, file)):
+        parent = parent if match["indent"] else match["key"]
+        key = f"{parent}.{match['key']}" if match["indent"] else parent
+        if parent not in ("defaults", "task"):
+            found[key] = match["default"], match["about"] or ""
+    return found
 
 
 def _text(group: str, file: str) -> str:

@@ -12,6 +12,7 @@ from typing import TextIO
 from flashmoe_mlx.errors import FlashMoeError
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class OutputError(FlashMoeError):
@@ -61,6 +62,14 @@ def say(line: str) -> None:
 def one_line(text: str) -> str:
     """Return ``text`` with control characters escaped, so that it is one line and sends no commands to a terminal."""
     return _CONTROLS.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def neutralize(text: str) -> str:
+    """Replace characters by which text could send commands to a terminal, or make it show text in another order.
+
+    Tabs and line breaks stay.
+    """
+    return _COMMANDS.sub("\ufffd", text)
 
 
 def drop_answer() -> None:

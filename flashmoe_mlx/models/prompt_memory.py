@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from flashmoe_mlx.custom_kernels.routed_experts.grouped import AT_ONCE, MOST_PAIRS
 from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.models.config import ModelConfig
 
@@ -19,7 +20,7 @@ class PromptMemory:
 
     Attributes:
         per_token: of each of the tokens.
-        block: the intermediate results of the mixer for a block of ``BLOCK`` tokens.
+        block: the intermediate results for a block of ``BLOCK`` tokens.
     """
 
     per_token: int
@@ -43,4 +44,7 @@ def prompt_memory(config: ModelConfig, experts_k: int, activation_bytes: int) ->
     block = BLOCK * (max(mixer.working_width for mixer in mixers) + 3 * hidden) * activation_bytes
     if on_gpu:
         block += max(_SCORES, _RECURRENCE * 4 * BLOCK * max(mixer.recurrent_width for mixer in mixers))
+        # Dense experts, and the inputs, inner products and outputs of pairs of an expert and a token.
+        dense = AT_ONCE * 3 * hidden * config.expert_size
+        block += activation_bytes * (dense + MOST_PAIRS * (2 * hidden + 4 * config.expert_size))
     return PromptMemory(streams + experts_k * _CHOICE, block)

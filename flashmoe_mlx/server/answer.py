@@ -18,13 +18,11 @@ class Prepared:
     Attributes:
         request: the tokens and options.
         tool_reader: reads calls in the answer; None leaves the text as it is.
-        score_prompt: whether the log probabilities of the prompt's tokens are wanted, too.
-        generates: whether tokens follow the prompt; false only for a prompt that is scored.
+        generates: whether tokens follow the prompt; false if only the log probabilities of the prompt are wanted.
     """
 
     request: Request
     tool_reader: ToolCallReader | None = None
-    score_prompt: bool = False
     generates: bool = True
 
 

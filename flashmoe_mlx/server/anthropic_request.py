@@ -35,8 +35,8 @@ def parse_messages(fields: Fields, engine: Engine) -> Conversation:
     options = sampling_options(fields, engine) | _template_options(fields, engine)
     options["stop"] = stop_strings(fields, "stop_sequences")
     choice = _tool_choice(fields)
-    options |= constraint_options(Fields({**choice, "response_format": _response_format(fields)}))
     tools = _tools(fields)
+    options |= constraint_options(Fields({**choice, "response_format": _response_format(fields)}), tools)
     unwanted = choice.get("tool_choice") == "none"
     return Conversation(merge_system_messages(messages), [] if unwanted else tools, options)
 

@@ -1,27 +1,52 @@
 """The fields that constrain an answer: ``response_format``, ``tool_choice`` and ``parallel_tool_calls``."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.fields import Fields
+from flashmoe_mlx.server.options import check_size
 
 
-def constraint_options(fields: Fields) -> dict[str, Any]:
+def constraint_options(fields: Fields, tools: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the constraints as arguments of ``Engine.request``.
 
     Raises:
-        ApiError: a field is wrong, or asks for what this engine cannot enforce.
+        ApiError: a field is wrong.
     """
-    options: dict[str, Any] = {}
-    choice = fields.any("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise ApiError(
-            "tool_choice: only 'auto' and 'none' are supported so far", code="unsupported", param="tool_choice"
-        )
-    response_format = fields.object("response_format")
-    if response_format is not None and response_format.choice("type", "text", "json_object", "json_schema") not in (
-        None,
-        "text",
-    ):
-        raise ApiError("response_format: only 'text' is supported so far", code="unsupported", param="response_format")
+    options: dict[str, Any] = format_options(fields)
+    choice = _tool_choice(fields)
+    if choice not in ("auto", "none") and not tools:
+        fields.refuse("tool_choice", "needs tools")
+    if tools and choice != "none":
+        options["tool_choice"] = choice
+        if not fields.flag("parallel_tool_calls", default=True):
+            options["parallel_tool_calls"] = False
     return options
+
+
+def format_options(fields: Fields) -> dict[str, Any]:
+    """Return the constraint that ``response_format`` asks for."""
+    asked = fields.object("response_format")
+    if asked is None:
+        return {}
+    kind = asked.choice("type", "text", "json_object", "json_schema")
+    if kind is None:
+        asked.refuse("type", "is required", code="missing_field")
+    inside = asked.object("json_schema") if kind == "json_schema" else None
+    schema = (inside or asked).any("schema")  # llama.cpp takes a schema beside the type
+    if kind == "text" or (kind == "json_object" and schema is None):
+        return {"json_object": True} if kind == "json_object" else {}
+    if not isinstance(schema, dict):
+        (inside or asked).refuse("schema", "is required: a JSON schema, which is an object", code="missing_field")
+    check_size(schema, f"{(inside or asked).place}schema")
+    return {"schema": schema}
+
+
+def _tool_choice(fields: Fields) -> str | dict[str, str]:
+    given = fields.any("tool_choice")
+    if isinstance(given, dict):
+        choice = Fields(given, "tool_choice.")
+        choice.choice("type", "function")
+        function = choice.object("function") or choice
+        return {"name": function.required_text("name", 256)}
+    return fields.choice("tool_choice", "auto", "none", "required") or "auto"

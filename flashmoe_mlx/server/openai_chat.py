@@ -80,7 +80,7 @@ def parse_conversation(fields: Fields, engine: Engine) -> Conversation:
     elif fields.integer("top_logprobs", 0, _MOST_LOGPROBS):
         fields.refuse("top_logprobs", "needs logprobs: true")
     tools = declared_tools(fields)
-    options |= constraint_options(fields)
+    options |= constraint_options(fields, tools)
     return Conversation(messages, tools if fields.any("tool_choice") != "none" else [], options)
 
 
@@ -228,5 +228,5 @@ def _whole(model: str, events: list[Event], logprobs: LogprobsJson) -> dict[str,
         "choices": [choice],
         "usage": usage_json(finished.usage),
         "service_tier": "default",
-        "system_fingerprint": None,
+        "system_fingerprint": "flashmoe_mlx",
     }

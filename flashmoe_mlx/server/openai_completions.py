@@ -58,7 +58,7 @@ async def completions(request: Request) -> EventStream | WholeAnswer:
     limit = fields.integer("max_tokens", 0, _MOST_TOKENS)
     if limit == 0 and not echo:
         fields.refuse("max_tokens", "must be at least 1 without echo")
-    options = _options(fields, engine, limit)
+    options = _options(fields, engine, limit, echo=echo)
     stream_options = fields.object("stream_options")
     wanted = _Wanted(
         model,
@@ -74,8 +74,7 @@ async def completions(request: Request) -> EventStream | WholeAnswer:
             tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             tokens = engine.runner.checked_tokens(tokens)
             made = make_request(tokens, options, engine.sampling, engine.tokenizer)
-            scores = echo and (wanted.logprobs or not wanted.generates)
-            return Prepared(made, score_prompt=scores, generates=wanted.generates)
+            return Prepared(made, generates=wanted.generates)
 
         return await service.outside(make)
 
@@ -106,12 +105,13 @@ def _prompts(fields: Fields) -> list[Prompt]:
     return given
 
 
-def _options(fields: Fields, engine: Engine, limit: int | None) -> RequestOptions:
+def _options(fields: Fields, engine: Engine, limit: int | None, *, echo: bool) -> RequestOptions:
     content = {**fields.content, "max_tokens": max(1, _DEFAULT_TOKENS if limit is None else limit)}
     options = sampling_options(Fields(content), engine)
     count = fields.integer("logprobs", 0, _MOST_LOGPROBS)
     if count is not None:
         options["logprobs"] = count
+        options["prompt_logprobs"] = count if echo else None
     options["raw"] = True
     return cast(RequestOptions, options)
 
@@ -196,7 +196,7 @@ def _whole(wanted: _Wanted, prompts: list[list[int]], answers: list[list[Event]]
         "model": wanted.model,
         "choices": choices,
         "usage": usage_json(total),
-        "system_fingerprint": None,
+        "system_fingerprint": "flashmoe_mlx",
     }
 
 

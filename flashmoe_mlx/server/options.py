@@ -11,6 +11,7 @@ from flashmoe_mlx.server.fields import Fields, refuse
 
 _MOST_TOKENS = 2**31 - 1
 _MOST_STOPS = 16
+_MOST_BIASES = 1024
 _LARGEST_SCHEMA = 64 * 2**10
 """The largest JSON schema, in characters of its JSON."""
 _LARGEST_TEMPLATE_VALUE = 4096
@@ -46,6 +47,13 @@ def sampling_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     options["seed"] = None if seed is None else seed % 2**64
     options["stop"] = stop_strings(fields, "stop")
+    options["stop_token_ids"] = fields.items("stop_token_ids", _MOST_STOPS)
+    options["min_tokens"] = fields.integer("min_tokens", 0, _MOST_TOKENS)
+    bias = fields.object("logit_bias")
+    if bias is not None:
+        if len(bias.content) > _MOST_BIASES:
+            fields.refuse("logit_bias", f"must have at most {_MOST_BIASES} tokens")
+        options["logit_bias"] = {token: bias.number(token, -100, 100) or 0.0 for token in bias.content}
     if fields.integer("n", 1, 1) is None:
         fields.integer("best_of", 1, 1)
     limit = fields.integer("max_tokens", 1, _MOST_TOKENS)

@@ -16,6 +16,7 @@ from flashmoe_mlx.server.events import (
     Event,
     Finished,
     Prefilled,
+    PromptScored,
     Reasoning,
     Text,
     Usage,
@@ -43,6 +44,9 @@ class AnswerReader:
         self._max_context = max_context
         self._stream = TextStream(sequence, tokenizer, prepared.tool_reader)
         self._ended_calls = 0
+        self._generates = prepared.generates
+        self._scored = sequence.request.prompt_logprobs is None
+        """Whether the log probabilities of the prompt were given, or are not wanted."""
 
     def take(self) -> list[Event]:
         """Return the events of the tokens since the last call; those of a finished sequence end the answer."""
@@ -50,6 +54,11 @@ class AnswerReader:
         if piece is None:
             return []
         events: list[Event] = []
+        if not self._scored:
+            self._scored = True
+            events.append(PromptScored(tuple(self._sequence.prompt_logprobs)))
+        if not self._generates:
+            return [*events, Finished("length", usage_of(self._sequence))]
         if piece.reasoning:
             events.append(Reasoning(piece.reasoning))
         if piece.text and not piece.calls:

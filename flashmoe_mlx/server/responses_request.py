@@ -42,16 +42,16 @@ def parse_input(fields: Fields, engine: Engine) -> Conversation:
     most = fields.integer("max_output_tokens", 1, 2**31 - 1)
     options["max_tokens"] = min(most or options["max_tokens"], options["max_tokens"])
     choice, allowed = _tool_choice(fields)
-    parallel = fields.any("parallel_tool_calls")
-    options |= constraint_options(
-        Fields({"tool_choice": choice, "parallel_tool_calls": parallel, "response_format": _response_format(fields)})
-    )
     tools = _functions(fields)
-    if choice == "none":
-        tools = []
-    elif allowed is not None:
+    if allowed is not None:
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
-    return Conversation(merge_system_messages(messages), tools, options)
+    asked = {
+        "tool_choice": choice,
+        "parallel_tool_calls": fields.any("parallel_tool_calls"),
+        "response_format": _response_format(fields),
+    }
+    options |= constraint_options(Fields(asked), tools)
+    return Conversation(merge_system_messages(messages), [] if choice == "none" else tools, options)
 
 
 def _messages(items: list[Fields]) -> list[Message]:

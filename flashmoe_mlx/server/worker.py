@@ -16,7 +16,6 @@ from flashmoe_mlx.server.answer import Answer
 from flashmoe_mlx.server.errors import ApiError, as_api_error
 from flashmoe_mlx.server.events import Event, Failed, Finished, Started, Usage
 from flashmoe_mlx.server.reading import AnswerReader, PrefillReports, usage_of
-from flashmoe_mlx.server.scoring import Scoring
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +37,6 @@ class Worker:
         self._waiting: deque[Answer] = deque()
         self._stopping = False
         self._active: dict[GeneratedSequence, tuple[Answer, AnswerReader]] = {}
-        self._scoring: deque[Scoring] = deque()
         self.engine: Engine | None = None
         """The engine, once it is loaded."""
         self.failure: BaseException | None = None
@@ -72,7 +70,7 @@ class Worker:
     @property
     def running(self) -> int:
         """The number of answers in progress."""
-        return len(self._active) + len(self._scoring)
+        return len(self._active)
 
     def submit(self, answer: Answer) -> None:
         """Queue a request."""
@@ -91,7 +89,6 @@ class Worker:
         finally:
             with self._changed:
                 answers = [*self._waiting, *(answer for answer, _ in self._active.values())]
-                answers += [scoring.answer for scoring in self._scoring]
                 self._waiting.clear()
             for answer in answers:
                 self._end(answer, Failed(as_api_error(self.failure or RuntimeError("the server stops"))))
@@ -108,8 +105,6 @@ class Worker:
                     return
             for answer in begun:
                 self._begin(engine, scheduler, answer)
-            if self._scoring:
-                self._score(engine, scheduler)
             if self._active:
                 scheduler = self._step(engine, scheduler)
 
@@ -117,12 +112,7 @@ class Worker:
         if answer.cancelled or self._stopping:
             self._end(answer, Finished("cancelled", Usage(len(answer.prepared.request.prompt_ids))))
             return
-        if answer.prepared.score_prompt:
-            self._scoring.append(Scoring(engine, answer))
-            return
-        self._begin_sequence(engine, scheduler, answer)
 
-    def _begin_sequence(self, engine: Engine, scheduler: Scheduler, answer: Answer) -> None:
         def publish(events: Sequence[Event]) -> None:
             self._publish(answer, events)
 
@@ -133,30 +123,10 @@ class Worker:
             self._end(answer, Failed(as_api_error(error)))
             return
         answer.sequence = sequence
-        if answer.cancelled:
-            sequence.cancel()
+        sequence.cancelled |= answer.cancelled  # by the other thread, since the check above
         self._active[sequence] = answer, reader
         scheduler.add(sequence)
         self._publish(answer, [Started(usage_of(sequence))])
-
-    def _score(self, engine: Engine, scheduler: Scheduler) -> None:
-        """Advance the first of the prompts to be scored; its answer is generated afterwards."""
-        scoring = self._scoring[0]
-        try:
-            if not scoring.answer.cancelled:
-                self._publish(scoring.answer, scoring.advance())
-            if scoring.answer.cancelled:
-                self._scoring.popleft()
-                self._end(scoring.answer, Finished("cancelled", scoring.usage()))
-            elif scoring.finished is not None:
-                self._scoring.popleft()
-                self._end(scoring.answer, scoring.finished)
-            elif scoring.scored:
-                self._scoring.popleft()
-                self._begin_sequence(engine, scheduler, scoring.answer)
-        except Exception as error:
-            self._scoring.popleft()
-            self._end(scoring.answer, Failed(as_api_error(error)))
 
     def _step(self, engine: Engine, scheduler: Scheduler) -> Scheduler:
         """Advance all sequences; return the scheduler of the next step."""

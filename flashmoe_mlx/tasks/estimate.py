@@ -262,7 +262,8 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         "resident weights": need.resident,
         f"keys and values of {model.context} tokens": need.keys_and_values,
         "recurrent state": need.state,
-        "slots of one fetch": need.slots,
+        "slots": need.slots,
+        "the prompt in a layer": need.prompt,
         "program": need.runtime,
     }
     listed = ", ".join(f"{part} {nbytes / GIB:.2f}" for part, nbytes in parts.items())

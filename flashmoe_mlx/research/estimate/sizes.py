@@ -4,13 +4,16 @@ from dataclasses import dataclass
 from math import prod
 
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import EMBEDDING, Kind
+from flashmoe_mlx.models.prompt_memory import prompt_memory
 
 GROUP_SIZE = 64
-LEAST_SLOTS = 16
-_RUNTIME = 300_000_000
-"""Bytes of Python, of MLX, and of one layer's buffers."""
+LEAST_SLOTS = 32
+"""Slots of a store without a budget: for the experts of a fetch and for as many that are read ahead."""
+_RUNTIME = 130_000_000
+"""Bytes of Python and of MLX."""
 
 
 def touched_weights(config: ModelConfig) -> int:
@@ -59,20 +62,22 @@ class MemoryNeed:
         resident: resident weights.
         keys_and_values: caches that grow with every token.
         state: caches of a fixed size.
-        slots: the experts of one fetch.
-        runtime: Python, MLX and buffers.
+        slots: the experts of one fetch, and as many that are read ahead.
+        prompt: the tokens that go through a layer together.
+        runtime: Python and MLX.
     """
 
     resident: int
     keys_and_values: int
     state: int
     slots: int
+    prompt: int
     runtime: int
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.resident + self.keys_and_values + self.state + self.slots + self.runtime
+        return self.resident + self.keys_and_values + self.state + self.slots + self.prompt + self.runtime
 
 
 def memory_need(
@@ -85,7 +90,7 @@ def memory_need(
     group_size: int = GROUP_SIZE,
     kv_bits: int | None = None,
 ) -> MemoryNeed:
-    """Compute the memory that a model needs for one sequence.
+    """Compute the memory that a model needs for one sequence, whose tokens go through a layer together.
 
     Args:
         config: the geometry of the model.
@@ -103,5 +108,6 @@ def memory_need(
         keys_and_values=context * sum(cache.per_token for cache in caches),
         state=sum(cache.fixed for cache in caches),
         slots=LEAST_SLOTS * record_bytes(config, expert_bits, group_size),
+        prompt=prompt_memory(config, config.experts_per_token, activation_bytes).of(min(context, MOST_TOKENS)),
         runtime=_RUNTIME,
     )

@@ -15,6 +15,8 @@ TEXT = {"text": True}
 """Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
 TRACE_OPTION = {"text_options": ("trace",)}
 """Metadata of a field with options: the option ``trace`` holds text."""
+SHORT_FOR_FILE = {"short_for": "file"}
+"""Metadata of a group of keys: a value of the group itself is the value of its key ``file``."""
 
 
 @dataclass
@@ -74,12 +76,11 @@ class PromptConfig(EngineConfig):
 
 
 @dataclass
-class GenerationConfig(PromptConfig):
-    """Keys of tasks that answer one prompt: ``generate`` and ``trace``."""
+class AnswerConfig(EngineConfig):
+    """Keys of tasks in which a model answers."""
 
     max_tokens: int = 256
     system: str | None = field(default=None, metadata=TEXT)
-    tools: str | None = field(default=None, metadata=TEXT)
     thinking: bool | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
     temperature: float | None = None
@@ -91,10 +92,30 @@ class GenerationConfig(PromptConfig):
     frequency_penalty: float | None = None
     seed: int | None = None
     prefill_chunk: int | None = None
+
+
+@dataclass
+class GenerationConfig(AnswerConfig, PromptConfig):
+    """Keys of tasks that answer one prompt: ``generate`` and ``trace``."""
+
+    tools: str | None = field(default=None, metadata=TEXT)
     schema: str | None = field(default=None, metadata=TEXT)
     grammar: str | None = field(default=None, metadata=TEXT)
     regex: str | None = field(default=None, metadata=TEXT)
     choices: list[str] | None = field(default=None, metadata=TEXT)
+
+
+@dataclass
+class ToolChoice:
+    """Choice of tools that a model may call in a chat."""
+
+    file: str | None = field(default=None, metadata=TEXT)
+    mcp: list[str] = field(default_factory=list, metadata=TEXT)
+    builtin: list[str] = field(default_factory=list)
+    folder: str = field(default=".", metadata=TEXT)
+    allow: list[str] = field(default_factory=list)
+    timeout: float = 60.0
+    most_calls: int = 16
 
 
 @dataclass

@@ -1,7 +1,6 @@
 """Streaming of an answer to the terminal: progress of prefill, thinking apart from the answer, interrupts."""
 
 import os
-import re
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from types import FrameType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from flashmoe_mlx.console.output import console, literal_console, show
-from flashmoe_mlx.console.streams import OutputError, print_answer
+from flashmoe_mlx.console.streams import OutputError, neutralize, print_answer
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.generation.request import PromptOptions
@@ -22,8 +21,6 @@ from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.tasks.shared.constraints import constraint_options
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters, with which a model could send commands to the terminal."""
 _INTERRUPTED = 130
 _BAR_DELAY = 1.0
 """Seconds before the progress of prefill is shown."""
@@ -157,14 +154,14 @@ class _Printer:
             if self._thought and not self._answered:
                 self._end_thinking()
             self._answered = True
-            text = _CONTROLS.sub("\ufffd", piece.text) if self._terminal else piece.text
+            text = neutralize(piece.text) if self._terminal else piece.text
             print_answer(text, end="")
 
     def _show_thinking(self, text: str) -> None:
         if self._dimmed is None and not self._thought:
             show("thinking:")
         screen, style = (console, None) if self._dimmed is None else (self._dimmed, "dim")
-        text = _CONTROLS.sub("\ufffd", text)
+        text = neutralize(text)
         screen.print(text, style=style, end="", soft_wrap=True)
         self._thought = True
 
