@@ -5,7 +5,8 @@
     python tools/agents/run.py agents/node_modules/.bin [--only claude codex]  # installs nothing itself
 
 The server is ``scripted.py``: its logits are scripted, but templates, parsers, caches, and streams are real. Each agent
-gets a new home, a folder with the file, and no other network address than the server's.
+gets a new home and a folder with the file. Codex runs without its sandbox, which containers often lack. Nothing keeps
+the agents from the network.
 """
 
 import argparse
