@@ -195,7 +195,7 @@ def test_cancelling_in_the_prompt_ends_before_the_next_layer(
     expected = tokens_of(engine.generate(PROMPT, max_tokens=4))
     fetched: list[int] = []
     fetch = engine.store.fetch
-    monkeypatch.setattr(engine.store, "fetch", lambda of, experts: (fetched.append(of), fetch(of, experts))[1])
+    monkeypatch.setattr(engine.store, "fetch", lambda of, *rest: (fetched.append(of), fetch(of, *rest))[1])
     calls = 0
 
     def cancel_there(done: int, total: int) -> None:
@@ -262,10 +262,10 @@ def test_cancelling_in_the_last_layer_is_followed_by_the_last_piece(
     first = next(generation)
     fetch = engine.store.fetch
 
-    def cancel_there(layer: int, experts: Any) -> Any:
+    def cancel_there(layer: int, *rest: Any) -> Any:
         if layer == TINY.num_layers - 1:
             generation.cancel()
-        return fetch(layer, experts)
+        return fetch(layer, *rest)
 
     monkeypatch.setattr(engine.store, "fetch", cancel_there)
     pieces = list(generation)
@@ -413,7 +413,17 @@ def test_bad_logits_are_refused_by_every_caller(
 def scripted(monkeypatch: pytest.MonkeyPatch, tokens: Sequence[int]) -> None:
     """Let the model say ``tokens``."""
     spoken = iter(tokens)
-    monkeypatch.setattr(sequence_module, "Sampler", lambda *_: lambda logits: next(spoken))
+
+    class Scripted:
+        can_choose_on_device = False
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def __call__(self, *_: object) -> int:
+            return next(spoken)
+
+    monkeypatch.setattr(sequence_module, "Sampler", Scripted)
 
 
 def test_thinking_is_separated_from_the_answer(thinking_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,9 @@ def recorded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
     for name in ("fetch", "prefetch"):
         original = getattr(engine.store, name)
 
-        def call(layer: int, experts: Sequence[int], name: str = name, original: Any = original) -> Any:
+        def call(layer: int, experts: Sequence[int], *more: Any, name: str = name, original: Any = original) -> Any:
             calls.append((name, layer, list(experts)))
-            return original(layer, experts)
+            return original(layer, experts, *more)
 
         monkeypatch.setattr(engine.store, name, call)
     return calls

@@ -33,7 +33,7 @@ PROMPT = "It is a truth universally acknowledged"
 
 def counters(stats: StoreStats) -> StoreStats:
     # Groups of experts are read ahead of their computation; whether a read began in time depends on the machine.
-    return replace(stats, fetch_seconds=0.0, prefetched=0, bytes_wasted=0)
+    return replace(stats, fetch_seconds=0.0, overlapped_seconds=0.0, prefetched=0, bytes_wasted=0)
 
 
 # Counters of live stores

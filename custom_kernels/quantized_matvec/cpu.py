@@ -28,11 +28,11 @@ def products(
 ) -> tuple[mx.array, ...]:
     """Compute ``Products`` for ``x`` in f32 and any number of vectors; see ``native.ACTIVATIONS``."""
     tokens = len(x)
-    matrices = tuple(native.matrix(weight) for weight in weights)
+    matrices = tuple([native.matrix(weight) for weight in weights])
     results = [native.Output((tokens, matrix[3]), residual) for matrix in matrices]
-    buffers, rounding = tuple(y.buffer for y in results), native.ACTIVATIONS.index(activations)
+    buffers, rounding = tuple([y.buffer for y in results]), native.ACTIVATIONS.index(activations)
     native.loaded().products(x, tokens, matrices, buffers, residual is not None, rounding)
-    return tuple(y.array() for y in results)
+    return tuple([y.array() for y in results])
 
 
 def quantized_matvec(

@@ -134,7 +134,7 @@ class ExpertOutputs:
 
 def _layout(form: ExpertFormat) -> tuple[Any, ...]:
     """Return ``form`` as the extension takes it."""
-    offsets = tuple(form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases"))
+    offsets = tuple([form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases")])
     return (form.hidden_size, form.intermediate_size, form.bits, form.group_size, native.SCALES[form.dtype], offsets)
 
 

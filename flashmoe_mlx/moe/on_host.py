@@ -60,9 +60,11 @@ class ExpertsOnHost:
             return self.kernel(x, group.batch.host, rows, weights, self.form, fused, y, in_place=in_place)
 
     def _applies_parts(self, x: mx.array, routing: Routing, fused: ExpertWeights | None, groups: ExpertGroups) -> bool:
-        """Return whether experts can be applied as they arrive: by the extension, which passed its check."""
+        """Return whether experts arrive over time and can be applied so: by the extension, which passed its check."""
         kernel = self.kernel
-        if len(x) > native.few_tokens() or not groups.fit or not isinstance(kernel, CheckedKernel):
+        if not groups.store.reads or len(x) > native.few_tokens() or not groups.fit:
+            return False
+        if not isinstance(kernel, CheckedKernel):
             return False
         weights = routing.weights if fused is None else routing.all_weights
         return kernel.runs(x, [], mx.array(routing.experts), weights, self.form, fused, x)

@@ -220,8 +220,10 @@ class ExpertStore(ABC):
             finally:
                 self._fetching = None
             seconds = time.perf_counter() - start - delivery.seconds
-            counted = replace(done, fetches=1, requests=done.hits + done.misses, fetch_seconds=seconds)
-            self._stats += replace(counted, overlapped_seconds=delivery.overlapped)
+            requests, overlapped = done.hits + done.misses, delivery.overlapped
+            self._stats += replace(
+                done, fetches=1, requests=requests, fetch_seconds=seconds, overlapped_seconds=overlapped
+            )
         return batch
 
     def prefetch(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> None:
