@@ -69,7 +69,7 @@ def generate_answer(
     max_context = engine.model.config.max_context
 
     def on_prefill(done: int, total: int) -> None:
-        view.status(measured(generation.metrics, done, max_context, f"reading the prompt: {done:,} of {total:,}"))
+        view.show_status(measured(generation.metrics, done, max_context, f"reading the prompt: {done:,} of {total:,}"))
 
     complete: RequestOptions = {**options, "tools": tools}
     generation = engine.generate(messages, on_prefill=on_prefill, **complete)
@@ -81,7 +81,7 @@ def generate_answer(
             for piece in generation:
                 tokens += len(piece.token_ids)
                 reader.take(piece, answer, view)
-                view.status(measured(generation.metrics, tokens, max_context))
+                view.show_status(measured(generation.metrics, tokens, max_context))
         except FlashMoeError as error:
             answer.error = error
         finally:

@@ -19,7 +19,7 @@ class AnswerView(Protocol):
         """Show the next part of the answer."""
         ...
 
-    def status(self, status: Status) -> None:
+    def show_status(self, status: Status) -> None:
         """Show the current figures."""
         ...
 
@@ -81,7 +81,7 @@ class PlainAnswer:
         self._answered = True
         print_answer(text if self._literal else neutralize(text), end="")
 
-    def status(self, status: Status) -> None:
+    def show_status(self, status: Status) -> None:
         """Show nothing: a file holds no changing line."""
 
     def close(self) -> None:

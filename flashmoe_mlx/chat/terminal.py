@@ -79,7 +79,7 @@ class TerminalAnswer:
         self._print(self._reader.add(neutralize(text)))
         self._draw()
 
-    def status(self, status: Status) -> None:
+    def show_status(self, status: Status) -> None:
         """Show the current figures."""
         self._status = status
         self._draw()
