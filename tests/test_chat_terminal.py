@@ -14,6 +14,8 @@ from terminal import Terminal
 
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
+pytestmark = pytest.mark.xdist_group("terminal")  # the tests are one session, in order
+
 WORDS = " ".join(f"w{number:03}" for number in range(60))
 CODE = "\n".join(f"line_{number:02} = {number}" for number in range(24))
 ANSWERS = {
@@ -159,6 +161,7 @@ def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
 
 
 def test_backends_change_in_a_conversation(chat: Terminal, folder: Path) -> None:
+    chat.type("hello", "Hello, world!")
     messages = len(record(chat, folder))
     chat.type("/backend resident", "ResidentStore")
     chat.type("/set experts_k=1", "experts_k=1")
