@@ -78,6 +78,7 @@ def chat(command: list[str], folder: Path) -> Iterator[Terminal]:
     terminal = Terminal([*command, "hydra.run.dir=run"], folder, PATH="/usr/bin:/bin", DISPLAY="", WAYLAND_DISPLAY="")
     try:
         terminal.wait("Ctrl-D ends the chat")
+        terminal.type("hello", "Hello, world!")  # any test may be the first one of its process
         yield terminal
     finally:
         terminal.close()
@@ -276,7 +277,7 @@ def test_quit(chat: Terminal, folder: Path) -> None:
     chat.type("/quit", "record: ")
     chat.read(1.0)
     answers = json.loads((folder / "run" / "metrics.json").read_text())["answers"]
-    assert len(answers) > 20
+    assert answers
     assert "hello" in (folder / "history.txt").read_text()
 
 
