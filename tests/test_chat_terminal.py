@@ -162,7 +162,6 @@ def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
 
 
 def test_backends_change_in_a_conversation(chat: Terminal, folder: Path) -> None:
-    chat.type("hello", "Hello, world!")
     messages = len(record(chat, folder))
     chat.type("/backend resident", "ResidentStore")
     chat.type("/set experts_k=1", "experts_k=1")

@@ -13,6 +13,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,27 +23,10 @@ from flashmoe_mlx import Engine, load
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.cache import KVCache, SequenceCache
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
-from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
+from flashmoe_mlx.research.estimate import probe_models
 from flashmoe_mlx.research.estimate.sizes import memory_need
 
-SIZES = SyntheticSizes(
-    num_layers=4,
-    hidden_size=4096,
-    num_experts=8,
-    experts_per_token=4,
-    expert_size=1024,
-    shared_expert_size=1024,
-    num_heads=32,
-    num_kv_heads=2,
-    head_dim=256,
-    linear_key_heads=16,
-    linear_value_heads=64,
-    linear_key_dim=128,
-    linear_value_dim=128,
-    max_context=262144,
-    bits=4,
-    seed=0,
-)
+SIZES = replace(probe_models.SIZES["large"], num_experts=8, experts_per_token=4, max_context=262144)
 _BLOCK = 4096
 
 

@@ -1,7 +1,7 @@
 """Constraints of answers to a grammar: masks for the choice of each token, and tokens that the grammar forces.
 
 A constraint begins where the answer does: after the model's thinking, or at the beginning of each tool call that the
-model makes of its own accord. Masks are computed on the host while nothing else needs them.
+model chooses to make. Masks are computed on the host while nothing else needs them.
 """
 
 from collections.abc import Collection, Sequence

@@ -199,7 +199,7 @@ class Sequence:
             self._sampler.return_number(step.number)
 
     def accept(self, token: int) -> None:
-        """Append the chosen ``token`` and those that it forces; the sequence may be finished then."""
+        """Append the chosen ``token`` and the tokens that it forces, which may finish the sequence."""
         self._append(token)
         constrained = self._constrained
         if constrained is None:

@@ -4,10 +4,9 @@ A request takes this way:
 
 1. ``middleware.Guard`` checks Host, Origin, key and size. A route of ``app.ROUTES`` reads the body with ``calls.Call``.
 2. The API's module validates the fields (``fields.Fields``) and translates them to a ``conversation.Conversation``:
-messages,
-   tools, and options of ``Engine.request``. ``Service.prepare`` renders and tokenizes it in a thread of its own, so
-   that every permanent fault is answered with a status before the response begins. ``Call.answer`` queues it, or finds
-   the answer in progress to the same request.
+   messages, tools, and options of ``Engine.request``. ``Service.prepare`` renders and tokenizes it in a separate
+   thread, so that every permanent fault is answered with a status before the response begins. ``Call.answer`` queues
+   it, or finds the answer in progress to the same request.
 3. ``worker.Worker`` is the thread that owns the engine. It runs all sequences with one ``Scheduler``, and
 ``reading.AnswerReader``
    turns their tokens to events (``events.py``): ``Started``, ``Prefilled``, ``Reasoning``, ``Text``, ``CallStarted``,

@@ -46,7 +46,7 @@ def _system(text: str) -> Message:
 
 
 def _texts(fields: Fields, name: str) -> list[str]:
-    """Return the texts of a system prompt, without those that are not meant for the model."""
+    """Return the texts of a system prompt, without empty texts and billing headers."""
     blocks = _blocks(fields, name)
     for block in blocks:
         if block.any("type") != "text":

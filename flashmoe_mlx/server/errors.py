@@ -31,7 +31,7 @@ class ApiError(InputError):
         status: the HTTP status.
         code: the kind of failure, for programs.
         param: the field of the request at fault, such as ``messages[2].content``.
-        retry_after: seconds after which the request may succeed; None for an error that repetition does not mend.
+        retry_after: seconds after which the request may succeed; None if repeating the request cannot help.
     """
 
     default_code = "invalid_value"

@@ -43,7 +43,7 @@ class Guard:
 
     Args:
         app: the application.
-        policy: what is accepted.
+        policy: the accepted hosts, origins and keys.
     """
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], policy: Policy) -> None:

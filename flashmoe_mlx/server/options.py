@@ -73,7 +73,7 @@ def stop_strings(fields: Fields, name: str) -> list[str]:
 
 
 def template_options(fields: Fields, engine: Engine) -> dict[str, Any]:
-    """Return the options of the chat template: those that the model's template reads, and nothing else."""
+    """Return the options of the chat template; an option that the model's template does not read is refused."""
     template = engine.tokenizer.chat_template
     known = frozenset() if template is None else template.variables
     given: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from flashmoe_mlx.generation.text_stream import TextStream
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
+from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,8 @@ def run(config: Config, run_dir: Path) -> None:
                 folder,
                 backend,
                 config.experts_k,
-                kernels=config.kernels,
-                activations=config.activations,
-                kv_bits=config.kv_bits,
                 on_load=announce,
+                **engine_options(config),
             )
         with loaded as engine:
             print_notes([engine.setup["note"]])

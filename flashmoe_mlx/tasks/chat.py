@@ -31,7 +31,7 @@ from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import SHORT_FOR_FILE, TEXT, AnswerConfig, ToolChoice
+from flashmoe_mlx.tasks.shared.keys import SHORT_FOR_FILE, TEXT, AnswerConfig, ToolChoice, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 
 log = logging.getLogger(__name__)
@@ -100,11 +100,9 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
             folder,
             chosen,
             experts_k,
-            kernels=config.kernels,
-            activations=config.activations,
-            kv_bits=config.kv_bits,
             prefetch=config.prefetch,
             on_load=announce,
+            **engine_options(config),
         )
     print_notes([engine.setup["note"]])
     log.info("model %s, %s", folder, engine.setup)

@@ -22,7 +22,7 @@ from flashmoe_mlx.research.quality.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality.reference import Progress, Reference
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.choices import check_choices
-from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig
+from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -75,11 +75,9 @@ def run(config: Config, run_dir: Path) -> None:
                 folder,
                 backend,
                 k,
-                kernels=config.kernels,
-                activations=config.activations,
-                kv_bits=config.kv_bits,
                 prompt_cache_gib=0,
                 on_load=announce,
+                **engine_options(config),
             ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")

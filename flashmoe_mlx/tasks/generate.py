@@ -12,7 +12,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import GenerationConfig
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
@@ -41,13 +41,11 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            kernels=config.kernels,
-            activations=config.activations,
-            kv_bits=config.kv_bits,
             prefetch=config.prefetch,
             profile=config.profile,
             prompt_cache_gib=0,
             on_load=announce,
+            **engine_options(config),
         )
     with loaded as engine:
         print_notes([engine.setup["note"]])

@@ -18,7 +18,7 @@ from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.client_lines import client_lines
-from flashmoe_mlx.tasks.shared.keys import EngineConfig, ServerConfig
+from flashmoe_mlx.tasks.shared.keys import EngineConfig, ServerConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -56,9 +56,7 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            kernels=config.kernels,
-            activations=config.activations,
-            kv_bits=config.kv_bits,
+            **engine_options(config),
         )
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)

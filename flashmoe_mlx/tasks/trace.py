@@ -13,7 +13,7 @@ from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.research.traces.routing import summarize
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import TEXT, GenerationConfig
+from flashmoe_mlx.tasks.shared.keys import TEXT, GenerationConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.routing_lines import routing_lines
@@ -46,11 +46,9 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            kernels=config.kernels,
-            activations=config.activations,
-            kv_bits=config.kv_bits,
             prompt_cache_gib=0,
             on_load=announce,
+            **engine_options(config),
         )
     with loaded as engine:
         print_notes([engine.setup["note"]])

@@ -1,4 +1,4 @@
-"""The prompt cache of an engine: it begins sequences where earlier ones left off, and keeps those that end."""
+"""The prompt cache of an engine: new sequences reuse the states of earlier sequences with the same beginning."""
 
 import contextlib
 import logging

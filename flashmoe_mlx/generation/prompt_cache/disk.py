@@ -255,9 +255,9 @@ def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, 
 
     Args:
         folder: holds the conversations of all models.
-        gib: the largest size of those of this model.
+        gib: the largest total size of the conversations of this model.
         model_folder: the model's files, whose names, sizes and times of change identify it.
-        setup: the settings of the engine; those that change numbers are compared.
+        setup: the settings of the engine. Conversations with other settings that affect numbers are not used.
         model: the model.
 
     Raises:

@@ -66,6 +66,11 @@ class EngineConfig(StoreConfig):
     kv_bits: int | None = None
 
 
+def engine_options(config: EngineConfig) -> dict[str, Any]:
+    """Return the keys of ``EngineConfig`` as keyword arguments of ``load``."""
+    return {"kernels": config.kernels, "activations": config.activations, "kv_bits": config.kv_bits}
+
+
 @dataclass
 class PromptConfig(EngineConfig):
     """Keys of tasks that send a prompt to a model."""
