@@ -14,8 +14,6 @@ from terminal import Terminal
 
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
-pytestmark = pytest.mark.xdist_group("terminal")  # the tests are one session, in order
-
 WORDS = " ".join(f"w{number:03}" for number in range(60))
 CODE = "\n".join(f"line_{number:02} = {number}" for number in range(24))
 ANSWERS = {
