@@ -10,11 +10,11 @@ from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.server.calls import read_fields, service_of
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.fields import Fields
+from flashmoe_mlx.server.lengths import LONGEST_COUNTED
 from flashmoe_mlx.server.metrics import CONTENT_TYPE
 from flashmoe_mlx.server.openai_chat import parse_conversation
 from flashmoe_mlx.server.service import Service
 
-_LONGEST_TEXT = 2**24
 _MOST_TOKENS = 2**20
 
 
@@ -66,7 +66,7 @@ async def tokenize(request: Request) -> Response:
         conversation = parse_conversation(fields, engine)
         tokens = (await service.prepare(conversation)).request.prompt_ids
     else:
-        text = fields.text("prompt" if "prompt" in fields else "content", _LONGEST_TEXT)
+        text = fields.text("prompt" if "prompt" in fields else "content", LONGEST_COUNTED)
         if text is None:
             fields.refuse("prompt", "is required", code="missing_field")
         tokens = await service.outside(lambda: engine.tokenizer.encode(text))
