@@ -1,11 +1,17 @@
-"""Early refusal of texts that cannot fit into the context: to tokenize all of one may take minutes and gigabytes."""
+"""Refusal of prompts for their length, before they cost anything.
+
+To tokenize all of a text that does not fit into the context may take minutes and gigabytes.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.layers.sequences import BLOCK
+from flashmoe_mlx.models.prompt_memory import prompt_memory
 from flashmoe_mlx.server.conversation import Message
+from flashmoe_mlx.stores.memory import check_memory
 
 _CHARACTERS_PER_TOKEN = 4
 """Texts with fewer characters per token of the context are tokenized as a whole at once."""
@@ -39,6 +45,19 @@ def least_tokens(texts: Iterable[str], engine: Engine) -> int:
         if tokens > most:
             break
     return tokens
+
+
+def check_prompt_memory(tokens: int, engine: Engine) -> None:
+    """Refuse a prompt whose keys, values and states do not fit into the free memory.
+
+    Raises:
+        InputError: they do not; code "not_enough_memory".
+    """
+    config, width = engine.model.config, engine.model.norm.dtype.size
+    caches = [config.mixer(layer).cache_size(width) for layer in range(config.num_layers)]
+    kept = sum(cache.per_token * tokens + cache.fixed for cache in caches)
+    passes = prompt_memory(config, engine.setup["experts_k"], width).of(min(tokens, BLOCK))
+    check_memory(f"a prompt of {tokens} tokens", kept + passes, "send a shorter one, or wait until other answers end")
 
 
 def texts_of(messages: Iterable[Message]) -> Iterator[str]:

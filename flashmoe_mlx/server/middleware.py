@@ -25,6 +25,7 @@ _SLOWEST_BODY = 60.0
 _OPEN = ("/health",)
 """Paths that need no key."""
 _LOCAL = ("localhost",)
+_NAMES = re.compile(r"[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63}){0,20}")
 _HEADER_NAMES = re.compile(r"[a-z0-9, -]{1,1000}")
 
 
@@ -44,7 +45,7 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if not _is_address(name) and _host_name(name) != name.lower():
+            if not (_is_address(name) or _NAMES.fullmatch(name)):
                 raise InputError(
                     f"server.names: {name!r:.80} is no host name; write it without scheme and port",
                     code="invalid_value",
