@@ -1,7 +1,7 @@
 """Checks of every request before its route: Host, Origin, API key, type and size of the body.
 
-A request is refused unless it passes, so a new route is protected without doing anything. The only open route is
-/health.
+A request is refused unless it passes, so a new route is protected without doing anything. The only open routes are
+/health and the files of the web page.
 """
 
 import asyncio
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from flashmoe_mlx.server.errors import ApiError, error_body
+from flashmoe_mlx.server.pages import PAGES
 from flashmoe_mlx.server.streaming import Message, Receive, Scope, Send, to_json
 
 LARGEST_BODY = 32 * 2**20
 _LARGEST_HEADERS = 2**16
 _SLOWEST_BODY = 60.0
 """Seconds in which the whole body must arrive."""
-_OPEN = ("/health",)
+_OPEN = frozenset({"/health", *PAGES})
 """Paths that need no key."""
 _LOCAL = ("localhost",)
 
@@ -100,7 +101,7 @@ class Guard:
         """Refuse requests of foreign web pages; return an allowed origin."""
         origins = headers.get("origin", [])
         if not origins:
-            if headers.get("sec-fetch-site", [""])[0] == "cross-site":
+            if headers.get("sec-fetch-site", [""])[0] == "cross-site" and not _opens_page(scope, headers):
                 raise ApiError("requests of other web sites are refused", status=403, code="invalid_origin")
             return None
         origin = _origin(origins[0])
@@ -166,6 +167,12 @@ def _origin(text: str) -> tuple[str, str, int] | None:
     if not parts.hostname or "@" in parts.netloc or parts.path or parts.query or parts.fragment:
         return None
     return parts.scheme, parts.hostname, port
+
+
+def _opens_page(scope: Scope, headers: dict[str, list[str]]) -> bool:
+    """Return whether a link on another site opens the web page in a tab."""
+    fetched = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["method"] == "GET" and scope["path"] == "/" and fetched == (["navigate"], ["document"])
 
 
 def _cors(origin: str) -> dict[str, str]:
