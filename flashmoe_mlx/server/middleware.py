@@ -1,7 +1,7 @@
 """Checks of every request before its route: Host, Origin, API key, type and size of the body.
 
-A request is refused unless it passes, so a new route is protected without doing anything. The only open route is
-/health.
+A request is refused unless it passes, so a new route is protected without doing anything. The only open routes are
+/health and the files of the web page.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.server.errors import ApiError, error_body
+from flashmoe_mlx.server.pages import PAGES
 from flashmoe_mlx.server.streaming import Message, Receive, Scope, Send, to_json
 
 LARGEST_BODY = 32 * 2**20
@@ -22,7 +23,7 @@ LARGEST_BODIES = 8 * LARGEST_BODY
 _LARGEST_HEADERS = 2**16
 _SLOWEST_BODY = 60.0
 """Seconds in which the whole body must arrive."""
-_OPEN = ("/health",)
+_OPEN = frozenset({"/health", *PAGES})
 """Paths that need no key."""
 _LOCAL = ("localhost",)
 _NAMES = re.compile(r"[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63}){0,20}")
@@ -134,7 +135,7 @@ class Guard:
         """Refuse requests of foreign web pages; return an allowed origin."""
         origins = headers.get("origin", [])
         if not origins:
-            if headers.get("sec-fetch-site", [""])[0] == "cross-site":
+            if headers.get("sec-fetch-site", [""])[0] == "cross-site" and not _opens_page(scope, headers):
                 raise ApiError("requests of other web sites are refused", status=403, code="invalid_origin")
             return None
         origin = _origin(origins[0])
@@ -229,6 +230,12 @@ def _origin(text: str) -> tuple[str, str, int] | None:
     ):
         return None
     return parts.scheme, parts.hostname, port
+
+
+def _opens_page(scope: Scope, headers: dict[str, list[str]]) -> bool:
+    """Return whether a link on another site opens the web page in a tab."""
+    fetched = headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")
+    return scope["method"] == "GET" and scope["path"] == "/" and fetched == (["navigate"], ["document"])
 
 
 def _cors(origin: str) -> dict[str, str]:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.server.calls import read_fields, service_of
@@ -130,8 +130,3 @@ async def metrics(request: Request) -> Response:
     store = None if worker.engine is None else worker.engine.store.stats()
     text = service.metrics.text(worker.waiting, worker.running, store)
     return Response(text, media_type=None, headers={"content-type": CONTENT_TYPE})
-
-
-async def root(request: Request) -> Response:
-    """Say what this is."""
-    return PlainTextResponse(f"flashmoe_mlx serves {service_of(request).settings.name}\n")
