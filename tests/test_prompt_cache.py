@@ -57,8 +57,11 @@ def test_prompt_continues(engine: Engine) -> None:
     prompt = [*first.request.prompt_ids, *first.token_ids, 7, 8, 9]
     second = run(engine, begin(engine, prompt, max_tokens=8))
     assert second.metrics.reused_tokens == len(prompt) - 4
-    assert second.metrics.reused_from == "ram"
+    assert second.metrics.reused_from == "live"
     assert second.metrics.computed_tokens == 4
+    run(engine, begin(engine, [5, 6, 7, 8], max_tokens=1))
+    third = run(engine, begin(engine, prompt, max_tokens=8))
+    assert (third.token_ids, third.metrics.reused_from) == (second.token_ids, "ram")
     assert engine.runner.prompt_cache is not None
     engine.runner.prompt_cache.clear()
     assert run(engine, begin(engine, prompt, max_tokens=8)).token_ids == second.token_ids

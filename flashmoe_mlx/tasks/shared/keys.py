@@ -72,6 +72,24 @@ def engine_options(config: EngineConfig) -> dict[str, Any]:
 
 
 @dataclass
+class PromptCacheConfig(EngineConfig):
+    """Keys of tasks that continue earlier conversations."""
+
+    prompt_cache_gib: float | None = None
+    cache_dir: str | None = field(default=None, metadata=TEXT)
+    cache_dir_gib: float = 16.0
+
+
+def cache_options(config: PromptCacheConfig) -> dict[str, Any]:
+    """Return the keys of ``PromptCacheConfig`` as keyword arguments of ``load``."""
+    return {
+        "prompt_cache_gib": config.prompt_cache_gib,
+        "cache_dir": config.cache_dir,
+        "cache_dir_gib": config.cache_dir_gib,
+    }
+
+
+@dataclass
 class PromptConfig(EngineConfig):
     """Keys of tasks that send a prompt to a model."""
 
