@@ -111,7 +111,15 @@ class PromptCache:
                 raise
             self._tree.nbytes += segment.loaded_bytes - before
             loaded = True
+        if loaded and self.disk is not None:
+            self.disk.touch(match.segment)
         return loaded
+
+    def _remove_deleted(self, segments: list[Segment]) -> None:
+        """Remove those of ``segments``, which are no longer on disk, whose contents are not in memory."""
+        for segment in segments:
+            if segment.part is None and segment.parent is not None and segment in segment.parent.children:
+                self._forget(segment)
 
     def _forget(self, segment: Segment) -> None:
         """Remove a segment and all segments after it, from the disk, too."""
@@ -162,6 +170,8 @@ class PromptCache:
                 match.segment.used = self._requests
                 for segment in path:
                     segment.reused = True
+                if source == "disk":
+                    shrink(self._tree, self._budget, match.segment)
         boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
         sequence.prefilled = sequence.metrics.reused_tokens = match.length
         sequence.metrics.reused_from = source if match.length else None
@@ -205,7 +215,7 @@ class PromptCache:
             if self.disk is not None:
                 for segment in deepest.path():
                     if segment.stored is None:
-                        self.disk.write(segment)
+                        self._remove_deleted(self.disk.write(segment))
             shrink(self._tree, self._budget, deepest)
             self._latest = deepest
 
