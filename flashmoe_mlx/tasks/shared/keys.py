@@ -15,6 +15,8 @@ TEXT = {"text": True}
 """Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
 TRACE_OPTION = {"text_options": ("trace",)}
 """Metadata of a field with options: the option ``trace`` holds text."""
+WORDS = {"words": ("list", "clear", "warm")}
+"""Metadata of a field whose values may stand alone: ``list`` means ``action=list``."""
 SHORT_FOR_FILE = {"short_for": "file"}
 """Metadata of a group of keys: a value of the group itself is the value of its key ``file``."""
 
