@@ -21,7 +21,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Make the closing table.
 
     "ms" is the time of a forward pass; "hits" are experts that the store held; "page cache" is the share of the bytes
-    read that the page cache held before; "weights GB/s" counts every weight that a pass uses, from memory or storage.
+    read that the page cache held before; "I/O hidden" is the share of the time of fetches in which experts that had
+    arrived were computed; "weights GB/s" counts every weight that a pass uses, from memory or storage.
 
     Args:
         metrics: the result of ``RunMetrics.to_json``.
@@ -35,6 +36,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         "MB/token",
         "hits",
         "page cache",
+        "I/O hidden",
         "read GB/s",
         "weights GB/s",
     ):
@@ -50,6 +52,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             _shown(stage["bytes_per_token"], ".3g", 1e-6),
             _shown(stage["hit_rate"], ".0%"),
             _shown(stage["page_cache_hit_rate"], ".0%"),
+            _shown(stage["io_hidden"], ".0%"),
             _shown(stage["read_gb_per_second"], ".2f"),
             _shown(stage["weights_gb_per_second"], ".2f"),
         )
