@@ -12,14 +12,19 @@ _SHARE = 0.5
 """Share of the free memory that a prompt may take; the rest is for the page cache and other programs."""
 
 
-def choose_chunk(need: PromptMemory, tokens: int) -> int:
-    """Choose how many of the ``tokens`` tokens of a prompt go through a layer together: all of them, if memory allows.
+def choose_chunk(need: PromptMemory, tokens: int, reserved: int = 0) -> int:
+    """Choose how many tokens of a prompt go through a layer together: all of them, if memory allows.
 
     The chunks of a longer prompt have similar sizes; without memory for more, about ``BLOCK`` tokens.
+
+    Args:
+        need: the memory of prompt tokens.
+        tokens: the length of the prompt.
+        reserved: bytes of free memory that something else will occupy, such as the prompt cache.
     """
     if tokens <= BLOCK:
         return BLOCK
     kept = need.cache_per_token * tokens + need.cache_fixed
-    room = int(_SHARE * available_memory()) - need.block - kept
+    room = int(_SHARE * (available_memory() - reserved)) - need.block - kept
     most = max(BLOCK, min(room // need.per_token, need.most_tokens))
     return -(-tokens // -(-tokens // most))

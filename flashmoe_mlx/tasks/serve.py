@@ -18,7 +18,7 @@ from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.client_lines import client_lines
-from flashmoe_mlx.tasks.shared.keys import EngineConfig, ServerConfig, engine_options
+from flashmoe_mlx.tasks.shared.keys import PromptCacheConfig, ServerConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "sto
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(PromptCacheConfig):
     """Keys of ``task=serve``."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -50,7 +50,7 @@ def run(config: Config, run_dir: Path) -> None:
     keys = _keys(options.api_key_file)
     check_exposure(options.host, has_key=bool(keys), insecure=options.insecure)
     folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     write_json(run_dir / "environment.json", environment())
     name = options.name or model_identity(folder).rpartition("/")[2].partition("@")[0] or "model"
 
@@ -60,6 +60,7 @@ def run(config: Config, run_dir: Path) -> None:
             backend,
             config.experts_k,
             **engine_options(config),
+            **cache_options(config),
         )
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
