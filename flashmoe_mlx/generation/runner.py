@@ -111,15 +111,17 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
-        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        model, tokens, reserved = self.model, self.checked_tokens(request.prompt_ids), 0
         if self.prompt_cache is not None:
             tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
+            reserved = self.prompt_cache.room
         experts_k = model.layers[0].experts.router.experts_k
         return Sequence(
             replace(request, prompt_ids=tokens),
             model.new_cache(),
             model.config.max_context,
-            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
+            request.prefill_chunk
+            or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens), reserved),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,

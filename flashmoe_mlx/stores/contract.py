@@ -140,6 +140,15 @@ class StoreStats:
         """Share of the bytes read that were in the page cache before, from the sample; None without a sample."""
         return self.sampled_cached_bytes / self.sampled_bytes if self.sampled_bytes else None
 
+    @property
+    def io_hidden(self) -> float | None:
+        """Share of the time of fetches that the caller spent computing while further experts were being read.
+
+        It leaves out reads that a hint started and that ended before their fetch. None if nothing was read.
+        """
+        seconds = self.fetch_seconds + self.overlapped_seconds
+        return self.overlapped_seconds / seconds if self.misses and seconds else None
+
     def __add__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
