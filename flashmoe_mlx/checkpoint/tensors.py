@@ -76,7 +76,12 @@ def classify_tensors(checkpoint: Checkpoint) -> CheckpointTensors:
 class _Classifier:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        assert isinstance(checkpoint.config, ModelConfig)
+        if not isinstance(checkpoint.config, ModelConfig):
+            raise CheckpointError(
+                f"{checkpoint.folder}: a model that runs through mlx-lm has no packs; run it from its checkpoint "
+                "(backend=checkpoint, pread, ram_hybrid or resident)",
+                code="not_for_mlx_lm",
+            )
         self._config = checkpoint.config
         self._names = family_of(self._config).tensor_names
         self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name, self._names)))

@@ -24,7 +24,7 @@ from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.made_models.synthetic import synthetic_config
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.registry import parse_config
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.prediction import (
@@ -158,7 +158,12 @@ def _published_online(name: str) -> Mapping[str, Any]:
 
 
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
-    geometry = parse_config(published)
+    geometry = refuse_unsupported(published, "model")
+    if not isinstance(geometry, ModelConfig):
+        raise CheckpointError(
+            "task=estimate knows no models that run through mlx-lm: their sizes do not follow from config.json",
+            code="not_for_mlx_lm",
+        )
     widths = ", ".join(map(str, QUANTIZED_BITS))
     stated, group_size = _find_quantization(published, folder)
     all_bits = [stated] if config.bits is None else config.bits
