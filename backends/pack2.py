@@ -29,9 +29,10 @@ class Pack2Store(ReadingStore):
     def __init__(
         self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4, direct: bool = False
     ) -> None:
-        if source.layout.bits != 2:
+        if any(form.bits != 2 for layout in source.layout for form in layout.formats):
+            single = source.layout.single_format
             raise InputError(
-                f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
+                f"backend=pack2 reads experts of 2 bits, these have {'several formats' if single is None else single.name}; "
                 "leave backend.variant=q2, or choose another backend",
                 code="wrong_width",
             )

@@ -129,7 +129,7 @@ def chosen_experts(
 
     return Case(
         "chosen_experts",
-        f"{made.form.bits} bit K={k} of {experts} T={tokens}",
+        f"{made.form.gate.bits} bit K={k} of {experts} T={tokens}",
         dtype,
         k * made.payload_bytes,
         lambda: run(chosen_gpu.chosen_experts, dtype),
@@ -139,7 +139,7 @@ def chosen_experts(
 
 
 def dense_experts(
-    geometry: Geometry, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, experts: int = 2, seed: int = 0
+    geometry: Geometry, dtype: mx.Dtype, *, bits: int | tuple[int, int, int] = 4, group_size: int = 64, experts: int = 2, seed: int = 0
 ) -> Case:
     """Return some of the experts of a slab, in another order.
 

@@ -49,7 +49,7 @@ class ModelFiles:
                 code="option_of_another_type",
             )
         if name is None:
-            name = min(self.experts, key=lambda variant: (-(self.experts[variant].layout.bits or 32), variant))
+            name = min(self.experts, key=lambda variant: (-self.experts[variant].layout.code_bits, variant))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
@@ -81,8 +81,8 @@ def open_model(folder: Path) -> ModelFiles:
         )
     checkpoint = Checkpoint.open(folder)
     tensors = classify_tensors(checkpoint)
-    bits = tensors.experts.layout.bits
-    name = "published" if bits is None else f"q{bits}"
+    single = tensors.experts.layout.single_format
+    name = "published" if single is None or single.bits is None else f"q{single.bits}"
     return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
 
 

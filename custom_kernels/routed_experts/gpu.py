@@ -18,7 +18,7 @@ from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
 from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
 """With more tokens, it is faster to apply each expert to all of its tokens together.
@@ -89,17 +89,13 @@ def fused_kernel(with_shared: bool, shared_memory: int, chooses: bool = False) -
 
 def supports(form: ExpertFormat, dtype: mx.Dtype) -> bool:
     """Return whether the kernels support experts of this format with activations of ``dtype``."""
-    return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+    return all(own.bits in (2, 3, 4, 8) for own in form.formats) and dtype in (mx.float32, mx.bfloat16)
 
 
 def can_fuse_shared_expert(shared: ExpertWeights, form: ExpertFormat) -> bool:
-    """Return whether the shared expert has the format of the routed experts, and so can join their dispatches."""
+    """Return whether the shared expert has the formats of the routed experts, and so can join their dispatches."""
     return shared.gate.weight.shape[0] == form.intermediate_size and all(
-        matrix.bits == form.bits
-        and matrix.group_size == form.group_size
-        and matrix.scales is not None
-        and matrix.scales.dtype == form.dtype
-        for matrix in shared.matrices
+        own.describes(matrix) for own, matrix in zip(form.formats, shared.matrices, strict=True)
     )
 
 
@@ -124,7 +120,7 @@ def code_path(
     choices = routing_weights.shape[1] - (shared is not None)
     return (
         tokens_phrase(len(x)),
-        format_name(form.bits, form.group_size, form.dtype),
+        form.name,
         f"K={choices}",
         "" if shared is None else "with the shared expert",
     )
@@ -154,10 +150,8 @@ def routed_experts(
     if plan is not None:
         (y,) = run_fused(plan, [x, added, slab, rows, routing_weights], form, choices, shared)
         return y
-    template, offsets = sizes_of(form, x.dtype, choices)
-    up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
-    down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
-
+    template = sizes_of(form, x.dtype, choices, slab.shape[1])
+    up_format, down_format = form.template_of("gate") | form.template_of("up"), form.template_of("down")
     tensor = on_tensor_cores(form, x.dtype)
     gate_up, down = kernels(shared is not None, tensor)
     if tensor:
@@ -176,14 +170,14 @@ def routed_experts(
         [((tokens * choices, form.intermediate_size), x.dtype if tensor else mx.float32)],
         (form.intermediate_size // up_rows, tokens * choices, 1),
         up_threads,
-        template | up_offsets | up_template,
+        template | up_format | up_template,
     )
     (y,) = down(
         [hidden, added, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
         [(x.shape, x.dtype)],
         (form.hidden_size // down_rows, tokens, 1),
         32 * simdgroups,
-        template | down_offsets | down_template,
+        template | down_format | down_template,
     )
     return y
 
@@ -212,8 +206,9 @@ def run_fused(
         shared: the shared expert, or None.
         experts: number of experts to choose from; 0 where they are chosen.
     """
-    template, offsets = sizes_of(form, inputs[0].dtype, choices)
-    x = inputs[0]
+    x, _, slab, *_ = inputs
+    template = sizes_of(form, x.dtype, choices, slab.shape[1]) | form.template()
+    template |= {"BITS": form.gate.bits, "GROUP": form.gate.group_size}
     own = _parts(shared.gate, shared.up, shared.down) if shared else []
     results = [(x.shape, x.dtype)]
     if experts:
@@ -225,23 +220,26 @@ def run_fused(
         results,
         (plan.threadgroups, 1, 1),
         plan.threads,
-        {**template, **offsets, **plan.template},
+        {**template, **plan.template},
     )
 
 
-def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int) -> tuple[dict[str, int | mx.Dtype], dict[str, int]]:
-    """Return the template arguments of all kernels, and the offsets of a record's parts."""
-    template: dict[str, int | mx.Dtype] = {
+def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int, row_bytes: int) -> dict[str, int | mx.Dtype]:
+    """Return the template arguments of all kernels.
+
+    Args:
+        form: format of the records.
+        dtype: type of activations.
+        choices: experts per token, with the shared expert.
+        row_bytes: size of a row of the slab, at least that of a record.
+    """
+    return {
         "T": dtype,
-        "S": form.dtype,
         "HIDDEN": form.hidden_size,
         "INTERMEDIATE": form.intermediate_size,
-        "BITS": form.bits,
-        "GROUP": form.group_size,
         "CHOICES": choices,
-        "RECORD_BYTES": form.record_bytes,
+        "RECORD_BYTES": row_bytes,
     }
-    return template, {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
 
 
 @lru_cache(maxsize=4)
@@ -252,12 +250,15 @@ def _no_residual(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
-    """Return whether experts run on NVIDIA's tensor cores: 2 or 4 bits, with scales and activations in bf16."""
+    """Return whether experts run on NVIDIA's tensor cores: 2 or 4 bits, with scales and activations in bf16.
+
+    Gate and up have one format.
+    """
     return (
         dialect() == "cuda"
-        and form.bits in (2, 4)
-        and form.group_size in (64, 128)
-        and dtype == form.dtype == mx.bfloat16
+        and form.gate == form.up
+        and all(own.bits in (2, 4) and own.group_size in (64, 128) for own in form.formats)
+        and all(dtype == own.dtype == mx.bfloat16 for own in form.formats)
         and form.hidden_size % 256 == 0
         and form.intermediate_size % 256 == 0
     )
@@ -291,16 +292,17 @@ def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, d
         device: the GPU.
 
     Returns:
-        None where two dispatches are necessary: several tokens, 3 bits, small groups, another type than bf16, columns
-        that are not a multiple of a chunk, and a GPU without the copy engine or enough memory.
+        None where two dispatches are necessary: several tokens, matrices of different formats, 3 bits, small groups,
+        another type than bf16, columns that are not a multiple of a chunk, and a GPU without the copy engine or enough memory.
     """
-    hidden, intermediate = form.hidden_size, form.intermediate_size
+    hidden, intermediate, own = form.hidden_size, form.intermediate_size, form.gate
     if (
         tokens > 1
         or device.capability < COPY_ENGINE
-        or form.bits not in (2, 4, 8)
-        or form.group_size not in (64, 128)
-        or not dtype == form.dtype == mx.bfloat16
+        or not form.gate == form.up == form.down
+        or own.bits not in (2, 4, 8)
+        or own.group_size not in (64, 128)
+        or not dtype == own.dtype == mx.bfloat16
         or hidden % _FUSED_CHUNK
         or intermediate % _FUSED_CHUNK
         or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
@@ -310,16 +312,16 @@ def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, d
     teams = _WORKERS // team
     # At least two parts: most products then finish before the last hidden values arrive.
     part = min(-(-choices // 2), _MOST_EXPERTS_A_PART, max(1, hidden // intermediate))
-    gap = 8 * form.bits  # between blocks of rows, to place them in different banks
+    gap = 8 * own.bits  # between blocks of rows, to place them in different banks
 
     def rows_bytes(columns: int) -> int:
         """Return the bytes of 16 rows with their scales and biases."""
-        return 16 * (columns * form.bits // 8 + 4 * columns // form.group_size) + 2 * gap
+        return 16 * (columns * own.bits // 8 + 4 * columns // own.group_size) + 2 * gap
 
     up, down = rows_bytes(hidden), part * rows_bytes(intermediate)
     slot = -(-max(up, down) // 128) * 128
     products = 4 * 16 * max(hidden, part * intermediate) // _FUSED_CHUNK
-    vectors = (hidden + choices * intermediate) * (2 * form.group_size + 8) // form.group_size
+    vectors = (hidden + choices * intermediate) * (2 * own.group_size + 8) // own.group_size
     rest = vectors + 8 * (2 + choices) + 8 * choices + 8
     slot_and_all = slot + products + 4 * 8 + 4
     slots = min(_MOST_SLOTS, (device.shared_memory - rest) // slot_and_all) // teams * teams
@@ -375,10 +377,14 @@ def _power_of_two(number: int) -> int:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token and several tokens, with and without the shared expert, with the true sizes of the model."""
-    if model.experts is None or not supports(model.experts, model.dtype):
-        return
-    inputs, form, k = RandomInputs(model.dtype, 0), model.experts, model.experts_k
+    """Yield one token and several tokens of each format, with and without the shared expert, with true sizes."""
+    for form in model.experts:
+        if supports(form, model.dtype):
+            yield from _samples_of(form, model)
+
+
+def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
+    inputs, k = RandomInputs(model.dtype, 0), model.experts_k
     slab = inputs.slab(form, 3)
     fused = [shared for shared in model.shared if can_fuse_shared_expert(shared, form)]
     drawn = [inputs.expert_like(shared) for shared in fused[:1]]

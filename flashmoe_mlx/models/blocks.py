@@ -292,7 +292,7 @@ class MoeBlock:
         """
         projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
         shared = SharedExpert(ExpertWeights(*projections), kernels.expert_mlp)
-        strategy = choose_strategy(kernels, store.layout, weights.dtype, shared.weights)
+        strategy = choose_strategy(kernels, store.layout[layer], weights.dtype, shared.weights)
         joint = None
         if kernels.choose_experts is not None:
             joint = weights.join(f"{prefix}mlp.gate", f"{prefix}mlp.shared_expert_gate")
@@ -308,7 +308,7 @@ class MoeBlock:
             kernels.normed_matvec,
             by_numpy=isinstance(strategy, ExpertsOnHost),
         )
-        in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)
+        in_memory = choose_in_memory(kernels, store.layout[layer], weights.dtype, shared.weights)
         return MixtureOfExperts(layer, store, router, shared, strategy, in_memory)
 
 
