@@ -29,10 +29,11 @@ class Pack2Store(ReadingStore):
     def __init__(
         self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4, direct: bool = False
     ) -> None:
-        if any(form.bits != 2 for layout in source.layout for form in layout.formats):
+        if source.layout.bits != 2:
             single = source.layout.single_format
+            found = "several formats" if single is None else single.name
             raise InputError(
-                f"backend=pack2 reads experts of 2 bits, these have {'several formats' if single is None else single.name}; "
+                f"backend=pack2 reads experts of 2 bits, these have {found}; "
                 "leave backend.variant=q2, or choose another backend",
                 code="wrong_width",
             )

@@ -128,15 +128,22 @@ _PARTS = ("weight", "scales", "biases")
 @cache
 def expert_format(layout: RecordLayout) -> ExpertFormat | None:
     """Return the format of the records of ``layout``; None if a projection is dense."""
-    formats: list[CodeFormat] = []
-    for own in layout.formats:
-        if own.bits is None or own.group_size is None:
-            return None
-        formats.append(CodeFormat(own.bits, own.group_size, MLX_DTYPES[own.dtype]))
+    gate, up, down = map(_code_format, layout.formats)
+    if gate is None or up is None or down is None:
+        return None
     return ExpertFormat(
         layout.hidden_size,
         layout.intermediate_size,
-        *formats,
+        gate,
+        up,
+        down,
         layout.record_bytes,
         {component.name: component.offset for component in layout.components},
     )
+
+
+def _code_format(form: MatrixFormat) -> CodeFormat | None:
+    """Return the format of a quantized matrix; None of a dense matrix."""
+    if form.bits is None or form.group_size is None:
+        return None
+    return CodeFormat(form.bits, form.group_size, MLX_DTYPES[form.dtype])

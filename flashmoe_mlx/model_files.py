@@ -81,8 +81,8 @@ def open_model(folder: Path) -> ModelFiles:
         )
     checkpoint = Checkpoint.open(folder)
     tensors = classify_tensors(checkpoint)
-    single = tensors.experts.layout.single_format
-    name = "published" if single is None or single.bits is None else f"q{single.bits}"
+    bits = tensors.experts.layout.bits
+    name = "published" if bits is None else f"q{bits}"
     return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
 
 

@@ -212,7 +212,9 @@ def _sample(
 
 def _reduced_format(form: ExpertFormat) -> ExpertFormat:
     """Return ``form`` with the smallest sizes that have a whole block and the remainder of a row."""
-    block, inner = (BLOCK_GROUPS * max(own.group_size for own in formats) for formats in (form.formats[:2], [form.down]))
+    block, inner = (
+        BLOCK_GROUPS * max(own.group_size for own in formats) for formats in (form.formats[:2], [form.down])
+    )
     return form.resized(reduced(form.hidden_size, block), reduced(form.intermediate_size, inner))
 
 

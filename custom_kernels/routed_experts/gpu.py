@@ -293,7 +293,8 @@ def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, d
 
     Returns:
         None where two dispatches are necessary: several tokens, matrices of different formats, 3 bits, small groups,
-        another type than bf16, columns that are not a multiple of a chunk, and a GPU without the copy engine or enough memory.
+        another type than bf16, columns that are not a multiple of a chunk, and a GPU without the copy engine or enough
+        memory.
     """
     hidden, intermediate, own = form.hidden_size, form.intermediate_size, form.gate
     if (

@@ -238,7 +238,9 @@ class _Classifier:
         formats: dict[str, MatrixFormat] = {}
         for projection, (rows, columns) in self._shapes().items():
             name, shape = self._stacked(layer, projection), (self._config.num_experts, rows, columns)
-            if f"{name}.scales" not in self._published:
+            weight = self._published.get(f"{name}.weight")
+            coded = weight is not None and self._checkpoint.tensors[weight].dtype == "U32"
+            if f"{name}.scales" not in self._published and not coded:
                 tensors.append(self._find(f"{name}.weight", shape))
                 formats[projection] = MatrixFormat(None, None, tensors[-1].dtype)
                 continue

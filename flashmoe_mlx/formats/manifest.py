@@ -20,9 +20,11 @@ each projection::
                                 "record_bytes": ..., "components": [...]}],
                    "layers": [0, 0, 0, ...], "quantiser": "by_width"}
 
-A pack whose variants have one format each has version 1. ``experts-<variant>/layer_NN.bin`` holds the records of a layer in the
-order of the experts and nothing else. ``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for
-each record, by layer, then expert. Layer files have no hash in the manifest, because each of their records has one.
+A pack whose variants have one format each has version 1.
+
+``experts-<variant>/layer_NN.bin`` holds the records of a layer in the order of the experts and nothing else.
+``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for each record, by layer, then expert.
+Layer files have no hash in the manifest, because each of their records has one.
 """
 
 from dataclasses import dataclass, replace

@@ -249,6 +249,16 @@ class LayerLayouts(tuple[RecordLayout, ...]):
         return self[0].single_format if len(self.distinct) == 1 else None
 
     @property
+    def bits(self) -> int | None:
+        """The width of all quantized weights; None for dense weights and for several formats."""
+        return None if self.single_format is None else self.single_format.bits
+
+    @property
+    def group_size(self) -> int | None:
+        """The number of weights that share a scale and a bias; None for dense weights and for several formats."""
+        return None if self.single_format is None else self.single_format.group_size
+
+    @property
     def code_bits(self) -> float:
         """Mean width of a weight in bits, without scales and biases."""
         return sum(layout.code_bits for layout in self) / len(self)

@@ -1,7 +1,7 @@
 """Writing of the manifest of a pack; ``formats/manifest.py`` documents its content."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,8 +11,8 @@ from flashmoe_mlx.formats.manifest import (
     CHECKSUMS,
     FORMAT,
     FORMAT_VERSION,
-    MIXED_FORMAT_VERSION,
     MANIFEST,
+    MIXED_FORMAT_VERSION,
     RESIDENT,
     TEXT_FILES,
     file_hash,
@@ -48,6 +48,11 @@ def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
         return layout[0].to_json()
     numbers = {own: number for number, own in enumerate(layout.distinct)}
     return {"layouts": [own.to_json() for own in layout.distinct], "layers": [numbers[own] for own in layout]}
+
+
+def version_of(variants: Iterable[LayerLayouts]) -> int:
+    """Return the format version of a pack with variants of these layouts."""
+    return FORMAT_VERSION if all(layout.single_format is not None for layout in variants) else MIXED_FORMAT_VERSION
 
 
 def geometry_of(config: ModelConfig) -> dict[str, int]:
@@ -90,10 +95,9 @@ def write_manifest(
         for layer, own in enumerate(layout):
             files[f"{prefix}/{layer_file(layer)}"] = {"bytes": config.num_experts * own.record_bytes}
         files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
-    uniform = all(layout.single_format is not None for layout in variants.values())
     manifest = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if uniform else MIXED_FORMAT_VERSION,
+        "format_version": version_of(variants.values()),
         "source": dict(source),
         "geometry": geometry_of(config),
         "variants": {

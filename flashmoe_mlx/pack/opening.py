@@ -14,9 +14,9 @@ from flashmoe_mlx.formats.manifest import (
     CHECKSUMS,
     FORMAT,
     FORMAT_VERSION,
-    MIXED_FORMAT_VERSION,
     HASH_BYTES,
     MANIFEST,
+    MIXED_FORMAT_VERSION,
     RESIDENT,
     TEXT_FILES,
     PackedExperts,
@@ -29,7 +29,7 @@ from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
-from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name
+from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name, version_of
 from flashmoe_mlx.pack.quantize import BY_WIDTH, QUANTIZERS
 
 
@@ -75,6 +75,13 @@ def open_pack(folder: Path) -> Pack:
     files = ListedFiles(folder, manifest["files"])
     config = _read_config(folder, manifest, files)
     experts = {name: _open_variant(folder, name, entry, config, files) for name, entry in manifest["variants"].items()}
+    version = version_of(own.layout for own in experts.values())
+    if manifest["format_version"] != version:
+        raise PackError(
+            f"{folder}: format version {manifest['format_version']} is not supported with these variants, only "
+            f"{version}; delete the pack and make it again",
+            code="unsupported_pack_version",
+        )
     for name in TEXT_FILES:
         if name in files:
             files.check(name)

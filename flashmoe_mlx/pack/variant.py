@@ -182,4 +182,3 @@ class VariantWriter:
         """Join the hashes of all layers, which must be finished, to the checksums of the variant."""
         hashes = [self._hashes(layer).read_bytes() for layer in range(self._experts.num_layers)]
         write_atomically(self._directory / CHECKSUMS, b"".join(hashes))
-

@@ -107,7 +107,7 @@ def layer_widths(width: Width, num_layers: int) -> list[_Widths]:
 def _is_sensitive(layer: int, num_layers: int) -> bool:
     """Return whether mlx_lm's recipes give ``layer`` more bits: the first and last eighth, and every third between."""
     eighth = num_layers // 8
-    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2  # noqa: PLR2004
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def _narrowed(source: RecordLayout, wanted: _Widths, group_size: int) -> RecordLayout:

@@ -120,10 +120,9 @@ def add_variants(
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
-            single = experts.layout.single_format
-            if single is not None and single.bits in settings.bits:
+            if experts.layout.bits in settings.bits:
                 raise InputError(
-                    f"bits={single.bits}: the pack has no experts with more bits to make this variant from; "
+                    f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
                     "make it from the checkpoint, with task=pack source=<checkpoint>",
                     code="source_needed",
                 )
@@ -317,7 +316,10 @@ class _Packer:
         comparable = source.layout.code_bits >= known.layout.code_bits
         payload = read_extents(source.extents(layer, 0))
         there = read_extents(known.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there:
+        if (
+            not comparable
+            or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
+        ):
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
                 "or give the checkpoint from which it was made",

@@ -210,8 +210,8 @@ def _find_quantization(published: Mapping[str, Any], layout: LayerLayouts | None
     """
     if layout is not None and layout.single_format is None:
         return min(QUANTIZED_BITS, key=lambda bits: abs(bits - layout.code_bits)), GROUP_SIZE
-    if layout is not None and layout.single_format is not None:
-        return layout.single_format.bits or _BITS, layout.single_format.group_size or GROUP_SIZE
+    if layout is not None:
+        return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
     bits, group_size = settings.get("bits"), settings.get("group_size")
     if type(bits) is not int or bits not in QUANTIZED_BITS:
