@@ -4,8 +4,7 @@ One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else take
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import count
 
@@ -15,8 +14,9 @@ import numpy as np
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
-from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
+from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts.plan import COPIES, FusedPlan, fused_plan
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 
@@ -33,19 +33,6 @@ _SIMDGROUPS = 4
 _MOST_SIMDGROUPS = 12
 _DEPTH = 4
 """Steps whose weights are in flight at once."""
-_FUSED_CHUNK = 512
-_WORKERS = 8
-"""Simdgroups that multiply, in the kernel with one dispatch."""
-_STAGERS = 6
-_IN_FLIGHT = 50_000
-"""Minimum number of bytes of weights that a multiprocessor requests before the first bytes arrive.
-
-With less, memory idles; with more, threadgroups receive each other's hidden values late.
-"""
-_MOST_SLOTS = 12
-_MOST_EXPERTS_A_PART = 8
-"""Each takes four copies; a simdgroup requests 32."""
-_COPIES = 2
 _SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
 _SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
 
@@ -182,13 +169,13 @@ def routed_experts(
     return y
 
 
-def plan_of(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int) -> "FusedPlan | None":
+def plan_of(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int) -> FusedPlan | None:
     """Return the plan of one dispatch on the default device, or None; see ``fused_plan``."""
     return fused_plan(form, dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
 
 
 def run_fused(
-    plan: "FusedPlan",
+    plan: FusedPlan,
     inputs: Sequence[mx.array],
     form: ExpertFormat,
     choices: int,
@@ -216,7 +203,7 @@ def run_fused(
         results.append(((earlier.size + choices - (shared is not None),), mx.int32))
         template = template | {"EXPERTS": experts, "WIDTH": scores.shape[1]}
     return fused_kernel(shared is not None, plan.shared_memory, experts > 0)(
-        [*inputs, _tickets.next_row(_COPIES * choices * form.intermediate_size), *own],
+        [*inputs, _tickets.next_row(COPIES * choices * form.intermediate_size), *own],
         results,
         (plan.threadgroups, 1, 1),
         plan.threads,
@@ -262,77 +249,6 @@ def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
         and form.hidden_size % 256 == 0
         and form.intermediate_size % 256 == 0
     )
-
-
-@dataclass(frozen=True)
-class FusedPlan:
-    """The division of work of the kernel with one dispatch.
-
-    Attributes:
-        template: values of template arguments.
-        threadgroups: number of threadgroups.
-        threads: threads of a threadgroup.
-        shared_memory: shared memory of a threadgroup, in bytes.
-    """
-
-    template: Mapping[str, int]
-    threadgroups: int
-    threads: int
-    shared_memory: int
-
-
-def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, device: Gpu) -> FusedPlan | None:
-    """Plan one dispatch on tensor cores: a threadgroup per multiprocessor.
-
-    Args:
-        form: format of the experts.
-        dtype: type of activations.
-        tokens: number of tokens.
-        choices: experts per token, with the shared expert.
-        device: the GPU.
-
-    Returns:
-        None where two dispatches are necessary: several tokens, matrices of different formats, 3 bits, small groups,
-        another type than bf16, columns that are not a multiple of a chunk, and a GPU without the copy engine or enough
-        memory.
-    """
-    hidden, intermediate, own = form.hidden_size, form.intermediate_size, form.gate
-    if (
-        tokens > 1
-        or device.capability < COPY_ENGINE
-        or not form.gate == form.up == form.down
-        or own.bits not in (2, 4, 8)
-        or own.group_size not in (64, 128)
-        or not dtype == own.dtype == mx.bfloat16
-        or hidden % _FUSED_CHUNK
-        or intermediate % _FUSED_CHUNK
-        or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
-    ):
-        return None
-    team = min(hidden // _FUSED_CHUNK, _WORKERS)
-    teams = _WORKERS // team
-    # At least two parts: most products then finish before the last hidden values arrive.
-    part = min(-(-choices // 2), _MOST_EXPERTS_A_PART, max(1, hidden // intermediate))
-    gap = 8 * own.bits  # between blocks of rows, to place them in different banks
-
-    def rows_bytes(columns: int) -> int:
-        """Return the bytes of 16 rows with their scales and biases."""
-        return 16 * (columns * own.bits // 8 + 4 * columns // own.group_size) + 2 * gap
-
-    up, down = rows_bytes(hidden), part * rows_bytes(intermediate)
-    slot = -(-max(up, down) // 128) * 128
-    products = 4 * 16 * max(hidden, part * intermediate) // _FUSED_CHUNK
-    vectors = (hidden + choices * intermediate) * (2 * own.group_size + 8) // own.group_size
-    rest = vectors + 8 * (2 + choices) + 8 * choices + 8
-    slot_and_all = slot + products + 4 * 8 + 4
-    slots = min(_MOST_SLOTS, (device.shared_memory - rest) // slot_and_all) // teams * teams
-    if slots < 2:
-        return None
-    sizes = {"SLOT_BYTES": slot, "SLOTS": slots, "BLOCK_GAP": gap, "EXPERTS_A_PART": part, "COPIES": _COPIES}
-    ahead = {"AHEAD": min(slots, -(-_IN_FLIGHT // (up // 2))), "AHEAD_DOWN": min(slots, -(-_IN_FLIGHT // down))}
-    simdgroups = {"TEAM": team, "TEAMS": teams, "STAGERS": _STAGERS}
-    threads = 32 * (team * teams + 2 + _STAGERS)
-    return FusedPlan(sizes | ahead | simdgroups, device.multiprocessors, threads, slots * slot_and_all + rest)
 
 
 class _Tickets(threading.local):
