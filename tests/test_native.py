@@ -121,7 +121,7 @@ def test_routed_experts_of_many_vectors(activations: str) -> None:
     rows[:, 0] = np.repeat([0, 1, 2, 3], [1, 4, 9, 26])
     rows[:, 1] = -1
     arguments = (mx.array(rows), made.routing_weights, made.form, made.shared)
-    found = routed_experts(made.x, made.records, *arguments, None, activations)
+    found = routed_experts(made.x, made.records, *arguments, None, activations=activations)
     expected = reference.routed_experts(made.x, made.slab, *arguments)
     error = cases.relative_error(found, expected.astype(mx.float64, stream=mx.cpu))
     assert error <= 3 * ROUNDED[activations]
