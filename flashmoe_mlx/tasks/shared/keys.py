@@ -158,4 +158,5 @@ class ServerConfig:
     any_model: bool = True
     queue: int = 64
     together: int = 8
+    switch: bool | None = None
     stop_seconds: float = 10.0
