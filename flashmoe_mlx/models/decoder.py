@@ -11,8 +11,10 @@ from flashmoe_mlx.layers.cache import LayerCache, SequenceCache
 from flashmoe_mlx.layers.linear import Linear, parts_of
 from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.prompt_memory import PromptMemory, prompt_memory
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.router import Router
 
 
 class Mixer(Protocol):
@@ -111,6 +113,26 @@ class Model:
     head: Linear
     touched_bytes: int
     """The size of the resident weights that every pass reads: all but an embedding that is not also the head."""
+
+    @property
+    def experts_k(self) -> int:
+        """The number of routed experts of a token in a layer."""
+        return self.layers[0].experts.router.experts_k
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations."""
+        return self.norm.dtype
+
+    @property
+    def routers(self) -> Sequence[Router]:
+        """The routers of all layers."""
+        return [layer.experts.router for layer in self.layers]
+
+    @property
+    def prompt_memory(self) -> PromptMemory:
+        """The memory of prompt tokens."""
+        return prompt_memory(self.config, self.experts_k, self.dtype.size)
 
     @property
     def state_bytes(self) -> int:
