@@ -112,7 +112,7 @@ def load(
         store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
         try:
             built = build_model(files.config, files.resident, store, k, chosen, dtype)
-            prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
+            prefetcher = make_prefetcher(prefetch, store, [experts.router for experts in built.mixtures])
             if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
             checked = check_kernels(chosen, model_shapes(built))

@@ -114,7 +114,7 @@ class Runner:
         model, tokens = self.model, self.checked_tokens(request.prompt_ids)
         if self.prompt_cache is not None:
             tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
-        experts_k = model.layers[0].experts.router.experts_k
+        experts_k = model.mixtures[0].router.experts_k
         return Sequence(
             replace(request, prompt_ids=tokens),
             model.new_cache(),

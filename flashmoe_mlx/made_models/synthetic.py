@@ -74,7 +74,7 @@ class _Synthesizer:
         write_atomically(folder / "config.json", json.dumps(published, indent=1).encode())
 
     def write(self, name: str) -> None:
-        needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes
+        needed = len(self._config.moe_layers) * self._config.num_experts * self._layout.record_bytes
         check_free_space(
             self._folder, needed, "choose fewer layers (model.synthetic.num_layers) or another model.cache_dir"
         )
@@ -99,9 +99,9 @@ class _Synthesizer:
     def _write_experts(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         digests: list[int] = []
-        for layer in range(self._config.num_layers):
+        for layer in range(len(self._config.moe_layers)):
             total = self._config.num_experts * self._layout.record_bytes
-            self._progress.stage(f"random experts, layer {layer + 1} of {self._config.num_layers}", total)
+            self._progress.stage(f"random experts, layer {layer + 1} of {len(self._config.moe_layers)}", total)
             for report in write_layer_file(directory / layer_file(layer), self._records(layer), self._layout):
                 digests.append(report.digest)
                 self._progress.advance(self._layout.record_bytes)

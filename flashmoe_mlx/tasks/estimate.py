@@ -250,7 +250,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     geometry, need = model.config, model.need
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
-        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
+        f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits} bits"
     )
     while not folder.exists():
