@@ -21,7 +21,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
-from flashmoe_mlx.made_models.synthetic import synthetic_config
+from flashmoe_mlx.made_models.synthetic import FAMILY, synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
@@ -120,7 +120,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
         if choice.synthetic is None:
             folder = model_folder(choice)
             return f"model={choice.name}", read_config(folder), folder
-        return f"model={choice.name}", synthetic_config(choice.synthetic), None
+        return f"model={choice.name}", synthetic_config(choice.synthetic, choice.family or FAMILY), None
     path = expand_path(choice.path)
     if path.is_dir():
         return choice.path, read_config(path), path
