@@ -32,6 +32,7 @@ def code_path(
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,  # noqa: ARG001
+    in_parts: bool = False,
     activations: str = "f32",
     in_place: bool = False,  # noqa: ARG001
 ) -> CodePath | None:
@@ -47,7 +48,10 @@ def code_path(
             return None
         formats = dict.fromkeys((shared.gate.format_name, shared.down.format_name))
         fused = f"with a shared expert of {' and '.join(formats)}"
-    return *native.tokens_phrases(len(x), activations), format_name(form.bits, form.group_size, form.dtype), fused
+    if in_parts and len(x) > native.few_tokens():
+        return None
+    tokens, matrices = native.tokens_phrases(len(x), activations), format_name(form.bits, form.group_size, form.dtype)
+    return *tokens, matrices, fused, "in parts" if in_parts else ""
 
 
 def routed_experts(
@@ -58,6 +62,7 @@ def routed_experts(
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
     residual: mx.array | None = None,
+    in_parts: bool = False,
     activations: str = "f32",
     in_place: bool = False,
 ) -> mx.array:
@@ -71,9 +76,16 @@ def routed_experts(
         form: format of the records.
         shared: an expert for every token, or None.
         residual: [T, hidden] to add to the result, such as the outputs of an earlier group of experts; or None.
+        in_parts: whether ``ExpertOutputs`` computes, one record after the other from the last to the first, as if the
+            records arrived in this order; only for few tokens, without choices to skip.
         activations: type of the vectors of experts with many tokens; see ``native.ACTIVATIONS``.
         in_place: whether the result may take the memory of ``residual``, which saves a copy for each group of experts.
     """
+    if in_parts:
+        outputs = ExpertOutputs(x, rows.shape[1], form, shared)
+        for place in reversed(range(len(records))):
+            outputs.compute(records[place : place + 1], np.where(np.array(rows) == place, 0, -1).astype(np.int32))
+        return outputs.sum(routing_weights, mx.zeros_like(x) if residual is None else residual)
     y = native.Output(x.shape, residual, in_place)
     choices, rounding = rows.shape[1], native.ACTIVATIONS.index(activations)
     layout, matrices = _layout(form), _matrices(shared)
@@ -154,6 +166,7 @@ def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
         form: ExpertFormat,
         shared: ExpertWeights | None = None,
         residual: mx.array | None = None,
+        in_parts: bool = False,  # noqa: ARG001
         in_place: bool = False,  # noqa: ARG001  # MLX's operations return new arrays
     ) -> mx.array:
         slab = mx.array(np.stack([np.frombuffer(record, np.uint8) for record in records]))
@@ -164,7 +177,7 @@ def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token, few and many tokens, with and without each shared expert."""
+    """Yield one token, few and many tokens, with and without each shared expert; few tokens also in parts."""
     form = model.experts
     if form is None or model.dtype != mx.float32:
         return
@@ -177,22 +190,28 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
     for tokens, most in ((1, 1), (FEW, native.few_tokens()), (MANY, None)):
         alone = len(fused) < len(model.shared) or model.needs_several_groups(most)
         for shared in [*drawn, *([None] if alone or not model.shared else [])]:
-            yield _sample(inputs, form, records, tokens, shared)
+            for in_parts in (False, True) if tokens != MANY else (False,):
+                yield _sample(inputs, form, records, tokens, shared, in_parts)
 
 
 def _sample(
-    inputs: RandomInputs, form: ExpertFormat, records: list[memoryview], tokens: int, shared: ExpertWeights | None
+    inputs: RandomInputs,
+    form: ExpertFormat,
+    records: list[memoryview],
+    tokens: int,
+    shared: ExpertWeights | None,
+    in_parts: bool,
 ) -> Sample:
-    """Return a sample whose tokens all use one expert, and some of them a second."""
-    rows = np.full((tokens, 3), -1, np.int32)
+    """Return a sample whose tokens all use one expert, and some of them a second; in parts, all tokens use both."""
+    rows = np.full((tokens, 2 if in_parts else 3), 0 if in_parts else -1, np.int32)
     rows[:, 1] = 1
     # Their number is not a multiple of any block.
     second = slice(0, 1) if tokens == 1 else slice(0, 2) if tokens == FEW else slice(10, 29)
     rows[second, 0] = 0
     x, residual = (inputs.normal(tokens, form.hidden_size) for _ in range(2))
-    weights = mx.softmax(inputs.normal(tokens, 3 + (shared is not None)), axis=-1)
+    weights = mx.softmax(inputs.normal(tokens, rows.shape[1] + (shared is not None)), axis=-1)
     compared = mx.array(sorted({second.start, tokens - 1}))
-    arguments = (x, records, mx.array(rows), weights, form, shared, residual)
+    arguments = (x, records, mx.array(rows), weights, form, shared, residual, in_parts)
     expected = (
         x[compared],
         records,

@@ -3,18 +3,15 @@
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.moe.prefetch import Guesses
-from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import StoreStats
 
 METRICS_VERSION = 1
 ReusedFrom = Literal["live", "ram", "disk"]
@@ -45,7 +42,8 @@ class Stage:
         ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
         divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
         misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints. ``page_cache_hit_rate`` is
-        the share of the bytes read that the page cache held before, from a sample.
+        the share of the bytes read that the page cache held before, from a sample. ``io_hidden`` is the share of the
+        time of fetches in which experts were computed while others were read.
         """
         store, requests = self.store, self.store.requests
         read_on_demand = store.bytes_read - record_bytes * store.prefetched
@@ -69,33 +67,12 @@ class Stage:
             "prefetched": store.prefetched,
             "bytes_wasted": store.bytes_wasted,
             "fetch_seconds": store.fetch_seconds,
+            "overlapped_seconds": store.overlapped_seconds,
+            "io_hidden": store.io_hidden,
             "read_gb_per_second": ratio(read_on_demand / 1e9, store.fetch_seconds),
             "weights_gb_per_second": ratio(touched / 1e9, self.seconds),
             "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
         }
-
-
-@contextmanager
-def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
-    """Count the enclosed code as one forward pass; a failed pass is not counted.
-
-    Args:
-        stages: the stage of each sequence in the pass, with its number of tokens. The time and the store's counters of
-            a pass that several sequences share count in full for each of them.
-        store: the store whose counters are read.
-        clock: the clock whose phases are read.
-    """
-    before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
-    yield
-    seconds = perf_counter() - start
-    delta = store.stats() - before
-    for stage, tokens in stages:
-        stage.tokens += tokens
-        stage.seconds += seconds
-        stage.steps.append(seconds)
-        stage.store += delta
-        for name, total in clock.seconds.items():
-            stage.phases[name] += total - phases.get(name, 0.0)
 
 
 @dataclass

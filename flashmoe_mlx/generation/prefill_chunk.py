@@ -19,7 +19,7 @@ _SHARE = 0.5
 """Share of the free memory that a prompt may take; the rest is for the page cache and other programs."""
 
 
-def choose_chunk(config: ModelConfig, experts_k: int, activation_bytes: int, tokens: int) -> int:
+def choose_chunk(config: ModelConfig, experts_k: int, activation_bytes: int, tokens: int, reserved: int = 0) -> int:
     """Choose how many tokens of a prompt go through a layer together: all of them, if memory allows.
 
     The chunks of a longer prompt have similar sizes; without memory for more, about ``BLOCK`` tokens.
@@ -29,12 +29,13 @@ def choose_chunk(config: ModelConfig, experts_k: int, activation_bytes: int, tok
         experts_k: routed experts of a token.
         activation_bytes: the bytes of an activation.
         tokens: the length of the prompt.
+        reserved: bytes of free memory that something else will occupy, such as the prompt cache.
     """
     if tokens <= BLOCK:
         return BLOCK
     need = prompt_memory(config, experts_k, activation_bytes)
     caches = [config.mixer(layer).cache_size(activation_bytes) for layer in range(config.num_layers)]
     kept = sum(cache.per_token * tokens + cache.fixed for cache in caches)
-    room = int(_SHARE * available_memory()) - need.block - kept
+    room = int(_SHARE * (available_memory() - reserved)) - need.block - kept
     most = max(BLOCK, min(room // need.per_token, MOST_TOKENS))
     return -(-tokens // -(-tokens // most))

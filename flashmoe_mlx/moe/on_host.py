@@ -68,7 +68,7 @@ class ExpertsOnHost:
         if not isinstance(kernel, CheckedKernel):
             return False
         weights = routing.weights if fused is None else routing.all_weights
-        return kernel.runs(x, [], mx.array(routing.experts), weights, self.form, fused, x)
+        return kernel.runs(x, [], mx.array(routing.experts), weights, self.form, fused, x, in_parts=True)
 
     def _in_parts(
         self, x: mx.array, y: mx.array, routing: Routing, fused: ExpertWeights | None, groups: ExpertGroups

@@ -19,7 +19,7 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from threading import Lock, get_ident
@@ -140,11 +140,24 @@ class StoreStats:
         """Share of the bytes read that were in the page cache before, from the sample; None without a sample."""
         return self.sampled_cached_bytes / self.sampled_bytes if self.sampled_bytes else None
 
+    @property
+    def io_hidden(self) -> float | None:
+        """Share of the time of fetches that the caller spent computing while further experts were being read.
+
+        It leaves out reads that a hint started and that ended before their fetch. None if nothing was read.
+        """
+        seconds = self.fetch_seconds + self.overlapped_seconds
+        return self.overlapped_seconds / seconds if self.misses and seconds else None
+
     def __add__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __sub__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+OnMisses = Callable[[int, tuple[int, ...]], object]
+"""Receives a layer and experts that were not in memory. It must not call the store."""
 
 
 class ExpertStore(ABC):
@@ -172,6 +185,8 @@ class ExpertStore(ABC):
         self._stats = StoreStats()
         self._closed = False
         self._lock = Lock()
+        self.on_misses: OnMisses | None = None
+        """Receives the layer and the missing experts of each successful fetch that missed some, inside the fetch."""
         self._fetching: int | None = None
         """The thread whose fetch is running."""
         self._process = os.getpid()
@@ -219,6 +234,8 @@ class ExpertStore(ABC):
                 delivery.finish(indices, batch)
             finally:
                 self._fetching = None
+            if done.misses and self.on_misses is not None:
+                self.on_misses(layer, delivery.missing or tuple(dict.fromkeys(indices)))
             seconds = time.perf_counter() - start - delivery.seconds
             requests, overlapped = done.hits + done.misses, delivery.overlapped
             self._stats += replace(
@@ -306,7 +323,7 @@ class ExpertStore(ABC):
             experts: indices of the experts.
             delivery: may be given experts before all have arrived: first the experts that need no read, when all other
                 experts are being read, then further experts, each distinct expert once. Without a call, the caller
-                passes all experts on at the end.
+                passes all experts on at the end. A store that holds a part of the experts sets ``delivery.missing``.
         """
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # stores may ignore hints

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
+from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.made_models.synthetic import FAMILY, synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.registry import parse_config
@@ -67,6 +68,7 @@ class Config(CommonConfig):
     resident_bits: int | None = None
     context: int | None = None
     kv_bits: int | None = None
+    prompt_cache_gib: float | None = None
     trace: str | None = field(default=None, metadata=TEXT)
     memory_gib: float | None = None
     probe: bool | None = None
@@ -81,9 +83,10 @@ def run(config: Config, run_dir: Path) -> None:
             code="out_of_range",
         )
     name, published, folder = _published(config.model)
-    model = _model(config, published, folder)
-    record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     memory = _memory(config)
+    cache_bytes = prompt_cache_bytes(config.prompt_cache_gib, None if config.memory_gib is None else memory)
+    model = replace(_model(config, published, folder), prompt_cache=cache_bytes)
+    record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
     for line in _sizes(name, model, memory, cache_folder(config.model)):
         show(line)
@@ -265,6 +268,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         "slots": need.slots,
         "the prompt in a layer": need.prompt,
         "program": need.runtime,
+        "earlier prompts": need.prompt_cache,
     }
     listed = ", ".join(f"{part} {nbytes / GIB:.2f}" for part, nbytes in parts.items())
     yield f"memory: at least {need.total / GIB:.2f} GiB: {listed}"

@@ -61,6 +61,7 @@ class Model:
         trace: a recording of its routing; None without one.
         group_size: the number of weights that share a scale and a bias.
         kv_bits: the width of cached keys and values; None for that of activations.
+        prompt_cache: bytes for the states of earlier prompts and answers.
     """
 
     config: ModelConfig
@@ -73,14 +74,16 @@ class Model:
     trace: RoutingTrace | None = None
     group_size: int = GROUP_SIZE
     kv_bits: int | None = None
+    prompt_cache: int = 0
 
     @property
     def need(self) -> MemoryNeed:
         """The memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
-        return memory_need(
+        need = memory_need(
             self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size, self.kv_bits
         )
+        return replace(need, prompt_cache=self.prompt_cache)
 
     @property
     def expert_bytes(self) -> int:

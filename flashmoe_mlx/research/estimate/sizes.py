@@ -65,6 +65,7 @@ class MemoryNeed:
         slots: the experts of one fetch, and as many that are read ahead.
         prompt: the tokens that go through a layer together.
         runtime: Python and MLX.
+        prompt_cache: the states of earlier prompts and answers.
     """
 
     resident: int
@@ -73,11 +74,13 @@ class MemoryNeed:
     slots: int
     prompt: int
     runtime: int
+    prompt_cache: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.resident + self.keys_and_values + self.state + self.slots + self.prompt + self.runtime
+        needed = self.resident + self.keys_and_values + self.state + self.slots + self.prompt + self.runtime
+        return needed + self.prompt_cache
 
 
 def memory_need(
