@@ -78,6 +78,12 @@ def find_family(published: Mapping[str, Any]) -> Family[Any]:
     if family is None:
         raise _unsupported(published, kind)
     if inner is not None and inner not in family.model_types:
+        if any(inner in other.model_types for other in families()):
+            raise CheckpointError(
+                f"config.json: text_config has model_type {shown(inner)} inside model_type {shown(kind)}: a "
+                "combination that this version does not run",
+                code="unsupported_model",
+            )
         raise _unsupported(published, inner)
     return family
 
