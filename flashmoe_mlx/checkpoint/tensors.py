@@ -16,6 +16,7 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
 from flashmoe_mlx.models.registry import family_of
 
@@ -86,6 +87,7 @@ class Matrix:
 class CheckpointTensors:
     """The tensors of a checkpoint by purpose; ``skipped`` holds names of tensors that text does not need."""
 
+    config: ModelConfig
     matrices: tuple[Matrix, ...]
     vectors: tuple[ResidentTensor, ...]
     experts: CheckpointExperts
@@ -104,8 +106,9 @@ def classify_tensors(checkpoint: Checkpoint) -> CheckpointTensors:
 class _Classifier:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        assert isinstance(checkpoint.config, ModelConfig)
         self._config = checkpoint.config
-        self._names = family_of(checkpoint.config).tensor_names
+        self._names = family_of(self._config).tensor_names
         self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name, self._names)))
         self._published: dict[str, str] = {}
         for name in checkpoint.tensors.keys() - set(self._skipped):
@@ -156,7 +159,7 @@ class _Classifier:
                 code="unknown_tensor",
             )
         routed = CheckpointExperts(self._checkpoint, layouts[0], layers)
-        return CheckpointTensors(tuple(matrices), tuple(vectors), routed, self._skipped)
+        return CheckpointTensors(self._config, tuple(matrices), tuple(vectors), routed, self._skipped)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:

@@ -155,7 +155,7 @@ def _resident_tensors(parameter: Parameter, bits: int, random: np.random.Generat
 
 
 def _scales(
-    shape: tuple[int, int], columns: int, bits: int, random: np.random.Generator, gain: float = 1.0
+    shape: tuple[int, ...], columns: int, bits: int, random: np.random.Generator, gain: float = 1.0
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
     """Draw scales and biases that give weights with uniform codes a mean of 0.
 

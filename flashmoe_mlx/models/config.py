@@ -18,21 +18,37 @@ MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig(ABC):
-    """The sizes of a model in elements, heads, layers or experts; a family adds its own and describes its layers."""
+class ModelSize:
+    """The sizes of a model that do not depend on its architecture.
 
-    norm: ClassVar[Kind] = Kind.PLAIN
-    """The form in which checkpoints store the norms of the residual stream."""
+    Attributes:
+        num_layers: layers with routed experts.
+        hidden_size: elements of the residual stream.
+        vocab_size: tokens of the vocabulary.
+        max_context: the largest number of tokens of a sequence.
+        num_experts: routed experts of a layer.
+        experts_per_token: routed experts that a token chooses in a layer.
+        expert_size: elements of the hidden layer of an expert.
+    """
 
     num_layers: int
     hidden_size: int
     vocab_size: int
     max_context: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
     num_experts: int
     experts_per_token: int
     expert_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig(ModelSize, ABC):
+    """The sizes of a model in elements, heads, layers or experts; a family adds its own and describes its layers."""
+
+    norm: ClassVar[Kind] = Kind.PLAIN
+    """The form in which checkpoints store the norms of the residual stream."""
+
+    rms_norm_eps: float
+    tie_word_embeddings: bool
 
     @abstractmethod
     def mixer(self, layer: int) -> MixerBlock:

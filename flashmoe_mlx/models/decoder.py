@@ -12,8 +12,10 @@ from flashmoe_mlx.layers.linear import Linear, parts_of
 from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.prompt_memory import PromptMemory, prompt_memory
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.router import Router
 
 
 class Mixer(Protocol):
@@ -123,6 +125,26 @@ class Model:
     def mixtures(self) -> list[MixtureOfExperts]:
         """The mixtures of experts of all layers that have one, in the order of ``ModelConfig.moe_layers``."""
         return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MixtureOfExperts)]
+
+    @property
+    def experts_k(self) -> int:
+        """The number of routed experts of a token in a layer."""
+        return self.mixtures[0].router.experts_k
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations."""
+        return self.norm.dtype
+
+    @property
+    def routers(self) -> Sequence[Router]:
+        """The routers of all layers with experts."""
+        return [experts.router for experts in self.mixtures]
+
+    @property
+    def prompt_memory(self) -> PromptMemory:
+        """The memory of prompt tokens."""
+        return prompt_memory(self.config, self.experts_k, self.dtype.size)
 
     @property
     def state_bytes(self) -> int:

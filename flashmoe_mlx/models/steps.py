@@ -16,6 +16,7 @@ from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import LayerInMemory
@@ -37,11 +38,13 @@ class TracedSteps:
         self._traced = lru_cache(maxsize=_CAPACITIES)(self._trace)
 
     @classmethod
-    def of(cls, model: Model) -> "TracedSteps | None":
+    def of(cls, model: RunnableModel) -> "TracedSteps | None":
         """Return the steps of ``model``, or None unless its store holds all layers in memory that a GPU reads.
 
-        Also None if a GPU has no kernel for a mixer.
+        Also None if a GPU has no kernel for a mixer, or if the model is not of this package.
         """
+        if not isinstance(model, Model):
+            return None
         layers: list[LayerInMemory | None] = []
         for layer in model.layers:
             experts = layer.feed_forward

@@ -50,7 +50,7 @@ class RoutingRecorder:
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
     """Record the choices of all layers of ``engine`` inside the ``with`` block."""
-    recorder = RoutingRecorder(len(engine.model.config.moe_layers))
+    recorder = RoutingRecorder(engine.store.source.num_layers)
     engine.observe_routing(recorder)
     try:
         yield recorder
