@@ -5,7 +5,7 @@ experts of a layer and usually quantizes them. Hugging Face fuses gate and up pr
 stores a tensor for each projection of each expert.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
@@ -25,12 +25,42 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """A tensor in the form that the model uses: ``source`` in the shape ``shape``, plus 1 if ``add_one``."""
+    """A tensor in the form that the model uses.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        source: the published tensor.
+        add_one: whether 1 is added to each value.
+        rows: the first row and the number of rows of each part of ``source`` that the tensor consists of; None for the
+            whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: TensorInfo
     add_one: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return sum(nbytes for _, nbytes in self._parts())
+
+    def places(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the first byte and the size of each piece of ``source`` that bytes from ``start`` on consist of."""
+        for first, size in self._parts():
+            here = min(size - start, nbytes)
+            if here > 0:
+                yield first + start, here
+                nbytes -= here
+            start = max(0, start - size)
+
+    def _parts(self) -> list[tuple[int, int]]:
+        if self.rows is None:
+            return [(0, self.source.nbytes)]
+        width = self.source.nbytes // self.source.shape[0]
+        return [(first * width, count * width) for first, count in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +121,7 @@ class _Classifier:
             self._published[canonical] = name
         self._unused = set(self._published)
         self._settings = mlx_settings(checkpoint.published)
-        stacked = {self._stacked(layer, "gate") for layer in range(self._config.num_layers)}
+        stacked = {self._stacked(layer, "gate") for layer in self._config.moe_layers}
         self._is_mlx = not stacked.isdisjoint(name.rpartition(".")[0] for name in self._published)
 
     @property
@@ -100,7 +130,7 @@ class _Classifier:
 
     def classify(self) -> CheckpointTensors:
         layers, layouts = [], []
-        for layer in range(self._config.num_layers):
+        for layer in self._config.moe_layers:
             experts, layout = self._layer_experts(layer)
             layers.append(experts)
             layouts.append(layout)
@@ -159,20 +189,22 @@ class _Classifier:
         return ResidentTensor(parameter.name, parameter.shape, self._find(parameter.name, shape), add_one)
 
     def _matrix(self, parameter: Parameter) -> Matrix:
-        name = parameter.name
-        if f"{name}.scales" not in self._published:
-            weight = self._find(f"{name}.weight", parameter.shape)
-            stored = ResidentTensor(f"{name}.weight", parameter.shape, weight)
-            return Matrix(name, parameter.shape, parameter.least_bits, stored)
-        weight, scales, biases = self._quantized(name, parameter.shape)[0]
-        return Matrix(
-            name,
-            parameter.shape,
-            parameter.least_bits,
-            ResidentTensor(f"{name}.weight", weight.shape, weight),
-            ResidentTensor(f"{name}.scales", scales.shape, scales),
-            ResidentTensor(f"{name}.biases", biases.shape, biases),
-        )
+        published, shape, rows = parameter.name, parameter.shape, None
+        if parameter.published is not None:
+            published, rows = parameter.published.matrix, parameter.published.ranges
+            shape = (parameter.published.height, shape[1])
+        parts = {}
+        if f"{published}.scales" in self._published:
+            parts = dict(zip(("weight", "scales", "biases"), self._quantized(published, shape)[0], strict=True))
+        else:
+            parts = {"weight": self._find(f"{published}.weight", shape)}
+
+        def stored(part: str) -> ResidentTensor:
+            tensor = parts[part]
+            size = (parameter.shape[0], *tensor.shape[1:])
+            return ResidentTensor(f"{parameter.name}.{part}", size, tensor, rows=rows)
+
+        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts))
 
     def _quantized(
         self, name: str, dense: tuple[int, ...]

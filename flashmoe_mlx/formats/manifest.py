@@ -66,7 +66,7 @@ class PackedExperts:
 
     Attributes:
         directory: the folder of the variant.
-        layout: the layout of the records of each layer.
+        layout: the layout of the records of each layer with experts.
         num_experts: number of experts in each layer.
         quantizer: the quantizer of the variant; None if its records were copied.
     """

@@ -58,7 +58,7 @@ def version_of(variants: Iterable[LayerLayouts]) -> int:
 def geometry_of(config: ModelConfig) -> dict[str, int]:
     """Return the sizes that determine the place of every record, in the form of the manifest."""
     return {
-        "num_layers": config.num_layers,
+        "num_layers": len(config.moe_layers),
         "num_experts": config.num_experts,
         "hidden_size": config.hidden_size,
         "expert_size": config.expert_size,

@@ -159,9 +159,9 @@ def _open_variant(folder: Path, name: str, entry: Any, config: ModelConfig, file
         raise _invalid(folder, f"the record layout of variant {name} does not follow from its geometry")
     directory = variant_directory(name)
     experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer)
-    for layer in range(config.num_layers):
+    for layer in range(experts.num_layers):
         files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes(layer), hashed=False)
-    files.check(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)
+    files.check(f"{directory}/{CHECKSUMS}", experts.num_layers * config.num_experts * HASH_BYTES)
     return experts
 
 
@@ -171,11 +171,11 @@ def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelCon
     The caller compares them with the entry.
     """
     if "layers" not in entry:
-        return LayerLayouts.uniform(_layout(folder, name, entry, config), config.num_layers)
+        return LayerLayouts.uniform(_layout(folder, name, entry, config), len(config.moe_layers))
     stated, numbers = entry.get("layouts"), entry["layers"]
     if not isinstance(stated, list) or not all(isinstance(own, dict) for own in stated):
         raise _invalid(folder, f"variant {name!r} has no list of layouts")
-    if not isinstance(numbers, list) or len(numbers) != config.num_layers:
+    if not isinstance(numbers, list) or len(numbers) != len(config.moe_layers):
         raise _invalid(folder, f"variant {name!r} does not name a layout for each layer")
     if any(type(number) is not int or not 0 <= number < len(stated) for number in numbers):
         raise _invalid(folder, f"variant {name!r} names a layout that it does not have")

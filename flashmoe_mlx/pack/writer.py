@@ -168,7 +168,7 @@ def _has(pack: Pack, width: Width, quantiser: str | None) -> bool:
         # Copies have no quantiser; the default is 4 bits if the experts of the checkpoint had one format.
         copied = any(variant.quantizer is None for variant in pack.experts.values())
         return copied or (width == DEFAULT and variant_name(4, quantiser) in pack.experts)
-    widths = layer_widths(width, pack.config.num_layers)
+    widths = layer_widths(width, len(pack.config.moe_layers))
     if len({*widths}) == 1 and len({*widths[0]}) == 1:
         return variant_name(widths[0][0], quantiser) in pack.experts
     for name, experts in pack.experts.items():
