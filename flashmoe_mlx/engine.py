@@ -145,6 +145,8 @@ def load(
             "backend": settings,
             "prompt_cache_bytes": cache_bytes,
         }
+        template = None if tokenizer is None else tokenizer.chat_template
+        tool_format = (template and template.tool_format) or files.tool_format
         disk = None
         if cache_dir is not None:
             try:
@@ -152,9 +154,7 @@ def load(
             except BaseException:
                 store.close()
                 raise
-        return Engine(
-            built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, files.tool_format
-        )
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format)
 
 
 def _checked_kernels(kernels: Kernels, model: RunnableModel) -> KernelReport:
