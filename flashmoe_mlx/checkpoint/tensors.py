@@ -6,7 +6,7 @@ stores a tensor for each projection of each expert.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.experts import CheckpointExperts, LayerExperts, SeparateExperts, StackedExperts
@@ -76,7 +76,7 @@ class Matrix:
     weight: ResidentTensor
     scales: ResidentTensor | None = None
     biases: ResidentTensor | None = None
-    mode: str = AFFINE
+    mode: str = field(default=AFFINE, kw_only=True)
 
     @property
     def parts(self) -> tuple[ResidentTensor, ...]:
@@ -207,8 +207,7 @@ class _Classifier:
             size = (parameter.shape[0], *tensor.shape[1:])
             return ResidentTensor(f"{parameter.name}.{part}", size, tensor, rows=rows)
 
-        made = Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts))
-        return made if mode is None else replace(made, mode=mode)
+        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts), mode=mode or AFFINE)
 
     def _quantized(
         self, name: str, dense: tuple[int, ...]
@@ -231,12 +230,23 @@ class _Classifier:
         """Return codes and scales of a matrix in a mode of ``FLOAT_MODES``."""
         bits, group_size = FLOAT_MODES[mode]
         weight = self._find(f"{name}.weight", (*dense[:-1], dense[-1] * bits // 32), ("U32",))
+        self._check_stated_quantization(name, bits, group_size, mode)
         return weight, self._find(f"{name}.scales", (*dense[:-1], dense[-1] // group_size), ("U8",))
 
-    def _check_stated_quantization(self, name: str, bits: int, group_size: int) -> None:
-        """Raise CheckpointError if the module's entry in the config contradicts the shapes of its tensors."""
+    def _check_stated_quantization(self, name: str, bits: int, group_size: int, mode: str = AFFINE) -> None:
+        """Raise CheckpointError if the config contradicts the shapes of a module's tensors.
+
+        An entry of the module is checked as a whole, and without one the mode of the whole model.
+        """
         published = self._published[f"{name}.weight"].removesuffix(".weight")
         stated = self._settings.get(published)
+        stated_mode = (stated if isinstance(stated, Mapping) else self._settings).get("mode")
+        if stated_mode not in (None, mode):
+            raise CheckpointError(
+                f"{self._where}: config.json states mode {shown(stated_mode)} for {published}, but its tensors are "
+                f"those of {mode}",
+                code="contradicting_quantisation",
+            )
         if not isinstance(stated, Mapping):
             return
         found = {"bits": bits, "group_size": group_size}
