@@ -435,6 +435,10 @@ def test_experts_in_another_mode_of_mlx_are_recognized_by_their_tensors(tmp_path
         tensors[name], tensors[f"{stem}.scales"] = mx.quantize(dense, group_size=32, bits=4, mode="mxfp4")
     mx.eval(tensors)
     mx.save_safetensors(str(path), tensors)
+    assert opening_refused(folder, "those of mxfp4").code == "contradicting_quantisation"  # config.json says affine
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization"]["mode"], config["quantization_config"]["mode"]
+    (folder / "config.json").write_text(json.dumps(config))
     formats = {form.mode for form in classify_tensors(Checkpoint.open(folder)).experts.layout[0].formats}
     assert formats == {"mxfp4"}
 
