@@ -102,7 +102,14 @@ def routed_experts(
 
 
 def chosen_experts(
-    geometry: Geometry, dtype: mx.Dtype, *, k: int = 4, tokens: int = 1, experts: int = 40, **options: Any
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    k: int = 4,
+    tokens: int = 1,
+    experts: int = 40,
+    renormalized: bool = True,
+    **options: Any,
 ) -> Case:
     """Return the experts that scores choose.
 
@@ -112,10 +119,10 @@ def chosen_experts(
         k: experts per token.
         tokens: number of tokens.
         experts: number of experts to choose from, which share a few records.
+        renormalized: whether the weights of chosen experts sum to 1.
         **options: further arguments of ``expert_inputs``.
     """
     made = expert_inputs(geometry, dtype, k=k, tokens=tokens, **options)
-    assert made.shared is not None
     scores = different_scores(tokens, experts, dtype, seed=k)
     table = mx.array(np.random.default_rng(k).integers(0, len(made.slab), experts), mx.int32)
     residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
@@ -124,7 +131,8 @@ def chosen_experts(
 
     def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
         x, added = made.x.astype(wide), residual.astype(wide)
-        y, chosen = implementation(x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared)
+        choice = (scores.astype(wide), table, earlier, k)
+        y, chosen = implementation(x, added, made.slab, *choice, made.form, made.shared, renormalized)
         return y, chosen
 
     return Case(
@@ -287,6 +295,7 @@ def attention(
     on_cpu: bool = False,
     frequencies: tuple[float, ...] | None = None,
     kv_bits: int | None = None,
+    gated: bool = True,
 ) -> Case:
     """Return tokens at the end of a filled cache.
 
@@ -299,8 +308,9 @@ def attention(
         on_cpu: run the kernel of the C++ extension.
         frequencies: radians per position of each rotary pair; None for powers of theta.
         kv_bits: width of cached keys and values.
+        gated: whether queries have gates.
     """
-    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits)
+    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits, gated=gated)
     made = replace(made, weights=replace(made.weights, frequencies=frequencies))
 
     def with_own_caches() -> attention_reference.AttentionInputs:
@@ -325,7 +335,7 @@ def attention(
 
     return Case(
         "attention",
-        f"context {context} T={tokens}{f' {kv_bits} bit' if kv_bits else ''}",
+        f"context {context} T={tokens}{f' {kv_bits} bit' if kv_bits else ''}{'' if gated else ' without gates'}",
         dtype,
         2 * context * geometry.kv_heads * rows.nbytes(dtype.size),
         lambda: filled(*custom(own)),

@@ -96,6 +96,7 @@ class AttentionWeights:
         eps: epsilon of both norms.
         frequencies: radians per position of each pair, in place of the powers of ``theta``.
         kv_bits: the width of cached keys and values; see ``kv_rows.RowFormat``.
+        gated: whether a gate beside every query multiplies the result of its head.
     """
 
     heads: int
@@ -108,6 +109,17 @@ class AttentionWeights:
     eps: float
     frequencies: tuple[float, ...] | None = None
     kv_bits: int | None = None
+    gated: bool = True
+
+    @property
+    def query_width(self) -> int:
+        """The columns of a head in the projection of queries: D, or 2 D with its gate."""
+        return self.head_dim * (2 if self.gated else 1)
+
+    @property
+    def gate_phrase(self) -> str:
+        """A phrase for the names of code paths; empty with gates."""
+        return "" if self.gated else "without gates"
 
     @property
     def rows(self) -> RowFormat:

@@ -30,6 +30,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.errors import InputError
@@ -101,6 +102,14 @@ def test_chosen_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> N
     check(cases.chosen_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, experts=experts))
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("renormalized", [True, False])
+@pytest.mark.parametrize(("shared", "tokens"), [(True, 1), (False, 1), (False, 3)])
+def test_chosen_experts_of_other_routers(shared: bool, tokens: int, renormalized: bool) -> None:
+    options = {"group_size": 32, "tokens": tokens, "experts": 33, "shared": shared, "renormalized": renormalized}
+    check(cases.chosen_experts(SMALL, mx.float32, **options))
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize(("experts", "k", "bits"), [(64, 10, 4), (512, 10, 4), (512, 4, 2)])
 def test_chosen_experts_in_one_dispatch(experts: int, k: int, bits: int) -> None:
@@ -127,6 +136,22 @@ def test_choose_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> N
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("renormalized", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_of_chosen_experts(shared: bool, renormalized: bool) -> None:
+    table, scores = mx.arange(45, dtype=mx.int32), RandomInputs(mx.float32, 0).normal(3, 46, scale=3.0)
+    found, expected = (
+        np.array(choose(scores, table, 5, shared, renormalized)[2])
+        for choose in (choose_experts.choose_experts, choose_reference.choose_experts)
+    )
+    assert found.shape == (3, 5 + shared)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    own = np.array(mx.softmax(scores[:, :45], axis=-1))
+    largest = np.sort(own)[:, -5:].sum(-1)
+    np.testing.assert_allclose(found[:, :5].sum(-1), np.ones(3) if renormalized else largest, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [8, 9])
@@ -264,6 +289,13 @@ def test_inverse_of_a_unit_lower_triangular_matrix(size: int) -> None:
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: mx.Dtype) -> None:
     check(cases.attention(geometry, dtype, context=context, tokens=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("context", "tokens"), [(600, 1), (300, 5)])
+def test_attention_without_gates(context: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.attention(SMALL, dtype, context=context, tokens=tokens, gated=False))
 
 
 # Heads, kv heads, dimensions, rotated dimensions: full and half rows of a product, few and odd heads per key, other
@@ -505,7 +537,7 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
     inputs = [BF16, BF16, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
     fused = routed_experts.fused_kernel(shared, plan.shared_memory, chooses)
     if chooses:
-        template |= {"EXPERTS": 512, "WIDTH": 528}
+        template |= {"EXPERTS": 512, "RENORMALIZED": 0}
     code = compile_for_cuda(fused, inputs, [BF16, *[I32] * chooses], template)
     assert launches(registers(code), plan.threads)
     matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
@@ -563,7 +595,7 @@ def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pyt
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_choose_experts_compiles_for_cuda(dtype: mx.Dtype) -> None:
-    template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10}
+    template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10, "SHARED_EXPERT": 1, "RENORMALIZED": 0}
     assert compile_for_cuda(choose_experts.BODY, [dtype, I32], [I32, I32, F32], template)
     assert compile_for_cuda(choose_experts.LISTING, [dtype, I32, I32], [I32, I32, F32], template)
 
@@ -587,7 +619,7 @@ def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     template = {"T": dtype, "TAPS": 4, "ROWS": 8, "COLUMNS": 4, "THREADS": 512} | heads | eps
     types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
-    template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
+    template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256, "GATED": 1}
     parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
     for rows, bits, width in ((dtype, 0, 256), (mx.uint32, 8, 68), (mx.uint32, 4, 36)):
         cached = {"KV": rows, "ROW": width, "GROUP": 64, "BITS": bits}
@@ -604,7 +636,8 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
     stages: int, architecture: str, width: int, heads: int, kv_heads: int, rotary: int
 ) -> None:
     decode = attention.decode_on_tensor_cores(width, stages)
-    template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "ROTARY": rotary, "EPS": 0}
+    template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "GATED": 0}
+    template |= {"ROTARY": rotary, "EPS": 0}
     parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64}
     assert compile_for_cuda(decode, [BF16] * 7 + [F32, I32], [F32, F32], template | parts, architecture)
 

@@ -206,7 +206,7 @@ on_every_device = pytest.mark.parametrize(
 
 
 def block_of(engine: Engine, layer: int = 1) -> MixtureOfExperts:
-    return engine.model.layers[layer].experts
+    return engine.model.layers[layer].feed_forward
 
 
 def residuals(engine: Engine, tokens: int, seed: int = 0) -> mx.array:
@@ -289,7 +289,7 @@ def test_every_strategy_computes_the_block_by_its_definition(
 def test_kernels_for_cpus_give_a_row_the_same_bits_beside_other_rows(slots: int, tiny_pack: Path) -> None:
     """Above some number of tokens, the kernels multiply in a different way; all smaller numbers are tested."""
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
-        for block in (layer.experts for layer in engine.model.layers):
+        for block in (layer.feed_forward for layer in engine.model.layers):
             for tokens in range(2, native.few_tokens() + 1):
                 residual = residuals(engine, tokens, seed=tokens)
                 alone = np.concatenate([applied(block, residual[row : row + 1]) for row in range(tokens)])

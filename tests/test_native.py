@@ -215,6 +215,12 @@ def test_attention_with_narrow_keys_and_values(kv_bits: int, context: int, token
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True, kv_bits=kv_bits))
 
 
+@pytest.mark.usefixtures("instructions", "threads")
+@pytest.mark.parametrize(("context", "tokens"), [(600, 1), (300, 5), (150, 70)])
+def test_attention_without_gates(context: int, tokens: int) -> None:
+    check(cases.attention(ODD, F32, context=context, tokens=tokens, on_cpu=True, gated=False))
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("lengths", [[1, 1, 1], [70, 1, 3]])
 def test_sequences_together_give_the_bits_of_each_alone(lengths: list[int]) -> None:

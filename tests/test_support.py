@@ -58,11 +58,11 @@ def test_published_configs_are_supported(config: dict[str, Any]) -> None:
     [
         ({"model_type": "qwen3_5", "text_config": {"hidden_size": 5120}}, "dense_model", "nothing to stream"),
         ({"model_type": "llama", "hidden_size": 64}, "dense_model", "mlx-lm"),
-        ({"model_type": "qwen3_moe", "num_experts": 128}, "unsupported_model", "Qwen3-235B-A22B"),
+        ({"model_type": "olmoe", "num_experts": 64}, "unsupported_model", "OLMoE"),
         ({"model_type": "gpt_oss", "num_local_experts": 128}, "unsupported_model", "gpt-oss"),
         ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "unsupported_model", "DeepSeek-V3"),
         ({"model_type": "new_moe", "text_config": {"num_experts": 8}}, "unsupported_model", "new_moe"),
-        ({"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_next"}}, "unsupported_model", "Qwen3-Next"),
+        ({"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_next"}}, "unsupported_model", "qwen3_next"),
         ({"model_type": "a\nb", "num_experts": 8}, "unsupported_model", "a\\nb"),
         ({"model_type": ["qwen3_5_moe"], "num_experts": 8}, "unsupported_model", "Qwen3.5"),
         ({"model_type": float("nan"), "num_experts": 8}, "unsupported_model", "Qwen3.5"),
@@ -88,7 +88,7 @@ def test_other_models_are_refused_with_names_of_models(config: dict[str, Any], c
 
 def test_the_family_comes_before_the_format() -> None:
     """Another format of an unsupported model would not help."""
-    config = {"model_type": "qwen3_moe", "num_experts": 128, "quantization_config": {"quant_method": "fp8"}}
+    config = {"model_type": "olmoe", "num_experts": 128, "quantization_config": {"quant_method": "fp8"}}
     assert refusal(config).code == "unsupported_model"
 
 

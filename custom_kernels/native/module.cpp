@@ -405,11 +405,11 @@ PyObject* delta_net(PyObject*, PyObject* args) {
 PyObject* attention(PyObject*, PyObject* args) {
     PyObject *q_and_gate, *k, *v, *lengths, *starts, *capacities, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
     long long heads, kv_heads, dim, rotary;
-    int bits, row_group;
+    int bits, row_group, gated;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLLii)OfO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLLii)OfpO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
                           &starts, &PyList_Type, &capacities, &q_norm, &k_norm, &heads, &kv_heads, &dim, &rotary, &bits,
-                          &row_group, &frequencies, &eps, &PyList_Type, &keys, &PyList_Type, &values, &y))
+                          &row_group, &frequencies, &eps, &gated, &PyList_Type, &keys, &PyList_Type, &values, &y))
         return nullptr;
     return guarded([&] {
         Held held;
@@ -427,9 +427,9 @@ PyObject* attention(PyObject*, PyObject* args) {
         const int64_t tokens = sum_of(tokens_of);
         held.push_back(std::make_unique<Buffer>(frequencies, "frequencies", kDouble, rotary / 2));
         const double* turned = held.back()->as<double>();
-        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, rows, turned, eps,
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, rows, turned, eps, gated != 0,
                                    floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
-        const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
+        const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * layer.query_width()),
                               floats(held, k, "k", tokens * kv_heads * dim),
                               floats(held, v, "v", tokens * kv_heads * dim)};
         std::vector<AttentionSequence> sequences;
@@ -524,7 +524,7 @@ PyMethodDef methods[] = {
      "delta_net(qkv, z, b, a, lengths, convolution, a_log, dt_bias, norm, shape, eps, conv_states, recurrent_states, y): "
      "the new tokens of several sequences, one sequence after the other"},
     {"attention", attention, METH_VARARGS,
-     "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, keys, values, y): "
+     "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, gated, keys, values, y): "
      "the new tokens of several sequences, one sequence after the other"},
     {"has_activations", supports_activations, METH_VARARGS,
      "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},

@@ -561,7 +561,7 @@ const float* place_all(const AttentionLayer& layer, const float* q_and_gate, con
             const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
             const float* own_rotations = rotations.data() + t * shape.rotary_dim;
             if (head < heads) {
-                place(own, layer, q_and_gate + (t * heads + head) * 2 * dim, layer.q_norm, own_rotations,
+                place(own, layer, q_and_gate + (t * heads + head) * layer.query_width(), layer.q_norm, own_rotations,
                       queries + (t * heads + head) * dim);
                 continue;
             }
@@ -617,7 +617,7 @@ void attend_in_spans(const AttentionLayer& layer, const float* queries, const fl
                 for (int64_t i = 0; i < dim; ++i) out[i] += factor * parts[s * stride + h * dim + i];
             }
             for (int64_t i = 0; i < dim; ++i) out[i] /= total;
-            own.gate(out, q_and_gate + item * 2 * dim + dim, dim);
+            if (layer.gated) own.gate(out, q_and_gate + item * 2 * dim + dim, dim);
         }
     });
 }
@@ -638,6 +638,7 @@ void attend_in_blocks(const AttentionLayer& layer, const float* queries, const f
                             scratch<kOwn>(own.attend_scratch(group, dim)));
         }
     });
+    if (!layer.gated) return;
     parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item)
             own.gate(y + item * dim, q_and_gate + item * 2 * dim + dim, dim);
@@ -658,7 +659,8 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
             attend_in_blocks(layer, queries, q_and_gate, *rows[0].sequence, rows[0].position, count, y);
         else
             attend_in_spans(layer, queries, q_and_gate, rows, y);
-        q_and_gate += 2 * count * width, k += count * kv_width, v += count * kv_width, y += count * width;
+        q_and_gate += count * shape.heads * layer.query_width(), k += count * kv_width, v += count * kv_width;
+        y += count * width;
         rows.clear();
     };
     if (all_have_one_token(sequences)) { // each in the same spans as alone, so that results are equal

@@ -189,7 +189,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
     drawn = [_reduced_expert(inputs, shared, form.hidden_size) for shared in fused]
     for tokens, most in ((1, 1), (FEW, native.few_tokens()), (MANY, None)):
         alone = len(fused) < len(model.shared) or model.needs_several_groups(most)
-        for shared in [*drawn, *([None] if alone else [])]:
+        for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             for in_parts in (False, True) if tokens != MANY else (False,):
                 yield _sample(inputs, form, records, tokens, shared, in_parts)
 

@@ -200,6 +200,7 @@ def run_fused(
     choices: int,
     shared: ExpertWeights | None,
     experts: int = 0,
+    renormalized: bool = True,
 ) -> list[mx.array]:
     """Run one dispatch for one token.
 
@@ -211,15 +212,15 @@ def run_fused(
         choices: experts per token, with the shared expert.
         shared: the shared expert, or None.
         experts: number of experts to choose from; 0 where they are chosen.
+        renormalized: whether the weights of the experts that it chooses sum to 1.
     """
     template, offsets = sizes_of(form, inputs[0].dtype, choices)
     x = inputs[0]
     own = _parts(shared.gate, shared.up, shared.down) if shared else []
     results = [(x.shape, x.dtype)]
     if experts:
-        scores, _, earlier = inputs[3:]
-        results.append(((earlier.size + choices - (shared is not None),), mx.int32))
-        template = template | {"EXPERTS": experts, "WIDTH": scores.shape[1]}
+        results.append(((inputs[-1].size + choices - (shared is not None),), mx.int32))
+        template = template | {"EXPERTS": experts, "RENORMALIZED": int(renormalized)}
     return fused_kernel(shared is not None, plan.shared_memory, experts > 0)(
         [*inputs, _tickets.next_row(_COPIES * choices * form.intermediate_size), *own],
         results,
@@ -391,7 +392,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             rows[:, 0] = np.arange(tokens) % 3
             rows[0, -1] = 1
         alone = len(fused) < len(model.shared) or model.needs_several_groups(1 if tokens == 1 else several)
-        for shared in [*drawn, *([None] if alone else [])]:
+        for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             x = inputs.normal(tokens, form.hidden_size)
             scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)
             residual = inputs.normal(tokens, form.hidden_size)

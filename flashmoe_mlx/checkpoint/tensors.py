@@ -5,7 +5,7 @@ experts of a layer and usually quantizes them. Hugging Face fuses gate and up pr
 stores a tensor for each projection of each expert.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
 from flashmoe_mlx.models.registry import family_of
 
@@ -24,12 +25,42 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """A tensor in the form that the model uses: ``source`` in the shape ``shape``, plus 1 if ``add_one``."""
+    """A tensor in the form that the model uses.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        source: the published tensor.
+        add_one: whether 1 is added to each value.
+        rows: the first row and the number of rows of each part of ``source`` that the tensor consists of; None for the
+            whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: TensorInfo
     add_one: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return sum(nbytes for _, nbytes in self._parts())
+
+    def places(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the first byte and the size of each piece of ``source`` that bytes from ``start`` on consist of."""
+        for first, size in self._parts():
+            here = min(size - start, nbytes)
+            if here > 0:
+                yield first + start, here
+                nbytes -= here
+            start = max(0, start - size)
+
+    def _parts(self) -> list[tuple[int, int]]:
+        if self.rows is None:
+            return [(0, self.source.nbytes)]
+        width = self.source.nbytes // self.source.shape[0]
+        return [(first * width, count * width) for first, count in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +87,7 @@ class Matrix:
 class CheckpointTensors:
     """The tensors of a checkpoint by purpose; ``skipped`` holds names of tensors that text does not need."""
 
+    config: ModelConfig
     matrices: tuple[Matrix, ...]
     vectors: tuple[ResidentTensor, ...]
     experts: CheckpointExperts
@@ -74,8 +106,9 @@ def classify_tensors(checkpoint: Checkpoint) -> CheckpointTensors:
 class _Classifier:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        assert isinstance(checkpoint.config, ModelConfig)
         self._config = checkpoint.config
-        self._names = family_of(checkpoint.config).tensor_names
+        self._names = family_of(self._config).tensor_names
         self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name, self._names)))
         self._published: dict[str, str] = {}
         for name in checkpoint.tensors.keys() - set(self._skipped):
@@ -88,7 +121,7 @@ class _Classifier:
             self._published[canonical] = name
         self._unused = set(self._published)
         self._settings = mlx_settings(checkpoint.published)
-        stacked = {self._stacked(layer, "gate") for layer in range(self._config.num_layers)}
+        stacked = {self._stacked(layer, "gate") for layer in self._config.moe_layers}
         self._is_mlx = not stacked.isdisjoint(name.rpartition(".")[0] for name in self._published)
 
     @property
@@ -97,13 +130,14 @@ class _Classifier:
 
     def classify(self) -> CheckpointTensors:
         layers, layouts = [], []
-        for layer in range(self._config.num_layers):
+        for layer in self._config.moe_layers:
             experts, layout = self._layer_experts(layer)
             layers.append(experts)
             layouts.append(layout)
             if layout != layouts[0]:
                 raise CheckpointError(
-                    f"{self._where}: experts of layer {layer} are stored as {_described(layout)}, those of layer 0 as "
+                    f"{self._where}: experts of layer {layer} are stored as {_described(layout)}, those of layer "
+                    f"{self._config.moe_layers[0]} as "
                     f"{_described(layouts[0])}; experts of mixed precision are not supported, {USE_INSTEAD} with one "
                     "width for all experts",
                     code="mixed_precision",
@@ -125,7 +159,7 @@ class _Classifier:
                 code="unknown_tensor",
             )
         routed = CheckpointExperts(self._checkpoint, layouts[0], layers)
-        return CheckpointTensors(tuple(matrices), tuple(vectors), routed, self._skipped)
+        return CheckpointTensors(self._config, tuple(matrices), tuple(vectors), routed, self._skipped)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:
@@ -163,20 +197,22 @@ class _Classifier:
         return ResidentTensor(parameter.name, parameter.shape, self._find(parameter.name, shape), add_one)
 
     def _matrix(self, parameter: Parameter) -> Matrix:
-        name = parameter.name
-        if f"{name}.scales" not in self._published:
-            weight = self._find(f"{name}.weight", parameter.shape)
-            stored = ResidentTensor(f"{name}.weight", parameter.shape, weight)
-            return Matrix(name, parameter.shape, parameter.least_bits, stored)
-        weight, scales, biases = self._quantized(name, parameter.shape)[0]
-        return Matrix(
-            name,
-            parameter.shape,
-            parameter.least_bits,
-            ResidentTensor(f"{name}.weight", weight.shape, weight),
-            ResidentTensor(f"{name}.scales", scales.shape, scales),
-            ResidentTensor(f"{name}.biases", biases.shape, biases),
-        )
+        published, shape, rows = parameter.name, parameter.shape, None
+        if parameter.published is not None:
+            published, rows = parameter.published.matrix, parameter.published.ranges
+            shape = (parameter.published.height, shape[1])
+        parts = {}
+        if f"{published}.scales" in self._published:
+            parts = dict(zip(("weight", "scales", "biases"), self._quantized(published, shape)[0], strict=True))
+        else:
+            parts = {"weight": self._find(f"{published}.weight", shape)}
+
+        def stored(part: str) -> ResidentTensor:
+            tensor = parts[part]
+            size = (parameter.shape[0], *tensor.shape[1:])
+            return ResidentTensor(f"{parameter.name}.{part}", size, tensor, rows=rows)
+
+        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts))
 
     def _quantized(
         self, name: str, dense: tuple[int, ...]

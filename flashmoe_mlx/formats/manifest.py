@@ -55,7 +55,7 @@ class PackedExperts:
     Attributes:
         directory: the folder of the variant.
         layout: the layout of every record.
-        num_layers: number of layers.
+        num_layers: number of layers with experts.
         num_experts: number of experts in each layer.
         quantizer: the quantizer of the variant; None if its records were copied.
     """

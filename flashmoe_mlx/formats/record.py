@@ -28,14 +28,14 @@ class Component:
     Attributes:
         name: projection and part, such as "gate.scales".
         dtype: safetensors name of the element type.
-        shape: [rows, columns].
+        shape: [rows, columns]; of models of MLX-LM, any shape.
         offset: first byte in the record.
         nbytes: size in bytes.
     """
 
     name: str
     dtype: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     offset: int
     nbytes: int
 

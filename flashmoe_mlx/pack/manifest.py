@@ -31,7 +31,7 @@ def variant_name(bits: int, quantizer: str | None = None) -> str:
 def geometry_of(config: ModelConfig) -> dict[str, int]:
     """Return the sizes that determine the place of every record, in the form of the manifest."""
     return {
-        "num_layers": config.num_layers,
+        "num_layers": len(config.moe_layers),
         "num_experts": config.num_experts,
         "hidden_size": config.hidden_size,
         "expert_size": config.expert_size,
@@ -66,7 +66,7 @@ def write_manifest(
     for variant, layout in variants.items():
         prefix = variant_directory(variant)
         layer_bytes = config.num_experts * layout.record_bytes
-        files |= {f"{prefix}/{layer_file(layer)}": {"bytes": layer_bytes} for layer in range(config.num_layers)}
+        files |= {f"{prefix}/{layer_file(layer)}": {"bytes": layer_bytes} for layer in range(len(config.moe_layers))}
         files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
     manifest = {
         "format": FORMAT,

@@ -148,10 +148,10 @@ def _open_variant(folder: Path, name: str, entry: Any, config: ModelConfig, file
     if not same_json(layout.to_json(), layout_entry):
         raise _invalid(folder, f"the record layout of variant {name} does not follow from its geometry")
     directory = variant_directory(name)
-    experts = PackedExperts(folder / directory, layout, config.num_layers, config.num_experts, quantizer)
-    for layer in range(config.num_layers):
+    experts = PackedExperts(folder / directory, layout, len(config.moe_layers), config.num_experts, quantizer)
+    for layer in range(experts.num_layers):
         files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes, hashed=False)
-    files.check(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)
+    files.check(f"{directory}/{CHECKSUMS}", experts.num_layers * config.num_experts * HASH_BYTES)
     return experts
 
 

@@ -14,6 +14,7 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
+from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import write_exactly
 from flashmoe_mlx.formats.record import DTYPE_BYTES
 from flashmoe_mlx.pack.inspection import all_finite
@@ -154,31 +155,36 @@ class ResidentPlan:
 
 def read_resident(checkpoint: Checkpoint, tensor: ResidentTensor) -> mx.array:
     """Read a resident tensor in the form that the model uses; in f32 if 1 had to be added."""
-    source = tensor.source
-    array = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, tensor.shape)
+    array = array_from(_read(checkpoint, tensor, 0, tensor.nbytes), tensor.source.dtype, tensor.shape)
     return array.astype(mx.float32) + 1.0 if tensor.add_one else array
+
+
+def _read(checkpoint: Checkpoint, tensor: ResidentTensor, start: int, nbytes: int) -> bytearray:
+    """Read ``nbytes`` bytes from byte ``start`` of ``tensor``, as they are published."""
+    places = tensor.places(start, nbytes)
+    return read_extents([checkpoint.extent(tensor.source, first, count) for first, count in places])
 
 
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
     """Yield pieces of the outputs of a job: (output, first byte in it, data)."""
-    source = job.source.source
+    source, nbytes = job.source, job.source.nbytes
     if job.bits is None:
         (output,) = job.outputs
         if job.source.add_one:
             yield output, 0, bytes_of(read_resident(checkpoint, job.source))
             return
-        for start in range(0, source.nbytes, _BLOCK_BYTES):
-            yield output, start, memoryview(checkpoint.read(source, start, min(_BLOCK_BYTES, source.nbytes - start)))
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield output, start, memoryview(_read(checkpoint, source, start, min(_BLOCK_BYTES, nbytes - start)))
         return
     assert job.group_size is not None
     rows, columns = source.shape
-    row_bytes = source.nbytes // rows
+    row_bytes, dtype = nbytes // rows, source.source.dtype
     step = max(1, _BLOCK_BYTES // row_bytes)
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        data = checkpoint.read(source, row * row_bytes, count * row_bytes)
-        _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantizes a NaN to an ordinary number
-        dense = array_from(data, source.dtype, (count, columns))
+        data = _read(checkpoint, source, row * row_bytes, count * row_bytes)
+        _refuse_not_finite(checkpoint, job, data, dtype)  # MLX quantizes a NaN to an ordinary number
+        dense = array_from(data, dtype, (count, columns))
         for output, made in zip(job.outputs, quantize(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
 

@@ -311,6 +311,6 @@ class _Packer:
         for name in ("config.json", *TEXT_FILES):
             if (self._checkpoint.folder / name).is_file():
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
-        config, identity = self._checkpoint.config, self._checkpoint.identity
+        config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
         write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made)

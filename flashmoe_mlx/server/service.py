@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.server.answer import Answer, Prepared
 from flashmoe_mlx.server.conversation import Conversation
 from flashmoe_mlx.server.errors import ApiError
@@ -118,8 +117,8 @@ class Service:
             refuse_long(texts_of(conversation.messages), engine)
             request = engine.request(conversation.messages, tools=tools, **conversation.options)
             check_prompt_memory(len(engine.runner.checked_tokens(request.prompt_ids)), engine)
-            reader = ToolCallReader(tools, engine.tokenizer.added_tokens, family_of(engine.model.config).tool_format)
-            return Prepared(request, reader if tools else None)
+            reader = ToolCallReader(tools, engine.tokenizer.added_tokens, engine.tool_format) if tools else None
+            return Prepared(request, reader)
 
         return await self.outside(make)
 

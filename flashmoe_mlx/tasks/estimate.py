@@ -22,7 +22,7 @@ from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayou
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
-from flashmoe_mlx.made_models.synthetic import synthetic_config
+from flashmoe_mlx.made_models.synthetic import FAMILY, synthetic_config
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.paths import expand_path
@@ -123,7 +123,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
         if choice.synthetic is None:
             folder = model_folder(choice)
             return f"model={choice.name}", read_config(folder), folder
-        return f"model={choice.name}", synthetic_config(choice.synthetic), None
+        return f"model={choice.name}", synthetic_config(choice.synthetic, choice.family or FAMILY), None
     path = expand_path(choice.path)
     if path.is_dir():
         return choice.path, read_config(path), path
@@ -253,7 +253,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     geometry, need = model.config, model.need
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
-        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
+        f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits} bits"
     )
     while not folder.exists():

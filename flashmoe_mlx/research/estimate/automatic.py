@@ -8,6 +8,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model_files import ModelFiles
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.prediction import Estimate, Machine, Model, estimates
 from flashmoe_mlx.stores.memory import GIB
@@ -55,6 +56,11 @@ def choose_backend(
             code="unsupported_layout",
         )
     config, size = files.config, activation_type().size
+    if not isinstance(config, ModelConfig):
+        raise InputError(
+            "backend=auto: the speed model knows no models that run through mlx-lm; choose a backend",
+            code="unsupported_model",
+        )
     scales = 2 if choose("auto").accepts_any_scale_dtype else size
     k = config.experts_per_token if experts_k is None else experts_k
     context = min(_CONTEXT, config.max_context)

@@ -88,7 +88,7 @@ class Model:
     @property
     def expert_bytes(self) -> int:
         """The bytes of all experts on disk."""
-        return self.config.num_layers * self.config.num_experts * self.record_bytes
+        return len(self.config.moe_layers) * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
@@ -142,7 +142,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
         yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
         return
     record = model.record_bytes
-    slots = room // (record * model.config.num_layers)
+    slots = room // (record * len(model.config.moe_layers))
     direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
@@ -150,7 +150,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
             reader = {"reader": "io_uring", "depth": 64} if ring else {}
-            budget = slots * record * model.config.num_layers
+            budget = slots * record * len(model.config.moe_layers)
             yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
@@ -227,10 +227,10 @@ def _hits(replay: Replay, k: int) -> Distribution:
 def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
     """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
-    if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
+    if (layers, trace.num_experts) != (len(config.moe_layers), config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{config.num_layers} of {config.num_experts}",
+            f"{len(config.moe_layers)} of {config.num_experts}",
             code="trace_of_another_model",
         )
 

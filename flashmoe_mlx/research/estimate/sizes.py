@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from math import prod
 
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
-from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import EMBEDDING, Kind
-from flashmoe_mlx.models.prompt_memory import prompt_memory
+from flashmoe_mlx.models.prompt_memory import MOST_TOKENS, prompt_memory
 
 GROUP_SIZE = 64
 LEAST_SLOTS = 32

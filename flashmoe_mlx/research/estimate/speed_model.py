@@ -82,7 +82,7 @@ class SpeedModel:
         for quartile in range(3):
             computing = self._computing(config, bits, experts_k, quartile)
             reading = sum(self._added(way, size, counts, quartile) for way, counts in reads.items())
-            quartiles.append((computing, config.num_layers * reading / self._faster_reads))
+            quartiles.append((computing, len(config.moe_layers) * reading / self._faster_reads))
         totals = [computing + reading for computing, reading in quartiles]
         return Prediction(totals[1], quartiles[1][1], min(totals), max(totals))
 
@@ -108,7 +108,11 @@ class SpeedModel:
             line = _Line.through(_by_size(self._points(MEMORY, nearest))[-1], quartile)
             expert_weight = max(0.0, line.slope / line.layers - expert) / line.expert_weights
         per_expert = expert + expert_weight * expert_weights(config)
-        return config.num_layers * (layer + experts_k * per_expert) + weight * touched_weights(config)
+        return (
+            config.num_layers * layer
+            + len(config.moe_layers) * experts_k * per_expert
+            + weight * touched_weights(config)
+        )
 
     def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
         """Return the expected seconds that reading adds to a layer.
