@@ -26,7 +26,7 @@ export class TimeChart {
   /** Show the passes of `history`. */
   show(history) {
     const passes = history.passes.slice(-BARS);
-    this.element.hidden = passes.length === 0;
+    this.element.hidden = !passes.some((pass) => pass.seconds > 0);
     const longest = Math.max(1e-9, ...passes.map((pass) => pass.seconds));
     const sums = { io: 0, compute: 0, sample: 0, other: 0 };
     const bars = passes.flatMap((pass, index) => {

@@ -4,6 +4,9 @@ import { make } from "./observatory_dom.js";
 
 const FADE = 1600;
 const GAP_FROM = 5;
+const NARROWEST = 1.5;
+const FRAME = 45;
+const COLORS = ["hit", "miss", "idle", "core", "soft", "ink"];
 
 /** The grid of one history. `onSelect(layer, expert)` is called when an expert is chosen by pointer or keyboard. */
 export class Grid {
@@ -13,6 +16,7 @@ export class Grid {
     this.cursor = null;
     this.selected = null;
     this.pending = 0;
+    this.drawn = -Infinity;
     this.canvas = make("canvas", {
       className: "grid",
       tabIndex: 0,
@@ -21,7 +25,10 @@ export class Grid {
       "aria-describedby": "observatory-cell",
     });
     this.cell = make("p", { id: "observatory-cell", className: "cell", "aria-live": "polite" });
-    this.element = make("div", { className: "grid-box" }, this.canvas);
+    // A canvas takes no variables of CSS; the computed colors of these elements are plain.
+    this.probes = new Map(COLORS.map((name) => [name, make("span", { hidden: true })]));
+    for (const [name, probe] of this.probes) probe.style.color = `var(--${name})`;
+    this.element = make("div", { className: "grid-box" }, this.canvas, ...this.probes.values());
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("pointerleave", () => this.move(null));
     this.canvas.addEventListener("click", (event) => {
@@ -58,17 +65,18 @@ export class Grid {
     if (!this.history || !width) return;
     const { layers, num_experts: experts } = this.history.shape;
     const side = (columns, rows) => Math.min(width / columns, Math.max(2, Math.min(18, 640 / rows)));
-    this.turned = side(layers, experts) > side(experts, layers);
+    this.turned = side(experts, layers) < NARROWEST && side(layers, experts) > side(experts, layers);
     const [columns, rows] = this.turned ? [layers, experts] : [experts, layers];
     this.cellWidth = Math.min(24, width / columns);
-    this.cellHeight = Math.max(2, Math.min(18, this.cellWidth, 640 / rows));
-    if (rows < 24) this.cellHeight = Math.max(this.cellHeight, Math.min(14, 1.6 * this.cellWidth));
+    const suits = rows < 24 ? Math.max(this.cellWidth, 14) : Math.max(this.cellWidth, 6);
+    this.cellHeight = Math.max(2, Math.min(18, suits, 640 / rows));
     const ratio = devicePixelRatio || 1;
     const [across, down] = [columns * this.cellWidth, rows * this.cellHeight];
     this.canvas.style.width = `${across}px`;
     this.canvas.style.height = `${down}px`;
     this.canvas.width = Math.round(across * ratio);
     this.canvas.height = Math.round(down * ratio);
+    this.explain();
     this.redraw();
   }
 
@@ -81,9 +89,12 @@ export class Grid {
     this.pending = 0;
     const { history, canvas } = this;
     if (!history || !canvas.width) return;
-    const style = getComputedStyle(this.element);
-    const color = (name) => style.getPropertyValue(name).trim();
-    const [hit, miss, idle, core] = ["--hit", "--miss", "--idle", "--core"].map(color);
+    if (now - this.drawn < FRAME) {
+      this.redraw();
+      return;
+    }
+    this.drawn = now;
+    const [hit, miss, idle, core, soft, ink] = COLORS.map((name) => getComputedStyle(this.probes.get(name)).color);
     const context = canvas.getContext("2d");
     const ratio = devicePixelRatio || 1;
     context.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -103,8 +114,12 @@ export class Grid {
       const age = now - history.lit[cell];
       const glow = this.still.matches ? (age < FADE ? 1 : 0) : Math.max(0, 1 - age / FADE);
       if (glow > 0) glowing = true;
+      context.fillStyle = soft;
+      context.globalAlpha = 0.06 + (0.3 * Math.log1p(used)) / Math.log1p(most);
+      context.fillRect(x, y, w, h);
+      if (glow <= 0) continue;
       context.fillStyle = history.litByRead[cell] ? miss : hit;
-      context.globalAlpha = Math.max(glow, 0.1 + (0.3 * Math.log1p(used)) / Math.log1p(most));
+      context.globalAlpha = glow;
       context.fillRect(x, y, w, h);
       if (history.litByRead[cell] && glow > 0.35 && gap && w >= 5) {
         context.globalAlpha = glow;
@@ -113,10 +128,10 @@ export class Grid {
       }
     }
     context.globalAlpha = 1;
-    for (const [place, name] of [[this.cursor, "--soft"], [this.selected, "--ink"]]) {
+    for (const [place, color] of [[this.cursor, soft], [this.selected, ink]]) {
       if (place === null) continue;
       const [x, y] = this.place(place);
-      context.strokeStyle = color(name);
+      context.strokeStyle = color;
       context.lineWidth = 2;
       context.strokeRect(x - 1, y - 1, Math.max(4, this.cellWidth), Math.max(4, this.cellHeight));
     }
@@ -145,8 +160,15 @@ export class Grid {
   move(cell) {
     if (cell === this.cursor) return;
     this.cursor = cell;
-    this.cell.textContent = cell === null ? "" : this.describe(cell);
+    this.explain();
     this.redraw();
+  }
+
+  /** Describe the cell under the cursor, or the grid. */
+  explain() {
+    const lines = this.turned ? "Each column is a layer, the first one on the left" : "Each row is a layer, the first one at the top";
+    const text = this.cursor === null ? `${lines}, and each cell an expert. Click one to see its tokens.` : this.describe(this.cursor);
+    this.cell.textContent = text;
   }
 
   describe(cell) {
