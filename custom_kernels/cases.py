@@ -21,6 +21,7 @@ from flashmoe_mlx.custom_kernels.chosen_experts import gpu as chosen_gpu
 from flashmoe_mlx.custom_kernels.chosen_experts import reference as chosen_reference
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_gpu
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net import cpu as delta_cpu
 from flashmoe_mlx.custom_kernels.gated_delta_net import gpu as delta_gpu
@@ -92,13 +93,18 @@ def routed_experts(
 
     return Case(
         "routed_experts",
-        f"{form.bits} bit g{form.group_size} K={k}{'+1' if own else ''} T={tokens}",
+        f"{_short(form)} K={k}{'+1' if own else ''} T={tokens}",
         dtype,
         read,
         on_records if on_cpu else lambda: run(experts_gpu.routed_experts, made.x),
         lambda: run(experts_mlx.routed_experts, made.x),
         lambda: run(experts_reference.routed_experts, made.x.astype(mx.float64)),
     )
+
+
+def _short(form: ExpertFormat) -> str:
+    """Return the formats of gate, up and down, each once."""
+    return "/".join(dict.fromkeys(f"{own.bits} bit g{own.group_size}" for own in form.formats))
 
 
 def chosen_experts(
@@ -137,7 +143,7 @@ def chosen_experts(
 
     return Case(
         "chosen_experts",
-        f"{made.form.bits} bit K={k} of {experts} T={tokens}",
+        f"{made.form.gate.bits} bit K={k} of {experts} T={tokens}",
         dtype,
         k * made.payload_bytes,
         lambda: run(chosen_gpu.chosen_experts, dtype),
@@ -147,7 +153,13 @@ def chosen_experts(
 
 
 def dense_experts(
-    geometry: Geometry, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, experts: int = 2, seed: int = 0
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    bits: int | tuple[int, int, int] = 4,
+    group_size: int = 64,
+    experts: int = 2,
+    seed: int = 0,
 ) -> Case:
     """Return some of the experts of a slab, in another order.
 

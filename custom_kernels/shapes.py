@@ -35,7 +35,7 @@ class ModelShapes:
         attention: a full-attention layer of each distinct shape.
         delta: a GatedDeltaNet layer of each distinct shape.
         projections: all calls with resident quantized matrices.
-        experts: the format of routed experts; None if they are dense.
+        experts: the different formats of routed experts; without the formats of layers with dense experts.
         shared: the shared expert of each distinct format; empty without shared experts.
         experts_k: routed experts per token.
         num_experts: routed experts per layer.
@@ -49,7 +49,7 @@ class ModelShapes:
     attention: tuple[AttentionWeights, ...]
     delta: tuple[DeltaWeights, ...]
     projections: tuple[Projection, ...]
-    experts: ExpertFormat | None
+    experts: tuple[ExpertFormat, ...]
     shared: tuple[ExpertWeights, ...]
     experts_k: int
     num_experts: int

@@ -74,7 +74,7 @@ class ModelFiles:
                 code="option_of_another_type",
             )
         if name is None:
-            name = min(self.experts, key=lambda variant: (-(self.experts[variant].layout.bits or 32), variant))
+            name = min(self.experts, key=lambda variant: (-self.experts[variant].layout.code_bits, variant))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""

@@ -419,7 +419,7 @@ def test_entries_of_single_modules(entry_of_gate: Any, code: str | None, key: st
     settings["language_model.model.layers.1.mlp.gate"] = entry_of_gate
     (folder / "config.json").write_text(json.dumps(config | {key: settings}))
     if code is None:
-        assert classify_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
+        assert classify_tensors(Checkpoint.open(folder)).experts.layout[0].gate.bits == 4
     else:
         assert refusal_of(folder) == code
 

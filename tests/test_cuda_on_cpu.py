@@ -140,6 +140,11 @@ def test_chosen_experts_equal_experts_chosen_before(on_hopper: gpu_on_cpu.Launch
         assert np.array_equal(np.array(y.astype(F32)), np.array(expected.astype(F32)))
 
 
+def test_tensor_cores_take_two_formats(on_ampere: gpu_on_cpu.Launches) -> None:
+    routed = kernel_cases.routed_experts(WHOLE_STEPS, BF16, tokens=2, k=3, bits=(2, 2, 4), group_size=(64, 64, 128))
+    check(routed, on_ampere, "routed_experts_down_tensor_with_shared_expert")
+
+
 @pytest.mark.parametrize(("bits", "group_size", "shared"), [(2, 64, False), (4, 128, True)])
 def test_tensor_cores(bits: int, group_size: int, shared: bool, on_ampere: gpu_on_cpu.Launches) -> None:
     sizes = {"bits": bits, "group_size": group_size}

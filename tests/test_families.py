@@ -265,6 +265,23 @@ def test_places_of_rows(data: st.DataObject) -> None:
     np.testing.assert_array_equal(np.concatenate(found), expected[start : start + nbytes])
 
 
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ('<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>', "hermes"),
+        ("<tool_call>\n<function=name>\n<parameter=name>\n</tool_call>", "qwen_xml"),
+        ("no tools", "hermes"),
+    ],
+)
+def test_the_template_decides_the_format_of_calls(template: str, expected: str, tmp_path: Path) -> None:
+    """Qwen3-Coder writes its calls in another format than Qwen3-235B, of the same family."""
+    folder = write_checkpoint(tmp_path, replace(OLDER_GEOMETRIES["moe-yarn"], vocab_size=BYTE_TOKENS), seed=0)
+    write_byte_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    with flashmoe_mlx.load(folder) as engine:
+        assert engine.tool_format == expected
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
 def test_synthetic_models_of_every_family(family: str, tmp_path: Path) -> None:
     pack = synthetic_pack("tiny", replace(TINY, num_layers=2), tmp_path, family=family)

@@ -81,6 +81,12 @@ def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dty
 
 
 @pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(("bits", "group_size"), [((3, 3, 4), 64), ((8, 2, 4), (128, 32, 64))])
+def test_routed_experts_of_mixed_widths(bits: tuple[int, int, int], group_size: int | tuple[int, int, int]) -> None:
+    check(cases.routed_experts(ODD, mx.float32, bits=bits, group_size=group_size, tokens=2))
+
+
+@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize(
     ("shared", "dtype"),
     [
@@ -183,8 +189,10 @@ def test_choose_experts_by_odd_scores() -> None:
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64)])
-def test_dense_experts(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64), ((3, 8, 2), (64, 128, 32))])
+def test_dense_experts(
+    bits: int | tuple[int, int, int], group_size: int | tuple[int, int, int], dtype: mx.Dtype
+) -> None:
     check(cases.dense_experts(ODD, dtype, bits=bits, group_size=group_size))
 
 
@@ -482,16 +490,25 @@ OFFSETS = {
         (projection, part) for projection in ("GATE", "UP", "DOWN") for part in ("WEIGHT", "SCALES", "BIASES")
     )
 }
-EXPERTS = {"HIDDEN": 4096, "INTERMEDIATE": 1024, "GROUP": 64, "CHOICES": 5, "RECORD_BYTES": 2**20, "ROWS": 4} | OFFSETS
+EXPERTS = {"HIDDEN": 4096, "INTERMEDIATE": 1024, "CHOICES": 5, "RECORD_BYTES": 2**20, "ROWS": 4} | OFFSETS
+
+
+def formats(bits: int | tuple[int, int, int], dtype: mx.Dtype, group_size: int = 64) -> dict[str, int | mx.Dtype]:
+    """Return the template arguments for the formats of gate, up and down."""
+    widths = (bits,) * 3 if isinstance(bits, int) else bits
+    template: dict[str, int | mx.Dtype] = {}
+    for name, width in zip(("GATE", "UP", "DOWN"), widths, strict=True):
+        template |= {f"{name}_BITS": width, f"{name}_GROUP": group_size, f"{name}_S": dtype}
+    return template
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("shared", "dtype"), [(False, mx.float32), (True, mx.bfloat16)])  # every word of the text
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, (3, 2, 8)])
+def test_routed_experts_compile_for_cuda(shared: bool, bits: int | tuple[int, int, int], dtype: mx.Dtype) -> None:
     gate_up, down = routed_experts.kernels(shared)
     own = [U32, dtype, dtype] * shared
-    template = EXPERTS | {"T": dtype, "S": dtype, "BITS": bits}
+    template = EXPERTS | {"T": dtype} | formats(bits, dtype)
     assert compile_for_cuda(gate_up, [dtype, U8, I32, *own, *own], [F32], template | {"THREADS": 128})
     inputs = [F32, dtype, U8, I32, F32, *own]
     assert compile_for_cuda(down, inputs, [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
@@ -503,7 +520,7 @@ def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtyp
 def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_size: int, bits: int) -> None:
     gate_up, down = routed_experts.kernels(shared, tensor=True)
     own = [U32, BF16, BF16] * shared
-    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size}
+    template = EXPERTS | {"T": BF16} | formats(bits, BF16, group_size)
     assert compile_for_cuda(gate_up, [BF16, U8, I32, *own, *own], [BF16], template | {"SIMDGROUPS": 4, "DEPTH": 4})
     parts = {"SIMDGROUPS": 5, "DEPTH": 4}
     assert compile_for_cuda(down, [BF16, BF16, U8, I32, F32, *own], [BF16], template | parts)
@@ -528,12 +545,12 @@ def launches(registers_a_thread: int, threads: int) -> bool:
     [(4, 64, True, False), (4, 64, True, True), (2, 128, False, True), (8, 64, False, False)],
 )
 def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool, chooses: bool) -> None:
-    form = expert_format(RecordLayout(4096, 1024, bits, group_size, "BF16"))
+    form = expert_format(RecordLayout.uniform(4096, 1024, bits, group_size, "BF16"))
     assert form is not None
     plan = routed_experts.fused_plan(form, BF16, 1, 5, H200)
     assert plan is not None
     own = [U32, BF16, BF16] * shared
-    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
+    template = EXPERTS | {"T": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
     inputs = [BF16, BF16, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
     fused = routed_experts.fused_kernel(shared, plan.shared_memory, chooses)
     if chooses:
@@ -555,7 +572,7 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None:
     geometry = GEOMETRIES[name]
-    form = expert_format(RecordLayout(geometry.hidden, geometry.intermediate, bits, 64, "BF16"))
+    form = expert_format(RecordLayout.uniform(geometry.hidden, geometry.intermediate, bits, 64, "BF16"))
     assert form is not None
     plan = routed_experts.fused_plan(form, BF16, 1, 11, device)
     if plan is None:
@@ -572,7 +589,7 @@ def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None
 
 
 def test_older_gpus_keep_two_dispatches() -> None:
-    form = expert_format(RecordLayout(4096, 1024, 4, 64, "BF16"))
+    form = expert_format(RecordLayout.uniform(4096, 1024, 4, 64, "BF16"))
     assert form is not None
     older = Gpu(multiprocessors=108, capability=8, shared_memory=166912)
     assert routed_experts.fused_plan(form, BF16, 1, 4, older) is None
@@ -602,12 +619,12 @@ def test_choose_experts_compiles_for_cuda(dtype: mx.Dtype) -> None:
 
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dense_experts_compile_for_cuda(bits: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, (3, 4, 8)])
+def test_dense_experts_compile_for_cuda(bits: int | tuple[int, int, int], dtype: mx.Dtype) -> None:
     template = {
         name: value for name, value in EXPERTS.items() if name not in ("HIDDEN", "INTERMEDIATE", "CHOICES", "ROWS")
     }
-    template |= {"T": dtype, "S": dtype, "BITS": bits, "SIZE": 2**22, "THREADS": 256}
+    template |= {"T": dtype, "SIZE": 2**22, "THREADS": 256} | formats(bits, dtype)
     assert compile_for_cuda(dense_experts.BODY, [U8, I32], [dtype] * 3, template)
 
 

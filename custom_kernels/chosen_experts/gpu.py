@@ -67,9 +67,13 @@ def chosen_experts(
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
     """Yield one token and several tokens, with true sizes, and with a shared expert if it joins the kernels."""
-    if model.experts is None or not routed.supports(model.experts, model.dtype):
-        return
-    inputs, form, k = RandomInputs(model.dtype, 0), model.experts, model.experts_k
+    for form in model.experts:
+        if routed.supports(form, model.dtype):
+            yield from _samples_of(form, model)
+
+
+def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
+    inputs, k = RandomInputs(model.dtype, 0), model.experts_k
     slab = inputs.slab(form, 3)
     table = mx.array(np.arange(model.num_experts) % 3, mx.int32)
     fused = [shared for shared in model.shared if routed.can_fuse_shared_expert(shared, form)]

@@ -14,7 +14,7 @@ from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_
 from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
-from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.record import PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
@@ -134,14 +134,6 @@ class _Classifier:
             experts, layout = self._layer_experts(layer)
             layers.append(experts)
             layouts.append(layout)
-            if layout != layouts[0]:
-                raise CheckpointError(
-                    f"{self._where}: experts of layer {layer} are stored as {_described(layout)}, those of layer "
-                    f"{self._config.moe_layers[0]} as "
-                    f"{_described(layouts[0])}; experts of mixed precision are not supported, {USE_INSTEAD} with one "
-                    "width for all experts",
-                    code="mixed_precision",
-                )
         matrices, vectors = [], []
         for parameter in self._config.resident_parameters():
             if parameter.kind is Kind.MATRIX:
@@ -158,7 +150,7 @@ class _Classifier:
                 f"{self._unreadable_format()}",
                 code="unknown_tensor",
             )
-        routed = CheckpointExperts(self._checkpoint, layouts[0], layers)
+        routed = CheckpointExperts(self._checkpoint, LayerLayouts.of(layouts), layers)
         return CheckpointTensors(self._config, tuple(matrices), tuple(vectors), routed, self._skipped)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
@@ -262,54 +254,35 @@ class _Classifier:
 
     def _layer_experts(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         if f"{self._stacked(layer, 'gate')}.weight" in self._published:
-            if f"{self._stacked(layer, 'gate')}.scales" in self._published:
-                return self._stacked_quantized(layer)
-            return self._stacked_dense(layer)
+            return self._stacked_experts(layer)
         if self._expert_name(self._names.fused[0], layer) in self._published:
             return self._fused(layer)
         return self._separate(layer)
 
-    def _layout(self, bits: int | None, group_size: int | None, typed: Sequence[TensorInfo]) -> RecordLayout:
-        """Return the layout of experts; the type of ``typed`` is that of scales, or of dense experts."""
-        dtypes = {tensor.dtype for tensor in typed}
-        if len(dtypes) > 1:
-            raise CheckpointError(
-                f"{self._where}: experts of mixed types ({', '.join(sorted(dtypes))}) are not supported",
-                code="mixed_precision",
-            )
-        return RecordLayout(self._config.hidden_size, self._config.expert_size, bits, group_size, dtypes.pop())
+    def _layout(self, formats: Mapping[str, MatrixFormat]) -> RecordLayout:
+        """Return the layout of experts whose projections have ``formats``."""
+        return RecordLayout(self._config.hidden_size, self._config.expert_size, **formats)
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape of each projection of an expert."""
         wide = (self._config.expert_size, self._config.hidden_size)
         return {projection: wide[::-1] if projection == "down" else wide for projection in PROJECTIONS}
 
-    def _stacked_quantized(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
+    def _stacked_experts(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         tensors: list[TensorInfo] = []
-        typed: list[TensorInfo] = []
-        formats: set[tuple[int, int]] = set()
-        for projection, shape in self._shapes().items():
-            name = self._stacked(layer, projection)
-            parts, bits, group_size = self._quantized(name, (self._config.num_experts, *shape))
+        formats: dict[str, MatrixFormat] = {}
+        for projection, (rows, columns) in self._shapes().items():
+            name, shape = self._stacked(layer, projection), (self._config.num_experts, rows, columns)
+            weight = self._published.get(f"{name}.weight")
+            coded = weight is not None and self._checkpoint.tensors[weight].dtype == "U32"
+            if f"{name}.scales" not in self._published and not coded:
+                tensors.append(self._find(f"{name}.weight", shape))
+                formats[projection] = MatrixFormat(None, None, tensors[-1].dtype)
+                continue
+            parts, bits, group_size = self._quantized(name, shape)
             tensors += parts
-            typed += parts[1:]
-            formats.add((bits, group_size))
-        if len(formats) > 1:
-            shown = " and ".join(f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(formats))
-            place = self._stacked(layer, "gate").rpartition(".")[0]
-            raise CheckpointError(
-                f"{self._where}: {place}: projections of mixed precision ({shown}) are not supported; "
-                f"{USE_INSTEAD} with one width for all experts",
-                code="mixed_precision",
-            )
-        return StackedExperts.by_projection(tensors), self._layout(*formats.pop(), typed)
-
-    def _stacked_dense(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
-        tensors = [
-            self._find(f"{self._stacked(layer, projection)}.weight", (self._config.num_experts, *shape))
-            for projection, shape in self._shapes().items()
-        ]
-        return StackedExperts.by_projection(tensors), self._layout(None, None, tensors)
+            formats[projection] = MatrixFormat(bits, group_size, parts[1].dtype)
+        return StackedExperts.by_projection(tensors), self._layout(formats)
 
     def _fused(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         experts, size, hidden = self._config.num_experts, self._config.expert_size, self._config.hidden_size
@@ -318,7 +291,8 @@ class _Classifier:
         down = self._find(down_name, (experts, hidden, size))
         half = gate_up.nbytes // experts // 2
         parts = [(gate_up, 0, half), (gate_up, half, half), (down, 0, down.nbytes // experts)]
-        return StackedExperts(parts), self._layout(None, None, [gate_up, down])
+        dense = {"gate": gate_up, "up": gate_up, "down": down}
+        return StackedExperts(parts), self._layout({name: _dense(tensor) for name, tensor in dense.items()})
 
     def _separate(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         tensors = [
@@ -328,10 +302,16 @@ class _Classifier:
             ]
             for expert in range(self._config.num_experts)
         ]
-        return SeparateExperts(tensors), self._layout(None, None, [tensor for expert in tensors for tensor in expert])
+        for expert in tensors:
+            for projection, tensor, first in zip(PROJECTIONS, expert, tensors[0], strict=True):
+                if tensor.dtype != first.dtype:
+                    raise CheckpointError(
+                        f"{self._where}: experts of layer {layer} have {projection} in {first.dtype} and in "
+                        f"{tensor.dtype}; all experts of a layer must have the same types",
+                        code="mixed_precision",
+                    )
+        return SeparateExperts(tensors), self._layout(dict(zip(PROJECTIONS, map(_dense, tensors[0]), strict=True)))
 
 
-def _described(layout: RecordLayout) -> str:
-    if layout.bits is None:
-        return layout.dtype
-    return f"{layout.bits} bits in groups of {layout.group_size} with scales in {layout.dtype}"
+def _dense(tensor: TensorInfo) -> MatrixFormat:
+    return MatrixFormat(None, None, tensor.dtype)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import CHECKSUMS, MANIFEST, RESIDENT, layer_file, variant_directory
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts, RecordLayout
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.models.parameters import EMBEDDING, HEAD, Kind, Parameter
@@ -77,7 +77,7 @@ class _Synthesizer:
         self._vocab_size = write_byte_tokenizer(folder)
         published = synthetic_config(sizes, family, self._vocab_size)
         self._config = parse_config(published)
-        self._layout = RecordLayout(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
+        self._layout = RecordLayout.uniform(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
         write_atomically(folder / "config.json", json.dumps(published, indent=1).encode())
 
     def write(self, name: str) -> None:
@@ -89,7 +89,8 @@ class _Synthesizer:
         variant = variant_name(self._sizes.bits)
         self._write_experts(self._folder / variant_directory(variant))
         source = {"name": f"{name} (random weights)", "revision": f"recipe {_RECIPE}, seed {self._sizes.seed}"}
-        write_manifest(self._folder, self._config, {variant: self._layout}, source, [])
+        layout = LayerLayouts.uniform(self._layout, len(self._config.moe_layers))
+        write_manifest(self._folder, self._config, {variant: layout}, source, [])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._sizes.seed, *stream])

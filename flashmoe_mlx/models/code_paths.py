@@ -25,7 +25,7 @@ def model_shapes(model: Model) -> ModelShapes:
         attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
         delta=tuple(mixer.weights for mixer in mixers if isinstance(mixer, GatedDeltaNet))[:1],
         projections=tuple(_projections(model)),
-        experts=expert_format(first.store.layout),
+        experts=tuple(filter(None, map(expert_format, first.store.layout.distinct))),
         shared=tuple(shared.values()),
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,

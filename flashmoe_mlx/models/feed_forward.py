@@ -77,7 +77,7 @@ class MoeBlock:
             own = ExpertWeights(*projections)
             shared = SharedExpert(own, kernels.expert_mlp)
             gates.append(f"{prefix}mlp.shared_expert_gate")
-        strategy = choose_strategy(kernels, store.layout, weights.dtype, own)
+        strategy = choose_strategy(kernels, store.layout[layer], weights.dtype, own)
         joint = weights.join(*gates) if kernels.choose_experts is not None else None
         router = Router(
             weights.linear(gates[0]),
@@ -92,7 +92,7 @@ class MoeBlock:
             by_numpy=isinstance(strategy, ExpertsOnHost),
             renormalized=self.renormalized,
         )
-        in_memory = choose_in_memory(kernels, store.layout, weights.dtype, own)
+        in_memory = choose_in_memory(kernels, store.layout[layer], weights.dtype, own)
         return MixtureOfExperts(layer, place, store, router, shared, strategy, in_memory)
 
 

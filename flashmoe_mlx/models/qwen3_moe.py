@@ -166,7 +166,7 @@ FAMILY = Family(
     parse_config=_parse_config,
     write_config=_write_config,
     tensor_names=TensorNames(),
-    tool_format="qwen_xml",
+    tool_format="hermes",
     # Sources: config.json of Qwen3-30B, Qwen3-235B and Qwen3-Coder-480B, and the model cards on the Hugging Face hub.
     published={
         "Qwen/Qwen3-Coder-480B-A35B-Instruct": _published(6144, 62, (96, 8), 160, 2560, _LONG, 1e7),

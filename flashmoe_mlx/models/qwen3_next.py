@@ -106,7 +106,7 @@ FAMILY = Family(
     write_config=_write_config,
     # The prediction of further tokens, and tables that old versions of transformers saved.
     tensor_names=TensorNames(skipped=re.compile(r"^mtp\.|\.rotary_emb\.inv_freq$")),
-    tool_format="qwen_xml",
+    tool_format="hermes",
     # Source: the model cards on the Hugging Face hub.
     published={
         "Qwen/Qwen3-Next-80B-A3B-Instruct": _80B,

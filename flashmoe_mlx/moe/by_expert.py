@@ -53,12 +53,13 @@ def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:
     parts = record_views(record, layout)
 
     def weight(projection: str) -> QuantizedWeight:
+        form = layout.format_of(projection)
         return QuantizedWeight(
             parts[f"{projection}.weight"],
             parts.get(f"{projection}.scales"),
             parts.get(f"{projection}.biases"),
-            layout.bits,
-            layout.group_size,
+            form.bits,
+            form.group_size,
         )
 
     return ExpertWeights(weight("gate"), weight("up"), weight("down"))

@@ -18,7 +18,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
@@ -160,7 +160,8 @@ def _published_online(name: str) -> Mapping[str, Any]:
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = parse_config(published)
     widths = ", ".join(map(str, QUANTIZED_BITS))
-    stated, group_size = _find_quantization(published, folder)
+    on_disk = None if folder is None else _layout_on_disk(folder)
+    stated, group_size = _find_quantization(published, on_disk)
     all_bits = [stated] if config.bits is None else config.bits
     if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
@@ -189,14 +190,29 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     scale_bytes = 2 if choose("auto", kv_bits=config.kv_bits).accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
+    mixed = on_disk is not None and on_disk.single_format is None and config.bits is None
     return Model(
-        geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size, config.kv_bits
+        geometry,
+        bits,
+        resident_bits,
+        k,
+        context,
+        activation_bytes,
+        scale_bytes,
+        trace,
+        group_size,
+        config.kv_bits,
+        layout=on_disk if mixed else None,
     )
 
 
-def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
-    """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs."""
-    layout = None if folder is None else _layout_on_disk(folder)
+def _find_quantization(published: Mapping[str, Any], layout: LayerLayouts | None) -> tuple[int, int]:
+    """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs.
+
+    The width of experts of several formats is the supported width nearest to their mean.
+    """
+    if layout is not None and layout.single_format is None:
+        return min(QUANTIZED_BITS, key=lambda bits: abs(bits - layout.code_bits)), GROUP_SIZE
     if layout is not None:
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
@@ -206,7 +222,7 @@ def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tup
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
 
-def _layout_on_disk(folder: Path) -> RecordLayout | None:
+def _layout_on_disk(folder: Path) -> LayerLayouts | None:
     """Return the record layout of the variant with the most bits in ``folder``; None if a download is unfinished.
 
     Raises:
@@ -254,7 +270,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
         f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
-        f"{model.bits} bits"
+        f"{model.bits if model.layout is None else round(model.layout.code_bits, 2)} bits"
     )
     while not folder.exists():
         folder = folder.parent

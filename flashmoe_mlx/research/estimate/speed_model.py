@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MEMORY, MachineProfile, Point
-from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
+from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
 """The probabilities of 0, 1, 2, ... experts."""
@@ -63,7 +63,7 @@ class SpeedModel:
         bits: int,
         experts_k: int,
         reads: Mapping[str, Distribution],
-        group_size: int = GROUP_SIZE,
+        size: int | None = None,
     ) -> Prediction:
         """Predict the time of a decoded token.
 
@@ -72,12 +72,12 @@ class SpeedModel:
             bits: bit width of the experts; the time to compute is that of the nearest measured width.
             experts_k: experts per token.
             reads: for each way of reading, the distribution of the number of experts per layer read in this way.
-            group_size: weights that share a scale and a bias.
+            size: bytes of a record; None for groups of 64 weights.
 
         Raises:
             ValueError: a way of reading was not measured.
         """
-        size = record_bytes(config, bits, group_size)
+        size = size or record_bytes(config, bits)
         quartiles = []
         for quartile in range(3):
             computing = self._computing(config, bits, experts_k, quartile)
