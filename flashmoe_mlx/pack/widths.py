@@ -100,7 +100,7 @@ def layer_widths(width: Width, num_layers: int) -> list[_Widths]:
     for layer, own in enumerate(found):
         for projection in PROJECTIONS:
             if projection not in own:
-                raise _invalid(f"bits: no width for {projection} in layer {layer}; state it, or {projection}=<bits>")
+                raise _invalid(f"bits: no width for {projection} in layer {layer}; add {projection}:<bits>")
     return [(own["gate"], own["up"], own["down"]) for own in found]
 
 
