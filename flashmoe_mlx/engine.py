@@ -17,6 +17,7 @@ from flashmoe_mlx.custom_kernels import Kernels, check_kernels, choose
 from flashmoe_mlx.custom_kernels.checks import KernelReport
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
@@ -63,6 +64,12 @@ _FEW_KV_BITS = (
     "kv_bits=4 can spoil the arguments of tool calls in long conversations; kv_bits=8 is nearly exact, and "
     "task=evaluate kv_bits=4 measures this model"
 )
+_BY_MLX = "experts in {mode} are computed by MLX's own operations, which are slower than kernels for affine formats"
+
+
+def _float_modes(store: ExpertStore) -> set[str]:
+    """Return the modes of MLX, other than affine, of the experts of ``store``."""
+    return {form.mode for layout in store.layout.distinct for form in layout.formats} - {AFFINE}
 
 
 def load(
@@ -129,14 +136,14 @@ def load(
         except BaseException:
             store.close()
             raise
-        layout = store.layout
         no_prompts = NO_PROMPT_CACHE if cache_bytes and not keeps_prompts(built) else None
         cache_bytes = 0 if no_prompts else cache_bytes
         notes = [checked.note, no_prompts, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
         notes.append(_FEW_KV_BITS if kv_bits == 4 else None)
+        notes += [_BY_MLX.format(mode=mode) for mode in sorted(_float_modes(store))]
         setup = {
             "experts_k": k,
-            "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
+            "experts": store.layout.to_record(),
             "activations": str(built.dtype) if activations == "auto" else activations,
             "kv_bits": kv_bits,
             "kernels": checked.names,
@@ -146,6 +153,8 @@ def load(
             "backend": settings,
             "prompt_cache_bytes": cache_bytes,
         }
+        template = None if tokenizer is None else tokenizer.chat_template
+        tool_format = (template and template.tool_format) or files.tool_format
         disk = None
         if cache_dir is not None:
             try:
@@ -153,9 +162,7 @@ def load(
             except BaseException:
                 store.close()
                 raise
-        return Engine(
-            built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, files.tool_format
-        )
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format)
 
 
 def _checked_kernels(kernels: Kernels, model: RunnableModel) -> KernelReport:
@@ -297,7 +304,7 @@ class Engine:
         """Return the measurements of the latest generation and the store's counters since opening, for JSON."""
         store = self.store.stats()
         return {
-            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.record_bytes),
+            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.mean_record_bytes),
             "store_total": {name: getattr(store, name) for name in store.__dataclass_fields__},
         }
 

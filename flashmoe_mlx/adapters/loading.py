@@ -11,11 +11,12 @@ from flashmoe_mlx.adapters import lineage
 from flashmoe_mlx.adapters.config import AdaptedConfig, chosen_field
 from flashmoe_mlx.adapters.library import first_line, mlx_lm, model_classes
 from flashmoe_mlx.adapters.model import AdaptedModel, arrays_of
-from flashmoe_mlx.adapters.records import NamedLayout, components_of
+from flashmoe_mlx.adapters.records import AnyFormat, NamedLayout, components_of
 from flashmoe_mlx.adapters.switches import Pass, Switch, attach, component_types, find_switches
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.extents import Extent
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -86,15 +87,17 @@ def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded
     return Loaded(module, find_switches(module), **seen)
 
 
-def layout_of(switches: Sequence[Switch]) -> NamedLayout:
+def layout_of(switches: Sequence[Switch]) -> LayerLayouts:
     """Return the layout of the records of ``switches``."""
-    layers = tuple(components_of(tensors) for tensors in component_types(switches))
     first = next(iter(switches[0].linears().values()))
     scales = first.get("scales")
     typed = first.weight if scales is None or scales.dtype == mx.uint8 else scales
     names = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint32: "U32"}
     bits, group_size = getattr(first, "bits", None), getattr(first, "group_size", None)
-    return NamedLayout(int(first.input_dims), int(first.output_dims), bits, group_size, names[typed.dtype], layers)
+    form = AnyFormat(bits, group_size, names[typed.dtype])
+    sizes = int(first.input_dims), int(first.output_dims)
+    layers = (components_of(tensors) for tensors in component_types(switches))
+    return LayerLayouts.of(NamedLayout(*sizes, form, form, form, tensors) for tensors in layers)
 
 
 class AdaptedExperts:
@@ -126,12 +129,12 @@ class AdaptedExperts:
         return [self._locate(*piece) for piece in lineage.joined([p for row in rows for p in lineage.pieces_of(row)])]
 
 
-def _origins(loaded: Loaded, layout: NamedLayout, tensors: Mapping[str, TensorInfo]) -> list[list[lineage.Node]]:
+def _origins(loaded: Loaded, layout: LayerLayouts, tensors: Mapping[str, TensorInfo]) -> list[list[lineage.Node]]:
     """Return the origin of each component of each layer, in the order of the layout."""
     wanted = [
         f"{switch.path}.{component.name}"
-        for switch, components in zip(loaded.switches, layout.layers, strict=True)
-        for component in components
+        for switch, own in zip(loaded.switches, layout, strict=True)
+        for component in own.components
     ]
     unread = [name for name in wanted if name not in loaded.after]
     if unread:
@@ -148,8 +151,8 @@ def _origins(loaded: Loaded, layout: NamedLayout, tensors: Mapping[str, TensorIn
         found |= lineage.trace(loaded.sanitize, typed, traced)
     names = iter(wanted)
     return [
-        [_checked(name, found[name], component.shape) for component, name in zip(components, names, strict=False)]
-        for components in layout.layers
+        [_checked(name, found[name], component.shape) for component, name in zip(own.components, names, strict=False)]
+        for own in layout
     ]
 
 
@@ -176,7 +179,7 @@ def _checked(name: str, node: lineage.Node | str, shape: tuple[int, ...]) -> lin
 def build_adapted(
     folder: Path,
     config: AdaptedConfig,
-    layout: NamedLayout,
+    layout: LayerLayouts,
     store: ExpertStore,
     experts_k: int,
     kernels: Kernels,  # noqa: ARG001  # MLX computes
@@ -202,7 +205,7 @@ def build_adapted(
     if experts_k != own:
         loaded = load_lazily(folder, _changed(folder, place, experts_k))
     running = Pass(store)
-    attach(loaded.module, loaded.switches, layout.layers, running)
+    attach(loaded.module, loaded.switches, [own.components for own in layout], running)
     arrays = arrays_of(loaded.module)
     for array in arrays:
         mx.eval(array)

@@ -2,47 +2,40 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
-from typing import Any
 
 import mlx.core as mx
 
 from flashmoe_mlx.formats.arrays import MLX_DTYPES
-from flashmoe_mlx.formats.record import RECORD_ALIGNMENT, Component, RecordLayout
+from flashmoe_mlx.formats.record import Component, MatrixFormat, RecordLayout
 
 _NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 
+class AnyFormat(MatrixFormat):
+    """A format of a matrix that MLX computes with, supported by our kernels or not."""
+
+    def __post_init__(self) -> None:
+        """Accept any format."""
+
+
 @dataclass(frozen=True)
 class NamedLayout(RecordLayout):
-    """The place of every tensor of an expert, layer by layer.
-
-    All records have the size of the largest one. ``bits``, ``group_size`` and ``dtype`` are those of the first matrix.
+    """The place of every tensor of an expert; the formats of all projections are that of its first matrix.
 
     Attributes:
-        layers: the tensors of a record of each layer, named by projection and part, such as "fc1.weight".
+        tensors: the tensors of a record, named by projection and part, such as "fc1.weight".
     """
 
-    layers: tuple[tuple[Component, ...], ...] = ()
+    tensors: tuple[Component, ...] = ()
 
     def __post_init__(self) -> None:
         """Accept any tensors: MLX computes with them."""
 
-    @cached_property
+    @property
     def components(self) -> tuple[Component, ...]:
-        """The tensors of a record of the first layer."""
-        return self.layers[0]
-
-    @cached_property
-    def payload_bytes(self) -> int:
-        """Size of the tensors of the largest record in bytes."""
-        return max(sum(component.nbytes for component in layer) for layer in self.layers)
-
-    @cached_property
-    def record_bytes(self) -> int:
-        """Size of a record in a file and in a slot in bytes, with the padding."""
-        return -(-self.payload_bytes // RECORD_ALIGNMENT) * RECORD_ALIGNMENT
+        """The tensors of a record."""
+        return self.tensors
 
 
 def components_of(tensors: Iterable[tuple[str, Sequence[int], mx.Dtype]]) -> tuple[Component, ...]:
@@ -70,20 +63,3 @@ def slab_views(slab: mx.array, components: Iterable[Component]) -> dict[str, mx.
         shape, start = (slab.shape[0], *component.shape), component.offset // dtype.size
         views[component.name] = mx.as_strided(typed, shape, [typed.shape[1], *strides], start)
     return views
-
-
-def to_json(layout: NamedLayout) -> dict[str, Any]:
-    """Return ``layout`` in the form of the manifest of a pack."""
-    return {
-        "bits": layout.bits,
-        "group_size": layout.group_size,
-        "dtype": layout.dtype,
-        "record_bytes": layout.record_bytes,
-        "layers": [
-            [
-                {"name": c.name, "dtype": c.dtype, "shape": list(c.shape), "offset": c.offset, "bytes": c.nbytes}
-                for c in layer
-            ]
-            for layer in layout.layers
-        ],
-    }

@@ -284,7 +284,7 @@ class Service:
         engine = self.worker.engine
         if sequence is not None and engine is not None:
             model, store = engine.model, engine.store
-            measured = sequence.metrics.to_json(model.touched_bytes, store.layout.record_bytes)
+            measured = sequence.metrics.to_json(model.touched_bytes, store.layout.mean_record_bytes)
             record |= {"prefill": measured["prefill"], "decode": measured["decode"], "sampling": measured["sampling"]}
         self.settings.record(record)
 

@@ -50,7 +50,7 @@ def choose_backend(
             ("not_enough_memory").
     """
     layout = files.variant(variant).layout
-    if layout.bits is None or layout.group_size is None:
+    if any(form.bits is None for own in layout.distinct for form in own.formats):
         raise InputError(
             "backend=auto: the speed model needs quantized experts; make a pack (task=pack), or choose a backend",
             code="unsupported_layout",
@@ -64,7 +64,8 @@ def choose_backend(
     scales = 2 if choose("auto").accepts_any_scale_dtype else size
     k = config.experts_per_token if experts_k is None else experts_k
     context = min(_CONTEXT, config.max_context)
-    model = Model(config, layout.bits, layout.bits, k, context, size, scales, None, layout.group_size)
+    bits = round(layout.code_bits)
+    model = Model(config, bits, bits, k, context, size, scales, None, layout=layout)
     found = estimates(model, Machine(profile, memory))
     if not found:
         raise InputError(

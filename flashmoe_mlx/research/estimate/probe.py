@@ -30,6 +30,7 @@ from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
+from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.research.bench.files import expert_files
 from flashmoe_mlx.research.estimate.machine_profile import MEMORY, WAYS, MachineProfile, Point, machine_identity
 from flashmoe_mlx.research.estimate.probe_models import SIZES
@@ -202,5 +203,10 @@ def _memory_bandwidth() -> float:
 def with_experts(model: RunnableModel, store: ExpertStore, experts_k: int) -> Model:
     """Return a copy of ``model`` that uses ``experts_k`` routed experts per token from ``store``; it shares weights."""
     assert isinstance(model, Model)
-    layers = [replace(layer, experts=layer.experts.with_store(store, experts_k)) for layer in model.layers]
+    layers = [
+        replace(layer, feed_forward=layer.feed_forward.with_store(store, experts_k))
+        if isinstance(layer.feed_forward, MixtureOfExperts)
+        else layer
+        for layer in model.layers
+    ]
     return replace(model, layers=layers)
