@@ -85,7 +85,7 @@ def test_another_number_of_experts_is_that_of_the_model(tmp_path: Path) -> None:
     assert set(chosen) == {(len(PROMPT), 3)}
 
 
-@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"prefetch": "next_router"}, {"activations": "int8"}])
+@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"prefetch": "next_router"}, {"cache_dir": "conversations"}])
 def test_options_without_effect_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
     write_checkpoint("olmoe", tmp_path)
     with pytest.raises(InputError, match="mlx-lm") as refused:
