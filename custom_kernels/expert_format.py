@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
 from flashmoe_mlx.formats.arrays import MLX_DTYPES
-from flashmoe_mlx.formats.record import PROJECTIONS, MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, PROJECTIONS, MatrixFormat, RecordLayout
 
 __all__ = ["PROJECTIONS", "CodeFormat", "ExpertFormat", "expert_format"]
 
@@ -127,7 +127,7 @@ _PARTS = ("weight", "scales", "biases")
 
 @cache
 def expert_format(layout: RecordLayout) -> ExpertFormat | None:
-    """Return the format of the records of ``layout``; None if a projection is dense."""
+    """Return the format of the records of ``layout``; None if a projection is not in MLX's affine format."""
     gate, up, down = map(_code_format, layout.formats)
     if gate is None or up is None or down is None:
         return None
@@ -143,7 +143,7 @@ def expert_format(layout: RecordLayout) -> ExpertFormat | None:
 
 
 def _code_format(form: MatrixFormat) -> CodeFormat | None:
-    """Return the format of a quantized matrix; None of a dense matrix."""
-    if form.bits is None or form.group_size is None:
+    """Return the format of a matrix in MLX's affine mode; None of any other matrix."""
+    if form.bits is None or form.group_size is None or form.mode != AFFINE:
         return None
     return CodeFormat(form.bits, form.group_size, MLX_DTYPES[form.dtype])

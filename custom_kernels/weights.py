@@ -1,6 +1,6 @@
 """The weights of layers, in the form that kernels read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import mlx.core as mx
@@ -27,6 +27,8 @@ class QuantizedWeight:
         biases: shape and type of ``scales``.
         bits: width of a code.
         group_size: codes that share a scale and a bias.
+        mode: MLX's mode of quantization; other modes than "affine" have scales of one byte and no biases, and only
+            MLX's operations compute with them.
     """
 
     weight: mx.array
@@ -34,6 +36,7 @@ class QuantizedWeight:
     biases: mx.array | None = None
     bits: int | None = None
     group_size: int | None = None
+    mode: str = field(default="affine", kw_only=True)
 
     @property
     def format_name(self) -> str:
@@ -57,7 +60,9 @@ class QuantizedWeight:
         if self.bits is None:
             return widen(self.weight)
         assert self.scales is not None
-        assert self.biases is not None
+        if self.biases is None:
+            sizes = self.group_size, self.bits
+            return mx.dequantize(self.weight, self.scales, None, *sizes, self.mode, dtype=mx.float32)
         return mx.dequantize(
             self.weight,
             self.scales.astype(mx.float32),

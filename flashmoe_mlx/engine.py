@@ -17,6 +17,7 @@ from flashmoe_mlx.custom_kernels import Kernels, check_kernels, choose
 from flashmoe_mlx.custom_kernels.checks import KernelReport
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
@@ -63,6 +64,12 @@ _FEW_KV_BITS = (
     "kv_bits=4 can spoil the arguments of tool calls in long conversations; kv_bits=8 is nearly exact, and "
     "task=evaluate kv_bits=4 measures this model"
 )
+_BY_MLX = "experts in {mode} are computed by MLX's own operations, which are slower than kernels for affine formats"
+
+
+def _float_modes(store: ExpertStore) -> set[str]:
+    """Return the modes of MLX, other than affine, of the experts of ``store``."""
+    return {form.mode for layout in store.layout.distinct for form in layout.formats} - {AFFINE}
 
 
 def load(
@@ -133,6 +140,7 @@ def load(
         cache_bytes = 0 if no_prompts else cache_bytes
         notes = [checked.note, no_prompts, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
         notes.append(_FEW_KV_BITS if kv_bits == 4 else None)
+        notes += [_BY_MLX.format(mode=mode) for mode in sorted(_float_modes(store))]
         setup = {
             "experts_k": k,
             "experts": store.layout.to_record(),

@@ -11,18 +11,19 @@ import mlx.core as mx
 from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.adapters.loading import AdaptedExperts, build_adapted, load_lazily
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, classify_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor, classify_tensors
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
+from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.plan import state_folder
-from flashmoe_mlx.pack.resident import read_resident
+from flashmoe_mlx.pack.resident import read_resident, without_floats
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -123,8 +124,10 @@ def _open_adapted(checkpoint: Checkpoint, config: AdaptedConfig) -> ModelFiles:
 
 def _by_name(experts: ExpertSource) -> dict[str, ExpertSource]:
     """Return the experts of a checkpoint by the name of their variant."""
-    bits = experts.layout.bits
-    return {"published" if bits is None else f"q{bits}": experts}
+    single = experts.layout.single_format
+    if single is None or single.bits is None:
+        return {"published": experts}
+    return {f"q{single.bits}" if single.mode == AFFINE else single.mode: experts}
 
 
 class _PackResident:
@@ -146,8 +149,16 @@ class _CheckpointResident:
     def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors) -> None:
         self._checkpoint = checkpoint
         self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in tensors.vectors}
-        self._tensors |= {part.name: part for matrix in tensors.matrices for part in matrix.parts}
-        self.names = frozenset(self._tensors)
+        self._floats: dict[str, Matrix] = {}
+        for matrix in tensors.matrices:
+            if matrix.mode == AFFINE:
+                self._tensors |= {part.name: part for part in matrix.parts}
+            else:
+                parts = ("weight", "scales", "biases") if matrix.mode == "mxfp4" else ("weight",)
+                self._floats |= {f"{matrix.name}.{part}": matrix for part in parts}
+        self.names = frozenset(self._tensors) | self._floats.keys()
 
     def take(self, name: str) -> mx.array:
+        if name in self._floats:
+            return without_floats(self._checkpoint, self._floats[name])[name]
         return read_resident(self._checkpoint, self._tensors[name])

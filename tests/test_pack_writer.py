@@ -603,7 +603,7 @@ def test_a_config_that_contradicts_the_tensors(tmp_path: Path) -> None:
     edit_json(source / "config.json", quantization={"mode": "mxfp4"}, quantization_config=None)
     with pytest.raises(CheckpointError) as caught:
         pack_checkpoint(source, tmp_path / "pack")
-    assert caught.value.code == "unsupported_format"
+    assert caught.value.code == "contradicting_quantisation"
     assert "mxfp4" in str(caught.value)
 
 

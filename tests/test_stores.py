@@ -240,6 +240,28 @@ class TestMixedUring(_ThroughRing):
     bits = MIXED
 
 
+@keep_only(SERVING)
+class TestMxfp4Pread(ExpertStoreTests):
+    backend = "pread"
+    options = {"slots": 6}
+    bits = "mxfp4"
+
+
+@keep_only(SERVING)
+class TestNvfp4Checkpoint(ExpertStoreTests):
+    backend = "checkpoint"
+    options = {"slots": 6}
+    contiguous = False
+    bits = "nvfp4"
+
+
+@keep_only(SERVING)
+class TestMxfp8RamHybrid(ExpertStoreTests):
+    backend = "ram_hybrid"
+    options = {"budget_gib": 5 * 4 * 4 * 16384 / 2**30}
+    bits = "mxfp8"
+
+
 # Emulated machines
 
 

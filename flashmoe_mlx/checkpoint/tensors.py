@@ -6,7 +6,7 @@ stores a tensor for each projection of each expert.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.experts import CheckpointExperts, LayerExperts, SeparateExperts, StackedExperts
@@ -14,7 +14,7 @@ from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_
 from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
-from flashmoe_mlx.formats.record import PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
@@ -65,7 +65,7 @@ class ResidentTensor:
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A resident matrix: dense [out, in], or quantized if it has ``scales`` and ``biases``.
+    """A resident matrix: dense [out, in], or quantized if it has ``scales`` and, in MLX's affine mode, ``biases``.
 
     ``shape`` is the dense one; ``least_bits`` is the smallest width to which the matrix may be quantized.
     """
@@ -76,6 +76,7 @@ class Matrix:
     weight: ResidentTensor
     scales: ResidentTensor | None = None
     biases: ResidentTensor | None = None
+    mode: str = field(default=AFFINE, kw_only=True)
 
     @property
     def parts(self) -> tuple[ResidentTensor, ...]:
@@ -193,8 +194,10 @@ class _Classifier:
         if parameter.published is not None:
             published, rows = parameter.published.matrix, parameter.published.ranges
             shape = (parameter.published.height, shape[1])
-        parts = {}
-        if f"{published}.scales" in self._published:
+        mode = self._float_mode(published, shape[-1])
+        if mode is not None:
+            parts = dict(zip(("weight", "scales"), self._floats(published, shape, mode), strict=True))
+        elif f"{published}.scales" in self._published:
             parts = dict(zip(("weight", "scales", "biases"), self._quantized(published, shape)[0], strict=True))
         else:
             parts = {"weight": self._find(f"{published}.weight", shape)}
@@ -204,12 +207,11 @@ class _Classifier:
             size = (parameter.shape[0], *tensor.shape[1:])
             return ResidentTensor(f"{parameter.name}.{part}", size, tensor, rows=rows)
 
-        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts))
+        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts), mode=mode or AFFINE)
 
     def _quantized(
         self, name: str, dense: tuple[int, ...]
     ) -> tuple[tuple[TensorInfo, TensorInfo, TensorInfo], int, int]:
-        self._refuse_other_mode(name, dense[-1])
         weight = self._find(f"{name}.weight", None, ("U32",))
         scales = self._find(f"{name}.scales", None)
         biases = self._find(f"{name}.biases", scales.shape, (scales.dtype,))
@@ -217,21 +219,34 @@ class _Classifier:
         self._check_stated_quantization(name, bits, group_size)
         return (weight, scales, biases), bits, group_size
 
-    def _refuse_other_mode(self, name: str, columns: int) -> None:
+    def _float_mode(self, name: str, columns: int) -> str | None:
+        """Return the mode of ``FLOAT_MODES`` in which the matrix ``name`` is quantized, by its shapes, or None."""
         parts = [self._published.get(f"{name}.{part}") for part in ("weight", "scales")]
         if None in parts:
-            return
-        mode = mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
-        if mode is not None:
-            raise CheckpointError(
-                f"{self._where}: {name} is quantized in MLX's mode {mode!r}, only 'affine' is supported; {USE_INSTEAD}",
-                code="unsupported_format",
-            )
+            return None
+        return mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
 
-    def _check_stated_quantization(self, name: str, bits: int, group_size: int) -> None:
-        """Raise CheckpointError if the module's entry in the config contradicts the shapes of its tensors."""
+    def _floats(self, name: str, dense: tuple[int, ...], mode: str) -> tuple[TensorInfo, TensorInfo]:
+        """Return codes and scales of a matrix in a mode of ``FLOAT_MODES``."""
+        bits, group_size = FLOAT_MODES[mode]
+        weight = self._find(f"{name}.weight", (*dense[:-1], dense[-1] * bits // 32), ("U32",))
+        self._check_stated_quantization(name, bits, group_size, mode)
+        return weight, self._find(f"{name}.scales", (*dense[:-1], dense[-1] // group_size), ("U8",))
+
+    def _check_stated_quantization(self, name: str, bits: int, group_size: int, mode: str = AFFINE) -> None:
+        """Raise CheckpointError if the config contradicts the shapes of a module's tensors.
+
+        An entry of the module is checked as a whole, and without one the mode of the whole model.
+        """
         published = self._published[f"{name}.weight"].removesuffix(".weight")
         stated = self._settings.get(published)
+        stated_mode = (stated if isinstance(stated, Mapping) else self._settings).get("mode")
+        if stated_mode not in (None, mode):
+            raise CheckpointError(
+                f"{self._where}: config.json states mode {shown(stated_mode)} for {published}, but its tensors are "
+                f"those of {mode}",
+                code="contradicting_quantisation",
+            )
         if not isinstance(stated, Mapping):
             return
         found = {"bits": bits, "group_size": group_size}
@@ -273,6 +288,11 @@ class _Classifier:
         formats: dict[str, MatrixFormat] = {}
         for projection, (rows, columns) in self._shapes().items():
             name, shape = self._stacked(layer, projection), (self._config.num_experts, rows, columns)
+            mode = self._float_mode(name, columns)
+            if mode is not None:
+                tensors += self._floats(name, shape, mode)
+                formats[projection] = MatrixFormat(*FLOAT_MODES[mode], "U8", mode)
+                continue
             weight = self._published.get(f"{name}.weight")
             coded = weight is not None and self._checkpoint.tensors[weight].dtype == "U32"
             if f"{name}.scales" not in self._published and not coded:

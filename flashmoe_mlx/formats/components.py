@@ -28,9 +28,10 @@ def dense_projection(components: dict[str, mx.array], projection: str, layout: R
     return mx.dequantize(
         weight,
         components[f"{projection}.scales"],
-        components[f"{projection}.biases"],
+        components.get(f"{projection}.biases"),
         group_size=form.group_size,
         bits=form.bits,
+        mode=form.mode,
     )
 
 

@@ -20,7 +20,8 @@ each projection::
                                 "record_bytes": ..., "components": [...]}],
                    "layers": [0, 0, 0, ...], "quantiser": "by_width"}
 
-A pack whose variants have one format each has version 1.
+A format in one of MLX's float modes has a "mode", and such a variant has the name of the mode ("mxfp4"). A pack whose
+variants have one affine format each has version 1.
 
 ``experts-<variant>/layer_NN.bin`` holds the records of a layer in the order of the experts and nothing else.
 ``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for each record, by layer, then expert.
@@ -48,7 +49,7 @@ FORMAT = "flashmoe-pack"
 
 FORMAT_VERSION = 1
 MIXED_FORMAT_VERSION = 2
-"""The version of packs with a variant of several formats, which earlier programs cannot read."""
+"""The version of packs with a variant of several formats or in a float mode, which earlier programs cannot read."""
 
 TEXT_FILES = (
     "tokenizer.json",

@@ -20,8 +20,11 @@ RECORD_ALIGNMENT = 16 * 1024
 PROJECTIONS = ("gate", "up", "down")
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
-DTYPE_BYTES: Mapping[str, int] = {"U32": 4, "BF16": 2, "F16": 2, "F32": 4}
+DTYPE_BYTES: Mapping[str, int] = {"U8": 1, "U32": 4, "BF16": 2, "F16": 2, "F32": 4}
 """Sizes of the element types that a record may hold, under their safetensors names."""
+AFFINE = "affine"
+FLOAT_MODES: Mapping[str, tuple[int, int]] = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+"""Bits and group size of MLX's modes whose codes are small floats, with scales of one byte and without biases."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class MatrixFormat:
     Args:
         bits: width of the quantized weights; None for weights in a float type.
         group_size: number of weights that share a scale and a bias; None if ``bits`` is None.
-        dtype: "BF16", "F16", or "F32": the type of the scales and biases, or of the weights if ``bits`` is None.
+        dtype: "BF16", "F16", or "F32": the type of the scales and biases, or of the weights if ``bits`` is None; "U8"
+            for the scales of ``FLOAT_MODES``.
+        mode: MLX's mode of quantization, ``AFFINE`` or a key of ``FLOAT_MODES``.
 
     Raises:
         PackError: the combination is not supported (code "unsupported_layout").
@@ -59,8 +64,15 @@ class MatrixFormat:
     bits: int | None
     group_size: int | None
     dtype: str
+    mode: str = AFFINE
 
     def __post_init__(self) -> None:
+        if self.mode in FLOAT_MODES:
+            if (self.bits, self.group_size, self.dtype) != (*FLOAT_MODES[self.mode], "U8"):
+                raise _unsupported(f"{self.mode} has {FLOAT_MODES[self.mode]} bits and weights in a group")
+            return
+        if self.mode != AFFINE:
+            raise _unsupported(f"mode {self.mode!r} is not supported: use {AFFINE}, {', '.join(FLOAT_MODES)}")
         if self.dtype not in ("BF16", "F16", "F32"):
             raise _unsupported(f"expert records of type {self.dtype} are not supported: use BF16, F16 or F32")
         if self.bits is None:
@@ -73,6 +85,8 @@ class MatrixFormat:
     @property
     def name(self) -> str:
         """The format in words."""
+        if self.mode != AFFINE:
+            return self.mode
         if self.bits is None:
             return f"dense weights in {self.dtype}"
         return f"{self.bits} bits in groups of {self.group_size} with scales in {self.dtype}"
@@ -91,15 +105,13 @@ class MatrixFormat:
                 f"rows of {columns} values cannot be quantized to {self.bits} bits in groups of {self.group_size}"
             )
         groups = (rows, columns // self.group_size)
-        return [
-            ("weight", "U32", (rows, columns * self.bits // 32)),
-            ("scales", self.dtype, groups),
-            ("biases", self.dtype, groups),
-        ]
+        parts = [("weight", "U32", (rows, columns * self.bits // 32)), ("scales", self.dtype, groups)]
+        return parts if self.mode != AFFINE else [*parts, ("biases", self.dtype, groups)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the format in the form of the manifest."""
-        return {"bits": self.bits, "group_size": self.group_size, "dtype": self.dtype}
+        stated = {"bits": self.bits, "group_size": self.group_size, "dtype": self.dtype}
+        return stated if self.mode == AFFINE else {**stated, "mode": self.mode}
 
 
 @dataclass(frozen=True)

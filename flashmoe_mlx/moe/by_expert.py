@@ -60,6 +60,7 @@ def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:
             parts.get(f"{projection}.biases"),
             form.bits,
             form.group_size,
+            mode=form.mode,
         )
 
     return ExpertWeights(weight("gate"), weight("up"), weight("down"))

@@ -19,7 +19,7 @@ from flashmoe_mlx.formats.manifest import (
     layer_file,
     variant_directory,
 )
-from flashmoe_mlx.formats.record import LayerLayouts
+from flashmoe_mlx.formats.record import AFFINE, LayerLayouts
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.pack.quantize import BY_WIDTH, default_quantizer
 
@@ -37,6 +37,8 @@ def layout_name(layout: LayerLayouts, quantizer: str | None = None) -> str:
     single = layout.single_format
     if single is not None:
         assert single.bits is not None
+        if single.mode != AFFINE:
+            return single.mode
         return variant_name(single.bits, quantizer)
     name = f"mixed-{layout.code_bits:.2f}"
     return name if quantizer in (None, BY_WIDTH) else f"{name}-{quantizer}"
@@ -52,7 +54,9 @@ def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
 
 def version_of(variants: Iterable[LayerLayouts]) -> int:
     """Return the format version of a pack with variants of these layouts."""
-    return FORMAT_VERSION if all(layout.single_format is not None for layout in variants) else MIXED_FORMAT_VERSION
+    singles = [layout.single_format for layout in variants]
+    plain = all(single is not None and single.mode == AFFINE for single in singles)
+    return FORMAT_VERSION if plain else MIXED_FORMAT_VERSION
 
 
 def geometry_of(config: ModelConfig) -> dict[str, int]:

@@ -23,7 +23,7 @@ from flashmoe_mlx.formats.manifest import (
     layer_file,
     variant_directory,
 )
-from flashmoe_mlx.formats.record import DTYPE_BYTES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
@@ -196,11 +196,11 @@ def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConf
 
 
 def _format(folder: Path, name: str, entry: Any) -> MatrixFormat:
-    keys = ("bits", "group_size", "dtype")
-    bits, group_size, dtype = (entry.get(key) for key in keys) if isinstance(entry, dict) else (None, None, None)
+    stated = entry if isinstance(entry, dict) else {}
+    bits, group_size, dtype, mode = (stated.get(key) for key in ("bits", "group_size", "dtype", "mode"))
     if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
         raise _invalid(folder, f"variant {name!r} lacks bits, group_size, or dtype")
-    return MatrixFormat(bits, group_size, dtype)
+    return MatrixFormat(bits, group_size, dtype, mode if isinstance(mode, str) else AFFINE)
 
 
 def _check_resident(folder: Path) -> None:
@@ -210,7 +210,7 @@ def _check_resident(folder: Path) -> None:
     except CheckpointError as error:
         raise PackError(f"{error}; delete the pack and make it again", code="damaged_file") from None
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_BYTES:
+        if tensor.dtype not in DTYPE_BYTES or tensor.dtype == "U8":
             raise PackError(
                 f"{folder}: {RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has",
                 code="unsupported_tensor_type",

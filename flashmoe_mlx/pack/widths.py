@@ -5,14 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.record import PROJECTIONS, QUANTIZED_BITS, LayerLayouts, MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, PROJECTIONS, QUANTIZED_BITS, LayerLayouts, MatrixFormat, RecordLayout
 
 Width = int | str
 """The widths of a variant: a number of bits, ``PUBLISHED``, ``DEFAULT``, a key of ``RECIPES``, or a mapping as JSON."""
 PUBLISHED = "published"
 """Experts as the checkpoint has them."""
 DEFAULT = "default"
-"""4 bits; ``PUBLISHED`` where the experts of the checkpoint have several formats."""
+"""4 bits; ``PUBLISHED`` where the experts of the checkpoint have several formats or a float mode."""
 RECIPES: Mapping[str, tuple[int, int]] = {
     "mixed_2_6": (2, 6),
     "mixed_3_4": (3, 4),
@@ -70,7 +70,7 @@ def resolved(width: Width, source: LayerLayouts) -> Width:
     if width != DEFAULT:
         return width
     single = source.single_format
-    return 4 if single is not None else PUBLISHED
+    return 4 if single is not None and single.mode == AFFINE else PUBLISHED
 
 
 def layer_widths(width: Width, num_layers: int) -> list[_Widths]:
@@ -100,7 +100,7 @@ def layer_widths(width: Width, num_layers: int) -> list[_Widths]:
     for layer, own in enumerate(found):
         for projection in PROJECTIONS:
             if projection not in own:
-                raise _invalid(f"bits: no width for {projection} in layer {layer}; state it, or {projection}=<bits>")
+                raise _invalid(f"bits: no width for {projection} in layer {layer}; add {projection}:<bits>")
     return [(own["gate"], own["up"], own["down"]) for own in found]
 
 
@@ -113,13 +113,13 @@ def _is_sensitive(layer: int, num_layers: int) -> bool:
 def _narrowed(source: RecordLayout, wanted: _Widths, group_size: int) -> RecordLayout:
     formats: list[MatrixFormat] = []
     for projection, own, bits in zip(PROJECTIONS, source.formats, wanted, strict=True):
-        if own.bits == bits:
+        if own.bits == bits and own.mode == AFFINE:
             formats.append(own)
             continue
         if own.bits is not None and own.bits < bits:
             part = "" if source.single_format is not None else f" in {projection}"
             raise _invalid(f"bits={bits}: the source has experts of {own.bits} bits{part}; more would add nothing")
-        formats.append(MatrixFormat(bits, group_size, own.dtype))
+        formats.append(MatrixFormat(bits, group_size, own.dtype if own.mode == AFFINE else "BF16"))
     return RecordLayout(source.hidden_size, source.intermediate_size, *formats)
 
 

@@ -18,7 +18,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
+from flashmoe_mlx.formats.record import AFFINE, GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
@@ -190,7 +190,8 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     scale_bytes = 2 if choose("auto", kv_bits=config.kv_bits).accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
-    mixed = on_disk is not None and on_disk.single_format is None and config.bits is None
+    single = None if on_disk is None else on_disk.single_format
+    plain = single is not None and single.mode == AFFINE
     return Model(
         geometry,
         bits,
@@ -202,7 +203,7 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
         trace,
         group_size,
         config.kv_bits,
-        layout=on_disk if mixed else None,
+        layout=None if plain or config.bits is not None else on_disk,
     )
 
 

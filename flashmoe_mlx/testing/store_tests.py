@@ -63,8 +63,8 @@ class ExpertStoreTests:
     """The name of a file in ``configs/backend/``, or a mapping with ``_target_`` and options."""
     options: ClassVar[Mapping[str, Any]] = {}
     """Options that differ from the defaults; a fetch should hold at least 3 experts, but not all 12."""
-    bits: ClassVar[int | Sequence[tuple[int, int, int]]] = 4
-    """Width of the experts in bits; or the widths of gate, up and down in each of the four layers."""
+    bits: ClassVar[int | str | Sequence[tuple[int, int, int]]] = 4
+    """Width of the experts in bits; one of MLX's float modes; or the widths of gate, up and down in four layers."""
     contiguous: ClassVar[bool] = True
     """Whether each expert is one piece, as in a pack, or nine pieces, as in a quantized checkpoint."""
 

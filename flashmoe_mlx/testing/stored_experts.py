@@ -8,7 +8,7 @@ import numpy as np
 
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.formats.manifest import PackedExperts
-from flashmoe_mlx.formats.record import LayerLayouts, MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import FLOAT_MODES, LayerLayouts, MatrixFormat, RecordLayout
 
 LAYERS, EXPERTS = 4, 12
 _SIZE, _GROUP_SIZE = 128, 64
@@ -33,19 +33,17 @@ class StoredExperts:
         return sorted({extent.path for extents in every for extent in extents})
 
 
-def write_experts(folder: Path, bits: int | Sequence[tuple[int, int, int]], contiguous: bool) -> StoredExperts:
+def write_experts(folder: Path, bits: int | str | Sequence[tuple[int, int, int]], contiguous: bool) -> StoredExperts:
     """Write random experts into ``folder``.
 
     Args:
         folder: an empty folder.
-        bits: the width of all experts; or the widths of gate, up and down in each layer.
-        contiguous: whether an expert is one piece, as in a pack, or nine pieces, as in a quantized checkpoint.
+        bits: the width of all experts; or one of MLX's float modes; or the widths of gate, up and down in each layer.
+        contiguous: whether an expert is one piece, as in a pack, or a piece for each tensor, as in a checkpoint.
     """
-    widths = [(bits,) * 3] * LAYERS if isinstance(bits, int) else bits
-    layout = LayerLayouts.of(
-        RecordLayout(_SIZE, _SIZE, *(MatrixFormat(width, _GROUP_SIZE, "BF16") for width in own)) for own in widths
-    )
-    random = np.random.default_rng(widths[0][0])
+    widths = [(bits,) * 3] * LAYERS if isinstance(bits, int | str) else bits
+    layout = LayerLayouts.of(RecordLayout(_SIZE, _SIZE, *map(_format, own)) for own in widths)
+    random = np.random.default_rng(layout[0].payload_bytes)
     payloads = {(n, e): random.bytes(layout[n].payload_bytes) for n in range(LAYERS) for e in range(EXPERTS)}
     if not contiguous:
         return StoredExperts(_write_tensors(folder, layout, payloads), payloads)
@@ -54,6 +52,12 @@ def write_experts(folder: Path, bits: int | Sequence[tuple[int, int, int]], cont
     for layer in range(LAYERS):
         source.layer_path(layer).write_bytes(b"".join(records[layer, expert] for expert in range(EXPERTS)))
     return StoredExperts(source, records)
+
+
+def _format(width: int | str) -> MatrixFormat:
+    if isinstance(width, str):
+        return MatrixFormat(*FLOAT_MODES[width], "U8", width)
+    return MatrixFormat(width, _GROUP_SIZE, "BF16")
 
 
 @dataclass(frozen=True)
