@@ -3,13 +3,15 @@
     python tools/measure_watching.py                    # the demo model
     python tools/measure_watching.py --model my-pack --backend ram_hybrid
 
-One server answers the same greedy request again and again, in the order A B B A: without a watcher, and with one that
-reads the feed in another process. The speed is that of the server's records: decoded tokens by the seconds of their
-passes, and by the seconds from the first token to the last as a client sees them.
+One server answers the same short greedy request again and again, in the order A B B A: without a watcher, and with one
+that reads the feed in another process. Answers are short so that both of a pair meet the same load of the machine. The
+table compares three times of a token: the median pass of an answer, the mean time between tokens as a client
+sees it, and the processor time of the server.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -26,12 +28,25 @@ from flashmoe_mlx.server.middleware import Policy
 from flashmoe_mlx.server.service import Service, Settings
 
 _WATCHER = """
-import sys, urllib.request
-with urllib.request.urlopen(sys.argv[1]) as feed:
-    print(flush=True)
-    while feed.read1():
+import socket, sys, threading, urllib.request
+def read(feed):
+    try:
+        while feed.read1():
+            pass
+    except OSError:
         pass
+for line in sys.stdin:
+    feed = urllib.request.urlopen(sys.argv[1])
+    reader = threading.Thread(target=read, args=(feed,))
+    reader.start()
+    print(flush=True)
+    sys.stdin.readline()
+    feed.fp.raw._sock.shutdown(socket.SHUT_RDWR)
+    reader.join()
 """
+"""A process that watches from one line of its input to the next one."""
+
+_TIMES = ("median pass", "as a client sees it", "processor time of the server")
 
 
 def decode_seconds(url: str, tokens: int) -> float:
@@ -57,8 +72,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(demo_folder()))
     parser.add_argument("--backend", default="pread")
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=12, help="pairs of runs without and with a watcher")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--repeats", type=int, default=60, help="pairs of runs without and with a watcher")
     arguments = parser.parse_args()
     records: list[dict[str, Any]] = []
     service = Service(
@@ -70,39 +85,48 @@ def main() -> None:
     thread.start()
     ready.wait()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    speeds: dict[bool, list[float]] = {False: [], True: []}
-    seen: dict[bool, list[float]] = {False: [], True: []}
+    times: dict[str, dict[bool, list[float]]] = {name: {False: [], True: []} for name in _TIMES}
+    command = [sys.executable, "-c", _WATCHER, url + "/observatory/events"]
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
+    assert watcher.stdin is not None
+    assert watcher.stdout is not None
     try:
-        for _ in range(2):
+        for _ in range(4):
             decode_seconds(url, arguments.tokens)  # warm
         for repeat in range(arguments.repeats):
             for watched in (False, True) if repeat % 2 == 0 else (True, False):
-                watcher = None
                 if watched:
-                    command = [sys.executable, "-c", _WATCHER, url + "/observatory/events"]
-                    watcher = subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603  # our own program
-                    assert watcher.stdout is not None
+                    print("begin", file=watcher.stdin, flush=True)
                     watcher.stdout.readline()
+                    while not service.observatory.watchers:
+                        time.sleep(0.001)
+                cpu = time.process_time()
                 seconds = decode_seconds(url, arguments.tokens)
-                if watcher is not None:
-                    watcher.kill()
-                    watcher.communicate()
+                cpu = time.process_time() - cpu
+                if watched:
+                    print("end", file=watcher.stdin, flush=True)
                 while service.worker.running or service.observatory.watchers:
-                    time.sleep(0.01)
-                speeds[watched].append(records[-1]["decode"]["tokens_per_second"])
-                seen[watched].append(records[-1]["decode"]["tokens"] / seconds)
+                    time.sleep(0.002)
+                decode = records[-1]["decode"]
+                found = (decode["step_seconds"]["p50"], seconds / decode["tokens"], cpu / decode["tokens"])
+                for name, value in zip(_TIMES, found, strict=True):
+                    times[name][watched].append(1000 * value)
     finally:
+        watcher.kill()
+        watcher.communicate()
         server.stop()
         thread.join()
     made = " on " + native.in_use() if native.extension() else ""
     print(f"{arguments.tokens} tokens, backend {arguments.backend}{made}\n")
-    print("| decoding | without a watcher, tok/s | with a watcher, tok/s | change, median of pairs | quartiles |")
+    print("| milliseconds of a token | without a watcher | with a watcher | change, median of pairs | 95 % interval |")
     print("|---|---|---|---|---|")
-    for name, found in (("passes alone", speeds), ("as a client sees it", seen)):
-        changes = [100 * (with_one / alone - 1) for alone, with_one in zip(found[False], found[True], strict=True)]
-        low, middle, high = statistics.quantiles(changes, n=4)
-        medians = [statistics.median(found[watched]) for watched in (False, True)]
-        print(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} | {middle:+.1f} % | {low:+.1f} to {high:+.1f} % |")
+    for name, values in times.items():
+        changes = sorted(100 * (b / a - 1) for a, b in zip(values[False], values[True], strict=True))
+        reach = 0.98 * math.sqrt(len(changes))  # the interval of the median by its ranks
+        low, high = (changes[round((len(changes) - 1) / 2 + sign * reach)] for sign in (-1, 1))
+        medians = [statistics.median(values[watched]) for watched in (False, True)]
+        middle = statistics.median(changes)
+        print(f"| {name} | {medians[0]:.3f} | {medians[1]:.3f} | {middle:+.2f} % | {low:+.2f} to {high:+.2f} % |")
 
 
 if __name__ == "__main__":

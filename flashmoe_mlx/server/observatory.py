@@ -1,7 +1,7 @@
 """The observatory: passes of the engine as a stream of frames, for everyone who watches.
 
 Without a watcher the engine reports nothing. With watchers, the engine's thread puts each pass into a list, and the
-event loop makes one frame of the list, at most ten times a second. The engine never waits for a watcher, and a watcher
+event loop makes one frame of the list, at most five times a second. The engine never waits for a watcher, and a watcher
 who falls behind is dropped.
 
 The text of a token goes only to the watcher whose own request it answers: both carry the same random secret.
@@ -27,7 +27,7 @@ from flashmoe_mlx.server.observed import Shape, Token, frame
 SECRET = "x-flashmoe-watcher"  # noqa: S105  # the name of a header
 """The header with the secret that a watcher shares with its own requests."""
 SHORTEST_SECRET = 16
-INTERVAL = 0.1
+INTERVAL = 0.2
 """Seconds between two frames."""
 _MOST_WATCHERS = 8
 _MOST_FRAMES = 50

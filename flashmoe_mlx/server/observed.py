@@ -1,4 +1,4 @@
-"""Frames of the observatory: what the experts did in the passes of a tenth of a second, small enough to send.
+"""Frames of the observatory: what the experts did in the passes of a fifth of a second, small enough to send.
 
 A frame lists the experts of each decoded token, as long as it has room, and adds up all other tokens: those of prompts,
 and those of an engine that decodes faster than a page can draw.
