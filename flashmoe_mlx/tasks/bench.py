@@ -253,8 +253,8 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
-        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "I/O hidden", "read GB/s", "weights GB/s", "I/O",
-        "compute", "TTFT s",
+        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "I/O hidden", "read GB/s",
+        "weights GB/s", "I/O", "compute", "TTFT s",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:

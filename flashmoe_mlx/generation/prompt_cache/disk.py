@@ -27,7 +27,7 @@ from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.generation.prompt_cache.tree import Segment, Stored, Tree
 from flashmoe_mlx.layers.cache import Checkpoint, SequenceCache
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.runnable import RunnableModel
 
 _log = logging.getLogger(__name__)
 _VERSION = 2
@@ -272,7 +272,7 @@ class Disk:
         return part
 
 
-def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, Any], model: Model) -> Disk:
+def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, Any], model: RunnableModel) -> Disk:
     """Open the conversations of a model in ``folder``.
 
     Args:
@@ -289,7 +289,7 @@ def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, 
     numbers = ("experts_k", "experts", "activations", "kernels", "replaced_kernels", "kv_bits")
     settings = {
         "files": contents,
-        "numerics": [version("mlx"), version("flashmoe-mlx"), str(mx.default_device()), str(model.norm.dtype)],
+        "numerics": [version("mlx"), version("flashmoe-mlx"), str(mx.default_device()), str(model.dtype)],
         **{name: setup.get(name) for name in numbers},
     }
     return Disk(folder, settings, {"model": str(model_folder)}, prompt_cache_bytes(gib), model.new_cache())

@@ -25,7 +25,8 @@ SHORT_FOR_FILE = {"short_for": "file"}
 class ModelChoice:
     """Choice of a model: a pack or checkpoint at ``path``, the shipped demo model, or a synthetic model.
 
-    Models that are made on this machine are kept under ``cache_dir``.
+    Models that are made on this machine are kept under ``cache_dir``. ``family`` is the ``model_type`` of a synthetic
+    model.
     """
 
     name: str = MISSING
@@ -33,6 +34,7 @@ class ModelChoice:
     cache_dir: str | None = field(default=None, metadata=TEXT)
     shipped: bool = False
     synthetic: SyntheticSizes | None = None
+    family: str | None = field(default=None, metadata=TEXT)
 
 
 @dataclass
@@ -158,4 +160,5 @@ class ServerConfig:
     any_model: bool = True
     queue: int = 64
     together: int = 8
+    switch: bool | None = None
     stop_seconds: float = 10.0
