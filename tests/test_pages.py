@@ -8,7 +8,7 @@ from serving import Live
 
 from flashmoe_mlx.server import pages
 
-VENDOR = pages._FOLDER / "vendor"  # noqa: SLF001
+VENDOR = pages._FOLDER / "vendor"
 
 
 def test_every_file_has_its_type_and_the_headers_that_confine_it(live: Live) -> None:
