@@ -125,6 +125,7 @@ class RamHybridStore(ExpertStore):
             return self._layers[layer].batch([places[expert] for expert in experts]), StoreStats(hits=len(distinct))
         try:
             placement = self._caches[layer].place(distinct)
+            delivery.missing = placement.misses
             missing = {expert: placement.slots[expert] for expert in placement.misses}
             held: list[int] | None = [expert for expert in distinct if expert not in missing]
 

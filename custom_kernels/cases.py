@@ -311,7 +311,7 @@ def attention(
     custom = attention_cpu.gated_attention if on_cpu else attention_gpu.gated_attention
 
     def filled(y: mx.array, keys: mx.array, values: mx.array) -> Results:
-        caches = (cache[:, :, :context] for cache in (keys, values))
+        caches = (cache[:, :, :context] for cache in mx.depends([keys, values], y))  # kernels write them in place
         if kv_bits is None:
             return y, *caches
         return y, *(rows.unpack(cache, mx.float32) for cache in caches)

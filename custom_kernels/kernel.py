@@ -49,7 +49,7 @@ class Kernel:
         headers: names of files in ``dialects/``.
         switches: names that are defined as 0 or 1 for the preprocessor, for bodies with an optional input.
         in_place: names of the inputs that the kernel writes to. Nothing else may be reading these arrays, and later
-            operations that read them must use an output of the kernel.
+            operations that read them must depend on an output of the kernel: see ``mx.depends``.
         shared_memory: size in bytes of the memory that a body for CUDA declares as ``extern __shared__``.
     """
 

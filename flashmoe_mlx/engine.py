@@ -18,6 +18,7 @@ from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
+from flashmoe_mlx.generation.pass_meter import Watcher
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.prompt_cache.disk import Disk, open_disk
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
@@ -247,7 +248,15 @@ class Engine:
             EngineBusyError: a forward pass is running.
         """
         with self.runner.exclusive():
-            self.runner.observer = observer
+            self.runner.meter.observer = observer
+
+    def watch(self, watcher: Watcher | None) -> None:
+        """Report every pass of sequences to ``watcher``, from the next one on; None ends the reports.
+
+        Unlike ``observe_routing``, this changes neither results nor the way in which passes run. Any thread may call it
+        at any time. ``watcher`` is called in the thread of the engine, which waits for it.
+        """
+        self.runner.meter.watcher = watcher
 
     def stats(self) -> dict[str, Any]:
         """Return the measurements of the latest generation and the store's counters since opening, for JSON."""

@@ -4,15 +4,18 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import pytest
 from hypothesis import settings
-from serving import Live, serve
 
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
+
+if TYPE_CHECKING:
+    from serving import Live
 
 # Every run draws other examples, so fewer of them per run keep the tests within their six minutes.
 settings.register_profile("everyday", max_examples=40)
@@ -79,7 +82,9 @@ def tiny_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(demo_pack: Path) -> Iterator[Live]:
+def live(demo_pack: Path) -> "Iterator[Live]":
     """Serve the demo model to all tests."""
+    from serving import serve  # starlette and uvicorn, which tests of other areas do not need
+
     with serve(demo_pack) as running:
         yield running

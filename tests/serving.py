@@ -1,6 +1,7 @@
 """A server in a thread of the tests, and the client that asks it."""
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ class Live:
     """A running server."""
 
     url: str
+    server: HttpServer
     service: Service
     records: list[dict[str, Any]] = field(default_factory=list)
 
@@ -35,6 +37,21 @@ class Live:
 
     def __post_init__(self) -> None:
         self._client = httpx2.Client(base_url=self.url, timeout=60)
+
+    def connect(self, wait: float = 5.0) -> socket.socket:
+        """Return a new connection, whose operations take at most ``wait`` seconds."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return socket.create_connection((host, int(port)), timeout=wait)
+
+    def connections(self) -> list[Any]:
+        """Return the server's end of all connections."""
+        return list(self.server._server.server_state.connections)
+
+    def held(self) -> int:
+        """Return the bytes of the bodies of the requests in progress."""
+        guard: Any = self.server._server.config.app
+        held: int = guard._bodies
+        return held
 
     def post(self, path: str = CHAT, *, status: int = 200, headers: Any = None, **fields: Any) -> dict[str, Any]:
         """Send ``fields`` and return the body of the answer, which has ``status``."""
@@ -69,6 +86,21 @@ class Live:
         return time.monotonic() - start
 
 
+def raw(live: Live, *lines: str, body: bytes = b"", wait: float = 5.0) -> bytes:
+    """Send a request as bytes; return the answer until the server closes or has answered."""
+    with live.connect(wait) as connection:
+        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
+        received = b""
+        try:
+            while data := connection.recv(65536):
+                received += data
+                if b"\r\n\r\n" in received and b'"error"' in received:
+                    break
+        except (TimeoutError, ConnectionResetError):  # the server closes without reading the rest
+            pass
+        return received
+
+
 def parse_events(lines: Iterator[str]) -> Iterator[tuple[str | None, Any]]:
     """Yield the name and the data of each server-sent event."""
     name = None
@@ -93,7 +125,7 @@ def serve(pack: Path, policy: Policy | None = None, engine_options: Any = None, 
     thread = threading.Thread(target=server.run, args=(listener, ready.set), daemon=True)
     thread.start()
     assert ready.wait(60)
-    live = Live(f"http://127.0.0.1:{listener.getsockname()[1]}", service, records)
+    live = Live(f"http://127.0.0.1:{listener.getsockname()[1]}", server, service, records)
     try:
         yield live
     finally:

@@ -3,9 +3,10 @@
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import metal_on_cpu
 import mlx.core as mx
@@ -378,6 +379,39 @@ def test_the_checks_notice_an_unwritten_element() -> None:
 def test_attention_with_narrow_keys_and_values(kv_bits: int, width: int, tokens: int) -> None:
     geometry = cases.Geometry(64, 32, 4, 2, width, 16, 1, 1, 32, 16)
     check(cases.attention(geometry, mx.float32, context=70, tokens=tokens, kv_bits=kv_bits))
+
+
+@needs_linux
+@pytest.mark.parametrize("kv_bits", [None, 16, 8])
+def test_attention_reads_a_cache_after_the_kernel_that_writes_it(
+    kv_bits: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU only dependencies order a write in place and a read; by emulation the kernel runs at its call."""
+    late: list[tuple[mx.array, mx.array]] = []
+
+    def metal_kernel(name: str, inputs: Sequence[str], *rest: Any) -> Callable[..., list[mx.array]]:
+        real = metal_on_cpu.metal_kernel(name, inputs, *rest)
+
+        def call(**arguments: Any) -> list[mx.array]:
+            copies = [array * 1 for array in arguments["inputs"]]
+            late.extend(zip(arguments["inputs"], copies, strict=True))
+            return real(**arguments | {"inputs": copies})
+
+        return call
+
+    def depends(arrays: Sequence[mx.array], dependency: mx.array) -> Sequence[mx.array]:
+        mx.eval(dependency)
+        for array, copy in late:
+            np.asarray(memoryview(array).cast("B"))[:] = np.asarray(memoryview(copy).cast("B"))
+        return arrays
+
+    monkeypatch.setattr(kernel, "dialect", lambda: "metal")
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_kernel)
+    monkeypatch.setattr(mx, "depends", depends)
+    kernel.compiled.cache_clear()
+    with metal_on_cpu.writable("keys", "values"):
+        check(cases.attention(SMALL, mx.float32, context=70, tokens=3, kv_bits=kv_bits))
+    kernel.compiled.cache_clear()
 
 
 @pytest.mark.parametrize("operation", ["routed_experts", "gated_delta_net", "attention", "quantized_matvec"])

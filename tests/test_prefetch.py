@@ -215,7 +215,7 @@ def chosen(*rows: list[int]) -> np.ndarray[Any, np.dtype[np.uint32]]:
 
 def step(prefetcher: Prefetcher, sequences: Sequence[Guesses], x: mx.array, *choices: Any) -> None:
     """Run the two layers of one decode step, whose residual stays ``x`` [T, experts]."""
-    prefetcher.begin_pass(sequences, decoding=True)
+    prefetcher.begin_pass(sequences, [1] * len(sequences), decoding=True)
     for layer, choice in enumerate(choices):
         prefetcher.begins(layer, x)
         guess = prefetcher.guess(layer, x)
@@ -263,15 +263,16 @@ def test_sequences_may_start_and_end_at_any_step() -> None:
     assert (second.predicted, second.correct) == (4, 2 + 1)
 
 
-def test_the_last_row_of_a_prompt_is_its_latest_token() -> None:
-    store, guesses = HintedStore(), Guesses()
+def test_the_last_row_of_each_prompt_is_its_latest_token() -> None:
+    store, guesses, other = HintedStore(), Guesses(), Guesses()
     prefetcher = PreviousToken(store, num_layers=2)  # type: ignore[arg-type]
-    prefetcher.begin_pass([guesses], decoding=False)
+    prefetcher.begin_pass([guesses, other], [2, 1], decoding=False)
     for layer in range(2):
         prefetcher.begins(layer, mx.zeros((3, 6)))
         prefetcher.chosen(layer, chosen([0, 1], [2, 3], [4, 5]), prefetcher.guess(layer, mx.zeros((3, 6))))
     assert store.hints == []
-    assert guesses.last == {0: [4, 5], 1: [4, 5]}
+    assert guesses.last == {0: [2, 3], 1: [2, 3]}
+    assert other.last == {0: [4, 5], 1: [4, 5]}
     assert guesses.predicted == 0
 
 

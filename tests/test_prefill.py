@@ -49,7 +49,9 @@ BACKENDS: list[tuple[str, dict[str, Any]]] = [
 def test_a_prompt_reads_each_of_its_experts_once(backend: str, options: dict[str, Any], many_experts: Path) -> None:
     chosen: dict[int, set[int]] = {}
     with flashmoe_mlx.load(many_experts) as plain:
-        plain.runner.observer = lambda layer, experts: chosen.setdefault(layer, set()).update(experts.ravel().tolist())
+        plain.runner.meter.observer = lambda layer, experts: chosen.setdefault(layer, set()).update(
+            experts.ravel().tolist()
+        )
         expected = plain.logits(TOKENS)
     experts = sum(map(len, chosen.values()))
     with flashmoe_mlx.load(many_experts, backend, **options) as engine:

@@ -1,7 +1,6 @@
 """Hostile and faulty requests of a server, each with its answer."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from serving import CHAT, SUM, Live, serve
+from serving import CHAT, SUM, Live, raw, serve
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.server import app, listen, middleware, openai_chat
@@ -29,22 +28,6 @@ def guarded(demo_pack: Path) -> Iterator[Live]:
     policy = Policy((b"secret",), ("model.example.org",), ("https://chat.example.org",))
     with serve(demo_pack, policy, any_model=False) as running:
         yield running
-
-
-def raw(live: Live, *lines: str, body: bytes = b"", wait: float = 5.0) -> bytes:
-    """Send a request as bytes; return the answer until the server closes or has answered."""
-    host, port = live.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=wait) as connection:
-        connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body)
-        received = b""
-        try:
-            while data := connection.recv(65536):
-                received += data
-                if b"\r\n\r\n" in received and b'"error"' in received:
-                    break
-        except (TimeoutError, ConnectionResetError):  # the server closes without reading the rest
-            pass
-        return received
 
 
 @pytest.mark.parametrize(
@@ -160,24 +143,6 @@ def test_a_large_body_is_refused(live: Live, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(middleware, "LARGEST_BODY", 1000)
     chunked = b"".join(b"100\r\n" + b" " * 256 + b"\r\n" for _ in range(8))
     assert b" 413 " in raw(live, *head, "Transfer-Encoding: chunked", body=chunked).partition(b"\r\n")[0]
-
-
-def test_a_slow_body_and_slow_headers_end(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "_SLOWEST_BODY", 0.2)
-    monkeypatch.setattr(listen, "_SLOWEST_HEADERS", 0.2)
-    head = ("POST /v1/chat/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json")
-    assert b" 408 " in raw(live, *head, "Content-Length: 100", body=b"{").partition(b"\r\n")[0]
-    host, port = live.url.removeprefix("http://").split(":")
-    for begun in (b"", b"GET /health HTT"):
-        with socket.create_connection((host, int(port)), timeout=5) as connection:
-            connection.sendall(begun)
-            assert connection.recv(1000) == b""
-    with socket.create_connection((host, int(port)), timeout=5) as connection:  # the second request of a connection
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        while b'{"status":"ok"}' not in connection.recv(1000):
-            pass
-        connection.sendall(b"GET /hea")
-        assert connection.recv(1000) == b""
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_recording_does_not_change_the_answer_or_depend_on_chunks(recording: Rou
         prompt = engine.encode(PROMPT)
         with recorded(engine) as recorder:
             again = "".join(piece.text for piece in engine.generate(PROMPT, temperature=0, max_tokens=60))
-        assert engine.runner.observer is None
+        assert engine.runner.meter.observer is None
     assert again == text
     unchunked = recorder.trace(16, prompt)
     np.testing.assert_array_equal(unchunked.experts, recording.experts)

@@ -124,10 +124,10 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         template | norm_and_rotary | cached,
     )
     if tokens > 1:
-        # The kernel that writes the caches also returns the queries, so attention over both runs after it.
         end = inputs.start + tokens
         gate = q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1]
-        seen = (weights.rows.unpack(cache[:, :, :end], dtype) for cache in (keys, values))
+        written = mx.depends([keys, values], queries)
+        seen = (weights.rows.unpack(cache[:, :, :end], dtype) for cache in written)
         mixed = attention(queries, *seen)
         y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
         return y.reshape(tokens, heads * width), keys, values

@@ -19,8 +19,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Python spends a few microseconds between two operations of a token; waking a sleeping thread takes longer.
+// A layer has gaps between its loops, in which Python, MLX or a disk works. Waking a sleeping thread of an idle processor
+// takes longer than most gaps, on virtual machines above all. An idle thread therefore first spins, then offers its
+// processor to other threads again and again, and then sleeps (docs/measurements/2026-11-27-overlap.md).
 constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kAwake = std::chrono::milliseconds(4);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -131,12 +134,20 @@ private:
 
     // Return the state of the gate after a loop other than `seen` was opened.
     uint64_t wait(uint64_t seen) {
-        const auto until = Clock::now() + kSpin;
+        const auto start = Clock::now();
+        bool yields = false;
         for (int spins = 0;; ++spins) {
             const uint64_t gate = gate_.load(std::memory_order_acquire);
             if (gate >> kEpoch != seen) return gate;
-            relax();
-            if (spins % 64 == 63 && Clock::now() > until) break;
+            if (yields)
+                sched_yield();
+            else
+                relax();
+            if (spins % 64 == 63) {
+                const auto waited = Clock::now() - start;
+                if (waited > kAwake) break;
+                yields = waited > kSpin;
+            }
         }
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1, std::memory_order_seq_cst);

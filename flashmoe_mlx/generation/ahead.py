@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.generation.logits import checked_logits
-from flashmoe_mlx.generation.metrics import measured_pass
+from flashmoe_mlx.generation.pass_meter import PassMeter
 from flashmoe_mlx.generation.sequence import Sequence, Step
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
@@ -25,13 +25,15 @@ class StepsAhead:
     Args:
         model: the model.
         store: the store of its experts.
-        clock: measures all passes.
+        clock: measures the phases of passes.
+        meter: measures passes.
     """
 
-    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock) -> None:
+    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock, meter: PassMeter) -> None:
         self._model = model
         self._store = store
         self._clock = clock
+        self._meter = meter
         self._steps: TracedSteps | None = None
 
     @property
@@ -52,7 +54,7 @@ class StepsAhead:
             sequence: decodes alone, and can choose its tokens on the device.
             refuse_cancelled: called before each step begins; may raise to end it. The sequence can then be settled.
         """
-        with measured_pass([(sequence.metrics.decode, 1)], self._store, self._clock):
+        with self._meter.measured({sequence: 1}, decoding=True):
             step = sequence.ahead or self._begin(
                 sequence, mx.array(sequence.token_ids[-1:], mx.uint32), refuse_cancelled
             )
@@ -68,7 +70,7 @@ class StepsAhead:
     def take(self, sequence: Sequence) -> None:
         """Append the token of the step under way to ``sequence``, and begin no other step."""
         assert sequence.ahead is not None
-        with measured_pass([(sequence.metrics.decode, 1)], self._store, self._clock):
+        with self._meter.measured({sequence: 1}, decoding=True):
             step, sequence.ahead = sequence.ahead, None
             self._take(sequence, step)
 
@@ -96,7 +98,7 @@ class StepsAhead:
     def _take(self, sequence: Sequence, step: Step) -> None:
         """Wait for ``step`` and append its token to ``sequence``."""
         report = self._clock.read("head", step.report)
-        step.used.count(report[2:])
+        step.used.count(report[2:], self._meter.chosen_in_memory)
         with self._clock.phase("sample"):
             if not report[1]:
                 checked_logits(np.array(step.logits))  # -inf is allowed: it excludes a token

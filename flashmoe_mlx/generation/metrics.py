@@ -3,18 +3,15 @@
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from time import perf_counter
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.moe.prefetch import Guesses
-from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.contract import StoreStats
 
 METRICS_VERSION = 1
 ReusedFrom = Literal["live", "ram", "disk"]
@@ -73,29 +70,6 @@ class Stage:
             "weights_gb_per_second": ratio(touched / 1e9, self.seconds),
             "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
         }
-
-
-@contextmanager
-def measured_pass(stages: Sequence[tuple[Stage, int]], store: ExpertStore, clock: PhaseClock) -> Iterator[None]:
-    """Count the enclosed code as one forward pass; a failed pass is not counted.
-
-    Args:
-        stages: the stage of each sequence in the pass, with its number of tokens. The time and the store's counters of
-            a pass that several sequences share count in full for each of them.
-        store: the store whose counters are read.
-        clock: the clock whose phases are read.
-    """
-    before, phases, start = store.stats(), dict(clock.seconds), perf_counter()
-    yield
-    seconds = perf_counter() - start
-    delta = store.stats() - before
-    for stage, tokens in stages:
-        stage.tokens += tokens
-        stage.seconds += seconds
-        stage.steps.append(seconds)
-        stage.store += delta
-        for name, total in clock.seconds.items():
-            stage.phases[name] += total - phases.get(name, 0.0)
 
 
 @dataclass

@@ -14,7 +14,7 @@ import numpy as np
 from flashmoe_mlx.errors import EngineBusyError, InputError
 from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
-from flashmoe_mlx.generation.metrics import measured_pass
+from flashmoe_mlx.generation.pass_meter import PassMeter
 from flashmoe_mlx.generation.passes import (
     ending,
     ending_alone,
@@ -34,7 +34,7 @@ from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.decoder import Model
-from flashmoe_mlx.moe.context import ForwardContext, RoutingObserver
+from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -69,11 +69,11 @@ class Runner:
         self.model = model
         self.store = store
         self.clock = clock
-        self.observer: RoutingObserver | None = None
-        """Receives every routing decision."""
         self._prefetcher = prefetcher
         self._traces = traces
-        self._ahead = StepsAhead(model, store, clock)
+        self.meter = PassMeter(store, clock)
+        """Measures passes, and reports them to an observer and a watcher."""
+        self._ahead = StepsAhead(model, store, clock, self.meter)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
         self._in_pass = False
@@ -214,8 +214,7 @@ class Runner:
             refuse_cancelled(running)
 
         with self._pass(), ending(running):
-            stages = [(sequence.metrics.prefill, len(tokens)) for sequence, tokens in parts.items()]
-            with measured_pass(stages, self.store, self.clock):
+            with self.meter.measured({part: len(tokens) for part, tokens in parts.items()}, decoding=False):
                 self._prefill_parts(parts, reached, failures)
             for sequence, tokens in parts.items():
                 sequence.prefilled += len(tokens)
@@ -226,7 +225,7 @@ class Runner:
 
     def _resume(self, sequences: list[Sequence]) -> None:
         """Begin ``sequences`` where the prompt cache ends, unless that was done before."""
-        if self.prompt_cache is not None and self.observer is None:
+        if self.prompt_cache is not None and self.meter.observer is None:
             for sequence in sequences:
                 if sequence.keep_at is None and sequence.request.prompt_logprobs is None:
                     self.prompt_cache.resume(sequence)
@@ -319,8 +318,7 @@ class Runner:
         caches = [sequence.cache for sequence in sequences]
         pending = [sequence.pending for sequence in sequences]
         lengths = [len(tokens) for tokens in pending]
-        stages = [(sequence.metrics.decode, length) for sequence, length in zip(sequences, lengths, strict=True)]
-        with measured_pass(stages, self.store, self.clock):
+        with self.meter.measured(dict(zip(sequences, lengths, strict=True)), decoding=True):
             used = self._used_experts()
             hidden = self._hidden(
                 [token for tokens in pending for token in tokens],
@@ -359,7 +357,7 @@ class Runner:
 
     def _used_experts(self) -> UsedExperts | None:
         """Return what collects the experts of a pass, or None if each layer's choice is needed at once."""
-        if self._prefetcher is not None or self.observer is not None or self.clock.split:
+        if self._prefetcher is not None or self.meter.observer is not None or self.clock.split:
             return None
         return UsedExperts(self.store)
 
@@ -376,8 +374,8 @@ class Runner:
     ) -> mx.array:
         """Compute the hidden states [T, hidden] of new tokens lazily; for the arguments, see ``Model.forward``."""
         if self._prefetcher is not None:
-            self._prefetcher.begin_pass(guesses, decoding)
-        context = ForwardContext(self.clock, self._prefetcher, self.observer, reached, used)
+            self._prefetcher.begin_pass(guesses, lengths, decoding)
+        context = ForwardContext(self.clock, self._prefetcher, self.meter.chosen, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
     def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
@@ -396,4 +394,4 @@ class Runner:
             self.clock.evaluate(phase, *arrays)
             return
         self.clock.evaluate(phase, used.listed, *arrays)
-        used.count(np.array(used.listed))
+        used.count(np.array(used.listed), self.meter.chosen_in_memory)

@@ -88,7 +88,19 @@ class UsedExperts:
         """Return the number of layers."""
         return len(self._layers)
 
-    def count(self, indices: npt.NDArray[np.integer]) -> None:
-        """Count the uses in the store; ``indices`` are the values of ``listed``."""
-        if self._layers:
-            self.store.note_use(self._layers, indices[_ZEROS:].reshape(len(self._layers), -1))
+    def count(
+        self,
+        indices: npt.NDArray[np.integer],
+        chosen: Callable[[int, npt.NDArray[np.integer]], object] | None = None,
+    ) -> None:
+        """Count the uses in the store; ``indices`` are the values of ``listed``.
+
+        ``chosen`` receives each layer with the experts of all tokens, [T * K].
+        """
+        if not self._layers:
+            return
+        experts = indices[_ZEROS:].reshape(len(self._layers), -1)
+        self.store.note_use(self._layers, experts)
+        if chosen is not None:
+            for layer, row in zip(self._layers, experts, strict=True):
+                chosen(layer, row)

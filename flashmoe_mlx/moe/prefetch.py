@@ -5,7 +5,7 @@ A guess never changes results. Guesses are made while decoding: a prompt uses mo
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
+from itertools import accumulate, zip_longest
 
 import mlx.core as mx
 import numpy as np
@@ -52,17 +52,19 @@ class Prefetcher:
         self._store = store
         self._num_layers = num_layers
         self._sequences: Sequence[Guesses] = (Guesses(),)
+        self._latest = [0]
         self._decoding = False
 
-    def begin_pass(self, sequences: Sequence[Guesses], decoding: bool) -> None:
+    def begin_pass(self, sequences: Sequence[Guesses], lengths: Sequence[int], decoding: bool) -> None:
         """Begin a forward pass.
 
         Args:
-            sequences: the guesses of each sequence in the pass. In a decode step, row i of every array [T, ...]
-                belongs to sequence i. A prefill has one sequence, and its last row is the latest token.
-            decoding: whether the pass is a decode step.
+            sequences: the guesses of each sequence in the pass.
+            lengths: the number of rows of each sequence in every array [T, ...]; the last one is its latest token.
+            decoding: whether the pass is a decode step, in which every sequence has one row.
         """
         self._sequences = sequences
+        self._latest = [end - 1 for end in accumulate(lengths)]
         self._decoding = decoding
 
     def begins(self, layer: int, x: mx.array) -> None:
@@ -76,8 +78,7 @@ class Prefetcher:
 
     def chosen(self, layer: int, experts: npt.NDArray[np.uint32], guess: mx.array | None) -> None:
         """Receive the ``experts`` [T, K] that ``layer`` chose; ``guess`` is an evaluated result of ``guess``."""
-        latest = experts if self._decoding else experts[-1:]
-        for guesses, chosen in zip(self._sequences, latest.tolist(), strict=True):
+        for guesses, chosen in zip(self._sequences, experts[self._latest].tolist(), strict=True):
             guesses.last[layer] = chosen
             hinted = guesses.hinted.pop(layer, frozenset())
             if self._decoding:

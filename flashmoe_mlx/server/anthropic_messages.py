@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.server.answer import Prepared
 from flashmoe_mlx.server.anthropic_request import parse_messages
@@ -26,6 +27,7 @@ from flashmoe_mlx.server.events import (
     Text,
     Usage,
 )
+from flashmoe_mlx.server.lengths import LONGEST_COUNTED, least_tokens, texts_of
 from flashmoe_mlx.server.service import Service
 from flashmoe_mlx.server.streaming import EventStream, WholeAnswer, frame
 
@@ -57,8 +59,7 @@ async def messages(request: Request) -> EventStream | WholeAnswer:
         except InputError as error:
             if error.code != "prompt_too_long":
                 raise
-        count, most = await _count(service, conversation), service.engine.model.config.max_context
-        raise ApiError(f"prompt is too long: {count} tokens > {most} maximum", code="context_length_exceeded")
+        raise _too_long(await _count(service, conversation), service.engine)
 
     answer = await call.answer(prepare)
     prompt_tokens = len(answer.prepared.request.prompt_ids)
@@ -78,15 +79,27 @@ async def count_tokens(request: Request) -> Response:
 async def _count(service: Service, conversation: Conversation) -> int:
     engine = service.engine
     options = conversation.options
-    tokens = await service.outside(
-        lambda: engine.encode(
+
+    def count() -> int:
+        texts = list(texts_of(conversation.messages))
+        least = least_tokens(texts, engine) if sum(map(len, texts)) > LONGEST_COUNTED else 0
+        if least > engine.model.config.max_context:
+            raise _too_long(least, engine)
+        tokens = engine.encode(
             conversation.messages,
             tools=conversation.tools or None,
             enable_thinking=options["enable_thinking"],
             template_options=options["template_options"],
         )
-    )
-    return len(tokens)
+        return len(tokens)
+
+    return await service.outside(count)
+
+
+def _too_long(count: int, engine: Engine) -> ApiError:
+    """Return the error in the words by which Claude Code recognizes it."""
+    most = engine.model.config.max_context
+    return ApiError(f"prompt is too long: {count} tokens > {most} maximum", code="context_length_exceeded")
 
 
 def usage_json(usage: Usage) -> dict[str, Any]:

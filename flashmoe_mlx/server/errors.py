@@ -68,6 +68,8 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):
+        if error.code == "not_enough_memory":
+            return ApiError(str(error), status=503, code=error.code)
         code = "context_length_exceeded" if error.code == "prompt_too_long" else error.code
         return ApiError(str(error), code=code)
     if isinstance(error, FlashMoeError):

@@ -6,6 +6,7 @@ Unknown fields are ignored, since clients send new fields before servers know th
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -13,6 +14,8 @@ from flashmoe_mlx.server.errors import ApiError
 
 _MOST_DIGITS = 32
 _DEEPEST = 128
+_MOST_VALUES = 2**21
+"""Values in a body, each of which takes a hundred times the memory of its text."""
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
@@ -21,9 +24,17 @@ def parse_body(body: bytes) -> dict[str, Any]:
     Raises:
         ApiError: it is not one; status 400.
     """
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        raise ApiError(f"the body has more than {_MOST_VALUES:,} values", status=413, code="body_too_large")
     try:
         text = body.decode()
-        content = json.loads(text, parse_constant=_refuse_constant, parse_int=_integer, parse_float=_finite)
+        content = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            parse_float=_finite,
+        )
         text.encode()
         _check_values(content)
     except RecursionError:
@@ -52,6 +63,15 @@ def _check_values(content: Any) -> None:
             return
         level = below
     raise RecursionError
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; programs disagree on which of two equal keys counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {name[:80]!r} occurs twice in an object")
+    return content
 
 
 def _refuse_constant(name: str) -> NoReturn:

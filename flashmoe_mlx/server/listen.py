@@ -1,4 +1,4 @@
-"""The HTTP server: the socket, its time limits, and the orderly end."""
+"""The HTTP server: the socket, and the orderly end."""
 
 import asyncio
 import contextlib
@@ -10,56 +10,13 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.server.app import make_app
+from flashmoe_mlx.server.connection import Connection, most_connections
 from flashmoe_mlx.server.middleware import Policy
 from flashmoe_mlx.server.service import Service
-
-_SLOWEST_HEADERS = 20.0
-"""Seconds in which the headers of a request must arrive."""
-_MOST_CONNECTIONS = 512
-
-
-class _Protocol(H11Protocol):
-    """HTTP/1.1 with a limit on the time that the headers of a request take; uvicorn has none."""
-
-    _headers_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._watch_headers()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._watch_headers()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._unwatch()
-        super().connection_lost(exc)
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._unwatch()  # the time limit of idle connections counts from here
-
-    def _watch_headers(self) -> None:
-        idle = self.cycle is None or self.cycle.response_complete
-        if not idle or self.conn.their_state is not h11.IDLE:
-            self._unwatch()
-        elif self._headers_timer is None:
-            self._headers_timer = self.loop.call_later(_SLOWEST_HEADERS, self._close)
-
-    def _unwatch(self) -> None:
-        if self._headers_timer is not None:
-            self._headers_timer.cancel()
-            self._headers_timer = None
-
-    def _close(self) -> None:
-        self._headers_timer = None
-        self.transport.close()
 
 
 def check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
@@ -87,12 +44,14 @@ def listening_socket(host: str, port: int) -> socket.socket:
         InputError: the address is wrong or in use; code "cannot_listen".
     """
     try:
+        if not 0 <= port <= 65_535:  # the system takes the remainder
+            raise OSError("a port is a number from 0 to 65535")
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-            listener.listen(_MOST_CONNECTIONS)
+            listener.listen(most_connections())
         except BaseException:
             listener.close()
             raise
@@ -119,7 +78,7 @@ class HttpServer:
         self._stop_seconds = stop_seconds
         config = uvicorn.Config(
             make_app(service, policy),
-            http=_Protocol,
+            http=Connection,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -127,7 +86,6 @@ class HttpServer:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_MOST_CONNECTIONS,
             timeout_keep_alive=15,
             timeout_graceful_shutdown=max(1, int(stop_seconds)),
         )
@@ -166,7 +124,7 @@ class HttpServer:
         finally:
             self._service.stopping = True
             watching.cancel()
-            stopped = await asyncio.to_thread(worker.stop, self._stop_seconds)
+            stopped = await asyncio.to_thread(worker.stop, max(1.0, self._stop_seconds))
             if not stopped:
                 raise FlashMoeError(
                     f"the engine did not stop within {self._stop_seconds:g} seconds", code="stop_timeout"

@@ -7,21 +7,27 @@ A request is refused unless it passes, so a new route is protected without doing
 import asyncio
 import hmac
 import ipaddress
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.server.errors import ApiError, error_body
 from flashmoe_mlx.server.pages import PAGES
 from flashmoe_mlx.server.streaming import Message, Receive, Scope, Send, to_json
 
 LARGEST_BODY = 32 * 2**20
+LARGEST_BODIES = 8 * LARGEST_BODY
+"""Bytes of the bodies of all requests in progress."""
 _LARGEST_HEADERS = 2**16
 _SLOWEST_BODY = 60.0
 """Seconds in which the whole body must arrive."""
 _OPEN = frozenset({"/health", *PAGES})
 """Paths that need no key."""
 _LOCAL = ("localhost",)
+_NAMES = re.compile(r"[a-zA-Z0-9_-]{1,63}(\.[a-zA-Z0-9_-]{1,63}){0,20}")
+_HEADER_NAMES = re.compile(r"[a-z0-9, -]{1,1000}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,20 @@ class Policy:
     names: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in self.names:
+            if not (_is_address(name) or _NAMES.fullmatch(name)):
+                raise InputError(
+                    f"server.names: {name!r:.80} is no host name; write it without scheme and port",
+                    code="invalid_value",
+                )
+        for origin in self.origins:
+            if _origin(origin) is None:
+                raise InputError(
+                    f"server.origins: {origin!r:.80} is no origin; write it as https://chat.example.org",
+                    code="invalid_value",
+                )
+
 
 class Guard:
     """ASGI middleware that checks every request.
@@ -51,7 +71,9 @@ class Guard:
         self._app = app
         self._policy = policy
         self._names = {*_LOCAL, *(name.lower() for name in policy.names)}
-        self._origins = {_origin(origin) for origin in policy.origins} - {None}
+        self._origins = {_origin(origin) for origin in policy.origins}
+        self._bodies = 0
+        """Bytes of the bodies of all requests in progress."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it with an error."""
@@ -67,7 +89,7 @@ class Guard:
             host = self._check_host(scope, headers)
             allowed = self._check_origin(scope, headers, host)
             if allowed and scope["method"] == "OPTIONS":
-                await _answer(send, 204, b"", _cors(allowed))
+                await _answer(send, 204, b"", _preflight(allowed, headers))
                 return
             if scope["path"] not in _OPEN:
                 self._check_key(headers)
@@ -76,7 +98,23 @@ class Guard:
             extra = {**error.headers, "connection": "close", **(_cors(allowed) if allowed else {})}
             await _answer(send, error.status, to_json(error_body(scope["path"], error)), extra)
             return
-        await self._app(scope, _limited(receive), _with_headers(send, allowed))
+        body = _Body(self, receive)
+        try:
+            await self._app(scope, body.receive, _with_headers(send, allowed, body))
+        finally:
+            self._bodies -= body.size
+
+    def hold(self, size: int) -> None:
+        """Count ``size`` more bytes of bodies.
+
+        Raises:
+            ApiError: the requests in progress have too many; status 503.
+        """
+        self._bodies += size
+        if self._bodies > LARGEST_BODIES:
+            raise ApiError(
+                "the requests in progress are too large together", status=503, code="too_many_bytes", retry_after=5
+            )
 
     def _check_host(self, scope: Scope, headers: dict[str, list[str]]) -> str:
         """Refuse names that are not the server's: a web page may let its own name point at this machine."""
@@ -84,12 +122,8 @@ class Guard:
         if len(hosts) != 1 or not scope["path"].startswith("/"):
             raise ApiError("a request needs one Host header and a path", code="invalid_host")
         host = hosts[0].lower()
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            plain = not set(host) & set("/@?#\\ ") and name != ""
-        except ValueError:
-            plain, name = False, ""
-        if not plain or not (name in self._names or _is_address(name)):
+        name = _host_name(host)
+        if not (name in self._names or _is_address(name)):
             raise ApiError(
                 f"the host {host[:80]!r} is not a name of this server; server.names lists further names",
                 status=403,
@@ -107,7 +141,7 @@ class Guard:
         origin = _origin(origins[0])
         if len(origins) == 1 and origin is not None:
             if origin in self._origins:
-                return origins[0]
+                return origins[0].strip()
             if origin == _origin(f"{scope['scheme']}://{host}"):
                 return None
         raise ApiError(
@@ -119,7 +153,7 @@ class Guard:
     def _check_key(self, headers: dict[str, list[str]]) -> None:
         if not self._policy.keys:
             return
-        given = [value.removeprefix("Bearer ").strip() for value in headers.get("authorization", [])]
+        given = [_without_scheme(value) for value in headers.get("authorization", [])]
         given += headers.get("x-api-key", [])
         matches = [
             hmac.compare_digest(value.encode("latin-1", "replace"), key) for value in given for key in self._policy.keys
@@ -132,13 +166,19 @@ class Guard:
             )
 
     def _check_body(self, scope: Scope, headers: dict[str, list[str]]) -> None:
+        if "transfer-encoding" in headers and "content-length" in headers:  # a proxy may read the other one
+            raise ApiError("a body has one length: Content-Length or Transfer-Encoding", code="invalid_http")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return
-        kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError("the body must have Content-Type: application/json", status=415, code="unsupported_type")
-        lengths = headers.get("content-length", ["0"])
-        if not lengths[0].isdigit() or int(lengths[0][:20]) > LARGEST_BODY:
+        kinds = [kind.partition(";")[0].strip().lower() for kind in headers.get("content-type", [])]
+        if kinds != ["application/json"] or headers.get("content-encoding", ["identity"]) != ["identity"]:
+            raise ApiError(
+                "the body must have Content-Type: application/json, and no Content-Encoding",
+                status=415,
+                code="unsupported_type",
+            )
+        length = headers.get("content-length", ["0"])[0]
+        if not length.isdecimal() or len(length) > 20 or int(length) > LARGEST_BODY:
             raise _too_large()
 
 
@@ -147,6 +187,21 @@ def _headers(scope: Scope) -> dict[str, list[str]]:
     for name, value in scope["headers"]:
         found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     return found
+
+
+def _without_scheme(authorization: str) -> str:
+    scheme, _, key = authorization.strip().partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else authorization.strip()
+
+
+def _host_name(host: str) -> str:
+    """Return the name in a host with an optional port; an empty text if it is malformed."""
+    try:
+        parts = urlsplit(f"//{host}")
+        name, _ = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    return "" if set(host) & set("/@?#\\ \t") else name
 
 
 def _is_address(name: str) -> bool:
@@ -160,11 +215,19 @@ def _is_address(name: str) -> bool:
 def _origin(text: str) -> tuple[str, str, int] | None:
     """Return the scheme, host and port of an origin; None if it is not exactly that."""
     try:
-        parts = urlsplit(text.lower())
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        parts = urlsplit(text.strip().lower())
+        usual = {"http": 80, "https": 443}[parts.scheme]
+        port = usual if parts.port is None else parts.port
     except (ValueError, KeyError):
         return None
-    if not parts.hostname or "@" in parts.netloc or parts.path or parts.query or parts.fragment:
+    if (
+        set(text.strip()) & set(" \t*")
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.path
+        or parts.query
+        or parts.fragment
+    ):
         return None
     return parts.scheme, parts.hostname, port
 
@@ -176,12 +239,17 @@ def _opens_page(scope: Scope, headers: dict[str, list[str]]) -> bool:
 
 
 def _cors(origin: str) -> dict[str, str]:
+    return {"access-control-allow-origin": origin, "vary": "origin"}
+
+
+def _preflight(origin: str, headers: dict[str, list[str]]) -> dict[str, str]:
+    """Return the headers that let a page of an allowed origin send the request that its browser asks about."""
+    wanted = headers.get("access-control-request-headers", [""])[0].lower()
     return {
-        "access-control-allow-origin": origin,
+        **_cors(origin),
         "access-control-allow-methods": "GET, POST",
-        "access-control-allow-headers": "authorization, content-type, x-api-key, anthropic-version, anthropic-beta",
+        "access-control-allow-headers": wanted if _HEADER_NAMES.fullmatch(wanted) else "authorization, content-type",
         "access-control-max-age": "600",
-        "vary": "origin",
     }
 
 
@@ -189,38 +257,49 @@ def _too_large() -> ApiError:
     return ApiError(f"the body is larger than {LARGEST_BODY} bytes", status=413, code="body_too_large")
 
 
-def _limited(receive: Receive) -> Receive:
-    """Limit the size of the body and the time in which it arrives."""
-    size = 0
-    complete = False
-    deadline = asyncio.get_running_loop().time() + _SLOWEST_BODY
+class _Body:
+    """The body of a request, with limits of its size and of the time in which it arrives.
 
-    async def limited() -> Message:
-        nonlocal size, complete
-        if complete:
-            return await receive()
+    Args:
+        guard: counts the bytes of all requests.
+        receive: receives the body.
+    """
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self._guard = guard
+        self._receive = receive
+        self._deadline = asyncio.get_running_loop().time() + _SLOWEST_BODY
+        self.size = 0
+        """Bytes received."""
+        self.complete = False
+
+    async def receive(self) -> Message:
+        """Receive the next part."""
+        if self.complete:
+            return await self._receive()
         try:
-            async with asyncio.timeout_at(deadline):
-                message = await receive()
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
         except TimeoutError:
             raise ApiError("the body did not arrive in time", status=408, code="body_too_slow") from None
-        size += len(message.get("body", b""))
-        complete = not message.get("more_body", False)
-        if size > LARGEST_BODY:
+        size = len(message.get("body", b""))
+        self.size += size
+        self._guard.hold(size)
+        self.complete = not message.get("more_body", False)
+        if self.size > LARGEST_BODY:
             raise _too_large()
         return message
 
-    return limited
 
-
-def _with_headers(send: Send, origin: str | None) -> Send:
-    """Add the headers of every response."""
+def _with_headers(send: Send, origin: str | None, body: _Body) -> Send:
+    """Add the headers of every response; close the connection after one that does not wait for the whole body."""
     extra = {"x-content-type-options": "nosniff", **(_cors(origin) if origin else {})}
     pairs = [(name.encode(), value.encode()) for name, value in extra.items()]
 
     async def with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *pairs]}
+            close = [] if body.complete or not body.size else [(b"connection", b"close")]
+            message = {**message, "headers": [*message.get("headers", []), *pairs, *close]}
         await send(message)
 
     return with_headers

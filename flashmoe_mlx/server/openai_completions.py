@@ -17,6 +17,7 @@ from flashmoe_mlx.server.calls import Call
 from flashmoe_mlx.server.errors import openai_error
 from flashmoe_mlx.server.events import Event, Failed, Finished, PromptScored, Text, Usage
 from flashmoe_mlx.server.fields import Fields
+from flashmoe_mlx.server.lengths import check_prompt_memory, refuse_long
 from flashmoe_mlx.server.options import FINISH_REASONS, sampling_options, usage_json
 from flashmoe_mlx.server.streaming import EventStream, WholeAnswer, frame
 from flashmoe_mlx.text.tokenizer import Tokenizer
@@ -71,8 +72,11 @@ async def completions(request: Request) -> EventStream | WholeAnswer:
 
     async def prepare(prompt: Prompt) -> Prepared:
         def make() -> Prepared:
+            if isinstance(prompt, str):
+                refuse_long([prompt], engine)
             tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             tokens = engine.runner.checked_tokens(tokens)
+            check_prompt_memory(len(tokens), engine)
             made = make_request(tokens, options, engine.sampling, engine.tokenizer)
             return Prepared(made, generates=wanted.generates)
 

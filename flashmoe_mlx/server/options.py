@@ -47,7 +47,7 @@ def sampling_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     seed = fields.integer("seed", -(2**63), 2**64 - 1)
     options["seed"] = None if seed is None else seed % 2**64
     options["stop"] = stop_strings(fields, "stop")
-    options["stop_token_ids"] = fields.items("stop_token_ids", _MOST_STOPS)
+    options["stop_token_ids"] = token_ids(fields, "stop_token_ids", engine, _MOST_STOPS)
     options["min_tokens"] = fields.integer("min_tokens", 0, _MOST_TOKENS)
     bias = fields.object("logit_bias")
     if bias is not None:
@@ -60,6 +60,15 @@ def sampling_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS) or limit
     options["max_tokens"] = min(limit or _MOST_TOKENS, engine.model.config.max_context)
     return {name: value for name, value in options.items() if value is not None}
+
+
+def token_ids(fields: Fields, name: str, engine: Engine, most: int) -> list[int] | None:
+    """Return a list of at most ``most`` ids of tokens in the model's vocabulary."""
+    tokens = fields.items(name, most)
+    size = engine.model.config.vocab_size
+    if not all(type(token) is int and 0 <= token < size for token in tokens or []):
+        fields.refuse(name, f"must hold token ids from 0 to {size - 1}", code="unknown_token")
+    return tokens
 
 
 def stop_strings(fields: Fields, name: str) -> list[str]:

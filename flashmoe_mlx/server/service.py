@@ -15,6 +15,7 @@ from flashmoe_mlx.server.answer import Answer, Prepared
 from flashmoe_mlx.server.conversation import Conversation
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.events import Event, Failed, Finished
+from flashmoe_mlx.server.lengths import check_prompt_memory, refuse_long, texts_of
 from flashmoe_mlx.server.metrics import Metrics
 from flashmoe_mlx.server.worker import Worker
 from flashmoe_mlx.text.tool_calls import ToolCallReader
@@ -112,8 +113,9 @@ class Service:
         tools = conversation.tools or None
 
         def make() -> Prepared:
+            refuse_long(texts_of(conversation.messages), engine)
             request = engine.request(conversation.messages, tools=tools, **conversation.options)
-            engine.runner.checked_tokens(request.prompt_ids)
+            check_prompt_memory(len(engine.runner.checked_tokens(request.prompt_ids)), engine)
             reader = ToolCallReader(tools, engine.tokenizer.added_tokens, family_of(engine.model.config).tool_format)
             return Prepared(request, reader if tools else None)
 

@@ -9,12 +9,12 @@ from starlette.responses import JSONResponse, Response
 from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.server.calls import read_fields, service_of
 from flashmoe_mlx.server.errors import ApiError
-from flashmoe_mlx.server.fields import Fields
+from flashmoe_mlx.server.lengths import LONGEST_COUNTED
 from flashmoe_mlx.server.metrics import CONTENT_TYPE
 from flashmoe_mlx.server.openai_chat import parse_conversation
+from flashmoe_mlx.server.options import token_ids
 from flashmoe_mlx.server.service import Service
 
-_LONGEST_TEXT = 2**24
 _MOST_TOKENS = 2**20
 
 
@@ -66,7 +66,7 @@ async def tokenize(request: Request) -> Response:
         conversation = parse_conversation(fields, engine)
         tokens = (await service.prepare(conversation)).request.prompt_ids
     else:
-        text = fields.text("prompt" if "prompt" in fields else "content", _LONGEST_TEXT)
+        text = fields.text("prompt" if "prompt" in fields else "content", LONGEST_COUNTED)
         if text is None:
             fields.refuse("prompt", "is required", code="missing_field")
         tokens = await service.outside(lambda: engine.tokenizer.encode(text))
@@ -80,19 +80,11 @@ async def detokenize(request: Request) -> Response:
     """Return the text of tokens."""
     service, fields = service_of(request), await read_fields(request)
     tokenizer = service.engine.tokenizer
-    tokens = _token_ids(fields, "tokens", service)
+    tokens = token_ids(fields, "tokens", service.engine, _MOST_TOKENS)
+    if tokens is None:
+        fields.refuse("tokens", "is required: a list of token ids", code="missing_field")
     text = await service.outside(lambda: tokenizer.decode(tokens))
     return JSONResponse({"prompt": text, "content": text})
-
-
-def _token_ids(fields: Fields, name: str, service: Service) -> list[int]:
-    tokens = fields.items(name, _MOST_TOKENS)
-    if tokens is None:
-        fields.refuse(name, "is required: a list of token ids", code="missing_field")
-    size = service.engine.model.config.vocab_size
-    if not all(type(token) is int and 0 <= token < size for token in tokens):
-        fields.refuse(name, f"must hold token ids from 0 to {size - 1}", code="unknown_token")
-    return tokens
 
 
 async def tokenizer_info(request: Request) -> Response:

@@ -1,7 +1,7 @@
 """Responses that follow an answer: server-sent events, or one JSON document when the answer is complete.
 
-Both cancel the answer when the client goes, keep the connection alive while nothing happens, and give up on a client
-that does not read. The engine never waits for them.
+Both cancel the answer when the client goes, and keep the connection alive while nothing happens. The engine never waits
+for them. ``connection.py`` gives up on a client that does not read.
 """
 
 import asyncio
@@ -23,8 +23,6 @@ Send = Callable[[Message], Awaitable[None]]
 
 KEEP_ALIVE = 10.0
 """Seconds without output after which a sign of life is sent."""
-_SLOWEST_WRITE = 60.0
-"""Seconds for which a client may leave its output unread."""
 
 
 class StreamFormat(Protocol):
@@ -129,13 +127,8 @@ class Following:
 
 
 async def _write(send: Send, body: bytes) -> None:
-    """Send a part of the body.
-
-    Raises:
-        TimeoutError: the client does not read.
-    """
-    async with asyncio.timeout(_SLOWEST_WRITE):
-        await send({"type": "http.response.body", "body": body, "more_body": True})
+    """Send a part of the body."""
+    await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
 class EventStream(Following):
@@ -154,8 +147,8 @@ class EventStream(Following):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # the signature of ASGI
         """Send the response."""
         async with self._following(receive) as connection:
-            with suppress(TimeoutError, OSError):
-                await send(_start(200, {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}))
+            with suppress(OSError):
+                await send(start_message(200, {"content-type": "text/event-stream; charset=utf-8", **_STREAM_HEADERS}))
                 await _write(send, self._format.opening())
                 async for batch in self._batches():
                     if connection.gone or self._superseded:
@@ -193,14 +186,14 @@ class WholeAnswer(Following):
         headers = {"content-type": "application/json"}
         begun = False
         async with self._following(receive) as connection:
-            with suppress(TimeoutError, OSError):
+            with suppress(OSError):
                 async for batch in self._batches():
                     if connection.gone or self._superseded:
                         return
                     if not batch:
                         if not begun:
                             begun = True
-                            await send(_start(200, headers))
+                            await send(start_message(200, headers))
                         await _write(send, b" ")
                 error = self._failure()
                 if error is None:
@@ -211,7 +204,7 @@ class WholeAnswer(Following):
                     body = to_json(error_body(scope["path"], error))
                 if not begun:
                     status, extra = (200, {}) if error is None else (error.status, error.headers)
-                    await send(_start(status, {**headers, **extra, "content-length": str(len(body))}))
+                    await send(start_message(status, {**headers, **extra, "content-length": str(len(body))}))
                 await _write(send, body)
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
                 connection.delivered = True
@@ -220,6 +213,7 @@ class WholeAnswer(Following):
 _STREAM_HEADERS = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
-def _start(status: int, headers: Mapping[str, str]) -> Message:
+def start_message(status: int, headers: Mapping[str, str]) -> Message:
+    """Return the message of ASGI that begins a response."""
     pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
     return {"type": "http.response.start", "status": status, "headers": pairs}

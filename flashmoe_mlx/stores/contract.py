@@ -19,7 +19,7 @@ import operator
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from threading import Lock, get_ident
@@ -147,6 +147,10 @@ class StoreStats:
         return StoreStats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
+OnMisses = Callable[[int, tuple[int, ...]], object]
+"""Receives a layer and experts that were not in memory. It must not call the store."""
+
+
 class ExpertStore(ABC):
     """Base class of stores, which serve the records of experts.
 
@@ -172,6 +176,8 @@ class ExpertStore(ABC):
         self._stats = StoreStats()
         self._closed = False
         self._lock = Lock()
+        self.on_misses: OnMisses | None = None
+        """Receives the layer and the missing experts of each successful fetch that missed some, inside the fetch."""
         self._fetching: int | None = None
         """The thread whose fetch is running."""
         self._process = os.getpid()
@@ -219,6 +225,8 @@ class ExpertStore(ABC):
                 delivery.finish(indices, batch)
             finally:
                 self._fetching = None
+            if done.misses and self.on_misses is not None:
+                self.on_misses(layer, delivery.missing or tuple(dict.fromkeys(indices)))
             seconds = time.perf_counter() - start - delivery.seconds
             requests, overlapped = done.hits + done.misses, delivery.overlapped
             self._stats += replace(
@@ -306,7 +314,7 @@ class ExpertStore(ABC):
             experts: indices of the experts.
             delivery: may be given experts before all have arrived: first the experts that need no read, when all other
                 experts are being read, then further experts, each distinct expert once. Without a call, the caller
-                passes all experts on at the end.
+                passes all experts on at the end. A store that holds a part of the experts sets ``delivery.missing``.
         """
 
     def _prefetch(self, layer: int, experts: Sequence[int]) -> None:  # noqa: B027  # stores may ignore hints

@@ -50,9 +50,10 @@ class Delivery:
         wanted: whether the caller takes experts before all have arrived.
         seconds: time spent in ``arrived``.
         overlapped: the part of ``seconds`` during which further experts were being read.
+        missing: the distinct experts that had to be read; empty if all or none had to be.
     """
 
-    __slots__ = ("_arrived", "_delivered", "_total", "overlapped", "seconds", "wanted")
+    __slots__ = ("_arrived", "_delivered", "_total", "missing", "overlapped", "seconds", "wanted")
 
     def __init__(self, arrived: Arrived | None, total: int) -> None:
         self._arrived = arrived
@@ -60,6 +61,7 @@ class Delivery:
         self._delivered = 0
         self.wanted = arrived is not None
         self.seconds = self.overlapped = 0.0
+        self.missing: tuple[int, ...] = ()
 
     def deliver(self, experts: Sequence[int], batch: Callable[[], ExpertBatch]) -> None:
         """Pass ``experts`` on, with the result of ``batch``, a batch of exactly these experts."""

@@ -24,6 +24,8 @@ from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 log = logging.getLogger(__name__)
 _KEY_VARIABLE = "FLASHMOE_API_KEY"
 _LARGEST_KEY_FILE = 2**16
+_RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "stop_seconds": (0, 86_400)}
+"""The smallest and the largest value of every number in ``ServerConfig``."""
 
 
 @dataclass
@@ -44,6 +46,7 @@ def run(config: Config, run_dir: Path) -> None:
     from flashmoe_mlx.server.service import Service, Settings
 
     options = config.server
+    _check_ranges(options)
     keys = _keys(options.api_key_file)
     check_exposure(options.host, has_key=bool(keys), insecure=options.insecure)
     folder = model_folder(config.model, config.backend)
@@ -79,9 +82,9 @@ def run(config: Config, run_dir: Path) -> None:
             backend=str(backend.get("_target_", "")).split(".")[-2:][0],
             record=record,
         )
+        policy = Policy(tuple(keys), (*options.names, options.host), tuple(options.origins))
         listener = listening_socket(options.host, options.port)
         host, port = listener.getsockname()[:2]
-        policy = Policy(tuple(keys), (*options.names, options.host), tuple(options.origins))
 
         def ready() -> None:
             for line in client_lines(host, port, name, needs_key=bool(keys)):
@@ -92,13 +95,21 @@ def run(config: Config, run_dir: Path) -> None:
     show(f"record: {run_dir}")
 
 
+def _check_ranges(options: ServerConfig) -> None:
+    for name, (low, high) in _RANGES.items():
+        value = getattr(options, name)
+        if not low <= value <= high:  # which NaN fails, too
+            raise InputError(f"server.{name}={value}: must be from {low} to {high}", code="out_of_range")
+
+
 def _keys(path: str | None) -> list[bytes]:
     """Return the accepted API keys: the lines of a file, and the value of an environment variable.
 
     Raises:
         InputError: the file is missing or holds no key; code "invalid_api_key_file".
     """
-    keys = [os.environ[_KEY_VARIABLE]] if os.environ.get(_KEY_VARIABLE) else []
+    given = os.environ.get(_KEY_VARIABLE, "").strip()
+    keys = [given] if given else []
     if path is not None:
         text = read_text(expand_path(path), _LARGEST_KEY_FILE)
         found = [line.strip() for line in (text or "").splitlines() if line.strip()]

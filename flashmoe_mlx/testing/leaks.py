@@ -6,18 +6,22 @@ import gc
 import os
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
 
+_SECONDS_TO_END = 2.0
 _F_GETPATH = 50  # <sys/fcntl.h> of macOS
 
 
 @contextlib.contextmanager
 def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[None]:
-    """Assert that the enclosed code leaves the open descriptors and the number of threads as they were.
+    """Assert that the enclosed code leaves no open descriptor and no running thread behind.
+
+    Descriptors and threads that end meanwhile do not count, and a thread that is about to end has two seconds to do so.
 
     Args:
         folder: a folder above all files of experts.
@@ -26,10 +30,16 @@ def nothing_left_behind(folder: Path, driver: bool | None = None) -> Iterator[No
     """
     driver = mx.default_device() == mx.gpu if driver is None else driver
     gc.collect()
-    before = _descriptors(folder, driver), threading.active_count()
+    descriptors, threads = _descriptors(folder, driver), set(threading.enumerate())
     yield
     gc.collect()
-    assert (_descriptors(folder, driver), threading.active_count()) == before
+    deadline = time.monotonic() + _SECONDS_TO_END
+    while new := set(threading.enumerate()) - threads:
+        if time.monotonic() > deadline:
+            raise AssertionError(f"threads left behind: {sorted(thread.name for thread in new)}")
+        time.sleep(0.01)
+    if opened := _descriptors(folder, driver) - descriptors:
+        raise AssertionError(f"descriptors left open: {sorted(opened.elements())}")
 
 
 def _descriptors(folder: Path, driver: bool) -> Counter[str]:

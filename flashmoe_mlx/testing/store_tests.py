@@ -293,6 +293,21 @@ class ExpertStoreTests:
         assert store.stats() - before == StoreStats(fetches=3, requests=5, hits=5)
         check(store.fetch(0, [1, 3]), 0, [1, 3], stored)
 
+    def test_misses_are_reported(self, store: ExpertStore, stored: StoredExperts) -> None:
+        """The reported experts are as many as the counted misses: those that the fetch did not find in a slot."""
+        reported: list[tuple[int, tuple[int, ...]]] = []
+        store.on_misses = lambda layer, experts: reported.append((layer, experts))
+        for experts in ([1, 3], [3, 5, 3], [5, 1], [5]):
+            before, count = store.stats(), len(reported)
+            check(store.fetch(2, experts), 2, experts, stored)
+            missed = (store.stats() - before).misses
+            assert len(reported) - count == (missed > 0)
+            if missed:
+                layer, found = reported[-1]
+                assert layer == 2
+                assert len(found) == len(set(found)) == missed
+                assert set(found) <= set(experts)
+
     @pytest.mark.parametrize(("layer", "expert"), [(LAYERS, 0), (-1, 0), (0, EXPERTS), (0, -1)])
     def test_noted_uses_out_of_range(self, store: ExpertStore, layer: int, expert: int) -> None:
         before = store.stats()

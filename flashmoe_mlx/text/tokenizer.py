@@ -74,7 +74,9 @@ class Tokenizer:
         """
         with _library_errors("the text cannot be tokenized", "invalid_text"):
             text.encode()  # the error for a lone surrogate names the character
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            # Faster than ``encode``, which also keeps the lock of Python meanwhile.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+            return encoding.ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Return the text of ``ids``. Invalid UTF-8 becomes U+FFFD; ids outside the vocabulary are left out."""
