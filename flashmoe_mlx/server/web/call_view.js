@@ -29,7 +29,9 @@ export function resultsForm(calls, onResults) {
       },
     },
     element("p", {}, "The model waits for results. This page runs no tools: enter what each call returns."),
-    ...calls.map((call, index) => element("label", {}, "Result of ", element("code", {}, call.name), areas[index])),
+    ...calls.map((call, index) =>
+      element("label", {}, element("span", {}, "Result of ", element("code", {}, call.name)), areas[index]),
+    ),
     element("div", { class: "buttons" }, element("button", { class: "primary" }, "Send results")),
   );
 }

@@ -158,15 +158,29 @@ function toggleList(shown) {
   part("toggle-conversations").setAttribute("aria-expanded", String(shown));
 }
 
-function connectControls() {
+/** On narrow windows the list lies over the chat: Esc and a press beside it close it. */
+function connectList() {
+  const list = part("conversations");
   const toggle = part("toggle-conversations");
-  toggle.addEventListener("click", () => toggleList(part("conversations").hidden));
-  part("conversations").addEventListener("keydown", (event) => {
-    if (event.key !== "Escape" || wide.matches) return;
-    event.stopPropagation();
+  const over = () => !list.hidden && !wide.matches;
+  toggle.addEventListener("click", () => {
+    toggleList(list.hidden);
+    if (over()) list.querySelector("button").focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.defaultPrevented || !over()) return;
+    event.preventDefault(); // it does not stop an answer
     toggleList(false);
     toggle.focus();
   });
+  part("chat").addEventListener("pointerdown", () => {
+    if (over()) toggleList(false);
+  });
+  wide.addEventListener("change", () => toggleList(wide.matches));
+}
+
+function connectControls() {
+  connectList();
   part("open-settings").addEventListener("click", async () => {
     const conversation = current;
     const settings = await askSettings(conversation.settings, server ?? { defaults: {}, canThink: true }, [themeSection()]);

@@ -76,9 +76,9 @@ export class Conversations {
     this.#listeners.changed(conversation);
   }
 
-  /** Store a conversation, unless it is empty. */
+  /** Store a conversation, unless it is empty or was deleted. */
   async save(conversation) {
-    if (conversation.head === null && !conversation.draft) return;
+    if (!this.list.includes(conversation) || (conversation.head === null && !conversation.draft)) return;
     const { id } = conversation;
     try {
       await this.#store.save(conversation);

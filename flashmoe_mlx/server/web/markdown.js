@@ -15,6 +15,7 @@ const SANITIZING = {
   ALLOWED_TAGS: TAGS,
   ALLOWED_ATTR: ["align", "class", "href", "start"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"], // all other values must be allowed addresses
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,

@@ -137,10 +137,10 @@ class AnswerView extends MessageView {
     const { node } = this;
     if (node.state === "writing") return [];
     return [
-      button("Copy", (event) => copyText(node.content, event.currentTarget)),
+      node.content ? button("Copy", (event) => copyText(node.content, event.currentTarget)) : null,
       button("Retry", () => this.actions.retry(node), { disabled: busy }),
       element("span", { class: "figures" }, figures(node)),
-    ];
+    ].filter(Boolean);
   }
 
   update() {

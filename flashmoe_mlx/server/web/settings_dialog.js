@@ -10,8 +10,8 @@ const NUMBERS = [
   { name: "repetition_penalty", label: "Repetition penalty", min: 0.01, max: 10, step: "any" },
   { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: "any" },
   { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: "any" },
-  { name: "max_tokens", label: "Most tokens of an answer", min: 1, step: 1 },
-  { name: "seed", label: "Seed", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
+  { name: "max_tokens", label: "Most tokens of an answer", min: 1, step: 1, unset: "until the model ends" },
+  { name: "seed", label: "Seed", unset: "random", min: 0, max: Number.MAX_SAFE_INTEGER, step: 1 },
 ];
 const TOOLS_EXAMPLE = JSON.stringify(
   [
@@ -44,13 +44,13 @@ export function askSettings(settings, server, extra = []) {
       element("option", { value, selected: value === settings.thinking }, text),
     ),
   );
-  const numbers = NUMBERS.map(({ name, label, hint, ...limits }) => {
+  const numbers = NUMBERS.map(({ name, label, hint, unset = "", ...limits }) => {
     const value = settings.sampling[name] ?? "";
     const input = element("input", { type: "number", inputMode: "decimal", ...limits, value, name });
-    input.placeholder = server.defaults[name] ?? "default";
+    input.placeholder = server.defaults[name] ?? unset;
     return field(label, input, hint);
   });
-  const tools = element("textarea", { rows: 4, value: settings.tools, placeholder: TOOLS_EXAMPLE, spellcheck: false });
+  const tools = element("textarea", { class: "json", rows: 6, value: settings.tools, placeholder: TOOLS_EXAMPLE, spellcheck: false });
   tools.addEventListener("input", () => tools.setCustomValidity(toolsError(tools.value)));
 
   return new Promise((resolve) => {
