@@ -27,7 +27,7 @@ FAST = ["raw=true", "prompt=Hello", "tokens=4"]
 def make_trial(setting: str, number: int, seconds: float, condition: str = "cold", **changes: Any) -> Trial:
     stage = {
         "seconds": 2 * seconds, "tokens": 2, "bytes_read": 100, "bytes_wasted": 20, "hits": 1, "misses": 3,
-        "sampled_bytes": 8, "sampled_cached_bytes": 6,
+        "sampled_bytes": 8, "sampled_cached_bytes": 6, "fetch_seconds": 3.0, "overlapped_seconds": 1.0,
         "experts_requested": 4, "prefetched": 1, "tokens_per_second": 1 / seconds, "read_gb_per_second": 2.0,
         "weights_gb_per_second": 3.0, "phase_seconds": {"compute": seconds, "io": seconds},
     }  # fmt: skip
@@ -162,7 +162,7 @@ def test_summaries_hold_medians_intervals_and_ratios() -> None:
     assert second.ratio_interval[0] < second.ratio < second.ratio_interval[1]
     assert first.step_ms == (1000, 1000, 1000)
     assert (first.bytes_per_token, first.wasted_bytes_per_token, first.hit_rate) == (50, 10, 0.25)
-    assert first.page_cache_hit_rate == 0.75
+    assert (first.page_cache_hit_rate, first.io_hidden) == (0.75, 0.25)
     assert (first.accuracy, first.prefetched) == (0.75, pytest.approx(1 / 3))
     assert first.shares == {"compute": 0.5, "io": 0.5}
     assert summarize([make_trial("a", 0, 1.0)])[0].interval is None

@@ -21,7 +21,8 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """Make the closing table.
 
     "ms" is the time of a forward pass; "hits" are experts that the store held; "page cache" is the share of the bytes
-    read that the page cache held before; "weights GB/s" counts every weight that a pass uses, from memory or storage.
+    read that the page cache held before; "I/O hidden" is the share of the time of fetches in which experts that had
+    arrived were computed; "weights GB/s" counts every weight that a pass uses, from memory or storage.
 
     Args:
         metrics: the result of ``RunMetrics.to_json``.
@@ -35,6 +36,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
         "MB/token",
         "hits",
         "page cache",
+        "I/O hidden",
         "read GB/s",
         "weights GB/s",
     ):
@@ -50,6 +52,7 @@ def metrics_table(metrics: Mapping[str, Any]) -> Table:
             _shown(stage["bytes_per_token"], ".3g", 1e-6),
             _shown(stage["hit_rate"], ".0%"),
             _shown(stage["page_cache_hit_rate"], ".0%"),
+            _shown(stage["io_hidden"], ".0%"),
             _shown(stage["read_gb_per_second"], ".2f"),
             _shown(stage["weights_gb_per_second"], ".2f"),
         )
@@ -64,6 +67,10 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "interrupted before the first token"
     else:
         yield f"first token after {first:.3g} s; {reasons.get(metrics['finish_reason'], 'interrupted')}"
+    known = metrics["prompt"]
+    if known["reused"]:
+        place = {"disk": "cache_dir", "live": "the latest conversation"}.get(known["reused_from"], "memory")
+        yield f"prompt: {known['reused']:,} of {known['tokens']:,} tokens from {place}, {known['computed']:,} computed"
     prompt, chunk = metrics["prefill"]["tokens"], metrics["prefill_chunk"]
     if chunk is not None and prompt > chunk:
         yield f"prefill: {chunk:,} tokens through a layer at once, {-(-prompt // chunk)} passes over the experts"
@@ -83,6 +90,8 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"prefetch: {guesses['accuracy']:.0%} of the predictions correct, {_shown(useful, '.0%')} of the reads "
             f"started early, {_shown(wasted, '.3g')} MB/token wasted"
         )
+    if metrics["forced_tokens"]:
+        yield f"constraint: {metrics['forced_tokens']} tokens were forced, and needed no decode step of their own"
     if metrics["sampling"] is not None:
         yield f"sampling: {metrics['sampling']['description']}"
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"

@@ -36,13 +36,16 @@ class Stage:
     store: StoreStats = field(default_factory=StoreStats)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+    def to_json(self, resident_bytes: int, record_bytes: float) -> dict[str, Any]:
         """Return rates and counters; None where nothing was measured.
+
+        ``record_bytes`` is the mean size of a record over the layers.
 
         ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
         divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
         misses that had been hinted, ``bytes_wasted`` the bytes read because of wrong hints. ``page_cache_hit_rate`` is
-        the share of the bytes read that the page cache held before, from a sample.
+        the share of the bytes read that the page cache held before, from a sample. ``io_hidden`` is the share of the
+        time of fetches in which experts were computed while others were read.
         """
         store, requests = self.store, self.store.requests
         read_on_demand = store.bytes_read - record_bytes * store.prefetched
@@ -66,6 +69,8 @@ class Stage:
             "prefetched": store.prefetched,
             "bytes_wasted": store.bytes_wasted,
             "fetch_seconds": store.fetch_seconds,
+            "overlapped_seconds": store.overlapped_seconds,
+            "io_hidden": store.io_hidden,
             "read_gb_per_second": ratio(read_on_demand / 1e9, store.fetch_seconds),
             "weights_gb_per_second": ratio(touched / 1e9, self.seconds),
             "phase_seconds": {**self.phases, "other": self.seconds - sum(self.phases.values())},
@@ -101,7 +106,7 @@ class RunMetrics:
         """Tokens of the prompt that were computed."""
         return self.prefill.tokens
 
-    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+    def to_json(self, resident_bytes: int, record_bytes: float) -> dict[str, Any]:
         """Return all measurements in the form of ``metrics.json``, in seconds, bytes and tokens."""
         return {
             "metrics_version": METRICS_VERSION,

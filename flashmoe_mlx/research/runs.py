@@ -23,6 +23,7 @@ _STAGE = (
     "hits",
     "hit_rate",
     "page_cache_hit_rate",
+    "io_hidden",
     "prefetched",
     "reads",
     "read_gb_per_second",

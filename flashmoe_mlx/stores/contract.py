@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
@@ -90,7 +90,7 @@ class LayerInMemory:
     """All experts of one layer, in memory that MLX reads in place.
 
     Attributes:
-        slab: one buffer with all experts, uint8 [rows, record bytes].
+        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
         table: the row of ``slab`` that holds each expert, int32 [experts].
     """
 
@@ -140,6 +140,15 @@ class StoreStats:
         """Share of the bytes read that were in the page cache before, from the sample; None without a sample."""
         return self.sampled_cached_bytes / self.sampled_bytes if self.sampled_bytes else None
 
+    @property
+    def io_hidden(self) -> float | None:
+        """Share of the time of fetches that the caller spent computing while further experts were being read.
+
+        It leaves out reads that a hint started and that ended before their fetch. None if nothing was read.
+        """
+        seconds = self.fetch_seconds + self.overlapped_seconds
+        return self.overlapped_seconds / seconds if self.misses and seconds else None
+
     def __add__(self, other: "StoreStats") -> "StoreStats":
         return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
@@ -183,8 +192,8 @@ class ExpertStore(ABC):
         self._process = os.getpid()
 
     @property
-    def layout(self) -> RecordLayout:
-        """The layout of every record in the batches."""
+    def layout(self) -> LayerLayouts:
+        """The layout of the records of each layer; a slot has room for the largest record."""
         return self.source.layout
 
     def fetch(

@@ -15,7 +15,10 @@ _log = logging.getLogger(__name__)
 
 
 class Prefetch(Protocol):
-    """The prefetch of one record into ``slot``; ``sampled`` are the counters of its lookup in the page cache."""
+    """The prefetch of one record into ``slot``; ``sampled`` are the counters of its lookup in the page cache.
+
+    Classes that implement it inherit ``writing``.
+    """
 
     slot: int
     sampled: StoreStats
@@ -35,7 +38,7 @@ class Prefetch(Protocol):
     @property
     def writing(self) -> bool:
         """Whether the slot may still be written to."""
-        ...
+        return not self.ended and (self.begun or not self.cancelled)
 
     @property
     def complete(self) -> bool:
@@ -62,7 +65,7 @@ class Prefetch(Protocol):
 
 
 @dataclass(eq=False)
-class RingPrefetch:
+class RingPrefetch(Prefetch):
     """A prefetch through the ring of the reader; what has been submitted is not cancelled."""
 
     slot: int
@@ -80,10 +83,6 @@ class RingPrefetch:
     @property
     def ended(self) -> bool:
         return self.run.ended
-
-    @property
-    def writing(self) -> bool:
-        return not self.run.ended and (self.begun or not self.cancelled)
 
     @property
     def complete(self) -> bool:
@@ -105,7 +104,7 @@ class RingPrefetch:
 
 
 @dataclass(eq=False, slots=True)
-class ThreadPrefetch:
+class ThreadPrefetch(Prefetch):
     """A prefetch by a thread, which sets the second group of fields; the owner sets all other fields."""
 
     slot: int
@@ -126,10 +125,6 @@ class ThreadPrefetch:
     @property
     def ended(self) -> bool:
         return self.finished.is_set()
-
-    @property
-    def writing(self) -> bool:
-        return not self.finished.is_set() and (self.begun or not self.cancelled)
 
     def start(self) -> None:
         self.queue.put(self)

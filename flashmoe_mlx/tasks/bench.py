@@ -253,8 +253,8 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")
     table.add_column("backend", no_wrap=True)
     for heading in (
-        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "read GB/s", "weights GB/s", "I/O",
-        "compute", "TTFT s",
+        "tok/s", "x first", "ms p5/p50/p95", "MB/token", "hits", "page cache", "I/O hidden", "read GB/s",
+        "weights GB/s", "I/O", "compute", "TTFT s",
     ):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     for summary in summaries:
@@ -269,6 +269,7 @@ def _table(condition: str, summaries: Sequence[Summary]) -> Table:
             f"{summary.bytes_per_token / 1e6:.4g}",
             _percent(summary.hit_rate),
             _percent(summary.page_cache_hit_rate),
+            _percent(summary.io_hidden),
             "-" if summary.read_gb_per_second is None else f"{summary.read_gb_per_second:.2f}",
             "-" if summary.weights_gb_per_second is None else f"{summary.weights_gb_per_second:.2f}",
             _percent(summary.shares.get("io", 0.0)),

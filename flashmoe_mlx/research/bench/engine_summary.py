@@ -29,6 +29,8 @@ class Summary:
         bytes_per_token: bytes read, mean over all tokens.
         hit_rate: share of requested experts that were in slots; None without requests.
         page_cache_hit_rate: share of the bytes read that the page cache held before; None without a sample.
+        io_hidden: share of the time of fetches in which experts were computed while others were read; None without
+            misses.
         read_gb_per_second: rate of reads during fetches.
         weights_gb_per_second: bytes of all used weights, divided by the whole time.
         shares: share of the time in each phase: "compute", "io" and so on.
@@ -54,6 +56,7 @@ class Summary:
     bytes_per_token: float
     hit_rate: float | None
     page_cache_hit_rate: float | None
+    io_hidden: float | None
     read_gb_per_second: float | None
     weights_gb_per_second: float | None
     shares: Mapping[str, float]
@@ -114,6 +117,7 @@ def _summarize_group(trials: Sequence[Trial], first: Sequence[Trial]) -> Summary
         bytes_per_token=total("bytes_read") / tokens,
         hit_rate=_ratio(total("hits"), total("experts_requested")),
         page_cache_hit_rate=_ratio(total("sampled_cached_bytes"), total("sampled_bytes")),
+        io_hidden=_io_hidden(stages),
         read_gb_per_second=_mean([stage["read_gb_per_second"] for stage in stages]),
         weights_gb_per_second=_mean([stage["weights_gb_per_second"] for stage in stages]),
         shares={phase: spent / seconds for phase, spent in phases.items()},
@@ -131,6 +135,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _io_hidden(stages: Sequence[Mapping[str, Any]]) -> float | None:
+    """Compute the share over all ``stages`` that have misses."""
+    reading = [stage for stage in stages if stage["misses"]]
+    hidden = sum(stage.get("overlapped_seconds", 0.0) for stage in reading)  # resumed records may be older
+    return _ratio(hidden, hidden + sum(stage["fetch_seconds"] for stage in reading))
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
