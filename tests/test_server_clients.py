@@ -113,11 +113,11 @@ def _fails_first(submit: Any) -> Any:
 
     calls: list[int] = []
 
-    def wrapped(service: Any, prepared: Any) -> Any:
+    def wrapped(service: Any, *arguments: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise ApiError("the queue is full", status=429, code="queue_full", retry_after=1)
-        return submit(prepared)
+        return submit(*arguments, **named)
 
     return wrapped
 
