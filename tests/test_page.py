@@ -1,7 +1,6 @@
 """The web page in Chromium: it chats with a model that says given texts."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -88,17 +87,6 @@ def scripted(pack: Path) -> Iterator[Live]:
     """Serve the model of ``pack``."""
     with serve(pack) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Start Chromium: the system's, or the one of playwright."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        found = shutil.which("chromium") or shutil.which("chromium-browser")
-        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 class Tab:
