@@ -11,7 +11,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class Config(GenerationConfig):
     """Keys of ``task=generate``."""
 
-    prefetch: str = "none"
+    prefetch: str | None = None
     profile: bool = False
 
 
@@ -33,6 +33,7 @@ def run(config: Config, run_dir: Path) -> None:
     """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
     folder = model_folder(config.model, config.backend)
     backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    prefetch = chosen_prefetch(config.prefetch, config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
@@ -41,7 +42,7 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            prefetch=config.prefetch,
+            prefetch=prefetch,
             profile=config.profile,
             prompt_cache_gib=0,
             on_load=announce,

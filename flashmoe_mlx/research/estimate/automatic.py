@@ -48,6 +48,34 @@ def choose_backend(
         InputError: the experts are not quantized (code "unsupported_layout"), or the model does not fit into memory
             ("not_enough_memory").
     """
+    model = _model(files, variant, experts_k)
+    found = estimates(model, Machine(profile, memory))
+    if not found:
+        raise _too_large(model, memory)
+    best, *slower = found
+    return Choice(_settings(best, variant), best, slower)
+
+
+def room_for_experts(files: ModelFiles, memory: int, variant: str | None = None, experts_k: int | None = None) -> int:
+    """Return the bytes of ``memory`` that the model in ``files`` leaves for experts.
+
+    For the arguments and errors, see ``choose_backend``.
+    """
+    model = _model(files, variant, experts_k)
+    if model.need.total >= memory:
+        raise _too_large(model, memory)
+    return memory - model.need.total
+
+
+def _too_large(model: Model, memory: int) -> InputError:
+    return InputError(
+        f"backend=auto: the model needs {model.need.total / GIB:.1f} GiB before it keeps any expert, and "
+        f"{memory / GIB:.1f} GiB are usable",
+        code="not_enough_memory",
+    )
+
+
+def _model(files: ModelFiles, variant: str | None, experts_k: int | None) -> Model:
     layout = files.variant(variant).layout
     if layout.bits is None or layout.group_size is None:
         raise InputError(
@@ -58,16 +86,7 @@ def choose_backend(
     scales = 2 if choose("auto").accepts_any_scale_dtype else size
     k = config.experts_per_token if experts_k is None else experts_k
     context = min(_CONTEXT, config.max_context)
-    model = Model(config, layout.bits, layout.bits, k, context, size, scales, None, layout.group_size)
-    found = estimates(model, Machine(profile, memory))
-    if not found:
-        raise InputError(
-            f"backend=auto: the model needs {model.need.total / GIB:.1f} GiB before it keeps any expert, and "
-            f"{memory / GIB:.1f} GiB are usable",
-            code="not_enough_memory",
-        )
-    best, *slower = found
-    return Choice(_settings(best, variant), best, slower)
+    return Model(config, layout.bits, layout.bits, k, context, size, scales, None, layout.group_size)
 
 
 def _settings(estimate: Estimate, variant: str | None) -> dict[str, Any]:

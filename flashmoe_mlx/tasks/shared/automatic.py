@@ -1,4 +1,7 @@
-"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest."""
+"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest.
+
+A result of ``task=tune`` for the model comes before the speed model, which only knows the machine.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +14,7 @@ from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import Estimate
 from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.research.tuning import Tuned, TunedFile
 from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
 from flashmoe_mlx.stores.registry import AUTO
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
@@ -24,7 +28,8 @@ def chosen_backend(
 ) -> dict[str, Any]:
     """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
-    The first call on a machine measures it for two minutes. The choice and its reasons are shown.
+    Without a result of ``task=tune``, the first call on a machine measures it for two minutes. The choice and its
+    reasons are shown.
 
     Args:
         settings: the settings of a backend.
@@ -38,12 +43,14 @@ def chosen_backend(
     """
     if settings.get("_target_") != AUTO:
         return dict(settings)
-    for name in settings:
-        if name not in _OPTIONS:
-            raise InputError(
-                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
-                code="unknown_option",
-            )
+    check_automatic(settings)
+    tuned = _tuned(settings, folder, choice, experts_k)
+    if tuned is not None:
+        show(
+            f"backend=auto: {tuned.label}, {tuned.tokens_per_second:.3g} tok/s measured by task=tune on "
+            f"{tuned.created[:10]}"
+        )
+        return {**tuned.backend, "mirrors": settings.get("mirrors") or tuned.backend.get("mirrors", [])}
     profile = machine_profile(cache_folder(choice))
     files = open_model(folder)
     made = choose_backend(files, profile, usable_memory(), settings.get("variant"), experts_k)
@@ -53,6 +60,44 @@ def chosen_backend(
         f"({made.estimate.low:.3g} to {made.estimate.high:.3g}){f'; slower: {slower}' if slower else ''}"
     )
     return made.settings | {"mirrors": settings.get("mirrors", [])}
+
+
+def chosen_prefetch(
+    prefetch: str | None, settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
+) -> str:
+    """Return ``prefetch``; None is the policy that ``task=tune`` found for ``backend=auto``, or "none".
+
+    For the other arguments, see ``chosen_backend``.
+    """
+    if prefetch is not None or settings.get("_target_") != AUTO:
+        return prefetch or "none"
+    tuned = _tuned(settings, folder, choice, experts_k)
+    return "none" if tuned is None else tuned.prefetch
+
+
+def check_automatic(settings: Mapping[str, Any]) -> None:
+    """Raise InputError if ``settings`` of ``backend=auto`` have an option that it chooses itself."""
+    for name in settings:
+        if name not in _OPTIONS:
+            raise InputError(
+                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
+                code="unknown_option",
+            )
+
+
+def tuned_file(choice: ModelChoice) -> TunedFile:
+    """Return the results of ``task=tune`` in the cache folder."""
+    return TunedFile(cache_folder(choice) / "tuned.json")
+
+
+def _tuned(settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None) -> Tuned | None:
+    """Return the result for a model; None without one, and if its slots do not fit into the memory that is free."""
+    k = open_model(folder).config.experts_per_token if experts_k is None else experts_k
+    found = tuned_file(choice).get(folder, settings.get("variant"), k)
+    if found is None:
+        return None
+    budget = found.backend.get("budget_gib")
+    return None if isinstance(budget, int | float) and budget * GIB > available_memory() else found
 
 
 def _shown(estimate: Estimate) -> str:
