@@ -30,8 +30,10 @@ class Pack2Store(ReadingStore):
         self, source: ExpertSource, slots: int = 16, reader: str = "pread", depth: int = 4, direct: bool = False
     ) -> None:
         if source.layout.bits != 2:
+            single = source.layout.single_format
+            found = "several formats" if single is None else single.name
             raise InputError(
-                f"backend=pack2 reads experts of 2 bits, these have {source.layout.bits or 'dense weights'}; "
+                f"backend=pack2 reads experts of 2 bits, these have {found}; "
                 "leave backend.variant=q2, or choose another backend",
                 code="wrong_width",
             )

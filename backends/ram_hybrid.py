@@ -69,13 +69,13 @@ class RamHybridStore(ExpertStore):
         preload: bool = False,
     ) -> None:
         SLOTS.check("slots", slots)
-        record = source.layout.record_bytes
+        column = source.layout.bytes_in_all_layers
         budget = _budget(budget_gib, memory_share)
-        capacity = min(budget // (record * source.num_layers), source.num_experts)
+        capacity = min(budget // column, source.num_experts)
         if capacity < 1:
             raise InputError(
                 f"backend=ram_hybrid: {budget / GIB:.3g} GiB hold less than one expert for each of {source.num_layers} "
-                f"layers; backend.budget_gib must be at least {record * source.num_layers / GIB:.3g}",
+                f"layers; backend.budget_gib must be at least {column / GIB:.3g}",
                 code="budget_too_small",
             )
         super().__init__(source, min(slots, capacity))
@@ -83,8 +83,8 @@ class RamHybridStore(ExpertStore):
         self._hot = _hot_experts(source, policy, trace)
         self._capacity = capacity
         self._caches = [self._empty(layer) for layer in range(source.num_layers)]
-        maker = SlotMaker(record, self.slots)
-        size = record * source.num_layers * capacity + maker.shared_bytes + maker.spare_bytes
+        maker = SlotMaker(source.layout.record_bytes, self.slots)
+        size = column * capacity + maker.shared_bytes + maker.spare_bytes
         check_memory("backend=ram_hybrid", size, "choose a smaller backend.budget_gib")
         self._reader = ReadAhead(
             source,
@@ -99,7 +99,7 @@ class RamHybridStore(ExpertStore):
         self._places: dict[int, list[int]] = {}
         """The slots of all experts, for each layer in ``_whole``."""
         try:
-            self._layers += (maker.make(capacity) for _ in range(source.num_layers))
+            self._layers += (maker.make(capacity, layout.record_bytes) for layout in source.layout)
             if preload:
                 self._preload()
         except BaseException:

@@ -38,7 +38,7 @@ class ResidentStore(ExpertStore):
     def __init__(self, source: ExpertSource, reader: str = "pread", depth: int = 4) -> None:
         super().__init__(source, source.num_experts)
         maker = SlotMaker(source.layout.record_bytes, _BATCH)
-        size = source.num_layers * source.num_experts * source.layout.record_bytes
+        size = source.num_experts * source.layout.bytes_in_all_layers
         check_memory(
             "backend=resident",
             size + maker.shared_bytes,
@@ -48,7 +48,7 @@ class ResidentStore(ExpertStore):
         expert_reader = make_reader(reader, source, depth)
         try:
             for layer in range(source.num_layers):
-                slots = maker.make(source.num_experts)
+                slots = maker.make(source.num_experts, source.layout[layer].record_bytes)
                 for start in range(0, source.num_experts, _BATCH):
                     filling = slots.fill(range(start, min(start + _BATCH, source.num_experts)))
                     wanted = list(filling.rows.items())  # expert n is in slot n

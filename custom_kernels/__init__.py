@@ -36,7 +36,7 @@ from flashmoe_mlx.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-ChooseExperts = Callable[[mx.array, mx.array, int], tuple[mx.array, mx.array, mx.array]]
+ChooseExperts = Callable[[mx.array, mx.array, int, bool, bool], tuple[mx.array, mx.array, mx.array]]
 NormedMatvec = Callable[..., tuple[mx.array, mx.array]]
 PREFERENCES = ("auto", "mlx", "reference")
 _GPUS = ("metal", "cuda")

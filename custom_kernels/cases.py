@@ -21,6 +21,7 @@ from flashmoe_mlx.custom_kernels.chosen_experts import gpu as chosen_gpu
 from flashmoe_mlx.custom_kernels.chosen_experts import reference as chosen_reference
 from flashmoe_mlx.custom_kernels.dense_experts import gpu as dense_gpu
 from flashmoe_mlx.custom_kernels.dense_experts import reference as dense_reference
+from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.gated_delta_net import chunked
 from flashmoe_mlx.custom_kernels.gated_delta_net import cpu as delta_cpu
 from flashmoe_mlx.custom_kernels.gated_delta_net import gpu as delta_gpu
@@ -92,7 +93,7 @@ def routed_experts(
 
     return Case(
         "routed_experts",
-        f"{form.bits} bit g{form.group_size} K={k}{'+1' if own else ''} T={tokens}",
+        f"{_short(form)} K={k}{'+1' if own else ''} T={tokens}",
         dtype,
         read,
         on_records if on_cpu else lambda: run(experts_gpu.routed_experts, made.x),
@@ -101,8 +102,20 @@ def routed_experts(
     )
 
 
+def _short(form: ExpertFormat) -> str:
+    """Return the formats of gate, up and down, each once."""
+    return "/".join(dict.fromkeys(f"{own.bits} bit g{own.group_size}" for own in form.formats))
+
+
 def chosen_experts(
-    geometry: Geometry, dtype: mx.Dtype, *, k: int = 4, tokens: int = 1, experts: int = 40, **options: Any
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    k: int = 4,
+    tokens: int = 1,
+    experts: int = 40,
+    renormalized: bool = True,
+    **options: Any,
 ) -> Case:
     """Return the experts that scores choose.
 
@@ -112,10 +125,10 @@ def chosen_experts(
         k: experts per token.
         tokens: number of tokens.
         experts: number of experts to choose from, which share a few records.
+        renormalized: whether the weights of chosen experts sum to 1.
         **options: further arguments of ``expert_inputs``.
     """
     made = expert_inputs(geometry, dtype, k=k, tokens=tokens, **options)
-    assert made.shared is not None
     scores = different_scores(tokens, experts, dtype, seed=k)
     table = mx.array(np.random.default_rng(k).integers(0, len(made.slab), experts), mx.int32)
     residual = RandomInputs(dtype, seed=1).normal(tokens, geometry.hidden)
@@ -124,12 +137,13 @@ def chosen_experts(
 
     def run(implementation: Callable[..., Results], wide: mx.Dtype) -> Results:
         x, added = made.x.astype(wide), residual.astype(wide)
-        y, chosen = implementation(x, added, made.slab, scores.astype(wide), table, earlier, k, made.form, made.shared)
+        choice = (scores.astype(wide), table, earlier, k)
+        y, chosen = implementation(x, added, made.slab, *choice, made.form, made.shared, renormalized)
         return y, chosen
 
     return Case(
         "chosen_experts",
-        f"{made.form.bits} bit K={k} of {experts} T={tokens}",
+        f"{made.form.gate.bits} bit K={k} of {experts} T={tokens}",
         dtype,
         k * made.payload_bytes,
         lambda: run(chosen_gpu.chosen_experts, dtype),
@@ -139,7 +153,13 @@ def chosen_experts(
 
 
 def dense_experts(
-    geometry: Geometry, dtype: mx.Dtype, *, bits: int = 4, group_size: int = 64, experts: int = 2, seed: int = 0
+    geometry: Geometry,
+    dtype: mx.Dtype,
+    *,
+    bits: int | tuple[int, int, int] = 4,
+    group_size: int = 64,
+    experts: int = 2,
+    seed: int = 0,
 ) -> Case:
     """Return some of the experts of a slab, in another order.
 
@@ -287,6 +307,7 @@ def attention(
     on_cpu: bool = False,
     frequencies: tuple[float, ...] | None = None,
     kv_bits: int | None = None,
+    gated: bool = True,
 ) -> Case:
     """Return tokens at the end of a filled cache.
 
@@ -299,8 +320,9 @@ def attention(
         on_cpu: run the kernel of the C++ extension.
         frequencies: radians per position of each rotary pair; None for powers of theta.
         kv_bits: width of cached keys and values.
+        gated: whether queries have gates.
     """
-    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits)
+    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits, gated=gated)
     made = replace(made, weights=replace(made.weights, frequencies=frequencies))
 
     def with_own_caches() -> attention_reference.AttentionInputs:
@@ -325,7 +347,7 @@ def attention(
 
     return Case(
         "attention",
-        f"context {context} T={tokens}{f' {kv_bits} bit' if kv_bits else ''}",
+        f"context {context} T={tokens}{f' {kv_bits} bit' if kv_bits else ''}{'' if gated else ' without gates'}",
         dtype,
         2 * context * geometry.kv_heads * rows.nbytes(dtype.size),
         lambda: filled(*custom(own)),

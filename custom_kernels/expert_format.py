@@ -1,4 +1,4 @@
-"""The places of an expert's matrices in its record."""
+"""The places of an expert's matrices in its record, and their formats."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,11 +6,37 @@ from functools import cache
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
 from flashmoe_mlx.formats.arrays import MLX_DTYPES
-from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, PROJECTIONS, MatrixFormat, RecordLayout
 
-__all__ = ["PROJECTIONS", "ExpertFormat", "expert_format"]
+__all__ = ["PROJECTIONS", "CodeFormat", "ExpertFormat", "expert_format"]
+
+
+@dataclass(frozen=True)
+class CodeFormat:
+    """The format of a quantized matrix.
+
+    Attributes:
+        bits: width of a code.
+        group_size: codes that share a scale and a bias.
+        dtype: type of scales and biases.
+    """
+
+    bits: int
+    group_size: int
+    dtype: mx.Dtype
+
+    @property
+    def name(self) -> str:
+        """The format in words, for the names of code paths."""
+        return format_name(self.bits, self.group_size, self.dtype)
+
+    def describes(self, weight: QuantizedWeight) -> bool:
+        """Return whether ``weight`` has this format."""
+        return (weight.bits, weight.group_size) == (self.bits, self.group_size) and (
+            weight.scales is not None and weight.scales.dtype == self.dtype
+        )
 
 
 @dataclass(frozen=True)
@@ -20,24 +46,40 @@ class ExpertFormat:
     Attributes:
         hidden_size: width of a token's vector.
         intermediate_size: width between the expert's matrices.
-        bits: width of a code.
-        group_size: codes that share a scale and a bias.
-        dtype: type of scales and biases.
-        record_bytes: size of a record, padding included.
+        gate: format of the matrix gate.
+        up: format of the matrix up.
+        down: format of the matrix down.
+        record_bytes: size of a record, padding included; rows of a slab may be longer.
         offsets: offset in bytes of every component: "gate.weight", "gate.scales", "gate.biases", "up.weight", ...
     """
 
     hidden_size: int
     intermediate_size: int
-    bits: int
-    group_size: int
-    dtype: mx.Dtype
+    gate: CodeFormat
+    up: CodeFormat
+    down: CodeFormat
     record_bytes: int
     offsets: Mapping[str, int]
+
+    @property
+    def formats(self) -> tuple[CodeFormat, CodeFormat, CodeFormat]:
+        """The formats in the order of ``PROJECTIONS``."""
+        return self.gate, self.up, self.down
+
+    @property
+    def name(self) -> str:
+        """The formats in words, for the names of code paths."""
+        if self.gate == self.up == self.down:
+            return self.gate.name
+        return ", ".join(f"{name} {form.name}" for name, form in zip(PROJECTIONS, self.formats, strict=True))
 
     def expert(self, record: mx.array) -> ExpertWeights:
         """Return the matrices of ``record``, uint8 [record_bytes], as views."""
         return ExpertWeights(*(self._weight(record, projection) for projection in PROJECTIONS))
+
+    def format_of(self, projection: str) -> CodeFormat:
+        """Return the format of ``projection``: "gate", "up" or "down"."""
+        return self.formats[PROJECTIONS.index(projection)]
 
     def shape(self, projection: str) -> tuple[int, int]:
         """Return rows and columns of ``projection``: "gate", "up" or "down"."""
@@ -46,36 +88,62 @@ class ExpertFormat:
         return self.intermediate_size, self.hidden_size
 
     def resized(self, hidden_size: int, intermediate_size: int) -> "ExpertFormat":
-        """Return the same format for experts of other sizes."""
-        dtype = next(name for name, dtype in MLX_DTYPES.items() if dtype == self.dtype)
-        form = expert_format(RecordLayout(hidden_size, intermediate_size, self.bits, self.group_size, dtype))
+        """Return the same formats for experts of other sizes."""
+        names = {dtype: name for name, dtype in MLX_DTYPES.items()}
+        formats = (MatrixFormat(own.bits, own.group_size, names[own.dtype]) for own in self.formats)
+        form = expert_format(RecordLayout(hidden_size, intermediate_size, *formats))
         assert form is not None
         return form
 
+    def template(self) -> dict[str, int | mx.Dtype]:
+        """Return the template arguments of kernels that read records: sizes, formats and offsets of all parts."""
+        template: dict[str, int | mx.Dtype] = {"HIDDEN": self.hidden_size, "INTERMEDIATE": self.intermediate_size}
+        for projection in PROJECTIONS:
+            template |= self.template_of(projection)
+        return template
+
+    def template_of(self, projection: str) -> dict[str, int | mx.Dtype]:
+        """Return the template arguments for one projection: its format, and the offsets of its parts."""
+        own, prefix = self.format_of(projection), projection.upper()
+        offsets = {f"{prefix}_{part.upper()}": self.offsets[f"{projection}.{part}"] for part in _PARTS}
+        return {f"{prefix}_BITS": own.bits, f"{prefix}_GROUP": own.group_size, f"{prefix}_S": own.dtype, **offsets}
+
     def _weight(self, record: mx.array, projection: str) -> QuantizedWeight:
         rows, columns = self.shape(projection)
-        shapes = {"weight": (rows, columns * self.bits // 32), "scales": (rows, columns // self.group_size)}
+        own = self.format_of(projection)
+        shapes = {"weight": (rows, columns * own.bits // 32), "scales": (rows, columns // own.group_size)}
         shapes["biases"] = shapes["scales"]
 
         def part(name: str) -> mx.array:
-            dtype = mx.uint32 if name == "weight" else self.dtype
+            dtype = mx.uint32 if name == "weight" else own.dtype
             offset, shape = self.offsets[f"{projection}.{name}"], shapes[name]
             return record[offset : offset + shape[0] * shape[1] * dtype.size].view(dtype).reshape(shape)
 
-        return QuantizedWeight(part("weight"), part("scales"), part("biases"), self.bits, self.group_size)
+        return QuantizedWeight(part("weight"), part("scales"), part("biases"), own.bits, own.group_size)
+
+
+_PARTS = ("weight", "scales", "biases")
 
 
 @cache
 def expert_format(layout: RecordLayout) -> ExpertFormat | None:
-    """Return the format of the records of ``layout``; None if they are dense."""
-    if layout.bits is None or layout.group_size is None:
+    """Return the format of the records of ``layout``; None if a projection is not in MLX's affine format."""
+    gate, up, down = map(_code_format, layout.formats)
+    if gate is None or up is None or down is None:
         return None
     return ExpertFormat(
         layout.hidden_size,
         layout.intermediate_size,
-        layout.bits,
-        layout.group_size,
-        MLX_DTYPES[layout.dtype],
+        gate,
+        up,
+        down,
         layout.record_bytes,
         {component.name: component.offset for component in layout.components},
     )
+
+
+def _code_format(form: MatrixFormat) -> CodeFormat | None:
+    """Return the format of a matrix in MLX's affine mode; None of any other matrix."""
+    if form.bits is None or form.group_size is None or form.mode != AFFINE:
+        return None
+    return CodeFormat(form.bits, form.group_size, MLX_DTYPES[form.dtype])

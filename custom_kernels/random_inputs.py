@@ -93,10 +93,10 @@ class RandomInputs:
     def record(self, form: ExpertFormat) -> npt.NDArray[np.uint8]:
         """Draw the record of an expert, [record_bytes]."""
         record = np.zeros(form.record_bytes, np.uint8)
-        drawn = RandomInputs(self.dtype, int(self._random.integers(2**31)), form.dtype)
         for projection in PROJECTIONS:
-            rows, columns = form.shape(projection)
-            weight = drawn.quantized(rows, columns, form.bits, form.group_size)
+            own = form.format_of(projection)
+            drawn = RandomInputs(self.dtype, int(self._random.integers(2**31)), own.dtype)
+            weight = drawn.quantized(*form.shape(projection), own.bits, own.group_size)
             for part in ("weight", "scales", "biases"):
                 raw = np.array(getattr(weight, part).reshape(-1).view(mx.uint8))
                 start = form.offsets[f"{projection}.{part}"]

@@ -35,12 +35,13 @@ class ModelShapes:
         attention: a full-attention layer of each distinct shape.
         delta: a GatedDeltaNet layer of each distinct shape.
         projections: all calls with resident quantized matrices.
-        experts: the format of routed experts; None if they are dense.
-        shared: the shared expert of each distinct format.
+        experts: the different formats of routed experts; without the formats of layers with dense experts.
+        shared: the shared expert of each distinct format; empty without shared experts.
         experts_k: routed experts per token.
         num_experts: routed experts per layer.
         slots: largest number of experts that one call applies.
         embedding: the quantized embedding table, or None.
+        renormalized: whether the weights of a token's experts sum to 1.
     """
 
     dtype: mx.Dtype
@@ -48,12 +49,13 @@ class ModelShapes:
     attention: tuple[AttentionWeights, ...]
     delta: tuple[DeltaWeights, ...]
     projections: tuple[Projection, ...]
-    experts: ExpertFormat | None
+    experts: tuple[ExpertFormat, ...]
     shared: tuple[ExpertWeights, ...]
     experts_k: int
     num_experts: int
     slots: int
     embedding: QuantizedWeight | None = None
+    renormalized: bool = True
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
         """Return whether a call may need more experts than one call applies, and so apply them in groups.

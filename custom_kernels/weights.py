@@ -1,6 +1,6 @@
 """The weights of layers, in the form that kernels read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import mlx.core as mx
@@ -27,6 +27,8 @@ class QuantizedWeight:
         biases: shape and type of ``scales``.
         bits: width of a code.
         group_size: codes that share a scale and a bias.
+        mode: MLX's mode of quantization; other modes than "affine" have scales of one byte and no biases, and only
+            MLX's operations compute with them.
     """
 
     weight: mx.array
@@ -34,6 +36,7 @@ class QuantizedWeight:
     biases: mx.array | None = None
     bits: int | None = None
     group_size: int | None = None
+    mode: str = field(default="affine", kw_only=True)
 
     @property
     def format_name(self) -> str:
@@ -57,7 +60,9 @@ class QuantizedWeight:
         if self.bits is None:
             return widen(self.weight)
         assert self.scales is not None
-        assert self.biases is not None
+        if self.biases is None:
+            sizes = self.group_size, self.bits
+            return mx.dequantize(self.weight, self.scales, None, *sizes, self.mode, dtype=mx.float32)
         return mx.dequantize(
             self.weight,
             self.scales.astype(mx.float32),
@@ -96,6 +101,7 @@ class AttentionWeights:
         eps: epsilon of both norms.
         frequencies: radians per position of each pair, in place of the powers of ``theta``.
         kv_bits: the width of cached keys and values; see ``kv_rows.RowFormat``.
+        gated: whether a gate beside every query multiplies the result of its head.
     """
 
     heads: int
@@ -108,6 +114,17 @@ class AttentionWeights:
     eps: float
     frequencies: tuple[float, ...] | None = None
     kv_bits: int | None = None
+    gated: bool = True
+
+    @property
+    def query_width(self) -> int:
+        """The columns of a head in the projection of queries: D, or 2 D with its gate."""
+        return self.head_dim * (2 if self.gated else 1)
+
+    @property
+    def gate_phrase(self) -> str:
+        """A phrase for the names of code paths; empty with gates."""
+        return "" if self.gated else "without gates"
 
     @property
     def rows(self) -> RowFormat:

@@ -11,9 +11,13 @@ from typing import Any, Self, SupportsIndex, Unpack
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import check_kernels, choose
+from flashmoe_mlx.adapters.config import AdaptedConfig
+from flashmoe_mlx.adapters.options import NO_PROMPT_CACHE, keeps_prompts, refuse_options
+from flashmoe_mlx.custom_kernels import Kernels, check_kernels, choose
+from flashmoe_mlx.custom_kernels.checks import KernelReport
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.generation.grammars import Grammars
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
@@ -39,10 +43,9 @@ from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
-from flashmoe_mlx.models.registry import family_of
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.paths import expand_path
@@ -57,6 +60,16 @@ _NO_TEMPLATE = (
     "this model has no chat template: prompts are sent as they are, as with raw=true, and it may continue them rather "
     "than answer"
 )
+_FEW_KV_BITS = (
+    "kv_bits=4 can spoil the arguments of tool calls in long conversations; kv_bits=8 is nearly exact, and "
+    "task=evaluate kv_bits=4 measures this model"
+)
+_BY_MLX = "experts in {mode} are computed by MLX's own operations, which are slower than kernels for affine formats"
+
+
+def _float_modes(store: ExpertStore) -> set[str]:
+    """Return the modes of MLX, other than affine, of the experts of ``store``."""
+    return {form.mode for layout in store.layout.distinct for form in layout.formats} - {AFFINE}
 
 
 def load(
@@ -104,6 +117,9 @@ def load(
     with reports_to(on_load):
         chosen = choose(kernels, activations, kv_bits)
         files = open_model(expand_path(model))
+        if isinstance(files.config, AdaptedConfig):
+            given = {"kernels": kernels, "activations": activations, "kv_bits": kv_bits}
+            refuse_options({**given, "prefetch": prefetch, "cache_dir": cache_dir})
         cache_bytes = prompt_cache_bytes(prompt_cache_gib)
         k = _checked_k(experts_k, files.config.experts_per_token, files.config.num_experts)
         tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
@@ -112,20 +128,23 @@ def load(
         mx.reset_peak_memory()
         store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
         try:
-            built = build_model(files.config, files.resident, store, k, chosen, dtype)
-            prefetcher = make_prefetcher(prefetch, store, [layer.experts.router for layer in built.layers])
+            built = files.build(store, k, chosen, dtype)
+            prefetcher = make_prefetcher(prefetch, store, built.routers)
             if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-            checked = check_kernels(chosen, model_shapes(built))
+            checked = _checked_kernels(chosen, built)
         except BaseException:
             store.close()
             raise
-        layout = store.layout
-        notes = [checked.note, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
+        no_prompts = NO_PROMPT_CACHE if cache_bytes and not keeps_prompts(built) else None
+        cache_bytes = 0 if no_prompts else cache_bytes
+        notes = [checked.note, no_prompts, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
+        notes.append(_FEW_KV_BITS if kv_bits == 4 else None)
+        notes += [_BY_MLX.format(mode=mode) for mode in sorted(_float_modes(store))]
         setup = {
             "experts_k": k,
-            "experts": {"bits": layout.bits, "group_size": layout.group_size, "dtype": layout.dtype},
-            "activations": str(dtype) if activations == "auto" else activations,
+            "experts": store.layout.to_record(),
+            "activations": str(built.dtype) if activations == "auto" else activations,
             "kv_bits": kv_bits,
             "kernels": checked.names,
             "replaced_kernels": checked.replaced,
@@ -134,6 +153,8 @@ def load(
             "backend": settings,
             "prompt_cache_bytes": cache_bytes,
         }
+        template = None if tokenizer is None else tokenizer.chat_template
+        tool_format = (template and template.tool_format) or files.tool_format
         disk = None
         if cache_dir is not None:
             try:
@@ -141,7 +162,14 @@ def load(
             except BaseException:
                 store.close()
                 raise
-        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk)
+        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format)
+
+
+def _checked_kernels(kernels: Kernels, model: RunnableModel) -> KernelReport:
+    """Check the kernels that ``model`` uses; a model of another package uses none."""
+    if isinstance(model, Model):
+        return check_kernels(kernels, model_shapes(model))
+    return KernelReport({"model": "mlx-lm"}, [], None)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -162,7 +190,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: RunnableModel,
         store: ExpertStore,
         tokenizer: Tokenizer | None,
         setup: Mapping[str, Any],
@@ -171,8 +199,10 @@ class Engine:
         sampling: PublishedSampling | None = None,
         prompt_cache_bytes: int = 0,
         disk: Disk | None = None,
+        tool_format: str | None = "qwen_xml",
     ) -> None:
         self.store = store
+        self._tool_format = tool_format
         self.setup = setup
         """Experts per token, their format, kernels, prefetch, and the backend with its options, for JSON."""
         self.sampling = sampling or PublishedSampling({}, samples=False)
@@ -218,7 +248,7 @@ class Engine:
             self.runner.close()
 
     @property
-    def model(self) -> Model:
+    def model(self) -> RunnableModel:
         """The model itself, for inspection."""
         return self.runner.model
 
@@ -236,10 +266,22 @@ class Engine:
             )
         return self._tokenizer
 
+    @property
+    def tool_format(self) -> str:
+        """The name of the module in ``text/tool_formats`` for the model's calls of tools.
+
+        Raises:
+            InputError: the format is not known; code "unknown_tool_format".
+        """
+        if self._tool_format is None:
+            raise InputError(
+                "this model's format of tool calls is not known here: send no tools", code="unknown_tool_format"
+            )
+        return self._tool_format
+
     @cached_property
     def _grammars(self) -> Grammars:
-        config = self.model.config
-        return Grammars(self.tokenizer, config.vocab_size, family_of(config).tool_format)
+        return Grammars(self.tokenizer, self.model.config.vocab_size, self._tool_format)
 
     def observe_routing(self, observer: RoutingObserver | None) -> None:
         """Report every routing decision to ``observer`` from now on; None ends the reports.
@@ -262,7 +304,7 @@ class Engine:
         """Return the measurements of the latest generation and the store's counters since opening, for JSON."""
         store = self.store.stats()
         return {
-            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.record_bytes),
+            **self.metrics.to_json(self.model.touched_bytes, self.store.layout.mean_record_bytes),
             "store_total": {name: getattr(store, name) for name in store.__dataclass_fields__},
         }
 
@@ -319,6 +361,8 @@ class Engine:
         """Return the request that ``generate`` answers; arguments and errors are those of ``generate``."""
         token_ids = self.encode(prompt, **prompt_options(options))
         tools, thinking = options.get("tools"), options.get("enable_thinking")
+        if tools:
+            _ = self.tool_format
         constraint = self._grammars.constraint(options, tools, options.get("raw", False), thinking)
         return make_request(token_ids, options, self.sampling, self.tokenizer, constraint)
 

@@ -2,20 +2,44 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 
+from flashmoe_mlx.adapters.config import AdaptedConfig
+from flashmoe_mlx.adapters.loading import AdaptedExperts, build_adapted, load_lazily
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, ResidentTensor, classify_tensors
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor, classify_tensors
+from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.weights import ResidentTensors
+from flashmoe_mlx.formats.record import AFFINE
+from flashmoe_mlx.models.build import build_model
+from flashmoe_mlx.models.config import ModelSize
+from flashmoe_mlx.models.registry import family_of
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.plan import state_folder
-from flashmoe_mlx.pack.resident import read_resident
+from flashmoe_mlx.pack.resident import read_resident, without_floats
+from flashmoe_mlx.stores.contract import ExpertStore
+
+
+class Build(Protocol):
+    """Loads the resident weights of a model."""
+
+    def __call__(self, store: ExpertStore, experts_k: int, kernels: Kernels, dtype: mx.Dtype) -> RunnableModel:
+        """Return the model, ready to run.
+
+        Args:
+            store: serves its routed experts.
+            experts_k: routed experts of a token in each layer.
+            kernels: the kernels to compute with.
+            dtype: the type of activations.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,14 +49,16 @@ class ModelFiles:
     Attributes:
         folder: its folder.
         config: its geometry.
-        resident: its resident tensors.
+        build: loads its resident weights.
         experts: its routed experts, by variant.
+        tool_format: the name of a module in ``text/tool_formats``; None if the model's format is not known.
     """
 
     folder: Path
-    config: ModelConfig
-    resident: ResidentTensors
+    config: ModelSize
+    build: Build
     experts: Mapping[str, ExpertSource]
+    tool_format: str | None
 
     def variant(self, name: str | None) -> ExpertSource:
         """Return the experts of a variant.
@@ -49,7 +75,7 @@ class ModelFiles:
                 code="option_of_another_type",
             )
         if name is None:
-            name = min(self.experts, key=lambda variant: (-(self.experts[variant].layout.bits or 32), variant))
+            name = min(self.experts, key=lambda variant: (-self.experts[variant].layout.code_bits, variant))
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
@@ -69,7 +95,8 @@ def open_model(folder: Path) -> ModelFiles:
     """
     if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
         pack = open_pack(folder)
-        return ModelFiles(folder, pack.config, _PackResident(pack.resident_path), pack.experts)
+        build = partial(build_model, pack.config, _PackResident(pack.resident_path))
+        return ModelFiles(folder, pack.config, build, pack.experts, family_of(pack.config).tool_format)
     if state_folder(folder).exists():
         raise InputError(
             f"{folder}: packing did not finish; run the same task=pack command again to resume",
@@ -80,10 +107,27 @@ def open_model(folder: Path) -> ModelFiles:
             f"{folder}: a pack without its {MANIFEST}; copy it again, or make it again (task=pack)", code="no_pack"
         )
     checkpoint = Checkpoint.open(folder)
+    if isinstance(checkpoint.config, AdaptedConfig):
+        return _open_adapted(checkpoint, checkpoint.config)
     tensors = classify_tensors(checkpoint)
-    bits = tensors.experts.layout.bits
-    name = "published" if bits is None else f"q{bits}"
-    return ModelFiles(folder, checkpoint.config, _CheckpointResident(checkpoint, tensors), {name: tensors.experts})
+    config = tensors.config
+    build = partial(build_model, config, _CheckpointResident(checkpoint, tensors))
+    return ModelFiles(folder, config, build, _by_name(tensors.experts), family_of(config).tool_format)
+
+
+def _open_adapted(checkpoint: Checkpoint, config: AdaptedConfig) -> ModelFiles:
+    """Open a checkpoint of a model that MLX-LM runs."""
+    experts = AdaptedExperts(load_lazily(checkpoint.folder), config, checkpoint.tensors, checkpoint.extent)
+    build = partial(build_adapted, checkpoint.folder, config, experts.layout)
+    return ModelFiles(checkpoint.folder, config, build, _by_name(experts), None)
+
+
+def _by_name(experts: ExpertSource) -> dict[str, ExpertSource]:
+    """Return the experts of a checkpoint by the name of their variant."""
+    single = experts.layout.single_format
+    if single is None or single.bits is None:
+        return {"published": experts}
+    return {f"q{single.bits}" if single.mode == AFFINE else single.mode: experts}
 
 
 class _PackResident:
@@ -105,8 +149,16 @@ class _CheckpointResident:
     def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors) -> None:
         self._checkpoint = checkpoint
         self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in tensors.vectors}
-        self._tensors |= {part.name: part for matrix in tensors.matrices for part in matrix.parts}
-        self.names = frozenset(self._tensors)
+        self._floats: dict[str, Matrix] = {}
+        for matrix in tensors.matrices:
+            if matrix.mode == AFFINE:
+                self._tensors |= {part.name: part for part in matrix.parts}
+            else:
+                parts = ("weight", "scales", "biases") if matrix.mode == "mxfp4" else ("weight",)
+                self._floats |= {f"{matrix.name}.{part}": matrix for part in parts}
+        self.names = frozenset(self._tensors) | self._floats.keys()
 
     def take(self, name: str) -> mx.array:
+        if name in self._floats:
+            return without_floats(self._checkpoint, self._floats[name])[name]
         return read_resident(self._checkpoint, self._tensors[name])

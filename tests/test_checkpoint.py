@@ -406,7 +406,8 @@ def edited_header(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) 
         ({"bits": float("nan")}, "contradicting_quantisation"),
         ({"bits": "8"}, "contradicting_quantisation"),
         ({"group_size": 32}, "contradicting_quantisation"),
-        ({"bits": 8, "mode": "mxfp8"}, "unsupported_format"),
+        ({"bits": 8, "mode": "mxfp8"}, "contradicting_quantisation"),
+        ({"bits": 8, "mode": "mxfp9"}, "unsupported_format"),
     ],
 )
 @pytest.mark.parametrize("key", ["quantization", "quantization_config"])
@@ -419,7 +420,7 @@ def test_entries_of_single_modules(entry_of_gate: Any, code: str | None, key: st
     settings["language_model.model.layers.1.mlp.gate"] = entry_of_gate
     (folder / "config.json").write_text(json.dumps(config | {key: settings}))
     if code is None:
-        assert classify_tensors(Checkpoint.open(folder)).experts.layout.bits == 4
+        assert classify_tensors(Checkpoint.open(folder)).experts.layout[0].gate.bits == 4
     else:
         assert refusal_of(folder) == code
 
@@ -434,8 +435,12 @@ def test_experts_in_another_mode_of_mlx_are_recognized_by_their_tensors(tmp_path
         tensors[name], tensors[f"{stem}.scales"] = mx.quantize(dense, group_size=32, bits=4, mode="mxfp4")
     mx.eval(tensors)
     mx.save_safetensors(str(path), tensors)
-    error = opening_refused(folder, "'mxfp4'")
-    assert error.code == "unsupported_format"
+    assert opening_refused(folder, "those of mxfp4").code == "contradicting_quantisation"  # config.json says affine
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization"]["mode"], config["quantization_config"]["mode"]
+    (folder / "config.json").write_text(json.dumps(config))
+    formats = {form.mode for form in classify_tensors(Checkpoint.open(folder)).experts.layout[0].formats}
+    assert formats == {"mxfp4"}
 
 
 def test_gate_and_up_fused_as_mlx_vlm_keeps_them(tmp_path: Path) -> None:

@@ -119,6 +119,13 @@ def test_chosen_experts(k: int, experts: int, bits: int, on_hopper: gpu_on_cpu.L
     assert on_hopper.total() == 1
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_chosen_experts_whose_weights_do_not_sum_to_1(shared: bool, on_hopper: gpu_on_cpu.Launches) -> None:
+    case = kernel_cases.chosen_experts(WHOLE_CHUNKS, BF16, k=4, experts=40, shared=shared, renormalized=False)
+    check(case, on_hopper, f"routed_experts_fused{'_with_shared_expert' * shared}_chooses")
+    assert on_hopper.total() == 1
+
+
 def test_chosen_experts_equal_experts_chosen_before(on_hopper: gpu_on_cpu.Launches) -> None:
     """In every bit: of equal scores the first wins, and -0 equals 0."""
     made = expert_inputs(WHOLE_CHUNKS, BF16, k=3)
@@ -131,6 +138,11 @@ def test_chosen_experts_equal_experts_chosen_before(on_hopper: gpu_on_cpu.Launch
         expected = routed_experts.routed_experts(made.x, made.slab, rows, weights, made.form, made.shared, made.x)
         assert np.array_equal(np.array(chosen)[4:], np.array(found)[0])
         assert np.array_equal(np.array(y.astype(F32)), np.array(expected.astype(F32)))
+
+
+def test_tensor_cores_take_two_formats(on_ampere: gpu_on_cpu.Launches) -> None:
+    routed = kernel_cases.routed_experts(WHOLE_STEPS, BF16, tokens=2, k=3, bits=(2, 2, 4), group_size=(64, 64, 128))
+    check(routed, on_ampere, "routed_experts_down_tensor_with_shared_expert")
 
 
 @pytest.mark.parametrize(("bits", "group_size", "shared"), [(2, 64, False), (4, 128, True)])
@@ -154,6 +166,7 @@ def test_attention_on_tensor_cores(
     for context in contexts:
         case = kernel_cases.attention(geometry, BF16, context=context, seed=context)
         check(case, on_hopper, "attention_decode_tensor")
+    check(kernel_cases.attention(geometry, BF16, context=40, gated=False), on_hopper, "attention_decode_tensor")
 
 
 def test_more_tiles_of_a_span_than_are_in_flight(

@@ -264,7 +264,7 @@ def test_missing_models_are_refused(tmp_path: Path) -> None:
 
 def test_records_are_read_in_place(engine: Engine) -> None:
     batch = engine.store.fetch(0, [3, 5])
-    weights = expert_weights(batch.slab[1:2].reshape(-1), engine.store.layout)
+    weights = expert_weights(batch.slab[1:2].reshape(-1), engine.store.layout[0])
     mx.eval(weights.down.weight)
     slab, inside = np.asarray(batch.slab), np.asarray(weights.down.weight)
     offset = inside.__array_interface__["data"][0] - slab.__array_interface__["data"][0]

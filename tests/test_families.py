@@ -8,24 +8,33 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
-from tiny_checkpoints import GEOMETRIES, Geometry, write_checkpoint
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_checkpoints import GEOMETRIES, OLDER_GEOMETRIES, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx import models
 from flashmoe_mlx.checkpoint.support import why_not
-from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.checkpoint.tensors import ResidentTensor
+from flashmoe_mlx.errors import CheckpointError, InputError
+from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
+from flashmoe_mlx.made_models.synthetic import synthetic_config, synthetic_pack
 from flashmoe_mlx.models.registry import families, family_of, find_family, parse_config
+from flashmoe_mlx.pack import resident
 from flashmoe_mlx.pack.writer import pack_checkpoint
 from flashmoe_mlx.research.estimate.sizes import memory_need
 
 ROOT = Path(__file__).parents[1]
-TOKENS = np.arange(7, 200, 13, dtype=np.int32) % 200
+TOKENS = np.arange(7, 200, 13, dtype=np.int32) % 173
 ATTENTION_ONLY = replace(
     GEOMETRIES["text"], layer_types="FF", vocab_size=BYTE_TOKENS, rotary_fraction=1.0, rope_theta=1e6
 )
+ALL = {**GEOMETRIES, **OLDER_GEOMETRIES}
 PUBLISHED = {hub_id: config for family in families() for hub_id, config in family.published.items()}
 
 
@@ -92,11 +101,11 @@ def logits(folder: Path, **options: object) -> np.ndarray:
 
 @pytest.mark.usefixtures("toy")
 def test_example_family_is_found_without_a_list() -> None:
-    assert [family.model_types[0] for family in families()] == ["qwen3_5_moe", "toy_moe"]
+    assert [family.model_types[0] for family in families()] == ["qwen3_5_moe", "qwen3_moe", "qwen3_next", "toy_moe"]
     assert why_not(toy_config(ATTENTION_ONLY)) is None
     config = parse_config(toy_config(ATTENTION_ONLY))
     assert family_of(config).series == ("Toy",)
-    assert "Qwen3.8 and Toy" in str(why_not({"model_type": "olmoe", "num_experts": 64}))
+    assert "Qwen3-Coder-Next and Toy" in str(why_not({"model_type": "step3p7", "num_experts": 64}))
     with pytest.raises(CheckpointError) as caught:
         parse_config({**toy_config(ATTENTION_ONLY), "hidden_act": "gelu"})
     assert caught.value.code == "unsupported_arithmetic"
@@ -159,6 +168,131 @@ def test_example_family_writes_the_config_that_it_reads() -> None:
     assert family.parse_config(family.write_config(asdict(config))) == config
 
 
+OTHER_ARITHMETIC = [
+    ("qwen3_moe", {"use_sliding_window": True}),
+    ("qwen3_moe", {"attn_output_gate": True}),
+    ("qwen3_moe", {"qkv_bias": True}),
+    ("qwen3_moe", {"shared_expert_intermediate_size": 64}),
+    ("qwen3_moe", {"hidden_act": "gelu"}),
+    ("qwen3_next", {"scoring_func": "sigmoid"}),
+    ("qwen3_next", {"attn_output_gate": False}),
+]
+MALFORMED = [
+    ("qwen3_moe", {"mlp_only_layers": [-1]}, "invalid_config"),
+    ("qwen3_moe", {"mlp_only_layers": "all"}, "invalid_config"),
+    ("qwen3_moe", {"num_local_experts": 7}, "invalid_config"),
+    ("qwen3_moe", {"decoder_sparse_step": 99}, "dense_model"),
+    ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "dense_model"),
+    ("qwen3_next", {"num_experts_per_tok": 17}, "invalid_config"),
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "code"), [*((*case, "unsupported_arithmetic") for case in OTHER_ARITHMETIC), *MALFORMED]
+)
+def test_configs_that_are_refused(family: str, more: dict[str, object], code: str) -> None:
+    name = {"qwen3_moe": "moe", "qwen3_next": "next"}[family]
+    with pytest.raises(CheckpointError) as caught:
+        parse_config({**OLDER_GEOMETRIES[name].config(), **more})
+    assert caught.value.code == code
+
+
+def test_layers_without_experts_as_transformers_counts_them() -> None:
+    config = {**OLDER_GEOMETRIES["moe-mlp"].config(), "num_hidden_layers": 7, "mlp_only_layers": [5, 40]}
+    assert parse_config({**config, "decoder_sparse_step": 2}).moe_layers == (1, 3)
+
+
+def test_number_of_experts_under_the_name_of_transformers_5() -> None:
+    config = OLDER_GEOMETRIES["moe"].config()
+    renamed = {**config, "num_local_experts": config["num_experts"]}
+    del renamed["num_experts"]
+    assert parse_config(renamed) == parse_config(config)
+
+
+@pytest.mark.parametrize("name", ["moe", "moe-mlp", "next", "next-mlp"])
+def test_all_layouts_are_the_same_model(name: str, tmp_path: Path) -> None:
+    geometry = OLDER_GEOMETRIES[name]
+    fused = logits(write_checkpoint(tmp_path / "fused", geometry, seed=0))
+    separate = write_checkpoint(tmp_path / "separate", geometry, seed=0, layout="per_expert", shards=3)
+    np.testing.assert_array_equal(logits(separate), fused)
+    stacked = write_checkpoint(tmp_path / "stacked", geometry, seed=0, layout="mlx4", shards=3)
+    pack_checkpoint(stacked, tmp_path / "pack", bits=(4,))
+    np.testing.assert_array_equal(logits(tmp_path / "pack"), logits(stacked))
+
+
+def rows_by_key_head(matrix: np.ndarray, heads: int, sizes: list[int]) -> list[np.ndarray]:
+    """Return the rows of each part of a matrix that has, for each key head, its rows of all parts in turn."""
+    parts = np.split(matrix.reshape(heads, -1, matrix.shape[1]), np.cumsum(sizes)[:-1], axis=1)
+    return [part.reshape(-1, matrix.shape[1]) for part in parts]
+
+
+@pytest.mark.parametrize("block_bytes", [2**25, 3000])
+def test_rows_of_joint_projections_are_sorted_in_a_pack(
+    block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = OLDER_GEOMETRIES["next"]
+    source = write_checkpoint(tmp_path / "source", geometry, seed=0)
+    monkeypatch.setattr(resident, "_BLOCK_BYTES", block_bytes)
+    pack_checkpoint(source, tmp_path / "pack", bits=(8,), resident_bits=8)
+    stored = mx.load(str(tmp_path / "pack" / "resident.safetensors"))
+    weights = dense_weights(geometry, 0)
+    name = "layers.0.linear_attn.in_proj_"
+    values = geometry.value_heads // geometry.key_heads
+    wide, deep = values * geometry.value_dim, geometry.key_dim
+    q, k, v, z = rows_by_key_head(weights[f"{name}qkvz.weight"], geometry.key_heads, [deep, deep, wide, wide])
+    b, a = rows_by_key_head(weights[f"{name}ba.weight"], geometry.key_heads, [values, values])
+    for part, expected in {"qkv": np.concatenate([q, k, v]), "z": z, "b": b, "a": a}.items():
+        parts = [stored[f"model.{name}{part}.{which}"] for which in ("weight", "scales", "biases")]
+        found = np.array(mx.dequantize(*parts, group_size=64, bits=8).astype(mx.float32))
+        np.testing.assert_allclose(found, expected, atol=0.01)
+
+
+@given(st.data())
+def test_places_of_rows(data: st.DataObject) -> None:
+    width, height = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 12))
+    ranges = tuple(
+        (first, data.draw(st.integers(1, height - first)))
+        for first in data.draw(st.lists(st.integers(0, height - 1), min_size=1, max_size=4))
+    )
+    source = np.arange(width * height, dtype=np.uint8)
+    expected = np.concatenate([source[first * width : (first + count) * width] for first, count in ranges])
+    info = TensorInfo("shard", "U8", (height, width), 0, source.size)
+    tensor = ResidentTensor("w", (0, width), info, rows=ranges)
+    start = data.draw(st.integers(0, tensor.nbytes - 1))
+    nbytes = data.draw(st.integers(1, tensor.nbytes - start))
+    found = [source[first : first + count] for first, count in tensor.places(start, nbytes)]
+    assert tensor.nbytes == len(expected)
+    np.testing.assert_array_equal(np.concatenate(found), expected[start : start + nbytes])
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ('<tool_call>\n{"name": <name>, "arguments": <object>}\n</tool_call>', "hermes"),
+        ("<tool_call>\n<function=name>\n<parameter=name>\n</tool_call>", "qwen_xml"),
+        ("no tools", "hermes"),
+    ],
+)
+def test_the_template_decides_the_format_of_calls(template: str, expected: str, tmp_path: Path) -> None:
+    """Qwen3-Coder writes its calls in another format than Qwen3-235B, of the same family."""
+    folder = write_checkpoint(tmp_path, replace(OLDER_GEOMETRIES["moe-yarn"], vocab_size=BYTE_TOKENS), seed=0)
+    write_byte_tokenizer(folder)
+    (folder / "chat_template.jinja").write_text(template)
+    with flashmoe_mlx.load(folder) as engine:
+        assert engine.tool_format == expected
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+def test_synthetic_models_of_every_family(family: str, tmp_path: Path) -> None:
+    pack = synthetic_pack("tiny", replace(TINY, num_layers=2), tmp_path, family=family)
+    assert family_of(pack.config).model_types == (family,)
+    with flashmoe_mlx.load(pack.folder, backend="ram_hybrid", budget_gib=0.001) as engine:
+        assert np.isfinite(engine.logits(TOKENS)).all()
+    with pytest.raises(InputError) as caught:
+        synthetic_config(TINY, "qwen3")
+    assert caught.value.code == "unknown_family"
+
+
 @pytest.mark.parametrize("config", PUBLISHED.values(), ids=PUBLISHED)
 def test_families_write_the_configs_that_they_read(config: dict[str, object]) -> None:
     parsed = parse_config(config)
@@ -176,20 +310,21 @@ def test_model_types_belong_to_one_family() -> None:
 
 
 def test_no_other_module_names_fields_of_a_family() -> None:
-    """No other module has names of Qwen3.5-MoE's config.json; synthetic models import their family."""
-    allowed = {"models/qwen3_5_moe.py", "models/other_models.py"}
+    """No other module has names of a family's config.json; synthetic models name a default."""
+    families = {f"models/{name}.py" for name in ("qwen3_5_moe", "qwen3_moe", "qwen3_next", "hybrid")}
+    allowed = {*families, "models/other_models.py", "adapters/library.py"}
     package = ROOT / "flashmoe_mlx"
     knowing = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
-        if re.search(r"qwen3_5_moe|linear_num_|full_attention_interval", path.read_text())
+        if re.search(r"qwen3_5_moe|qwen3_moe|qwen3_next|linear_num_|full_attention_interval", path.read_text())
     }
     assert knowing - allowed == {"made_models/synthetic.py"}
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", [*GEOMETRIES, "moe-mlp", "next-mlp"])
 def test_estimated_caches_are_those_of_the_model(name: str, tmp_path: Path) -> None:
-    with flashmoe_mlx.load(write_checkpoint(tmp_path, GEOMETRIES[name], seed=0)) as engine:
+    with flashmoe_mlx.load(write_checkpoint(tmp_path, ALL[name], seed=0)) as engine:
         cache = engine.new_cache()
         engine.forward(TOKENS[:1] % 150, cache)
         config = engine.model.config

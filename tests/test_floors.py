@@ -1,6 +1,7 @@
 """Import directions: a room imports from its own floor and below, and no two modules import each other."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,7 @@ FLOORS = (
     ("backends", "layers", "text"),
     ("moe",),
     ("models",),
+    ("adapters",),
     ("checkpoint",),
     ("pack",),
     ("made_models", "model_files"),
@@ -101,6 +103,11 @@ def test_a_module_imports_from_its_own_floor_and_below(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) == "backends"])
 def test_a_backend_imports_only_formats_and_stores(name: str) -> None:
     assert {room(target) for target in imports(name)} <= ALLOWED_FROM_BACKENDS
+
+
+def test_only_adapters_import_mlx_lm() -> None:
+    importing = re.compile(r"(import|from) mlx_lm|import_module\(f?.mlx_lm")
+    assert {room(name) for name, path in MODULES.items() if importing.search(path.read_text())} == {"adapters"}
 
 
 def test_no_two_modules_import_each_other() -> None:

@@ -21,6 +21,7 @@ import pytest
 from conftest import TINY
 from gpu_on_cpu import Launches
 from systems import needs_linux
+from tiny_checkpoints import OLDER_GEOMETRIES, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.custom_kernels import choose, nvidia
@@ -169,6 +170,30 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
         assert filled or "fill_slots_body" in launches
         if options.get("prefetch", "none") != "none" and options["backend"] != "mmap":
             assert engine.store.stats().prefetched > 0
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+def test_other_families(device: Device, tmp_path: Path) -> None:
+    """A model without output gates and shared experts."""
+    pack = synthetic_pack("moe", replace(TINY, num_layers=2), tmp_path, family="qwen3_moe").folder
+    expected = compute_logits(pack, kernels="reference")
+    for options in ({"backend": "pread", "slots": 5, "prefetch": "next_router"}, {"backend": "resident"}):
+        with device(mx.float32) as launches:
+            assert difference(compute_logits(pack, launches=launches, **options), expected) < EXACT
+            assert ran(launches, *SPLIT, *MIXERS[1:], *PRODUCTS)
+            assert not ran(launches, *SHARED)
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+def test_layers_without_experts(device: Device, tmp_path: Path) -> None:
+    """And routers whose weights do not sum to 1."""
+    geometry = replace(OLDER_GEOMETRIES["moe-mlp"], hidden_size=128, expert_size=128, experts=16, group_size=64)
+    checkpoint = write_checkpoint(tmp_path, geometry, seed=0, layout="mlx4", dtype="F32")
+    prompt, steps = [token % geometry.vocab_size for token in PROMPT], STEPS[:2]
+    expected = compute_logits(checkpoint, prompt, steps, kernels="reference")
+    for backend in ("pread", "resident"):
+        with device(mx.float32):
+            assert difference(compute_logits(checkpoint, prompt, steps, backend=backend), expected) < EXACT
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])

@@ -49,7 +49,7 @@ def operations(function: Callable[..., object], *arguments: mx.array) -> Counter
 def step_operations(engine: Engine, layer: int) -> Counter[str]:
     """Return the operations of one decode step in ``layer``."""
     block = engine.model.layers[layer]
-    whole = block.experts.whole_layer(1)
+    whole = block.feed_forward.whole_layer(1)
     assert whole is not None
     x = mx.zeros((1, engine.model.norm.size), engine.model.norm.dtype)
     cache: LayerCache = block.mixer.new_cache()

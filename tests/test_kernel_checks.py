@@ -296,8 +296,7 @@ def test_groups_of_experts_are_checked_wherever_slots_can_run_out(
         shapes = replace(model_shapes(engine.model), num_experts=experts, experts_k=k)
         operation = engine.model.kernels.routed_experts_cpu
     assert isinstance(operation, CheckedKernel)
-    form = shapes.experts
-    assert form is not None
+    (form,) = shapes.experts
     for slots in range(k, experts + 1):
         operation._reasons.clear()
         checked = {verdict.path for verdict in operation.check(operation.samples(replace(shapes, slots=slots)))}

@@ -30,6 +30,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net.reference import GatedDelta
 from flashmoe_mlx.custom_kernels.nvidia import Gpu
 from flashmoe_mlx.custom_kernels.quantized_matvec import gpu as quantized_matvec
 from flashmoe_mlx.custom_kernels.quantized_matvec import mlx as matvec_mlx
+from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import gpu as routed_experts
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import RowKernels
 from flashmoe_mlx.errors import InputError
@@ -80,6 +81,12 @@ def test_routed_experts_of_every_width(bits: int, group_size: int, dtype: mx.Dty
 
 
 @pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(("bits", "group_size"), [((3, 3, 4), 64), ((8, 2, 4), (128, 32, 64))])
+def test_routed_experts_of_mixed_widths(bits: tuple[int, int, int], group_size: int | tuple[int, int, int]) -> None:
+    check(cases.routed_experts(ODD, mx.float32, bits=bits, group_size=group_size, tokens=2))
+
+
+@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize(
     ("shared", "dtype"),
     [
@@ -99,6 +106,14 @@ def test_routed_experts_of_several_tokens(tokens: int, k: int, shared: bool, dty
 @pytest.mark.parametrize(("experts", "k", "tokens"), [(5, 2, 1), (64, 10, 1), (512, 4, 3)])
 def test_chosen_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> None:
     check(cases.chosen_experts(SMALL, dtype, group_size=32, tokens=tokens, k=k, experts=experts))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("renormalized", [True, False])
+@pytest.mark.parametrize(("shared", "tokens"), [(True, 1), (False, 1), (False, 3)])
+def test_chosen_experts_of_other_routers(shared: bool, tokens: int, renormalized: bool) -> None:
+    options = {"group_size": 32, "tokens": tokens, "experts": 33, "shared": shared, "renormalized": renormalized}
+    check(cases.chosen_experts(SMALL, mx.float32, **options))
 
 
 @pytest.mark.cuda
@@ -127,6 +142,22 @@ def test_choose_experts(experts: int, k: int, tokens: int, dtype: mx.Dtype) -> N
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     np.testing.assert_allclose(found[2], expected[2], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("renormalized", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_weights_of_chosen_experts(shared: bool, renormalized: bool) -> None:
+    table, scores = mx.arange(45, dtype=mx.int32), RandomInputs(mx.float32, 0).normal(3, 46, scale=3.0)
+    found, expected = (
+        np.array(choose(scores, table, 5, shared, renormalized)[2])
+        for choose in (choose_experts.choose_experts, choose_reference.choose_experts)
+    )
+    assert found.shape == (3, 5 + shared)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    own = np.array(mx.softmax(scores[:, :45], axis=-1))
+    largest = np.sort(own)[:, -5:].sum(-1)
+    np.testing.assert_allclose(found[:, :5].sum(-1), np.ones(3) if renormalized else largest, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [8, 9])
@@ -158,8 +189,10 @@ def test_choose_experts_by_odd_scores() -> None:
 
 @pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64)])
-def test_dense_experts(bits: int, group_size: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 64), (4, 128), (8, 64), ((3, 8, 2), (64, 128, 32))])
+def test_dense_experts(
+    bits: int | tuple[int, int, int], group_size: int | tuple[int, int, int], dtype: mx.Dtype
+) -> None:
     check(cases.dense_experts(ODD, dtype, bits=bits, group_size=group_size))
 
 
@@ -264,6 +297,13 @@ def test_inverse_of_a_unit_lower_triangular_matrix(size: int) -> None:
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
 def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: mx.Dtype) -> None:
     check(cases.attention(geometry, dtype, context=context, tokens=tokens))
+
+
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("context", "tokens"), [(600, 1), (300, 5)])
+def test_attention_without_gates(context: int, tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.attention(SMALL, dtype, context=context, tokens=tokens, gated=False))
 
 
 # Heads, kv heads, dimensions, rotated dimensions: full and half rows of a product, few and odd heads per key, other
@@ -450,16 +490,25 @@ OFFSETS = {
         (projection, part) for projection in ("GATE", "UP", "DOWN") for part in ("WEIGHT", "SCALES", "BIASES")
     )
 }
-EXPERTS = {"HIDDEN": 4096, "INTERMEDIATE": 1024, "GROUP": 64, "CHOICES": 5, "RECORD_BYTES": 2**20, "ROWS": 4} | OFFSETS
+EXPERTS = {"HIDDEN": 4096, "INTERMEDIATE": 1024, "CHOICES": 5, "RECORD_BYTES": 2**20, "ROWS": 4} | OFFSETS
+
+
+def formats(bits: int | tuple[int, int, int], dtype: mx.Dtype, group_size: int = 64) -> dict[str, int | mx.Dtype]:
+    """Return the template arguments for the formats of gate, up and down."""
+    widths = (bits,) * 3 if isinstance(bits, int) else bits
+    template: dict[str, int | mx.Dtype] = {}
+    for name, width in zip(("GATE", "UP", "DOWN"), widths, strict=True):
+        template |= {f"{name}_BITS": width, f"{name}_GROUP": group_size, f"{name}_S": dtype}
+    return template
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(("shared", "dtype"), [(False, mx.float32), (True, mx.bfloat16)])  # every word of the text
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, (3, 2, 8)])
+def test_routed_experts_compile_for_cuda(shared: bool, bits: int | tuple[int, int, int], dtype: mx.Dtype) -> None:
     gate_up, down = routed_experts.kernels(shared)
     own = [U32, dtype, dtype] * shared
-    template = EXPERTS | {"T": dtype, "S": dtype, "BITS": bits}
+    template = EXPERTS | {"T": dtype} | formats(bits, dtype)
     assert compile_for_cuda(gate_up, [dtype, U8, I32, *own, *own], [F32], template | {"THREADS": 128})
     inputs = [F32, dtype, U8, I32, F32, *own]
     assert compile_for_cuda(down, inputs, [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
@@ -471,7 +520,7 @@ def test_routed_experts_compile_for_cuda(shared: bool, bits: int, dtype: mx.Dtyp
 def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_size: int, bits: int) -> None:
     gate_up, down = routed_experts.kernels(shared, tensor=True)
     own = [U32, BF16, BF16] * shared
-    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size}
+    template = EXPERTS | {"T": BF16} | formats(bits, BF16, group_size)
     assert compile_for_cuda(gate_up, [BF16, U8, I32, *own, *own], [BF16], template | {"SIMDGROUPS": 4, "DEPTH": 4})
     parts = {"SIMDGROUPS": 5, "DEPTH": 4}
     assert compile_for_cuda(down, [BF16, BF16, U8, I32, F32, *own], [BF16], template | parts)
@@ -496,16 +545,16 @@ def launches(registers_a_thread: int, threads: int) -> bool:
     [(4, 64, True, False), (4, 64, True, True), (2, 128, False, True), (8, 64, False, False)],
 )
 def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool, chooses: bool) -> None:
-    form = expert_format(RecordLayout(4096, 1024, bits, group_size, "BF16"))
+    form = expert_format(RecordLayout.uniform(4096, 1024, bits, group_size, "BF16"))
     assert form is not None
     plan = routed_experts.fused_plan(form, BF16, 1, 5, H200)
     assert plan is not None
     own = [U32, BF16, BF16] * shared
-    template = EXPERTS | {"T": BF16, "S": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
+    template = EXPERTS | {"T": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
     inputs = [BF16, BF16, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
     fused = routed_experts.fused_kernel(shared, plan.shared_memory, chooses)
     if chooses:
-        template |= {"EXPERTS": 512, "WIDTH": 528}
+        template |= {"EXPERTS": 512, "RENORMALIZED": 0}
     code = compile_for_cuda(fused, inputs, [BF16, *[I32] * chooses], template)
     assert launches(registers(code), plan.threads)
     matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
@@ -523,7 +572,7 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None:
     geometry = GEOMETRIES[name]
-    form = expert_format(RecordLayout(geometry.hidden, geometry.intermediate, bits, 64, "BF16"))
+    form = expert_format(RecordLayout.uniform(geometry.hidden, geometry.intermediate, bits, 64, "BF16"))
     assert form is not None
     plan = routed_experts.fused_plan(form, BF16, 1, 11, device)
     if plan is None:
@@ -540,7 +589,7 @@ def test_plans_fit_into_shared_memory(name: str, bits: int, device: Gpu) -> None
 
 
 def test_older_gpus_keep_two_dispatches() -> None:
-    form = expert_format(RecordLayout(4096, 1024, 4, 64, "BF16"))
+    form = expert_format(RecordLayout.uniform(4096, 1024, 4, 64, "BF16"))
     assert form is not None
     older = Gpu(multiprocessors=108, capability=8, shared_memory=166912)
     assert routed_experts.fused_plan(form, BF16, 1, 4, older) is None
@@ -563,19 +612,19 @@ def test_tiles_of_attention_in_flight(device: Gpu, stages: int, monkeypatch: pyt
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_choose_experts_compiles_for_cuda(dtype: mx.Dtype) -> None:
-    template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10}
+    template = {"T": dtype, "EXPERTS": 512, "WIDTH": 528, "CHOSEN": 10, "SHARED_EXPERT": 1, "RENORMALIZED": 0}
     assert compile_for_cuda(choose_experts.BODY, [dtype, I32], [I32, I32, F32], template)
     assert compile_for_cuda(choose_experts.LISTING, [dtype, I32, I32], [I32, I32, F32], template)
 
 
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_dense_experts_compile_for_cuda(bits: int, dtype: mx.Dtype) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, (3, 4, 8)])
+def test_dense_experts_compile_for_cuda(bits: int | tuple[int, int, int], dtype: mx.Dtype) -> None:
     template = {
         name: value for name, value in EXPERTS.items() if name not in ("HIDDEN", "INTERMEDIATE", "CHOICES", "ROWS")
     }
-    template |= {"T": dtype, "S": dtype, "BITS": bits, "SIZE": 2**22, "THREADS": 256}
+    template |= {"T": dtype, "SIZE": 2**22, "THREADS": 256} | formats(bits, dtype)
     assert compile_for_cuda(dense_experts.BODY, [U8, I32], [dtype] * 3, template)
 
 
@@ -587,7 +636,7 @@ def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     template = {"T": dtype, "TAPS": 4, "ROWS": 8, "COLUMNS": 4, "THREADS": 512} | heads | eps
     types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
-    template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256}
+    template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256, "GATED": 1}
     parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
     for rows, bits, width in ((dtype, 0, 256), (mx.uint32, 8, 68), (mx.uint32, 4, 36)):
         cached = {"KV": rows, "ROW": width, "GROUP": 64, "BITS": bits}
@@ -604,7 +653,8 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
     stages: int, architecture: str, width: int, heads: int, kv_heads: int, rotary: int
 ) -> None:
     decode = attention.decode_on_tensor_cores(width, stages)
-    template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "ROTARY": rotary, "EPS": 0}
+    template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "GATED": 0}
+    template |= {"ROTARY": rotary, "EPS": 0}
     parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64}
     assert compile_for_cuda(decode, [BF16] * 7 + [F32, I32], [F32, F32], template | parts, architecture)
 

@@ -14,7 +14,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource, read_extents
 from flashmoe_mlx.formats.manifest import CHECKSUMS, PackedExperts, layer_file
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts, RecordLayout
 from flashmoe_mlx.pack.mirror import mirror_pack
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_mirror
@@ -51,11 +51,12 @@ def mirrored(stored: StoredExperts, *names: str) -> ExpertSource:
     size=st.sampled_from((128, 256, 1024)),
 )
 def test_pieces_cover_each_record_in_proportion_to_the_rates(rates: list[float], layers: list[bool], size: int) -> None:
-    layout = RecordLayout(size, size, 4, 64, "BF16")
+    layout = RecordLayout.uniform(size, size, 4, 64, "BF16")
     folders = [Path(f"/{number}") for number in range(len(rates))]
     held = {folder: [0, 1] if full else [1] for folder, full in zip(folders, layers, strict=False)}
     held[folders[0]] = [0, 1]
-    source = MirroredExperts(folders[0], layout, 2, 3, None, held, dict(zip(folders, rates, strict=True)))
+    layers_of = LayerLayouts.uniform(layout, 2)
+    source = MirroredExperts(folders[0], layers_of, 3, None, held, dict(zip(folders, rates, strict=True)))
     for layer in (0, 1):
         holders = [folder for folder in folders if layer in held[folder]]
         total = sum(source.rates[folder] for folder in holders)

@@ -123,10 +123,10 @@ def test_the_router_evaluates_further_arrays_in_the_same_phase() -> None:
 
 
 def test_a_strategy_is_chosen_for_kernels_and_records() -> None:
-    layout = RecordLayout(128, 128, 4, 64, "F32")
+    layout = RecordLayout.uniform(128, 128, 4, 64, "F32")
     weight = QuantizedWeight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), 4, 64)
     shared = ExpertWeights(weight, weight, weight)
-    dense = RecordLayout(128, 128, None, None, "F32")
+    dense = RecordLayout.uniform(128, 128, None, None, "F32")
     for preference in ("auto", "mlx", "reference"):
         assert isinstance(choose_strategy(choose(preference), dense, mx.float32, shared), ExpertsOneByOne)
     for preference in ("mlx", "reference"):
@@ -137,7 +137,7 @@ def test_a_strategy_is_chosen_for_kernels_and_records() -> None:
 @pytest.mark.parametrize(("bits", "fused"), [(4, True), (None, False)])
 def test_kernels_for_cpus_read_where_the_cpu_reads(bits: int | None, fused: bool) -> None:
     weight = QuantizedWeight(mx.zeros((128, 16), mx.uint32), mx.zeros((128, 2)), mx.zeros((128, 2)), bits, 64)
-    layout = RecordLayout(128, 128, 4, 64, "BF16")
+    layout = RecordLayout.uniform(128, 128, 4, 64, "BF16")
     strategy = choose_strategy(choose("auto"), layout, mx.float32, ExpertWeights(weight, weight, weight))
     assert isinstance(strategy, ExpertsOnHost)
     assert strategy.fuse_shared == fused
@@ -153,13 +153,13 @@ def test_kernels_for_gpus_read_few_tokens_in_place(device: Callable[..., Any], m
     with device(mx.float32):
         kernels = choose("auto")
         for dtype, fused in (("F32", True), ("BF16", False)):
-            strategy = choose_strategy(kernels, RecordLayout(128, 128, 4, 64, dtype), mx.float32, shared)
+            strategy = choose_strategy(kernels, RecordLayout.uniform(128, 128, 4, 64, dtype), mx.float32, shared)
             assert isinstance(strategy, ByTokenCount)
             assert isinstance(strategy.few, ExpertsInPlace)
             assert strategy.few.fuse_shared == fused
             assert isinstance(strategy.many, many)
             assert strategy.most == kernels.most_gpu_tokens > 0
-        unsupported = RecordLayout(128, 128, 6, 64, "F32")
+        unsupported = RecordLayout.uniform(128, 128, 6, 64, "F32")
         assert isinstance(choose_strategy(kernels, unsupported, mx.float32, shared), many)
 
 
@@ -206,7 +206,7 @@ on_every_device = pytest.mark.parametrize(
 
 
 def block_of(engine: Engine, layer: int = 1) -> MixtureOfExperts:
-    return engine.model.layers[layer].experts
+    return engine.model.layers[layer].feed_forward
 
 
 def residuals(engine: Engine, tokens: int, seed: int = 0) -> mx.array:
@@ -230,7 +230,7 @@ def plain_block(block: MixtureOfExperts, residual: mx.array) -> Floats:
     for token, vector in enumerate(x):
         for expert, weight in zip(experts[token].tolist(), weights[token], strict=True):
             record = block.store.fetch(block.layer, [expert]).records[0]
-            y[token] += weight * plain_mlp(vector, expert_weights(record, block.store.layout))
+            y[token] += weight * plain_mlp(vector, expert_weights(record, block.store.layout[block.layer]))
         y[token] += shared_weights[token] * plain_mlp(vector, block.shared.weights)
     return y
 
@@ -289,7 +289,7 @@ def test_every_strategy_computes_the_block_by_its_definition(
 def test_kernels_for_cpus_give_a_row_the_same_bits_beside_other_rows(slots: int, tiny_pack: Path) -> None:
     """Above some number of tokens, the kernels multiply in a different way; all smaller numbers are tested."""
     with flashmoe_mlx.load(tiny_pack, slots=slots) as engine:
-        for block in (layer.experts for layer in engine.model.layers):
+        for block in (layer.feed_forward for layer in engine.model.layers):
             for tokens in range(2, native.few_tokens() + 1):
                 residual = residuals(engine, tokens, seed=tokens)
                 alone = np.concatenate([applied(block, residual[row : row + 1]) for row in range(tokens)])

@@ -121,7 +121,7 @@ def test_routed_experts_of_many_vectors(activations: str) -> None:
     rows[:, 0] = np.repeat([0, 1, 2, 3], [1, 4, 9, 26])
     rows[:, 1] = -1
     arguments = (mx.array(rows), made.routing_weights, made.form, made.shared)
-    found = routed_experts(made.x, made.records, *arguments, None, activations)
+    found = routed_experts(made.x, made.records, *arguments, None, activations=activations)
     expected = reference.routed_experts(made.x, made.slab, *arguments)
     error = cases.relative_error(found, expected.astype(mx.float64, stream=mx.cpu))
     assert error <= 3 * ROUNDED[activations]
@@ -164,8 +164,10 @@ def test_products_of_several_vectors(tokens: int) -> None:
 
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (2, 32), (3, 32), (8, 32)])
-def test_routed_experts_of_every_width(bits: int, group_size: int, shared: bool) -> None:
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (2, 32), (3, 32), (8, 32), ((3, 4, 8), 32), ((2, 2, 3), 32)])
+def test_routed_experts_of_every_width(
+    bits: int | tuple[int, int, int], group_size: int | tuple[int, int, int], shared: bool
+) -> None:
     for tokens, k in ((1, 3), (2, 2), (11, 2)):
         check(
             cases.routed_experts(
@@ -213,6 +215,12 @@ def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
 def test_attention_with_narrow_keys_and_values(kv_bits: int, context: int, tokens: int) -> None:
     geometry = Geometry(192, 96, 6, 2, 64, 16, 2, 6, 32, 48)
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True, kv_bits=kv_bits))
+
+
+@pytest.mark.usefixtures("instructions", "threads")
+@pytest.mark.parametrize(("context", "tokens"), [(600, 1), (300, 5), (150, 70)])
+def test_attention_without_gates(context: int, tokens: int) -> None:
+    check(cases.attention(ODD, F32, context=context, tokens=tokens, on_cpu=True, gated=False))
 
 
 @pytest.mark.usefixtures("threads")

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.formats.record import DTYPE_BYTES, GROUP_SIZES, QUANTIZED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import DTYPE_BYTES, GROUP_SIZES, QUANTIZED_BITS, MatrixFormat, RecordLayout
 
 PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for part in ("weight", "scales", "biases")]
 
@@ -30,7 +30,7 @@ PARTS = [f"{projection}.{part}" for projection in ("gate", "up", "down") for par
 def test_397b_records_equal_the_records_of_flash_moe(
     bits: int, record_bytes: int, offsets: list[int], shapes: list[tuple[int, int]]
 ) -> None:
-    layout = RecordLayout(hidden_size=4096, intermediate_size=1024, bits=bits, group_size=64, dtype="BF16")
+    layout = RecordLayout.uniform(hidden_size=4096, intermediate_size=1024, bits=bits, group_size=64, dtype="BF16")
     assert layout.record_bytes == layout.payload_bytes == record_bytes
     assert [component.name for component in layout.components] == PARTS
     assert [component.offset for component in layout.components] == offsets
@@ -39,15 +39,19 @@ def test_397b_records_equal_the_records_of_flash_moe(
 
 
 def test_35b_records() -> None:
-    assert RecordLayout(2048, 512, 4, 64, "BF16").record_bytes == 1_769_472
+    assert RecordLayout.uniform(2048, 512, 4, 64, "BF16").record_bytes == 1_769_472
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> RecordLayout:
-    bits = draw(st.sampled_from((None, *QUANTIZED_BITS)))
-    group_size = None if bits is None else draw(st.sampled_from(GROUP_SIZES))
-    hidden, inner = (draw(st.integers(1, 200)) * (group_size or 1) for _ in range(2))
-    return RecordLayout(hidden, inner, bits, group_size, draw(st.sampled_from(("BF16", "F16", "F32"))))
+    formats = []
+    for _ in range(3):
+        bits = draw(st.sampled_from((None, *QUANTIZED_BITS)))
+        group_size = None if bits is None else draw(st.sampled_from(GROUP_SIZES))
+        formats.append(MatrixFormat(bits, group_size, draw(st.sampled_from(("BF16", "F16", "F32")))))
+    whole = max(form.group_size or 1 for form in formats)
+    hidden, inner = (draw(st.integers(1, 200)) * whole for _ in range(2))
+    return RecordLayout(hidden, inner, *formats)
 
 
 @given(layouts())
@@ -58,11 +62,14 @@ def test_components_follow_each_other_and_add_up(layout: RecordLayout) -> None:
         assert component.nbytes == component.shape[0] * component.shape[1] * DTYPE_BYTES[component.dtype]
         end += component.nbytes
     weights = 3 * layout.hidden_size * layout.intermediate_size
-    if layout.bits is None:
-        expected = weights * DTYPE_BYTES[layout.dtype]
-    else:
-        assert layout.group_size is not None
-        expected = weights * layout.bits // 8 + 2 * (weights // layout.group_size) * DTYPE_BYTES[layout.dtype]
+    expected = 0
+    for form in layout.formats:
+        if form.bits is None:
+            expected += weights // 3 * DTYPE_BYTES[form.dtype]
+        else:
+            assert form.group_size is not None
+            scales = 2 * (weights // 3 // form.group_size) * DTYPE_BYTES[form.dtype]
+            expected += weights // 3 * form.bits // 8 + scales
     assert layout.payload_bytes == end == expected
     assert layout.record_bytes % 16384 == 0
     assert 0 <= layout.record_bytes - layout.payload_bytes < 16384
@@ -81,6 +88,6 @@ def test_components_follow_each_other_and_add_up(layout: RecordLayout) -> None:
 )
 def test_unsupported_layouts_are_refused(sizes: tuple[int, int, int, int, str], fact: str) -> None:
     with pytest.raises(PackError) as caught:
-        RecordLayout(*sizes)
+        RecordLayout.uniform(*sizes)
     assert caught.value.code == "unsupported_layout"
     assert fact in str(caught.value)

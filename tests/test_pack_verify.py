@@ -50,7 +50,7 @@ def test_an_intact_pack_has_no_damage(original: Path) -> None:
 @pytest.mark.parametrize("component", ["gate.weight", "up.scales", "down.biases", "padding"])
 def test_a_flipped_bit_in_a_record(folder: Path, variant: str, expert: int, component: str) -> None:
     pack = open_pack(folder)
-    layout = pack.experts[variant].layout
+    layout = pack.experts[variant].layout[1]
     offsets = {c.name: c.offset + c.nbytes // 2 for c in layout.components} | {"padding": layout.record_bytes - 1}
     path = pack.experts[variant].layer_path(1)
     flip(path, expert * layout.record_bytes + offsets[component])
@@ -113,7 +113,7 @@ def test_nan_with_a_right_checksum(folder: Path, value: int) -> None:
     """Another tool or an attacker may have computed the checksum."""
     pack = open_pack(folder)
     experts = pack.experts["q4"]
-    up_scales = next(c for c in experts.layout.components if c.name == "up.scales")
+    up_scales = next(c for c in experts.layout[0].components if c.name == "up.scales")
     data = bytearray(experts.layer_path(1).read_bytes())
     start = 2 * RECORD + up_scales.offset
     data[start : start + 2] = value.to_bytes(2, "little")

@@ -38,6 +38,7 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
 from flashmoe_mlx.formats import extents
 from flashmoe_mlx.formats.manifest import file_hash
+from flashmoe_mlx.formats.record import MatrixFormat
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.pack import resident
@@ -66,8 +67,7 @@ def test_published_4_bit_experts_are_copied_byte_for_byte(name: str, dtype: Dtyp
     source = write_checkpoint(tmp_path / "source", geometry, 0, "mlx4", dtype=dtype, shards=3, extras=True)
     pack = pack_checkpoint(source, tmp_path / "pack")
     tensors = read_checkpoint(source)
-    layout = pack.experts["q4"].layout
-    assert (layout.bits, layout.group_size, layout.dtype) == (4, geometry.group_size, dtype)
+    assert pack.experts["q4"].layout.single_format == MatrixFormat(4, geometry.group_size, dtype)
     for layer in layers(geometry):
         assert read_layer(pack, "q4", layer) == layer_bytes(published_parts(tensors, layer))
     assert verify_pack(pack) == []
@@ -82,7 +82,7 @@ def test_dense_experts_are_quantized_as_in_mlx(layout: Layout, dtype: Dtype, bit
     pack = pack_checkpoint(source, tmp_path / "pack", bits=[bits], group_size=32, quantiser="minmax")
     name = variant_name(bits, "minmax")
     tensors = read_checkpoint(source)
-    assert pack.experts[name].layout.dtype == dtype
+    assert pack.experts[name].layout[0].gate.dtype == dtype
     for layer in layers(geometry):
         dense = dense_experts(tensors, geometry, layer, layout)
         assert read_layer(pack, name, layer) == layer_bytes(quantized_parts(dense, bits, 32))
@@ -603,7 +603,7 @@ def test_a_config_that_contradicts_the_tensors(tmp_path: Path) -> None:
     edit_json(source / "config.json", quantization={"mode": "mxfp4"}, quantization_config=None)
     with pytest.raises(CheckpointError) as caught:
         pack_checkpoint(source, tmp_path / "pack")
-    assert caught.value.code == "unsupported_format"
+    assert caught.value.code == "contradicting_quantisation"
     assert "mxfp4" in str(caught.value)
 
 

@@ -69,7 +69,7 @@ def test_pieces_of_a_checkpoint_are_counted_in_whole_pages(tmp_path: Path) -> No
     sampler = PageCacheSampler(stored.source)
     found = sampler.sample(0, [5])
     assert found.page_cache_hit_rate == 1
-    assert found.sampled_bytes >= stored.source.layout.payload_bytes
+    assert found.sampled_bytes >= stored.source.layout[0].payload_bytes
     assert found.sampled_bytes % mmap.PAGESIZE == 0
 
 

@@ -15,6 +15,7 @@ from oracle.recorded import (
     LONG_CASES,
     LONG_PROMPT_LENGTH,
     LONG_ROWS,
+    OLDER_CASES,
     PROMPT_LENGTH,
     TOLERANCE,
     Case,
@@ -26,6 +27,12 @@ from tiny_checkpoints import GEOMETRIES, Geometry, Layout, write_checkpoint
 import flashmoe_mlx
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
+OLDER_EVERYDAY = (
+    "moe-mlp-seed0-dense-f32",
+    "moe-yarn-seed0-mlx4-bf16",
+    "next-mlp-seed0-dense-f32",
+    "next-yarn-seed0-mlx4-bf16",
+)
 SAME_ENGINE_TOLERANCE = 1e-4
 """Largest difference between two divisions of the same tokens into passes: only the order of float32 sums differs."""
 
@@ -66,7 +73,13 @@ def on_cpu() -> Iterator[None]:
     mx.set_default_device(before)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+EVERYDAY = [
+    pytest.param(case, marks=[pytest.mark.thorough] if case in OLDER_CASES and case.name not in OLDER_EVERYDAY else [])
+    for case in CASES
+]
+
+
+@pytest.fixture(scope="module", params=EVERYDAY, ids=lambda case: case.name)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Opened]:
     case: Case = request.param
     with open_case(case, tmp_path_factory.mktemp(case.name)) as engine:

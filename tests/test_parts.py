@@ -67,7 +67,8 @@ def test_every_backend(
 @given(st.data())
 def test_any_order_of_arrival(data: st.DataObject) -> None:
     tokens, choices = data.draw(st.integers(1, native.few_tokens())), data.draw(st.integers(1, 4))
-    bits, fused = data.draw(st.sampled_from(native.BITS)), data.draw(st.booleans())
+    width = st.sampled_from(native.BITS)
+    bits, fused = data.draw(width | st.tuples(width, width, width)), data.draw(st.booleans())
     drawn = expert_inputs(
         GEOMETRIES["small"],
         mx.float32,

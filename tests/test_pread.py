@@ -338,7 +338,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_record_of_nine_extents(checkpoint: Path) -> None:
     experts = classify_tensors(Checkpoint.open(checkpoint)).experts
-    tensors, size, payload = read_checkpoint(checkpoint), experts.layout.record_bytes, experts.layout.payload_bytes
+    tensors, size, payload = read_checkpoint(checkpoint), experts.layout.record_bytes, experts.layout[0].payload_bytes
     assert len(experts.extents(0, 0)) == 9
     assert len({extent.path for extent in experts.extents(0, 0)}) > 1
     with PreadStore(experts, 6) as store:

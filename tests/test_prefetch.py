@@ -138,7 +138,7 @@ def test_next_router_guesses_with_the_router_of_the_next_layer(
         assert [(name, layer) for name, layer, _ in calls] == [
             ("fetch", 0), ("prefetch", 1), ("fetch", 1), ("prefetch", 2), ("fetch", 2), ("prefetch", 3), ("fetch", 3),
         ]  # fmt: skip
-        router, x = engine.model.layers[1].experts.router, np.random.default_rng(0).normal(size=(1, 128))
+        router, x = engine.model.layers[1].feed_forward.router, np.random.default_rng(0).normal(size=(1, 128))
         prefetcher = engine.runner._prefetcher
         assert prefetcher is not None
         residual = mx.array(x.astype(np.float32))

@@ -20,9 +20,10 @@ from flashmoe_mlx.custom_kernels.routed_experts import reference as routed_refer
 from flashmoe_mlx.custom_kernels.routed_experts.samples import format_of
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation import prefill_chunk
-from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS, choose_chunk
+from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.models.prompt_memory import MOST_TOKENS
 
 TOKENS = list(range(5, 145))
 
@@ -124,16 +125,16 @@ def engine(many_experts: Path) -> Iterator[Engine]:
 
 
 def test_the_chunk_depends_on_free_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = engine.model.config
+    need = engine.model.prompt_memory
     chunks = []
     for free in (0, 2**24, 2**25, 2**27, 2**40):
         monkeypatch.setattr(prefill_chunk, "available_memory", lambda free=free: free)
-        assert choose_chunk(config, 4, 4, 100) == BLOCK
-        chunks.append(choose_chunk(config, 4, 4, 20_000))
+        assert choose_chunk(need, 100) == BLOCK
+        chunks.append(choose_chunk(need, 20_000))
     assert chunks[0] == 1000, "20 chunks of similar size"
     assert chunks == sorted(chunks)
     assert BLOCK < chunks[2] < chunks[-1] == 20_000
-    assert choose_chunk(config, 4, 4, MOST_TOKENS + 2) == MOST_TOKENS // 2 + 1
+    assert choose_chunk(need, MOST_TOKENS + 2) == MOST_TOKENS // 2 + 1
     chosen = engine.generate("a" * 150, raw=True, max_tokens=1)
     explicit = engine.generate("a" * 150, raw=True, max_tokens=1, prefill_chunk=77)
     assert (chosen.stats()["prefill_chunk"], explicit.stats()["prefill_chunk"]) == (BLOCK, 77)

@@ -1,5 +1,11 @@
 """The prompt cache: answers that continue from kept states equal answers computed from nothing."""
 
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +20,9 @@ from test_sequences import begin
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.logits import Logits, TokenHistory
+from flashmoe_mlx.generation.prompt_cache import files
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
+from flashmoe_mlx.generation.prompt_cache.disk import open_disk
 from flashmoe_mlx.generation.sequence import Sequence, Status
 
 
@@ -57,8 +65,11 @@ def test_prompt_continues(engine: Engine) -> None:
     prompt = [*first.request.prompt_ids, *first.token_ids, 7, 8, 9]
     second = run(engine, begin(engine, prompt, max_tokens=8))
     assert second.metrics.reused_tokens == len(prompt) - 4
-    assert second.metrics.reused_from == "ram"
+    assert second.metrics.reused_from == "live"
     assert second.metrics.computed_tokens == 4
+    run(engine, begin(engine, [5, 6, 7, 8], max_tokens=1))
+    third = run(engine, begin(engine, prompt, max_tokens=8))
+    assert (third.token_ids, third.metrics.reused_from) == (second.token_ids, "ram")
     assert engine.runner.prompt_cache is not None
     engine.runner.prompt_cache.clear()
     assert run(engine, begin(engine, prompt, max_tokens=8)).token_ids == second.token_ids
@@ -77,19 +88,36 @@ class Capture:
 
 
 class Conversations(RuleBasedStateMachine):
-    """Requests that continue, edit and branch conversations, some of them cancelled or broken."""
+    """Requests that continue, edit and branch conversations, some of them cancelled or broken.
+
+    Conversations are evicted, go to a disk and come back after a restart; files on it are damaged.
+    """
 
     engine: Engine
+    pack: Path
 
     def __init__(self) -> None:
         super().__init__()
         self.known: list[list[int]] = [[3, 1, 4]]
         self.budget = 2**21
-        self.replace_cache()
+        self.appended = 0
+        self.folder = tempfile.TemporaryDirectory()
+        self.cache = PromptCache(self.budget, self.engine.model.state_bytes)
+        self.replace_cache(on_disk=False, kib=0)
 
-    def replace_cache(self) -> None:
-        runner = self.engine.runner
-        runner.prompt_cache = PromptCache(self.budget, self.engine.model.state_bytes, None)
+    def teardown(self) -> None:
+        if self.cache.disk is not None:
+            self.cache.disk.close()
+        self.folder.cleanup()
+
+    def replace_cache(self, on_disk: bool, kib: int) -> None:
+        if self.cache.disk is not None:
+            self.cache.disk.close()
+        model = self.engine.model
+        disk = None
+        if on_disk:
+            disk = open_disk(Path(self.folder.name), kib / 2**20, self.pack, self.engine.setup, model)
+        self.cache = self.engine.runner.prompt_cache = PromptCache(self.budget, model.state_bytes, None, disk)
 
     @rule(
         which=st.integers(0, 50),
@@ -114,8 +142,12 @@ class Conversations(RuleBasedStateMachine):
                     runner.prefill_part([sequence])
                 else:
                     runner.decode([sequence])
-        assert runner.prompt_cache is not None
-        assert runner.prompt_cache.nbytes <= self.budget
+        assert sum(segment.loaded_bytes for segment in self.cache._tree.segments()) <= self.budget
+        if self.cache.disk is None:
+            assert self.cache.nbytes <= self.budget
+        else:
+            used = sum(file.stat().st_size for file in self.cache.disk.folder.glob("*/*"))
+            assert used <= self.cache.disk._limit + self.appended
         if capture.first is not None:
             metrics = sequence.metrics
             assert metrics.computed_tokens + metrics.reused_tokens == len(prompt)
@@ -129,20 +161,44 @@ class Conversations(RuleBasedStateMachine):
             raise ZeroDivisionError
 
         sequence = begin(self.engine, [*self.known[which % len(self.known)], 8][:180], processors=(fail,))
-        assert self.engine.runner.prompt_cache is not None
-        before = self.engine.runner.prompt_cache.nbytes
+        before = self.cache.nbytes
         with self.engine.runner.exclusive(), pytest.raises(ZeroDivisionError):
             self.engine.runner.prefill(sequence)
-        assert self.engine.runner.prompt_cache.nbytes == before
+        if self.cache.disk is None:
+            assert self.cache.nbytes == before
+        else:
+            assert sum(segment.loaded_bytes for segment in self.cache._tree.segments()) <= self.budget
 
-    @rule(kib=st.sampled_from([0, 100, 400, 2000]))
-    def restart(self, kib: int) -> None:
+    @rule(
+        kib=st.sampled_from([0, 100, 400, 2000]), on_disk=st.booleans(), disk_kib=st.sampled_from([50, 300, 3000, 3000])
+    )
+    def restart(self, kib: int, on_disk: bool, disk_kib: int) -> None:
         self.budget = 1024 * kib
-        self.replace_cache()
+        self.replace_cache(on_disk, disk_kib)
+
+    @rule(
+        which=st.integers(0, 50),
+        where=st.floats(0, 1, exclude_max=True),
+        how=st.sampled_from(["flip", "cut", "append", "delete", "empty"]),
+    )
+    def damage(self, which: int, where: float, how: str) -> None:
+        files = sorted(Path(self.folder.name).glob("*/*/*"))
+        if not files:
+            return
+        file = files[which % len(files)]
+        data = bytearray(file.read_bytes())
+        if how == "delete":
+            file.unlink()
+            return
+        if how == "flip" and data:
+            data[int(where * len(data))] ^= 16
+        self.appended += 4 * (how == "append")
+        changed = {"cut": data[: int(where * len(data))], "append": data + b"0123", "empty": b""}
+        file.write_bytes(changed.get(how, data))
 
 
-def test_any_order_of_requests(engine: Engine) -> None:
-    machine = type("Bound", (Conversations,), {"engine": engine})
+def test_any_order_of_requests(engine: Engine, tiny_pack: Path) -> None:
+    machine = type("Bound", (Conversations,), {"engine": engine, "pack": tiny_pack})
     run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
 
 
@@ -206,3 +262,106 @@ def test_conversations_outlast_the_process(tiny_pack: Path, tmp_path: Path, dama
     assert (second.metrics.computed_tokens == 4) == (damage == "none")
     with flashmoe_mlx.load(tiny_pack, prompt_cache_gib=0, **options) as engine:
         np.testing.assert_allclose(logits, engine.logits(prompt)[-1], atol=1e-3)
+
+
+# Interrupted writes
+
+
+class Killed(BaseException):
+    """The end of a process in the middle of a write; no handler of errors catches it."""
+
+
+def conversation(pack: Path, folder: Path, prompt: list[int]) -> Sequence:
+    """Answer ``prompt`` in an engine that keeps conversations in ``folder`` only."""
+    with flashmoe_mlx.load(pack, cache_dir=folder, prompt_cache_gib=0) as engine:
+        return run(engine, begin(engine, prompt, max_tokens=4))
+
+
+PHASES = ["nothing", "half of the keys", "keys and values", "state", "damaged state", "complete state"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_process_ends_in_the_middle_of_a_write(
+    tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    first = conversation(tiny_pack, tmp_path, list(range(1, 60)))
+    prompt = [*first.request.prompt_ids, *first.token_ids, 7, 8, 9]
+    replace, append = Path.replace, files.append
+
+    def interrupted_append(file: Path, data: bytes) -> int:
+        if phase == "nothing":
+            raise Killed
+        offset = append(file, data[: len(data) // 2] if phase == "half of the keys" else data)
+        if "state" not in phase:
+            raise Killed
+        return offset
+
+    def interrupted_replace(partial: Path, final: Path) -> Path:
+        if phase == "damaged state":
+            partial.write_bytes(partial.read_bytes()[:-20])
+        if phase == "complete state":
+            replace(partial, final)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "append", interrupted_append)
+        patch.setattr(Path, "replace", interrupted_replace)
+        with pytest.raises(Killed):
+            conversation(tiny_pack, tmp_path, prompt)
+    again = conversation(tiny_pack, tmp_path, prompt)
+    assert again.metrics.reused_from == "disk"
+    assert again.metrics.computed_tokens == (1 if phase == "complete state" else 4)
+    assert conversation(tiny_pack, tmp_path, prompt).metrics.computed_tokens == 1
+    assert not list(tmp_path.glob("*/*/partial*"))
+
+
+@pytest.mark.parametrize("room", [0, 1000, 20_000, 60_000])
+def test_a_full_disk(tiny_pack: Path, tmp_path: Path, room: int) -> None:
+    """No file may grow beyond ``room`` bytes, as on a disk without more."""
+    first = conversation(tiny_pack, tmp_path, list(range(1, 60)))
+    prompt = [*first.request.prompt_ids, *first.token_ids, *range(1, 90)]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        full = conversation(tiny_pack, tmp_path, prompt)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert full.finish_reason == "length"
+    again = conversation(tiny_pack, tmp_path, prompt)
+    assert again.token_ids == full.token_ids
+    assert again.metrics.reused_from == "disk"
+    assert conversation(tiny_pack, tmp_path, prompt).metrics.computed_tokens == 1
+
+
+_LOOP = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_prompt_cache import begin, flashmoe_mlx, run
+with flashmoe_mlx.load(sys.argv[1], cache_dir=sys.argv[2], cache_dir_gib=0.001) as engine:
+    print("ready", flush=True)
+    for n in range(10**6):
+        run(engine, begin(engine, [n % 200 + 1, *range(1, 40)], max_tokens=3))
+"""
+
+
+@pytest.mark.thorough
+def test_processes_are_killed(tiny_pack: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(2)
+    for _ in range(12):
+        command = [sys.executable, "-c", _LOOP, str(tiny_pack), str(tmp_path), str(Path(__file__).parent)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(random.uniform(0.1, 1.0))
+            os.kill(process.pid, signal.SIGKILL)
+        with flashmoe_mlx.load(tiny_pack, cache_dir=tmp_path, prompt_cache_gib=0) as engine:
+            assert engine.runner.prompt_cache is not None
+            for segment in list(engine.runner.prompt_cache._tree.segments()):
+                tokens = [token for part in segment.path() for token in part.tokens.tolist()]
+                capture = Capture()
+                sequence = run(engine, begin(engine, [*tokens, 5], max_tokens=1, processors=(capture,)))
+                assert sequence.metrics.computed_tokens == 1
+                assert capture.first is not None
+                np.testing.assert_allclose(capture.first, engine.logits([*tokens, 5])[-1], atol=1e-3)

@@ -14,6 +14,7 @@ import pytest
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.published import published_configs
 from flashmoe_mlx.checkpoint.tensors import classify_tensors
+from flashmoe_mlx.formats.record import MatrixFormat
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.research.estimate.sizes import expert_weights
@@ -240,8 +241,9 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
     quantization = {"group_size": 64, "bits": 4, "mode": "affine", **(gates if gate_bits == 8 else {})}
     checkpoint = write_sparse(tmp_path, text, mlx_community(text, gate_bits), quantization=quantization)
     tensors = classify_tensors(checkpoint)
-    layout = tensors.experts.layout
-    assert (layout.bits, layout.group_size, layout.dtype, layout.record_bytes) == (4, 64, "BF16", RECORDS[name])
+    layout = tensors.experts.layout[-1]
+    assert layout.single_format == MatrixFormat(4, 64, "BF16")
+    assert tensors.experts.layout.record_bytes == layout.record_bytes == RECORDS[name]
     pieces = tensors.experts.extents(text["num_hidden_layers"] - 1, text["num_experts"] - 1)
     assert len(pieces) == 9
     assert sum(piece.nbytes for piece in pieces) == layout.payload_bytes
@@ -257,8 +259,8 @@ def test_mlx_community_conversions(name: str, gate_bits: int, tmp_path: Path) ->
 def test_original_checkpoints(name: str, tmp_path: Path) -> None:
     text = CONFIGS[name]
     tensors = classify_tensors(write_sparse(tmp_path, text, hugging_face(text)))
-    layout = tensors.experts.layout
-    assert (layout.bits, layout.dtype) == (None, "BF16")
+    layout = tensors.experts.layout[0]
+    assert layout.single_format == MatrixFormat(None, None, "BF16")
     assert layout.payload_bytes == 3 * 2 * text["hidden_size"] * text["moe_intermediate_size"]
     assert len(tensors.skipped) == 2
 
@@ -274,4 +276,4 @@ def test_a_text_only_checkpoint(tmp_path: Path) -> None:
     tensors = classify_tensors(write_sparse(tmp_path, text, shapes, nested=False))
     assert tensors.experts.num_layers == 92
     assert {vector.add_one for vector in tensors.vectors if vector.name.endswith("layernorm.weight")} == {True}
-    assert tensors.experts.layout.payload_bytes == 3 * 2 * 8192 * 2048
+    assert tensors.experts.layout[0].payload_bytes == 3 * 2 * 8192 * 2048

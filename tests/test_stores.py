@@ -188,6 +188,80 @@ class TestUringOnACheckpoint(_ThroughRing):
     contiguous = False
 
 
+# Records of several formats
+
+MIXED = ((8, 8, 8), (2, 2, 2), (2, 3, 8), (4, 4, 6))
+"""Widths of gate, up and down in each of four layers, whose records have three sizes."""
+FIVE_MIXED = {"budget_gib": 5 * (4 + 1 + 2 + 2) * 16384 / 2**30}
+"""A budget of five slots in each of these layers."""
+
+
+@keep_only(FILLING_ONCE)
+class TestMixedPread(ExpertStoreTests):
+    backend = "pread"
+    options = {"slots": 6}
+    bits = MIXED
+
+
+@keep_only(SERVING)
+class TestMixedCheckpoint(ExpertStoreTests):
+    backend = "checkpoint"
+    options = {"slots": 6}
+    contiguous = False
+    bits = MIXED
+
+
+@keep_only(SERVING)
+class TestMixedResident(ExpertStoreTests):
+    backend = "resident"
+    bits = MIXED
+
+
+@keep_only(FILLING_ONCE)
+class TestMixedRamHybrid(ExpertStoreTests):
+    backend = "ram_hybrid"
+    options = FIVE_MIXED
+    bits = MIXED
+
+
+@keep_only(SERVING)
+class TestMixedMmap(ExpertStoreTests):
+    backend = "mmap"
+    options = {"slots": 6}
+    bits = MIXED
+
+
+@needs_io_uring
+@keep_only(SERVING)
+class TestMixedUring(_ThroughRing):
+    backend = "io_uring"
+    options = {"slots": 6, "registered": True, "depth": 3}
+    alignment = 4096
+    bits = MIXED
+
+
+@keep_only(SERVING)
+class TestMxfp4Pread(ExpertStoreTests):
+    backend = "pread"
+    options = {"slots": 6}
+    bits = "mxfp4"
+
+
+@keep_only(SERVING)
+class TestNvfp4Checkpoint(ExpertStoreTests):
+    backend = "checkpoint"
+    options = {"slots": 6}
+    contiguous = False
+    bits = "nvfp4"
+
+
+@keep_only(SERVING)
+class TestMxfp8RamHybrid(ExpertStoreTests):
+    backend = "ram_hybrid"
+    options = {"budget_gib": 5 * 4 * 4 * 16384 / 2**30}
+    bits = "mxfp8"
+
+
 # Emulated machines
 
 

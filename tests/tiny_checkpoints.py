@@ -1,4 +1,4 @@
-"""Tiny Qwen3.5-MoE checkpoints with the structure of the published checkpoints, made from a seed.
+"""Tiny checkpoints of the native families with the structure of the published checkpoints, made from a seed.
 
 Every tensor is a pure function of (geometry, seed, name). It uses raw PCG64 words, whose stream numpy guarantees, and
 float operations that round identically on all platforms. Recorded logits therefore stay valid; ``weights_hash`` detects
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 Layout = Literal["fused", "per_expert", "mlx4"]
+FamilyName = Literal["qwen3_5_moe", "qwen3_moe", "qwen3_next"]
 Dtype = Literal["F32", "BF16"]
 Tensors = dict[str, np.ndarray]
 """Arrays by name; uint16 arrays hold the bits of bfloat16, which numpy does not have."""
@@ -63,6 +64,20 @@ class Geometry:
 
     context: int = 4096
     """Tokens of the context. The weights do not depend on it."""
+    family: FamilyName = "qwen3_5_moe"
+    mlp_layers: tuple[int, ...] = ()
+    """Layers with an MLP of the inner width ``mlp_size`` in place of experts."""
+    mlp_size: int = 0
+    renormalized: bool = True
+    """Whether the weights of a token's experts sum to 1."""
+
+    @property
+    def gated(self) -> bool:
+        return self.family != "qwen3_moe"
+
+    @property
+    def moe_layers(self) -> list[int]:
+        return [layer for layer in range(self.num_layers) if layer not in self.mlp_layers]
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +122,8 @@ class Geometry:
             "num_experts": self.experts,
             "num_experts_per_tok": self.top_k,
         }
+        if self.family != "qwen3_5_moe":
+            return self._older_config(config)
         rope = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.rotary_fraction}
         if self.flat_rope:
             config |= rope
@@ -120,10 +137,35 @@ class Geometry:
             config["full_attention_interval"] = self.layer_types.index("F") + 1
         return config
 
+    def _older_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return ``config`` as models published before Qwen3.5 have it: flat, with rotary settings beside the sizes."""
+        only_hybrid = ("linear_", "attn_output_gate", "mamba_", "shared_expert", "layer_types")
+        kept = {name: value for name, value in config.items() if self.gated or not name.startswith(only_hybrid)}
+        kept.pop("attn_output_gate", None)
+        kept |= {
+            "model_type": self.family,
+            "norm_topk_prob": self.renormalized,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(self.mlp_layers),
+            "intermediate_size": self.mlp_size or 8 * self.expert_size,
+            "rope_theta": self.rope_theta,
+            "rope_scaling": dict(self.scaling) or None,
+        }
+        if self.gated:
+            kept["partial_rotary_factor"] = self.rotary_fraction
+            kinds = {"L": "linear_attention", "F": "full_attention"}
+            kept["layer_types"] = [kinds[letter] for letter in self.layer_types]
+        else:
+            kept |= {"sliding_window": None, "max_window_layers": self.num_layers, "use_sliding_window": False}
+        return kept
+
     def config(self, layout: Layout = "fused", dtype: Dtype = "F32") -> dict[str, Any]:
         """Return the whole ``config.json`` of a checkpoint."""
         text = self.text_config()
         text["dtype"] = {"F32": "float32", "BF16": "bfloat16"}[dtype]
+        if self.family != "qwen3_5_moe":
+            config = {"architectures": [{"qwen3_moe": "Qwen3MoeForCausalLM"}.get(self.family, "Qwen3NextForCausalLM")]}
+            return config | text | (self._quantization() if layout == "mlx4" else {})
         if not self.nested and layout != "mlx4":
             return {"architectures": ["Qwen3_5MoeForCausalLM"], **text}
         config = {
@@ -134,14 +176,19 @@ class Geometry:
             "video_token_id": 2,
             "text_config": text,
         }
-        if layout == "mlx4":
-            quantization: dict[str, Any] = {"group_size": self.group_size, "bits": 4, "mode": "affine"}
-            for layer in range(self.num_layers):
-                for gate in ("gate", "shared_expert_gate"):
-                    name = f"language_model.model.layers.{layer}.mlp.{gate}"
-                    quantization[name] = {"group_size": 64, "bits": 8}
-            config |= {"quantization": quantization, "quantization_config": quantization}
-        return config
+        return config | (self._quantization() if layout == "mlx4" else {})
+
+    def _quantization(self) -> dict[str, Any]:
+        quantization: dict[str, Any] = {"group_size": self.group_size, "bits": 4, "mode": "affine"}
+        for layer in self.moe_layers:
+            for gate in ("gate", "shared_expert_gate") if self.gated else ("gate",):
+                quantization[f"{self.mlx_prefix}model.layers.{layer}.mlp.{gate}"] = {"group_size": 64, "bits": 8}
+        return {"quantization": quantization, "quantization_config": quantization}
+
+    @property
+    def mlx_prefix(self) -> str:
+        """The prefix of all names in an MLX conversion."""
+        return "language_model." if self.family == "qwen3_5_moe" else ""
 
 
 GEOMETRIES: Mapping[str, Geometry] = {
@@ -268,6 +315,126 @@ YARN = replace(
 )
 """A geometry with YaRN, by which published models extend their context."""
 
+_NEXT = replace(
+    GEOMETRIES["plain"],
+    name="next",
+    family="qwen3_next",
+    layers_told_by="layer_types",
+    nested=False,
+    key_heads=2,
+    value_heads=4,
+)
+_CODER = Geometry(
+    name="moe",
+    family="qwen3_moe",
+    layer_types="FFF",
+    hidden_size=128,
+    vocab_size=256,
+    heads=8,
+    kv_heads=2,
+    head_dim=32,
+    rotary_fraction=1.0,
+    key_heads=0,
+    value_heads=0,
+    key_dim=0,
+    value_dim=0,
+    experts=16,
+    top_k=4,
+    expert_size=64,
+    shared_expert_size=0,
+    group_size=64,
+    rope_theta=1_000_000.0,
+    nested=False,
+)
+_EXTENDED = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 32))
+OLDER_GEOMETRIES: Mapping[str, Geometry] = {
+    geometry.name: geometry
+    for geometry in (
+        _CODER,
+        # Some layers without experts, weights that do not sum to 1, biases, and as many kv heads as heads.
+        replace(
+            _CODER,
+            name="moe-mlp",
+            layer_types="FFFF",
+            hidden_size=64,
+            vocab_size=173,
+            heads=4,
+            kv_heads=4,
+            experts=8,
+            top_k=3,
+            expert_size=32,
+            group_size=32,
+            rope_theta=10_000.0,
+            rms_norm_eps=1e-5,
+            tied=True,
+            attention_bias=True,
+            mlp_layers=(0, 2),
+            mlp_size=96,
+            renormalized=False,
+        ),
+        # YaRN in the older spelling, and heads that are wider than hidden_size / heads.
+        replace(
+            _CODER,
+            name="moe-yarn",
+            layer_types="FF",
+            hidden_size=96,
+            vocab_size=160,
+            heads=4,
+            kv_heads=1,
+            head_dim=64,
+            experts=24,
+            top_k=6,
+            expert_size=96,
+            group_size=32,
+            scaling=(("type", "yarn"), *_EXTENDED[1:]),
+        ),
+        _NEXT,
+        # One value head for each key head, and a layer without experts.
+        replace(
+            _NEXT,
+            name="next-mlp",
+            layer_types="LFLL",
+            vocab_size=199,
+            heads=4,
+            kv_heads=1,
+            head_dim=64,
+            key_heads=3,
+            value_heads=3,
+            key_dim=32,
+            value_dim=64,
+            experts=12,
+            top_k=5,
+            expert_size=96,
+            group_size=32,
+            tied=True,
+            mlp_layers=(1,),
+            mlp_size=160,
+        ),
+        # Three value heads for each key head, YaRN, and weights that do not sum to 1.
+        replace(
+            _NEXT,
+            name="next-yarn",
+            layer_types="FLL",
+            hidden_size=192,
+            vocab_size=160,
+            heads=6,
+            kv_heads=3,
+            rotary_fraction=0.5,
+            value_heads=6,
+            key_dim=64,
+            experts=24,
+            top_k=6,
+            expert_size=32,
+            shared_expert_size=96,
+            group_size=32,
+            conv_kernel=3,
+            scaling=_EXTENDED,
+            renormalized=False,
+        ),
+    )
+}
+"""Geometries of Qwen3-MoE and Qwen3-Next."""
+
 SEEDS = (0, 1, 2)
 
 
@@ -299,13 +466,13 @@ def dequantized_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") ->
             module = stored_name.removesuffix(".weight")
             values = _dequantize(values, *(_as_f32(stored[f"{module}.{part}"]) for part in ("scales", "biases")), bits)
         values = _as_f32(values)
-        name = stored_name.removeprefix("language_model.").removeprefix("model.")
+        name = stored_name.removeprefix(geometry.mlx_prefix).removeprefix("model.")
         if name.endswith("conv1d.weight"):
             values = values.swapaxes(1, 2)
-        elif _is_centered_norm(name):
+        elif _is_centered_norm(geometry, name):
             values = values - np.float32(1)
         weights[name] = np.ascontiguousarray(values)
-    for layer in range(geometry.num_layers):
+    for layer in geometry.moe_layers:
         experts, stacked = f"layers.{layer}.mlp.experts", f"layers.{layer}.mlp.switch_mlp"
         gate, up = (weights.pop(f"{stacked}.{part}_proj.weight") for part in ("gate", "up"))
         weights[f"{experts}.gate_up_proj"] = np.concatenate([gate, up], axis=1)
@@ -373,40 +540,57 @@ def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], f
     yield "embed_tokens.weight", (g.vocab_size, g.hidden_size), 0.0, embedding_gain * math.sqrt(3)
     for layer, kind in enumerate(g.layer_types):
         prefix = f"layers.{layer}"
-        yield f"{prefix}.input_layernorm.weight", (g.hidden_size,), 0.0, 0.4
-        yield f"{prefix}.post_attention_layernorm.weight", (g.hidden_size,), 0.0, 0.4
+        norms = 0.0 if g.gated else 1.0
+        yield f"{prefix}.input_layernorm.weight", (g.hidden_size,), norms, 0.4
+        yield f"{prefix}.post_attention_layernorm.weight", (g.hidden_size,), norms, 0.4
         if kind == "L":
             mixer = f"{prefix}.linear_attn"
             yield f"{mixer}.A_log", (g.value_heads,), -2.0, 3.0
             yield f"{mixer}.dt_bias", (g.value_heads,), -0.5, 1.5
             yield f"{mixer}.conv1d.weight", (g.conv_width, 1, g.conv_kernel), 0.0, math.sqrt(3 / g.conv_kernel)
             yield f"{mixer}.norm.weight", (g.value_dim,), 1.0, 0.4
-            yield linear(f"{mixer}.in_proj_qkv.weight", g.conv_width, g.hidden_size)
-            yield linear(f"{mixer}.in_proj_z.weight", g.value_width, g.hidden_size)
-            yield linear(f"{mixer}.in_proj_a.weight", g.value_heads, g.hidden_size)
-            yield linear(f"{mixer}.in_proj_b.weight", g.value_heads, g.hidden_size)
+            if g.family == "qwen3_next":
+                yield linear(f"{mixer}.in_proj_qkvz.weight", g.conv_width + g.value_width, g.hidden_size)
+                yield linear(f"{mixer}.in_proj_ba.weight", 2 * g.value_heads, g.hidden_size)
+            else:
+                yield linear(f"{mixer}.in_proj_qkv.weight", g.conv_width, g.hidden_size)
+                yield linear(f"{mixer}.in_proj_z.weight", g.value_width, g.hidden_size)
+                yield linear(f"{mixer}.in_proj_a.weight", g.value_heads, g.hidden_size)
+                yield linear(f"{mixer}.in_proj_b.weight", g.value_heads, g.hidden_size)
             yield linear(f"{mixer}.out_proj.weight", g.hidden_size, g.value_width)
         else:
             mixer = f"{prefix}.self_attn"
             width = g.heads * g.head_dim
-            sizes = {"q": 2 * width, "k": g.kv_heads * g.head_dim, "v": g.kv_heads * g.head_dim, "o": g.hidden_size}
+            sizes = {
+                "q": (1 + g.gated) * width,
+                "k": g.kv_heads * g.head_dim,
+                "v": g.kv_heads * g.head_dim,
+                "o": g.hidden_size,
+            }
             for part, size in sizes.items():
                 inputs, gain = (width, 2.0) if part == "o" else (g.hidden_size, 1.0)
                 yield linear(f"{mixer}.{part}_proj.weight", size, inputs, gain)
                 if g.attention_bias:
                     yield f"{mixer}.{part}_proj.bias", (size,), 0.0, 0.3
-            yield f"{mixer}.q_norm.weight", (g.head_dim,), 0.5, 0.5
-            yield f"{mixer}.k_norm.weight", (g.head_dim,), 0.5, 0.5
+            yield f"{mixer}.q_norm.weight", (g.head_dim,), 0.5 + norms, 0.5
+            yield f"{mixer}.k_norm.weight", (g.head_dim,), 0.5 + norms, 0.5
         mlp = f"{prefix}.mlp"
+        if layer in g.mlp_layers:
+            yield linear(f"{mlp}.gate_proj.weight", g.mlp_size, g.hidden_size)
+            yield linear(f"{mlp}.up_proj.weight", g.mlp_size, g.hidden_size)
+            yield linear(f"{mlp}.down_proj.weight", g.hidden_size, g.mlp_size)
+            continue
         yield linear(f"{mlp}.gate.weight", g.experts, g.hidden_size, 2.0)
         experts_in, experts_out = (2 * g.expert_size, g.hidden_size), (g.hidden_size, g.expert_size)
         yield f"{mlp}.experts.gate_up_proj", (g.experts, *experts_in), 0.0, math.sqrt(3 / g.hidden_size)
         yield f"{mlp}.experts.down_proj", (g.experts, *experts_out), 0.0, 2 * math.sqrt(3 / g.expert_size)
+        if not g.shared_expert_size:
+            continue
         yield linear(f"{mlp}.shared_expert.gate_proj.weight", g.shared_expert_size, g.hidden_size)
         yield linear(f"{mlp}.shared_expert.up_proj.weight", g.shared_expert_size, g.hidden_size)
         yield linear(f"{mlp}.shared_expert.down_proj.weight", g.hidden_size, g.shared_expert_size)
         yield linear(f"{mlp}.shared_expert_gate.weight", 1, g.hidden_size)
-    yield "norm.weight", (g.hidden_size,), 0.0, 0.4
+    yield "norm.weight", (g.hidden_size,), 0.0 if g.gated else 1.0, 0.4
     if not g.tied:
         yield linear("lm_head.weight", g.vocab_size, g.hidden_size)
 
@@ -416,8 +600,10 @@ def _stays_f32(name: str) -> bool:
     return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
 
 
-def _is_centered_norm(name: str) -> bool:
+def _is_centered_norm(geometry: Geometry, name: str) -> bool:
     """Tell whether a tensor is of a norm that scales by 1 + weight; MLX checkpoints contain the sum."""
+    if geometry.family == "qwen3_moe":
+        return False
     return name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "norm.weight"
 
 
@@ -448,7 +634,7 @@ def _expert_by_expert(name: str, stacked: np.ndarray) -> Tensors:
 def _mlx4_tensors(geometry: Geometry, seed: int, dtype: Dtype) -> Tensors:
     tensors: Tensors = {}
     for name, values in dense_weights(geometry, seed, dtype).items():
-        for mlx_name, array in _named_as_mlx(name, values):
+        for mlx_name, array in _named_as_mlx(geometry, name, values):
             bits, group_size = _bits_and_group(mlx_name, geometry)
             if array.ndim < 2 or mlx_name.endswith("conv1d.weight") or array.shape[-1] % group_size:
                 tensors[mlx_name] = array if dtype == "F32" or name.endswith("A_log") else _to_bf16(array)
@@ -459,11 +645,11 @@ def _mlx4_tensors(geometry: Geometry, seed: int, dtype: Dtype) -> Tensors:
     return tensors
 
 
-def _named_as_mlx(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+def _named_as_mlx(geometry: Geometry, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
     if name.startswith("lm_head"):
-        yield f"language_model.{name}", values
+        yield geometry.mlx_prefix + name, values
         return
-    mlx_name = f"language_model.model.{name}"
+    mlx_name = f"{geometry.mlx_prefix}model.{name}"
     if name.endswith("experts.gate_up_proj"):
         for part, array in zip(("gate", "up"), np.split(values, 2, axis=1), strict=True):
             yield mlx_name.replace("experts.gate_up_proj", f"switch_mlp.{part}_proj.weight"), array
@@ -471,7 +657,7 @@ def _named_as_mlx(name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarr
         yield mlx_name.replace("experts.down_proj", "switch_mlp.down_proj.weight"), values
     elif name.endswith("conv1d.weight"):
         yield mlx_name, np.ascontiguousarray(values.swapaxes(1, 2))
-    elif _is_centered_norm(name):
+    elif _is_centered_norm(geometry, name):
         yield mlx_name, values + np.float32(1)
     else:
         yield mlx_name, values

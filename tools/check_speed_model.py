@@ -177,7 +177,7 @@ def _options(configuration: Configuration, folder: Path) -> dict[str, Any]:
         return dict(configuration.options)
     source = open_model(folder).variant(None)
     return {
-        "budget_gib": configuration.slots * source.num_layers * source.layout.record_bytes / GIB,
+        "budget_gib": configuration.slots * source.layout.bytes_in_all_layers / GIB,
         **configuration.options,
     }
 

@@ -174,10 +174,10 @@ def peer_model(pack: Pack, k: int) -> nn.Module:
 
 def _all_tensors(pack: Pack) -> Iterator[tuple[str, mx.array]]:
     yield from mx.load(str(pack.resident_path)).items()
-    experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+    experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
     for layer in range(experts.num_layers):
         records = np.memmap(experts.layer_path(layer), np.uint8, "r").reshape(experts.num_experts, -1)
-        for name, array in stacked(records, experts.layout):
+        for name, array in stacked(records, experts.layout[layer]):
             yield f"model.layers.{layer}.mlp.switch_mlp.{name}", array
 
 

@@ -216,7 +216,7 @@ def peak_memory(pack: str, count: int, options: dict[str, Any]) -> Iterator[str]
         prompt(engine, tokens)
         seconds, size = time.perf_counter() - start, engine.model.norm.dtype.size
         chunk = engine.metrics.prefill_chunk
-    need = memory_need(config, 4, layout.bits or 4, count, size, 2, layout.group_size or 64)
+    need = memory_need(config, 4, round(layout.code_bits), count, size, 2, slot_bytes=layout.record_bytes)
     found = process_peak_bytes()
     yield "| tokens | chunk | GB at 1,024 tokens | peak, GB | estimate, GB | ratio | s |"
     yield "|---|---|---|---|---|---|---|"

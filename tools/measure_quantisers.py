@@ -63,8 +63,8 @@ def _demo_expert(source: PackedExperts) -> dict[str, mx.array]:
     with extent.path.open("rb") as file:
         file.seek(extent.offset)
         record = mx.array(np.frombuffer(file.read(extent.nbytes), np.uint8)).view(MLX_DTYPES["U8"])
-    parts = record_views(record, source.layout)
-    return {projection: dense_projection(parts, projection, source.layout) for projection in PROJECTIONS}
+    parts = record_views(record, source.layout[0])
+    return {projection: dense_projection(parts, projection, source.layout[0]) for projection in PROJECTIONS}
 
 
 def _errors(dense: dict[str, mx.array], quantizer: str, bits: int) -> tuple[float, float]:

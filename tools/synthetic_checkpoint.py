@@ -22,7 +22,7 @@ from flashmoe_mlx.pack.opening import open_pack
 def main(pack_folder: Path, out: Path) -> None:
     """Write the checkpoint to the new folder ``out``."""
     pack = open_pack(pack_folder)
-    experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+    experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
     out.mkdir()
     shutil.copy(pack.folder / "config.json", out)
     os.link(pack.resident_path, out / "model-resident.safetensors")
@@ -33,7 +33,7 @@ def main(pack_folder: Path, out: Path) -> None:
 def write_layer(experts: PackedExperts, layer: int, path: Path) -> None:
     """Write the shard of one layer. Format: https://github.com/huggingface/safetensors#format."""
     header, end = {}, 0
-    for component in experts.layout.components:
+    for component in experts.layout[layer].components:
         projection, part = component.name.split(".")
         nbytes = component.nbytes * experts.num_experts
         assert nbytes // experts.num_experts % DTYPE_BYTES[component.dtype] == 0
@@ -48,7 +48,7 @@ def write_layer(experts: PackedExperts, layer: int, path: Path) -> None:
     records = np.memmap(experts.layer_path(layer), np.uint8, "r").reshape(experts.num_experts, -1)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for component in experts.layout.components:
+        for component in experts.layout[layer].components:
             for record in records:
                 file.write(record[component.offset : component.offset + component.nbytes].tobytes())
 

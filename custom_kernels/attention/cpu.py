@@ -23,7 +23,9 @@ def supports(weights: AttentionWeights, dtype: mx.Dtype) -> bool:
 def code_path(inputs: AttentionInputs) -> CodePath | None:
     """Return the code path of ``gated_attention``; None if it does not support the inputs."""
     supported = supports(inputs.weights, inputs.q_and_gate.dtype)
-    return (tokens_phrase(len(inputs.q_and_gate)), inputs.weights.rows.phrase) if supported else None
+    if not supported:
+        return None
+    return tokens_phrase(len(inputs.q_and_gate)), inputs.weights.rows.phrase, inputs.weights.gate_phrase
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:
@@ -54,6 +56,7 @@ def attend(
         (heads, weights.kv_heads, dim, weights.rotary_dim, weights.kv_bits or 32, weights.rows.group_size),
         weights.rotations(),
         weights.eps,
+        weights.gated,
         list(keys),
         list(values),
         y.buffer,
@@ -92,6 +95,7 @@ def drawn(weights: AttentionWeights, dtype: mx.Dtype, tokens: int, start: int) -
         theta=weights.theta,
         eps=weights.eps,
         kv_bits=weights.kv_bits,
+        gated=weights.gated,
     )
     # Other properties of the layer, such as its rotary embedding, are kept.
     own = inputs.weights

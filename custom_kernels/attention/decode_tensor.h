@@ -59,7 +59,7 @@ uint4 value_chunk = make_uint4(0, 0, 0, 0);
 for (int round = 0; round < ROUNDS; round++) {
   const int first = 2 * (round * SIMDGROUPS + simdgroup), row = first + lane / 16;
   if (first < GROUP + has_new) {
-    const T* from = row < GROUP ? q_and_gate + ((long)kv_head * GROUP + row) * 2 * DIM : k + kv_head * DIM;
+    const T* from = row < GROUP ? q_and_gate + ((long)kv_head * GROUP + row) * (1 + GATED) * DIM : k + kv_head * DIM;
     const T* norm = row < GROUP ? q_norm : k_norm;
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {

@@ -70,10 +70,10 @@ def code_path(inputs: AttentionInputs) -> CodePath | None:
         return None
     if not weights.rows.is_supported:
         return None
-    rows = weights.rows.phrase
+    phrases = tokens_phrase(tokens), weights.rows.phrase, weights.gate_phrase
     if tokens > 1:
-        return tokens_phrase(tokens), rows
-    return tokens_phrase(tokens), rows, "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
+        return phrases
+    return *phrases, "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
 
 
 def gated_attention(inputs: AttentionInputs) -> Results:
@@ -91,6 +91,7 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         "HEADS": heads,
         "KV_HEADS": weights.kv_heads,
         "DIM": width,
+        "GATED": int(weights.gated),
     }
     frequencies = _rotary(weights.rotary_dim, weights.theta, weights.frequencies)
     arrays = [q_and_gate, inputs.k, inputs.v, weights.q_norm, weights.k_norm, keys, values, frequencies, position]
@@ -125,11 +126,12 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     )
     if tokens > 1:
         end = inputs.start + tokens
-        gate = q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1]
         written = mx.depends([keys, values], queries)
         seen = (weights.rows.unpack(cache[:, :, :end], dtype) for cache in written)
         mixed = attention(queries, *seen)
-        y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
+        y = mixed.squeeze(0).swapaxes(0, 1)
+        if weights.gated:
+            y = y * mx.sigmoid(q_and_gate.reshape(tokens, heads, 2, width)[:, :, 1])
         return y.reshape(tokens, heads * width), keys, values
 
     spans = -(-capacity // max(_SIMDGROUPS, -(-capacity // _SPANS)))
@@ -212,6 +214,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
                 theta=weights.theta,
                 eps=weights.eps,
                 kv_bits=weights.kv_bits,
+                gated=weights.gated,
             )
             # Other properties of the layer, such as its rotary embedding, are kept.
             own = replace(weights, q_norm=drawn.weights.q_norm, k_norm=drawn.weights.k_norm)

@@ -1,4 +1,4 @@
-// The combination of the results of all spans of the cache, times the output gate. Grid: x = query heads, y = slices of
+// The combination of the results of all spans of the cache, times the output gate if GATED. Grid: x = query heads, y = slices of
 // 32 dimensions; a simdgroup processes every SIMDGROUPS-th span, at most MOST_SPANS / SIMDGROUPS spans.
 
 constexpr int MOST = MOST_SPANS / SIMDGROUPS;
@@ -24,7 +24,7 @@ for (int i = 0; i < MOST_SPANS / 32; i++) {
   lane_peaks[i] = span < spans ? peaks[2 * (first + span)] : LOWEST;
   lane_totals[i] = span < spans ? peaks[2 * (first + span) + 1] : 0.0f;
 }
-const float gate = float(q_and_gate[((long)head * 2 + 1) * DIM + own]);
+const float gate = GATED ? float(q_and_gate[((long)head * (1 + GATED) + GATED) * DIM + own]) : 0.0f;
 #pragma unroll
 for (int i = 0; i < MOST_SPANS / 32; i++) {
   higher = lane_peaks[i] > higher ? lane_peaks[i] : higher;
@@ -49,5 +49,5 @@ if (simdgroup == 0) {
   for (int i = 0; i < SIMDGROUPS; i++) {
     all += gathered[i][lane];
   }
-  y[head * DIM + own] = T(all / total / (1.0f + exponential(-gate)));
+  y[head * DIM + own] = T(GATED ? all / total / (1.0f + exponential(-gate)) : all / total);
 }

@@ -7,7 +7,7 @@ const int tokens = q_and_gate_shape[0], start = position[0], capacity = keys_sha
 const bool is_query = index < HEADS;
 const bool is_key = !is_query && index < HEADS + KV_HEADS;
 const int head = is_query ? index : (index - HEADS) % KV_HEADS;
-const device T* from = is_query ? q_and_gate + ((long)token * HEADS + head) * 2 * DIM
+const device T* from = is_query ? q_and_gate + ((long)token * HEADS + head) * (1 + GATED) * DIM
                      : is_key   ? k + ((long)token * KV_HEADS + head) * DIM
                                 : v + ((long)token * KV_HEADS + head) * DIM;
 const long cached = ((long)head * capacity + start + token) * ROW;

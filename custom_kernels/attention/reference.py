@@ -1,7 +1,7 @@
 """The part of a full-attention layer between its projections, in elementary operations.
 
-Source: transformers ``Qwen3_5MoeAttention``: RMS norms of queries and keys, rotary embedding of part of each head,
-causal grouped-query attention, an output gate for every query.
+Sources: transformers ``Qwen3_5MoeAttention`` and ``Qwen3MoeAttention``: RMS norms of queries and keys, rotary embedding
+of a part or all of each head, causal grouped-query attention; in the former an output gate for every query.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class AttentionInputs:
     Not frozen: a frozen dataclass takes ten times as long to construct, and every layer constructs one per step.
 
     Attributes:
-        q_and_gate: [T, heads * 2 D], for every head its query, then its gate.
+        q_and_gate: [T, heads * 2 D], for every head its query, then its gate; without gates, queries [T, heads * D].
         k: keys of the T tokens, [T, kv_heads * D].
         v: values of the T tokens, [T, kv_heads * D].
         weights: weights of the layer.
@@ -81,7 +81,7 @@ def rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
 
 
 def gated_attention(inputs: AttentionInputs, attend: Attend = attention, rotate: Rotate = rotate) -> Results:
-    """Normalize and rotate queries and keys, extend the cache, attend, apply the output gate.
+    """Normalize and rotate queries and keys, extend the cache, attend, apply the output gate if there is one.
 
     Args:
         inputs: see ``AttentionInputs``.
@@ -94,7 +94,9 @@ def gated_attention(inputs: AttentionInputs, attend: Attend = attention, rotate:
     weights, keys, values, start = inputs.weights, inputs.keys, inputs.values, inputs.start
     length = inputs.q_and_gate.shape[0]
     end = start + length
-    queries, gate = mx.split(inputs.q_and_gate.reshape(length, weights.heads, 2 * weights.head_dim), 2, axis=-1)
+    queries, gate = mx.split(
+        inputs.q_and_gate.reshape(length, weights.heads, weights.query_width), [weights.head_dim], axis=-1
+    )
     new_keys, new_values = (part.reshape(length, weights.kv_heads, weights.head_dim) for part in (inputs.k, inputs.v))
 
     def placed(x: mx.array, norm: mx.array) -> mx.array:
@@ -106,5 +108,7 @@ def gated_attention(inputs: AttentionInputs, attend: Attend = attention, rotate:
     values[:, :, start:end] = rows.pack(new_values.swapaxes(0, 1)[None], dtype)
     seen = (rows.unpack(cache[:, :, :end], dtype) for cache in (keys, values))
     mixed = attend(placed(queries, weights.q_norm), *seen)
-    y = mixed.squeeze(0).swapaxes(0, 1) * mx.sigmoid(gate)
+    y = mixed.squeeze(0).swapaxes(0, 1)
+    if weights.gated:
+        y = y * mx.sigmoid(gate)
     return y.reshape(length, weights.heads * weights.head_dim), keys, values

@@ -19,6 +19,7 @@ def attention_inputs(
     theta: float = 1e7,
     eps: float = 1e-6,
     kv_bits: int | None = None,
+    gated: bool = True,
 ) -> AttentionInputs:
     """Draw tokens at the end of a filled cache.
 
@@ -31,6 +32,7 @@ def attention_inputs(
         theta: base of the rotary embedding.
         eps: epsilon of the norms.
         kv_bits: width of cached keys and values.
+        gated: whether queries have gates.
     """
     inputs = RandomInputs(dtype, seed)
     weights = AttentionWeights(
@@ -43,11 +45,12 @@ def attention_inputs(
         inputs.normal(geometry.head_dim, scale=0.2, mean=1.0),
         eps,
         kv_bits=kv_bits,
+        gated=gated,
     )
-    width, kv_width = geometry.heads * geometry.head_dim, geometry.kv_heads * geometry.head_dim
+    width, kv_width = geometry.heads * weights.query_width, geometry.kv_heads * geometry.head_dim
     room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
     return AttentionInputs(
-        inputs.normal(tokens, 2 * width),
+        inputs.normal(tokens, width),
         inputs.normal(tokens, kv_width),
         inputs.normal(tokens, kv_width),
         weights,

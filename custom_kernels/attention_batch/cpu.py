@@ -17,7 +17,8 @@ def code_path(batch: AttentionBatch) -> CodePath | None:
     """Return the code path of ``gated_attention``; None if it does not support the inputs."""
     if not cpu.supports(batch.weights, batch.q_and_gate.dtype):
         return None
-    return ("one token of each" if max(batch.lengths) == 1 else "several tokens", batch.weights.rows.phrase)
+    tokens = "one token of each" if max(batch.lengths) == 1 else "several tokens"
+    return tokens, batch.weights.rows.phrase, batch.weights.gate_phrase
 
 
 def gated_attention(batch: AttentionBatch) -> tuple[mx.array, ...]:

@@ -16,7 +16,7 @@ class AttentionBatch:
     """Arguments of the operation for T tokens of several sequences, one sequence after the other.
 
     Attributes:
-        q_and_gate: [T, heads * 2 D], for every head its query, then its gate.
+        q_and_gate: queries with their gates; see ``AttentionInputs``.
         k: keys of the T tokens, [T, kv_heads * D].
         v: values of the T tokens, [T, kv_heads * D].
         weights: weights of the layer.

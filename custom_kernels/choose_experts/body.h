@@ -1,5 +1,6 @@
-// The experts with the highest scores of a token, of equal scores the first; ascending, with their softmax. They may join
-// a list of experts of earlier layers.
+// The experts with the highest scores of a token, of equal scores the first; ascending, with their softmax:
+// over the chosen scores if RENORMALIZED, else over all scores. They may join a list of experts of earlier layers. A
+// shared expert (SHARED_EXPERT is 1) has the sigmoid of the last score.
 // Grid: x = tokens, one simdgroup each. Lane n keeps the scores of experts n, n + 32 and so on.
 
 const int token = threadgroup_position_in_grid.x;
@@ -48,7 +49,14 @@ SHARED int picked[32];
 picked[lane] = mine;
 wait_for_threadgroup();
 const float weight = lane < CHOSEN ? exponential(value - highest) : 0.0f;
-const float total = simd_sum(weight);
+float unchosen = 0.0f;
+if (!RENORMALIZED) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    unchosen += exponential(score[i] - highest);  // 0 for the scores of chosen experts, which were replaced
+  }
+}
+const float total = simd_sum(weight + unchosen);
 if (lane < CHOSEN) {
   int rank = 0;
   for (int k = 0; k < CHOSEN; k++) {
@@ -60,14 +68,14 @@ if (lane < CHOSEN) {
   chosen[token * CHOSEN + rank] = mine;
 #endif
   places[token * CHOSEN + rank] = table[mine];
-  weights[token * (CHOSEN + 1) + rank] = weight / total;
+  weights[token * (CHOSEN + SHARED_EXPERT) + rank] = weight / total;
 }
 #if WITH_EARLIER
 for (int i = lane; token == 0 && i < earlier_shape[0]; i += 32) {
   chosen[i] = earlier[i];
 }
 #endif
-if (lane == 0) {
+if (SHARED_EXPERT && lane == 0) {
   const float logit = float(scores[(long)token * WIDTH + EXPERTS]);
-  weights[token * (CHOSEN + 1) + CHOSEN] = 1.0f / (1.0f + exponential(-logit));
+  weights[token * (CHOSEN + SHARED_EXPERT) + CHOSEN] = 1.0f / (1.0f + exponential(-logit));
 }

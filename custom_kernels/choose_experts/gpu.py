@@ -17,36 +17,58 @@ _MOST_EXPERTS = 1024
 _MOST_CHOSEN = 32
 
 
-def code_path(scores: mx.array, table: mx.array, k: int) -> CodePath | None:
+def code_path(
+    scores: mx.array, table: mx.array, k: int, shared: bool = True, renormalized: bool = True
+) -> CodePath | None:
     """Return the code path of ``choose_experts``; None if it does not support the arguments."""
     supported = (
         scores.dtype in (mx.float32, mx.bfloat16)
         and 8 <= len(table) <= _MOST_EXPERTS
         and k <= min(_MOST_CHOSEN, len(table))
-        and scores.shape[1] > len(table)
+        and scores.shape[1] >= len(table) + shared
     )
-    return (tokens_phrase(len(scores)), f"K={k}") if supported else None
+    if not supported:
+        return None
+    return (
+        tokens_phrase(len(scores)),
+        f"K={k}",
+        "" if shared else "without a shared expert",
+        "" if renormalized else "not renormalized",
+    )
 
 
-def choose_experts(scores: mx.array, table: mx.array, k: int) -> tuple[mx.array, mx.array, mx.array]:
+def choose_experts(
+    scores: mx.array, table: mx.array, k: int, shared: bool = True, renormalized: bool = True
+) -> tuple[mx.array, mx.array, mx.array]:
     """Compute ``reference.choose_experts`` for arguments with a ``code_path``."""
-    return _run(BODY, [scores, table], (len(scores), k), k)
+    return _run(BODY, [scores, table], (len(scores), k), k, shared, renormalized)
 
 
-def list_experts(scores: mx.array, table: mx.array, k: int, earlier: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+def list_experts(
+    scores: mx.array, table: mx.array, k: int, earlier: mx.array, shared: bool = True, renormalized: bool = True
+) -> tuple[mx.array, mx.array, mx.array]:
     """Compute ``choose_experts``, with the chosen experts at the end of a list: ``earlier`` int32 [n], then theirs."""
-    return _run(LISTING, [scores, table, earlier], (earlier.size + len(scores) * k,), k)
+    return _run(LISTING, [scores, table, earlier], (earlier.size + len(scores) * k,), k, shared, renormalized)
 
 
-def _run(kernel: Kernel, inputs: list[mx.array], shape: tuple[int, ...], k: int) -> tuple[mx.array, mx.array, mx.array]:
+def _run(
+    kernel: Kernel, inputs: list[mx.array], shape: tuple[int, ...], k: int, shared: bool, renormalized: bool
+) -> tuple[mx.array, mx.array, mx.array]:
     scores, table = inputs[:2]
     tokens, width = scores.shape
     chosen, places, weights = kernel(
         inputs,
-        [(shape, mx.int32), ((tokens, k), mx.int32), ((tokens, k + 1), mx.float32)],
+        [(shape, mx.int32), ((tokens, k), mx.int32), ((tokens, k + shared), mx.float32)],
         (tokens, 1, 1),
         32,
-        {"T": scores.dtype, "EXPERTS": len(table), "WIDTH": width, "CHOSEN": k},
+        {
+            "T": scores.dtype,
+            "EXPERTS": len(table),
+            "WIDTH": width,
+            "CHOSEN": k,
+            "SHARED_EXPERT": int(shared),
+            "RENORMALIZED": int(renormalized),
+        },
     )
     return chosen, places, weights
 
@@ -55,7 +77,8 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
     """Yield one token and several tokens with different scores."""
     table = mx.array(np.random.default_rng(0).permutation(model.num_experts), mx.int32)
     for tokens in (1, 5):
-        arguments = (different_scores(tokens, model.num_experts, model.dtype), table, model.experts_k)
+        scores = different_scores(tokens, model.num_experts, model.dtype)
+        arguments = (scores, table, model.experts_k, bool(model.shared), model.renormalized)
         if code_path(*arguments) is not None:
             yield Sample(arguments)
 

@@ -20,10 +20,11 @@ def chosen_experts(
     earlier: mx.array,
     k: int,
     form: ExpertFormat,
-    shared: ExpertWeights,
+    shared: ExpertWeights | None,
+    renormalized: bool = True,
     apply: Callable[..., mx.array] = reference.routed_experts,
 ) -> tuple[mx.array, mx.array]:
-    """Choose experts and add them, with the shared expert, to a residual.
+    """Choose experts and add them, with a shared expert, to a residual.
 
     Args:
         x: normalized hidden states [T, hidden].
@@ -34,13 +35,14 @@ def chosen_experts(
         earlier: int32 [n], the experts of earlier layers.
         k: experts for each token.
         form: format of the records.
-        shared: the shared expert.
+        shared: the shared expert, or None.
+        renormalized: see ``choose_experts``.
         apply: an implementation of ``routed_experts``.
 
     Returns:
         [T, hidden] in the type of ``x``; and ``earlier`` followed by the chosen experts, int32 [n + T * k].
     """
-    chosen, rows, weights = choose_experts(scores, table, k)
+    chosen, rows, weights = choose_experts(scores, table, k, shared is not None, renormalized)
     y = apply(x, slab, rows, weights, form, shared, residual)
     return y, mx.concatenate([earlier, chosen.reshape(-1)])
 

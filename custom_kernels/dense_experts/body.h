@@ -9,9 +9,15 @@ if (eight < SIZE / 8) {
   const int weight_at = projection == 0 ? GATE_WEIGHT : projection == 1 ? UP_WEIGHT : DOWN_WEIGHT;
   const int scales_at = projection == 0 ? GATE_SCALES : projection == 1 ? UP_SCALES : DOWN_SCALES;
   const int biases_at = projection == 0 ? GATE_BIASES : projection == 1 ? UP_BIASES : DOWN_BIASES;
+  const int BITS = projection == 0 ? GATE_BITS : projection == 1 ? UP_BITS : DOWN_BITS;
+  const int group = eight / ((projection == 0 ? GATE_GROUP : projection == 1 ? UP_GROUP : DOWN_GROUP) / 8);
   // Rows are whole groups, so groups are numbered across the rows of a matrix.
-  const float scale = float(((const device S*)(record + scales_at))[eight / (GROUP / 8)]);
-  const float bias = float(((const device S*)(record + biases_at))[eight / (GROUP / 8)]);
+  const float scale = projection == 0   ? float(((const device GATE_S*)(record + scales_at))[group])
+                      : projection == 1 ? float(((const device UP_S*)(record + scales_at))[group])
+                                        : float(((const device DOWN_S*)(record + scales_at))[group]);
+  const float bias = projection == 0   ? float(((const device GATE_S*)(record + biases_at))[group])
+                     : projection == 1 ? float(((const device UP_S*)(record + biases_at))[group])
+                                       : float(((const device DOWN_S*)(record + biases_at))[group]);
   const device uchar* codes = record + weight_at + (long)eight * BITS;
   uint low = 0, high = 0;  // the first and the last four codes
   if (BITS == 8) {

@@ -6,11 +6,10 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample
 from flashmoe_mlx.custom_kernels.dense_experts.reference import Matrices
-from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
+from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS, ExpertFormat
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
-from flashmoe_mlx.custom_kernels.weights import format_name
 
 BODY = Kernel(__package__, "body", ["slab", "rows"], ["gate", "up", "down"], ["loads", "stores"])
 _THREADS = 256
@@ -18,8 +17,8 @@ _THREADS = 256
 
 def code_path(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype) -> CodePath | None:  # noqa: ARG001
     """Return the code path of ``dense_experts``; None if it does not support the arguments."""
-    supported = form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
-    return (format_name(form.bits, form.group_size, form.dtype),) if supported else None
+    supported = all(own.bits in (2, 3, 4, 8) for own in form.formats) and dtype in (mx.float32, mx.bfloat16)
+    return (form.name,) if supported else None
 
 
 def dense_experts(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.Dtype) -> Matrices:
@@ -29,32 +28,25 @@ def dense_experts(slab: mx.array, rows: mx.array, form: ExpertFormat, dtype: mx.
     tall = (experts, form.hidden_size, form.intermediate_size)
     template: dict[str, int | mx.Dtype] = {
         "T": dtype,
-        "S": form.dtype,
-        "BITS": form.bits,
-        "GROUP": form.group_size,
         "SIZE": size,
-        "RECORD_BYTES": form.record_bytes,
+        "RECORD_BYTES": slab.shape[1],
         "THREADS": _THREADS,
     }
+    for projection in PROJECTIONS:
+        template |= form.template_of(projection)
     gate, up, down = BODY(
         [slab, rows],
         [(wide, dtype), (wide, dtype), (tall, dtype)],
         (-(-size // 8 // _THREADS), experts, 3),
         _THREADS,
-        template | {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()},
+        template,
     )
     return gate, up, down
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield two experts of true size."""
-    if model.experts is None:
-        return
-    arguments = (
-        RandomInputs(model.dtype, 0).slab(model.experts, 2),
-        mx.array([1, 0], mx.int32),
-        model.experts,
-        model.dtype,
-    )
-    if code_path(*arguments) is not None:
-        yield Sample(arguments)
+    """Yield two experts of true size of each format."""
+    for form in model.experts:
+        rows = mx.array([1, 0], mx.int32)
+        if code_path(rows, rows, form, model.dtype) is not None:
+            yield Sample((RandomInputs(model.dtype, 0).slab(form, 2), rows, form, model.dtype))

@@ -16,7 +16,9 @@ def _product(x: mx.array, weight: QuantizedWeight) -> mx.array:
     if weight.bits is None:
         return x @ weight.weight.astype(x.dtype).T
     assert weight.scales is not None
-    assert weight.biases is not None
+    if weight.biases is None:
+        sizes = weight.group_size, weight.bits
+        return mx.quantized_matmul(x, weight.weight, weight.scales, None, True, *sizes, weight.mode)
     assert weight.group_size is not None
     # MLX would promote x to a wider type of the scales; the scales of one expert are cheaper to convert.
     scales, biases = weight.scales.astype(x.dtype), weight.biases.astype(x.dtype)

@@ -203,24 +203,32 @@ PyObject* norm(PyObject*, PyObject* args) {
 
 // The layout of an expert's record.
 struct Format {
+    struct Codes {
+        int bits, group, type;
+    };
+
     long long hidden, inner;
-    int bits, group, type;
+    Codes codes[3];       // of gate, up and down
     long long offsets[9]; // of weight, scales and biases of gate, up and down
 
     explicit Format(PyObject* tuple) {
         long long* o = offsets;
-        if (!PyArg_ParseTuple(tuple, "LLiii(LLLLLLLLL)", &hidden, &inner, &bits, &group, &type, o, o + 1, o + 2, o + 3,
-                              o + 4, o + 5, o + 6, o + 7, o + 8))
+        Codes *gate = codes, *up = codes + 1, *down = codes + 2;
+        if (!PyArg_ParseTuple(tuple, "LL((iii)(iii)(iii))(LLLLLLLLL)", &hidden, &inner, &gate->bits, &gate->group,
+                              &gate->type, &up->bits, &up->group, &up->type, &down->bits, &down->group, &down->type, o,
+                              o + 1, o + 2, o + 3, o + 4, o + 5, o + 6, o + 7, o + 8))
             throw PythonError{};
-        check_format(inner, hidden, bits, group, type);
-        check_format(hidden, inner, bits, group, type);
+        check_format(inner, hidden, gate->bits, gate->group, gate->type);
+        check_format(inner, hidden, up->bits, up->group, up->type);
+        check_format(hidden, inner, down->bits, down->group, down->type);
     }
 
     Matrix part(int projection, const uint8_t* record) const {
         const bool down = projection == 2;
         const long long* o = offsets + 3 * projection;
+        const Codes& own = codes[projection];
         return {record ? record + o[0] : nullptr, record ? record + o[1] : nullptr, record ? record + o[2] : nullptr,
-                down ? hidden : inner, down ? inner : hidden, bits, group, static_cast<Scale>(type)};
+                down ? hidden : inner, down ? inner : hidden, own.bits, own.group, static_cast<Scale>(own.type)};
     }
 
     int64_t record_bytes() const {
@@ -269,8 +277,7 @@ std::vector<ExpertUses> uses_of(Held& held, const Format& format, PyObject* reco
     ExpertUses own{{matrix(held, gate), matrix(held, up), matrix(held, down)}, {}};
     const Expert& e = own.expert;
     require(e.gate.columns == hidden && e.up.columns == hidden && e.down.rows == hidden &&
-                e.up.rows == e.gate.rows && e.down.columns == e.gate.rows && e.up.bits == e.gate.bits &&
-                e.up.group == e.gate.group,
+                e.up.rows == e.gate.rows && e.down.columns == e.gate.rows,
             "the shared expert's matrices do not fit together");
     for (int64_t t = 0; t < tokens; ++t) own.uses.push_back({t, weight(t, choices), choices});
     all.push_back(std::move(own));
@@ -405,11 +412,11 @@ PyObject* delta_net(PyObject*, PyObject* args) {
 PyObject* attention(PyObject*, PyObject* args) {
     PyObject *q_and_gate, *k, *v, *lengths, *starts, *capacities, *q_norm, *k_norm, *frequencies, *keys, *values, *y;
     long long heads, kv_heads, dim, rotary;
-    int bits, row_group;
+    int bits, row_group, gated;
     float eps;
-    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLLii)OfO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
+    if (!PyArg_ParseTuple(args, "OOOO!O!O!OO(LLLLii)OfpO!O!O", &q_and_gate, &k, &v, &PyList_Type, &lengths, &PyList_Type,
                           &starts, &PyList_Type, &capacities, &q_norm, &k_norm, &heads, &kv_heads, &dim, &rotary, &bits,
-                          &row_group, &frequencies, &eps, &PyList_Type, &keys, &PyList_Type, &values, &y))
+                          &row_group, &frequencies, &eps, &gated, &PyList_Type, &keys, &PyList_Type, &values, &y))
         return nullptr;
     return guarded([&] {
         Held held;
@@ -427,9 +434,9 @@ PyObject* attention(PyObject*, PyObject* args) {
         const int64_t tokens = sum_of(tokens_of);
         held.push_back(std::make_unique<Buffer>(frequencies, "frequencies", kDouble, rotary / 2));
         const double* turned = held.back()->as<double>();
-        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, rows, turned, eps,
+        const AttentionLayer layer{{heads, kv_heads, dim, rotary}, rows, turned, eps, gated != 0,
                                    floats(held, q_norm, "q_norm", dim), floats(held, k_norm, "k_norm", dim)};
-        const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * 2 * dim),
+        const float* in[3] = {floats(held, q_and_gate, "q_and_gate", tokens * heads * layer.query_width()),
                               floats(held, k, "k", tokens * kv_heads * dim),
                               floats(held, v, "v", tokens * kv_heads * dim)};
         std::vector<AttentionSequence> sequences;
@@ -524,7 +531,7 @@ PyMethodDef methods[] = {
      "delta_net(qkv, z, b, a, lengths, convolution, a_log, dt_bias, norm, shape, eps, conv_states, recurrent_states, y): "
      "the new tokens of several sequences, one sequence after the other"},
     {"attention", attention, METH_VARARGS,
-     "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, keys, values, y): "
+     "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, gated, keys, values, y): "
      "the new tokens of several sequences, one sequence after the other"},
     {"has_activations", supports_activations, METH_VARARGS,
      "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
@@ -540,7 +547,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 9; // see __init__.py
+constexpr int kInterface = 10; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

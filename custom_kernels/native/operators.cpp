@@ -56,7 +56,7 @@ float* scratch(int64_t count) {
     return memory.room(count);
 }
 
-enum Purpose { kPacked, kArranged, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp };
+enum Purpose { kPacked, kArranged, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp, kUp };
 
 constexpr int64_t kBytesAtOnce = 24 * 1024; // bytes of weights per step of a thread, so that all end together
 
@@ -103,6 +103,24 @@ struct Prepared {
         parallel(count, 4, [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
         });
+    }
+};
+
+// Vectors that are prepared for both matrices that read them, once if these have one format.
+struct PreparedInputs {
+    Prepared gate, up;
+
+    static int64_t size(const Expert& e, int64_t count) {
+        return Prepared::size(e.gate, count) + (same_format(e.gate, e.up) ? 0 : Prepared::size(e.up, count));
+    }
+    PreparedInputs(const Expert& e, int64_t count, float* memory)
+        : gate(e.gate, count, memory),
+          up(e.up, count, same_format(e.gate, e.up) ? memory : memory + Prepared::size(e.gate, count)) {}
+
+    template <typename Row>
+    void fill(const Expert& e, int64_t count, const Row& row) const {
+        gate.fill(e.gate, count, row);
+        if (!same_format(e.gate, e.up)) up.fill(e.up, count, row);
     }
 };
 
@@ -157,6 +175,18 @@ private:
     uint8_t* memory_;
 };
 
+// Store the products of many vectors in to[vector * m.rows + row].
+template <typename Row>
+void multiply_all(const Matrix& m, int64_t count, const Row& row, Activations type, float* to) {
+    const Multiplication& how = multiplication(m, type);
+    const Arranged inputs(how, m, count, row);
+    inputs.panels(m.rows, [&](int64_t first, int64_t rows) {
+        const float* tile = inputs.times<kOwnTile>(m, first);
+        for (int64_t t = 0; t < count; ++t)
+            std::memcpy(to + t * m.rows + first, tile + t * how.rows, sizeof(float) * rows);
+    });
+}
+
 // Call f(first, count) for blocks of tokens for which panels are unpacked once.
 template <typename Function>
 void token_blocks(int64_t tokens, const Function& f) {
@@ -178,14 +208,14 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
     const Operations& own = operations();
     const Multiplication& how = multiplication(e.gate, type);
     if (count <= (of_few ? kFewTokens : how.few)) {
-        const Prepared prepared(e.gate, count, scratch<kPacked>(Prepared::size(e.gate, count)));
-        prepared.fill(e.gate, count, input);
+        const PreparedInputs prepared(e, count, scratch<kPacked>(PreparedInputs::size(e, count)));
+        prepared.fill(e, count, input);
         float* middle = scratch<kHidden>(count * inner);
         parallel(inner, rows_at_once(e.gate), [&](int64_t begin, int64_t end, int) {
             const int64_t rows = end - begin;
             float* up = scratch<kOwnUp>(count * rows);
-            few(e.gate, begin, end, prepared, count, middle + begin, inner);
-            few(e.up, begin, end, prepared, count, up, rows);
+            few(e.gate, begin, end, prepared.gate, count, middle + begin, inner);
+            few(e.up, begin, end, prepared.up, count, up, rows);
             for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
         });
         const Prepared prepared_middle(e.down, count, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
@@ -199,13 +229,22 @@ void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float
         return;
     }
     float* middle = scratch<kHidden>(count * inner);
-    const Arranged inputs(how, e.gate, count, input);
-    inputs.panels(inner, [&](int64_t first, int64_t rows) {
-        float *gate = inputs.times<kOwnTile>(e.gate, first), *up = inputs.times<kOwnUp>(e.up, first);
-        own.swiglu(gate, up, count * how.rows);
-        for (int64_t t = 0; t < count; ++t)
-            std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
-    });
+    if (same_format(e.gate, e.up)) {
+        const Arranged inputs(how, e.gate, count, input);
+        inputs.panels(inner, [&](int64_t first, int64_t rows) {
+            float *gate = inputs.times<kOwnTile>(e.gate, first), *up = inputs.times<kOwnUp>(e.up, first);
+            own.swiglu(gate, up, count * how.rows);
+            for (int64_t t = 0; t < count; ++t)
+                std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
+        });
+    } else {
+        float* up = scratch<kUp>(count * inner);
+        multiply_all(e.gate, count, input, type, middle);
+        multiply_all(e.up, count, input, type, up);
+        parallel(count, 1, [&](int64_t begin, int64_t end, int) {
+            own.swiglu(middle + begin * inner, up + begin * inner, (end - begin) * inner);
+        });
+    }
     const Multiplication& how_down = multiplication(e.down, type);
     const Arranged middles(how_down, e.down, count, [&](int64_t i) { return middle + i * inner; });
     middles.panels(hidden, [&](int64_t first, int64_t rows) {
@@ -220,24 +259,24 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
     const Operations& own = operations();
     const int64_t count = static_cast<int64_t>(experts.size());
     std::vector<int64_t> starts(count + 1, 0);
-    std::vector<Prepared> inputs;
+    std::vector<PreparedInputs> inputs;
     int64_t memory = 0, widest = 0;
     for (int64_t i = 0; i < count; ++i) {
         const Expert& e = experts[i].expert;
         starts[i + 1] = starts[i] + e.gate.rows;
-        memory += Prepared::size(e.gate, 1);
+        memory += PreparedInputs::size(e, 1);
         widest = std::max(widest, Prepared::size(e.down, 1));
     }
     float* free = scratch<kPacked>(memory);
     for (int64_t i = 0; i < count; ++i) {
-        const Matrix& gate = experts[i].expert.gate;
-        if (i > 0 && same_format(gate, experts[i - 1].expert.gate)) {
+        const Expert& e = experts[i].expert;
+        if (i > 0 && same_format(e.gate, experts[i - 1].expert.gate) && same_format(e.up, experts[i - 1].expert.up)) {
             inputs.push_back(inputs.back());
             continue;
         }
-        inputs.emplace_back(gate, 1, free);
-        free += Prepared::size(gate, 1);
-        inputs.back().fill(gate, 1, [&](int64_t) { return x; });
+        inputs.emplace_back(e, 1, free);
+        free += PreparedInputs::size(e, 1);
+        inputs.back().fill(e, 1, [&](int64_t) { return x; });
     }
     float* middle = scratch<kHidden>(starts[count]);
     const Matrix& first = experts[0].expert.gate;
@@ -247,8 +286,8 @@ void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_
             const Expert& e = experts[i].expert;
             const int64_t stop = std::min(end, starts[i + 1]), rows = stop - begin, row = begin - starts[i];
             float* up = scratch<kOwnUp>(rows);
-            few(e.gate, row, row + rows, inputs[i], 1, middle + begin, rows);
-            few(e.up, row, row + rows, inputs[i], 1, up, rows);
+            few(e.gate, row, row + rows, inputs[i].gate, 1, middle + begin, rows);
+            few(e.up, row, row + rows, inputs[i].up, 1, up, rows);
             own.swiglu(middle + begin, up, rows);
             begin = stop, ++i;
         }
@@ -561,7 +600,7 @@ const float* place_all(const AttentionLayer& layer, const float* q_and_gate, con
             const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
             const float* own_rotations = rotations.data() + t * shape.rotary_dim;
             if (head < heads) {
-                place(own, layer, q_and_gate + (t * heads + head) * 2 * dim, layer.q_norm, own_rotations,
+                place(own, layer, q_and_gate + (t * heads + head) * layer.query_width(), layer.q_norm, own_rotations,
                       queries + (t * heads + head) * dim);
                 continue;
             }
@@ -617,7 +656,7 @@ void attend_in_spans(const AttentionLayer& layer, const float* queries, const fl
                 for (int64_t i = 0; i < dim; ++i) out[i] += factor * parts[s * stride + h * dim + i];
             }
             for (int64_t i = 0; i < dim; ++i) out[i] /= total;
-            own.gate(out, q_and_gate + item * 2 * dim + dim, dim);
+            if (layer.gated) own.gate(out, q_and_gate + item * 2 * dim + dim, dim);
         }
     });
 }
@@ -638,6 +677,7 @@ void attend_in_blocks(const AttentionLayer& layer, const float* queries, const f
                             scratch<kOwn>(own.attend_scratch(group, dim)));
         }
     });
+    if (!layer.gated) return;
     parallel(count * heads, 32, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item)
             own.gate(y + item * dim, q_and_gate + item * 2 * dim + dim, dim);
@@ -658,7 +698,8 @@ void gated_attention(const AttentionLayer& layer, const float* q_and_gate, const
             attend_in_blocks(layer, queries, q_and_gate, *rows[0].sequence, rows[0].position, count, y);
         else
             attend_in_spans(layer, queries, q_and_gate, rows, y);
-        q_and_gate += 2 * count * width, k += count * kv_width, v += count * kv_width, y += count * width;
+        q_and_gate += count * shape.heads * layer.query_width(), k += count * kv_width, v += count * kv_width;
+        y += count * width;
         rows.clear();
     };
     if (all_have_one_token(sequences)) { // each in the same spans as alone, so that results are equal

@@ -93,7 +93,11 @@ struct AttentionLayer {
     RowFormat rows;
     const double* frequencies; // of each rotated pair, in radians per position
     float eps;
+    bool gated; // whether a gate beside every query multiplies the result of its head
     const float *q_norm, *k_norm;
+
+    // Floats of a head in the projection of queries.
+    int64_t query_width() const { return shape.head_dim * (gated ? 2 : 1); }
 };
 
 // A sequence with new tokens, the first at position `start`, and its caches, rows [kv heads, capacity].

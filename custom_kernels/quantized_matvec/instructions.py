@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.checks import ROUNDED_TOLERANCE, TOLERANCE
+from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS
 from flashmoe_mlx.custom_kernels.native.fastest import Contest, Memory, Trial
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
@@ -47,9 +48,11 @@ def forms(model: ModelShapes) -> Iterator[Form]:
         if native.supports_weight(weight) and weight.scales is not None and weight.bits and weight.group_size:
             rows, groups = weight.scales.shape
             yield Form(rows, groups * weight.group_size, weight.bits, weight.group_size, weight.scales.dtype)
-    form = model.experts
-    if form is not None and native.supports_matrix(form.bits, form.group_size, form.dtype):
-        yield Form(form.intermediate_size, form.hidden_size, form.bits, form.group_size, form.dtype)
+    for expert in model.experts:
+        for projection in PROJECTIONS:
+            own = expert.format_of(projection)
+            if native.supports_matrix(own.bits, own.group_size, own.dtype):
+                yield Form(*expert.shape(projection), own.bits, own.group_size, own.dtype)
 
 
 def contests(of: Iterable[Form], activations: str = "f32") -> Iterator[Contest]:

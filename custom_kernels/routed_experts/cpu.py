@@ -13,15 +13,17 @@ from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS, ExpertFormat
 from flashmoe_mlx.custom_kernels.native.reduced import BLOCK_GROUPS, FEW, MANY, reduced
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights, format_name
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 
 
 def can_fuse_shared_expert(shared: ExpertWeights) -> bool:
     """Return whether ``routed_experts`` supports this shared expert."""
-    return all(native.supports_weight(matrix) for matrix in shared.matrices) and (
-        shared.gate.bits,
-        shared.gate.group_size,
-    ) == (shared.up.bits, shared.up.group_size)
+    return all(native.supports_weight(matrix) for matrix in shared.matrices)
+
+
+def supports(form: ExpertFormat) -> bool:
+    """Return whether ``routed_experts`` supports records of this format."""
+    return all(native.supports_matrix(own.bits, own.group_size, own.dtype) for own in form.formats)
 
 
 def code_path(
@@ -40,18 +42,17 @@ def code_path(
 
     With many tokens, a single expert may still have few tokens; the path for many tokens includes this case.
     """
-    if x.dtype != mx.float32 or not native.supports_matrix(form.bits, form.group_size, form.dtype):
+    if x.dtype != mx.float32 or not supports(form):
         return None
     fused = ""
     if shared is not None:
         if not can_fuse_shared_expert(shared):
             return None
-        formats = dict.fromkeys((shared.gate.format_name, shared.down.format_name))
+        formats = dict.fromkeys(matrix.format_name for matrix in shared.matrices)
         fused = f"with a shared expert of {' and '.join(formats)}"
     if in_parts and len(x) > native.few_tokens():
         return None
-    tokens, matrices = native.tokens_phrases(len(x), activations), format_name(form.bits, form.group_size, form.dtype)
-    return *tokens, matrices, fused, "in parts" if in_parts else ""
+    return *native.tokens_phrases(len(x), activations), form.name, fused, "in parts" if in_parts else ""
 
 
 def routed_experts(
@@ -147,7 +148,8 @@ class ExpertOutputs:
 def _layout(form: ExpertFormat) -> tuple[Any, ...]:
     """Return ``form`` as the extension takes it."""
     offsets = tuple([form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases")])
-    return (form.hidden_size, form.intermediate_size, form.bits, form.group_size, native.SCALES[form.dtype], offsets)
+    formats = tuple([(own.bits, own.group_size, native.SCALES[own.dtype]) for own in form.formats])
+    return (form.hidden_size, form.intermediate_size, formats, offsets)
 
 
 def _matrices(shared: ExpertWeights | None) -> tuple[Any, ...] | None:
@@ -177,19 +179,23 @@ def on_records(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token, few and many tokens, with and without each shared expert; few tokens also in parts."""
-    form = model.experts
-    if form is None or model.dtype != mx.float32:
-        return
-    if not native.supports_matrix(form.bits, form.group_size, form.dtype):
-        return
+    """Yield one token, few and many tokens, of each format of experts, with and without each
+    shared expert; few tokens also in parts.
+    """
+    if model.dtype == mx.float32:
+        for form in model.experts:
+            if supports(form):
+                yield from _samples_of(form, model)
+
+
+def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
     inputs, form = RandomInputs(model.dtype, 0), _reduced_format(form)
     records = [memoryview(inputs.record(form).data) for _ in range(2)]
     fused = [shared for shared in model.shared if can_fuse_shared_expert(shared)]
     drawn = [_reduced_expert(inputs, shared, form.hidden_size) for shared in fused]
     for tokens, most in ((1, 1), (FEW, native.few_tokens()), (MANY, None)):
         alone = len(fused) < len(model.shared) or model.needs_several_groups(most)
-        for shared in [*drawn, *([None] if alone else [])]:
+        for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             for in_parts in (False, True) if tokens != MANY else (False,):
                 yield _sample(inputs, form, records, tokens, shared, in_parts)
 
@@ -226,8 +232,10 @@ def _sample(
 
 def _reduced_format(form: ExpertFormat) -> ExpertFormat:
     """Return ``form`` with the smallest sizes that have a whole block and the remainder of a row."""
-    block = BLOCK_GROUPS * form.group_size
-    return form.resized(reduced(form.hidden_size, block), reduced(form.intermediate_size, block))
+    block, inner = (
+        BLOCK_GROUPS * max(own.group_size for own in formats) for formats in (form.formats[:2], [form.down])
+    )
+    return form.resized(reduced(form.hidden_size, block), reduced(form.intermediate_size, inner))
 
 
 def _reduced_expert(inputs: RandomInputs, expert: ExpertWeights, hidden_size: int) -> ExpertWeights:

@@ -23,8 +23,8 @@ for (int choice = simdgroup_index_in_threadgroup; choice < CHOICES; choice += SI
   }
   const device uchar* record = slab + (long)row * RECORD_BYTES;
   const device uint* weight = (const device uint*)(record + DOWN_WEIGHT);
-  const device S* scales = (const device S*)(record + DOWN_SCALES);
-  const device S* biases = (const device S*)(record + DOWN_BIASES);
+  const device DOWN_S* scales = (const device DOWN_S*)(record + DOWN_SCALES);
+  const device DOWN_S* biases = (const device DOWN_S*)(record + DOWN_BIASES);
 #if WITH_SHARED_EXPERT
   if (!routed) {
     weight = shared_down_weight;
@@ -41,7 +41,7 @@ for (int choice = simdgroup_index_in_threadgroup; choice < CHOICES; choice += SI
     for (int i = 0; i < ROWS; i++) {
       found[i] = 0.0f;
     }
-    add_products<BITS, GROUP, ROWS>(weight, scales, biases, first, INTERMEDIATE, chunk, values, sum, found);
+    add_products<DOWN_BITS, DOWN_GROUP, ROWS>(weight, scales, biases, first, INTERMEDIATE, chunk, values, sum, found);
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
       products[i] += share * found[i];

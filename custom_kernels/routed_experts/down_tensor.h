@@ -6,7 +6,7 @@ const int first = threadgroup_position_in_grid.x * 16;
 const int lane = thread_index_in_simdgroup, simdgroup = simdgroup_index_in_threadgroup;
 const int mine = thread_index_in_threadgroup;
 SHARED uint4 staged[SIMDGROUPS][INTERMEDIATE / 8];
-SHARED float sums[SIMDGROUPS][INTERMEDIATE / GROUP];
+SHARED float sums[SIMDGROUPS][INTERMEDIATE / DOWN_GROUP];
 SHARED float partial[SIMDGROUPS][16];
 const long own = first + lane / 4;
 
@@ -32,13 +32,13 @@ for (int choice = simdgroup; choice < CHOICES; choice += SIMDGROUPS) {
     biases = shared_down_biases;
   }
 #endif
-  RowProducts<BITS, GROUP, DEPTH> products;
+  RowProducts<DOWN_BITS, DOWN_GROUP, DEPTH> products;
   products.begin(
-      row_of<BITS, GROUP>(weight, scales, biases, own, INTERMEDIATE),
-      row_of<BITS, GROUP>(weight, scales, biases, own + 8, INTERMEDIATE), INTERMEDIATE / STEP, 0, 1, lane);
+      row_of<DOWN_BITS, DOWN_GROUP>(weight, scales, biases, own, INTERMEDIATE),
+      row_of<DOWN_BITS, DOWN_GROUP>(weight, scales, biases, own + 8, INTERMEDIATE), INTERMEDIATE / STEP, 0, 1, lane);
   uint* pairs = (uint*)staged[simdgroup];
   __syncwarp();
-  stage<BITS, GROUP>(
+  stage<DOWN_BITS, DOWN_GROUP>(
       hidden + (long)(token * CHOICES + choice) * INTERMEDIATE, INTERMEDIATE, lane, 32, pairs, sums[simdgroup]);
   __syncwarp();
   float results[2] = {0.0f, 0.0f};

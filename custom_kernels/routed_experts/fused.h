@@ -68,7 +68,13 @@ if (simdgroup == ASKS) {
   float value, highest;
   choose_by_scores<EXPERTS, ROUTED>((const ushort*)scores, lane, &winner, &value, &highest);
   const float weight = lane < ROUTED ? exponential(value - highest) : 0.0f;
-  const float total = simd_sum(weight);
+  float unchosen = 0.0f;
+  if (!RENORMALIZED) {
+    for (int expert = lane; expert < EXPERTS; expert += 32) {
+      unchosen += exponential(float(scores[expert]) - highest);
+    }
+  }
+  const float total = simd_sum(RENORMALIZED ? weight : unchosen);
   int rank = 0;
   for (int k = 0; k < ROUTED; k++) {
     const uint other = __shfl_sync(0xffffffffu, winner, k);

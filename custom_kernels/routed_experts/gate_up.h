@@ -20,11 +20,11 @@ if (row < 0) {  // not in this slab; the second dispatch skips it
 }
 const device uchar* record = slab + (long)row * RECORD_BYTES;
 const device uint* gate_weight = (const device uint*)(record + GATE_WEIGHT);
-const device S* gate_scales = (const device S*)(record + GATE_SCALES);
-const device S* gate_biases = (const device S*)(record + GATE_BIASES);
+const device GATE_S* gate_scales = (const device GATE_S*)(record + GATE_SCALES);
+const device GATE_S* gate_biases = (const device GATE_S*)(record + GATE_BIASES);
 const device uint* up_weight = (const device uint*)(record + UP_WEIGHT);
-const device S* up_scales = (const device S*)(record + UP_SCALES);
-const device S* up_biases = (const device S*)(record + UP_BIASES);
+const device UP_S* up_scales = (const device UP_S*)(record + UP_SCALES);
+const device UP_S* up_biases = (const device UP_S*)(record + UP_BIASES);
 #if WITH_SHARED_EXPERT
 if (!routed) {
   gate_weight = shared_gate_weight;
@@ -44,8 +44,10 @@ for (int i = 0; i < 2 * ROWS; i++) {
 for (int chunk = thread_index_in_threadgroup; chunk < HIDDEN / CHUNK; chunk += THREADS) {
   float values[CHUNK];
   const float sum = load_chunk(input + chunk * CHUNK, values);
-  add_products<BITS, GROUP, ROWS>(gate_weight, gate_scales, gate_biases, first, HIDDEN, chunk, values, sum, products);
-  add_products<BITS, GROUP, ROWS>(up_weight, up_scales, up_biases, first, HIDDEN, chunk, values, sum, products + ROWS);
+  add_products<GATE_BITS, GATE_GROUP, ROWS>(
+      gate_weight, gate_scales, gate_biases, first, HIDDEN, chunk, values, sum, products);
+  add_products<UP_BITS, UP_GROUP, ROWS>(
+      up_weight, up_scales, up_biases, first, HIDDEN, chunk, values, sum, products + ROWS);
 }
 
 SHARED float partial[THREADS / 32][2 * ROWS];

@@ -20,24 +20,24 @@ if (row < 0) {
 }
 
 SHARED uint4 staged[HIDDEN / 8];
-SHARED float sums[HIDDEN / GROUP];
+SHARED float sums[HIDDEN / GATE_GROUP];
 SHARED float partial[SIMDGROUPS][16];
 uint* pairs = (uint*)staged;
 const uchar* record = slab + (long)row * RECORD_BYTES;
 const long own = first + lane / 4;
-Row gate = row_of<BITS, GROUP>(
+Row gate = row_of<GATE_BITS, GATE_GROUP>(
     (const uint*)(record + GATE_WEIGHT), (const T*)(record + GATE_SCALES), (const T*)(record + GATE_BIASES), own, HIDDEN);
-Row up = row_of<BITS, GROUP>(
+Row up = row_of<GATE_BITS, GATE_GROUP>(
     (const uint*)(record + UP_WEIGHT), (const T*)(record + UP_SCALES), (const T*)(record + UP_BIASES), own, HIDDEN);
 #if WITH_SHARED_EXPERT
 if (!routed) {
-  gate = row_of<BITS, GROUP>(shared_gate_weight, shared_gate_scales, shared_gate_biases, own, HIDDEN);
-  up = row_of<BITS, GROUP>(shared_up_weight, shared_up_scales, shared_up_biases, own, HIDDEN);
+  gate = row_of<GATE_BITS, GATE_GROUP>(shared_gate_weight, shared_gate_scales, shared_gate_biases, own, HIDDEN);
+  up = row_of<GATE_BITS, GATE_GROUP>(shared_up_weight, shared_up_scales, shared_up_biases, own, HIDDEN);
 }
 #endif
-RowProducts<BITS, GROUP, DEPTH> products;
+RowProducts<GATE_BITS, GATE_GROUP, DEPTH> products;
 products.begin(gate, up, HIDDEN / STEP, simdgroup, SIMDGROUPS, lane);
-stage<BITS, GROUP>(x + (long)(choice / CHOICES) * HIDDEN, HIDDEN, mine, 32 * SIMDGROUPS, pairs, sums);
+stage<GATE_BITS, GATE_GROUP>(x + (long)(choice / CHOICES) * HIDDEN, HIDDEN, mine, 32 * SIMDGROUPS, pairs, sums);
 wait_for_threadgroup();
 float results[2] = {0.0f, 0.0f};
 products.finish(pairs, sums, results);

@@ -4,8 +4,7 @@ One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else take
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 from itertools import count
 
@@ -15,10 +14,11 @@ import numpy as np
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.kernel import Kernel, dialect
-from flashmoe_mlx.custom_kernels.nvidia import COPY_ENGINE, Gpu, gpu
+from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
+from flashmoe_mlx.custom_kernels.routed_experts.plan import COPIES, FusedPlan, fused_plan
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 
 MOST_TOKENS = {"metal": 8, "cuda": 256}
 """With more tokens, it is faster to apply each expert to all of its tokens together.
@@ -33,19 +33,6 @@ _SIMDGROUPS = 4
 _MOST_SIMDGROUPS = 12
 _DEPTH = 4
 """Steps whose weights are in flight at once."""
-_FUSED_CHUNK = 512
-_WORKERS = 8
-"""Simdgroups that multiply, in the kernel with one dispatch."""
-_STAGERS = 6
-_IN_FLIGHT = 50_000
-"""Minimum number of bytes of weights that a multiprocessor requests before the first bytes arrive.
-
-With less, memory idles; with more, threadgroups receive each other's hidden values late.
-"""
-_MOST_SLOTS = 12
-_MOST_EXPERTS_A_PART = 8
-"""Each takes four copies; a simdgroup requests 32."""
-_COPIES = 2
 _SHARED_UP = [f"shared_{projection}_{part}" for projection in ("gate", "up") for part in ("weight", "scales", "biases")]
 _SHARED_DOWN = [f"shared_down_{part}" for part in ("weight", "scales", "biases")]
 
@@ -89,17 +76,13 @@ def fused_kernel(with_shared: bool, shared_memory: int, chooses: bool = False) -
 
 def supports(form: ExpertFormat, dtype: mx.Dtype) -> bool:
     """Return whether the kernels support experts of this format with activations of ``dtype``."""
-    return form.bits in (2, 3, 4, 8) and dtype in (mx.float32, mx.bfloat16)
+    return all(own.bits in (2, 3, 4, 8) for own in form.formats) and dtype in (mx.float32, mx.bfloat16)
 
 
 def can_fuse_shared_expert(shared: ExpertWeights, form: ExpertFormat) -> bool:
-    """Return whether the shared expert has the format of the routed experts, and so can join their dispatches."""
+    """Return whether the shared expert has the formats of the routed experts, and so can join their dispatches."""
     return shared.gate.weight.shape[0] == form.intermediate_size and all(
-        matrix.bits == form.bits
-        and matrix.group_size == form.group_size
-        and matrix.scales is not None
-        and matrix.scales.dtype == form.dtype
-        for matrix in shared.matrices
+        own.describes(matrix) for own, matrix in zip(form.formats, shared.matrices, strict=True)
     )
 
 
@@ -124,7 +107,7 @@ def code_path(
     choices = routing_weights.shape[1] - (shared is not None)
     return (
         tokens_phrase(len(x)),
-        format_name(form.bits, form.group_size, form.dtype),
+        form.name,
         f"K={choices}",
         "" if shared is None else "with the shared expert",
     )
@@ -154,10 +137,8 @@ def routed_experts(
     if plan is not None:
         (y,) = run_fused(plan, [x, added, slab, rows, routing_weights], form, choices, shared)
         return y
-    template, offsets = sizes_of(form, x.dtype, choices)
-    up_offsets = {name: offset for name, offset in offsets.items() if not name.startswith("DOWN")}
-    down_offsets = {name: offset for name, offset in offsets.items() if name.startswith("DOWN")}
-
+    template = sizes_of(form, x.dtype, choices, slab.shape[1])
+    up_format, down_format = form.template_of("gate") | form.template_of("up"), form.template_of("down")
     tensor = on_tensor_cores(form, x.dtype)
     gate_up, down = kernels(shared is not None, tensor)
     if tensor:
@@ -176,30 +157,31 @@ def routed_experts(
         [((tokens * choices, form.intermediate_size), x.dtype if tensor else mx.float32)],
         (form.intermediate_size // up_rows, tokens * choices, 1),
         up_threads,
-        template | up_offsets | up_template,
+        template | up_format | up_template,
     )
     (y,) = down(
         [hidden, added, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
         [(x.shape, x.dtype)],
         (form.hidden_size // down_rows, tokens, 1),
         32 * simdgroups,
-        template | down_offsets | down_template,
+        template | down_format | down_template,
     )
     return y
 
 
-def plan_of(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int) -> "FusedPlan | None":
+def plan_of(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int) -> FusedPlan | None:
     """Return the plan of one dispatch on the default device, or None; see ``fused_plan``."""
     return fused_plan(form, dtype, tokens, choices, gpu()) if dialect() == "cuda" else None
 
 
 def run_fused(
-    plan: "FusedPlan",
+    plan: FusedPlan,
     inputs: Sequence[mx.array],
     form: ExpertFormat,
     choices: int,
     shared: ExpertWeights | None,
     experts: int = 0,
+    renormalized: bool = True,
 ) -> list[mx.array]:
     """Run one dispatch for one token.
 
@@ -211,37 +193,41 @@ def run_fused(
         choices: experts per token, with the shared expert.
         shared: the shared expert, or None.
         experts: number of experts to choose from; 0 where they are chosen.
+        renormalized: whether the weights of the experts that it chooses sum to 1.
     """
-    template, offsets = sizes_of(form, inputs[0].dtype, choices)
-    x = inputs[0]
+    x, _, slab, *_ = inputs
+    template = sizes_of(form, x.dtype, choices, slab.shape[1]) | form.template()
+    template |= {"BITS": form.gate.bits, "GROUP": form.gate.group_size}
     own = _parts(shared.gate, shared.up, shared.down) if shared else []
     results = [(x.shape, x.dtype)]
     if experts:
-        scores, _, earlier = inputs[3:]
-        results.append(((earlier.size + choices - (shared is not None),), mx.int32))
-        template = template | {"EXPERTS": experts, "WIDTH": scores.shape[1]}
+        results.append(((inputs[-1].size + choices - (shared is not None),), mx.int32))
+        template = template | {"EXPERTS": experts, "RENORMALIZED": int(renormalized)}
     return fused_kernel(shared is not None, plan.shared_memory, experts > 0)(
-        [*inputs, _tickets.next_row(_COPIES * choices * form.intermediate_size), *own],
+        [*inputs, _tickets.next_row(COPIES * choices * form.intermediate_size), *own],
         results,
         (plan.threadgroups, 1, 1),
         plan.threads,
-        {**template, **offsets, **plan.template},
+        {**template, **plan.template},
     )
 
 
-def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int) -> tuple[dict[str, int | mx.Dtype], dict[str, int]]:
-    """Return the template arguments of all kernels, and the offsets of a record's parts."""
-    template: dict[str, int | mx.Dtype] = {
+def sizes_of(form: ExpertFormat, dtype: mx.Dtype, choices: int, row_bytes: int) -> dict[str, int | mx.Dtype]:
+    """Return the template arguments of all kernels.
+
+    Args:
+        form: format of the records.
+        dtype: type of activations.
+        choices: experts per token, with the shared expert.
+        row_bytes: size of a row of the slab, at least that of a record.
+    """
+    return {
         "T": dtype,
-        "S": form.dtype,
         "HIDDEN": form.hidden_size,
         "INTERMEDIATE": form.intermediate_size,
-        "BITS": form.bits,
-        "GROUP": form.group_size,
         "CHOICES": choices,
-        "RECORD_BYTES": form.record_bytes,
+        "RECORD_BYTES": row_bytes,
     }
-    return template, {name.replace(".", "_").upper(): offset for name, offset in form.offsets.items()}
 
 
 @lru_cache(maxsize=4)
@@ -252,84 +238,18 @@ def _no_residual(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
 
 
 def on_tensor_cores(form: ExpertFormat, dtype: mx.Dtype) -> bool:
-    """Return whether experts run on NVIDIA's tensor cores: 2 or 4 bits, with scales and activations in bf16."""
+    """Return whether experts run on NVIDIA's tensor cores: 2 or 4 bits, with scales and activations in bf16.
+
+    Gate and up have one format.
+    """
     return (
         dialect() == "cuda"
-        and form.bits in (2, 4)
-        and form.group_size in (64, 128)
-        and dtype == form.dtype == mx.bfloat16
+        and form.gate == form.up
+        and all(own.bits in (2, 4) and own.group_size in (64, 128) for own in form.formats)
+        and all(dtype == own.dtype == mx.bfloat16 for own in form.formats)
         and form.hidden_size % 256 == 0
         and form.intermediate_size % 256 == 0
     )
-
-
-@dataclass(frozen=True)
-class FusedPlan:
-    """The division of work of the kernel with one dispatch.
-
-    Attributes:
-        template: values of template arguments.
-        threadgroups: number of threadgroups.
-        threads: threads of a threadgroup.
-        shared_memory: shared memory of a threadgroup, in bytes.
-    """
-
-    template: Mapping[str, int]
-    threadgroups: int
-    threads: int
-    shared_memory: int
-
-
-def fused_plan(form: ExpertFormat, dtype: mx.Dtype, tokens: int, choices: int, device: Gpu) -> FusedPlan | None:
-    """Plan one dispatch on tensor cores: a threadgroup per multiprocessor.
-
-    Args:
-        form: format of the experts.
-        dtype: type of activations.
-        tokens: number of tokens.
-        choices: experts per token, with the shared expert.
-        device: the GPU.
-
-    Returns:
-        None where two dispatches are necessary: several tokens, 3 bits, small groups, another type than bf16, columns
-        that are not a multiple of a chunk, and a GPU without the copy engine or enough memory.
-    """
-    hidden, intermediate = form.hidden_size, form.intermediate_size
-    if (
-        tokens > 1
-        or device.capability < COPY_ENGINE
-        or form.bits not in (2, 4, 8)
-        or form.group_size not in (64, 128)
-        or not dtype == form.dtype == mx.bfloat16
-        or hidden % _FUSED_CHUNK
-        or intermediate % _FUSED_CHUNK
-        or any(offset % 16 for offset in (form.record_bytes, *form.offsets.values()))
-    ):
-        return None
-    team = min(hidden // _FUSED_CHUNK, _WORKERS)
-    teams = _WORKERS // team
-    # At least two parts: most products then finish before the last hidden values arrive.
-    part = min(-(-choices // 2), _MOST_EXPERTS_A_PART, max(1, hidden // intermediate))
-    gap = 8 * form.bits  # between blocks of rows, to place them in different banks
-
-    def rows_bytes(columns: int) -> int:
-        """Return the bytes of 16 rows with their scales and biases."""
-        return 16 * (columns * form.bits // 8 + 4 * columns // form.group_size) + 2 * gap
-
-    up, down = rows_bytes(hidden), part * rows_bytes(intermediate)
-    slot = -(-max(up, down) // 128) * 128
-    products = 4 * 16 * max(hidden, part * intermediate) // _FUSED_CHUNK
-    vectors = (hidden + choices * intermediate) * (2 * form.group_size + 8) // form.group_size
-    rest = vectors + 8 * (2 + choices) + 8 * choices + 8
-    slot_and_all = slot + products + 4 * 8 + 4
-    slots = min(_MOST_SLOTS, (device.shared_memory - rest) // slot_and_all) // teams * teams
-    if slots < 2:
-        return None
-    sizes = {"SLOT_BYTES": slot, "SLOTS": slots, "BLOCK_GAP": gap, "EXPERTS_A_PART": part, "COPIES": _COPIES}
-    ahead = {"AHEAD": min(slots, -(-_IN_FLIGHT // (up // 2))), "AHEAD_DOWN": min(slots, -(-_IN_FLIGHT // down))}
-    simdgroups = {"TEAM": team, "TEAMS": teams, "STAGERS": _STAGERS}
-    threads = 32 * (team * teams + 2 + _STAGERS)
-    return FusedPlan(sizes | ahead | simdgroups, device.multiprocessors, threads, slots * slot_and_all + rest)
 
 
 class _Tickets(threading.local):
@@ -375,10 +295,14 @@ def _power_of_two(number: int) -> int:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token and several tokens, with and without the shared expert, with the true sizes of the model."""
-    if model.experts is None or not supports(model.experts, model.dtype):
-        return
-    inputs, form, k = RandomInputs(model.dtype, 0), model.experts, model.experts_k
+    """Yield one token and several tokens of each format, with and without the shared expert, with true sizes."""
+    for form in model.experts:
+        if supports(form, model.dtype):
+            yield from _samples_of(form, model)
+
+
+def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
+    inputs, k = RandomInputs(model.dtype, 0), model.experts_k
     slab = inputs.slab(form, 3)
     fused = [shared for shared in model.shared if can_fuse_shared_expert(shared, form)]
     drawn = [inputs.expert_like(shared) for shared in fused[:1]]
@@ -391,7 +315,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
             rows[:, 0] = np.arange(tokens) % 3
             rows[0, -1] = 1
         alone = len(fused) < len(model.shared) or model.needs_several_groups(1 if tokens == 1 else several)
-        for shared in [*drawn, *([None] if alone else [])]:
+        for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             x = inputs.normal(tokens, form.hidden_size)
             scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)
             residual = inputs.normal(tokens, form.hidden_size)

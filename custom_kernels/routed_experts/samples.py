@@ -8,7 +8,7 @@ import numpy as np
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat, expert_format
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry, RandomInputs
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import MatrixFormat, RecordLayout
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def expert_inputs(
     geometry: Geometry,
     dtype: mx.Dtype,
     *,
-    bits: int = 4,
-    group_size: int = 64,
+    bits: int | tuple[int, int, int] = 4,
+    group_size: int | tuple[int, int, int] = 64,
     tokens: int = 1,
     k: int = 4,
     shared: bool = True,
@@ -56,8 +56,8 @@ def expert_inputs(
     Args:
         geometry: sizes of the experts.
         dtype: type of activations.
-        bits: width of a code.
-        group_size: codes that share a scale and a bias.
+        bits: width of a code, or those of gate, up and down.
+        group_size: codes that share a scale and a bias, or those of gate, up and down.
         tokens: number of tokens.
         k: experts per token.
         shared: whether to draw a shared expert.
@@ -75,22 +75,33 @@ def expert_inputs(
     own = None
     if shared:
         shapes = ((geometry.intermediate, geometry.hidden),) * 2 + ((geometry.hidden, geometry.intermediate),)
-        own = ExpertWeights(*(inputs.quantized(*shape, bits, group_size) for shape in shapes))
+        formats = zip(shapes, _three(bits), _three(group_size), strict=True)
+        own = ExpertWeights(*(inputs.quantized(*shape, width, group) for shape, width, group in formats))
     mx.eval(slab, routing_weights)
     return ExpertInputs(x, slab, mx.array(rows), routing_weights, form, own, payload_bytes)
 
 
-def format_of(geometry: Geometry, scales: mx.Dtype, bits: int, group_size: int) -> tuple[ExpertFormat, int]:
+def format_of(
+    geometry: Geometry,
+    scales: mx.Dtype,
+    bits: int | tuple[int, int, int],
+    group_size: int | tuple[int, int, int],
+) -> tuple[ExpertFormat, int]:
     """Return the format of records with experts of ``geometry``, and the size of a record without its padding.
 
     Args:
         geometry: sizes of the experts.
         scales: type of scales and biases.
-        bits: width of a code.
-        group_size: codes that share a scale and a bias.
+        bits: width of a code, or those of gate, up and down.
+        group_size: codes that share a scale and a bias, or those of gate, up and down.
     """
     scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}[scales]
-    layout = RecordLayout(geometry.hidden, geometry.intermediate, bits, group_size, scale_type)
+    formats = (MatrixFormat(*own, scale_type) for own in zip(_three(bits), _three(group_size), strict=True))
+    layout = RecordLayout(geometry.hidden, geometry.intermediate, *formats)
     form = expert_format(layout)
     assert form is not None
     return form, layout.payload_bytes
+
+
+def _three(value: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    return (value,) * 3 if isinstance(value, int) else value

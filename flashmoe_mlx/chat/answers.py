@@ -11,7 +11,6 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.generation.text_stream import Piece
-from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.text.tool_calls import ToolCall, ToolCallReader
 
 
@@ -98,8 +97,7 @@ class _Reader:
     """A reader of pieces, which reads calls of tools if there are tools."""
 
     def __init__(self, engine: Engine, tools: Sequence[Mapping[str, Any]] | None) -> None:
-        tool_format = family_of(engine.model.config).tool_format
-        self._calls = None if tools is None else ToolCallReader(tools, tool_format=tool_format)
+        self._calls = None if tools is None else ToolCallReader(tools, tool_format=engine.tool_format)
 
     def take(self, piece: Piece, answer: Answer, view: AnswerView) -> None:
         """Add ``piece`` to ``answer``, and show it."""

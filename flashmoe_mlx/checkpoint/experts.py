@@ -5,7 +5,7 @@ from typing import Protocol
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.formats.extents import Extent
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 
 Piece = tuple[TensorInfo, int, int]
@@ -27,7 +27,7 @@ class LayerExperts(Protocol):
 class CheckpointExperts:
     """The routed experts of a checkpoint, as a source of records."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: RecordLayout, layers: Sequence[LayerExperts]) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: LayerLayouts, layers: Sequence[LayerExperts]) -> None:
         self.layout = layout
         self.num_layers = len(layers)
         self.num_experts = checkpoint.config.num_experts

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from flashmoe_mlx.formats.fields import shown
+from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 
 USE_INSTEAD = "use the original bf16 checkpoint, or an MLX conversion in affine mode"
@@ -87,10 +88,9 @@ def unreadable_format(published: Mapping[str, Any]) -> str | None:
             return f"weights quantized with {named} are not supported; {USE_INSTEAD}"
         for module, entry in settings.items():
             mode = entry.get("mode") if isinstance(entry, Mapping) and not _NOT_TEXT.search(module) else None
-            if mode not in (None, "affine"):
+            if mode not in (None, AFFINE, *FLOAT_MODES):
                 return (
-                    f"{shown(module)} is quantized in MLX's mode {shown(mode)}, only 'affine' is supported; "
-                    f"{USE_INSTEAD}"
+                    f"{shown(module)} is quantized in MLX's mode {shown(mode)}, which is not supported; {USE_INSTEAD}"
                 )
         if key == "quantization":
             return None  # in a conversion, the remaining keys describe its original
@@ -100,10 +100,10 @@ def unreadable_format(published: Mapping[str, Any]) -> str | None:
 def format_in_name(name: str) -> str | None:
     """Return the unreadable format that the name of a repository on the hub states, or None.
 
-    In names of MLX conversions only MLX's own modes count: such a name may also state the format of the original.
+    Names of MLX conversions count as readable: such a name may state a mode of MLX or the format of the original.
     """
     for match in _IN_NAMES.finditer(name):
-        if not _MLX_IN_NAMES.search(name) or match[1].upper() in ("MXFP4", "MXFP8", "NVFP4"):
+        if not _MLX_IN_NAMES.search(name):
             return match[1]
     return None
 
@@ -124,7 +124,7 @@ def mlx_mode(dense_columns: int, weight: TensorInfo, scales: TensorInfo) -> str 
     """Return the mode of MLX in which a weight with scales of one byte was quantized, by its shapes, or None."""
     if scales.dtype != "U8" or weight.dtype != "U32" or not scales.shape or not weight.shape or not scales.shape[-1]:
         return None
-    modes = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
+    modes = {sizes: mode for mode, sizes in FLOAT_MODES.items()}
     bits, rest = divmod(weight.shape[-1] * 32, dense_columns)
     return None if rest else modes.get((bits, dense_columns // scales.shape[-1]))
 
@@ -145,7 +145,7 @@ def _method(settings: Mapping[str, Any]) -> str | None:
     detail = f" ({shown(algorithm).strip(_QUOTES)})" if algorithm else ""
     if method is None:
         mode = settings.get("mode")
-        if mode not in (None, "affine"):
+        if mode not in (None, AFFINE, *FLOAT_MODES):
             return f"MLX's mode {shown(mode)}"
         if settings.get("quant_algo") is not None:
             return f"modelopt{detail}"

@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.adapters import config as adapted
+from flashmoe_mlx.adapters.library import INSTALL, MODEL_TYPES, has_experts, is_installed
 from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.models.registry import find_family, parse_config
 
 
@@ -18,7 +20,7 @@ def why_not(published: Mapping[str, Any]) -> str | None:
     return None if error is None else str(error)
 
 
-def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelConfig:
+def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelSize:
     """Read the config of a model that can be run.
 
     Args:
@@ -31,7 +33,7 @@ def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelConf
     error = _error(published)
     if error is not None:
         raise CheckpointError(f"{where}: {error}", code=error.code)
-    return parse_config(published)
+    return _parsed(published)
 
 
 def refuse_named_format(name: str) -> None:
@@ -81,11 +83,33 @@ def is_hub_id(name: str) -> bool:
 
 def _error(published: Mapping[str, Any]) -> CheckpointError | None:
     try:
-        find_family(published)  # first: another format of an unsupported model would not help
-        reason = unreadable_format(published)
-        if reason is not None:
-            return CheckpointError(f"config.json: {reason}", code="unsupported_format")
-        parse_config(published)
+        _parsed(published)
     except CheckpointError as error:
         return error
     return None
+
+
+def _parsed(published: Mapping[str, Any]) -> ModelSize:
+    """Read the config of a model of a family, or of a model that MLX-LM runs.
+
+    Raises:
+        CheckpointError: it cannot be run.
+    """
+    try:
+        find_family(published)  # first: another format of an unsupported model would not help
+    except CheckpointError as error:
+        if error.code != "unsupported_model":
+            raise
+        name = published["model_type"]
+        if has_experts(name):
+            return adapted.parse_config(published)
+        if name in MODEL_TYPES and not is_installed():
+            raise CheckpointError(
+                f"config.json: models of type {name} run through mlx-lm, which is not installed: {INSTALL}",
+                code="mlx_lm_missing",
+            ) from None
+        raise
+    reason = unreadable_format(published)
+    if reason is not None:
+        raise CheckpointError(f"config.json: {reason}", code="unsupported_format")
+    return parse_config(published)

@@ -5,8 +5,8 @@ experts of a layer and usually quantizes them. Hugging Face fuses gate and up pr
 stores a tensor for each projection of each expert.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.experts import CheckpointExperts, LayerExperts, SeparateExperts, StackedExperts
@@ -14,8 +14,9 @@ from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_
 from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
-from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
 from flashmoe_mlx.models.registry import family_of
 
@@ -24,17 +25,47 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True)
 class ResidentTensor:
-    """A tensor in the form that the model uses: ``source`` in the shape ``shape``, plus 1 if ``add_one``."""
+    """A tensor in the form that the model uses.
+
+    Attributes:
+        name: its name.
+        shape: its shape.
+        source: the published tensor.
+        add_one: whether 1 is added to each value.
+        rows: the first row and the number of rows of each part of ``source`` that the tensor consists of; None for the
+            whole.
+    """
 
     name: str
     shape: tuple[int, ...]
     source: TensorInfo
     add_one: bool = False
+    rows: tuple[tuple[int, int], ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        return sum(nbytes for _, nbytes in self._parts())
+
+    def places(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
+        """Yield the first byte and the size of each piece of ``source`` that bytes from ``start`` on consist of."""
+        for first, size in self._parts():
+            here = min(size - start, nbytes)
+            if here > 0:
+                yield first + start, here
+                nbytes -= here
+            start = max(0, start - size)
+
+    def _parts(self) -> list[tuple[int, int]]:
+        if self.rows is None:
+            return [(0, self.source.nbytes)]
+        width = self.source.nbytes // self.source.shape[0]
+        return [(first * width, count * width) for first, count in self.rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A resident matrix: dense [out, in], or quantized if it has ``scales`` and ``biases``.
+    """A resident matrix: dense [out, in], or quantized if it has ``scales`` and, in MLX's affine mode, ``biases``.
 
     ``shape`` is the dense one; ``least_bits`` is the smallest width to which the matrix may be quantized.
     """
@@ -45,6 +76,7 @@ class Matrix:
     weight: ResidentTensor
     scales: ResidentTensor | None = None
     biases: ResidentTensor | None = None
+    mode: str = field(default=AFFINE, kw_only=True)
 
     @property
     def parts(self) -> tuple[ResidentTensor, ...]:
@@ -56,6 +88,7 @@ class Matrix:
 class CheckpointTensors:
     """The tensors of a checkpoint by purpose; ``skipped`` holds names of tensors that text does not need."""
 
+    config: ModelConfig
     matrices: tuple[Matrix, ...]
     vectors: tuple[ResidentTensor, ...]
     experts: CheckpointExperts
@@ -74,8 +107,14 @@ def classify_tensors(checkpoint: Checkpoint) -> CheckpointTensors:
 class _Classifier:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        if not isinstance(checkpoint.config, ModelConfig):
+            raise CheckpointError(
+                f"{checkpoint.folder}: a model that runs through mlx-lm has no packs; run it from its checkpoint "
+                "(backend=checkpoint, pread, ram_hybrid or resident)",
+                code="not_for_mlx_lm",
+            )
         self._config = checkpoint.config
-        self._names = family_of(checkpoint.config).tensor_names
+        self._names = family_of(self._config).tensor_names
         self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name, self._names)))
         self._published: dict[str, str] = {}
         for name in checkpoint.tensors.keys() - set(self._skipped):
@@ -88,7 +127,7 @@ class _Classifier:
             self._published[canonical] = name
         self._unused = set(self._published)
         self._settings = mlx_settings(checkpoint.published)
-        stacked = {self._stacked(layer, "gate") for layer in range(self._config.num_layers)}
+        stacked = {self._stacked(layer, "gate") for layer in self._config.moe_layers}
         self._is_mlx = not stacked.isdisjoint(name.rpartition(".")[0] for name in self._published)
 
     @property
@@ -97,17 +136,10 @@ class _Classifier:
 
     def classify(self) -> CheckpointTensors:
         layers, layouts = [], []
-        for layer in range(self._config.num_layers):
+        for layer in self._config.moe_layers:
             experts, layout = self._layer_experts(layer)
             layers.append(experts)
             layouts.append(layout)
-            if layout != layouts[0]:
-                raise CheckpointError(
-                    f"{self._where}: experts of layer {layer} are stored as {_described(layout)}, those of layer 0 as "
-                    f"{_described(layouts[0])}; experts of mixed precision are not supported, {USE_INSTEAD} with one "
-                    "width for all experts",
-                    code="mixed_precision",
-                )
         matrices, vectors = [], []
         for parameter in self._config.resident_parameters():
             if parameter.kind is Kind.MATRIX:
@@ -124,8 +156,8 @@ class _Classifier:
                 f"{self._unreadable_format()}",
                 code="unknown_tensor",
             )
-        routed = CheckpointExperts(self._checkpoint, layouts[0], layers)
-        return CheckpointTensors(tuple(matrices), tuple(vectors), routed, self._skipped)
+        routed = CheckpointExperts(self._checkpoint, LayerLayouts.of(layouts), layers)
+        return CheckpointTensors(self._config, tuple(matrices), tuple(vectors), routed, self._skipped)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:
@@ -163,25 +195,28 @@ class _Classifier:
         return ResidentTensor(parameter.name, parameter.shape, self._find(parameter.name, shape), add_one)
 
     def _matrix(self, parameter: Parameter) -> Matrix:
-        name = parameter.name
-        if f"{name}.scales" not in self._published:
-            weight = self._find(f"{name}.weight", parameter.shape)
-            stored = ResidentTensor(f"{name}.weight", parameter.shape, weight)
-            return Matrix(name, parameter.shape, parameter.least_bits, stored)
-        weight, scales, biases = self._quantized(name, parameter.shape)[0]
-        return Matrix(
-            name,
-            parameter.shape,
-            parameter.least_bits,
-            ResidentTensor(f"{name}.weight", weight.shape, weight),
-            ResidentTensor(f"{name}.scales", scales.shape, scales),
-            ResidentTensor(f"{name}.biases", biases.shape, biases),
-        )
+        published, shape, rows = parameter.name, parameter.shape, None
+        if parameter.published is not None:
+            published, rows = parameter.published.matrix, parameter.published.ranges
+            shape = (parameter.published.height, shape[1])
+        mode = self._float_mode(published, shape[-1])
+        if mode is not None:
+            parts = dict(zip(("weight", "scales"), self._floats(published, shape, mode), strict=True))
+        elif f"{published}.scales" in self._published:
+            parts = dict(zip(("weight", "scales", "biases"), self._quantized(published, shape)[0], strict=True))
+        else:
+            parts = {"weight": self._find(f"{published}.weight", shape)}
+
+        def stored(part: str) -> ResidentTensor:
+            tensor = parts[part]
+            size = (parameter.shape[0], *tensor.shape[1:])
+            return ResidentTensor(f"{parameter.name}.{part}", size, tensor, rows=rows)
+
+        return Matrix(parameter.name, parameter.shape, parameter.least_bits, *map(stored, parts), mode=mode or AFFINE)
 
     def _quantized(
         self, name: str, dense: tuple[int, ...]
     ) -> tuple[tuple[TensorInfo, TensorInfo, TensorInfo], int, int]:
-        self._refuse_other_mode(name, dense[-1])
         weight = self._find(f"{name}.weight", None, ("U32",))
         scales = self._find(f"{name}.scales", None)
         biases = self._find(f"{name}.biases", scales.shape, (scales.dtype,))
@@ -189,21 +224,34 @@ class _Classifier:
         self._check_stated_quantization(name, bits, group_size)
         return (weight, scales, biases), bits, group_size
 
-    def _refuse_other_mode(self, name: str, columns: int) -> None:
+    def _float_mode(self, name: str, columns: int) -> str | None:
+        """Return the mode of ``FLOAT_MODES`` in which the matrix ``name`` is quantized, by its shapes, or None."""
         parts = [self._published.get(f"{name}.{part}") for part in ("weight", "scales")]
         if None in parts:
-            return
-        mode = mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
-        if mode is not None:
-            raise CheckpointError(
-                f"{self._where}: {name} is quantized in MLX's mode {mode!r}, only 'affine' is supported; {USE_INSTEAD}",
-                code="unsupported_format",
-            )
+            return None
+        return mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
 
-    def _check_stated_quantization(self, name: str, bits: int, group_size: int) -> None:
-        """Raise CheckpointError if the module's entry in the config contradicts the shapes of its tensors."""
+    def _floats(self, name: str, dense: tuple[int, ...], mode: str) -> tuple[TensorInfo, TensorInfo]:
+        """Return codes and scales of a matrix in a mode of ``FLOAT_MODES``."""
+        bits, group_size = FLOAT_MODES[mode]
+        weight = self._find(f"{name}.weight", (*dense[:-1], dense[-1] * bits // 32), ("U32",))
+        self._check_stated_quantization(name, bits, group_size, mode)
+        return weight, self._find(f"{name}.scales", (*dense[:-1], dense[-1] // group_size), ("U8",))
+
+    def _check_stated_quantization(self, name: str, bits: int, group_size: int, mode: str = AFFINE) -> None:
+        """Raise CheckpointError if the config contradicts the shapes of a module's tensors.
+
+        An entry of the module is checked as a whole, and without one the mode of the whole model.
+        """
         published = self._published[f"{name}.weight"].removesuffix(".weight")
         stated = self._settings.get(published)
+        stated_mode = (stated if isinstance(stated, Mapping) else self._settings).get("mode")
+        if stated_mode not in (None, mode):
+            raise CheckpointError(
+                f"{self._where}: config.json states mode {shown(stated_mode)} for {published}, but its tensors are "
+                f"those of {mode}",
+                code="contradicting_quantisation",
+            )
         if not isinstance(stated, Mapping):
             return
         found = {"bits": bits, "group_size": group_size}
@@ -226,54 +274,40 @@ class _Classifier:
 
     def _layer_experts(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         if f"{self._stacked(layer, 'gate')}.weight" in self._published:
-            if f"{self._stacked(layer, 'gate')}.scales" in self._published:
-                return self._stacked_quantized(layer)
-            return self._stacked_dense(layer)
+            return self._stacked_experts(layer)
         if self._expert_name(self._names.fused[0], layer) in self._published:
             return self._fused(layer)
         return self._separate(layer)
 
-    def _layout(self, bits: int | None, group_size: int | None, typed: Sequence[TensorInfo]) -> RecordLayout:
-        """Return the layout of experts; the type of ``typed`` is that of scales, or of dense experts."""
-        dtypes = {tensor.dtype for tensor in typed}
-        if len(dtypes) > 1:
-            raise CheckpointError(
-                f"{self._where}: experts of mixed types ({', '.join(sorted(dtypes))}) are not supported",
-                code="mixed_precision",
-            )
-        return RecordLayout(self._config.hidden_size, self._config.expert_size, bits, group_size, dtypes.pop())
+    def _layout(self, formats: Mapping[str, MatrixFormat]) -> RecordLayout:
+        """Return the layout of experts whose projections have ``formats``."""
+        return RecordLayout(self._config.hidden_size, self._config.expert_size, **formats)
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """Return the shape of each projection of an expert."""
         wide = (self._config.expert_size, self._config.hidden_size)
         return {projection: wide[::-1] if projection == "down" else wide for projection in PROJECTIONS}
 
-    def _stacked_quantized(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
+    def _stacked_experts(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         tensors: list[TensorInfo] = []
-        typed: list[TensorInfo] = []
-        formats: set[tuple[int, int]] = set()
-        for projection, shape in self._shapes().items():
-            name = self._stacked(layer, projection)
-            parts, bits, group_size = self._quantized(name, (self._config.num_experts, *shape))
+        formats: dict[str, MatrixFormat] = {}
+        for projection, (rows, columns) in self._shapes().items():
+            name, shape = self._stacked(layer, projection), (self._config.num_experts, rows, columns)
+            mode = self._float_mode(name, columns)
+            if mode is not None:
+                tensors += self._floats(name, shape, mode)
+                formats[projection] = MatrixFormat(*FLOAT_MODES[mode], "U8", mode)
+                continue
+            weight = self._published.get(f"{name}.weight")
+            coded = weight is not None and self._checkpoint.tensors[weight].dtype == "U32"
+            if f"{name}.scales" not in self._published and not coded:
+                tensors.append(self._find(f"{name}.weight", shape))
+                formats[projection] = MatrixFormat(None, None, tensors[-1].dtype)
+                continue
+            parts, bits, group_size = self._quantized(name, shape)
             tensors += parts
-            typed += parts[1:]
-            formats.add((bits, group_size))
-        if len(formats) > 1:
-            shown = " and ".join(f"{bits} bits in groups of {group_size}" for bits, group_size in sorted(formats))
-            place = self._stacked(layer, "gate").rpartition(".")[0]
-            raise CheckpointError(
-                f"{self._where}: {place}: projections of mixed precision ({shown}) are not supported; "
-                f"{USE_INSTEAD} with one width for all experts",
-                code="mixed_precision",
-            )
-        return StackedExperts.by_projection(tensors), self._layout(*formats.pop(), typed)
-
-    def _stacked_dense(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
-        tensors = [
-            self._find(f"{self._stacked(layer, projection)}.weight", (self._config.num_experts, *shape))
-            for projection, shape in self._shapes().items()
-        ]
-        return StackedExperts.by_projection(tensors), self._layout(None, None, tensors)
+            formats[projection] = MatrixFormat(bits, group_size, parts[1].dtype)
+        return StackedExperts.by_projection(tensors), self._layout(formats)
 
     def _fused(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         experts, size, hidden = self._config.num_experts, self._config.expert_size, self._config.hidden_size
@@ -282,7 +316,8 @@ class _Classifier:
         down = self._find(down_name, (experts, hidden, size))
         half = gate_up.nbytes // experts // 2
         parts = [(gate_up, 0, half), (gate_up, half, half), (down, 0, down.nbytes // experts)]
-        return StackedExperts(parts), self._layout(None, None, [gate_up, down])
+        dense = {"gate": gate_up, "up": gate_up, "down": down}
+        return StackedExperts(parts), self._layout({name: _dense(tensor) for name, tensor in dense.items()})
 
     def _separate(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
         tensors = [
@@ -292,10 +327,16 @@ class _Classifier:
             ]
             for expert in range(self._config.num_experts)
         ]
-        return SeparateExperts(tensors), self._layout(None, None, [tensor for expert in tensors for tensor in expert])
+        for expert in tensors:
+            for projection, tensor, first in zip(PROJECTIONS, expert, tensors[0], strict=True):
+                if tensor.dtype != first.dtype:
+                    raise CheckpointError(
+                        f"{self._where}: experts of layer {layer} have {projection} in {first.dtype} and in "
+                        f"{tensor.dtype}; all experts of a layer must have the same types",
+                        code="mixed_precision",
+                    )
+        return SeparateExperts(tensors), self._layout(dict(zip(PROJECTIONS, map(_dense, tensors[0]), strict=True)))
 
 
-def _described(layout: RecordLayout) -> str:
-    if layout.bits is None:
-        return layout.dtype
-    return f"{layout.bits} bits in groups of {layout.group_size} with scales in {layout.dtype}"
+def _dense(tensor: TensorInfo) -> MatrixFormat:
+    return MatrixFormat(None, None, tensor.dtype)

@@ -7,7 +7,7 @@ from importlib.resources import files as package_files
 from typing import NamedTuple
 
 from flashmoe_mlx.cli.options import RUN_OPTIONS, is_option, long_name, take_value
-from flashmoe_mlx.cli.task_keys import DEFAULT_TASK, task_names
+from flashmoe_mlx.cli.task_keys import DEFAULT_TASK, key_of_word, task_names
 from flashmoe_mlx.errors import InputError
 
 _OVERRIDE = re.compile(r"(?P<sign>\+*)(?P<key>[A-Za-z_][\w./@:-]*)=(?P<value>.*)", re.DOTALL)
@@ -82,6 +82,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     """
     overrides: list[Override] = []
     options: list[str] = []
+    words: list[str] = []
     remaining = list(reversed(arguments))
     while remaining:
         argument = remaining.pop()
@@ -100,5 +101,11 @@ def parse(arguments: Sequence[str]) -> CommandLine:
             )
             raise InputError(f"{argument}: no such option; {hint}", code="unknown_option")
         else:
-            raise InputError(f"{argument}: expected key=value; --help lists the keys", code="not_an_override")
+            words.append(argument)
+    tasks = CommandLine(overrides, options).tasks()
+    for word in words:
+        key = key_of_word(word, tasks)
+        if key is None:
+            raise InputError(f"{word}: expected key=value; --help lists the keys", code="not_an_override")
+        overrides.append(Override("", key, word))
     return CommandLine(overrides, options)

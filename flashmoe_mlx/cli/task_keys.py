@@ -70,6 +70,15 @@ def full_key(key: str, tasks: Collection[str] | None) -> str:
     return f"{key}.{short.pop()}" if len(short) == 1 and None not in short else key
 
 
+def key_of_word(word: str, tasks: Collection[str] | None) -> str | None:
+    """Return the key of which ``word`` alone is a value in one of ``tasks``; None if there is no such key."""
+    for task in tasks or ():
+        for field in dataclasses.fields(config_class(task)):
+            if word in field.metadata.get("words", ()):
+                return field.name
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class TextKey:
     """Key whose characters have no special meaning; ``nullable`` if ``null`` is not text, ``listed`` for a list."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from importlib.resources import files as package_files
 from types import NoneType, UnionType
-from typing import get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from flashmoe_mlx.cli.arguments import CommandLine
 from flashmoe_mlx.cli.task_keys import config_class, keys_of, names_in_group, task_names, unread_key
@@ -20,6 +20,7 @@ _TYPES = {
     str: "text",
     list: "list",
     dict: "{NAME:VALUE}",
+    Any: "list|{NAME:VALUE}",
     NoneType: "null",
 }
 _GENERAL = """\

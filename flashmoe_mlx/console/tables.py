@@ -67,6 +67,10 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
         yield "interrupted before the first token"
     else:
         yield f"first token after {first:.3g} s; {reasons.get(metrics['finish_reason'], 'interrupted')}"
+    known = metrics["prompt"]
+    if known["reused"]:
+        place = {"disk": "cache_dir", "live": "the latest conversation"}.get(known["reused_from"], "memory")
+        yield f"prompt: {known['reused']:,} of {known['tokens']:,} tokens from {place}, {known['computed']:,} computed"
     prompt, chunk = metrics["prefill"]["tokens"], metrics["prefill_chunk"]
     if chunk is not None and prompt > chunk:
         yield f"prefill: {chunk:,} tokens through a layer at once, {-(-prompt // chunk)} passes over the experts"
@@ -86,6 +90,8 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"prefetch: {guesses['accuracy']:.0%} of the predictions correct, {_shown(useful, '.0%')} of the reads "
             f"started early, {_shown(wasted, '.3g')} MB/token wasted"
         )
+    if metrics["forced_tokens"]:
+        yield f"constraint: {metrics['forced_tokens']} tokens were forced, and needed no decode step of their own"
     if metrics["sampling"] is not None:
         yield f"sampling: {metrics['sampling']['description']}"
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"

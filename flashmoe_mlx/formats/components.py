@@ -22,15 +22,16 @@ def dense_projection(components: dict[str, mx.array], projection: str, layout: R
         projection: "gate", "up", or "down".
         layout: the layout of the record.
     """
-    weight = components[f"{projection}.weight"]
-    if layout.bits is None:
+    weight, form = components[f"{projection}.weight"], layout.format_of(projection)
+    if form.bits is None:
         return weight
     return mx.dequantize(
         weight,
         components[f"{projection}.scales"],
-        components[f"{projection}.biases"],
-        group_size=layout.group_size,
-        bits=layout.bits,
+        components.get(f"{projection}.biases"),
+        group_size=form.group_size,
+        bits=form.bits,
+        mode=form.mode,
     )
 
 

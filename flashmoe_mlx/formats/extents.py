@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class ExpertSource(Protocol):
     """The location of the bytes of every expert: in a variant of a pack, or in a published checkpoint."""
 
     @property
-    def layout(self) -> RecordLayout: ...
+    def layout(self) -> LayerLayouts: ...
 
     @property
     def num_layers(self) -> int: ...

@@ -107,13 +107,13 @@ def refuse_other_arithmetic(
     Raises:
         CheckpointError: the model needs other arithmetic; the message names the field.
     """
-    fixed = {**computed, **_NEUTRAL}
+    fixed = {**computed, **{name: values for name, values in _NEUTRAL.items() if name not in read}}
     for name, supported in fixed.items():
         value = text.get(name)
         if value is not None and not any(_same(value, choice) for choice in supported):
             choices = " or ".join(shown(choice) for choice in supported)
             raise _unsupported(f"{name} is {shown(value)}; this version supports only {choices}")
-    if not _off(text.get("mlp_only_layers")):
+    if "mlp_only_layers" not in read and not _off(text.get("mlp_only_layers")):
         raise _unsupported("mlp_only_layers: layers without experts are not supported")
     if not _off(text.get("use_sliding_window")):
         raise _unsupported("use_sliding_window: attention over a window is not supported")

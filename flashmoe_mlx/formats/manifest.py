@@ -12,9 +12,20 @@ manifest is an unfinished pack::
      "skipped_tensors": [...]}
 
 The name of a variant is its width, followed by its quantizer if that is not the default of the width (``q2-minmax``).
-A variant of copied records has no quantizer. ``experts-<variant>/layer_NN.bin`` holds the records of a layer in the
-order of the experts and nothing else. ``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for
-each record, by layer, then expert. Layer files have no hash in the manifest, because each of their records has one.
+A variant of copied records has no quantizer. Format version 2 adds variants of several formats. Such an entry has a
+list of record layouts and the number of the layout of each layer; a layout in which projections differ has a format for
+each projection::
+
+    "mixed-3.33": {"layouts": [{"gate": {"bits": 3, "group_size": 64, "dtype": "BF16"}, "up": {...}, "down": {...},
+                                "record_bytes": ..., "components": [...]}],
+                   "layers": [0, 0, 0, ...], "quantiser": "by_width"}
+
+A format in one of MLX's float modes has a "mode", and such a variant has the name of the mode ("mxfp4"). A pack whose
+variants have one affine format each has version 1.
+
+``experts-<variant>/layer_NN.bin`` holds the records of a layer in the order of the experts and nothing else.
+``experts-<variant>/checksums.xxh3`` holds a little-endian 64-bit XXH3 hash for each record, by layer, then expert.
+Layer files have no hash in the manifest, because each of their records has one.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +35,7 @@ from pathlib import Path
 import xxhash
 
 from flashmoe_mlx.formats.extents import Extent
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts
 
 MANIFEST = "pack.json"
 
@@ -37,6 +48,8 @@ HASH_BYTES = 8
 FORMAT = "flashmoe-pack"
 
 FORMAT_VERSION = 1
+MIXED_FORMAT_VERSION = 2
+"""The version of packs with a variant of several formats or in a float mode, which earlier programs cannot read."""
 
 TEXT_FILES = (
     "tokenizer.json",
@@ -54,17 +67,20 @@ class PackedExperts:
 
     Attributes:
         directory: the folder of the variant.
-        layout: the layout of every record.
-        num_layers: number of layers.
+        layout: the layout of the records of each layer with experts.
         num_experts: number of experts in each layer.
         quantizer: the quantizer of the variant; None if its records were copied.
     """
 
     directory: Path
-    layout: RecordLayout
-    num_layers: int
+    layout: LayerLayouts
     num_experts: int
     quantizer: str | None = None
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers."""
+        return len(self.layout)
 
     def layer_path(self, layer: int) -> Path:
         """Return the path of the file with the records of ``layer``."""
@@ -75,10 +91,9 @@ class PackedExperts:
         """The paths of all layer files. Joining one takes microseconds, and every fetch needs several."""
         return [self.directory / layer_file(layer) for layer in range(self.num_layers)]
 
-    @property
-    def layer_bytes(self) -> int:
-        """Size of a layer file in bytes."""
-        return self.num_experts * self.layout.record_bytes
+    def layer_bytes(self, layer: int) -> int:
+        """Return the size of the file of ``layer`` in bytes."""
+        return self.num_experts * self.layout[layer].record_bytes
 
     def copy_in(self, folder: Path) -> "PackedExperts":
         """Return the place of a copy of these records in ``folder``, which is a mirror of the pack."""
@@ -86,7 +101,7 @@ class PackedExperts:
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """Return the place of the record of ``expert``, including its padding."""
-        size = self.layout.record_bytes
+        size = self.layout[layer].record_bytes
         return [Extent(self.layer_path(layer), expert * size, size)]
 
 

@@ -13,7 +13,7 @@ from flashmoe_mlx.generation.logits import checked_logits
 from flashmoe_mlx.generation.pass_meter import PassMeter
 from flashmoe_mlx.generation.sequence import Sequence, Step
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.models.steps import TracedSteps
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -29,7 +29,7 @@ class StepsAhead:
         meter: measures passes.
     """
 
-    def __init__(self, model: Model, store: ExpertStore, clock: PhaseClock, meter: PassMeter) -> None:
+    def __init__(self, model: RunnableModel, store: ExpertStore, clock: PhaseClock, meter: PassMeter) -> None:
         self._model = model
         self._store = store
         self._clock = clock

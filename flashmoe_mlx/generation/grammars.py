@@ -44,13 +44,13 @@ class Grammars:
     Args:
         tokenizer: the model's tokenizer.
         vocab_size: the number of logits, which may exceed the number of tokens.
-        tool_format: the name of a module in ``text/tool_formats``.
+        tool_format: the name of a module in ``text/tool_formats``; None if no request may declare tools.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, tool_format: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, tool_format: str | None) -> None:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
-        self._format = import_module(f"{tool_formats.__name__}.{tool_format}")
+        self._tool_format = tool_format
         self._prepared: LLTokenizer | None = None
         self._lock = threading.Lock()
 
@@ -124,7 +124,8 @@ class Grammars:
         """
         if not isinstance(choice, str):
             tools = [tool for tool in tools if tool.get("function", tool)["name"] == _named(choice)]
-        rules = [self._format.GRAMMAR(tools, self._fits, self._tag(END_TOOL_CALL))]
+        module = import_module(f"{tool_formats.__name__}.{self._tool_format}")
+        rules = [module.GRAMMAR(tools, self._fits, self._tag(END_TOOL_CALL))]
         if choice == "auto" and answer is None:
             start = "start: body"
         else:

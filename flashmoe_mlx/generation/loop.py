@@ -80,7 +80,7 @@ class Generation(Iterator[Piece]):
 
     def stats(self) -> dict[str, Any]:
         """Return the measurements so far, in the form of ``metrics.json``."""
-        return self.metrics.to_json(self._runner.model.touched_bytes, self._runner.store.layout.record_bytes)
+        return self.metrics.to_json(self._runner.model.touched_bytes, self._runner.store.layout.mean_record_bytes)
 
     def _advance(self) -> None:
         """Run one pass, or none if the sequence was cancelled."""

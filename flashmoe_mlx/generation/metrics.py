@@ -36,8 +36,10 @@ class Stage:
     store: StoreStats = field(default_factory=StoreStats)
     phases: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
-    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+    def to_json(self, resident_bytes: int, record_bytes: float) -> dict[str, Any]:
         """Return rates and counters; None where nothing was measured.
+
+        ``record_bytes`` is the mean size of a record over the layers.
 
         ``read_gb_per_second`` divides the bytes read on demand by the time spent fetching; ``weights_gb_per_second``
         divides all weights that the passes touched, resident and routed, by the whole time. ``prefetched`` counts the
@@ -104,7 +106,7 @@ class RunMetrics:
         """Tokens of the prompt that were computed."""
         return self.prefill.tokens
 
-    def to_json(self, resident_bytes: int, record_bytes: int) -> dict[str, Any]:
+    def to_json(self, resident_bytes: int, record_bytes: float) -> dict[str, Any]:
         """Return all measurements in the form of ``metrics.json``, in seconds, bytes and tokens."""
         return {
             "metrics_version": METRICS_VERSION,

@@ -33,7 +33,7 @@ from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
@@ -48,7 +48,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Model,
+        model: RunnableModel,
         store: ExpertStore,
         clock: PhaseClock,
         prefetcher: Prefetcher | None,
@@ -111,15 +111,15 @@ class Runner:
         Raises:
             InputError: the prompt is refused; see ``checked_tokens``.
         """
-        model, tokens = self.model, self.checked_tokens(request.prompt_ids)
+        model, tokens, reserved = self.model, self.checked_tokens(request.prompt_ids), 0
         if self.prompt_cache is not None:
             tokens = self.prompt_cache.aligned(tokens, model.config.max_context)
-        experts_k = model.layers[0].experts.router.experts_k
+            reserved = self.prompt_cache.room
         return Sequence(
             replace(request, prompt_ids=tokens),
             model.new_cache(),
             model.config.max_context,
-            request.prefill_chunk or choose_chunk(model.config, experts_k, model.norm.dtype.size, len(tokens)),
+            request.prefill_chunk or choose_chunk(model.prompt_memory, len(tokens), reserved),
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,

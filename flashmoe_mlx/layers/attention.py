@@ -1,6 +1,7 @@
-"""Full attention of Qwen3.5: a gate beside every query, norms of queries and keys, rotation of a part of each head.
+"""Full attention: norms of queries and keys, rotation of a part or all of each head, and in some models output gates.
 
-Source: transformers ``Qwen3_5MoeAttention``. Position sections for images are plain positions in text.
+Sources: transformers ``Qwen3_5MoeAttention`` and ``Qwen3MoeAttention``. Position sections for images are plain
+positions in text.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from flashmoe_mlx.layers.sequences import by_sequence
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The weights of one layer; ``q_proj`` gives [query | gate] for each head."""
+    """The weights of one layer; ``q_proj`` gives [query | gate] for each head, or the query alone."""
 
     weights: AttentionWeights
     kernels: Kernels
@@ -104,6 +105,6 @@ class Attention:
         """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""
         attention, weights = self.kernels.attention, self.weights
         room = mx.zeros((1, weights.kv_heads, 1, weights.rows.width), weights.rows.dtype(weights.q_norm.dtype))
-        row = mx.zeros((1, 2 * weights.heads * weights.head_dim), weights.q_norm.dtype)
+        row = mx.zeros((1, weights.heads * weights.query_width), weights.q_norm.dtype)
         inputs = AttentionInputs(row, row, row, weights, room, room, 0)
         return isinstance(attention, CheckedKernel) and attention.runs(inputs)

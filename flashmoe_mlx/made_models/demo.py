@@ -54,7 +54,7 @@ def demo_with_variants(variants: set[str], cache_dir: Path, progress: Progress |
             with lock_folder(folder):
                 if not _is_whole(folder):  # another process may have made it in the meantime
                     _copy(shipped.folder, folder)
-    (group_size,) = {variant.layout.group_size for variant in shipped.experts.values()}
+    (group_size,) = {form.group_size for variant in shipped.experts.values() for form in variant.layout[0].formats}
     assert group_size is not None
     for name, (bits, quantiser) in wanted.items():
         pack = open_pack(folder)

@@ -19,22 +19,26 @@ import numpy.typing as npt
 from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import CHECKSUMS, MANIFEST, RESIDENT, layer_file, variant_directory
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts, RecordLayout
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.models.parameters import EMBEDDING, HEAD, Kind, Parameter
-from flashmoe_mlx.models.qwen3_5_moe import FAMILY
+from flashmoe_mlx.models.registry import named_family, parse_config
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.progress import Progress, Silent
 
+FAMILY = "qwen3_5_moe"
+"""The family of a synthetic model unless another is asked for."""
 _GROUP_SIZE = 64
 _RECIPE = 1
 """The version of the weights that a seed gives; a cached pack of an older recipe is not used."""
 
 
-def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: Progress | None = None) -> Pack:
+def synthetic_pack(
+    name: str, sizes: SyntheticSizes, cache_dir: Path, progress: Progress | None = None, family: str = FAMILY
+) -> Pack:
     """Open the pack of these sizes under ``cache_dir``; make it first if it does not exist.
 
     Args:
@@ -42,39 +46,42 @@ def synthetic_pack(name: str, sizes: SyntheticSizes, cache_dir: Path, progress: 
         sizes: the sizes of the model.
         cache_dir: the folder with all synthetic packs.
         progress: shows the progress.
+        family: a ``model_type`` of the family; sizes that it lacks have no effect.
 
     Raises:
         PackError: there is no space, or another process is making the pack.
         CheckpointError: no model has these sizes.
+        InputError: there is no such family; code "unknown_family".
     """
-    digest = hashlib.sha256(json.dumps([_RECIPE, asdict(sizes)]).encode()).hexdigest()[:8]
+    recipe = [_RECIPE, asdict(sizes), *([] if family == FAMILY else [family])]  # packs made before families had names
+    digest = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:8]
     folder = cache_dir / f"{name}-{digest}"
     if not (folder / MANIFEST).is_file():
         with explain_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with lock_folder(folder):
-                _Synthesizer(sizes, folder, progress or Silent()).write(name)
+                _Synthesizer(sizes, folder, progress or Silent(), family).write(name)
     return open_pack(folder)
 
 
-def synthetic_config(sizes: SyntheticSizes, vocab_size: int = BYTE_TOKENS) -> dict[str, Any]:
-    """Return the ``config.json`` of a synthetic model."""
-    return FAMILY.write_config({**asdict(sizes), "vocab_size": vocab_size})
+def synthetic_config(sizes: SyntheticSizes, family: str = FAMILY, vocab_size: int = BYTE_TOKENS) -> dict[str, Any]:
+    """Return the ``config.json`` of a synthetic model; see ``synthetic_pack``."""
+    return named_family(family).write_config({**asdict(sizes), "vocab_size": vocab_size})
 
 
 class _Synthesizer:
-    def __init__(self, sizes: SyntheticSizes, folder: Path, progress: Progress) -> None:
+    def __init__(self, sizes: SyntheticSizes, folder: Path, progress: Progress, family: str) -> None:
         self._sizes = sizes
         self._folder = folder
         self._progress = progress
         self._vocab_size = write_byte_tokenizer(folder)
-        published = synthetic_config(sizes, self._vocab_size)
-        self._config = FAMILY.parse_config(published)
-        self._layout = RecordLayout(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
+        published = synthetic_config(sizes, family, self._vocab_size)
+        self._config = parse_config(published)
+        self._layout = RecordLayout.uniform(sizes.hidden_size, sizes.expert_size, sizes.bits, _GROUP_SIZE, "BF16")
         write_atomically(folder / "config.json", json.dumps(published, indent=1).encode())
 
     def write(self, name: str) -> None:
-        needed = self._config.num_layers * self._config.num_experts * self._layout.record_bytes
+        needed = len(self._config.moe_layers) * self._config.num_experts * self._layout.record_bytes
         check_free_space(
             self._folder, needed, "choose fewer layers (model.synthetic.num_layers) or another model.cache_dir"
         )
@@ -82,7 +89,8 @@ class _Synthesizer:
         variant = variant_name(self._sizes.bits)
         self._write_experts(self._folder / variant_directory(variant))
         source = {"name": f"{name} (random weights)", "revision": f"recipe {_RECIPE}, seed {self._sizes.seed}"}
-        write_manifest(self._folder, self._config, {variant: self._layout}, source, [])
+        layout = LayerLayouts.uniform(self._layout, len(self._config.moe_layers))
+        write_manifest(self._folder, self._config, {variant: layout}, source, [])
 
     def _random(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._sizes.seed, *stream])
@@ -99,9 +107,9 @@ class _Synthesizer:
     def _write_experts(self, directory: Path) -> None:
         directory.mkdir(exist_ok=True)
         digests: list[int] = []
-        for layer in range(self._config.num_layers):
+        for layer in range(len(self._config.moe_layers)):
             total = self._config.num_experts * self._layout.record_bytes
-            self._progress.stage(f"random experts, layer {layer + 1} of {self._config.num_layers}", total)
+            self._progress.stage(f"random experts, layer {layer + 1} of {len(self._config.moe_layers)}", total)
             for report in write_layer_file(directory / layer_file(layer), self._records(layer), self._layout):
                 digests.append(report.digest)
                 self._progress.advance(self._layout.record_bytes)
@@ -148,7 +156,7 @@ def _resident_tensors(parameter: Parameter, bits: int, random: np.random.Generat
 
 
 def _scales(
-    shape: tuple[int, int], columns: int, bits: int, random: np.random.Generator, gain: float = 1.0
+    shape: tuple[int, ...], columns: int, bits: int, random: np.random.Generator, gain: float = 1.0
 ) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.uint16]]:
     """Draw scales and biases that give weights with uniform codes a mean of 0.
 

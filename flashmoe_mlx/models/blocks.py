@@ -1,8 +1,9 @@
-"""The blocks of decoder layers: their parameters, their construction, and the sizes of their caches."""
+"""The blocks of decoder layers that mix tokens: their parameters, their construction, and the sizes of their caches."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Protocol
 
 import mlx.core as mx
@@ -11,19 +12,12 @@ import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import AttentionWeights, DeltaWeights, Kernels
 from flashmoe_mlx.custom_kernels.kv_rows import RowFormat
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.rope import Rope
-from flashmoe_mlx.models.parameters import ROUTER_BITS, Kind, Parameter
+from flashmoe_mlx.models.parameters import Kind, Parameter, Rows
 from flashmoe_mlx.models.weights import ResidentWeights
-from flashmoe_mlx.moe.experts import MixtureOfExperts
-from flashmoe_mlx.moe.on_host import ExpertsOnHost
-from flashmoe_mlx.moe.router import Router
-from flashmoe_mlx.moe.shared_expert import SharedExpert
-from flashmoe_mlx.moe.strategies import choose_in_memory, choose_strategy
-from flashmoe_mlx.stores.contract import ExpertStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +56,7 @@ class MixerBlock(Protocol):
 
 @dataclass(frozen=True)
 class AttentionBlock:
-    """Full attention with norms of queries and keys, and an output gate beside every query.
+    """Full attention with norms of queries and keys.
 
     Attributes:
         hidden_size: the width of a token's vector.
@@ -73,6 +67,7 @@ class AttentionBlock:
         bias: whether the four projections have biases.
         eps: the epsilon of the norms.
         norm: the form in which checkpoints store the norms.
+        gated: whether an output gate is beside every query.
     """
 
     hidden_size: int
@@ -83,6 +78,7 @@ class AttentionBlock:
     bias: bool
     eps: float
     norm: Kind
+    gated: bool = True
 
     @cached_property
     def _frequencies(self) -> tuple[float, ...] | None:
@@ -92,7 +88,7 @@ class AttentionBlock:
         """Yield the parameters in the order in which a token meets them."""
         query, key = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         shapes = {
-            "q_proj": (2 * query, self.hidden_size),
+            "q_proj": ((2 if self.gated else 1) * query, self.hidden_size),
             "k_proj": (key, self.hidden_size),
             "v_proj": (key, self.hidden_size),
             "o_proj": (self.hidden_size, query),
@@ -131,6 +127,7 @@ class AttentionBlock:
                 self.eps,
                 self._frequencies,
                 kernels.kv_bits,
+                self.gated,
             ),
             kernels,
             weights.linear(f"{prefix}self_attn.q_proj"),
@@ -148,7 +145,7 @@ class AttentionBlock:
     @property
     def working_width(self) -> int:
         """The elements of queries and gates, keys, values and results."""
-        return (3 * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return ((3 if self.gated else 2) * self.num_heads + 2 * self.num_kv_heads) * self.head_dim
 
     @property
     def recurrent_width(self) -> int:
@@ -168,6 +165,8 @@ class GatedDeltaNetBlock:
         value_dim: the width of a head of values.
         conv_kernel: tokens that the convolution sees.
         eps: the epsilon of the norm.
+        interleaved: whether checkpoints have two input projections, ``in_proj_qkvz`` and ``in_proj_ba``, with rows
+            sorted by key head, rather than four.
     """
 
     hidden_size: int
@@ -177,6 +176,7 @@ class GatedDeltaNetBlock:
     value_dim: int
     conv_kernel: int
     eps: float
+    interleaved: bool = False
 
     @property
     def _value_width(self) -> int:
@@ -191,10 +191,10 @@ class GatedDeltaNetBlock:
         """Yield the parameters in the order in which a token meets them."""
         prefix += "linear_attn."
         hidden, heads = self.hidden_size, self.value_heads
-        yield Parameter(f"{prefix}in_proj_qkv", Kind.MATRIX, (self._conv_width, hidden))
-        yield Parameter(f"{prefix}in_proj_z", Kind.MATRIX, (self._value_width, hidden))
-        yield Parameter(f"{prefix}in_proj_b", Kind.MATRIX, (heads, hidden))
-        yield Parameter(f"{prefix}in_proj_a", Kind.MATRIX, (heads, hidden))
+        sizes = {"qkv": self._conv_width, "z": self._value_width, "b": heads, "a": heads}
+        for part, rows in sizes.items():
+            published = self._published_rows(prefix, part) if self.interleaved else None
+            yield Parameter(f"{prefix}in_proj_{part}", Kind.MATRIX, (rows, hidden), published=published)
         yield Parameter(
             f"{prefix}conv1d.weight", Kind.CONV, (self._conv_width, self.conv_kernel, 1), draw=_random_convolution
         )
@@ -204,6 +204,19 @@ class GatedDeltaNetBlock:
         # Every published layout stores this norm as the factor itself, even where it stores other norms less 1.
         yield Parameter(f"{prefix}norm.weight", Kind.PLAIN, (self.value_dim,))
         yield Parameter(f"{prefix}out_proj", Kind.MATRIX, (hidden, self._value_width))
+
+    def _published_rows(self, prefix: str, part: str) -> Rows:
+        """Return the rows of ``part`` in a matrix that has, for each key head, its rows of all parts in turn."""
+        values = self.value_heads // self.key_heads
+        if part in ("b", "a"):
+            name, sizes = "in_proj_ba", {"b": values, "a": values}
+        else:
+            wide = values * self.value_dim
+            name, sizes = "in_proj_qkvz", {"q": self.key_dim, "k": self.key_dim, "v": wide, "z": wide}
+        starts = dict(zip(sizes, accumulate(sizes.values(), initial=0), strict=False))
+        step = sum(sizes.values())
+        ranges = [(head * step + starts[one], sizes[one]) for one in part for head in range(self.key_heads)]
+        return Rows(f"{prefix}{name}", self.key_heads * step, tuple(ranges))
 
     def build(self, prefix: str, weights: ResidentWeights, kernels: Kernels) -> GatedDeltaNet:
         """Make the block from its weights."""
@@ -246,70 +259,6 @@ class GatedDeltaNetBlock:
     def recurrent_width(self) -> int:
         """The elements of the values of all heads."""
         return self._value_width
-
-
-@dataclass(frozen=True, slots=True)
-class MoeBlock:
-    """A mixture of experts behind a norm: softmax router, top K renormalized, a shared expert with a sigmoid gate.
-
-    Attributes:
-        hidden_size: the width of a token's vector.
-        num_experts: routed experts.
-        shared_expert_size: the inner width of the shared expert.
-        eps: the epsilon of the norm.
-        norm: the form in which checkpoints store the norm.
-    """
-
-    hidden_size: int
-    num_experts: int
-    shared_expert_size: int
-    eps: float
-    norm: Kind
-
-    def parameters(self, prefix: str) -> Iterator[Parameter]:
-        """Yield the resident parameters in the order in which a token meets them."""
-        hidden, size = self.hidden_size, self.shared_expert_size
-        yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (hidden,))
-        # Random logits of a router must differ enough for its choices to be clear.
-        yield Parameter(f"{prefix}mlp.gate", Kind.MATRIX, (self.num_experts, hidden), ROUTER_BITS, gain=2.0)
-        yield Parameter(f"{prefix}mlp.shared_expert.gate_proj", Kind.MATRIX, (size, hidden))
-        yield Parameter(f"{prefix}mlp.shared_expert.up_proj", Kind.MATRIX, (size, hidden))
-        yield Parameter(f"{prefix}mlp.shared_expert.down_proj", Kind.MATRIX, (hidden, size))
-        yield Parameter(f"{prefix}mlp.shared_expert_gate", Kind.MATRIX, (1, hidden), ROUTER_BITS)
-
-    def build(
-        self, layer: int, prefix: str, weights: ResidentWeights, kernels: Kernels, store: ExpertStore, experts_k: int
-    ) -> MixtureOfExperts:
-        """Make the block from its weights.
-
-        Args:
-            layer: the index of the layer.
-            prefix: the prefix of the layer, ``model.layers.0.`` for example.
-            weights: the resident weights.
-            kernels: the kernels to compute with.
-            store: serves the routed experts.
-            experts_k: routed experts of a token.
-        """
-        projections = (weights.linear(f"{prefix}mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down"))
-        shared = SharedExpert(ExpertWeights(*projections), kernels.expert_mlp)
-        strategy = choose_strategy(kernels, store.layout, weights.dtype, shared.weights)
-        joint = None
-        if kernels.choose_experts is not None:
-            joint = weights.join(f"{prefix}mlp.gate", f"{prefix}mlp.shared_expert_gate")
-        router = Router(
-            weights.linear(f"{prefix}mlp.gate"),
-            weights.vector(f"{prefix}post_attention_layernorm.weight"),
-            self.eps,
-            experts_k,
-            weights.linear(f"{prefix}mlp.shared_expert_gate"),
-            kernels.rms_norm,
-            joint,
-            kernels.choose_experts,
-            kernels.normed_matvec,
-            by_numpy=isinstance(strategy, ExpertsOnHost),
-        )
-        in_memory = choose_in_memory(kernels, store.layout, weights.dtype, shared.weights)
-        return MixtureOfExperts(layer, store, router, shared, strategy, in_memory)
 
 
 def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:

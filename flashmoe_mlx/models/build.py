@@ -3,10 +3,13 @@
 import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import Kernels
+from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.models.config import ModelConfig, layer_prefix
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.models.feed_forward import MoeBlock
 from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD
 from flashmoe_mlx.models.weights import ResidentTensors, ResidentWeights
+from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertStore
 
@@ -33,17 +36,25 @@ def build_model(
         PackError: a tensor is missing or has the wrong shape or type.
     """
     report("reading the weights that all tokens use")
+    moe_layers = config.moe_layers
     weights = ResidentWeights(tensors, config.resident_parameters(), dtype, kernels)
-    layers = []
+    layers: list[DecoderLayer] = []
+    feed_forward: MixtureOfExperts | Mlp
     for layer in range(config.num_layers):
-        prefix = layer_prefix(layer)
+        prefix, block = layer_prefix(layer), config.feed_forward(layer)
+        if isinstance(block, MoeBlock):
+            number = moe_layers.index(layer)
+            feed_forward = block.build(number, layer, prefix, weights, kernels, store, experts_k)
+        else:
+            feed_forward = block.build(prefix, weights, kernels)
         layers.append(
             DecoderLayer(
+                layer,
                 kernels,
                 config.rms_norm_eps,
                 weights.vector(f"{prefix}input_layernorm.weight"),
                 config.mixer(layer).build(prefix, weights, kernels),
-                config.experts(layer).build(layer, prefix, weights, kernels, store, experts_k),
+                feed_forward,
             )
         )
     embedding = weights.linear(EMBEDDING)

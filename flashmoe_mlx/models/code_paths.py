@@ -8,15 +8,16 @@ from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
+from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.moe.groups import experts_at_once
 
 
 def model_shapes(model: Model) -> ModelShapes:
     """Return the shapes of ``model`` for its kernels."""
-    first = model.layers[0].experts
+    first, *_ = model.mixtures
     mixers = [layer.mixer for layer in model.layers]
-    experts = (layer.experts.shared.weights for layer in model.layers)
+    experts = (block.shared.weights for block in model.mixtures if block.shared is not None)
     shared = {_expert_format(expert): expert for expert in experts}
     return ModelShapes(
         dtype=model.norm.dtype,
@@ -24,11 +25,12 @@ def model_shapes(model: Model) -> ModelShapes:
         attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
         delta=tuple(mixer.weights for mixer in mixers if isinstance(mixer, GatedDeltaNet))[:1],
         projections=tuple(_projections(model)),
-        experts=expert_format(first.store.layout),
+        experts=tuple(filter(None, map(expert_format, first.store.layout.distinct))),
         shared=tuple(shared.values()),
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,
         slots=experts_at_once(first.store),
+        renormalized=first.router.renormalized,
         embedding=None if model.embedding.bits is None else model.embedding,
     )
 
@@ -51,11 +53,15 @@ def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
     else:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a], one_token=apart)
         yield from _calls([mixer.out_proj], residual=True)
-    if layer.experts.router.joint is not None:
-        yield from _calls([layer.experts.router.joint], normed=True)
-    router = [layer.experts.router.gate, layer.experts.router.shared_gate]
-    yield from _calls(router)  # together on CPUs, separately on GPUs and by prefetch policies
-    for linear in router:
+    if isinstance(layer.feed_forward, Mlp):
+        yield from _calls([layer.feed_forward.gate, layer.feed_forward.up])
+        yield from _calls([layer.feed_forward.down], residual=True)
+        return
+    router = layer.feed_forward.router
+    if router.joint is not None:
+        yield from _calls([router.joint], normed=True)
+    yield from _calls(router.gates)  # together on CPUs, separately on GPUs and by prefetch policies
+    for linear in router.gates:
         yield from _calls([linear])
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.formats.fields import LARGEST_SIZE, Reader
+from flashmoe_mlx.formats.fields import LARGEST_SIZE, Reader, shown
 from flashmoe_mlx.layers.rope import Rope
-from flashmoe_mlx.models.blocks import MixerBlock, MoeBlock
+from flashmoe_mlx.models.blocks import MixerBlock
+from flashmoe_mlx.models.feed_forward import FeedForwardBlock, MoeBlock
 from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Parameter
 
 MOST_LAYERS = 2**12
@@ -17,36 +18,57 @@ MOST_EXPERTS = 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class ModelConfig(ABC):
-    """The sizes of a model in elements, heads, layers or experts; a family adds its own and describes its layers."""
+class ModelSize:
+    """The sizes of a model that do not depend on its architecture.
 
-    norm: ClassVar[Kind] = Kind.PLAIN
-    """The form in which checkpoints store the norms of the residual stream."""
+    Attributes:
+        num_layers: layers with routed experts.
+        hidden_size: elements of the residual stream.
+        vocab_size: tokens of the vocabulary.
+        max_context: the largest number of tokens of a sequence.
+        num_experts: routed experts of a layer.
+        experts_per_token: routed experts that a token chooses in a layer.
+        expert_size: elements of the hidden layer of an expert.
+    """
 
     num_layers: int
     hidden_size: int
     vocab_size: int
     max_context: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
     num_experts: int
     experts_per_token: int
     expert_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig(ModelSize, ABC):
+    """The sizes of a model in elements, heads, layers or experts; a family adds its own and describes its layers."""
+
+    norm: ClassVar[Kind] = Kind.PLAIN
+    """The form in which checkpoints store the norms of the residual stream."""
+
+    rms_norm_eps: float
+    tie_word_embeddings: bool
 
     @abstractmethod
     def mixer(self, layer: int) -> MixerBlock:
         """Return the block of ``layer`` that mixes tokens."""
 
     @abstractmethod
-    def experts(self, layer: int) -> MoeBlock:
-        """Return the mixture of experts of ``layer``."""
+    def feed_forward(self, layer: int) -> FeedForwardBlock:
+        """Return the mixture of experts of ``layer``, or its MLP."""
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with routed experts; stores, packs and traces number these layers from 0 in this order."""
+        return tuple(layer for layer in range(self.num_layers) if isinstance(self.feed_forward(layer), MoeBlock))
 
     def layer_parameters(self, layer: int) -> Iterator[Parameter]:
         """Yield the resident parameters of ``layer`` in the order in which a token meets them."""
         prefix = layer_prefix(layer)
         yield Parameter(f"{prefix}input_layernorm.weight", self.norm, (self.hidden_size,))
         yield from self.mixer(layer).parameters(prefix)
-        yield from self.experts(layer).parameters(prefix)
+        yield from self.feed_forward(layer).parameters(prefix)
 
     def resident_parameters(self) -> Iterator[Parameter]:
         """Yield all resident parameters in the order in which a token meets them."""
@@ -84,6 +106,43 @@ def read_tied(published: Mapping[str, Any], text: Mapping[str, Any]) -> bool:
     """
     holder = published if "tie_word_embeddings" in published else text
     return Reader(holder).flag("tie_word_embeddings", False)
+
+
+def read_mlp_layers(text: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Read the layers that have an MLP in place of experts: ``mlp_only_layers``, and gaps of ``decoder_sparse_step``.
+
+    Source: transformers ``Qwen3MoeDecoderLayer``.
+
+    Raises:
+        CheckpointError: a value is malformed, or no layer has experts.
+    """
+    step = Reader(text).size("decoder_sparse_step", 1)
+    listed = text.get("mlp_only_layers") or []
+    if not isinstance(listed, list) or any(type(layer) is not int or layer < 0 for layer in listed):
+        raise CheckpointError(
+            f"config.json: mlp_only_layers is {shown(listed)}; it must list indices of layers", code="invalid_config"
+        )
+    layers = tuple(layer for layer in range(num_layers) if layer in listed or (layer + 1) % step)
+    if len(layers) == num_layers:
+        raise CheckpointError(
+            "config.json: mlp_only_layers and decoder_sparse_step leave no layer with experts: there is nothing to "
+            "stream; use mlx-lm for this model",
+            code="dense_model",
+        )
+    return layers
+
+
+def read_num_experts(text: Mapping[str, Any]) -> int:
+    """Read the number of routed experts, which transformers 5 may write as ``num_local_experts``.
+
+    Raises:
+        CheckpointError: both names have different values, or a value is missing or out of range.
+    """
+    names = [name for name in ("num_experts", "num_local_experts") if text.get(name) is not None]
+    counts = {Reader(text).size(name, most=MOST_EXPERTS) for name in names or ["num_experts"]}
+    if len(counts) > 1:
+        raise CheckpointError("config.json: num_experts and num_local_experts differ", code="invalid_config")
+    return counts.pop()
 
 
 def context_with_yarn(max_context: int, rope: Rope) -> int:

@@ -9,10 +9,13 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.layers.cache import LayerCache, SequenceCache
 from flashmoe_mlx.layers.linear import Linear, parts_of
+from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.sequences import BLOCK, blocks
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.prompt_memory import PromptMemory, prompt_memory
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.router import Router
 
 
 class Mixer(Protocol):
@@ -45,13 +48,14 @@ class Mixer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """A layer: x + mixer(norm(x)), then x + experts(norm(x))."""
+    """A layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
 
+    index: int
     kernels: Kernels
     eps: float
     input_norm: mx.array
     mixer: Mixer
-    experts: MixtureOfExperts
+    feed_forward: MixtureOfExperts | Mlp
 
     def __call__(
         self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
@@ -65,12 +69,17 @@ class DecoderLayer:
             context: shared by all layers of a pass.
         """
         clock = context.clock
-        if context.prefetcher is not None:
-            context.prefetcher.begins(self.experts.layer, x)
+        feed_forward = self.feed_forward
+        if context.prefetcher is not None and isinstance(feed_forward, MixtureOfExperts):
+            context.prefetcher.begins(feed_forward.layer, x)
         with clock.computing("attention"):
             x = self._mix(x, caches, lengths, context)
         clock.settle("attention", x)
-        x = self.experts(x, context)
+        if isinstance(feed_forward, MixtureOfExperts):
+            x = feed_forward(x, context)
+        else:
+            with clock.computing("experts"):
+                x = feed_forward(x)
         clock.settle("experts", x)
         return x
 
@@ -81,7 +90,7 @@ class DecoderLayer:
         if len(x) <= BLOCK:
             return self.mixer(self.project(x), caches, lengths, x)
         for block in blocks(lengths, BLOCK):
-            context.reach(self.experts.layer + block.rows.start / len(x) / 2)
+            context.reach(self.index + block.rows.start / len(x) / 2)
             rows = x[block.rows]
             mixed = self.mixer(self.project(rows), caches[block.sequences], block.lengths, rows)
             mx.eval(mixed, [array for cache in caches[block.sequences] for array in cache.arrays()])
@@ -111,6 +120,31 @@ class Model:
     head: Linear
     touched_bytes: int
     """The size of the resident weights that every pass reads: all but an embedding that is not also the head."""
+
+    @property
+    def mixtures(self) -> list[MixtureOfExperts]:
+        """The mixtures of experts of all layers that have one, in the order of ``ModelConfig.moe_layers``."""
+        return [layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, MixtureOfExperts)]
+
+    @property
+    def experts_k(self) -> int:
+        """The number of routed experts of a token in a layer."""
+        return self.mixtures[0].router.experts_k
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations."""
+        return self.norm.dtype
+
+    @property
+    def routers(self) -> Sequence[Router]:
+        """The routers of all layers with experts."""
+        return [experts.router for experts in self.mixtures]
+
+    @property
+    def prompt_memory(self) -> PromptMemory:
+        """The memory of prompt tokens."""
+        return prompt_memory(self.config, self.experts_k, self.dtype.size)
 
     @property
     def state_bytes(self) -> int:

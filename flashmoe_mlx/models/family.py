@@ -56,7 +56,8 @@ class Family(Generic[Config]):
             checked there, once, and the rest of the package relies on it. Raises CheckpointError.
         write_config: returns the ``config.json`` of a model from sizes under the names of ``config``'s fields.
         tensor_names: names in its published checkpoints.
-        tool_format: the name of a module in ``text/tool_formats``: how its models write tool calls.
+        tool_format: the name of a module in ``text/tool_formats``: how its models write tool calls, unless the chat
+            template of a model shows another format.
         published: for each hub id of a published model, the fields of ``config.json`` that determine its sizes.
     """
 

@@ -30,8 +30,6 @@ MIXTURES: Mapping[str, str] = {
     "nemotron_h": "Nemotron 3, Nemotron-H",
     "olmoe": "OLMoE",
     "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
-    "qwen3_moe": "Qwen3-235B-A22B, Qwen3-30B-A3B, Qwen3-Coder",
-    "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
     "qwen3_vl_moe": "Qwen3-VL",
     "qwen4_exp": "Qwen3.8-Flash-Next",
     "step3p7": "Step-3.7-Flash",

@@ -42,6 +42,21 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a larger matrix in published checkpoints.
+
+    Attributes:
+        matrix: the name of the larger matrix, without ``.weight``.
+        height: the number of its rows.
+        ranges: the first row and the number of rows of each part, in the order in which the model uses them.
+    """
+
+    matrix: str
+    height: int
+    ranges: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """A resident tensor.
 
@@ -52,6 +67,7 @@ class Parameter:
         least_bits: the smallest width to which a matrix may be quantized.
         gain: the factor by which the entries of a random matrix exceed 1 / sqrt(in), for synthetic models.
         draw: draws a random vector for synthetic models; None for a vector of ones.
+        published: the rows of a larger matrix that checkpoints have in place of this one; None if they have this one.
     """
 
     name: str
@@ -60,6 +76,7 @@ class Parameter:
     least_bits: int = 0
     gain: float = 1.0
     draw: Draw | None = None
+    published: Rows | None = None
 
 
 def quantization_of(

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 from flashmoe_mlx import models
-from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.family import Family
@@ -32,6 +32,19 @@ def families() -> tuple[Family[Any], ...]:
     if shared:
         raise ValueError(f"{models.__name__}: several families have {', '.join(shared)}; a model has one family")
     return found
+
+
+def named_family(model_type: str) -> Family[Any]:
+    """Return the family with this ``model_type``.
+
+    Raises:
+        InputError: there is none; code "unknown_family".
+    """
+    for family in families():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(family.model_types[0] for family in families())
+    raise InputError(f"model.family={model_type}: no such family; choose from {known}", code="unknown_family")
 
 
 def family_of(config: ModelConfig) -> Family[Any]:
@@ -65,6 +78,12 @@ def find_family(published: Mapping[str, Any]) -> Family[Any]:
     if family is None:
         raise _unsupported(published, kind)
     if inner is not None and inner not in family.model_types:
+        if any(inner in other.model_types for other in families()):
+            raise CheckpointError(
+                f"config.json: text_config has model_type {shown(inner)} inside model_type {shown(kind)}: a "
+                "combination that this version does not run",
+                code="unsupported_model",
+            )
         raise _unsupported(published, inner)
     return family
 

@@ -13,8 +13,11 @@ import mlx.core as mx
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.cache import KVCache, SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.models.runnable import RunnableModel
+from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.contract import LayerInMemory
 
@@ -25,22 +28,29 @@ _CAPACITIES = 8
 class TracedSteps:
     """A model, to be called with one token of one sequence."""
 
-    def __init__(self, model: Model, layers: list[LayerInMemory]) -> None:
-        """Prepare steps of ``model`` with the experts of ``layers``; functions are traced at their first call."""
+    def __init__(self, model: Model, layers: list[LayerInMemory | None]) -> None:
+        """Prepare steps of ``model`` with the experts of ``layers``, None for a layer without experts.
+
+        Functions are traced at their first call.
+        """
         self._model = model
         self._layers = layers
         self._traced = lru_cache(maxsize=_CAPACITIES)(self._trace)
 
     @classmethod
-    def of(cls, model: Model) -> "TracedSteps | None":
+    def of(cls, model: RunnableModel) -> "TracedSteps | None":
         """Return the steps of ``model``, or None unless its store holds all layers in memory that a GPU reads.
 
-        Also None if a GPU has no kernel for a mixer.
+        Also None if a GPU has no kernel for a mixer, or if the model is not of this package.
         """
-        layers = []
+        if not isinstance(model, Model):
+            return None
+        layers: list[LayerInMemory | None] = []
         for layer in model.layers:
-            whole = layer.experts.whole_layer(1)
-            if whole is None or (isinstance(layer.mixer, Attention) and not layer.mixer.takes_positions()):
+            experts = layer.feed_forward
+            whole = experts.whole_layer(1) if isinstance(experts, MixtureOfExperts) else None
+            missing = whole is None and isinstance(experts, MixtureOfExperts)
+            if missing or (isinstance(layer.mixer, Attention) and not layer.mixer.takes_positions()):
                 return None
             layers.append(whole)
         return cls(model, layers)
@@ -61,13 +71,14 @@ class TracedSteps:
                 states += layer.arrays()
         position = mx.full((4,), cache.length, mx.int32)
         logits, finite, listed, *states = self._traced(capacity)(token, position, used.listed, *states)
-        for index, layer in enumerate(cache.layers):
+        for layer in cache.layers:
             if isinstance(layer, RecurrentState):
                 layer.conv_state, layer.recurrent_state, *states = states
             else:
                 assert isinstance(layer, KVCache)
                 layer.length += 1
-            used.add(index, listed)
+        for experts in self._model.mixtures:
+            used.add(experts.layer, listed)
         cache.length += 1
         return logits, finite
 
@@ -89,7 +100,7 @@ class TracedSteps:
 
 def layer_step(
     layer: DecoderLayer,
-    whole: LayerInMemory,
+    whole: LayerInMemory | None,
     x: mx.array,
     position: mx.array,
     listed: mx.array,
@@ -99,7 +110,7 @@ def layer_step(
 
     Args:
         layer: the layer.
-        whole: its experts.
+        whole: its experts; None for a layer without.
         x: the residual [1, hidden].
         position: the position of the token, int32 [4].
         listed: the experts of earlier layers; see ``ExpertsInMemory``.
@@ -116,5 +127,9 @@ def layer_step(
     else:
         assert isinstance(mixer, Attention)
         x = mixer.o_proj(mixer.attend_at(position, states, projected), x)
-    x, listed = layer.experts.apply(x, whole, listed)
+    if isinstance(layer.feed_forward, Mlp):
+        x = layer.feed_forward(x)
+    else:
+        assert whole is not None
+        x, listed = layer.feed_forward.apply(x, whole, listed)
     return x, listed, changed

@@ -11,7 +11,7 @@ from flashmoe_mlx.formats.components import record_views
 from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.router import Routing
-from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.shared_expert import SharedExpert, begin_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,16 +27,17 @@ class ExpertsOneByOne:
     layout: RecordLayout
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        apart = shared.begin(x, routing.shared_weight, groups.clock)
+        apart = begin_shared(shared, x, routing, groups.clock)
         y = mx.zeros(x.shape, mx.float32)
         for group in groups:
             for expert, record in zip(group.experts, group.batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.layout), routing)
             group.finish(y)
-        return residual + (y.astype(x.dtype) + apart)
+        y = y.astype(x.dtype)
+        return residual + (y if apart is None else y + apart)
 
     def _add(self, y: mx.array, x: mx.array, expert: int, weights: ExpertWeights, routing: Routing) -> mx.array:
         tokens, ranks = np.nonzero(routing.experts == expert)
@@ -52,12 +53,14 @@ def expert_weights(record: mx.array, layout: RecordLayout) -> ExpertWeights:
     parts = record_views(record, layout)
 
     def weight(projection: str) -> QuantizedWeight:
+        form = layout.format_of(projection)
         return QuantizedWeight(
             parts[f"{projection}.weight"],
             parts.get(f"{projection}.scales"),
             parts.get(f"{projection}.biases"),
-            layout.bits,
-            layout.group_size,
+            form.bits,
+            form.group_size,
+            mode=form.mode,
         )
 
     return ExpertWeights(weight("gate"), weight("up"), weight("down"))

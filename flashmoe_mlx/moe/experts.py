@@ -1,6 +1,6 @@
 """The MoE block of one layer.
 
-Source: transformers ``Qwen3_5MoeSparseMoeBlock``.
+Sources: transformers ``Qwen3_5MoeSparseMoeBlock`` and ``Qwen3MoeSparseMoeBlock``.
 """
 
 from dataclasses import dataclass, replace
@@ -22,18 +22,20 @@ class MixtureOfExperts:
     """One layer's MoE block: router, shared expert, and the store that serves its routed experts.
 
     Attributes:
-        layer: index of the layer.
+        layer: index of the layer in the store, which counts layers with experts.
+        place: index of the layer in the model.
         store: serves the routed experts.
         router: chooses the experts of each token.
-        shared: the expert that every token uses.
+        shared: the expert that every token uses, or None.
         strategy: applies routed and shared experts.
         in_memory: routes and applies them where the store holds the whole layer; None if no kernel can.
     """
 
     layer: int
+    place: int
     store: ExpertStore
     router: Router
-    shared: SharedExpert
+    shared: SharedExpert | None
     strategy: RoutedExperts
     in_memory: ExpertsInMemory | None = None
 
@@ -70,7 +72,7 @@ class MixtureOfExperts:
 
         def before_group(done: float) -> None:
             if len(residual) > BLOCK:
-                context.reach(self.layer + (1 + done) / 2)
+                context.reach(self.place + (1 + done) / 2)
 
         groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch, before_group)
         return self.strategy(x, residual, routing, self.shared, groups)

@@ -8,7 +8,7 @@ from flashmoe_mlx.custom_kernels import ExpertFormat
 from flashmoe_mlx.custom_kernels.routed_experts.grouped import DenseExperts, RowKernels, grouped_experts
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.router import Routing
-from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.shared_expert import SharedExpert, begin_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,10 @@ class ExpertsGrouped:
     form: ExpertFormat
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        apart = shared.begin(x, routing.shared_weight, groups.clock)
+        apart = begin_shared(shared, x, routing, groups.clock)
         y = mx.zeros(x.shape, mx.float32)
         for group in groups:
             rows = group.rows(group.batch.slots)
@@ -37,4 +37,5 @@ class ExpertsGrouped:
                 x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts, self.row_kernels
             )
             group.finish(y)
-        return residual + (y.astype(x.dtype) + apart)
+        y = y.astype(x.dtype)
+        return residual + (y if apart is None else y + apart)

@@ -22,7 +22,7 @@ class ExpertsInMemory:
 
     Attributes:
         kernel: as ``routed_experts.reference.routed_experts``.
-        chosen: as ``chosen_experts.reference.chosen_experts``, where ``fuse_shared``.
+        chosen: as ``chosen_experts.reference.chosen_experts``; None where a shared expert is not fused.
         form: the format of the records.
         fuse_shared: whether ``kernel`` takes the shared expert along.
         most_tokens: the largest number of tokens for which ``kernel`` is the best choice.
@@ -35,14 +35,14 @@ class ExpertsInMemory:
     most_tokens: int
 
     def __call__(
-        self, residual: mx.array, router: Router, shared: SharedExpert, whole: LayerInMemory, earlier: mx.array
+        self, residual: mx.array, router: Router, shared: SharedExpert | None, whole: LayerInMemory, earlier: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Add routed and shared experts to ``residual`` [T, hidden].
 
         Args:
             residual: the residual stream.
             router: chooses the experts.
-            shared: the expert that every token uses.
+            shared: the expert that every token uses, or None.
             whole: all experts of the layer.
             earlier: the experts of earlier layers, int32 [n].
 
@@ -51,16 +51,18 @@ class ExpertsInMemory:
             both lazy.
         """
         x, scores = router.normalize_and_score(residual)
+        fused = shared.weights if shared is not None and self.fuse_shared else None
+        apart = None if self.fuse_shared else shared
         if self.chosen is not None and scores is not None:
             choice = (scores, whole.table, earlier, router.experts_k)
-            return self.chosen(x, residual, whole.slab, *choice, self.form, shared.weights)
+            return self.chosen(x, residual, whole.slab, *choice, self.form, fused, router.renormalized)
         chosen, rows, all_weights = router.choose_rows(x, scores, whole.table)
         listed = mx.concatenate([earlier, chosen.reshape(-1).astype(mx.int32)])
-        if self.fuse_shared:
-            return self.kernel(x, whole.slab, rows, all_weights, self.form, shared.weights, residual), listed
+        if apart is None:
+            return self.kernel(x, whole.slab, rows, all_weights, self.form, fused, residual), listed
         weights, shared_weight = mx.split(all_weights, [router.experts_k], axis=-1)
         y = self.kernel(x, whole.slab, rows, weights, self.form, None, residual)
-        return y + shared(x, shared_weight.astype(x.dtype)), listed
+        return y + apart(x, shared_weight.astype(x.dtype)), listed
 
 
 @cache

@@ -8,7 +8,7 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import ExpertFormat
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.router import Routing
-from flashmoe_mlx.moe.shared_expert import SharedExpert
+from flashmoe_mlx.moe.shared_expert import SharedExpert, begin_shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +26,17 @@ class ExpertsInPlace:
     fuse_shared: bool
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        apart = None if self.fuse_shared else shared.begin(x, routing.shared_weight, groups.clock)
+        apart = None if self.fuse_shared else begin_shared(shared, x, routing, groups.clock)
         y: mx.array | None = None
         added = False
         for group in groups:
             added = y is None and group.is_last  # the kernel adds the residual, unless further groups are to be added
-            fuse = self.fuse_shared and y is None
-            weights = routing.all_weights if fuse else routing.weights
+            own = shared.weights if shared is not None and self.fuse_shared and y is None else None
+            weights = routing.weights if own is None else routing.all_weights
             rows = mx.array(group.rows(group.batch.slots))
-            own = shared.weights if fuse else None
             part = self.kernel(x, group.batch.slab, rows, weights, self.form, own, residual if added else None)
             # Sums over several groups are in f32, so that they hardly depend on the number of slots.
             y = part if y is None else y.astype(mx.float32) + part

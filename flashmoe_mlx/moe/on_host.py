@@ -32,14 +32,15 @@ class ExpertsOnHost:
     fuse_shared: bool
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        y = residual if self.fuse_shared else residual + shared(x, routing.shared_weight)
-        fused = shared.weights if self.fuse_shared else None
+        apart = None if self.fuse_shared else shared
+        y = residual if apart is None else residual + apart(x, routing.shared_weight)
+        fused = shared.weights if shared is not None and self.fuse_shared else None
         if self._applies_parts(x, routing, fused, groups):
             return self._in_parts(x, y, routing, fused, groups)
-        in_place = not self.fuse_shared  # ``residual`` itself belongs to the caller
+        in_place = apart is not None  # ``residual`` itself belongs to the caller
         for group in groups:
             y = self._apply(x, y, routing, fused if group.is_last else None, group, in_place)
             in_place = True

@@ -171,7 +171,7 @@ def make_prefetcher(policy: str, store: ExpertStore, routers: Sequence[Router]) 
     if policy == "none":
         return None
     if policy == "previous_token":
-        return PreviousToken(store, len(routers))
+        return PreviousToken(store, store.source.num_layers)
     return NextRouter(store, routers) if policy == "next_router" else EarlyRouter(store, routers)
 
 

@@ -1,6 +1,7 @@
 """The router: the choice of experts for each token, and their routing weights.
 
-Source: transformers ``Qwen3_5MoeTopKRouter``: softmax over all experts, the K largest, renormalized.
+Sources: transformers ``Qwen3_5MoeTopKRouter`` and ``Qwen3MoeTopKRouter``: softmax over all experts, the K largest, in
+most models renormalized.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Routing:
 
     Attributes:
         experts: [T, K], ascending for each token, so that a token's sum does not depend on its prompt's chunks.
-        all_weights: f32 [T, K + 1], ``weights`` and then the weight of the shared expert.
+        all_weights: f32, ``weights`` [T, K], or [T, K + 1] with the weight of a shared expert at the end.
         dtype: the type of activations.
     """
 
@@ -33,25 +34,25 @@ class Routing:
 
     @property
     def weights(self) -> mx.array:
-        """The weights of routed experts, f32 [T, K]; those of a token sum to 1."""
-        return self.all_weights[:, :-1]
+        """The weights of routed experts, f32 [T, K]."""
+        return self.all_weights[:, : self.experts.shape[1]]
 
     @property
     def shared_weight(self) -> mx.array:
-        """The weight of the shared expert, [T, 1] in the type of activations."""
+        """The weight of the shared expert, which must exist, [T, 1] in the type of activations."""
         return self.all_weights[:, -1:].astype(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """One layer's router, with the norm before it and the gate of the shared expert.
+    """One layer's router, with the norm before it and the gate of a shared expert.
 
     Attributes:
         gate: scores [T, experts] of normalized hidden states.
         norm: factors [hidden] of the norm before the MoE block.
         eps: the epsilon of that norm.
         experts_k: routed experts for each token.
-        shared_gate: the logit of the shared expert's weight.
+        shared_gate: the logit of the shared expert's weight; None without a shared expert.
         rms_norm: an implementation of the norm.
         joint: ``gate`` and ``shared_gate`` as one matrix with rows of zeros below, whose product ``choose_experts``
             takes; None for the two products, and elementary operations.
@@ -59,18 +60,25 @@ class Router:
         normed_matvec: see ``Kernels.normed_matvec``; only with ``joint``.
         by_numpy: whether NumPy chooses. Kernels for CPUs have computed the scores already, and MLX needs longer to pass
             a further operation to a thread than for the operation.
+        renormalized: whether the weights of a token's experts sum to 1.
     """
 
     gate: Linear
     norm: mx.array
     eps: float
     experts_k: int
-    shared_gate: Linear
+    shared_gate: Linear | None
     rms_norm: Callable[[mx.array, mx.array, float], mx.array] = mx.fast.rms_norm
     joint: Linear | None = None
     choose_experts: ChooseExperts | None = None
     normed_matvec: NormedMatvec | None = None
     by_numpy: bool = False
+    renormalized: bool = True
+
+    @property
+    def gates(self) -> tuple[Linear, ...]:
+        """The matrices whose products decide the routing."""
+        return (self.gate,) if self.shared_gate is None else (self.gate, self.shared_gate)
 
     def normalize(self, residual: mx.array) -> mx.array:
         """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
@@ -127,12 +135,13 @@ class Router:
             table: int32 [experts], the row of a slab for each expert.
 
         Returns:
-            The experts [T, K], ascending for each token, their rows [T, K], and all weights f32 [T, K + 1], the shared
-            expert's last.
+            The experts [T, K], ascending for each token, their rows [T, K], and the ``all_weights`` of ``Routing``.
         """
         if scores is not None and self.choose_experts is not None:
-            return self.choose_experts(scores, table, self.experts_k)
+            return self.choose_experts(scores, table, self.experts_k, self.shared_gate is not None, self.renormalized)
         chosen, weights = self.choose(x)
+        if self.shared_gate is None:
+            return chosen, table[chosen], weights
         shared = mx.sigmoid(self.shared_gate(x)).astype(mx.float32)
         return chosen, table[chosen], mx.concatenate([weights, shared], axis=-1)
 
@@ -141,17 +150,18 @@ class Router:
         scores = mx.softmax(self.gate(x).astype(mx.float32), axis=-1)
         chosen = mx.sort(mx.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = mx.take_along_axis(scores, chosen, axis=-1)
-        return chosen, weights / weights.sum(-1, keepdims=True)
+        return chosen, weights / weights.sum(-1, keepdims=True) if self.renormalized else weights
 
     def choose_on_host(self, x: mx.array) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
-        """Choose experts without delay: [T, K] and all weights [T, K + 1], the shared expert's last."""
-        scores, shared = (np.array(logits, np.float32) for logits in project_all((self.gate, self.shared_gate), x))
+        """Choose experts without delay: [T, K], and the ``all_weights`` of ``Routing``."""
+        scores, *shared = (np.array(logits, np.float32) for logits in project_all(self.gates, x))
         chosen = np.sort(np.argpartition(-scores, self.experts_k - 1, axis=-1)[:, : self.experts_k], axis=-1)
         weights = np.take_along_axis(scores, chosen, axis=-1)
-        weights = np.exp(weights - weights.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        shared_weight = np.exp(-np.logaddexp(0, -shared))  # the sigmoid, without overflow
-        return chosen.astype(np.uint32), np.concatenate([weights, shared_weight], axis=-1)
+        highest = weights.max(-1, keepdims=True)
+        weights = np.exp(weights - highest)
+        weights /= (weights if self.renormalized else np.exp(scores - highest)).sum(-1, keepdims=True)
+        shared_weight = [np.exp(-np.logaddexp(0, -logit)) for logit in shared]  # the sigmoid, without overflow
+        return chosen.astype(np.uint32), np.concatenate([weights, *shared_weight], axis=-1)
 
 
 @cache

@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import ExpertWeights
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.moe.router import Routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +21,11 @@ class SharedExpert:
         """Compute the output [T, hidden] for ``x`` [T, hidden], times ``weight`` [T, 1]."""
         return weight * self.mlp(x, self.weights)
 
-    def begin(self, x: mx.array, weight: mx.array, clock: PhaseClock) -> mx.array:
-        """Return the output for ``x``, and let the device compute it while the host fetches experts."""
-        y = self(x, weight)
-        clock.begin("experts", y)
-        return y
+
+def begin_shared(shared: SharedExpert | None, x: mx.array, routing: Routing, clock: PhaseClock) -> mx.array | None:
+    """Return the output of ``shared`` for ``x``, and let the device compute it while the host fetches experts."""
+    if shared is None:
+        return None
+    y = shared(x, routing.shared_weight)
+    clock.begin("experts", y)
+    return y

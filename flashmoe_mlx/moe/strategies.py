@@ -23,7 +23,7 @@ class RoutedExperts(Protocol):
     """A strategy that applies the experts of one layer."""
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``.
 
@@ -33,7 +33,7 @@ class RoutedExperts(Protocol):
             x: normalized hidden states [T, hidden].
             residual: the residual stream [T, hidden].
             routing: the experts of each token and their weights.
-            shared: the expert that every token uses.
+            shared: the expert that every token uses, or None.
             groups: the chosen experts, to be fetched group by group.
 
         Returns:
@@ -54,27 +54,31 @@ class ByTokenCount:
     many: RoutedExperts
 
     def __call__(
-        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert, groups: ExpertGroups
+        self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
         apply = self.few if len(x) <= self.most else self.many
         return apply(x, residual, routing, shared, groups)
 
 
-def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights) -> RoutedExperts:
+def choose_strategy(
+    kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights | None
+) -> RoutedExperts:
     """Choose how a layer's routed experts are applied.
 
     Args:
         kernels: the implementations that the model runs.
         layout: the layout of the layer's records.
         dtype: the type of activations.
-        shared: the layer's shared expert, which a kernel may also apply.
+        shared: the layer's shared expert, which a kernel may also apply, or None.
     """
     form = expert_format(layout)
     if form is None:
         return ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.routed_experts_cpu is not None:
-        return ExpertsOnHost(kernels.routed_experts_cpu, form, cpu.can_fuse_shared_expert(shared))
+        return ExpertsOnHost(
+            kernels.routed_experts_cpu, form, shared is not None and cpu.can_fuse_shared_expert(shared)
+        )
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
         many = ExpertsGrouped(kernels.dense_experts, kernels.row_kernels, form)
@@ -86,7 +90,7 @@ def choose_strategy(kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, sha
 
 
 def choose_in_memory(
-    kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights
+    kernels: Kernels, layout: RecordLayout, dtype: mx.Dtype, shared: ExpertWeights | None
 ) -> ExpertsInMemory | None:
     """Choose how experts of a layer that a store holds as a whole are applied; None where no kernel of a GPU can.
 
@@ -95,6 +99,6 @@ def choose_in_memory(
     form = expert_format(layout)
     if form is None or kernels.routed_experts_gpu is None or not gpu.supports(form, dtype):
         return None
-    fuse_shared = gpu.can_fuse_shared_expert(shared, form)
-    chosen = kernels.chosen_experts if fuse_shared else None
+    fuse_shared = shared is not None and gpu.can_fuse_shared_expert(shared, form)
+    chosen = kernels.chosen_experts if fuse_shared or shared is None else None
     return ExpertsInMemory(kernels.routed_experts_gpu, chosen, form, fuse_shared, kernels.most_gpu_tokens)

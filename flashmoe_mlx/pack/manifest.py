@@ -1,7 +1,7 @@
 """Writing of the manifest of a pack; ``formats/manifest.py`` documents its content."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,15 +12,16 @@ from flashmoe_mlx.formats.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    MIXED_FORMAT_VERSION,
     RESIDENT,
     TEXT_FILES,
     file_hash,
     layer_file,
     variant_directory,
 )
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, LayerLayouts
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.pack.quantize import default_quantizer
+from flashmoe_mlx.pack.quantize import BY_WIDTH, default_quantizer
 
 
 def variant_name(bits: int, quantizer: str | None = None) -> str:
@@ -28,10 +29,40 @@ def variant_name(bits: int, quantizer: str | None = None) -> str:
     return f"q{bits}" if quantizer in (None, default_quantizer(bits)) else f"q{bits}-{quantizer}"
 
 
+def layout_name(layout: LayerLayouts, quantizer: str | None = None) -> str:
+    """Return the name of the variant with experts of this layout; see ``variant_name`` for ``quantizer``.
+
+    Several widths have one name, by their mean: "mixed-3.33".
+    """
+    single = layout.single_format
+    if single is not None:
+        assert single.bits is not None
+        if single.mode != AFFINE:
+            return single.mode
+        return variant_name(single.bits, quantizer)
+    name = f"mixed-{layout.code_bits:.2f}"
+    return name if quantizer in (None, BY_WIDTH) else f"{name}-{quantizer}"
+
+
+def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
+    """Return the layout of a variant in the form of the manifest."""
+    if len(layout.distinct) == 1 and layout.single_format is not None:
+        return layout[0].to_json()
+    numbers = {own: number for number, own in enumerate(layout.distinct)}
+    return {"layouts": [own.to_json() for own in layout.distinct], "layers": [numbers[own] for own in layout]}
+
+
+def version_of(variants: Iterable[LayerLayouts]) -> int:
+    """Return the format version of a pack with variants of these layouts."""
+    singles = [layout.single_format for layout in variants]
+    plain = all(single is not None and single.mode == AFFINE for single in singles)
+    return FORMAT_VERSION if plain else MIXED_FORMAT_VERSION
+
+
 def geometry_of(config: ModelConfig) -> dict[str, int]:
     """Return the sizes that determine the place of every record, in the form of the manifest."""
     return {
-        "num_layers": config.num_layers,
+        "num_layers": len(config.moe_layers),
         "num_experts": config.num_experts,
         "hidden_size": config.hidden_size,
         "expert_size": config.expert_size,
@@ -41,7 +72,7 @@ def geometry_of(config: ModelConfig) -> dict[str, int]:
 def write_manifest(
     folder: Path,
     config: ModelConfig,
-    variants: Mapping[str, RecordLayout],
+    variants: Mapping[str, LayerLayouts],
     source: Mapping[str, str],
     skipped: Sequence[str],
     quantizers: Mapping[str, str | None] = MappingProxyType({}),
@@ -65,16 +96,16 @@ def write_manifest(
             files[name] = _entry(folder / name)
     for variant, layout in variants.items():
         prefix = variant_directory(variant)
-        layer_bytes = config.num_experts * layout.record_bytes
-        files |= {f"{prefix}/{layer_file(layer)}": {"bytes": layer_bytes} for layer in range(config.num_layers)}
+        for layer, own in enumerate(layout):
+            files[f"{prefix}/{layer_file(layer)}"] = {"bytes": config.num_experts * own.record_bytes}
         files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
     manifest = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": version_of(variants.values()),
         "source": dict(source),
         "geometry": geometry_of(config),
         "variants": {
-            name: layout.to_json() | ({"quantiser": quantizers[name]} if quantizers.get(name) else {})
+            name: layout_entry(layout) | ({"quantiser": quantizers[name]} if quantizers.get(name) else {})
             for name, layout in variants.items()
         },
         "files": files,

@@ -63,7 +63,7 @@ def _missing(experts: PackedExperts, copy: PackedExperts) -> Iterator[tuple[Path
     """Yield the layer files that must be copied, and their targets."""
     for layer in range(experts.num_layers):
         target = copy.layer_path(layer)
-        if regular_file_size(target) != experts.layer_bytes:
+        if regular_file_size(target) != experts.layer_bytes(layer):
             yield experts.layer_path(layer), target
 
 

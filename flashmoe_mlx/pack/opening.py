@@ -16,20 +16,21 @@ from flashmoe_mlx.formats.manifest import (
     FORMAT_VERSION,
     HASH_BYTES,
     MANIFEST,
+    MIXED_FORMAT_VERSION,
     RESIDENT,
     TEXT_FILES,
     PackedExperts,
     layer_file,
     variant_directory,
 )
-from flashmoe_mlx.formats.record import DTYPE_BYTES, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
-from flashmoe_mlx.pack.manifest import geometry_of, variant_name
-from flashmoe_mlx.pack.quantize import QUANTIZERS
+from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name, version_of
+from flashmoe_mlx.pack.quantize import BY_WIDTH, QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,13 @@ def open_pack(folder: Path) -> Pack:
     files = ListedFiles(folder, manifest["files"])
     config = _read_config(folder, manifest, files)
     experts = {name: _open_variant(folder, name, entry, config, files) for name, entry in manifest["variants"].items()}
+    version = version_of(own.layout for own in experts.values())
+    if manifest["format_version"] != version:
+        raise PackError(
+            f"{folder}: format version {manifest['format_version']} is not supported with these variants, only "
+            f"{version}; delete the pack and make it again",
+            code="unsupported_pack_version",
+        )
     for name in TEXT_FILES:
         if name in files:
             files.check(name)
@@ -104,10 +112,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise _invalid(folder, "this is not the manifest of a pack")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION or type(version) is not int:
+    if type(version) is not int or version not in (FORMAT_VERSION, MIXED_FORMAT_VERSION):
         raise PackError(
-            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION}; delete the pack and make "
-            "it again",
+            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION} and {MIXED_FORMAT_VERSION}; "
+            "delete the pack and make it again",
             code="unsupported_pack_version",
         )
     for name in ("files", "source", "variants"):
@@ -140,34 +148,59 @@ def _open_variant(folder: Path, name: str, entry: Any, config: ModelConfig, file
     """Check the entry of a variant in the manifest, and its files."""
     if not isinstance(entry, dict):
         raise _invalid(folder, f"variant {name!r} is not an object")
-    layout_entry = dict(entry)
-    quantizer = layout_entry.pop("quantiser", None)
-    if quantizer is not None and quantizer not in tuple(QUANTIZERS):
+    stated = dict(entry)
+    quantizer = stated.pop("quantiser", None)
+    if quantizer is not None and quantizer not in (*QUANTIZERS, BY_WIDTH):
         raise _invalid(folder, f"variant {name!r} has the unknown quantiser {quantizer!r}")
-    layout = _layout(folder, name, layout_entry, quantizer, config)
-    if not same_json(layout.to_json(), layout_entry):
+    layout = _layouts(folder, name, stated, config)
+    if name not in (layout_name(layout), layout_name(layout, quantizer)):
+        raise _invalid(folder, f"variant {name!r} has {layout.code_bits:g} bits, which contradicts its name")
+    if not same_json(layout_entry(layout), stated):
         raise _invalid(folder, f"the record layout of variant {name} does not follow from its geometry")
     directory = variant_directory(name)
-    experts = PackedExperts(folder / directory, layout, config.num_layers, config.num_experts, quantizer)
-    for layer in range(config.num_layers):
-        files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes, hashed=False)
-    files.check(f"{directory}/{CHECKSUMS}", config.num_layers * config.num_experts * HASH_BYTES)
+    experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer)
+    for layer in range(experts.num_layers):
+        files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes(layer), hashed=False)
+    files.check(f"{directory}/{CHECKSUMS}", experts.num_layers * config.num_experts * HASH_BYTES)
     return experts
 
 
-def _layout(
-    folder: Path, name: str, entry: Mapping[str, Any], quantizer: str | None, config: ModelConfig
-) -> RecordLayout:
-    """Return the record layout of a variant, which follows from its entry and the configuration of the model."""
-    bits, group_size, dtype = (entry.get(key) for key in ("bits", "group_size", "dtype"))
+def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> LayerLayouts:
+    """Return the record layout of each layer, which follow from the entry of a variant and the model's configuration.
+
+    The caller compares them with the entry.
+    """
+    if "layers" not in entry:
+        return LayerLayouts.uniform(_layout(folder, name, entry, config), len(config.moe_layers))
+    stated, numbers = entry.get("layouts"), entry["layers"]
+    if not isinstance(stated, list) or not all(isinstance(own, dict) for own in stated):
+        raise _invalid(folder, f"variant {name!r} has no list of layouts")
+    if not isinstance(numbers, list) or len(numbers) != len(config.moe_layers):
+        raise _invalid(folder, f"variant {name!r} does not name a layout for each layer")
+    if any(type(number) is not int or not 0 <= number < len(stated) for number in numbers):
+        raise _invalid(folder, f"variant {name!r} names a layout that it does not have")
+    known = [_layout(folder, name, own, config) for own in stated]
+    return LayerLayouts.of(known[number] for number in numbers)
+
+
+def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> RecordLayout:
+    """Return one record layout of a variant."""
+    stated = [entry[projection] for projection in PROJECTIONS] if set(PROJECTIONS) <= entry.keys() else [entry] * 3
+    try:
+        formats = [_format(folder, name, own) for own in stated]
+        return RecordLayout(config.hidden_size, config.expert_size, *formats)
+    except PackError as error:
+        if error.code == "unsupported_layout":
+            raise PackError(f"{folder}: variant {name!r}: {error}", code=error.code) from None
+        raise
+
+
+def _format(folder: Path, name: str, entry: Any) -> MatrixFormat:
+    stated = entry if isinstance(entry, dict) else {}
+    bits, group_size, dtype, mode = (stated.get(key) for key in ("bits", "group_size", "dtype", "mode"))
     if type(bits) is not int or type(group_size) is not int or not isinstance(dtype, str):
         raise _invalid(folder, f"variant {name!r} lacks bits, group_size, or dtype")
-    if name not in (variant_name(bits), variant_name(bits, quantizer)):
-        raise _invalid(folder, f"variant {name!r} has {bits} bits, which contradicts its name")
-    try:
-        return RecordLayout(config.hidden_size, config.expert_size, bits, group_size, dtype)
-    except PackError as error:
-        raise PackError(f"{folder}: variant {name!r}: {error}", code=error.code) from None
+    return MatrixFormat(bits, group_size, dtype, mode if isinstance(mode, str) else AFFINE)
 
 
 def _check_resident(folder: Path) -> None:
@@ -177,7 +210,7 @@ def _check_resident(folder: Path) -> None:
     except CheckpointError as error:
         raise PackError(f"{error}; delete the pack and make it again", code="damaged_file") from None
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPE_BYTES:
+        if tensor.dtype not in DTYPE_BYTES or tensor.dtype == "U8":
             raise PackError(
                 f"{folder}: {RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has",
                 code="unsupported_tensor_type",

@@ -31,13 +31,13 @@ class PackSettings:
     """Settings of a pack.
 
     Attributes:
-        bits: the width of each variant.
+        bits: the widths of each variant; see ``widths.Width``.
         group_size: the number of weights that share a scale and a bias.
         resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
         quantiser: chooses scales and biases of routed experts; None for the default of each width.
     """
 
-    bits: tuple[int, ...]
+    bits: tuple[int | str, ...]
     group_size: int
     resident_bits: int | None
     quantiser: str | None = None

@@ -27,6 +27,10 @@ QUANTIZERS: Mapping[str, Callable[[mx.array, int, int], tuple[mx.array, mx.array
 """Functions that quantize the weights of routed experts, by the value of ``quantiser=``."""
 
 
+BY_WIDTH = "by_width"
+"""The value of ``quantiser`` in manifests for variants of several widths, each with its default quantizer."""
+
+
 def default_quantizer(bits: int) -> str:
     """Return "least_squares" for 2 bits, where min-max wastes codes, and otherwise "minmax", as most converters use."""
     return "least_squares" if bits == 2 else "minmax"
@@ -40,21 +44,26 @@ def convert_record(
     Args:
         payload: the bytes of the record.
         source: the layout of ``payload``.
-        target: the new layout, which must be quantized unless it equals ``source``.
-        quantizer: a key of ``QUANTIZERS``; None for the default of the target's width.
+        target: the new layout; projections whose formats differ from ``source`` must be quantized.
+        quantizer: a key of ``QUANTIZERS``; None or ``BY_WIDTH`` for the default of each width.
     """
     record = memoryview(bytearray(target.record_bytes))
     if source == target:
         record[: source.payload_bytes] = payload[: source.payload_bytes]
         return record
-    assert target.bits is not None
-    assert target.group_size is not None
-    quantize_with = QUANTIZERS[quantizer or default_quantizer(target.bits)]
     components = record_views(array_from(payload, "U8", (len(payload),)), source)
     converted: dict[str, mx.array] = {}
     for projection in PROJECTIONS:
-        quantized = quantize_with(dense_projection(components, projection, source), target.bits, target.group_size)
-        converted |= zip((f"{projection}.{part}" for part in ("weight", "scales", "biases")), quantized, strict=True)
+        form = target.format_of(projection)
+        names = [f"{projection}.{part}" for part in ("weight", "scales", "biases")]
+        if form == source.format_of(projection):
+            converted |= {name: components[name] for name in names if name in components}
+            continue
+        assert form.bits is not None
+        assert form.group_size is not None
+        chosen = default_quantizer(form.bits) if quantizer in (None, BY_WIDTH) else quantizer
+        quantized = QUANTIZERS[chosen](dense_projection(components, projection, source), form.bits, form.group_size)
+        converted |= zip(names, quantized, strict=True)
     for component in target.components:
         record[component.offset : component.offset + component.nbytes] = bytes_of(converted[component.name])
     return record

@@ -14,12 +14,15 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
+from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import write_exactly
-from flashmoe_mlx.formats.record import DTYPE_BYTES
+from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, FLOAT_MODES
 from flashmoe_mlx.pack.inspection import all_finite
 from flashmoe_mlx.pack.quantize import quantize
 
 _BLOCK_BYTES = 32 * 2**20
+_CODES = mx.array([12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0], mx.uint8)
+"""Twice the value of each code of mxfp4, plus 12."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +39,16 @@ class _Output:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A source tensor and its outputs; ``bits`` and ``group_size`` if it is quantized, else None."""
+    """A source tensor and its outputs.
+
+    ``bits`` and ``group_size`` if it is quantized, else None; ``matrix`` if it is in one of MLX's float modes.
+    """
 
     source: ResidentTensor
     outputs: tuple[_Output, ...]
     bits: int | None = None
     group_size: int | None = None
+    matrix: Matrix | None = None
 
 
 class ResidentPlan:
@@ -71,6 +78,9 @@ class ResidentPlan:
 
     def _add_matrix(self, matrix: Matrix, bits: int | None, group_size: int) -> None:
         rows, columns = matrix.shape
+        if matrix.mode != AFFINE:
+            self._add_floats(matrix)
+            return
         if matrix.scales is not None or bits is None or columns % group_size:
             for part in matrix.parts:
                 self._copy(part)
@@ -83,6 +93,23 @@ class ResidentPlan:
             self._place(f"{matrix.name}.biases", dtype, groups),
         )
         self._jobs.append(_Job(matrix.weight, outputs, bits, group_size))
+
+    def _add_floats(self, matrix: Matrix) -> None:
+        """Place a matrix in one of MLX's float modes; see ``without_floats``."""
+        assert matrix.scales is not None
+        if matrix.weight.source.shard != matrix.scales.source.shard:
+            raise CheckpointError(
+                f"{matrix.name}: its weight and its scales in {matrix.mode} lie in two files, which cannot be packed; "
+                "run the checkpoint as it is, with backend=checkpoint",
+                code="unsupported_format",
+            )
+        rows, columns = matrix.shape
+        shapes: dict[str, tuple[str, tuple[int, ...]]] = {"weight": ("BF16", (rows, columns))}
+        if matrix.mode == "mxfp4":
+            groups = ("BF16", matrix.scales.shape)
+            shapes = {"weight": ("U32", (rows, columns // 4)), "scales": groups, "biases": groups}
+        outputs = tuple(self._place(f"{matrix.name}.{part}", *entry) for part, entry in shapes.items())
+        self._jobs.append(_Job(matrix.weight, outputs, matrix=matrix))
 
     def _make_header(self) -> bytes:
         entries = {
@@ -154,31 +181,67 @@ class ResidentPlan:
 
 def read_resident(checkpoint: Checkpoint, tensor: ResidentTensor) -> mx.array:
     """Read a resident tensor in the form that the model uses; in f32 if 1 had to be added."""
-    source = tensor.source
-    array = array_from(checkpoint.read(source, 0, source.nbytes), source.dtype, tensor.shape)
+    array = array_from(_read(checkpoint, tensor, 0, tensor.nbytes), tensor.source.dtype, tensor.shape)
     return array.astype(mx.float32) + 1.0 if tensor.add_one else array
+
+
+def _read(checkpoint: Checkpoint, tensor: ResidentTensor, start: int, nbytes: int) -> bytearray:
+    """Read ``nbytes`` bytes from byte ``start`` of ``tensor``, as they are published."""
+    places = tensor.places(start, nbytes)
+    return read_extents([checkpoint.extent(tensor.source, first, count) for first, count in places])
+
+
+def without_floats(checkpoint: Checkpoint, matrix: Matrix) -> dict[str, mx.array]:
+    """Read a matrix in one of MLX's float modes in a form that every kernel supports, without rounding.
+
+    The values of mxfp4 are 0, 0.5, 1, 1.5, 2, 3, 4 and 6 times a power of two, and their negatives: with half of that
+    scale they are code - 12, where the codes are 0 to 24, in MLX's affine format of 8 bits. The values of nvfp4 and
+    mxfp8 have few enough digits for bf16.
+
+    Returns:
+        The tensors of the matrix by name: weight, scales and biases; or the dense weight in bf16.
+    """
+    assert matrix.scales is not None
+    weight, scales = read_resident(checkpoint, matrix.weight), read_resident(checkpoint, matrix.scales)
+    if matrix.mode != "mxfp4":
+        bits, group_size = FLOAT_MODES[matrix.mode]
+        dense = mx.dequantize(weight, scales, None, group_size, bits, matrix.mode, dtype=mx.bfloat16)
+        return {f"{matrix.name}.weight": dense}
+    pairs = weight.view(mx.uint8)
+    codes = mx.stack([_CODES[pairs & 15], _CODES[pairs >> 4]], -1).reshape(matrix.shape).view(mx.uint32)
+    halves = mx.power(mx.array(2.0), scales.astype(mx.float32) - 128)
+    return {
+        f"{matrix.name}.weight": codes,
+        f"{matrix.name}.scales": halves.astype(mx.bfloat16),
+        f"{matrix.name}.biases": (-12 * halves).astype(mx.bfloat16),
+    }
 
 
 def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, memoryview]]:
     """Yield pieces of the outputs of a job: (output, first byte in it, data)."""
-    source = job.source.source
+    source, nbytes = job.source, job.source.nbytes
+    if job.matrix is not None:
+        arrays = without_floats(checkpoint, job.matrix)
+        for output in job.outputs:
+            yield output, 0, bytes_of(arrays[output.name])
+        return
     if job.bits is None:
         (output,) = job.outputs
         if job.source.add_one:
             yield output, 0, bytes_of(read_resident(checkpoint, job.source))
             return
-        for start in range(0, source.nbytes, _BLOCK_BYTES):
-            yield output, start, memoryview(checkpoint.read(source, start, min(_BLOCK_BYTES, source.nbytes - start)))
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            yield output, start, memoryview(_read(checkpoint, source, start, min(_BLOCK_BYTES, nbytes - start)))
         return
     assert job.group_size is not None
     rows, columns = source.shape
-    row_bytes = source.nbytes // rows
+    row_bytes, dtype = nbytes // rows, source.source.dtype
     step = max(1, _BLOCK_BYTES // row_bytes)
     for row in range(0, rows, step):
         count = min(step, rows - row)
-        data = checkpoint.read(source, row * row_bytes, count * row_bytes)
-        _refuse_not_finite(checkpoint, job, data, source.dtype)  # MLX quantizes a NaN to an ordinary number
-        dense = array_from(data, source.dtype, (count, columns))
+        data = _read(checkpoint, source, row * row_bytes, count * row_bytes)
+        _refuse_not_finite(checkpoint, job, data, dtype)  # MLX quantizes a NaN to an ordinary number
+        dense = array_from(data, dtype, (count, columns))
         for output, made in zip(job.outputs, quantize(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
 

@@ -11,13 +11,13 @@ from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.extents import ExpertSource, read_extents
 from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
-from flashmoe_mlx.formats.record import RecordLayout
 from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
-from flashmoe_mlx.pack.manifest import variant_name
+from flashmoe_mlx.pack.manifest import layout_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
-from flashmoe_mlx.pack.quantize import convert_record, default_quantizer
+from flashmoe_mlx.pack.quantize import BY_WIDTH, convert_record, default_quantizer
+from flashmoe_mlx.pack.widths import Width, target_layout
 
 _READ_AHEAD = 4
 
@@ -28,20 +28,20 @@ class VariantWriter:
     Args:
         experts: the source.
         out: the folder of the pack.
-        bits: the width of the variant.
-        group_size: the number of weights that share a scale and a bias; ignored if the source has ``bits`` already.
+        width: the widths of the variant.
+        group_size: the number of weights that share a scale and a bias; ignored where the source has the width already.
         progress: shows the progress.
         quantiser: chooses scales and biases; None for the default of the width.
 
     Raises:
-        InputError: the source has fewer bits, or has ``bits`` already and a ``quantiser`` is given.
+        InputError: the source has fewer bits, or has these widths already and a ``quantiser`` is given.
     """
 
     def __init__(
         self,
         experts: ExpertSource,
         out: Path,
-        bits: int,
+        width: Width,
         group_size: int,
         progress: Progress,
         quantiser: str | None = None,
@@ -49,23 +49,25 @@ class VariantWriter:
         self._experts = experts
         self._progress = progress
         self._linked: Path | None = None
-        self.name = variant_name(bits, quantiser)
+        self.layout = target_layout(width, experts.layout, group_size)
+        self.name = layout_name(self.layout, quantiser)
         self._directory = out / variant_directory(self.name)
         self._state = state_folder(out)
-        self.layout = _layout(experts.layout, bits, group_size)
         copied = self.layout == experts.layout
-        if copied and self.name != variant_name(bits):
+        if copied and self.name != layout_name(self.layout):
+            found = self.layout.single_format
             raise InputError(
-                f"quantiser={quantiser}: the source has experts of {bits} bits already, which are copied; "
-                f"leave out quantiser=, or {bits} of bits=",
+                f"quantiser={quantiser}: the source has experts of {found.bits if found else 'these'} bits already, "
+                "which are copied; leave out quantiser=, or this width of bits=",
                 code="contradiction",
             )
-        self.quantiser = None if copied else quantiser or default_quantizer(bits)
+        single = self.layout.single_format
+        chosen = quantiser or (BY_WIDTH if single is None else default_quantizer(single.bits or 0))
+        self.quantiser = None if copied else chosen
         """The quantiser; None if records are copies."""
 
-    @property
-    def _layer_bytes(self) -> int:
-        return self._experts.num_experts * self.layout.record_bytes
+    def _layer_bytes(self, layer: int) -> int:
+        return self._experts.num_experts * self.layout[layer].record_bytes
 
     def _hashes(self, layer: int) -> Path:
         return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
@@ -74,7 +76,8 @@ class VariantWriter:
         """Return the number of bytes of all unfinished layers."""
         if self._linked is not None:
             return 0
-        return self._layer_bytes * sum(not self._hashes(layer).exists() for layer in range(self._experts.num_layers))
+        unfinished = (layer for layer in range(self._experts.num_layers) if not self._hashes(layer).exists())
+        return sum(self._layer_bytes(layer) for layer in unfinished)
 
     def take_over(self, folder: Path) -> None:
         """Link the layer files in ``folder``, made by flash-moe, instead of writing files.
@@ -85,10 +88,10 @@ class VariantWriter:
         for layer in range(self._experts.num_layers):
             path = folder / layer_file(layer)
             size = regular_file_size(path)
-            if size != self._layer_bytes:
+            if size != self._layer_bytes(layer):
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise PackError(
-                    f"{path}: {found}; this model's layers have {self._layer_bytes} bytes",
+                    f"{path}: {found}; this model's layers have {self._layer_bytes(layer)} bytes",
                     code="invalid_packed_experts",
                 )
         self._linked = folder
@@ -96,15 +99,17 @@ class VariantWriter:
     def has_layer(self, layer: int) -> bool:
         """Return whether an earlier run finished ``layer`` and the file still has the recorded hashes."""
         marker, path = self._hashes(layer), self._directory / layer_file(layer)
-        if not marker.exists() or regular_file_size(path) != self._layer_bytes:
+        size = self._layer_bytes(layer)
+        if not marker.exists() or regular_file_size(path) != size:
             return False
-        self._progress.stage(f"checking {self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes)
-        found = [report.digest for report in self._inspect(path)]
+        self._progress.stage(f"checking {self.name} layer {layer + 1} of {self._experts.num_layers}", size)
+        found = [report.digest for report in self._inspect(layer, path)]
         return found == list(np.fromfile(marker, "<u8"))
 
-    def _inspect(self, path: Path) -> Iterator[RecordReport]:
-        for report in inspect_layer(path, self.layout, self._experts.num_experts):
-            self._progress.advance(self.layout.record_bytes)
+    def _inspect(self, layer: int, path: Path) -> Iterator[RecordReport]:
+        layout = self.layout[layer]
+        for report in inspect_layer(path, layout, self._experts.num_experts):
+            self._progress.advance(layout.record_bytes)
             yield report
 
     def write_layer(self, layer: int) -> None:
@@ -116,7 +121,7 @@ class VariantWriter:
         """
         self._directory.mkdir(exist_ok=True)
         path = self._directory / layer_file(layer)
-        self._progress.stage(f"{self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes)
+        self._progress.stage(f"{self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes(layer))
         reports = self._write(layer, path) if self._linked is None else self._link(layer, self._linked, path)
         digests: list[int] = []
         for expert, report in enumerate(reports):
@@ -126,18 +131,19 @@ class VariantWriter:
         write_atomically(self._hashes(layer), np.array(digests, "<u8").tobytes())
 
     def _write(self, layer: int, path: Path) -> Iterator[RecordReport]:
-        for report in write_layer_file(path, self._records(layer), self.layout):
-            self._progress.advance(self.layout.record_bytes)
+        layout = self.layout[layer]
+        for report in write_layer_file(path, self._records(layer), layout):
+            self._progress.advance(layout.record_bytes)
             yield report
 
     def _records(self, layer: int) -> Iterator[memoryview]:
-        source = self._experts.layout
+        source, target = self._experts.layout[layer], self.layout[layer]
         for expert, payload in enumerate(self._payloads(layer)):
             # MLX quantizes a NaN to an ordinary number, so it must be found before.
-            fault = None if source == self.layout else find_nonfinite(payload, source)
+            fault = None if source == target else find_nonfinite(payload, source)
             if fault:
                 raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}", code="not_finite")
-            yield convert_record(payload, source, self.layout, self.quantiser)
+            yield convert_record(payload, source, target, self.quantiser)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
         """Yield the components of each expert, joined in the order of its record; a few threads read ahead."""
@@ -148,7 +154,7 @@ class VariantWriter:
 
     def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:
         """Link the file of flash-moe and compare it with the checkpoint: after an interruption it has holes."""
-        theirs = folder / layer_file(layer)
+        theirs, layout = folder / layer_file(layer), self.layout[layer]
         path.unlink(missing_ok=True)
         try:
             os.link(theirs, path)
@@ -161,28 +167,18 @@ class VariantWriter:
         sync(path.parent)
         with theirs.open("rb") as file:
             for expert, payload in enumerate(self._payloads(layer)):
-                record = file.read(self.layout.record_bytes)
-                if record != payload.ljust(self.layout.record_bytes, b"\0"):
+                record = file.read(layout.record_bytes)
+                if record != payload.ljust(layout.record_bytes, b"\0"):
                     path.unlink()
                     raise PackError(
                         f"{theirs}: expert {expert} differs from the checkpoint: the file is unfinished, damaged or of "
                         "another model",
                         code="invalid_packed_experts",
                     )
-                self._progress.advance(self.layout.record_bytes)
-                yield inspect_record(memoryview(record), self.layout)
+                self._progress.advance(layout.record_bytes)
+                yield inspect_record(memoryview(record), layout)
 
     def finish(self) -> None:
         """Join the hashes of all layers, which must be finished, to the checksums of the variant."""
         hashes = [self._hashes(layer).read_bytes() for layer in range(self._experts.num_layers)]
         write_atomically(self._directory / CHECKSUMS, b"".join(hashes))
-
-
-def _layout(source: RecordLayout, bits: int, group_size: int) -> RecordLayout:
-    if source.bits == bits:
-        return source
-    if source.bits is not None and source.bits < bits:
-        raise InputError(
-            f"bits={bits}: the source has experts of {source.bits} bits; more would add nothing", code="invalid_value"
-        )
-    return RecordLayout(source.hidden_size, source.intermediate_size, bits, group_size, source.dtype)

@@ -63,7 +63,7 @@ def verify_mirror(pack: Pack, folder: Path, progress: Progress | None = None) ->
         held = [layer for layer in range(copy.num_layers) if copy.layer_path(layer).is_file()]
         if not held:
             raise PackError(f"mirror={folder}: no copy of {experts.directory} here", code="no_mirror")
-        progress.stage(f"verifying {copy.directory}", len(held) * copy.layer_bytes)
+        progress.stage(f"verifying {copy.directory}", sum(copy.layer_bytes(layer) for layer in held))
         expected = _checksums(experts)
         for layer in held:
             found.extend(_damaged_records(variant, copy, layer, expected[layer], progress))
@@ -81,17 +81,17 @@ def _checksums(experts: PackedExperts) -> list[list[int]]:
 def _damaged_records(
     variant: str, experts: PackedExperts, layer: int, expected: list[int], progress: Progress
 ) -> Iterator[Damage]:
-    path = experts.layer_path(layer)
+    path, layout = experts.layer_path(layer), experts.layout[layer]
     try:
-        for expert, report in enumerate(inspect_layer(path, experts.layout, experts.num_experts)):
+        for expert, report in enumerate(inspect_layer(path, layout, experts.num_experts)):
             fault = report.fault
             if fault is None and report.digest != expected[expert]:
                 fault = "its checksum differs"
             if fault is not None:
-                start = expert * experts.layout.record_bytes
+                start = expert * layout.record_bytes
                 yield Damage(
                     path, f"{variant} layer {layer} expert {expert} (record at byte {start}) is damaged: {fault}"
                 )
-            progress.advance(experts.layout.record_bytes)
+            progress.advance(layout.record_bytes)
     except OSError as error:
         yield Damage(path, f"cannot be read ({error.strerror})")

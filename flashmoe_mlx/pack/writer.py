@@ -17,9 +17,9 @@ from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.untrusted import read_object, same_json
-from flashmoe_mlx.pack.manifest import variant_name, write_manifest
+from flashmoe_mlx.pack.manifest import layout_name, variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import (
     PackSettings,
@@ -34,6 +34,7 @@ from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
+from flashmoe_mlx.pack.widths import DEFAULT, PUBLISHED, Width, layer_widths, parse_widths
 
 _REMEDY = "make room or choose another out="
 
@@ -41,7 +42,7 @@ _REMEDY = "make room or choose another out="
 def pack_checkpoint(
     source: Path | Checkpoint,
     out: Path,
-    bits: Sequence[int] = (4,),
+    bits: object = (4,),
     *,
     group_size: int = 64,
     resident_bits: int | None = 4,
@@ -56,8 +57,9 @@ def pack_checkpoint(
     Args:
         source: the checkpoint, or its folder.
         out: the folder of the pack.
-        bits: the width of each variant. Experts that the checkpoint has in one of these widths are copied byte for
-            byte.
+        bits: the widths of each variant; see ``widths.parse_widths``. Projections of experts that the checkpoint has in
+            the wanted width are copied byte for byte. None for 4 bits or, if the experts of the checkpoint have several
+            formats, for copies.
         group_size: the number of weights that share a scale and a bias.
         resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
         quantiser: chooses scales and biases, one of ``QUANTIZERS``; None for the default of each width.
@@ -93,7 +95,7 @@ def pack_checkpoint(
 
 def add_variants(
     pack: Pack,
-    bits: Sequence[int],
+    bits: object,
     *,
     group_size: int = 64,
     quantiser: str | None = None,
@@ -103,7 +105,7 @@ def add_variants(
 
     Args:
         pack: the pack.
-        bits: the widths of the new variants.
+        bits: the widths of the new variants; see ``widths.parse_widths``.
         group_size: the number of weights that share a scale and a bias.
         quantiser: chooses scales and biases; None for the default of each width.
         progress: shows the progress.
@@ -117,7 +119,7 @@ def add_variants(
         pack = open_pack(pack.folder)  # another process may have added to it since
         settings = _missing(pack, settings)
         if settings.bits:
-            experts = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+            experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
             if experts.layout.bits in settings.bits:
                 raise InputError(
                     f"bits={experts.layout.bits}: the pack has no experts with more bits to make this variant from; "
@@ -128,6 +130,7 @@ def add_variants(
                 VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
                 for width in settings.bits
             ]
+            _refuse_taken_names(pack, variants)
             restart_unless_same(pack.folder, settings)
             check_free_space(pack.folder, sum(variant.bytes_to_write() for variant in variants), _REMEDY)
             for variant in variants:
@@ -139,10 +142,9 @@ def add_variants(
         return open_pack(pack.folder)
 
 
-def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
+def _checked(bits: object, group_size: int, resident_bits: int | None, quantiser: str | None) -> PackSettings:
     choices = ", ".join(map(str, QUANTIZED_BITS))
-    if not bits or any(width not in QUANTIZED_BITS for width in bits):
-        raise InputError(f"bits={list(bits)}: choose from {choices}", code="invalid_value")
+    widths = parse_widths(bits)
     if group_size not in GROUP_SIZES:
         raise InputError(
             f"group_size={group_size}: choose from {', '.join(map(str, GROUP_SIZES))}", code="invalid_value"
@@ -151,13 +153,41 @@ def _checked(bits: Sequence[int], group_size: int, resident_bits: int | None, qu
         raise InputError(f"resident_bits={resident_bits}: choose from {choices}, or null", code="invalid_value")
     if quantiser is not None and quantiser not in QUANTIZERS:
         raise InputError(f"quantiser={quantiser}: choose from {', '.join(QUANTIZERS)}, or null", code="invalid_value")
-    return PackSettings(tuple(dict.fromkeys(bits)), group_size, resident_bits, quantiser)
+    return PackSettings(widths, group_size, resident_bits, quantiser)
 
 
 def _missing(pack: Pack, settings: PackSettings) -> PackSettings:
     """Return ``settings`` without the variants that ``pack`` has already."""
-    missing = (width for width in settings.bits if variant_name(width, settings.quantiser) not in pack.experts)
+    missing = (width for width in settings.bits if not _has(pack, width, settings.quantiser))
     return replace(settings, bits=tuple(missing))
+
+
+def _has(pack: Pack, width: Width, quantiser: str | None) -> bool:
+    """Return whether ``pack`` has the variant of ``width``."""
+    if width in (DEFAULT, PUBLISHED):
+        # Copies have no quantiser; the default is 4 bits if the experts of the checkpoint had one format.
+        copied = any(variant.quantizer is None for variant in pack.experts.values())
+        return copied or (width == DEFAULT and variant_name(4, quantiser) in pack.experts)
+    widths = layer_widths(width, len(pack.config.moe_layers))
+    if len({*widths}) == 1 and len({*widths[0]}) == 1:
+        return variant_name(widths[0][0], quantiser) in pack.experts
+    for name, experts in pack.experts.items():
+        if [tuple(form.bits for form in layout.formats) for layout in experts.layout] == widths:
+            return name == layout_name(experts.layout, quantiser) or experts.quantizer is None
+    return False
+
+
+def _refuse_taken_names(pack: Pack | None, variants: Sequence[VariantWriter]) -> None:
+    """Raise InputError if a variant has the name of another: mixes of the same mean width have one name."""
+    taken = set() if pack is None else set(pack.experts)
+    for variant in variants:
+        if variant.name in taken:
+            raise InputError(
+                f"two variants of this pack would have the name {variant.name}; choose another mean width, or make "
+                "another pack",
+                code="contradiction",
+            )
+        taken.add(variant.name)
 
 
 def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
@@ -181,7 +211,7 @@ def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
     return {variant.name: variant.quantiser for variant in variants}
 
 
-def _finished(variants: Sequence[VariantWriter]) -> dict[str, RecordLayout]:
+def _finished(variants: Sequence[VariantWriter]) -> dict[str, LayerLayouts]:
     for variant in variants:
         variant.finish()
     return {variant.name: variant.layout for variant in variants}
@@ -212,6 +242,7 @@ class _Packer:
             VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
             for bits in settings.bits
         ]
+        _refuse_taken_names(pack, self._variants)
         if packed_experts is not None:
             self._take_over(packed_experts)
 
@@ -280,12 +311,15 @@ class _Packer:
 
     def _refuse_other_experts(self, pack: Pack, layer: int) -> None:
         """Raise PackError unless an expert of the checkpoint equals the pack's: different models have equal shapes."""
-        known = max(pack.experts.values(), key=lambda variant: variant.layout.bits or 0)
+        known = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
         source = self._tensors.experts
-        comparable = source.layout.bits is None or source.layout.bits >= (known.layout.bits or 0)
+        comparable = source.layout.code_bits >= known.layout.code_bits
         payload = read_extents(source.extents(layer, 0))
         there = read_extents(known.extents(layer, 0))
-        if not comparable or convert_record(payload, source.layout, known.layout, known.quantizer) != there:
+        if (
+            not comparable
+            or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
+        ):
             raise PackError(
                 f"{pack.folder}: its experts are not those of {self._checkpoint.folder}; choose another out=, "
                 "or give the checkpoint from which it was made",
@@ -311,6 +345,6 @@ class _Packer:
         for name in ("config.json", *TEXT_FILES):
             if (self._checkpoint.folder / name).is_file():
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
-        config, identity = self._checkpoint.config, self._checkpoint.identity
+        config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
         write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made)

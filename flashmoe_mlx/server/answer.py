@@ -34,13 +34,19 @@ class Answer:
     Args:
         prepared: the request.
         loop: the event loop of the responses.
+        secret: what the request shares with a watcher of the observatory, or nothing.
         now: a monotonic clock.
     """
 
     def __init__(
-        self, prepared: Prepared, loop: asyncio.AbstractEventLoop, now: Callable[[], float] = time.monotonic
+        self,
+        prepared: Prepared,
+        loop: asyncio.AbstractEventLoop,
+        secret: str = "",
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.prepared = prepared
+        self.secret = secret
         self.loop = loop
         self.events: list[Event] = []
         self.created = now()

@@ -8,7 +8,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from flashmoe_mlx.server import anthropic_messages, openai_chat, openai_completions, openai_responses, pages, status
+from flashmoe_mlx.server import (
+    anthropic_messages,
+    observatory_routes,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    pages,
+    status,
+)
 from flashmoe_mlx.server.errors import ApiError, as_api_error, error_body
 from flashmoe_mlx.server.middleware import Guard, Policy
 from flashmoe_mlx.server.service import Service
@@ -21,6 +29,9 @@ ROUTES: list[tuple[str, str, Handler]] = [
     ("GET", "/web/{name:path}", pages.page),
     ("GET", "/health", status.health),
     ("GET", "/metrics", status.metrics),
+    ("GET", "/observatory/state", observatory_routes.state),
+    ("GET", "/observatory/events", observatory_routes.events),
+    ("POST", "/observatory/engine", observatory_routes.change_engine),
     ("GET", "/v1/models", status.list_models),
     ("GET", "/v1/models/{name:path}", status.get_model),
     ("POST", "/v1/chat/completions", openai_chat.chat_completions),

@@ -9,6 +9,7 @@ from flashmoe_mlx.server.answer import Answer, Prepared
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.events import Event
 from flashmoe_mlx.server.fields import Fields, parse_body
+from flashmoe_mlx.server.observatory import SECRET
 from flashmoe_mlx.server.service import Service, digest_of
 from flashmoe_mlx.server.streaming import EventStream, StreamFormat, WholeAnswer
 
@@ -50,6 +51,7 @@ class Call:
         self.fields = Fields(parse_body(body))
         self.service = service_of(request)
         self._digest = digest_of(request.url.path, body)
+        self._secret = request.headers.get(SECRET, "")
         retries = request.headers.get(_RETRIES)
         self._repeats = retries is not None
         self._announced = retries is not None and retries.isdigit() and int(retries[:9]) > 0
@@ -69,7 +71,7 @@ class Call:
         try:
             for index, make in enumerate(prepare):
                 earlier = self.service.repeated(f"{self._digest}:{index}", announced=self._announced)
-                found.append(earlier or self.service.submit(await make()))
+                found.append(earlier or self.service.submit(await make(), self._secret))
         except BaseException:
             for answer in found:
                 answer.cancel()

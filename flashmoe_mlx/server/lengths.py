@@ -9,7 +9,6 @@ from typing import Any
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.sequences import BLOCK
-from flashmoe_mlx.models.prompt_memory import prompt_memory
 from flashmoe_mlx.server.conversation import Message
 from flashmoe_mlx.stores.memory import check_memory
 
@@ -53,10 +52,9 @@ def check_prompt_memory(tokens: int, engine: Engine) -> None:
     Raises:
         InputError: they do not; code "not_enough_memory".
     """
-    config, width = engine.model.config, engine.model.norm.dtype.size
-    caches = [config.mixer(layer).cache_size(width) for layer in range(config.num_layers)]
-    kept = sum(cache.per_token * tokens + cache.fixed for cache in caches)
-    passes = prompt_memory(config, engine.setup["experts_k"], width).of(min(tokens, BLOCK))
+    need = engine.model.prompt_memory
+    kept = need.cache_per_token * tokens + need.cache_fixed
+    passes = need.of(min(tokens, BLOCK))
     check_memory(f"a prompt of {tokens} tokens", kept + passes, "send a shorter one, or wait until other answers end")
 
 

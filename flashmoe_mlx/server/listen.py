@@ -25,16 +25,20 @@ def check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
     Raises:
         InputError: code "exposed_server".
     """
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not (local or has_key or insecure):
+    if not (is_local(host) or has_key or insecure):
         raise InputError(
             f"server.host={host}: other machines could use this server; set server.api_key_file, or "
             "server.insecure=true on a network that you trust",
             code="exposed_server",
         )
+
+
+def is_local(host: str) -> bool:
+    """Return whether only this machine can reach a server at ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def listening_socket(host: str, port: int) -> socket.socket:

@@ -52,18 +52,23 @@ class Metrics:
     """All counters of one server; threads may share it.
 
     Attributes:
+        backend: the name of the expert store, a label.
         refused: requests refused because the queue was full.
         taken_over: repeated requests that took over an answer in progress.
     """
 
-    def __init__(self, backend: str) -> None:
-        self._labels = f'backend="{"".join(c for c in backend if c.isalnum() or c in "_.-")}"'
+    def __init__(self) -> None:
+        self.backend = ""
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
         self._first_token = Histogram()
         self._seconds = Histogram()
         self.refused = self.taken_over = 0
+
+    @property
+    def _labels(self) -> str:
+        return f'backend="{"".join(c for c in self.backend if c.isalnum() or c in "_.-")}"'
 
     def ended(self, reason: str, seconds: float, first_token: float | None, usage: Usage | None) -> None:
         """Count an answer that has ended."""

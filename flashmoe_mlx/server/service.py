@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.server.answer import Answer, Prepared
 from flashmoe_mlx.server.conversation import Conversation
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.events import Event, Failed, Finished
 from flashmoe_mlx.server.lengths import check_prompt_memory, refuse_long, texts_of
 from flashmoe_mlx.server.metrics import Metrics
-from flashmoe_mlx.server.worker import Worker
+from flashmoe_mlx.server.observatory import Observatory, backend_name
+from flashmoe_mlx.server.worker import Change, Worker
 from flashmoe_mlx.text.tool_calls import ToolCallReader
 
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Settings:
         any_model: whether requests for other names are answered, too.
         queue: the largest number of requests that wait.
         together: the largest number of answers in progress.
-        backend: the name of the expert store, a label of metrics.
+        reload: loads the model with another backend or K, None for the present one; None if clients must not change it.
         record: receives the measurements of every answer.
     """
 
@@ -50,7 +50,7 @@ class Settings:
     any_model: bool = True
     queue: int = 64
     together: int = 8
-    backend: str = "pread"
+    reload: Callable[[str | None, int | None], Engine] | None = None
     record: Callable[[dict[str, Any]], object] = field(default=lambda _: None)
 
 
@@ -64,10 +64,11 @@ class Service:
 
     def __init__(self, load: Callable[[], Engine], settings: Settings) -> None:
         self.settings = settings
-        self.metrics = Metrics(settings.backend)
+        self.metrics = Metrics()
         self.started = int(time.time())
         self.stopping = False
-        self.worker = Worker(load, settings.together, self._record)
+        self.observatory = Observatory()
+        self.worker = Worker(load, settings.together, self._began, self._record, self._loaded)
         self._preparing = asyncio.Semaphore(_PREPARATIONS)
         self._repeatable: dict[str, Answer] = {}
         """Answers in progress by the digest of their request."""
@@ -116,8 +117,8 @@ class Service:
             refuse_long(texts_of(conversation.messages), engine)
             request = engine.request(conversation.messages, tools=tools, **conversation.options)
             check_prompt_memory(len(engine.runner.checked_tokens(request.prompt_ids)), engine)
-            reader = ToolCallReader(tools, engine.tokenizer.added_tokens, family_of(engine.model.config).tool_format)
-            return Prepared(request, reader if tools else None)
+            reader = ToolCallReader(tools, engine.tokenizer.added_tokens, engine.tool_format) if tools else None
+            return Prepared(request, reader)
 
         return await self.outside(make)
 
@@ -152,8 +153,45 @@ class Service:
         except TimeoutError:
             raise ApiError("the prompt takes too long to prepare", status=503, code="prompt_too_slow") from None
 
-    def submit(self, prepared: Prepared) -> Answer:
-        """Queue a request.
+    async def change_engine(self, backend: str | None, experts_k: int | None) -> None:
+        """Load the model with another backend or number of experts, once the answers in progress have ended.
+
+        Args:
+            backend: the name of a backend; None for the present one.
+            experts_k: the experts per token; None for the present number.
+
+        Raises:
+            ApiError: the server allows no changes (status 403), or another change is in progress (409).
+            InputError: the model cannot be loaded so; the earlier engine is loaded again.
+        """
+        reload = self.settings.reload
+        if reload is None:
+            raise ApiError(
+                "this server does not let clients change its engine; start it with server.switch=true",
+                status=403,
+                code="no_switch",
+            )
+        _ = self.engine
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def settle(error: BaseException | None) -> None:
+            if not done.done():
+                if error is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(error)
+
+        def changed(error: BaseException | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, error)
+
+        if not self.worker.change(Change(lambda: reload(backend, experts_k), changed)):
+            raise ApiError("another change is in progress", status=409, code="change_in_progress", retry_after=5)
+        await done
+
+    def submit(self, prepared: Prepared, secret: str = "") -> Answer:
+        """Queue a request; a watcher with the same ``secret`` sees the texts of its tokens.
 
         Raises:
             ApiError: the queue is full; status 429.
@@ -163,7 +201,7 @@ class Service:
         if self.worker.waiting >= self.settings.queue:
             self.metrics.refused += 1
             raise ApiError(f"{self.settings.queue} requests wait already", status=429, code="queue_full", retry_after=5)
-        answer = Answer(prepared, asyncio.get_running_loop())
+        answer = Answer(prepared, asyncio.get_running_loop(), secret)
         self.worker.submit(answer)
         return answer
 
@@ -214,6 +252,16 @@ class Service:
             if not answer.complete:
                 answer.cancel()
 
+    def _loaded(self, engine: Engine) -> None:
+        """Note a new engine; called in the engine's thread."""
+        self.metrics.backend = backend_name(engine.setup["backend"])
+        self.observatory.attach(engine)
+
+    def _began(self, answer: Answer) -> None:
+        """Note an answer that leaves the queue; called in the engine's thread."""
+        if answer.sequence is not None:
+            self.observatory.began(answer.sequence, answer.secret)
+
     def _record(self, answer: Answer, event: Event) -> None:
         """Record the end of an answer; called in the engine's thread."""
         seconds = time.monotonic() - answer.created
@@ -236,7 +284,7 @@ class Service:
         engine = self.worker.engine
         if sequence is not None and engine is not None:
             model, store = engine.model, engine.store
-            measured = sequence.metrics.to_json(model.touched_bytes, store.layout.record_bytes)
+            measured = sequence.metrics.to_json(model.touched_bytes, store.layout.mean_record_bytes)
             record |= {"prefill": measured["prefill"], "decode": measured["decode"], "sampling": measured["sampling"]}
         self.settings.record(record)
 

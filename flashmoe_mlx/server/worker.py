@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.scheduler import Scheduler
@@ -20,19 +21,44 @@ from flashmoe_mlx.server.reading import AnswerReader, PrefillReports, usage_of
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """The replacement of the engine.
+
+    Attributes:
+        load: loads the new engine.
+        done: called in the thread of the engine with None, or with the error that kept the earlier engine.
+    """
+
+    load: Callable[[], Engine]
+    done: Callable[[BaseException | None], object]
+
+
 class Worker:
-    """The thread of one engine.
+    """The thread of one engine at a time.
 
     Args:
         load: loads the engine; called in the thread.
         together: the largest number of answers in progress.
+        on_begin: called in the thread with each answer that leaves the queue.
         on_end: called in the thread with each answer that has ended, before its last event is published.
+        on_load: called in the thread with each engine.
     """
 
-    def __init__(self, load: Callable[[], Engine], together: int, on_end: Callable[[Answer, Event], None]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        together: int,
+        on_begin: Callable[[Answer], object] = lambda _: None,
+        on_end: Callable[[Answer, Event], object] = lambda *_: None,
+        on_load: Callable[[Engine], object] = lambda _: None,
+    ) -> None:
         self._load = load
         self._together = together
+        self._on_begin = on_begin
         self._on_end = on_end
+        self._on_load = on_load
+        self._change: Change | None = None
         self._changed = threading.Condition()
         self._waiting: deque[Answer] = deque()
         self._stopping = False
@@ -78,11 +104,26 @@ class Worker:
             self._waiting.append(answer)
             self._changed.notify()
 
+    def change(self, change: Change) -> bool:
+        """Replace the engine when no answer is in progress; return False if another change is waiting."""
+        with self._changed:
+            if self._change is not None or self._stopping:
+                return False
+            self._change = change
+            self._changed.notify()
+            return True
+
     def _run(self) -> None:
         try:
-            self.engine = self._load()
-            with self.engine:
-                self._serve(self.engine)
+            engine = self.engine = self._load()
+            self._on_load(engine)
+            while True:
+                with engine:
+                    self._serve(engine)
+                if self._stopping or self._change is None:
+                    return
+                self.engine = None
+                engine = self._replacement(self._change)
         except BaseException as error:
             self.failure = error
             _log.exception("the engine's thread ended")
@@ -90,16 +131,35 @@ class Worker:
             with self._changed:
                 answers = [*self._waiting, *(answer for answer, _ in self._active.values())]
                 self._waiting.clear()
+                change, self._change = self._change, None
+            if change is not None:
+                change.done(self.failure or ApiError("the server stops", status=503, code="stopping", retry_after=5))
             for answer in answers:
                 self._end(answer, Failed(as_api_error(self.failure or RuntimeError("the server stops"))))
 
+    def _replacement(self, change: Change) -> Engine:
+        """Return the engine that ``change`` loads, or else an engine as before."""
+        try:
+            engine, failure = change.load(), None
+            self._load = change.load
+        except Exception as error:
+            failure = error
+            engine = self._load()
+        self._on_load(engine)
+        self.engine, self._change = engine, None
+        change.done(failure)
+        return engine
+
     def _serve(self, engine: Engine) -> None:
+        """Answer requests until the server stops, or until the engine is to be replaced."""
         scheduler = Scheduler(engine.runner, self._together)
         while True:
             with self._changed:
-                while not self._waiting and not self.running and not self._stopping:
+                while not self._waiting and not self.running and not self._stopping and self._change is None:
                     self._changed.wait()
-                room = self._together - self.running
+                if self._change is not None and not self.running and not self._stopping:
+                    return
+                room = self._together - self.running if self._change is None else 0
                 begun = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
                 if self._stopping and not begun and not self.running:
                     return
@@ -125,6 +185,7 @@ class Worker:
         answer.sequence = sequence
         sequence.cancelled |= answer.cancelled  # by the other thread, since the check above
         self._active[sequence] = answer, reader
+        self._on_begin(answer)
         scheduler.add(sequence)
         self._publish(answer, [Started(usage_of(sequence))])
 

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.formats.record import RecordLayout
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
@@ -90,7 +90,7 @@ class LayerInMemory:
     """All experts of one layer, in memory that MLX reads in place.
 
     Attributes:
-        slab: one buffer with all experts, uint8 [rows, record bytes].
+        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
         table: the row of ``slab`` that holds each expert, int32 [experts].
     """
 
@@ -192,8 +192,8 @@ class ExpertStore(ABC):
         self._process = os.getpid()
 
     @property
-    def layout(self) -> RecordLayout:
-        """The layout of every record in the batches."""
+    def layout(self) -> LayerLayouts:
+        """The layout of the records of each layer; a slot has room for the largest record."""
         return self.source.layout
 
     def fetch(

@@ -21,17 +21,17 @@ class ExpertBatch(Protocol):
 
     @property
     def slab(self) -> mx.array:
-        """One buffer with all experts, uint8 [rows, record bytes]."""
+        """One buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record, which may be shorter."""
         ...
 
     @property
     def records(self) -> Sequence[mx.array]:
-        """A separate array for each expert, uint8 [record bytes]."""
+        """A separate array for each expert, its slot, uint8 [slot bytes]."""
         ...
 
     @property
     def host(self) -> Sequence[memoryview]:
-        """The read-only bytes of each expert for the CPU, of format "B"."""
+        """The read-only bytes of each expert's slot for the CPU, of format "B"."""
         ...
 
 

@@ -53,8 +53,12 @@ class Filling:
         """Begin what can be done with the records of ``slots``, which have been written, before ``commit``."""
 
     def move(self, slot: int, source: Rows, place: int) -> None:
-        """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined."""
-        np.copyto(np.frombuffer(self._rows[slot], np.uint8), np.frombuffer(source.rows([place])[0], np.uint8))
+        """Move the record in row ``place`` of ``source`` to ``slot``; the content of the row is then undefined.
+
+        A row for records of any layer may be longer than a slot for the records of one.
+        """
+        row = self._rows[slot]
+        np.copyto(np.frombuffer(row, np.uint8), np.frombuffer(source.rows([place])[0], np.uint8)[: len(row)])
 
     def give_up(self) -> None:
         """Wait until nothing reads the rows or writes to the slots any more; in place of ``commit``, after an error."""

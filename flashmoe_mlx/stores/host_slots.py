@@ -26,6 +26,7 @@ class HostSlots:
 
     Attributes:
         array: None, because MLX has no array of these slots.
+        record_bytes: size of a slot.
 
     Raises:
         InputError: there is not enough memory (code "not_enough_memory").
@@ -35,6 +36,7 @@ class HostSlots:
         size = count * record_bytes
         check_allocation(count, size)
         self.count = count
+        self.record_bytes = record_bytes
         self.array = None
         try:
             host = allocate_huge_pages(size)
@@ -75,7 +77,7 @@ class _HostFilling(Filling):
         self._owner = owner
 
     def move(self, slot: int, source: Rows, place: int) -> None:
-        if isinstance(source, HostSlots):
+        if isinstance(source, HostSlots) and source.record_bytes == self._owner.record_bytes:
             self._rows[slot] = self._owner.swap(slot, source, place)
         else:
             super().move(slot, source, place)
@@ -126,7 +128,7 @@ class HostBatch:
         views = dict(zip(self.slots, self._views, strict=True))
         slab = self._room(len(views))
         for row, view in zip(slab.rows(list(views)), views.values(), strict=True):
-            row[:] = view
+            row[: len(view)] = view
         return slab.array
 
     @cached_property

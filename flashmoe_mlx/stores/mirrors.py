@@ -42,7 +42,7 @@ class MirroredExperts(PackedExperts):
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """Return the pieces of the record of ``expert``, one from each folder, in proportion to their bandwidths."""
-        start = expert * self.layout.record_bytes
+        start = expert * self.layout[layer].record_bytes
         return [Extent(path, start + begin, end - begin) for path, begin, end in self._pieces[layer]]
 
     @cached_property
@@ -57,7 +57,7 @@ class MirroredExperts(PackedExperts):
         begin, passed = 0, 0.0
         for folder in folders:
             passed += self.rates[folder]
-            end = round(passed / total * self.layout.record_bytes / _PIECE) * _PIECE
+            end = round(passed / total * self.layout[layer].record_bytes / _PIECE) * _PIECE
             if end > begin:
                 pieces.append((folder / layer_file(layer), begin, end))
             begin = end
@@ -94,9 +94,7 @@ def open_mirrors(source: ExpertSource, mirrors: object) -> ExpertSource:
         held |= _check(source, expand_path(mirror))
     rates = {folder: _bandwidth(source, layers, folder) for folder, layers in held.items()}
     _log.info("mirrors: %s", ", ".join(f"{folder} {rate / 1e9:.2f} GB/s" for folder, rate in rates.items()))
-    return MirroredExperts(
-        source.directory, source.layout, source.num_layers, source.num_experts, source.quantizer, held, rates
-    )
+    return MirroredExperts(source.directory, source.layout, source.num_experts, source.quantizer, held, rates)
 
 
 def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
@@ -116,9 +114,9 @@ def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
         raise PackError(f"backend.mirrors: {folder}: holds other experts than the pack; {advice}", code="another_model")
     sizes = [regular_file_size(copy.layer_path(layer)) for layer in range(source.num_layers)]
     for layer, size in enumerate(sizes):
-        if size not in (None, source.layer_bytes):
+        if size not in (None, source.layer_bytes(layer)):
             raise PackError(
-                f"backend.mirrors: {copy.layer_path(layer)} has {size} bytes instead of {source.layer_bytes}; "
+                f"backend.mirrors: {copy.layer_path(layer)} has {size} bytes instead of {source.layer_bytes(layer)}; "
                 f"delete it, and {advice}",
                 code="wrong_size",
             )

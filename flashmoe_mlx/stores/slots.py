@@ -84,7 +84,7 @@ class SlotMaker:
     """A factory for the slots of one store.
 
     Args:
-        record_bytes: size of a slot.
+        record_bytes: size of the largest slot.
         at_once: maximum number of slots that one filling refills.
 
     Attributes:
@@ -103,17 +103,18 @@ class SlotMaker:
         self._copies = CopyBuffer(record_bytes)
         self._staging: StagingArea | None = None
 
-    def make(self, count: int) -> Slots:
-        """Make ``count`` slots.
+    def make(self, count: int, record_bytes: int | None = None) -> Slots:
+        """Make ``count`` slots of ``record_bytes`` bytes, or of the largest size.
 
         Raises:
             InputError: there is not enough memory (code "not_enough_memory").
         """
+        size = record_bytes or self._record_bytes
         if self.kind is MemoryKind.GPU:
-            return GpuSlots(count, self._record_bytes, self.staging())
+            return GpuSlots(count, size, self.staging())
         if self.kind is MemoryKind.SHARED:
-            return Slab(count, self._record_bytes)
-        return HostSlots(count, self._record_bytes, self._copies)
+            return Slab(count, size)
+        return HostSlots(count, size, self._copies)
 
     def staging(self) -> StagingArea:
         """Return the memory through which records reach slots on a GPU."""

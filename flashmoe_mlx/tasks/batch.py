@@ -22,14 +22,14 @@ from flashmoe_mlx.generation.text_stream import TextStream
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig, engine_options
+from flashmoe_mlx.tasks.shared.keys import TEXT, PromptCacheConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(PromptCacheConfig):
     """Keys of ``task=batch``."""
 
     input: str | None = field(default=None, metadata=TEXT)
@@ -54,7 +54,7 @@ def run(config: Config, run_dir: Path) -> None:
     lines = read_batch(Path("/dev/stdin") if config.input == "-" else expand_path(config.input))
     out = expand_path(config.out)
     folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     with closing(AnswerFile(out)) as answers:
         waiting = [line for line in lines if line.key not in answers.done]
         if unknown := answers.done - {line.key for line in lines}:
@@ -74,6 +74,7 @@ def run(config: Config, run_dir: Path) -> None:
                 config.experts_k,
                 on_load=announce,
                 **engine_options(config),
+                **cache_options(config),
             )
         with loaded as engine:
             print_notes([engine.setup["note"]])

@@ -78,10 +78,10 @@ def run(config: Config, run_dir: Path) -> None:
     finally:
         if trials:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))
-    record = source.layout.record_bytes
+    record = round(source.layout.mean_record_bytes)
     show(
         f"\n{files.folder}: {counted(source.num_layers, 'layer')} of {source.num_experts} experts, "
-        f"{record:,} bytes each; "
+        f"{record:,} bytes each{'' if record == source.layout.record_bytes else ' on average'}; "
         f"{counted(len(requests), 'round')} of {counted(requests[0].experts.shape[0], 'token')}, "
         f"{counted(k, 'expert')} per fetch, "
         f"{config.requests}, {repeats(requests[0]):.0%} of the requests repeated",
@@ -183,8 +183,8 @@ def _record(
     return {
         "bench_version": BENCH_VERSION,
         "model": str(files.folder),
-        "record_bytes": source.layout.record_bytes,
-        "expert_bytes_in_all": source.num_layers * source.num_experts * source.layout.record_bytes,
+        "record_bytes": round(source.layout.mean_record_bytes),
+        "expert_bytes_in_all": source.num_experts * source.layout.bytes_in_all_layers,
         "experts_k": requests[0].experts.shape[2],
         "repeats": repeats(requests[0]),
         "config": asdict(config),

@@ -31,14 +31,22 @@ from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
-from flashmoe_mlx.tasks.shared.keys import SHORT_FOR_FILE, TEXT, AnswerConfig, ToolChoice, engine_options
+from flashmoe_mlx.tasks.shared.keys import (
+    SHORT_FOR_FILE,
+    TEXT,
+    AnswerConfig,
+    PromptCacheConfig,
+    ToolChoice,
+    cache_options,
+    engine_options,
+)
 from flashmoe_mlx.tasks.shared.model import model_folder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(AnswerConfig):
+class Config(AnswerConfig, PromptCacheConfig):
     """Keys of ``task=chat``."""
 
     prefetch: str | None = None
@@ -94,7 +102,7 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
     """Load the model with ``backend`` and ``experts_k``; make a variant of the demo model if it is missing."""
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     folder = model_folder(config.model, settings)
-    chosen = chosen_backend(settings, folder, config.model, experts_k)
+    chosen = chosen_backend(settings, folder, config.model, experts_k, config.prompt_cache_gib)
     with activity() as announce:
         engine = load(
             folder,
@@ -103,6 +111,7 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
             prefetch=chosen_prefetch(config.prefetch, settings, folder, config.model, experts_k),
             on_load=announce,
             **engine_options(config),
+            **cache_options(config),
         )
     print_notes([engine.setup["note"]])
     log.info("model %s, %s", folder, engine.setup)

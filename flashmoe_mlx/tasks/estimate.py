@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
-from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
-from flashmoe_mlx.made_models.synthetic import synthetic_config
+from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
+from flashmoe_mlx.made_models.synthetic import FAMILY, synthetic_config
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.registry import parse_config
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.prediction import (
@@ -67,6 +68,7 @@ class Config(CommonConfig):
     resident_bits: int | None = None
     context: int | None = None
     kv_bits: int | None = None
+    prompt_cache_gib: float | None = None
     trace: str | None = field(default=None, metadata=TEXT)
     memory_gib: float | None = None
     probe: bool | None = None
@@ -81,9 +83,10 @@ def run(config: Config, run_dir: Path) -> None:
             code="out_of_range",
         )
     name, published, folder = _published(config.model)
-    model = _model(config, published, folder)
-    record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     memory = _memory(config)
+    cache_bytes = prompt_cache_bytes(config.prompt_cache_gib, None if config.memory_gib is None else memory)
+    model = replace(_model(config, published, folder), prompt_cache=cache_bytes)
+    record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
     for line in _sizes(name, model, memory, cache_folder(config.model)):
         show(line)
@@ -120,7 +123,7 @@ def _published(choice: ModelChoice) -> tuple[str, Mapping[str, Any], Path | None
         if choice.synthetic is None:
             folder = model_folder(choice)
             return f"model={choice.name}", read_config(folder), folder
-        return f"model={choice.name}", synthetic_config(choice.synthetic), None
+        return f"model={choice.name}", synthetic_config(choice.synthetic, choice.family or FAMILY), None
     path = expand_path(choice.path)
     if path.is_dir():
         return choice.path, read_config(path), path
@@ -155,9 +158,15 @@ def _published_online(name: str) -> Mapping[str, Any]:
 
 
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
-    geometry = parse_config(published)
+    geometry = refuse_unsupported(published, "model")
+    if not isinstance(geometry, ModelConfig):
+        raise CheckpointError(
+            "task=estimate knows no models that run through mlx-lm: their sizes do not follow from config.json",
+            code="not_for_mlx_lm",
+        )
     widths = ", ".join(map(str, QUANTIZED_BITS))
-    stated, group_size = _find_quantization(published, folder)
+    on_disk = None if folder is None else _layout_on_disk(folder)
+    stated, group_size = _find_quantization(published, on_disk)
     all_bits = [stated] if config.bits is None else config.bits
     if len(all_bits) != 1 or all_bits[0] not in QUANTIZED_BITS:
         raise InputError(
@@ -186,14 +195,30 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     scale_bytes = 2 if choose("auto", kv_bits=config.kv_bits).accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
+    single = None if on_disk is None else on_disk.single_format
+    plain = single is not None and single.mode == AFFINE
     return Model(
-        geometry, bits, resident_bits, k, context, activation_bytes, scale_bytes, trace, group_size, config.kv_bits
+        geometry,
+        bits,
+        resident_bits,
+        k,
+        context,
+        activation_bytes,
+        scale_bytes,
+        trace,
+        group_size,
+        config.kv_bits,
+        layout=None if plain or config.bits is not None else on_disk,
     )
 
 
-def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tuple[int, int]:
-    """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs."""
-    layout = None if folder is None else _layout_on_disk(folder)
+def _find_quantization(published: Mapping[str, Any], layout: LayerLayouts | None) -> tuple[int, int]:
+    """Return bits and group size of the experts on disk, of the configuration, or else the defaults of packs.
+
+    The width of experts of several formats is the supported width nearest to their mean.
+    """
+    if layout is not None and layout.single_format is None:
+        return min(QUANTIZED_BITS, key=lambda bits: abs(bits - layout.code_bits)), GROUP_SIZE
     if layout is not None:
         return layout.bits or _BITS, layout.group_size or GROUP_SIZE
     settings = mlx_settings(published)
@@ -203,7 +228,7 @@ def _find_quantization(published: Mapping[str, Any], folder: Path | None) -> tup
     return bits, group_size if type(group_size) is int and group_size in GROUP_SIZES else GROUP_SIZE
 
 
-def _layout_on_disk(folder: Path) -> RecordLayout | None:
+def _layout_on_disk(folder: Path) -> LayerLayouts | None:
     """Return the record layout of the variant with the most bits in ``folder``; None if a download is unfinished.
 
     Raises:
@@ -250,8 +275,8 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     geometry, need = model.config, model.need
     pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     yield (
-        f"{name}: {geometry.num_layers} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
-        f"{model.bits} bits"
+        f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
+        f"{model.bits if model.layout is None else round(model.layout.code_bits, 2)} bits"
     )
     while not folder.exists():
         folder = folder.parent
@@ -265,6 +290,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         "slots": need.slots,
         "the prompt in a layer": need.prompt,
         "program": need.runtime,
+        "earlier prompts": need.prompt_cache,
     }
     listed = ", ".join(f"{part} {nbytes / GIB:.2f}" for part, nbytes in parts.items())
     yield f"memory: at least {need.total / GIB:.2f} GiB: {listed}"

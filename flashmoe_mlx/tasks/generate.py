@@ -12,7 +12,7 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
-from flashmoe_mlx.tasks.shared.keys import GenerationConfig, engine_options
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig, PromptCacheConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
@@ -22,9 +22,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(GenerationConfig):
+class Config(GenerationConfig, PromptCacheConfig):
     """Keys of ``task=generate``."""
 
+    prompt_cache_gib: float | None = 0.0
     prefetch: str | None = None
     profile: bool = False
 
@@ -32,7 +33,7 @@ class Config(GenerationConfig):
 def run(config: Config, run_dir: Path) -> None:
     """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
     folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     prefetch = chosen_prefetch(config.prefetch, config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
@@ -44,9 +45,9 @@ def run(config: Config, run_dir: Path) -> None:
             config.experts_k,
             prefetch=prefetch,
             profile=config.profile,
-            prompt_cache_gib=0,
             on_load=announce,
             **engine_options(config),
+            **cache_options(config),
         )
     with loaded as engine:
         print_notes([engine.setup["note"]])

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich import filesize
 
@@ -33,7 +34,7 @@ class Config(CommonConfig):
     source: str | None = field(default=None, metadata=TEXT)
     out: str | None = field(default=None, metadata=TEXT)
     revision: str | None = field(default=None, metadata=TEXT)
-    bits: list[int] = field(default_factory=lambda: [4])
+    bits: Any = None
     group_size: int = 64
     resident_bits: int | None = 4
     quantiser: str | None = None

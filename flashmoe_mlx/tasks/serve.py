@@ -16,9 +16,10 @@ from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.untrusted import read_text
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
+from flashmoe_mlx.stores.registry import backend_settings
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.client_lines import client_lines
-from flashmoe_mlx.tasks.shared.keys import EngineConfig, ServerConfig, engine_options
+from flashmoe_mlx.tasks.shared.keys import PromptCacheConfig, ServerConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "sto
 
 
 @dataclass
-class Config(EngineConfig):
+class Config(PromptCacheConfig):
     """Keys of ``task=serve``."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -41,8 +42,9 @@ def run(config: Config, run_dir: Path) -> None:
         raise InputError(
             'task=serve needs the extra "server": pip install "flashmoe_mlx[server]"', code="missing_extra"
         )
-    from flashmoe_mlx.server.listen import HttpServer, check_exposure, listening_socket
+    from flashmoe_mlx.server.listen import HttpServer, check_exposure, is_local, listening_socket
     from flashmoe_mlx.server.middleware import Policy
+    from flashmoe_mlx.server.observatory import backend_name
     from flashmoe_mlx.server.service import Service, Settings
 
     options = config.server
@@ -50,17 +52,21 @@ def run(config: Config, run_dir: Path) -> None:
     keys = _keys(options.api_key_file)
     check_exposure(options.host, has_key=bool(keys), insecure=options.insecure)
     folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k)
+    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     write_json(run_dir / "environment.json", environment())
     name = options.name or model_identity(folder).rpartition("/")[2].partition("@")[0] or "model"
 
+    switch = is_local(options.host) if options.switch is None else options.switch
+
     def load_engine() -> Engine:
-        engine = load(
-            folder,
-            backend,
-            config.experts_k,
-            **engine_options(config),
-        )
+        return reload_engine(None, None)
+
+    def reload_engine(name: str | None, experts_k: int | None) -> Engine:
+        nonlocal backend
+        chosen = backend if name is None or name == backend_name(backend) else backend_settings(name)
+        k = config.experts_k if experts_k is None else experts_k
+        engine = load(folder, chosen, k, **engine_options(config), **cache_options(config))
+        backend, config.experts_k = chosen, k
         print_notes([engine.setup["note"]])
         log.info("model %s, %s", folder, engine.setup)
         return engine
@@ -79,7 +85,7 @@ def run(config: Config, run_dir: Path) -> None:
             any_model=options.any_model,
             queue=options.queue,
             together=options.together,
-            backend=str(backend.get("_target_", "")).split(".")[-2:][0],
+            reload=reload_engine if switch else None,
             record=record,
         )
         policy = Policy(tuple(keys), (*options.names, options.host), tuple(options.origins))

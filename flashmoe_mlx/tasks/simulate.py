@@ -16,6 +16,7 @@ from flashmoe_mlx.research.figures import hit_rate_figure, save
 from flashmoe_mlx.research.traces.cache_design import CacheDesign, capacities
 from flashmoe_mlx.research.traces.curves import Curve, curves
 from flashmoe_mlx.research.traces.predictors import FixedAccuracyPredictor, Predictor, PreviousTokenPredictor
+from flashmoe_mlx.research.traces.replay_page import write_replay_page
 from flashmoe_mlx.research.traces.routing import RoutingSummary, summarize
 from flashmoe_mlx.research.traces.simulator import Replay, replay
 from flashmoe_mlx.stores.memory import GIB
@@ -36,15 +37,21 @@ class Config(CommonConfig):
     scopes: list[str] = field(default_factory=lambda: ["layer"])
     slots: list[int] | None = None
     hot: str | None = field(default=None, metadata=TEXT)
+    html: str | None = field(default=None, metadata=TEXT)
     prefetch_accuracy: list[float] = field(default_factory=lambda: [0.5, 0.7, 0.9])
 
 
 def run(config: Config, run_dir: Path) -> None:
-    """Replay the trace, show tables, and write ``simulate.json`` and ``hit_rates.png`` to ``run_dir``."""
+    """Replay the trace, show tables, and write ``simulate.json`` and ``hit_rates.png`` to ``run_dir``.
+
+    With ``html``, also write a page that replays the trace in a browser.
+    """
     if config.trace is None:
         raise InputError("task=simulate needs trace=<file>; task=trace records one")
     _check(config)
     trace = RoutingTrace.load(expand_path(config.trace))
+    if config.html is not None:
+        write_replay_page(expand_path(config.trace), expand_path(config.html))
     hot = None if config.hot is None else RoutingTrace.load(expand_path(config.hot))
     _, layers, k = trace.experts.shape
     slots = sorted(set(capacities(trace.num_experts, k) if config.slots is None else config.slots))
@@ -70,6 +77,8 @@ def run(config: Config, run_dir: Path) -> None:
     print_table(_prefetch_table(prefetches, prefetch_slots))
     _save_figure(found, trace, run_dir)
     show(f"record: {run_dir}")
+    if config.html is not None:
+        show(f"to replay the trace, open in a browser: {expand_path(config.html)}")
 
 
 def _check(config: Config) -> None:

@@ -60,7 +60,9 @@ def run(config: Config, run_dir: Path) -> None:
         model = f"{model_identity(folder)}, {engine.setup['experts']['bits'] or 16} bits"
         if stopped is not None and not engine.metrics.prefill.tokens:
             raise stopped  # no forward pass was completed, so the trace is empty
-        trace = recorder.trace(engine.model.config.num_experts, prompt, model, engine.store.layout.record_bytes)
+        trace = recorder.trace(
+            engine.model.config.num_experts, prompt, model, round(engine.store.layout.mean_record_bytes)
+        )
     trace.save(path)
     log.info("%s: %d tokens", path, len(trace.experts))
     show()

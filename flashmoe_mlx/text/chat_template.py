@@ -33,6 +33,7 @@ from flashmoe_mlx.text.messages import (
     to_json_types,
 )
 from flashmoe_mlx.text.template_files import LARGEST_TEMPLATE, SPECIAL_TOKENS, find_template
+from flashmoe_mlx.text.tool_formats.by_template import format_of_template
 
 _LARGEST_OUTPUT = 2**25
 """Limit for the characters of a prompt, the items of a repeated sequence, and the bits of a product or power."""
@@ -52,6 +53,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         self.source = source
+        self._tool_source = tool_source or source
         self._special_tokens = dict(special_tokens)
         self._template = _Compiled(source)
         self._tool_template = self._template if tool_source is None else _Compiled(tool_source)
@@ -70,6 +72,11 @@ class ChatTemplate:
     def variables(self) -> frozenset[str]:
         """The optional variables of the template, such as ``enable_thinking`` and ``reasoning_effort``."""
         return self._read - _GIVEN - self._special_tokens.keys() - set(SPECIAL_TOKENS)
+
+    @cached_property
+    def tool_format(self) -> str | None:
+        """The name of the module in ``tool_formats`` for the calls that the template writes; None if none is known."""
+        return format_of_template(self._tool_source)
 
     def reads(self, name: str) -> bool:
         """Tell whether the template reads the variable ``name``, whether optional or always given."""

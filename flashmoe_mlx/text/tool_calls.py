@@ -21,7 +21,7 @@ class ToolCallReader:
         tools: declarations, as for the chat template; they determine the types of arguments.
         added_tokens: ids of a tokenizer's added tokens by their text. If ``<tool_call>`` is among them, only this token
             begins a call, otherwise its text does.
-        tool_format: the name of a module in ``tool_formats``; ``Family.tool_format`` names the one of a model.
+        tool_format: the name of a module in ``tool_formats``; ``Engine.tool_format`` names the one of a model.
     """
 
     def __init__(
@@ -52,7 +52,9 @@ class ToolCallReader:
         return self._reader.finish("".join(segment.text for segment in self._scanner.finish()))
 
 
-def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, list[ToolCall]]:
+def parse_tool_calls(
+    text: str, tools: Sequence[Mapping[str, Any]] | None = None, tool_format: str = "qwen_xml"
+) -> tuple[str, list[ToolCall]]:
     """Return the text of an answer without its tool calls, and the calls in order.
 
     A value is read according to its schema: as text for a string, otherwise as JSON or a Python literal; a value that
@@ -61,7 +63,8 @@ def parse_tool_calls(text: str, tools: Sequence[Mapping[str, Any]] | None = None
     Args:
         text: answer without reasoning.
         tools: declarations, as for the chat template.
+        tool_format: the name of a module in ``tool_formats``.
     """
-    reader = ToolCallReader(tools)
+    reader = ToolCallReader(tools, tool_format=tool_format)
     first, rest = reader.add(None, text), reader.finish()
     return first.content + rest.content, reader.calls

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from tiny_checkpoints import (
     GEOMETRIES,
+    OLDER_GEOMETRIES,
     SEEDS,
     YARN,
     Dtype,
@@ -54,7 +55,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return YARN if self.geometry_name == YARN.name else GEOMETRIES[self.geometry_name]
+        return {**GEOMETRIES, **OLDER_GEOMETRIES, YARN.name: YARN}[self.geometry_name]
 
     @property
     def path(self) -> Path:
@@ -94,7 +95,14 @@ OTHER_CASES = (
     Case("text", 0, "mlx4", "BF16", experts_k=1),
     Case(YARN.name, 0, "dense", "F32"),
 )
-CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES)
+OLDER_CASES = (
+    *(Case(name, seed, "dense", "F32") for name in OLDER_GEOMETRIES for seed in SEEDS),
+    *(Case(name, 0, "mlx4", "BF16") for name in OLDER_GEOMETRIES),
+    Case("moe", 1, "dense", "BF16"),
+    Case("moe-mlp", 1, "dense", "F32", experts_k=2),
+)
+"""Cases of Qwen3-MoE and Qwen3-Next."""
+CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES, *OLDER_CASES)
 
 LONG_PROMPT_LENGTH = 4200
 LONG_CONTEXT = 8192

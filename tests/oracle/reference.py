@@ -1,4 +1,4 @@
-"""The Qwen3.5-MoE text model of transformers in float32 on a CPU, with weights by canonical name."""
+"""The native families in transformers, in float32 on a CPU, with weights by canonical name."""
 
 from collections.abc import Mapping
 from itertools import count
@@ -6,7 +6,16 @@ from itertools import count
 import numpy as np
 import torch
 from tiny_checkpoints import Geometry, random_words
-from transformers import Cache, DynamicCache, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
+from transformers import (
+    Cache,
+    DynamicCache,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 
 from oracle.recorded import DECODE_STEPS, PROMPT_LENGTH, TOLERANCE
 
@@ -17,16 +26,24 @@ ROUTING_MARGIN = 5e-4
 """Smallest margin of a recorded expert. Router logits of float32 implementations differ by about 1e-5."""
 
 
+_CLASSES = {
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
+    "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+    "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+}
+
+
 class Reference:
     """The model, and the smallest margin of all choices that its routers have made."""
 
     def __init__(self, geometry: Geometry, weights: Mapping[str, np.ndarray], experts_k: int | None = None) -> None:
-        config = Qwen3_5MoeTextConfig(**geometry.text_config())
+        config_class, model_class = _CLASSES[geometry.family]
+        config = config_class(**geometry.text_config())
         config.num_experts_per_tok = experts_k or geometry.top_k
         # Use the reference implementations rather than optimized implementations.
         config._attn_implementation = "eager"
         config._experts_implementation = "eager"
-        self.model = Qwen3_5MoeForCausalLM(config).eval()
+        self.model = model_class(config).eval()
         state = {
             name if name.startswith("lm_head") else f"model.{name}": torch.from_numpy(values)
             for name, values in weights.items()
@@ -36,8 +53,8 @@ class Reference:
         self.model.load_state_dict(state, strict=True)
         self.routing_margin = float("inf")
         """Smallest difference between the router logits of the last chosen expert and the first expert not chosen."""
-        for layer in self.model.model.layers:
-            layer.mlp.gate.register_forward_hook(self._watch_router)
+        for index in geometry.moe_layers:
+            self.model.model.layers[index].mlp.gate.register_forward_hook(self._watch_router)
 
     def _watch_router(self, router: torch.nn.Module, _: object, outputs: tuple[torch.Tensor, ...]) -> None:
         if router.top_k < router.num_experts:

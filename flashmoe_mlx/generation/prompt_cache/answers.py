@@ -50,6 +50,8 @@ class AnswerMemory:
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        template = vocabulary.tokenizer.chat_template
+        self._tool_format = (template and template.tool_format) or "qwen_xml"
         self._answers: OrderedDict[bytes, list[list[int]]] = OrderedDict()
         self._tokens = 0
 
@@ -102,7 +104,7 @@ class AnswerMemory:
     def _parts(self, answer: list[int]) -> _Parts:
         text = self._vocabulary.tokenizer.decode(answer)
         thinking, closed, rest = text.partition(END_THINK)
-        content, calls = parse_tool_calls(rest if closed else text)
+        content, calls = parse_tool_calls(rest if closed else text, tool_format=self._tool_format)
         return _Parts(
             text.lstrip().startswith(THINK),
             thinking.replace(THINK, "").strip() if closed else "",

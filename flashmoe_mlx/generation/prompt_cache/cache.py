@@ -22,6 +22,8 @@ from flashmoe_mlx.layers.cache import Checkpoint
 from flashmoe_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
+_LEAST_ON_DISK = 4
+"""States of a sequence that are kept in memory until they are on disk: of the system message, of turns, of the end."""
 _SHOWN = 16
 """Tokens on either side of a divergence in the log."""
 
@@ -41,11 +43,14 @@ class PromptCache:
         self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None, disk: Disk | None = None
     ) -> None:
         self._budget = budget
-        self._most_states = max(1, budget // 2 // state_bytes) if state_bytes else None
+        # A sequence whose states go to the disk must keep those that the next turn needs, whatever the budget.
+        least = 1 if disk is None else _LEAST_ON_DISK
+        self._most_states = max(least, budget // 2 // state_bytes) if state_bytes else None
         self._has_state = state_bytes > 0
         self._vocabulary = None if tokenizer is None else Vocabulary(tokenizer)
         self._answers = None if self._vocabulary is None else AnswerMemory(self._vocabulary)
         self._tree = Tree()
+        self._latest = self._tree.root
         self._requests = 0
         self._lock = Lock()
         self.disk = disk
@@ -56,10 +61,16 @@ class PromptCache:
         """The size of all conversations in bytes."""
         return self._tree.nbytes
 
+    @property
+    def room(self) -> int:
+        """The bytes by which it may grow."""
+        return max(0, self._budget - self.nbytes)
+
     def clear(self) -> None:
         """Forget all conversations."""
         with self._lock:
             self._tree.clear()
+            self._latest = self._tree.root
             if self.disk is not None:
                 self.disk.clear()
             if self._answers is not None:
@@ -100,7 +111,15 @@ class PromptCache:
                 raise
             self._tree.nbytes += segment.loaded_bytes - before
             loaded = True
+        if loaded and self.disk is not None:
+            self.disk.touch(match.segment)
         return loaded
+
+    def _remove_deleted(self, segments: list[Segment]) -> None:
+        """Remove those of ``segments``, which are no longer on disk, whose contents are not in memory."""
+        for segment in segments:
+            if segment.part is None and segment.parent is not None and segment in segment.parent.children:
+                self._forget(segment)
 
     def _forget(self, segment: Segment) -> None:
         """Remove a segment and all segments after it, from the disk, too."""
@@ -151,6 +170,8 @@ class PromptCache:
                 match.segment.used = self._requests
                 for segment in path:
                     segment.reused = True
+                if source == "disk":
+                    shrink(self._tree, self._budget, match.segment)
         boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
         sequence.prefilled = sequence.metrics.reused_tokens = match.length
         sequence.metrics.reused_from = source if match.length else None
@@ -163,7 +184,8 @@ class PromptCache:
         while True:
             match = self._tree.match(tokens, self._has_state)
             with contextlib.suppress(DamagedError):
-                return match, "disk" if self._load(match) else "ram"
+                loaded = self._load(match)
+                return match, "disk" if loaded else "live" if match.segment in self._latest.path() else "ram"
 
     def keep(self, sequence: Sequence) -> None:
         """Keep an ended ``sequence``, without the last pass if that was cancelled halfway.
@@ -193,8 +215,9 @@ class PromptCache:
             if self.disk is not None:
                 for segment in deepest.path():
                     if segment.stored is None:
-                        self.disk.write(segment)
+                        self._remove_deleted(self.disk.write(segment))
             shrink(self._tree, self._budget, deepest)
+            self._latest = deepest
 
     def _add(
         self,

@@ -1,17 +1,16 @@
 """Conversations on disk: an append-only file of keys and values, and one file for each position with a state.
 
-A folder holds the conversations of one model with one set of settings; its name is the hash of these. Every file of a
-state names the file of the state before it, the place of the keys and values between the two, and their checksums. Its
-own name holds the checksum of its content. Whatever is missing, damaged or from elsewhere is left out.
+A folder holds the conversations of one model with one set of settings; its name is the hash of these. Whatever is
+missing, damaged or from elsewhere is left out. ``files`` describes the files.
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from hashlib import blake2b
 from importlib.metadata import version
@@ -22,17 +21,19 @@ import mlx.core as mx
 import numpy as np
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.prompt_cache import files
+from flashmoe_mlx.generation.prompt_cache.files import KEYS_AND_VALUES, SETTINGS, UNREADABLE
 from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.generation.prompt_cache.tree import Segment, Stored, Tree
 from flashmoe_mlx.layers.cache import Checkpoint, SequenceCache
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.runnable import RunnableModel
 
 _log = logging.getLogger(__name__)
-_VERSION = 1
-_KEYS_AND_VALUES = "kv.bin"
-_LARGEST_HEADER = 2**24
+_VERSION = 2
 _PRIVATE = 0o700
+_DESCRIPTION, _TOKEN, _ARRAY = 1024, 8, 256
+"""The largest sizes in bytes of a header without tokens, of a token in it, and of the arrays of a layer."""
 
 
 class DamagedError(Exception):
@@ -45,6 +46,7 @@ class Disk:
     Args:
         folder: holds a folder for each set of settings; it is made if it is missing.
         settings: all that determines the numbers in a state, as JSON values.
+        about: what people read about the model in the folder, as JSON values.
         limit: the largest size of all files in bytes.
         blank: an empty cache of the model.
 
@@ -52,33 +54,37 @@ class Disk:
         InputError: the folder cannot be used; code "cache_dir".
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], limit: int, blank: SequenceCache) -> None:
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], about: Mapping[str, Any], limit: int, blank: SequenceCache
+    ) -> None:
         self._blank = blank
         self._limit = limit
         name = blake2b(json.dumps([_VERSION, settings], sort_keys=True, default=str).encode(), digest_size=16)
         self.folder = folder / name.hexdigest()
+        self._segments: dict[Path, list[Segment]] = {}
+        """The segments in the folder of each conversation."""
         try:
-            folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
-            folder.chmod(_PRIVATE)
+            _make_private(folder)
             self.folder.mkdir(mode=_PRIVATE, exist_ok=True)
-            (self.folder / "settings.json").write_text(json.dumps(settings, default=str, indent=1))
-            self._lock = os.open(self.folder / "lock", os.O_CREAT | os.O_RDWR, 0o600)
+            described = self.folder / SETTINGS
+            if not described.exists():
+                described.write_text(json.dumps({**about, **settings}, default=str, indent=1))
+            self._lock = files.lock(self.folder)
+            if self._lock is not None:
+                files.delete_partial_files(self.folder)
+                self._make_room(0, set(), [])
         except OSError as error:
             raise InputError(
                 f"cache_dir={folder}: cannot be used ({error.strerror}); choose another folder", code="cache_dir"
             ) from error
-        self._writes = True
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._writes = False
+        if self._lock is None:
             _log.warning("%s: another process uses it; conversations of this process are not kept there", self.folder)
 
     def close(self) -> None:
         """Let other processes write; may be called again."""
-        if self._lock >= 0:
+        if self._lock is not None:
             os.close(self._lock)
-        self._lock, self._writes = -1, False
+        self._lock = None
 
     def load(self, tree: Tree, key: Any) -> list[Segment]:
         """Add all segments on disk to ``tree``, without their contents; return them.
@@ -88,11 +94,11 @@ class Disk:
             key: returns the key of tokens.
         """
         found: dict[str, tuple[Path, dict[str, Any]]] = {}
-        for file in self.folder.glob("*/*.safetensors"):
+        for file in files.state_files(self.folder):
             try:
-                found[file.name] = file, _read_header(file)
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                _discard(file)
+                found[file.name] = file, files.read_header(file)
+            except UNREADABLE:
+                self._delete(file)
         segments: dict[str, Segment] = {}
         for name in sorted(found, key=lambda name: _end(found[name][1])):
             file, header = found[name]
@@ -103,16 +109,17 @@ class Disk:
                 stored = Stored(file, int(place["offset"]), int(place["size"]), str(place["checksum"]))
                 if end != parent.end + len(tokens) or not len(tokens):
                     raise ValueError(name)
-            except (KeyError, TypeError, ValueError, OverflowError):
-                _discard(file)
+            except (*UNREADABLE, OverflowError):
+                self._delete(file)
                 continue
             segment = Segment(parent, tokens, key(tokens.tolist()), end, kind, None, None, 0, stored=stored)
             segments[name] = segment
             tree.add(segment)
+            self._segments.setdefault(file.parent, []).append(segment)
         return list(segments.values())
 
     def read(self, segment: Segment, with_state: bool) -> None:
-        """Read the contents of ``segment``.
+        """Read the keys and values of ``segment``, and its state if wanted.
 
         Raises:
             DamagedError: they are missing or not as they were written.
@@ -120,71 +127,83 @@ class Disk:
         stored = segment.stored
         assert stored is not None
         try:
-            content = stored.file.read_bytes()
-            if _checksum(content) != stored.file.stem:
-                raise DamagedError(f"{stored.file}: its checksum is wrong")
-            arrays = mx.load(str(stored.file))
-            shapes = _read_header(stored.file)["part"]
-            assert isinstance(arrays, dict)
-            with (stored.file.parent / _KEYS_AND_VALUES).open("rb") as file:
+            state = self._state(files.read_arrays(stored.file)) if with_state else segment.state
+            shapes = files.read_header(stored.file)["part"]
+            with (stored.file.parent / KEYS_AND_VALUES).open("rb") as file:
                 file.seek(stored.offset)
                 data = file.read(stored.size)
-            if len(data) != stored.size or _checksum(data) != stored.checksum:
-                raise DamagedError(f"{stored.file.parent / _KEYS_AND_VALUES}: its checksum is wrong")
-            if with_state:
-                segment.state = self._state(arrays)
+            if len(data) != stored.size or files.checksum(data) != stored.checksum:
+                raise DamagedError(f"{stored.file.parent / KEYS_AND_VALUES}: its checksum is wrong")
             segment.part = self._part(shapes, data, len(segment.tokens))
-            os.utime(stored.file.parent)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
+            segment.state = state
+        except (*UNREADABLE, OverflowError) as error:
             raise DamagedError(f"{stored.file}: {error}") from error
 
-    def write(self, segment: Segment) -> None:
-        """Write a new segment with a state; errors of the system are logged and leave it out."""
+    def write(self, segment: Segment) -> list[Segment]:
+        """Write a new segment with a state; errors of the system are logged and leave it out.
+
+        Returns:
+            The segments that had to be deleted to make room.
+        """
         parent = segment.parent
         assert parent is not None
         assert segment.part is not None
-        if not self._writes or segment.state is None or (parent.parent is not None and parent.stored is None):
-            return
-        started = parent.stored is None or parent.kind is Kind.SYSTEM
+        if self._lock is None or segment.state is None or (parent.parent is not None and parent.stored is None):
+            return []
+        removed: list[Segment] = []
+        made: Path | None = None
         try:
-            self._make_room(segment.part_bytes + segment.state_bytes, parent)
-            if started or parent.stored is None:
-                folder = Path(tempfile.mkdtemp(dir=self.folder))
+            needed = {part.stored.file.parent for part in parent.path() if part.stored is not None}
+            described = _DESCRIPTION + _TOKEN * len(segment.tokens) + _ARRAY * len(segment.state)
+            self._make_room(segment.part_bytes + segment.state_bytes + described, needed, removed)
+            if parent.stored is None or parent.kind is Kind.SYSTEM:
+                folder = made = Path(tempfile.mkdtemp(dir=self.folder))
             else:
                 folder = parent.stored.file.parent
             segment.stored = self._write(folder, segment, parent.stored)
+            self._segments.setdefault(folder, []).append(segment)
+            self.touch(segment)
         except OSError as error:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
             _log.warning("%s: a conversation could not be kept (%s)", self.folder, error.strerror)
+        return removed
+
+    def touch(self, segment: Segment) -> None:
+        """Mark the conversation up to ``segment`` as used; its beginning, which others may share, outlasts its end."""
+        now = time.time_ns()
+        folders = [part.stored.file.parent for part in reversed(segment.path()) if part.stored is not None]
+        for later, folder in enumerate(dict.fromkeys(folders)):
+            with contextlib.suppress(OSError):
+                os.utime(folder, ns=(now, now + later))
 
     def discard(self, segment: Segment) -> None:
         """Delete the file of the state of ``segment``."""
         if segment.stored is not None:
-            _discard(segment.stored.file)
-
-    def conversations(self) -> list[tuple[Path, int]]:
-        """Return the folders of all conversations with their bytes, those used last at the end."""
-        folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
-        return [(folder, _size(folder)) for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime)]
+            self._delete(segment.stored.file)
+            segments = self._segments.get(segment.stored.file.parent, [])
+            if segment in segments:
+                segments.remove(segment)
+            segment.stored = None
 
     def clear(self) -> None:
         """Delete all conversations."""
-        for folder, _ in self.conversations():
-            shutil.rmtree(folder, ignore_errors=True)
+        if self._lock is not None:
+            for folder in files.conversation_folders(self.folder):
+                shutil.rmtree(folder, ignore_errors=True)
+            self._segments.clear()
+
+    def _delete(self, file: Path) -> None:
+        """Delete a file, unless another process may be writing it."""
+        if self._lock is not None:
+            files.delete(file)
 
     def _write(self, folder: Path, segment: Segment, parent: Stored | None) -> Stored:
         part = segment.part or []
         kept = [(index, array) for index, layer in enumerate(part) if layer is not None for array in layer.arrays()]
         data = b"".join(_bytes(array) for _, array in kept)
-        place = folder / _KEYS_AND_VALUES
-        with place.open("ab") as file:
-            offset = file.tell()
-            try:
-                file.write(data)
-                file.flush()
-            except OSError:
-                file.truncate(offset)
-                raise
-        checksum = _checksum(data)
+        offset = files.append(folder / KEYS_AND_VALUES, data)
+        checksum = files.checksum(data)
         header = {
             "parent": None if parent is None else parent.file.name,
             "tokens": segment.tokens.tolist(),
@@ -198,30 +217,34 @@ class Disk:
             for index, layer in enumerate(segment.state or [])
             if layer is not None
             for number, array in enumerate(layer.arrays())
-        } or {"empty": mx.zeros(1)}
-        partial = folder / "partial.safetensors"
+        }
         try:
-            mx.save_safetensors(str(partial), arrays, {"flashmoe": json.dumps(header)})
-            content = partial.read_bytes()
-            _checked_complete(content)
-            final = folder / f"{_checksum(content)}.safetensors"
-            partial.replace(final)
-        except (OSError, RuntimeError, ValueError) as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise error if isinstance(error, OSError) else OSError(0, str(error)) from error
-        return Stored(final, offset, len(data), checksum)
+            return Stored(files.write_state(folder, arrays, header), offset, len(data), checksum)
+        except OSError:
+            files.cut(folder / KEYS_AND_VALUES, offset)
+            raise
 
-    def _make_room(self, nbytes: int, parent: Segment) -> None:
-        """Delete the conversations that were used least recently until ``nbytes`` more fit."""
-        needed = {segment.stored.file.parent for segment in parent.path() if segment.stored is not None}
-        listed = self.conversations()
+    def _make_room(self, nbytes: int, needed: set[Path], removed: list[Segment]) -> None:
+        """Delete the conversations that were used least recently until ``nbytes`` more fit.
+
+        Args:
+            nbytes: the size of a new segment.
+            needed: the folders of the conversation before it, which stay.
+            removed: takes the segments that are deleted.
+
+        Raises:
+            OSError: nothing else can be deleted.
+        """
+        listed = [(folder, files.folder_size(folder)) for folder in files.conversation_folders(self.folder)]
         total = sum(size for _, size in listed)
         for folder, size in listed:
             if total + nbytes <= self._limit:
                 return
             if folder not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
+                for segment in self._segments.pop(folder, []):
+                    segment.stored = None
+                    removed.append(segment)
                 total -= size
         if total + nbytes > self._limit:
             raise OSError(0, f"the limit of {self._limit} bytes is reached")
@@ -231,7 +254,6 @@ class Disk:
         for index, layer in enumerate(self._blank.layers):
             names = sorted(name for name in arrays if name.split(".")[0] == str(index))
             state.append(None if layer.keeps_tokens else type(layer).of_arrays([arrays[name] for name in names], 0))
-        mx.eval([array for layer in state if layer is not None for array in layer.arrays()])
         return state
 
     def _part(self, shapes: list[Any], data: bytes, tokens: int) -> Checkpoint:
@@ -250,7 +272,7 @@ class Disk:
         return part
 
 
-def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, Any], model: Model) -> Disk:
+def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, Any], model: RunnableModel) -> Disk:
     """Open the conversations of a model in ``folder``.
 
     Args:
@@ -263,58 +285,31 @@ def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, 
     Raises:
         InputError: the folder or the size cannot be used.
     """
-    files = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in model_folder.iterdir())
+    contents = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in model_folder.iterdir())
     numbers = ("experts_k", "experts", "activations", "kernels", "replaced_kernels", "kv_bits")
     settings = {
-        "files": files,
-        "numerics": [version("mlx"), version("flashmoe-mlx"), str(mx.default_device()), str(model.norm.dtype)],
+        "files": contents,
+        "numerics": [version("mlx"), version("flashmoe-mlx"), str(mx.default_device()), str(model.dtype)],
         **{name: setup.get(name) for name in numbers},
     }
-    return Disk(folder, settings, prompt_cache_bytes(gib), model.new_cache())
+    return Disk(folder, settings, {"model": str(model_folder)}, prompt_cache_bytes(gib), model.new_cache())
+
+
+def _make_private(folder: Path) -> None:
+    """Make ``folder`` readable by its owner only, unless it is a folder with other files.
+
+    Raises:
+        OSError: it cannot be made or changed.
+    """
+    folder.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
+    if all((entry / SETTINGS).exists() for entry in folder.iterdir()):
+        folder.chmod(_PRIVATE)
 
 
 def _bytes(array: mx.array) -> bytes:
     return np.array(array.reshape(-1).view(mx.uint8)).tobytes()
 
 
-def _checksum(data: bytes) -> str:
-    return blake2b(data, digest_size=16).hexdigest()
-
-
-def _read_header(file: Path) -> dict[str, Any]:
-    """Return the header of the file of a state, whose content may be anything."""
-    with file.open("rb") as opened:
-        size = int.from_bytes(opened.read(8), "little")
-        if size > _LARGEST_HEADER:
-            raise ValueError(file)
-        outer = json.loads(opened.read(size))
-    header = json.loads(outer["__metadata__"]["flashmoe"])
-    if not isinstance(header, dict):
-        raise TypeError(file)
-    return header
-
-
 def _end(header: Mapping[str, Any]) -> int:
     end = header.get("end")
     return end if type(end) is int else 0
-
-
-def _checked_complete(content: bytes) -> None:
-    """Raise OSError unless a safetensors file that was just written is complete: the writer may ignore a full disk."""
-    size = int.from_bytes(content[:8], "little")
-    try:
-        header = json.loads(content[8 : 8 + size])
-        end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError) as error:
-        raise OSError(0, "the disk is full") from error
-    if len(content) != 8 + size + end:
-        raise OSError(0, "the disk is full")
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
-def _discard(file: Path) -> None:
-    with contextlib.suppress(OSError):
-        file.unlink()

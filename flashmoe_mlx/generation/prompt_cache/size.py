@@ -8,14 +8,18 @@ _SHARE = 16
 """The default is the machine's memory divided by this."""
 
 
-def prompt_cache_bytes(gib: float | None) -> int:
+def prompt_cache_bytes(gib: float | None, memory: int | None = None) -> int:
     """Return the bytes of a prompt cache of ``gib`` GiB; None stands for the default.
+
+    Args:
+        gib: the size in GiB.
+        memory: the memory of the machine in bytes; None for that of this machine.
 
     Raises:
         InputError: ``gib`` is negative or not a number; code "out_of_range".
     """
     if gib is None:
-        return min(_LARGEST_DEFAULT, total_memory() // _SHARE)
+        return min(_LARGEST_DEFAULT, (total_memory() if memory is None else memory) // _SHARE)
     if isinstance(gib, bool) or not isinstance(gib, int | float) or not 0 <= gib < 2**20:
         raise InputError(f"prompt_cache_gib={gib!r}: must be a number of GiB, or 0 for no cache", code="out_of_range")
     return int(gib * GIB)

@@ -209,6 +209,7 @@ class Tree:
         assert not segment.children
         segment.parent.children.remove(segment)
         self.nbytes -= segment.part_bytes + segment.state_bytes
+        segment.part = segment.state = None  # the segment may still be known as the latest one
 
     def clear(self) -> None:
         """Remove all segments."""

@@ -21,6 +21,7 @@ from typing import Any
 from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.model_files import open_model
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.bench.files import cached_share, expert_files
 from flashmoe_mlx.research.estimate.sizes import LEAST_SLOTS, resident_bytes
 from flashmoe_mlx.stores.contract import BackendUnavailableError
@@ -132,7 +133,9 @@ def least_memory(folder: Path) -> int:
     """
     files = open_model(folder)
     record = min(source.layout.record_bytes for source in files.experts.values())
-    return resident_bytes(files.config, _LEAST_BITS) + LEAST_SLOTS * record + _PROGRAM
+    # The sizes of a model that runs through mlx-lm tell nothing about its resident weights.
+    resident = resident_bytes(files.config, _LEAST_BITS) if isinstance(files.config, ModelConfig) else 0
+    return resident + LEAST_SLOTS * record + _PROGRAM
 
 
 def find_unavailable(plan: Plan) -> dict[str, str]:

@@ -36,6 +36,11 @@ class FioCandidate:
     def __init__(self, source: ExpertSource, depth: int, registered: bool) -> None:
         if not isinstance(source, PackedExperts):
             raise InputError("fio=true needs a pack, because fio reads whole records", code="not_a_pack")
+        if len({layout.record_bytes for layout in source.layout}) > 1:
+            raise InputError(
+                "fio=true needs records of one size, because fio reads blocks of one size; leave it out for this pack",
+                code="contradiction",
+            )
         self.label = f"{LABEL} registered=true" if registered else LABEL
         self._source = source
         self._depth = depth

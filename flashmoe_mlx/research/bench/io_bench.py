@@ -102,7 +102,7 @@ class StoreCandidate:
         latencies: list[float] = []
         nbytes = 0
         with self._opener() as store:
-            record_bytes = store.layout.record_bytes
+            layout = store.layout
             stats_at_start = store.stats()
             cpu = _cpu_seconds()
             for layer, experts in requests.decode_requests():
@@ -113,7 +113,7 @@ class StoreCandidate:
                     store.fetch(layer, group).slab  # noqa: B018  # a memory-mapped store copies only now
                     spent += time.perf_counter_ns() - start
                 latencies.append(spent / 1e9)
-                nbytes += record_bytes * len(experts)
+                nbytes += layout[layer].record_bytes * len(experts)
             cpu = _cpu_seconds() - cpu
             stats = store.stats() - stats_at_start
         return Trial(self.label, condition, number, tuple(latencies), sum(latencies), cpu, nbytes, cached, stats)

@@ -8,6 +8,7 @@ from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.model_files import ModelFiles
+from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.prediction import Estimate, Machine, Model, estimates
 from flashmoe_mlx.stores.memory import GIB
@@ -77,16 +78,22 @@ def _too_large(model: Model, memory: int) -> InputError:
 
 def _model(files: ModelFiles, variant: str | None, experts_k: int | None) -> Model:
     layout = files.variant(variant).layout
-    if layout.bits is None or layout.group_size is None:
+    if any(form.bits is None for own in layout.distinct for form in own.formats):
         raise InputError(
             "backend=auto: the speed model needs quantized experts; make a pack (task=pack), or choose a backend",
             code="unsupported_layout",
         )
     config, size = files.config, activation_type().size
+    if not isinstance(config, ModelConfig):
+        raise InputError(
+            "backend=auto: the speed model knows no models that run through mlx-lm; choose a backend",
+            code="unsupported_model",
+        )
     scales = 2 if choose("auto").accepts_any_scale_dtype else size
     k = config.experts_per_token if experts_k is None else experts_k
     context = min(_CONTEXT, config.max_context)
-    return Model(config, layout.bits, layout.bits, k, context, size, scales, None, layout.group_size)
+    bits = round(layout.code_bits)
+    return Model(config, bits, bits, k, context, size, scales, None, layout=layout)
 
 
 def _settings(estimate: Estimate, variant: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
@@ -52,7 +53,7 @@ class Model:
 
     Attributes:
         config: the geometry.
-        bits: the width of routed experts.
+        bits: the width of routed experts; the mean width if ``layout`` has several.
         resident_bits: the width of resident matrices.
         experts_k: routed experts of a token in each layer.
         context: the length of the sequence in tokens.
@@ -61,6 +62,8 @@ class Model:
         trace: a recording of its routing; None without one.
         group_size: the number of weights that share a scale and a bias.
         kv_bits: the width of cached keys and values; None for that of activations.
+        prompt_cache: bytes for the states of earlier prompts and answers.
+        layout: the layout of experts of several formats; None where ``bits`` and ``group_size`` determine it.
     """
 
     config: ModelConfig
@@ -73,23 +76,37 @@ class Model:
     trace: RoutingTrace | None = None
     group_size: int = GROUP_SIZE
     kv_bits: int | None = None
+    prompt_cache: int = 0
+    layout: LayerLayouts | None = None
 
     @property
     def need(self) -> MemoryNeed:
         """The memory that the model needs before it keeps any expert."""
         sizes = self.activation_bytes, self.scale_bytes
-        return memory_need(
-            self.config, self.resident_bits, self.bits, self.context, *sizes, self.group_size, self.kv_bits
+        need = memory_need(
+            self.config,
+            self.resident_bits,
+            self.bits,
+            self.context,
+            *sizes,
+            self.group_size,
+            self.kv_bits,
+            None if self.layout is None else self.layout.record_bytes,
         )
+        return replace(need, prompt_cache=self.prompt_cache)
 
     @property
     def expert_bytes(self) -> int:
         """The bytes of all experts on disk."""
-        return self.config.num_layers * self.config.num_experts * self.record_bytes
+        if self.layout is not None:
+            return self.config.num_experts * self.layout.bytes_in_all_layers
+        return len(self.config.moe_layers) * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
-        """The bytes of one expert on disk."""
+        """The bytes of one expert on disk, on average over the layers."""
+        if self.layout is not None:
+            return round(self.layout.mean_record_bytes)
         return record_bytes(self.config, self.bits, self.group_size)
 
 
@@ -135,11 +152,11 @@ def estimates(model: Model, machine: Machine) -> list[Estimate]:
 def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
     speed = SpeedModel(machine.profile, machine.faster_reads)
     if model.expert_bytes <= room:
-        in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.group_size)
+        in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.record_bytes)
         yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
         return
     record = model.record_bytes
-    slots = room // (record * model.config.num_layers)
+    slots = room // (record * len(model.config.moe_layers))
     direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
@@ -147,11 +164,11 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
             reader = {"reader": "io_uring", "depth": 64} if ring else {}
-            budget = slots * record * model.config.num_layers
+            budget = slots * record * len(model.config.moe_layers)
             yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
-            all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.group_size)
+            all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.record_bytes)
             name, options = ("io_uring", {}) if ring else ("pread", {"direct": True})
             yield _estimate(name, options, [all_read] * 3, (0.0, 0.0, 0.0), 0)
     if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
@@ -169,7 +186,7 @@ def _predicted(
     reads: list[dict[str, Distribution]],
     budget: int,
 ) -> Estimate:
-    predictions = [speed.predict(model.config, model.bits, model.experts_k, way, model.group_size) for way in reads]
+    predictions = [speed.predict(model.config, model.bits, model.experts_k, way, model.record_bytes) for way in reads]
     rates = [replay.hit_rate or 0.0 for replay in replays]
     return _estimate(name, options, predictions, (rates[0], rates[1], rates[2]), budget)
 
@@ -224,10 +241,10 @@ def _hits(replay: Replay, k: int) -> Distribution:
 def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
     """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
-    if (layers, trace.num_experts) != (config.num_layers, config.num_experts):
+    if (layers, trace.num_experts) != (len(config.moe_layers), config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{config.num_layers} of {config.num_experts}",
+            f"{len(config.moe_layers)} of {config.num_experts}",
             code="trace_of_another_model",
         )
 
@@ -235,7 +252,7 @@ def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
 def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
     """Yield single changes that may make the model faster: (name, changed model, changed machine)."""
     if model.bits > 2:
-        yield "bits=[2]", replace(model, bits=2), machine
+        yield "bits=[2]", replace(model, bits=2, layout=None), machine
     for k in (4, 2):
         if k < model.experts_k and model.trace is None:
             yield f"experts_k={k}", replace(model, experts_k=k), machine

@@ -28,7 +28,9 @@ from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 from flashmoe_mlx.model_files import ModelFiles, open_model
 from flashmoe_mlx.models.code_paths import model_shapes
 from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
+from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.research.bench.files import expert_files
 from flashmoe_mlx.research.estimate.machine_profile import MEMORY, WAYS, MachineProfile, Point, machine_identity
 from flashmoe_mlx.research.estimate.probe_models import SIZES
@@ -119,7 +121,8 @@ class _SizeProbe:
         """Load an engine and check its kernels for every measured K; ``load`` checks them for the model's own K."""
         engine = self._stack.enter_context(load(files.folder, backend, prompt_cache_gib=0))
         for k in set(EXPERTS) - {files.config.experts_per_token}:
-            check_kernels(engine.model.kernels, model_shapes(with_experts(engine.model, engine.store, k)))
+            model = with_experts(engine.model, engine.store, k)
+            check_kernels(model.kernels, model_shapes(model))
         return engine
 
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
@@ -197,7 +200,13 @@ def _memory_bandwidth() -> float:
     return max(rates)
 
 
-def with_experts(model: Model, store: ExpertStore, experts_k: int) -> Model:
+def with_experts(model: RunnableModel, store: ExpertStore, experts_k: int) -> Model:
     """Return a copy of ``model`` that uses ``experts_k`` routed experts per token from ``store``; it shares weights."""
-    layers = [replace(layer, experts=layer.experts.with_store(store, experts_k)) for layer in model.layers]
+    assert isinstance(model, Model)
+    layers = [
+        replace(layer, feed_forward=layer.feed_forward.with_store(store, experts_k))
+        if isinstance(layer.feed_forward, MixtureOfExperts)
+        else layer
+        for layer in model.layers
+    ]
     return replace(model, layers=layers)

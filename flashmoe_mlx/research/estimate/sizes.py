@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from math import prod
 
 from flashmoe_mlx.formats.record import PROJECTIONS, RecordLayout
-from flashmoe_mlx.generation.prefill_chunk import MOST_TOKENS
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.parameters import EMBEDDING, Kind
-from flashmoe_mlx.models.prompt_memory import prompt_memory
+from flashmoe_mlx.models.prompt_memory import MOST_TOKENS, prompt_memory
 
 GROUP_SIZE = 64
 LEAST_SLOTS = 32
@@ -32,7 +31,7 @@ def expert_weights(config: ModelConfig) -> int:
 
 def record_bytes(config: ModelConfig, bits: int, group_size: int = GROUP_SIZE) -> int:
     """Compute the bytes of an expert of ``bits`` bits on disk and in a slot."""
-    return RecordLayout(config.hidden_size, config.expert_size, bits, group_size, "BF16").record_bytes
+    return RecordLayout.uniform(config.hidden_size, config.expert_size, bits, group_size, "BF16").record_bytes
 
 
 def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_size: int = GROUP_SIZE) -> int:
@@ -65,6 +64,7 @@ class MemoryNeed:
         slots: the experts of one fetch, and as many that are read ahead.
         prompt: the tokens that go through a layer together.
         runtime: Python and MLX.
+        prompt_cache: the states of earlier prompts and answers.
     """
 
     resident: int
@@ -73,11 +73,13 @@ class MemoryNeed:
     slots: int
     prompt: int
     runtime: int
+    prompt_cache: int = 0
 
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return self.resident + self.keys_and_values + self.state + self.slots + self.prompt + self.runtime
+        needed = self.resident + self.keys_and_values + self.state + self.slots + self.prompt + self.runtime
+        return needed + self.prompt_cache
 
 
 def memory_need(
@@ -89,6 +91,7 @@ def memory_need(
     scale_bytes: int,
     group_size: int = GROUP_SIZE,
     kv_bits: int | None = None,
+    slot_bytes: int | None = None,
 ) -> MemoryNeed:
     """Compute the memory that a model needs for one sequence, whose tokens go through a layer together.
 
@@ -101,13 +104,14 @@ def memory_need(
         scale_bytes: the bytes of a scale or bias of resident matrices.
         group_size: the number of weights that share a scale and a bias.
         kv_bits: the width of cached keys and values; None for that of activations.
+        slot_bytes: the bytes of a slot for any expert; None for experts of ``expert_bits``.
     """
     caches = [config.mixer(layer).cache_size(activation_bytes, kv_bits) for layer in range(config.num_layers)]
     return MemoryNeed(
         resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
         keys_and_values=context * sum(cache.per_token for cache in caches),
         state=sum(cache.fixed for cache in caches),
-        slots=LEAST_SLOTS * record_bytes(config, expert_bits, group_size),
+        slots=LEAST_SLOTS * (slot_bytes or record_bytes(config, expert_bits, group_size)),
         prompt=prompt_memory(config, config.experts_per_token, activation_bytes).of(min(context, MOST_TOKENS)),
         runtime=_RUNTIME,
     )

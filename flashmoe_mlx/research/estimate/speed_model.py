@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MEMORY, MachineProfile, Point
-from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, expert_weights, record_bytes, touched_weights
+from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 
 Distribution = npt.NDArray[np.float64]
 """The probabilities of 0, 1, 2, ... experts."""
@@ -63,7 +63,7 @@ class SpeedModel:
         bits: int,
         experts_k: int,
         reads: Mapping[str, Distribution],
-        group_size: int = GROUP_SIZE,
+        size: int | None = None,
     ) -> Prediction:
         """Predict the time of a decoded token.
 
@@ -72,17 +72,17 @@ class SpeedModel:
             bits: bit width of the experts; the time to compute is that of the nearest measured width.
             experts_k: experts per token.
             reads: for each way of reading, the distribution of the number of experts per layer read in this way.
-            group_size: weights that share a scale and a bias.
+            size: bytes of a record; None for groups of 64 weights.
 
         Raises:
             ValueError: a way of reading was not measured.
         """
-        size = record_bytes(config, bits, group_size)
+        size = size or record_bytes(config, bits)
         quartiles = []
         for quartile in range(3):
             computing = self._computing(config, bits, experts_k, quartile)
             reading = sum(self._added(way, size, counts, quartile) for way, counts in reads.items())
-            quartiles.append((computing, config.num_layers * reading / self._faster_reads))
+            quartiles.append((computing, len(config.moe_layers) * reading / self._faster_reads))
         totals = [computing + reading for computing, reading in quartiles]
         return Prediction(totals[1], quartiles[1][1], min(totals), max(totals))
 
@@ -108,7 +108,11 @@ class SpeedModel:
             line = _Line.through(_by_size(self._points(MEMORY, nearest))[-1], quartile)
             expert_weight = max(0.0, line.slope / line.layers - expert) / line.expert_weights
         per_expert = expert + expert_weight * expert_weights(config)
-        return config.num_layers * (layer + experts_k * per_expert) + weight * touched_weights(config)
+        return (
+            config.num_layers * layer
+            + len(config.moe_layers) * experts_k * per_expert
+            + weight * touched_weights(config)
+        )
 
     def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
         """Return the expected seconds that reading adds to a layer.

@@ -102,7 +102,8 @@ def evaluate(
     for index, item in enumerate(judged):
         if progress:
             progress("answers", index, len(judged))
-        answers.append(judge(item, answer(engine, item)))
+        text = answer(engine, item)
+        answers.append(judge(item, text) if item.call is None else judge(item, text, engine.tool_format))
     summary: dict[str, Any] = {
         name: _statistics(sums, reference is not None) for name, sums in scores.items() if sums.tokens
     }

@@ -153,12 +153,12 @@ class Answer:
     valid: bool | None = None
 
 
-def judge(item: Item, text: str) -> Answer:
-    """Judge ``text`` as an answer to ``item``, which must be a judged item."""
+def judge(item: Item, text: str, tool_format: str = "qwen_xml") -> Answer:
+    """Judge ``text`` as an answer to ``item``, which must be a judged item; calls have the format ``tool_format``."""
     if item.exact is not None:
         return Answer(item, text, text == item.exact)
     if item.call is not None:
-        rest, calls = parse_tool_calls(text, item.tools)
+        rest, calls = parse_tool_calls(text, item.tools, tool_format)
         made = [{"name": call.name, "arguments": call.arguments} for call in calls if call.complete]
         return Answer(item, text, not rest and made == [item.call])
     assert item.schema is not None

@@ -14,7 +14,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 
 
 class RoutingRecorder:
-    """An observer that keeps the choices of all ``num_layers`` layers in memory, two bytes per chosen expert."""
+    """An observer that keeps the choices of ``num_layers`` layers in memory, two bytes per chosen expert."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -50,7 +50,7 @@ class RoutingRecorder:
 @contextmanager
 def recorded(engine: Engine) -> Iterator[RoutingRecorder]:
     """Record the choices of all layers of ``engine`` inside the ``with`` block."""
-    recorder = RoutingRecorder(engine.model.config.num_layers)
+    recorder = RoutingRecorder(engine.store.source.num_layers)
     engine.observe_routing(recorder)
     try:
         yield recorder

@@ -3,6 +3,8 @@
 import { eventData } from "./sse.js";
 
 const KEY = "flashmoe_mlx.key";
+/** What the watcher of this page shares with its own requests, so that it alone sees the texts of their tokens. */
+const WATCHER = Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 let askForKey = async () => null;
 let asking = null;
 
@@ -28,6 +30,7 @@ export function onKeyNeeded(ask) {
 function headers(body) {
   const key = sessionStorage.getItem(KEY);
   return {
+    "x-flashmoe-watcher": WATCHER,
     ...(body === undefined ? {} : { "content-type": "application/json" }),
     ...(key ? { authorization: `Bearer ${key}` } : {}),
   };

@@ -6,6 +6,7 @@ import { mount } from "./observatory.js";
 const FEED = {
   events: (signal) => api.events("observatory/events", { signal }),
   state: () => api.json("observatory/state"),
+  change: (body) => api.json("observatory/engine", { body }),
 };
 
 /** Connect the pane and its button, if the server has an observatory. */

@@ -9,6 +9,7 @@ from typing import Any
 
 from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
@@ -24,7 +25,11 @@ _OPTIONS = ("_target_", "variant", "mirrors")
 
 
 def chosen_backend(
-    settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
+    settings: Mapping[str, Any],
+    folder: Path,
+    choice: ModelChoice,
+    experts_k: int | None,
+    prompt_cache_gib: float | None = 0,
 ) -> dict[str, Any]:
     """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
@@ -36,6 +41,7 @@ def chosen_backend(
         folder: the folder of the model.
         choice: the model, whose cache folder keeps the measurements.
         experts_k: routed experts per token; None for the model's own number.
+        prompt_cache_gib: memory for the states of earlier prompts and answers, which experts cannot use; see ``load``.
 
     Raises:
         InputError: an option is set that ``backend=auto`` chooses itself, the model does not fit into memory, or the
@@ -53,7 +59,8 @@ def chosen_backend(
         return {**tuned.backend, "mirrors": settings.get("mirrors") or tuned.backend.get("mirrors", [])}
     profile = machine_profile(cache_folder(choice))
     files = open_model(folder)
-    made = choose_backend(files, profile, usable_memory(), settings.get("variant"), experts_k)
+    memory = usable_memory() - prompt_cache_bytes(prompt_cache_gib)
+    made = choose_backend(files, profile, memory, settings.get("variant"), experts_k)
     slower = "; ".join(f"{estimate.backend} {estimate.tokens_per_second:.3g}" for estimate in made.slower)
     show(
         f"backend=auto: {_shown(made.estimate)}, {made.estimate.tokens_per_second:.3g} tok/s expected "

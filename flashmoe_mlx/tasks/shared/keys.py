@@ -15,6 +15,8 @@ TEXT = {"text": True}
 """Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
 TRACE_OPTION = {"text_options": ("trace",)}
 """Metadata of a field with options: the option ``trace`` holds text."""
+WORDS = {"words": ("list", "clear", "warm")}
+"""Metadata of a field whose values may stand alone: ``list`` means ``action=list``."""
 SHORT_FOR_FILE = {"short_for": "file"}
 """Metadata of a group of keys: a value of the group itself is the value of its key ``file``."""
 
@@ -23,7 +25,8 @@ SHORT_FOR_FILE = {"short_for": "file"}
 class ModelChoice:
     """Choice of a model: a pack or checkpoint at ``path``, the shipped demo model, or a synthetic model.
 
-    Models that are made on this machine are kept under ``cache_dir``.
+    Models that are made on this machine are kept under ``cache_dir``. ``family`` is the ``model_type`` of a synthetic
+    model.
     """
 
     name: str = MISSING
@@ -31,6 +34,7 @@ class ModelChoice:
     cache_dir: str | None = field(default=None, metadata=TEXT)
     shipped: bool = False
     synthetic: SyntheticSizes | None = None
+    family: str | None = field(default=None, metadata=TEXT)
 
 
 @dataclass
@@ -69,6 +73,24 @@ class EngineConfig(StoreConfig):
 def engine_options(config: EngineConfig) -> dict[str, Any]:
     """Return the keys of ``EngineConfig`` as keyword arguments of ``load``."""
     return {"kernels": config.kernels, "activations": config.activations, "kv_bits": config.kv_bits}
+
+
+@dataclass
+class PromptCacheConfig(EngineConfig):
+    """Keys of tasks that continue earlier conversations."""
+
+    prompt_cache_gib: float | None = None
+    cache_dir: str | None = field(default=None, metadata=TEXT)
+    cache_dir_gib: float = 16.0
+
+
+def cache_options(config: PromptCacheConfig) -> dict[str, Any]:
+    """Return the keys of ``PromptCacheConfig`` as keyword arguments of ``load``."""
+    return {
+        "prompt_cache_gib": config.prompt_cache_gib,
+        "cache_dir": config.cache_dir,
+        "cache_dir_gib": config.cache_dir_gib,
+    }
 
 
 @dataclass
@@ -138,4 +160,5 @@ class ServerConfig:
     any_model: bool = True
     queue: int = 64
     together: int = 8
+    switch: bool | None = None
     stop_seconds: float = 10.0

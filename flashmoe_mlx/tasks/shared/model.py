@@ -11,7 +11,7 @@ from flashmoe_mlx.console.output import byte_progress, show
 from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.made_models.demo import demo_folder, demo_has, demo_with_variants
-from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.made_models.synthetic import FAMILY, synthetic_pack
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
@@ -54,7 +54,7 @@ def model_folder(choice: ModelChoice, *backends: Mapping[str, Any]) -> Path:
         with byte_progress() as progress:
             if choice.synthetic is None:
                 return demo_with_variants(variants, cache_dir, progress)
-            return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress).folder
+            return synthetic_pack(choice.name, choice.synthetic, cache_dir, progress, choice.family or FAMILY).folder
 
     try:
         return _make_or_wait(make)

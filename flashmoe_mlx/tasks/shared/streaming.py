@@ -70,7 +70,7 @@ def stream(engine: Engine, config: GenerationConfig, options: PromptOptions) -> 
         config: the prompt, and the limits and sampling options of the answer.
         options: the result of ``prompt_options``, which checks files before a model is loaded.
     """
-    bar = _PrefillBar()
+    bar = PrefillBar()
     generation = engine.generate(
         config.prompt,
         max_tokens=config.max_tokens,
@@ -107,7 +107,7 @@ def stream(engine: Engine, config: GenerationConfig, options: PromptOptions) -> 
     return shown
 
 
-class _PrefillBar:
+class PrefillBar:
     """Progress bar of prefill on stderr, which appears after ``_BAR_DELAY`` if stderr is a terminal.
 
     Implements ``generation.PrefillProgress``.

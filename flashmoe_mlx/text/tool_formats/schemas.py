@@ -112,6 +112,10 @@ class ToolSchemas:
         """The names of the functions."""
         return list(self._schemas)
 
+    def root(self, function: str) -> dict[str, Any]:
+        """Return the schema of all parameters of ``function``; empty if it has none."""
+        return self._resolved(function, self._schemas.get(function))
+
     def parameters(self, function: str) -> list[str]:
         """Return the names of the declared parameters of ``function``."""
         return list(self._declared(function))
