@@ -29,6 +29,7 @@ from flashmoe_mlx.custom_kernels.gated_delta_net import mlx as delta_mlx
 from flashmoe_mlx.custom_kernels.gated_delta_net import reference as delta_reference
 from flashmoe_mlx.custom_kernels.gated_delta_net.reference import DeltaInputs, GatedDelta
 from flashmoe_mlx.custom_kernels.gated_delta_net.samples import delta_inputs
+from flashmoe_mlx.custom_kernels.kernel import after
 from flashmoe_mlx.custom_kernels.product_cases import normed_matvec, quantized_matvec
 from flashmoe_mlx.custom_kernels.random_inputs import GEOMETRIES, Geometry, RandomInputs
 from flashmoe_mlx.custom_kernels.routed_experts import cpu as experts_cpu
@@ -333,7 +334,7 @@ def attention(
     custom = attention_cpu.gated_attention if on_cpu else attention_gpu.gated_attention
 
     def filled(y: mx.array, keys: mx.array, values: mx.array) -> Results:
-        caches = (cache[:, :, :context] for cache in mx.depends([keys, values], y))  # kernels write them in place
+        caches = (after(y, cache[:, :, :context]) for cache in (keys, values))
         if kv_bits is None:
             return y, *caches
         return y, *(rows.unpack(cache, mx.float32) for cache in caches)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import mlx.core as mx
 
@@ -66,7 +66,7 @@ class ExpertFormat:
         """The formats in the order of ``PROJECTIONS``."""
         return self.gate, self.up, self.down
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The formats in words, for the names of code paths."""
         if self.gate == self.up == self.down:

@@ -6,12 +6,13 @@ half a minute to open.
 """
 
 import json
-import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from scripted_model import scripted_sampler
 
 from flashmoe_mlx.__main__ import main
 from flashmoe_mlx.engine import Engine
@@ -19,35 +20,7 @@ from flashmoe_mlx.generation import sequence as sequence_module
 from flashmoe_mlx.tasks import chat
 
 ANSWERS: Mapping[str, str] = json.loads(Path(sys.argv[1]).read_text())
-END_OF_TURN = 258
-MARKUP = {"<think>": 259, "</think>": 260}
-"""Tokens that are not bytes."""
 load = chat.load
-
-
-def encode(text: str) -> Iterator[int]:
-    """Yield the tokens of ``text``."""
-    for part in re.split("(</?think>)", text):
-        yield from [MARKUP[part]] if part in MARKUP else part.encode()
-
-
-class Sampler:
-    """A sampler that ignores logits. Token ids below 256 are bytes."""
-
-    can_choose_on_device = False
-
-    def __init__(self, options: object, seed: object, prompt_ids: list[int], *rest: object) -> None:
-        prompt = bytes(token for token in prompt_ids if token < 256).decode()
-        word = max(ANSWERS, key=prompt.rfind)
-        self._delay = 0.01 if word.startswith("slow") else 0.0
-        self._tokens: Iterator[int] = iter([*encode(ANSWERS[word]), END_OF_TURN])
-
-    def __call__(self, logits: object, *rest: object) -> int:
-        time.sleep(self._delay)
-        return next(self._tokens)
-
-    def return_number(self, number: object) -> None:
-        """Do nothing."""
 
 
 class Sequence(sequence_module.Sequence):
@@ -70,7 +43,7 @@ def slow_load(folder: Path, backend: Mapping[str, Any], *arguments: Any, **optio
 if __name__ == "__main__":
     from flashmoe_mlx.generation import runner
 
-    sequence_module.Sampler = Sampler  # type: ignore[misc,assignment]
+    sequence_module.Sampler = scripted_sampler(ANSWERS)  # type: ignore[misc,assignment]
     runner.Sequence = Sequence  # type: ignore[misc]
     chat.load = slow_load  # type: ignore[assignment]
     sys.exit(main(sys.argv[2:]))

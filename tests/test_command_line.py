@@ -178,7 +178,7 @@ def test_messages_name_the_mistake(argument: str, message: str) -> None:
         ("temperature=hot", "temperature=hot: must be a number"),
         ("raw=maybe", "raw=maybe: must be true or false"),
         ("source=x", "source: task=generate has no such key"),
-        ("model.nosuch=1", "model.nosuch: no such key; model has cache_dir, path, synthetic"),
+        ("model.nosuch=1", "model.nosuch: no such key; model has cache_dir, family, path, synthetic"),
         ("model.pth=x", "model.pth: no such key; did you mean model.path?"),
     ],
 )

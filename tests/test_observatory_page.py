@@ -1,6 +1,5 @@
 """The observatory in Chromium: its numbers are the engine's, an expert shows its tokens, and traces are replayed."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,16 +40,6 @@ def served(demo_pack: Path) -> Iterator[Live]:
 
     with serve(demo_pack, engine_options={"backend": "ram_hybrid", "budget_gib": 0.004}, reload=reload) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as playwright:
-        found = shutil.which("chromium") or shutil.which("chromium-browser")
-        running = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from flashmoe_mlx import custom_kernels
 from flashmoe_mlx.custom_kernels import ModelShapes, check_kernels, choose, operations
 
 ROOT = Path(__file__).parents[1]
-MODEL = ModelShapes(mx.float32, 200, (), (), (), None, (), 1, 1, 1)
+MODEL = ModelShapes(mx.float32, 200, (), (), (), (), (), 1, 1, 1)
 
 
 def block_of_contributing(language: str, word: str) -> str:

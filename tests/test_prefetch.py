@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_slots_on_cpu
@@ -196,6 +197,7 @@ class HintedStore:
 
     def __init__(self) -> None:
         self.hints: list[tuple[int, list[int]]] = []
+        self.source = SimpleNamespace(num_layers=2)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         self.hints.append((layer, list(experts)))

@@ -19,7 +19,7 @@ FORMATS = [(2, 64), (3, 32), (4, 64), (6, 32), (8, 128)]
 
 def check(name: str, bits: int, group_size: int, dtype: mx.Dtype) -> None:
     table = RandomInputs(dtype, 1).quantized(8, 384, bits, group_size)
-    model = ModelShapes(dtype, 384, (), (), (), None, (), 3, 8, 8, table)
+    model = ModelShapes(dtype, 384, (), (), (), (), (), 3, 8, 8, table)
     kernel = operations()[name].on("cuda")
     assert isinstance(kernel, CheckedKernel)
     verdicts = kernel.check(kernel.samples(model))

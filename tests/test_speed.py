@@ -149,7 +149,8 @@ def test_sizes_of_a_published_model() -> None:
         ("x/Qwen3.5-35B-A3B-bf16", True),
         ("x/Qwen3.5-35B-A3B-Heretic", True),
         ("Qwen/Qwen3.5-35B-A3Bx", False),
-        ("Qwen/Qwen3-30B-A3B", False),
+        ("Qwen/Qwen3-30B-A3B", True),
+        ("Qwen/Qwen3-30B-A3Bx", False),
     ],
 )
 def test_names_of_known_models(name: str, known: bool) -> None:

@@ -57,7 +57,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
                 signal.raise_signal(signal.SIGINT)
             since.append(done)
 
-    monkeypatch.setattr(streaming._PrefillBar, "__call__", report)
+    monkeypatch.setattr(streaming.PrefillBar, "__call__", report)
     return since
 
 
@@ -136,7 +136,7 @@ def test_a_long_prompt_has_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) 
         screen = io.StringIO()
         monkeypatch.setattr(streaming, "console", Console(file=screen, force_terminal=terminal, width=120))
         monkeypatch.setattr(streaming, "_BAR_DELAY", delay)
-        bar = streaming._PrefillBar()
+        bar = streaming.PrefillBar()
         for done in (0, 300, 600):
             bar(done, 600)
         bar.stop()

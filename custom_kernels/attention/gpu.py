@@ -15,7 +15,7 @@ from flashmoe_mlx.custom_kernels.attention.mlx import attention
 from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, Results
 from flashmoe_mlx.custom_kernels.attention.samples import attention_inputs, without_codes
 from flashmoe_mlx.custom_kernels.checks import CodePath, Sample, tokens_phrase
-from flashmoe_mlx.custom_kernels.kernel import Kernel, bits_of, dialect
+from flashmoe_mlx.custom_kernels.kernel import Kernel, after, bits_of, dialect
 from flashmoe_mlx.custom_kernels.nvidia import gpu
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
@@ -126,8 +126,9 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     )
     if tokens > 1:
         end = inputs.start + tokens
-        written = mx.depends([keys, values], queries)
-        seen = (weights.rows.unpack(cache[:, :, :end], dtype) for cache in written)
+        seen = [cache[:, :, :end] for cache in (keys, values)]
+        if keys.dtype != dtype:
+            seen = [weights.rows.unpack(after(queries, rows), dtype) for rows in seen]
         mixed = attention(queries, *seen)
         y = mixed.squeeze(0).swapaxes(0, 1)
         if weights.gated:

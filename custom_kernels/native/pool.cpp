@@ -21,9 +21,11 @@ using Clock = std::chrono::steady_clock;
 
 // A layer has gaps between its loops, in which Python, MLX or a disk works. Waking a sleeping thread of an idle processor
 // takes longer than most gaps, on virtual machines above all. An idle thread therefore first spins, then offers its
-// processor to other threads again and again, and then sleeps (docs/measurements/2026-11-27-overlap.md).
+// processor to other threads again and again, and then sleeps (docs/measurements/2026-11-27-overlap.md). If another thread
+// takes the processor meanwhile, the machine has other work, and the idle thread sleeps at once.
 constexpr auto kSpin = std::chrono::microseconds(100);
 constexpr auto kAwake = std::chrono::milliseconds(4);
+constexpr auto kTaken = std::chrono::microseconds(50);
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -135,19 +137,18 @@ private:
     // Return the state of the gate after a loop other than `seen` was opened.
     uint64_t wait(uint64_t seen) {
         const auto start = Clock::now();
-        bool yields = false;
-        for (int spins = 0;; ++spins) {
+        auto now = start;
+        for (int spins = 0; now - start < kAwake; ++spins) {
             const uint64_t gate = gate_.load(std::memory_order_acquire);
             if (gate >> kEpoch != seen) return gate;
-            if (yields)
-                sched_yield();
-            else
+            if (now - start < kSpin) {
                 relax();
-            if (spins % 64 == 63) {
-                const auto waited = Clock::now() - start;
-                if (waited > kAwake) break;
-                yields = waited > kSpin;
+                if (spins % 64 == 63) now = Clock::now();
+                continue;
             }
+            sched_yield();
+            const auto before = std::exchange(now, Clock::now());
+            if (now - before > kTaken) break;
         }
         std::unique_lock<std::mutex> lock(mutex_);
         asleep_.fetch_add(1, std::memory_order_seq_cst);

@@ -1,4 +1,4 @@
-"""Configurations of models with GatedDeltaNet in most layers, and full attention with output gates in the others.
+"""Configurations of models with GatedDeltaNet in most layers and full attention with output gates in all other layers.
 
 Qwen3.5-MoE and Qwen3-Next have these layers. Sources: transformers ``Qwen3_5MoeTextConfig`` and ``Qwen3NextConfig``
 (field names and defaults).

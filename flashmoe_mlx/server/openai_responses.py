@@ -167,7 +167,7 @@ class ResponseStream:
                 begin += self._start("msg", {"type": kind, "role": "assistant", "content": []})
                 part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
             else:
-                thinking: dict[str, Any] = {"type": kind, "summary": [], "content": [], "encrypted_content": None}
+                thinking: dict[str, Any] = {"type": kind, "summary": [], "content": []}
                 begin += self._start("rs", thinking)
                 part = {"type": "reasoning_text", "text": ""}
             begin += self._part("response.content_part.added", part=part)

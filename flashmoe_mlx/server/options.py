@@ -103,9 +103,10 @@ def template_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     effort = effort or (reasoning.choice("effort", *_EFFORTS) if reasoning else None)
     if "enable_thinking" in fields:
         given.setdefault("enable_thinking", fields.flag("enable_thinking"))
-    if effort == "none" and "enable_thinking" in known:
-        given.setdefault("enable_thinking", False)
-    elif effort is not None and "reasoning_effort" in known:
+    can_switch = "enable_thinking" in known
+    if effort is not None and can_switch:
+        given.setdefault("enable_thinking", effort != "none")
+    if effort is not None and "reasoning_effort" in known and not (effort == "none" and can_switch):
         given.setdefault("reasoning_effort", effort)
     thinking = given.pop("enable_thinking", None)
     if not isinstance(thinking, bool | None):

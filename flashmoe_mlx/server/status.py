@@ -1,5 +1,6 @@
 """Routes that describe the server: models, tokens, health and metrics. None of them waits for the engine."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,8 +20,13 @@ _MOST_TOKENS = 2**20
 
 
 def describe_model(service: Service, name: str) -> dict[str, Any]:
-    """Return a model in a form that serves the APIs of OpenAI and of Anthropic."""
-    context = service.engine.model.config.max_context
+    """Return a model in a form that serves the APIs of OpenAI and of Anthropic.
+
+    ``meta`` tells what a client may leave to the server: the sampling options, and the options of the chat template.
+    """
+    engine = service.engine
+    context = engine.model.config.max_context
+    template = engine.tokenizer.chat_template
     return {
         "id": name,
         "object": "model",
@@ -31,7 +37,11 @@ def describe_model(service: Service, name: str) -> dict[str, Any]:
         "created_at": datetime.fromtimestamp(service.started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "max_model_len": context,
         "context_length": context,
-        "meta": {"n_ctx_train": context},
+        "meta": {
+            "n_ctx_train": context,
+            "sampling": asdict(engine.sampling.choose().options),
+            "template_options": [] if template is None else sorted(template.variables),
+        },
     }
 
 

@@ -150,10 +150,13 @@ class StoreStats:
         return self.overlapped_seconds / seconds if self.misses and seconds else None
 
     def __add__(self, other: "StoreStats") -> "StoreStats":
-        return StoreStats(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return StoreStats(*(getattr(self, name) + getattr(other, name) for name in _COUNTERS))
 
     def __sub__(self, other: "StoreStats") -> "StoreStats":
-        return StoreStats(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        return StoreStats(*(getattr(self, name) - getattr(other, name) for name in _COUNTERS))
+
+
+_COUNTERS = tuple(counter.name for counter in fields(StoreStats))  # every fetch adds them
 
 
 OnMisses = Callable[[int, tuple[int, ...]], object]

@@ -295,7 +295,7 @@ class ExpertStoreTests:
         check(store.fetch(0, [1, 3]), 0, [1, 3], stored)
 
     def test_misses_are_reported(self, store: ExpertStore, stored: StoredExperts) -> None:
-        """The reported experts are as many as the counted misses: those that the fetch did not find in a slot."""
+        """A fetch reports every expert that it did not find in a slot, and counts each as a miss."""
         reported: list[tuple[int, tuple[int, ...]]] = []
         store.on_misses = lambda layer, experts: reported.append((layer, experts))
         for experts in ([1, 3], [3, 5, 3], [5, 1], [5]):

@@ -116,7 +116,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
 NOT_TRIED: Mapping[str, str] = {
     "minimax_m3_vl": "no small config was found that its class accepts",
     "muse_spark": "no small config was found that its class accepts",
-    "prism_hadamard_qwen35": "its class needs a pack of its own format",
+    "prism_hadamard_qwen35": "its class reads only packs in another format",
 }
 """Files without a small checkpoint here, with the reasons."""
 TEXT: Mapping[str, tuple[str, str]] = {

@@ -88,7 +88,10 @@ class Scripted:
 
     def __call__(self, scores: Scores, history: TokenHistory) -> Scores:
         """Return the scores f64 [vocabulary] with the script's next token ahead."""
-        forced: Scores = np.where(np.arange(len(scores)) == self._tokens[int(history.generated.sum())], 1e4, scores)
+        done = int(history.generated.sum())
+        if done >= len(self._tokens):  # a grammar has forced other tokens
+            return scores
+        forced: Scores = np.where(np.arange(len(scores)) == self._tokens[done], 1e4, scores)
         return forced
 
 
@@ -111,6 +114,8 @@ def load_scripted(folder: Path, path: Path) -> Engine:
         made = real(prompt, **options)
         tokenizer = engine.tokenizer
         text = script(tokenizer.decode(made.prompt_ids), options.get("tools") or [], path)
+        if options.get("schema"):  # of the title of a conversation
+            text = '{"title": "Reading a file"}'
         tokens = [*tokenizer.encode(text), min(made.stop_ids)]
         return replace(made, processors=(*made.processors, Scripted(tokens)))
 

@@ -43,7 +43,7 @@ class PromptCache:
         self, budget: int, state_bytes: int, tokenizer: Tokenizer | None = None, disk: Disk | None = None
     ) -> None:
         self._budget = budget
-        # A sequence whose states go to the disk must keep those that the next turn needs, whatever the budget.
+        # With a disk, a sequence keeps the states that its next turn needs, even if they exceed the budget.
         least = 1 if disk is None else _LEAST_ON_DISK
         self._most_states = max(least, budget // 2 // state_bytes) if state_bytes else None
         self._has_state = state_bytes > 0

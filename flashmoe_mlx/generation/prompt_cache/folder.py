@@ -70,7 +70,7 @@ def kept(folder: Path) -> Iterator[Kept]:
 
 
 def clear(folder: Path) -> tuple[list[Kept], list[Kept]]:
-    """Delete all conversations in ``folder``; return those that were deleted, and those another process writes.
+    """Delete all conversations in ``folder``; return the deleted ones, and the ones that another process is writing.
 
     Raises:
         OSError: the folder cannot be read, or a file cannot be deleted.
