@@ -19,7 +19,7 @@ from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.research.bench.engine_bench import Configuration, Plan, Trial, run_trials
 from flashmoe_mlx.research.estimate.machine_profile import machine_identity
-from flashmoe_mlx.stores.memory import GIB
+from flashmoe_mlx.stores.memory import GIB, available_memory
 from flashmoe_mlx.stores.registry import backend_settings
 
 TUNED_VERSION = 1
@@ -52,6 +52,28 @@ class Tuned:
         created = datetime.now(UTC).isoformat(timespec="seconds")
         label, prefetch = configuration.label, configuration.prefetch
         return cls(dict(configuration.backend), prefetch, label, tokens_per_second, created)
+
+    def within(self, room: int, least: int, expert_bytes: int) -> Self | None:
+        """Return this result with slots for ``room`` bytes at most; None if the store cannot do with them.
+
+        Args:
+            room: bytes of memory for experts.
+            least: bytes of one expert from each layer.
+            expert_bytes: bytes of all experts.
+        """
+        if self.backend.get("_target_") == backend_settings("resident")["_target_"]:
+            return self if expert_bytes <= room else None
+        if "budget_gib" not in self.backend:
+            return self  # the store leaves experts to the page cache
+        budget, share = self.backend["budget_gib"], self.backend.get("memory_share") or 0
+        wanted = share * available_memory() if budget is None else budget * GIB
+        if wanted <= room:
+            return self
+        if room < least:
+            return None
+        gib = room / GIB
+        label = f"{self.label}, with budget_gib={gib:.3g} because less memory is free"
+        return replace(self, backend={**self.backend, "budget_gib": gib}, label=label)
 
 
 class TunedFile:

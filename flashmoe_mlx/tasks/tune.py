@@ -17,7 +17,7 @@ from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.estimate.automatic import room_for_experts
 from flashmoe_mlx.research.tuning import Tuned, candidates, label, search
 from flashmoe_mlx.stores.memory import GIB, available_memory
-from flashmoe_mlx.stores.registry import AUTO
+from flashmoe_mlx.stores.registry import AUTO, backend_names, backend_settings
 from flashmoe_mlx.tasks.shared.automatic import check_automatic, tuned_file, usable_memory
 from flashmoe_mlx.tasks.shared.backend_list import short_name
 from flashmoe_mlx.tasks.shared.keys import EngineConfig
@@ -97,13 +97,12 @@ def _settings(config: Config, files: ModelFiles) -> list[Configuration]:
     backend = config.backend
     if backend["_target_"] != AUTO:
         policy = config.prefetch or "none"
-        options = {name: value for name, value in backend.items() if name != "_target_" and value is not None}
-        return [Configuration(label(short_name(backend), options, policy), backend, config.experts_k, policy)]
+        usual = backend_settings(name) if (name := short_name(backend)) in backend_names() else {}
+        options = {key: value for key, value in backend.items() if key != "_target_" and value != usual.get(key)}
+        return [Configuration(label(name, options, policy), backend, config.experts_k, policy)]
     memory = min(usable_memory(), available_memory()) if config.memory_gib is None else int(config.memory_gib * GIB)
     variant = backend.get("variant")
-    source = files.variant(variant)
-    size = source.num_layers * source.num_experts * source.layout.record_bytes
-    room = room_for_experts(files, memory, variant, config.experts_k)
+    room, size = room_for_experts(files, memory, variant, config.experts_k)
     return candidates(variant, config.experts_k, size, room, backend.get("mirrors") or ())
 
 

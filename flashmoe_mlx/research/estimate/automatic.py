@@ -57,15 +57,17 @@ def choose_backend(
     return Choice(_settings(best, variant), best, slower)
 
 
-def room_for_experts(files: ModelFiles, memory: int, variant: str | None = None, experts_k: int | None = None) -> int:
-    """Return the bytes of ``memory`` that the model in ``files`` leaves for experts.
+def room_for_experts(
+    files: ModelFiles, memory: int, variant: str | None = None, experts_k: int | None = None
+) -> tuple[int, int]:
+    """Return the bytes of ``memory`` that the model in ``files`` leaves for experts, and the bytes of all experts.
 
     For the arguments and errors, see ``choose_backend``.
     """
     model = _model(files, variant, experts_k)
     if model.need.total >= memory:
         raise _too_large(model, memory)
-    return memory - model.need.total
+    return memory - model.need.total, model.expert_bytes
 
 
 def _too_large(model: Model, memory: int) -> InputError:

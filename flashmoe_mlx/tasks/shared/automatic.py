@@ -10,8 +10,8 @@ from typing import Any
 from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
-from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.research.estimate.automatic import choose_backend
+from flashmoe_mlx.model_files import ModelFiles, open_model
+from flashmoe_mlx.research.estimate.automatic import choose_backend, room_for_experts
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import Estimate
 from flashmoe_mlx.research.estimate.probe import probe
@@ -50,7 +50,10 @@ def chosen_backend(
     if settings.get("_target_") != AUTO:
         return dict(settings)
     check_automatic(settings)
-    tuned = _tuned(settings, folder, choice, experts_k)
+    files = open_model(folder)
+    tuned = _tuned(settings, files, choice, experts_k)
+    if tuned is not None:
+        tuned = _within_memory(tuned, files, settings, experts_k, prompt_cache_gib)
     if tuned is not None:
         show(
             f"backend=auto: {tuned.label}, {tuned.tokens_per_second:.3g} tok/s measured by task=tune on "
@@ -58,7 +61,6 @@ def chosen_backend(
         )
         return {**tuned.backend, "mirrors": settings.get("mirrors") or tuned.backend.get("mirrors", [])}
     profile = machine_profile(cache_folder(choice))
-    files = open_model(folder)
     memory = usable_memory() - prompt_cache_bytes(prompt_cache_gib)
     made = choose_backend(files, profile, memory, settings.get("variant"), experts_k)
     slower = "; ".join(f"{estimate.backend} {estimate.tokens_per_second:.3g}" for estimate in made.slower)
@@ -78,7 +80,7 @@ def chosen_prefetch(
     """
     if prefetch is not None or settings.get("_target_") != AUTO:
         return prefetch or "none"
-    tuned = _tuned(settings, folder, choice, experts_k)
+    tuned = _tuned(settings, open_model(folder), choice, experts_k)
     return "none" if tuned is None else tuned.prefetch
 
 
@@ -97,14 +99,27 @@ def tuned_file(choice: ModelChoice) -> TunedFile:
     return TunedFile(cache_folder(choice) / "tuned.json")
 
 
-def _tuned(settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None) -> Tuned | None:
-    """Return the result for a model; None without one, and if its slots do not fit into the memory that is free."""
-    k = open_model(folder).config.experts_per_token if experts_k is None else experts_k
-    found = tuned_file(choice).get(folder, settings.get("variant"), k)
-    if found is None:
-        return None
-    budget = found.backend.get("budget_gib")
-    return None if isinstance(budget, int | float) and budget * GIB > available_memory() else found
+def _tuned(settings: Mapping[str, Any], files: ModelFiles, choice: ModelChoice, experts_k: int | None) -> Tuned | None:
+    """Return the result of ``task=tune`` for a model; None without one."""
+    k = files.config.experts_per_token if experts_k is None else experts_k
+    return tuned_file(choice).get(files.folder, settings.get("variant"), k)
+
+
+def _within_memory(
+    tuned: Tuned,
+    files: ModelFiles,
+    settings: Mapping[str, Any],
+    experts_k: int | None,
+    prompt_cache_gib: float | None,
+) -> Tuned | None:
+    """Return ``tuned`` with slots for the memory that is free now; None if it has no room. See ``chosen_backend``."""
+    variant = settings.get("variant")
+    memory = min(usable_memory(), available_memory()) - prompt_cache_bytes(prompt_cache_gib)
+    try:
+        room, experts = room_for_experts(files, memory, variant, experts_k)
+    except InputError:
+        room, experts = 0, files.variant(variant).layout.bytes_in_all_layers * files.config.num_experts
+    return tuned.within(room, files.variant(variant).layout.bytes_in_all_layers, experts)
 
 
 def _shown(estimate: Estimate) -> str:
