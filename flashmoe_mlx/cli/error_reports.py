@@ -83,6 +83,8 @@ def _composition_error(error: Exception) -> str:
         for known in GROUPS:  # the name may contain slashes
             if error.missing_cfg_file.startswith(f"{known}/"):
                 group, name = known, error.missing_cfg_file.removeprefix(f"{known}/")
+        if group == "hydra/sweeper":
+            return f"{group}={name}: this sweeper is not installed; for optuna: pip install 'flashmoe_mlx[sweep]'"
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; choose from {', '.join(sorted(error.options))}{hint}"
     text = " ".join(str(error).split())

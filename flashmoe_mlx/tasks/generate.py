@@ -11,7 +11,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig, PromptCacheConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
@@ -26,7 +26,7 @@ class Config(GenerationConfig, PromptCacheConfig):
     """Keys of ``task=generate``."""
 
     prompt_cache_gib: float | None = 0.0
-    prefetch: str = "none"
+    prefetch: str | None = None
     profile: bool = False
 
 
@@ -34,6 +34,7 @@ def run(config: Config, run_dir: Path) -> None:
     """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
     folder = model_folder(config.model, config.backend)
     backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
+    prefetch = chosen_prefetch(config.prefetch, config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
@@ -42,7 +43,7 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            prefetch=config.prefetch,
+            prefetch=prefetch,
             profile=config.profile,
             on_load=announce,
             **engine_options(config),
