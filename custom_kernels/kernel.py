@@ -66,8 +66,10 @@ class Kernel:
     ) -> None:
         assert package is not None
         folder = package.rpartition(".")[2]
-        self.name = "_".join([folder, body, *(name.lower() for name, on in (switches or {}).items() if on)])
-        self.inputs, self.outputs, self.in_place = list(inputs), list(outputs), list(in_place)
+        self.name: str = "_".join([folder, body, *(name.lower() for name, on in (switches or {}).items() if on)])
+        self.inputs: list[str] = list(inputs)
+        self.outputs: list[str] = list(outputs)
+        self.in_place: list[str] = list(in_place)
         self.shared_memory = shared_memory
         self._body = (package, f"{body}.h")
         self._headers = headers

@@ -45,7 +45,7 @@ class RandomInputs:
 
     def __init__(self, dtype: mx.Dtype, seed: int, scales: mx.Dtype | None = None) -> None:
         self.dtype = dtype
-        self.scales = scales or dtype
+        self.scales: mx.Dtype = scales or dtype
         self._random = np.random.default_rng(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None) -> mx.array:

@@ -18,7 +18,7 @@ class FlashMoeError(Exception):
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
-        self.code = code or self.default_code
+        self.code: str = code or self.default_code
 
 
 class InputError(FlashMoeError):

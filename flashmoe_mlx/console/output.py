@@ -25,7 +25,7 @@ def literal_console(file: IO[str] | None = None, width: int | None = None) -> Co
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
-console = literal_console(_STDERR)
+console: Console = literal_console(_STDERR)
 
 
 def counted(number: int, noun: str) -> str:

@@ -82,7 +82,11 @@ class ExpertReadError(ExpertStoreError):
         self, path: Path, layer: int, expert: int, offset: int, reason: str, *, code: str | None = None
     ) -> None:
         super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}", code=code)
-        self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
+        self.path = path
+        self.layer = layer
+        self.expert = expert
+        self.offset = offset
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True, eq=False)

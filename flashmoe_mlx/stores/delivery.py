@@ -59,8 +59,9 @@ class Delivery:
         self._arrived = arrived
         self._total = total
         self._delivered = 0
-        self.wanted = arrived is not None
-        self.seconds = self.overlapped = 0.0
+        self.wanted: bool = arrived is not None
+        self.seconds: float = 0.0
+        self.overlapped: float = 0.0
         self.missing: tuple[int, ...] = ()
 
     def deliver(self, experts: Sequence[int], batch: Callable[[], ExpertBatch]) -> None:

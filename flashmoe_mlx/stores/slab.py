@@ -46,10 +46,10 @@ class Slab:
         mx.eval(everything)
         host = memoryview(everything).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
         start = -address_of(host) % RECORD_ALIGNMENT
-        self.host = host[start : start + size]
+        self.host: memoryview[int] = host[start : start + size]
         if size <= _LARGEST_COLLAPSED:
             use_huge_pages(self.host)
-        self.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
+        self.array: mx.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
         mx.eval(self.array)
         self._rows = [self.host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
 

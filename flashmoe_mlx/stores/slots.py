@@ -94,10 +94,10 @@ class SlotMaker:
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
-        self.kind = choose_memory_kind()
+        self.kind: MemoryKind = choose_memory_kind()
         size = at_once * record_bytes + RECORD_ALIGNMENT
-        self.shared_bytes = size if self.kind is MemoryKind.HOST else 0
-        self.spare_bytes = 0 if self.kind is MemoryKind.GPU else size  # for a GPU they are in memory of the CPU
+        self.shared_bytes: int = size if self.kind is MemoryKind.HOST else 0
+        self.spare_bytes: int = 0 if self.kind is MemoryKind.GPU else size  # for a GPU they are in memory of the CPU
         self._record_bytes = record_bytes
         self._at_once = at_once
         self._copies = CopyBuffer(record_bytes)
