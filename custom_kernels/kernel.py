@@ -25,8 +25,12 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import precompiled
 from flashmoe_mlx.custom_kernels.cuda_text import cuda_text, shape_reads
 
+__all__ = ["Arguments", "Kernel", "Outputs", "after", "bits_of", "dialect", "dialect_text"]
+
 Arguments = Mapping[str, int | mx.Dtype]
+"""The values of a kernel's template parameters, by name."""
 Outputs = Sequence[tuple[tuple[int, ...], mx.Dtype]]
+"""The shape and the type of each output."""
 
 
 def dialect() -> Literal["metal", "cuda"] | None:

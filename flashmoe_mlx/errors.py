@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+__all__ = ["CheckpointError", "EngineBusyError", "FlashMoeError", "InputError", "PackError"]
+
 
 class FlashMoeError(Exception):
     """Base class of all errors of this package.

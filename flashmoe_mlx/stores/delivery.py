@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+
+__all__ = ["Arrived", "Delivery", "ExpertBatch", "LayerInMemory"]
 
 
 class ExpertBatch(Protocol):
@@ -33,6 +36,19 @@ class ExpertBatch(Protocol):
     def host(self) -> Sequence[memoryview]:
         """The read-only bytes of each expert's slot for the CPU, of format "B"."""
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerInMemory:
+    """All experts of one layer, in memory that MLX reads in place.
+
+    Attributes:
+        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
+        table: the row of ``slab`` that holds each expert, int32 [experts].
+    """
+
+    slab: mx.array
+    table: mx.array
 
 
 Arrived = Callable[[Sequence[int], ExpertBatch], None]

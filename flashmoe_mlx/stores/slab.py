@@ -14,6 +14,8 @@ from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.memory import GIB, total_memory
 
+__all__ = ["Slab", "SlabBatch", "check_allocation"]
+
 _LARGEST_COLLAPSED = 2**29
 """Largest slab in bytes that is moved into large pages, which takes 0.1 to 0.2 s for each 100 MB."""
 _WORD = 8

@@ -11,14 +11,15 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
-from flashmoe_mlx.stores.contract import LayerInMemory
-from flashmoe_mlx.stores.delivery import ExpertBatch
+from flashmoe_mlx.stores.delivery import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuSlots
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.staging import StagingArea
+
+__all__ = ["MemoryKind", "SlotMaker", "Slots", "choose_memory_kind", "place_table", "slots_for", "whole_layer"]
 
 
 class Slots(Protocol):
