@@ -46,6 +46,8 @@ PACKS = {
 }
 GIB = 2**30
 PROMPT_TOKENS = 16
+WARM_UP = 96
+"""Tokens that use nearly all experts once."""
 DISTURBED = 0.1
 """Largest share of the processors that other processes may use in an undisturbed trial."""
 SEED, TRACE_SEED = 1, 2
@@ -215,6 +217,9 @@ def _run(configuration: Configuration, folder: Path, tokens: int) -> Trial:
     with load(
         folder, configuration.backend, experts_k=configuration.experts_k, **_options(configuration, folder)
     ) as engine:
+        if configuration.way is None or configuration.way.endswith("warm"):
+            # The probe reuses its few experts, so that all of their pages are mapped.
+            engine.forward(np.random.default_rng(TRACE_SEED).integers(256, size=WARM_UP).tolist(), engine.new_cache())
         others = OtherProcesses()
         _, seconds = _decode(engine, tokens, SEED)
         return Trial(seconds / tokens, others.share())
