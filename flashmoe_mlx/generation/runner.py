@@ -71,7 +71,7 @@ class Runner:
         self.clock = clock
         self._prefetcher = prefetcher
         self._traces = traces
-        self.meter = PassMeter(store, clock)
+        self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
         self._ahead = StepsAhead(model, store, clock, self.meter)
         self._lock = threading.Lock()

@@ -14,7 +14,8 @@ from flashmoe_mlx.moe.in_memory import ExpertsInMemory
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import RoutedExperts
-from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 
 @dataclass(frozen=True, slots=True)

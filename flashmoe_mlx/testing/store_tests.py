@@ -34,11 +34,10 @@ from flashmoe_mlx.stores.contract import (
     ExpertReadError,
     ExpertRequestError,
     ExpertStore,
-    LayerInMemory,
     StoreClosedError,
     StoreStats,
 )
-from flashmoe_mlx.stores.delivery import ExpertBatch
+from flashmoe_mlx.stores.delivery import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
