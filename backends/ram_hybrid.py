@@ -11,8 +11,8 @@ from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.shares import served
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, LayerInMemory, StoreStats
-from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
+from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy

@@ -8,8 +8,8 @@ import mlx.core as mx
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.shares import served
 from flashmoe_mlx.progress import report
-from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory, StoreStats
-from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
+from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.limits import DEPTH, Limit
 from flashmoe_mlx.stores.memory import check_memory

@@ -229,15 +229,15 @@ class Engine:
         self._tool_format = tool_format
         self.setup = setup
         """Experts per token, their format, kernels, prefetch, and the backend with its options, for JSON."""
-        self.sampling = sampling or PublishedSampling({}, samples=False)
+        self.sampling: PublishedSampling = sampling or PublishedSampling({}, samples=False)
         """The sampling options that the model publishes: the defaults of ``generate``."""
-        self.metrics = RunMetrics()
+        self.metrics: RunMetrics = RunMetrics()
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
         prompt_cache = None
         if prompt_cache_bytes or disk is not None:
             prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer, disk)
-        self.runner = Runner(
+        self.runner: Runner = Runner(
             model,
             store,
             PhaseClock(profile),

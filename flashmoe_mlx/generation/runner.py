@@ -74,7 +74,7 @@ class Runner:
         self.clock = clock
         self._prefetcher = prefetcher
         self._traces = traces
-        self.meter = PassMeter(store, clock)
+        self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
         self._ahead = StepsAhead(model, store, clock, self.meter, nodes)
         self._lock = threading.Lock()

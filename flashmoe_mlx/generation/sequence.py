@@ -109,14 +109,14 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
-        self.guesses = Guesses()
-        self.metrics = RunMetrics(
+        self.guesses: Guesses = Guesses()
+        self.metrics: RunMetrics = RunMetrics(
             prefill_chunk,
             sampling=request.sampling.to_json(),
             guesses=self.guesses if prefetches else None,
             prompt_tokens=len(request.prompt_ids),
         )
-        self.cancelled = False
+        self.cancelled: bool = False
         self._on_prefill = on_prefill
         self._on_finish = on_finish
         self._start = time.perf_counter() if start is None else start

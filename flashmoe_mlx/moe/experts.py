@@ -16,7 +16,8 @@ from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import RoutedExperts
 from flashmoe_mlx.nodes.group import Nodes
-from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from flashmoe_mlx.moe.router import Router, Routing
 from flashmoe_mlx.moe.shared_expert import SharedExpert, begin_shared
 from flashmoe_mlx.moe.strategies import RoutedExperts
 from flashmoe_mlx.nodes.group import Nodes
-from flashmoe_mlx.stores.contract import LayerInMemory
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,6 @@ from threading import Lock, get_ident
 from types import TracebackType
 from typing import ClassVar, Self, SupportsIndex
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
@@ -34,8 +33,19 @@ from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.shares import share_of
-from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
+from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import SLOTS, Limit
+
+__all__ = [
+    "BackendUnavailableError",
+    "ExpertReadError",
+    "ExpertRequestError",
+    "ExpertStore",
+    "ExpertStoreError",
+    "OnMisses",
+    "StoreClosedError",
+    "StoreStats",
+]
 
 
 class ExpertStoreError(FlashMoeError):
@@ -83,20 +93,11 @@ class ExpertReadError(ExpertStoreError):
         self, path: Path, layer: int, expert: int, offset: int, reason: str, *, code: str | None = None
     ) -> None:
         super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}", code=code)
-        self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerInMemory:
-    """All experts of one layer, in memory that MLX reads in place.
-
-    Attributes:
-        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
-        table: the row of ``slab`` that holds each expert, int32 [experts].
-    """
-
-    slab: mx.array
-    table: mx.array
+        self.path = path
+        self.layer = layer
+        self.expert = expert
+        self.offset = offset
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,7 +57,7 @@ def run(config: Config, run_dir: Path) -> None:
         )
     with loaded as engine:
         print_notes([engine.setup["note"]])
-        log.info("model %s, %s", folder, engine.setup)
+        _log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, options)
         stats = engine.stats()
         record = {
@@ -71,7 +71,7 @@ def run(config: Config, run_dir: Path) -> None:
             **stats,
         }
         write_json(run_dir / "metrics.json", record)
-        log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
+        _log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
     show()
     print_table(metrics_table(stats))
     for line in metrics_lines(stats):

@@ -23,7 +23,7 @@ from flashmoe_mlx.tasks.shared.keys import NodesConfig, ServerConfig, cache_opti
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 from flashmoe_mlx.tasks.shared.nodes import follow, joined_nodes
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _KEY_VARIABLE = "FLASHMOE_API_KEY"
 _LARGEST_KEY_FILE = 2**16
 _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "stop_seconds": (0, 86_400)}
@@ -75,7 +75,7 @@ def run(config: Config, run_dir: Path) -> None:
         engine = load(folder, chosen, k, nodes=nodes, **engine_options(config), **cache_options(config))
         backend, config.experts_k = chosen, k
         print_notes([engine.setup["note"]])
-        log.info("model %s, %s", folder, engine.setup)
+        _log.info("model %s, %s", folder, engine.setup)
         return engine
 
     with (run_dir / "requests.jsonl").open("a") as file:

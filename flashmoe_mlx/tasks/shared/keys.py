@@ -11,6 +11,26 @@ from omegaconf import MISSING
 
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
+__all__ = [
+    "SHORT_FOR_FILE",
+    "TEXT",
+    "TRACE_OPTION",
+    "WORDS",
+    "AnswerConfig",
+    "CommonConfig",
+    "EngineConfig",
+    "GenerationConfig",
+    "ModelChoice",
+    "PromptCacheConfig",
+    "PromptConfig",
+    "ServerConfig",
+    "StoreConfig",
+    "TaskChoice",
+    "ToolChoice",
+    "cache_options",
+    "engine_options",
+]
+
 TEXT = {"text": True}
 """Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
 TRACE_OPTION = {"text_options": ("trace",)}
