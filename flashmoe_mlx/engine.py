@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +14,7 @@ import numpy as np
 
 from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.adapters.options import NO_PROMPT_CACHE, keeps_prompts, refuse_options
-from flashmoe_mlx.custom_kernels import Kernels, check_kernels, choose
-from flashmoe_mlx.custom_kernels.checks import KernelReport
+from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import AFFINE
@@ -47,8 +45,7 @@ from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.code_paths import model_shapes
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.code_paths import check_model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
@@ -144,7 +141,7 @@ def load(
             prefetcher = make_prefetcher(prefetch, store, built.routers)
             if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-            checked = _checked_kernels(chosen, built, nodes)
+            checked = check_model(chosen, built, fuses_shared=nodes is None)
         except BaseException:
             store.close()
             raise
@@ -183,15 +180,6 @@ def load(
             store.close()
             raise
     return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format, nodes)
-
-
-def _checked_kernels(kernels: Kernels, model: RunnableModel, nodes: Nodes | None) -> KernelReport:
-    """Check the kernels that ``model`` uses; a model of another package uses none."""
-    if isinstance(model, Model):
-        shapes = model_shapes(model)
-        # On several nodes, the shared expert is computed apart from the routed experts.
-        return check_kernels(kernels, shapes if nodes is None else replace(shapes, shared=()))
-    return KernelReport({"model": "mlx-lm"}, [], None)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:

@@ -145,3 +145,24 @@ def served(source: ExpertSource, layer: int) -> Sequence[int]:
     """Return the experts of ``layer`` that a store of ``source`` serves, in ascending order."""
     share = share_of(source)
     return range(source.num_experts) if share is None else share.experts(layer, source.num_experts)
+
+
+def not_served(source: ExpertSource, layer: int, experts: Sequence[int]) -> list[int]:
+    """Return those of ``experts`` that a store of ``source`` does not serve, because another node owns them."""
+    share = share_of(source)
+    if share is None:
+        return []
+    owned = share.owned(layer, source.num_experts)
+    return [expert for expert in experts if not owned[expert]]
+
+
+def count_served(source: ExpertSource, layers: Sequence[int], experts: npt.NDArray[np.integer]) -> int:
+    """Count the distinct experts of each layer that a store of ``source`` serves; ``experts`` is [layers, N]."""
+    ordered = np.sort(experts, axis=1)
+    counted = np.ones(ordered.shape, np.bool_)
+    counted[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    share = share_of(source)
+    if share is not None:
+        for layer, row, counts in zip(layers, ordered, counted, strict=True):
+            counts &= share.owned(layer, source.num_experts)[row]
+    return int(counted.sum())

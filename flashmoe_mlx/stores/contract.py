@@ -32,7 +32,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import LayerLayouts
-from flashmoe_mlx.formats.shares import share_of
+from flashmoe_mlx.formats.shares import count_served, not_served, share_of
 from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
@@ -225,7 +225,7 @@ class ExpertStore(ABC):
         """
         start = time.perf_counter()
         layer, indices = self._checked(layer, experts)
-        if others := self._of_other_nodes(layer, indices):
+        if others := not_served(self.source, layer, indices):
             raise ExpertRequestError(
                 f"layer {layer} expert {others[0]} belongs to another node", code="expert_of_another_node"
             )
@@ -265,7 +265,7 @@ class ExpertStore(ABC):
             StoreClosedError: the store was closed, or opened by another process.
         """
         layer, indices = self._checked(layer, experts)
-        if others := self._of_other_nodes(layer, indices):
+        if others := not_served(self.source, layer, indices):
             indices = [expert for expert in indices if expert not in others]
         self._refuse_other_process()
         with self._lock:
@@ -305,13 +305,7 @@ class ExpertStore(ABC):
             _index(layer, self.source.num_layers, "layer")
         for extreme in (experts.min(initial=0), experts.max(initial=0)):
             _index(int(extreme), self.source.num_experts, "expert")
-        ordered = np.sort(experts, axis=1)
-        first = np.ones(ordered.shape, np.bool_)
-        first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-        if self.share is not None:
-            for layer, row, counts in zip(layers, ordered, first, strict=True):
-                counts &= self.share.owned(layer, self.source.num_experts)[row]
-        hits = int(first.sum())
+        hits = count_served(self.source, layers, experts)
         self._refuse_other_process()
         with self._lock:
             self._refuse_closed()
@@ -360,12 +354,6 @@ class ExpertStore(ABC):
     def _checked(self, layer: SupportsIndex, experts: Sequence[SupportsIndex]) -> tuple[int, list[int]]:
         indices = [_index(expert, self.source.num_experts, "expert") for expert in experts]
         return _index(layer, self.source.num_layers, "layer"), indices
-
-    def _of_other_nodes(self, layer: int, experts: Sequence[int]) -> list[int]:
-        if self.share is None:
-            return []
-        owned = self.share.owned(layer, self.source.num_experts)
-        return [expert for expert in experts if not owned[expert]]
 
     def _refuse_other_process(self) -> None:
         # Checked before the lock is taken: in a forked process, a thread of the parent may hold the lock forever.
