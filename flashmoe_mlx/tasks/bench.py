@@ -36,7 +36,7 @@ from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 RECORD = "bench.json"
 _MARK = "*"
@@ -93,7 +93,7 @@ def run(config: Config, run_dir: Path) -> None:
             with activity() as announce:
                 for trial in run_trials(plan, list(trials), announce, failures):
                     trials.append(trial)
-                    log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
+                    _log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
                     _write(run_dir, setup, trials, left_out, failures)
         finally:
             if trials:

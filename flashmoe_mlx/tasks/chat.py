@@ -42,7 +42,7 @@ from flashmoe_mlx.tasks.shared.keys import (
 )
 from flashmoe_mlx.tasks.shared.model import model_folder
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -114,7 +114,7 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
             **cache_options(config),
         )
     print_notes([engine.setup["note"]])
-    log.info("model %s, %s", folder, engine.setup)
+    _log.info("model %s, %s", folder, engine.setup)
     return engine
 
 
