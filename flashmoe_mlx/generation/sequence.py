@@ -187,6 +187,11 @@ class Sequence:
         """Choose the next token lazily by ``logits`` f32 [vocabulary]; see ``Sampler.choose_on_device``."""
         return self._sampler.choose_on_device(logits)
 
+    def begin_again(self, cache: SequenceCache) -> None:
+        """Begin the prompt with an empty ``cache``, not where the prompt cache ends."""
+        self.cache, self.prefilled = cache, 0
+        self.metrics.reused_tokens, self.metrics.reused_from = 0, None
+
     def settle(self) -> None:
         """Discard a step that was begun ahead; ``cache`` then holds all tokens but the latest.
 

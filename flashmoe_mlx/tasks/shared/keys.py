@@ -114,6 +114,21 @@ def cache_options(config: PromptCacheConfig) -> dict[str, Any]:
 
 
 @dataclass
+class NodesKeys:
+    """Keys of several machines that run a task together."""
+
+    weights: list[float] | None = None
+    timeout: float = 60.0
+
+
+@dataclass
+class NodesConfig(PromptCacheConfig):
+    """Keys of tasks that several machines can run together."""
+
+    nodes: NodesKeys = field(default_factory=NodesKeys)
+
+
+@dataclass
 class PromptConfig(EngineConfig):
     """Keys of tasks that send a prompt to a model."""
 
