@@ -13,6 +13,8 @@ from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.models.decoder import Model
 
+__all__ = ["Family", "TensorNames"]
+
 Config = TypeVar("Config", bound=ModelConfig)
 """The class of a family's configurations."""
 
