@@ -26,6 +26,9 @@ TWO = [
     {"backend": "ram_hybrid", "budget_gib": 0.001, "weights": [5, 2], "prefetch": "next_router"},
     {"backend": "resident", "weights": [1, 1000]},
     {"kernels": "mlx", "prompt_cache_gib": 0.01},
+    {"gpu": True, "backend": "resident", "weights": [1, 4]},
+    {"differs": {"experts_k": 2}},
+    {"differs": {"kernels": "mlx"}},
 ]
 THREE = [
     {"weights": [1, 2, 4]},
@@ -53,7 +56,13 @@ def test_nodes_compute_what_one_process_computes(
 ) -> None:
     saved = run_cases(count, cases, tiny_pack, tmp_path)
     for number, (case, results) in enumerate(zip(cases, saved, strict=True)):
-        options = {name: value for name, value in case.items() if name != "weights"}
+        if "differs" in case:
+            (name,) = case["differs"]
+            assert {result["code"] for result in results} == {"node_mismatch"}
+            assert all("node 1 differs from node 0" in result["error"] for result in results)
+            assert all(name.removesuffix("s") in result["error"] for result in results)
+            continue
+        options = {name: value for name, value in case.items() if name not in ("weights", "gpu")}
         requests: Counter[int] = Counter()
         weights = case.get("weights", [1] * count)
 
@@ -102,3 +111,31 @@ def test_shares_follow_the_weights() -> None:
 def test_weights_are_checked(weights: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"nodes\.weights"):
         Share(0, weights)
+
+
+EVERYDAY = {("decode", "SIGKILL", 1), ("prefill", "SIGSTOP", 0)}
+FAULTS = [
+    pytest.param(phase, name, victim, marks=() if (phase, name, victim) in EVERYDAY else pytest.mark.thorough)
+    for phase in ("load", "prefill", "decode", "idle")
+    for name in ("SIGKILL", "SIGSTOP")
+    for victim in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("phase", "name", "victim"), FAULTS)
+def test_a_node_ends_if_another_one_is_gone(
+    phase: str, name: str, victim: int, tiny_pack: Path, tmp_path: Path
+) -> None:
+    program = Path(__file__).with_name("node_fault.py")
+    nodes = ring.start(2, [str(program), str(tiny_pack), phase, name, str(victim)], tmp_path)
+    try:
+        _, errors = nodes[1 - victim].communicate(timeout=60)
+        assert nodes[1 - victim].returncode == 1, errors
+        lines = [line for line in errors.splitlines() if line.startswith("flashmoe_mlx: ")]
+        assert len(lines) == 1, errors
+        expected = "was lost" if name == "SIGKILL" else "no answer from another node for 1.5 s"
+        assert expected in lines[0]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
