@@ -52,7 +52,7 @@ def answers(engine: Engine) -> list[list[int]]:
 
 
 def main(pack: str, out: str, cases: list[dict[str, Any]]) -> None:
-    """Run ``cases``, each the arguments of ``load``, with ``weights`` of the nodes, ``differs`` for node 1, and ``gpu`` to emulate one."""
+    """Run ``cases``: arguments of ``load``, ``weights``, ``differs`` for node 1, and ``gpu`` to emulate one."""
     for number, case in enumerate(cases):
         case = {**case}
         weights, differing = case.pop("weights", None), case.pop("differs", {})
