@@ -20,17 +20,21 @@ from flashmoe_mlx.formats.shares import Share, owners
 
 TOLERANCE = 1e-4
 """Of the largest logit: nodes add the outputs of experts in another order."""
-TWO = [
-    {"experts_k": 1, "weights": [1, 3]},
-    {"backend": "io_uring", "experts_k": 16, "slots": 5},
+TWO: list[dict[str, Any]] = [
+    {"backend": "io_uring", "experts_k": 16, "slots": 5, "weights": [1, 3]},
+    {"gpu": True, "backend": "resident", "weights": [1, 4]},
+    {"experts_k": 1, "prompt_cache_gib": 0.01},
+    {"differs": {"experts_k": 2}},
+]
+MORE: list[dict[str, Any]] = [
     {"backend": "ram_hybrid", "budget_gib": 0.001, "weights": [5, 2], "prefetch": "next_router"},
     {"backend": "resident", "weights": [1, 1000]},
+    {"backend": "ram_hybrid", "budget_gib": 0.01, "preload": True, "slots": 16, "experts_k": 3},
     {"kernels": "mlx", "prompt_cache_gib": 0.01},
-    {"gpu": True, "backend": "resident", "weights": [1, 4]},
-    {"differs": {"experts_k": 2}},
     {"differs": {"kernels": "mlx"}},
+    {"differs": {"kv_bits": 8}},
 ]
-THREE = [
+THREE: list[dict[str, Any]] = [
     {"weights": [1, 2, 4]},
     {"backend": "mmap", "experts_k": 2},
     {"backend": "pread", "threads": 2, "experts_k": 7},
@@ -50,7 +54,14 @@ def run_cases(count: int, cases: list[dict[str, Any]], pack: Path, folder: Path)
     ]
 
 
-@pytest.mark.parametrize(("count", "cases"), [(2, TWO), pytest.param(3, THREE, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [
+        (2, TWO),
+        pytest.param(2, MORE, marks=pytest.mark.thorough),
+        pytest.param(3, THREE, marks=pytest.mark.thorough),
+    ],
+)
 def test_nodes_compute_what_one_process_computes(
     count: int, cases: list[dict[str, Any]], tiny_pack: Path, tmp_path: Path
 ) -> None:
