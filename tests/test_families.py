@@ -1,4 +1,4 @@
-"""Model families: the protocol, the example in CONTRIBUTING.md, and sizes against the caches of real models."""
+"""Model families: the protocol, the example in docs/extend/family.md, and sizes against the caches of real models."""
 
 import json
 import re
@@ -40,8 +40,10 @@ PUBLISHED = {hub_id: config for family in families() for hub_id, config in famil
 
 
 def example() -> str:
-    """Return the source of the family in CONTRIBUTING.md."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    """Return the source of the family in docs/extend/family.md."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "docs" / "extend" / "family.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     return next(block for block in blocks if "FAMILY = " in block)
 
 

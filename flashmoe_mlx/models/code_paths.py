@@ -17,15 +17,14 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.groups import experts_at_once
 
 
-def check_model(kernels: Kernels, model: RunnableModel, *, fuses_shared: bool) -> KernelReport:
+def check_model(kernels: Kernels, model: RunnableModel, *, shared_apart: bool) -> KernelReport:
     """Check the kernels that ``model`` uses; a model of another package uses none.
 
-    ``fuses_shared`` is whether kernels of routed experts may apply a shared expert, too.
+    ``shared_apart`` is whether shared experts are computed apart from routed experts.
     """
     if not isinstance(model, Model):
         return KernelReport({"model": "mlx-lm"}, [], None)
-    shapes = model_shapes(model)
-    return check_kernels(kernels, shapes if fuses_shared else replace(shapes, shared=()))
+    return check_kernels(kernels, replace(model_shapes(model), shared_apart=shared_apart))
 
 
 def model_shapes(model: Model) -> ModelShapes:
