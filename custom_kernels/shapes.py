@@ -7,6 +7,8 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
 
+__all__ = ["ModelShapes", "Projection"]
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -42,6 +44,7 @@ class ModelShapes:
         slots: largest number of experts that one call applies.
         embedding: the quantized embedding table, or None.
         renormalized: whether the weights of a token's experts sum to 1.
+        shared_apart: whether shared experts are computed apart from routed experts, as on several nodes.
     """
 
     dtype: mx.Dtype
@@ -56,6 +59,7 @@ class ModelShapes:
     slots: int
     embedding: QuantizedWeight | None = None
     renormalized: bool = True
+    shared_apart: bool = False
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
         """Return whether a call may need more experts than one call applies, and so apply them in groups.

@@ -1,6 +1,7 @@
 """task=bench: order of the trials, summaries, refused arguments, and resumed runs."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from test_generation import checkpoint
 
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.writer import add_variants
 from flashmoe_mlx.research.bench import engine_bench as bench
@@ -168,18 +170,25 @@ def test_summaries_hold_medians_intervals_and_ratios() -> None:
     assert summarize([make_trial("a", 0, 1.0)])[0].interval is None
 
 
-@pytest.fixture
-def record(tiny_pack: Path, tmp_path: Path) -> dict[str, Any]:
-    """The record of a small run with two values of every list."""
+@pytest.fixture(scope="module")
+def recorded(tiny_pack: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small run with two values of every list. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("recorded")
     arguments = [
-        f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, "rounds=1", "experts_ks=[2,4]",
+        f"model.path={tiny_pack}", f"hydra.run.dir={folder}", "task=bench", *FAST, "rounds=1", "experts_ks=[2,4]",
         "backends=[pread,{name:pread,direct:true}]", "prefetches=[none,next_router]",
     ]  # fmt: skip
     assert run_command_line(arguments) == 0
-    return json.loads((tmp_path / "bench.json").read_text())
+    return folder
 
 
-def test_every_combination_is_recorded_and_drawn(record: dict[str, Any], tmp_path: Path) -> None:
+@pytest.fixture
+def record(recorded: Path) -> dict[str, Any]:
+    """The record of that run."""
+    return json.loads((recorded / "bench.json").read_text())
+
+
+def test_every_combination_is_recorded_and_drawn(record: dict[str, Any], recorded: Path) -> None:
     settings = [
         f"{b} K={k} {p}" for k in (2, 4) for b in ("pread", "pread direct=true") for p in ("none", "next_router")
     ]
@@ -190,14 +199,14 @@ def test_every_combination_is_recorded_and_drawn(record: dict[str, Any], tmp_pat
     for trial in record["passes"]:
         assert trial["record"]["decode"]["tokens"] == 3
         assert (trial["record"]["guesses"] is None) == (trial["record"]["prefetch"] == "none")
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert (recorded / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert record["environment"]["cores"]
 
 
 def test_resuming_keeps_earlier_rounds(
-    record: dict[str, Any], tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    record: dict[str, Any], recorded: Path, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [f"model.path={tiny_pack}", "task=bench", *FAST, "experts_ks=[2,4]", f"resume={tmp_path}"]
+    arguments = [f"model.path={tiny_pack}", "task=bench", *FAST, "experts_ks=[2,4]", f"resume={recorded}"]
     arguments += ["backends=[pread,{name:pread,direct:true}]", "prefetches=[none,next_router]"]
     assert run_command_line([*arguments, "rounds=2", "plot=false", f"hydra.run.dir={tmp_path / 'second'}"]) == 0
     later = json.loads((tmp_path / "second" / "bench.json").read_text())
@@ -207,7 +216,8 @@ def test_resuming_keeps_earlier_rounds(
     capsys.readouterr()
     assert run_command_line([*arguments, "tokens=5", f"hydra.run.dir={tmp_path / 'third'}"]) == 2
     assert "that run had different tokens; only rounds= may change" in capsys.readouterr().err
-    assert run_command_line([*arguments, f"hydra.run.dir={tmp_path}"]) == 2
+    shutil.copytree(recorded, tmp_path / "used")
+    assert run_command_line([*arguments, f"hydra.run.dir={tmp_path / 'used'}"]) == 2
     assert "holds the record of another run" in capsys.readouterr().err
 
 
@@ -224,6 +234,27 @@ def test_two_bits_and_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     first, second, *_ = json.loads((run_dir / "bench.json").read_text())["summary"]
     assert second["setting"] == "pack2"
     assert second["bytes_per_token"] < 0.6 * first["bytes_per_token"]
+
+
+@pytest.mark.parametrize("policy", ["lru", pytest.param("lfu", marks=pytest.mark.thorough)])
+def test_a_larger_cache_reads_less(policy: str, tiny_pack: Path, tmp_path: Path) -> None:
+    """More slots never mean more reads, and each budget has an effect, up to the whole model in memory."""
+    source = open_model(tiny_pack).variant(None)
+    column, experts = source.layout.bytes_in_all_layers, source.num_experts
+    counts = [2, 6, experts, experts + 4]
+    listed = ",".join(f"{{name:ram_hybrid,policy:{policy},budget_gib:{count * column / 2**30!r}}}" for count in counts)
+    arguments = [f"backends=[{listed}]", "conditions=[rotating]", "rounds=1", "tokens=12", "plot=false"]
+    common = ["task=bench", f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "raw=true", "prompt=Hello"]
+    assert run_command_line([*common, *arguments]) == 0
+    stages = [one["record"]["decode"] for one in json.loads((tmp_path / "bench.json").read_text())["passes"]]
+    read = [stage["bytes_read"] for stage in stages]
+    assert read == sorted(read, reverse=True)
+    assert read[2] < read[1] < read[0]
+    assert read[2] == read[3]  # nothing to gain beyond all experts
+    hits = [stage["hits"] for stage in stages]
+    assert hits == sorted(hits)
+    assert 0 < hits[0] < hits[-1]
+    assert all(stage["hits"] + stage["misses"] == stages[0]["hits"] + stages[0]["misses"] for stage in stages)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.paths import NO_SPACE
 from flashmoe_mlx.tasks.shared.run_directory import FAILURE
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,7 +45,7 @@ def report(error: Exception, debug: bool, folder: Path | None = None, record: bo
     if record and folder is not None:
         from flashmoe_mlx.formats.files import write_json
 
-        log.error("%s", text, exc_info=error)
+        _log.error("%s", text, exc_info=error)
         with contextlib.suppress(OSError):  # perhaps the very error to report: a full disk, for instance
             write_json(folder / FAILURE, {"error": text, "code": _error_code(error), "exit_code": code})
     if debug:

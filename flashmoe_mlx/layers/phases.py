@@ -42,7 +42,7 @@ class PhaseClock:
         """Seconds spent in each phase so far, by the phase's name."""
         self.split = split
         """Whether each phase is evaluated by itself."""
-        self.waits = 0
+        self.waits: int = 0
         """How often the host waited for the device so far."""
 
     def phase(self, name: str) -> _Phase:
@@ -84,6 +84,7 @@ class PhaseClock:
             self.begin(name, *also)
         with self.computing(name):
             self.waits += not self.split
+            mx.eval(array)  # np.array alone would hide an error, such as the loss of another node
             return np.array(array)
 
     def settle(self, name: str, *arrays: mx.array) -> None:

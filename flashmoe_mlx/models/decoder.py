@@ -1,7 +1,7 @@
 """The whole model: embedding, decoder layers, head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from flashmoe_mlx.models.prompt_memory import PromptMemory, prompt_memory
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.router import Router
+from flashmoe_mlx.nodes.group import Nodes
 
 
 class Mixer(Protocol):
@@ -36,7 +37,7 @@ class Mixer(Protocol):
         ...
 
     def __call__(
-        self, projected: Sequence[mx.array], caches: Sequence[Any], lengths: Sequence[int], residual: mx.array
+        self, projected: Sequence[mx.array], caches: Sequence[Any], lengths: Sequence[int], residual: mx.array | None
     ) -> mx.array:
         """Mix new tokens of several sequences; see ``layers.attention.Attention``."""
         ...
@@ -47,15 +48,26 @@ class Mixer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """A layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+class Layer:
+    """A layer: a mixer, then a mixture of experts or an MLP."""
 
     index: int
     kernels: Kernels
-    eps: float
-    input_norm: mx.array
     mixer: Mixer
     feed_forward: MixtureOfExperts | Mlp
+
+    @property
+    def further_matrices(self) -> Sequence[tuple[Linear, ...]]:
+        """The matrices beside those of the mixer and of the experts, in groups that multiply the same vector."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer(Layer):
+    """A layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    eps: float
+    input_norm: mx.array
 
     def __call__(
         self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
@@ -115,7 +127,7 @@ class Model:
     kernels: Kernels
     config: ModelConfig
     embedding: Linear
-    layers: Sequence[DecoderLayer]
+    layers: Sequence[Any]
     norm: mx.array
     head: Linear
     touched_bytes: int
@@ -149,12 +161,21 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """The bytes that a sequence keeps at any length."""
-        mixers = (self.config.mixer(layer) for layer in range(self.config.num_layers))
-        return sum(mixer.cache_size(self.norm.dtype.size).fixed for mixer in mixers)
+        return sum(cache.fixed for cache in self.config.cache_sizes(self.norm.dtype.size))
 
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""
         return SequenceCache([layer.mixer.new_cache() for layer in self.layers])
+
+    def on_nodes(self, nodes: Nodes, *, in_memory: bool) -> "Model":
+        """Return this model as one of ``nodes``; see ``MixtureOfExperts.on_nodes``."""
+        layers = [
+            replace(layer, feed_forward=layer.feed_forward.on_nodes(nodes, in_memory=in_memory))
+            if isinstance(layer.feed_forward, MixtureOfExperts)
+            else layer
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
     def forward(
         self, tokens: mx.array, lengths: Sequence[int], caches: Sequence[SequenceCache], context: ForwardContext

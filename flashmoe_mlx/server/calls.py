@@ -48,8 +48,8 @@ class Call:
     """
 
     def __init__(self, request: Request, body: bytes) -> None:
-        self.fields = Fields(parse_body(body))
-        self.service = service_of(request)
+        self.fields: Fields = Fields(parse_body(body))
+        self.service: Service = service_of(request)
         self._digest = digest_of(request.url.path, body)
         self._secret = request.headers.get(SECRET, "")
         retries = request.headers.get(_RETRIES)

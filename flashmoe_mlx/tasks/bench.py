@@ -29,14 +29,14 @@ from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.intervals import format_interval
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
+from flashmoe_mlx.tasks.shared.automatic import chosen
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 RECORD = "bench.json"
 _MARK = "*"
@@ -93,7 +93,7 @@ def run(config: Config, run_dir: Path) -> None:
             with activity() as announce:
                 for trial in run_trials(plan, list(trials), announce, failures):
                     trials.append(trial)
-                    log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
+                    _log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
                     _write(run_dir, setup, trials, left_out, failures)
         finally:
             if trials:
@@ -129,20 +129,10 @@ def _plan(config: Config) -> Plan:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
                 configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
-    configurations = [
-        replace(
-            each,
-            backend=chosen_backend(each.backend, folder, config.model, each.experts_k),
-            prefetch=chosen_prefetch(
-                config.prefetch if config.prefetches is None else each.prefetch,
-                each.backend,
-                folder,
-                config.model,
-                each.experts_k,
-            ),
-        )
-        for each in configurations
-    ]
+    for place, each in enumerate(configurations):
+        stated = config.prefetch if config.prefetches is None else each.prefetch
+        found = chosen(each.backend, folder, config.model, each.experts_k, 0, stated)
+        configurations[place] = replace(each, backend=found.backend, prefetch=found.prefetch)
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
         prompts += _MORE_PROMPTS

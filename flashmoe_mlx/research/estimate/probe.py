@@ -31,12 +31,22 @@ from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.research.bench.files import expert_files
-from flashmoe_mlx.research.estimate.machine_profile import MEMORY, WAYS, MachineProfile, Point, machine_identity
+from flashmoe_mlx.research.estimate.machine_profile import (
+    AHEAD,
+    HALF,
+    MEMORY,
+    WAYS,
+    MachineProfile,
+    Point,
+    machine_identity,
+)
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 from flashmoe_mlx.research.intervals import percentiles
 from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.stores.page_cache import evict
 from flashmoe_mlx.stores.registry import open_store
 
@@ -45,6 +55,8 @@ _FEW = 16
 EXPERTS = (1, 4, 10)
 """Measured values of K; the speed model interpolates between them."""
 _LEAST_ROUNDS = 3
+_TIMED = 2
+"""Timed tokens of each decoder in a round."""
 _COPIED = 2**27
 """Number of 32-bit words to copy when measuring the bandwidth of memory."""
 
@@ -108,6 +120,8 @@ class _SizeProbe:
                     continue
                 self._stack.enter_context(store)
                 self._add(bits, way, in_memory if cold else reading, store, cold)
+            for way in (HALF, AHEAD):
+                self._add(bits, way, reading, self._half(many))
             self._stack = self._stack.pop_all()
         return self
 
@@ -125,9 +139,18 @@ class _SizeProbe:
             check_kernels(model.kernels, model_shapes(model))
         return engine
 
+    def _half(self, files: ModelFiles) -> ExpertStore:
+        """Open a store that keeps half of the experts."""
+        column = files.variant(None).layout.bytes_in_all_layers
+        options = {"budget_gib": files.config.num_experts // 2 * column / GIB, "direct": True, "preload": True}
+        ring = {} if "io_uring direct" in self._missing else {"reader": "io_uring", "depth": 64}
+        return self._stack.enter_context(open_store(files, "ram_hybrid", options | ring)[0])
+
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
         for k in EXPERTS:
-            self._decoders[bits, k, way] = _Decoder(with_experts(engine.model, store, k), store, cold)
+            model = with_experts(engine.model, store, k)
+            policy = "early_router" if way == AHEAD else "none"
+            self._decoders[bits, k, way] = _Decoder(model, store, cold, make_prefetcher(policy, store, model.routers))
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
         """Decode in rounds until ``seconds`` have passed, in reverse order in every second round."""
@@ -155,37 +178,49 @@ class _SizeProbe:
                 seconds=percentiles(decoder.seconds, (25, 50, 75)),
                 added=percentiles(added.tolist(), (25, 50, 75)),
                 fetching=float(np.median(decoder.fetching)),
+                misses=decoder.misses / len(decoder.seconds) / config.num_layers,
             )
 
 
 class _Decoder:
     """A sequence decoded with one store and K; ``cold`` files are evicted from the page cache before each token."""
 
-    def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
+    def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path], prefetcher: Prefetcher | None) -> None:
         self._model, self._store, self._cold = model, store, cold
         self._cache = model.new_cache()
-        self._context = ForwardContext(PhaseClock())
+        self._prefetcher = prefetcher
+        self._context = ForwardContext(PhaseClock(), prefetcher)
         self._random = np.random.default_rng(0)
         self.config = model.config
         self.seconds: list[float] = []
         self.fetching: list[float] = []
-        self.step()
-        self.seconds.clear()  # the first token of a sequence is not representative
-        self.fetching.clear()
+        self.misses = 0
+        self._decode()  # the first token of a sequence is not representative
 
     def step(self) -> None:
-        """Decode one more token, chosen at random."""
+        """Decode further tokens, chosen at random, and time all but the first, which follows another decoder's."""
+        self._decode()
+        for _ in range(_TIMED):
+            before = self._store.stats()
+            self.seconds.append(self._decode())
+            done = self._store.stats() - before
+            self.fetching.append(done.fetch_seconds)
+            self.misses += done.misses
+
+    def _decode(self) -> float:
+        """Decode a token and return the seconds."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
-        fetch_seconds = self._store.stats().fetch_seconds
         start = time.perf_counter()
+        if self._prefetcher is not None:
+            self._prefetcher.begin_pass([Guesses()], [1], decoding=True)
         hidden = self._model.forward(mx.array([token], mx.uint32), [1], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
-        self.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         checked_logits(np.array(logits))
-        self.fetching.append(self._store.stats().fetch_seconds - fetch_seconds)
+        return seconds
 
 
 def _memory_bandwidth() -> float:
