@@ -8,10 +8,11 @@ import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.shares import served
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.paths import expand_path
-from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, LayerInMemory, StoreStats
-from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
+from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStore, StoreStats
+from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import BUDGET_GIB, DEPTH, MEMORY_SHARE, SLOTS, Limit
 from flashmoe_mlx.stores.memory import GIB, available_memory, check_memory, slot_memory
 from flashmoe_mlx.stores.policies import make_policy
@@ -71,7 +72,7 @@ class RamHybridStore(ExpertStore):
         SLOTS.check("slots", slots)
         column = source.layout.bytes_in_all_layers
         budget = _budget(budget_gib, memory_share)
-        capacity = min(budget // column, source.num_experts)
+        capacity = min(budget // column, max(len(served(source, layer)) for layer in range(source.num_layers)))
         if capacity < 1:
             raise InputError(
                 f"backend=ram_hybrid: {budget / GIB:.3g} GiB hold less than one expert for each of {source.num_layers} "
@@ -108,9 +109,10 @@ class RamHybridStore(ExpertStore):
 
     def _preload(self) -> None:
         for layer, hot in enumerate(self._hot):
-            wanted = list(dict.fromkeys([*hot, *range(self.source.num_experts)]))[: self._capacity]
+            own = served(self.source, layer)
+            wanted = [expert for expert in dict.fromkeys([*hot, *own]) if expert in own][: self._capacity]
             # The hottest experts come last, because policies evict the oldest first.
-            for start in range(0, self._capacity, self.slots):
+            for start in range(0, len(wanted), self.slots):
                 group = wanted[::-1][start : start + self.slots]
                 placement = self._caches[layer].place(group)
                 self._fill(layer, {expert: placement.slots[expert] for expert in group})
@@ -149,10 +151,13 @@ class RamHybridStore(ExpertStore):
     def _in_memory(self, layer: int) -> LayerInMemory | None:
         if layer not in self._whole:
             cache = self._caches[layer]
-            if len(cache) < self.source.num_experts:
+            own = served(self.source, layer)
+            if len(cache) < len(own):
                 return None
             # From now on every request is a hit, and no expert loses its slot.
-            places = cache.slots(range(self.source.num_experts))
+            places = [-1] * self.source.num_experts
+            for expert, slot in zip(own, cache.slots(own), strict=True):
+                places[expert] = slot
             self._whole[layer] = whole_layer(self._layers[layer], place_table(places))
             self._places[layer] = places
         return self._whole[layer]

@@ -37,8 +37,11 @@ from flashmoe_mlx.errors import InputError
 _log = logging.getLogger(__name__)
 
 ChooseExperts = Callable[[mx.array, mx.array, int, bool, bool], tuple[mx.array, mx.array, mx.array]]
+"""The type of ``choose_experts.reference.choose_experts``."""
 NormedMatvec = Callable[..., tuple[mx.array, mx.array]]
+"""The type of ``normed_matvec.reference.normed_matvec``."""
 PREFERENCES = ("auto", "mlx", "reference")
+"""The values of ``kernels`` in ``load`` and on the command line."""
 _GPUS = ("metal", "cuda")
 
 

@@ -22,6 +22,20 @@ from flashmoe_mlx.custom_kernels.kernel import dialect
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.progress import report
 
+__all__ = [
+    "ROUNDED_TOLERANCE",
+    "TOLERANCE",
+    "CheckedKernel",
+    "CodePath",
+    "KernelReport",
+    "Sample",
+    "UncheckedPathWarning",
+    "Verdict",
+    "check_kernels",
+    "relative_difference",
+    "tokens_phrase",
+]
+
 _log = logging.getLogger(__name__)
 
 P = ParamSpec("P")

@@ -25,8 +25,12 @@ import numpy as np
 from flashmoe_mlx.custom_kernels import precompiled
 from flashmoe_mlx.custom_kernels.cuda_text import cuda_text, shape_reads
 
+__all__ = ["Arguments", "Kernel", "Outputs", "after", "bits_of", "dialect", "dialect_text"]
+
 Arguments = Mapping[str, int | mx.Dtype]
+"""The values of a kernel's template parameters, by name."""
 Outputs = Sequence[tuple[tuple[int, ...], mx.Dtype]]
+"""The shape and the type of each output."""
 
 
 def dialect() -> Literal["metal", "cuda"] | None:
@@ -66,8 +70,10 @@ class Kernel:
     ) -> None:
         assert package is not None
         folder = package.rpartition(".")[2]
-        self.name = "_".join([folder, body, *(name.lower() for name, on in (switches or {}).items() if on)])
-        self.inputs, self.outputs, self.in_place = list(inputs), list(outputs), list(in_place)
+        self.name: str = "_".join([folder, body, *(name.lower() for name, on in (switches or {}).items() if on)])
+        self.inputs: list[str] = list(inputs)
+        self.outputs: list[str] = list(outputs)
+        self.in_place: list[str] = list(in_place)
         self.shared_memory = shared_memory
         self._body = (package, f"{body}.h")
         self._headers = headers

@@ -23,6 +23,8 @@ from flashmoe_mlx.custom_kernels.checks import CheckedKernel, CodePath, Sample
 from flashmoe_mlx.custom_kernels.native import in_use, rounded_phrase
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 
+__all__ = ["Implementation", "Operation", "Target"]
+
 P = ParamSpec("P")
 R = TypeVar("R", mx.array, tuple[mx.array, mx.array, mx.array], tuple[mx.array, ...])
 

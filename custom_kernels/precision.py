@@ -2,6 +2,8 @@
 
 import mlx.core as mx
 
+__all__ = ["activation_type", "widen"]
+
 
 def widen(x: mx.array) -> mx.array:
     """Return ``x`` in f32; in f64 if it is f64, so that a reference computes in f64 throughout (on a CPU)."""

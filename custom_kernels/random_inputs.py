@@ -9,6 +9,8 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS, ExpertFormat
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
 
+__all__ = ["GEOMETRIES", "Geometry", "RandomInputs"]
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -32,6 +34,7 @@ GEOMETRIES = {
     "35B": Geometry(2048, 512, 16, 2, 256, 64, 16, 32, 128, 128),
     "small": Geometry(192, 96, 6, 2, 32, 8, 2, 6, 32, 48),
 }
+"""The sizes of Qwen3.5 models, by their number of parameters, and of a small model for tests."""
 
 
 class RandomInputs:
@@ -45,7 +48,7 @@ class RandomInputs:
 
     def __init__(self, dtype: mx.Dtype, seed: int, scales: mx.Dtype | None = None) -> None:
         self.dtype = dtype
-        self.scales = scales or dtype
+        self.scales: mx.Dtype = scales or dtype
         self._random = np.random.default_rng(seed)
 
     def normal(self, *shape: int, scale: float = 1.0, mean: float = 0.0, dtype: mx.Dtype | None = None) -> mx.array:

@@ -7,6 +7,8 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights, DeltaWeights, ExpertWeights, QuantizedWeight
 
+__all__ = ["ModelShapes", "Projection"]
+
 
 @dataclass(frozen=True)
 class Projection:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -13,12 +14,13 @@ import numpy as np
 
 from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.adapters.options import NO_PROMPT_CACHE, keeps_prompts, refuse_options
-from flashmoe_mlx.custom_kernels import Kernels, check_kernels, choose
-from flashmoe_mlx.custom_kernels.checks import KernelReport
+from flashmoe_mlx.custom_kernels import choose
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import AFFINE
+from flashmoe_mlx.generation.following import Follower
 from flashmoe_mlx.generation.grammars import Grammars
+from flashmoe_mlx.generation.joining import compare, join
 from flashmoe_mlx.generation.logits import Logits
 from flashmoe_mlx.generation.loop import Generation
 from flashmoe_mlx.generation.metrics import RunMetrics
@@ -43,11 +45,11 @@ from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.models.code_paths import model_shapes
-from flashmoe_mlx.models.decoder import Model
+from flashmoe_mlx.models.code_paths import check_model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import RoutingObserver
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
+from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.progress import Listener, reports_to
 from flashmoe_mlx.stores.contract import ExpertStore
@@ -85,6 +87,7 @@ def load(
     prompt_cache_gib: float | None = None,
     cache_dir: str | Path | None = None,
     cache_dir_gib: float = 16.0,
+    nodes: Nodes | None = None,
     on_load: Listener = _log.info,
     **backend_options: Any,
 ) -> "Engine":
@@ -108,13 +111,18 @@ def load(
             compute every prompt, None for a sixteenth of the machine's memory, at most 4 GiB.
         cache_dir: folder in which conversations outlast the process, readable by its owner only; None for none.
         cache_dir_gib: the largest size of the conversations of this model in ``cache_dir``.
+        nodes: the nodes that share the experts of the model, of which this process is one; every node loads the model
+            with the same arguments. Node 0 answers, and all other nodes call ``Engine.follow``. None for one machine.
         on_load: called with the current activity if loading takes longer than a second; the default writes to the log.
         **backend_options: options of the backend, as in its YAML.
 
     Raises:
         InputError: the model, the backend or an option is wrong.
+        NodeMismatchError: a node differs from node 0.
+        NodeFailedError: another node cannot load the model.
+        NodeLostError: another node is gone.
     """
-    with reports_to(on_load):
+    with reports_to(on_load), nullcontext() if nodes is None else nodes.loading():
         chosen = choose(kernels, activations, kv_bits)
         files = open_model(expand_path(model))
         if isinstance(files.config, AdaptedConfig):
@@ -125,14 +133,15 @@ def load(
         tokenizer = Tokenizer.load(files.folder) if (files.folder / "tokenizer.json").exists() else None
         sampling = PublishedSampling.load(files.folder)
         dtype = activation_type()
+        share = None if nodes is None else nodes.share
         mx.reset_peak_memory()
-        store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None)
+        store, settings = open_store(files, backend, backend_options, chosen.routed_experts_cpu is not None, share)
         try:
             built = files.build(store, k, chosen, dtype)
             prefetcher = make_prefetcher(prefetch, store, built.routers)
             if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-            checked = _checked_kernels(chosen, built)
+            checked = check_model(chosen, built, fuses_shared=nodes is None)
         except BaseException:
             store.close()
             raise
@@ -152,6 +161,7 @@ def load(
             "prefetch": prefetch,
             "backend": settings,
             "prompt_cache_bytes": cache_bytes,
+            "nodes": None if share is None else share.to_json(),
         }
         template = None if tokenizer is None else tokenizer.chat_template
         tool_format = (template and template.tool_format) or files.tool_format
@@ -162,14 +172,14 @@ def load(
             except BaseException:
                 store.close()
                 raise
-        return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format)
-
-
-def _checked_kernels(kernels: Kernels, model: RunnableModel) -> KernelReport:
-    """Check the kernels that ``model`` uses; a model of another package uses none."""
-    if isinstance(model, Model):
-        return check_kernels(kernels, model_shapes(model))
-    return KernelReport({"model": "mlx-lm"}, [], None)
+    if nodes is not None:
+        try:
+            compare(files.folder, setup, store, nodes)
+            built = join(built, nodes)
+        except BaseException:
+            store.close()
+            raise
+    return Engine(built, store, tokenizer, setup, profile, prefetcher, sampling, cache_bytes, disk, tool_format, nodes)
 
 
 def _checked_k(experts_k: int | None, own: int, available: int) -> int:
@@ -200,26 +210,29 @@ class Engine:
         prompt_cache_bytes: int = 0,
         disk: Disk | None = None,
         tool_format: str | None = "qwen_xml",
+        nodes: Nodes | None = None,
     ) -> None:
         self.store = store
+        self._nodes = nodes
         self._tool_format = tool_format
         self.setup = setup
         """Experts per token, their format, kernels, prefetch, and the backend with its options, for JSON."""
-        self.sampling = sampling or PublishedSampling({}, samples=False)
+        self.sampling: PublishedSampling = sampling or PublishedSampling({}, samples=False)
         """The sampling options that the model publishes: the defaults of ``generate``."""
-        self.metrics = RunMetrics()
+        self.metrics: RunMetrics = RunMetrics()
         """Measurements of the latest generation; each ``Generation`` also has separate measurements."""
         self._tokenizer = tokenizer
         prompt_cache = None
         if prompt_cache_bytes or disk is not None:
             prompt_cache = PromptCache(prompt_cache_bytes, model.state_bytes, tokenizer, disk)
-        self.runner = Runner(
+        self.runner: Runner = Runner(
             model,
             store,
             PhaseClock(profile),
             prefetcher,
             traces=not setup.get("replaced_kernels"),
             prompt_cache=prompt_cache,
+            nodes=nodes,
         )
         """Runs several sequences together, for callers that schedule them."""
         self._guesses = Guesses()
@@ -237,6 +250,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def follow(self) -> None:
+        """Run the passes that node 0 orders, until it closes its engine; for all other nodes.
+
+        Raises:
+            NodeLostError: another node is gone.
+        """
+        assert self._nodes is not None
+        Follower(self.runner, self._nodes).run()
 
     def close(self) -> None:
         """Free the store; may be called again.

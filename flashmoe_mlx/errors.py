@@ -2,6 +2,8 @@
 
 from typing import ClassVar
 
+__all__ = ["CheckpointError", "EngineBusyError", "FlashMoeError", "InputError", "PackError"]
+
 
 class FlashMoeError(Exception):
     """Base class of all errors of this package.
@@ -18,7 +20,7 @@ class FlashMoeError(Exception):
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
         super().__init__(message)
-        self.code = code or self.default_code
+        self.code: str = code or self.default_code
 
 
 class InputError(FlashMoeError):

@@ -23,8 +23,8 @@ settings.register_profile("everyday", max_examples=40)
 settings.load_profile("everyday")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def freeze_garbage() -> None:
     """Exempt all present objects from garbage collection, which would search thousands of tests each time."""
     gc.collect()
     gc.freeze()

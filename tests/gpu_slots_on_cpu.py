@@ -17,7 +17,7 @@ import pytest
 
 from flashmoe_mlx.backends import mmap, ram_hybrid, resident
 from flashmoe_mlx.stores import gpu_slots, memory, pinned, reading_store, staging
-from flashmoe_mlx.stores.contract import LayerInMemory
+from flashmoe_mlx.stores.delivery import LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuBatch
 from flashmoe_mlx.stores.libc import address_of

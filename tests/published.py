@@ -1,4 +1,4 @@
-"""Published chat templates, from an archive beside the checkout if it exists."""
+"""Published chat templates and tokenizers, from an archive beside the checkout if it exists."""
 
 import tarfile
 from functools import cache
@@ -18,3 +18,12 @@ def published_templates() -> dict[str, str]:
             if member.name.endswith(".jinja") and (file := archive.extractfile(member)) is not None:
                 found[member.name.removeprefix("./")] = file.read().decode()
     return found
+
+
+def published_file(path: str) -> bytes | None:
+    """Return one file of the archive, or None without the archive."""
+    if not ARCHIVE.exists():
+        return None
+    with tarfile.open(ARCHIVE) as archive:
+        file = archive.extractfile(f"./{path}")
+        return None if file is None else file.read()

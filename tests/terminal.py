@@ -9,6 +9,12 @@ import pexpect
 import pyte
 
 _TIMEOUT = 60.0
+_LINE_BELOW = r"\n[ \n]*(?:[\d,]+/[\d,]+ tokens|/help)[^\n]*"
+_INPUT = re.compile(
+    rf"(?:^|\n)>(?:(?: [^\n]*)?(?:\n  [^\n]*)*{_LINE_BELOW})?$"
+    r"|\nrun it\? [^\n]*\[n\]o:$"
+)
+"""The end of the screen while the program reads the keyboard: a prompt with the line below it, or a question."""
 
 
 class _Screen(pyte.HistoryScreen):
@@ -76,17 +82,18 @@ class Terminal:
             assert self.program.isalive() or text in self.text, self.text
             self.read(0.02)
 
-    def wait_for_prompt(self, seconds: float = _TIMEOUT) -> None:
-        """Wait until the last lines are an empty prompt and the line below it."""
+    def wait_for_input(self, seconds: float = _TIMEOUT) -> None:
+        """Wait until the program reads the keyboard."""
         waited = 0.0
-        while not re.search(r"(^|\n)>\s*\n[^\n]*(tokens|/help)[^\n]*\s*$", self.text):
+        while not _INPUT.search(self.text.rstrip()):
             assert waited < seconds, f"no prompt in:\n{self.text[-2000:]}"
+            assert self.program.isalive(), self.text
             self.read(0.02)
             waited += 0.02
 
     def type(self, text: str, *expected: str, key: str = "\r") -> str:
-        """Type ``text`` and a key; wait for each of the ``expected`` texts; return what was shown since."""
-        self.read()
+        """Type ``text`` and a key; wait for each of the ``expected`` texts; return the text since the prompt."""
+        self.wait_for_input()
         since = max(0, self.text.rfind("\n> "), self.text.rfind("\n>\n"))
         self.program.send(text + key)
         for wanted in expected:

@@ -82,6 +82,17 @@ def test_a_block_is_complete_as_soon_as_nothing_can_change_it() -> None:
     ]
 
 
+def test_marks_are_shown_when_their_meaning_is_known() -> None:
+    text = "a **bold** `code` ~~old~~ x*y\n- item\n\n# title\n```py\na = ``\n```\n"
+    reader = BlockReader()
+    shown = []
+    for character in text:
+        reader.add(character)
+        shown.append(reader.open.text if reader.open else "")
+    assert not [part for part in shown if part.endswith(("*", "`", "~", "\n-", "\n#")) and not part.startswith("a =")]
+    assert {"a **bold** ", "a **bold** `code` ~~old~~ x*y", "a = ``"} < set(shown)
+
+
 def test_results_are_data() -> None:
     text = "a\x1b[31mb\x1b]0;t\x07c\x00\r\nd\x9b<|im_end|>"
     assert clean_result(text, 100) == "abc\nd<|im_end|>"

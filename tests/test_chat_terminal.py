@@ -20,7 +20,7 @@ ANSWERS = {
     "user": "I have no answer.",
     "hello": "Hello, **world**!\n\n# Title\n\n- one\n- two\n\n```python\nprint('hi')\n```\n",
     "unicode": "é, 中文, \N{PARTY POPPER} and a\u0301",
-    "attack": "red \x1b[31mtext\x1b]0;title\x07\x1b[2J \x9b5A &#27;[2J \r\x08 \u202eevil end",
+    "attack": "red \x1b[38;5;199mtext\x1b]0;title\x07\x1b[7;9H\x1b[2J \x9b5A &#27;[2J \r\x08\x08 \u202eevil end",
     "ponder": "<think>\nLet me see.\n</think>\n\nDone.",
     "slowly": "first second " * 200,
     "paragraph": f"{WORDS}\n\nthe end",
@@ -82,8 +82,14 @@ def chat(command: list[str], folder: Path) -> Iterator[Terminal]:
         terminal.close()
 
 
+def colors(output: str) -> set[str]:
+    """Return the control sequences in ``output`` that set a color."""
+    styles = {found[0]: found[1].split(";") for found in re.finditer(r"\x1b\[([\d;:]*)m", output)}
+    return {style for style, codes in styles.items() if any(re.match(r"(3|4|9|10)\d", code) for code in codes)}
+
+
 def record(chat: Terminal, folder: Path) -> list[dict[str, str]]:
-    chat.wait_for_prompt()
+    chat.wait_for_input()
     files = sorted((folder / "run").glob("conversation*.json"), key=lambda path: path.stat().st_mtime_ns)
     found: list[dict[str, str]] = json.loads(files[-1].read_text())["messages"]
     return found
@@ -109,10 +115,10 @@ def test_characters_split_over_tokens(chat: Terminal, folder: Path) -> None:
 def test_control_sequences_of_the_model_do_nothing(chat: Terminal) -> None:
     before = len(chat.output)
     shown = chat.type("attack", "evil end")
-    assert "red \ufffd[31mtext\ufffd]0;title\ufffd\ufffd[2J" in shown
+    assert "red \ufffd[38;5;199mtext\ufffd]0;title\ufffd\ufffd[7;9H\ufffd[2J" in shown
     output = chat.output[before:]
-    for sequence in ("\x1b[31m", "\x1b]0;", "\x1b[2J", "\x9b", "\x08\x08", "\u202e"):
-        assert sequence not in output.replace("\x1b[?2004h", ""), sequence
+    for sequence in ("\x1b[38;5;199m", "\x1b]0;", "\x1b[7;9H", "\x1b[2J", "\x9b", "\r\x08\x08", "\u202e"):
+        assert sequence not in output, sequence
 
 
 def test_thinking_is_folded(chat: Terminal) -> None:
@@ -134,7 +140,7 @@ def test_long_paragraphs_and_code_are_complete(chat: Terminal) -> None:
 
 
 def test_ctrl_c_keeps_the_part_that_came(chat: Terminal, folder: Path) -> None:
-    chat.type("slowly", "first second first", "computing")
+    chat.type("slowly", "first second first", "tok/s")
     chat.interrupt()
     chat.wait("the conversation keeps this part")
     assert record(chat, folder)[-1]["content"].startswith("first second")
@@ -230,6 +236,7 @@ def test_retry_and_edit(chat: Terminal, folder: Path) -> None:
 
 
 def test_several_lines(chat: Terminal, folder: Path) -> None:
+    chat.wait_for_input()
     chat.program.send("first line\x1b\r")
     chat.type("hello", "Hello, world!")
     assert record(chat, folder)[-2]["content"] == "first line\nhello"
@@ -286,7 +293,7 @@ def test_other_terminals(command: list[str], folder: Path, variables: dict[str, 
         terminal.wait("ends the chat")
         terminal.type("hello", "Hello,", "print('hi')")
         terminal.read(0.2)
-        assert "\x1b[3" not in terminal.output  # no colors
+        assert colors(terminal.output) == set()
         terminal.program.send("\x04")
         terminal.wait("record:")
     finally:

@@ -3,19 +3,20 @@
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import TINY
-from published import published_templates
+from published import published_file, published_templates
 
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.logits import Logits, TokenHistory
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
-from flashmoe_mlx.made_models.synthetic import synthetic_pack
+from flashmoe_mlx.made_models import synthetic
 from flashmoe_mlx.text.chat_template import ChatTemplate
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
 
@@ -36,16 +37,30 @@ TOOLS = [
 HEADER = "<|im_start|>assistant\n<think>\n"
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+@pytest.fixture(
+    scope="module",
+    params=["bytes", pytest.param("published", marks=pytest.mark.thorough)],
+    ids=["tokens are bytes", "the vocabulary of Qwen3"],
+)
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     template = published_templates().get(_TEMPLATE)
     if template is None:
         pytest.skip("needs the archive of published templates")
-    pack = synthetic_pack("talk", replace(TINY, max_context=2**16), tmp_path_factory.mktemp("model"))
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "published":
+            patch.setattr(synthetic, "write_byte_tokenizer", write_published_tokenizer)
+        pack = synthetic.synthetic_pack("talk", replace(TINY, max_context=2**16), tmp_path_factory.mktemp("model"))
     with flashmoe_mlx.load(pack.folder) as opened:
         opened.tokenizer.chat_template = ChatTemplate(template, {})
         opened.runner.prompt_cache = PromptCache(2**28, opened.model.state_bytes, opened.tokenizer)
         yield opened
+
+
+def write_published_tokenizer(folder: Path) -> int:
+    """Write the tokenizer of Qwen3 to ``folder`` and return the size of its vocabulary, padded as published."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(published_file(f"Qwen3-30B-A3B/{name}") or b"")
+    return 151_936
 
 
 class Script:

@@ -17,6 +17,7 @@ FLOORS = (
     ("cgroups", "paths", "progress"),
     ("formats",),
     ("custom_kernels",),
+    ("nodes",),
     ("stores",),
     ("backends", "layers", "text"),
     ("moe",),

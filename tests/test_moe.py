@@ -342,6 +342,7 @@ class FakeStore:
     """A store that keeps lists of the requests and of the hints."""
 
     reads = True
+    share = None
 
     def __init__(self, slots: int, calls: list[Any]) -> None:
         self.slots = slots

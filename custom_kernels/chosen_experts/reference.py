@@ -47,5 +47,5 @@ def chosen_experts(
     return y, mx.concatenate([earlier, chosen.reshape(-1)])
 
 
-by_mlx = partial(chosen_experts, apply=mlx.routed_experts)
+by_mlx: partial[tuple[mx.array, mx.array]] = partial(chosen_experts, apply=mlx.routed_experts)
 """``chosen_experts`` with each expert by MLX's quantized products."""

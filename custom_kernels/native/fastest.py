@@ -46,7 +46,7 @@ class Memory:
         self._words = mx.array(np.tile(words, -(-nbytes // words.nbytes)))
         address = np.frombuffer(self._words, np.uint8).ctypes.data  # type: ignore[call-overload]  # arrays are buffers
         self._start = -address % _LINE // self._words.itemsize
-        self.nbytes = self._words.nbytes - _LINE
+        self.nbytes: int = self._words.nbytes - _LINE
 
     def place(self, offset: int, shape: tuple[int, int], dtype: mx.Dtype) -> tuple[mx.array, int]:
         """Return an array at byte ``offset``, a multiple of a cache line, and the offset of the next line behind it."""

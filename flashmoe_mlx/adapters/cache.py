@@ -20,8 +20,8 @@ class AdaptedCache:
     __slots__ = ("inner", "length")
 
     def __init__(self, inner: Any, length: int = 0) -> None:
-        self.inner = inner
-        self.length = length
+        self.inner: Any = inner
+        self.length: int = length
 
     @property
     def nbytes(self) -> int:

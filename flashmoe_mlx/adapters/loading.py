@@ -117,9 +117,9 @@ class AdaptedExperts:
         Raises:
             CheckpointError: the model computes its experts, or their parts lie apart (code "needs_pack").
         """
-        self.layout = layout_of(loaded.switches)
-        self.num_layers = config.num_layers
-        self.num_experts = config.num_experts
+        self.layout: LayerLayouts = layout_of(loaded.switches)
+        self.num_layers: int = config.num_layers
+        self.num_experts: int = config.num_experts
         self._locate = locate
         self._nodes = _origins(loaded, self.layout, tensors)
 

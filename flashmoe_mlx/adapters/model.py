@@ -48,7 +48,7 @@ class AdaptedModel:
         self._backbone = Backbone.inside(module, switches[0].path)
         self._make_cache = mlx_lm("models.cache").make_prompt_cache
         floats = (array for array in arrays_of(module) if mx.issubdtype(array.dtype, mx.floating))
-        self.dtype = next(floats).dtype
+        self.dtype: mx.Dtype = next(floats).dtype
 
     @property
     def state_bytes(self) -> int:

@@ -73,7 +73,7 @@ class Pass:
     context: ForwardContext | None = None
 
 
-class StreamedExperts(nn.Module):  # type: ignore[misc, name-defined]
+class _StreamedExperts(nn.Module):  # type: ignore[misc, name-defined]
     """A layer of routed experts whose weights are the slots of a store.
 
     The code of MLX-LM's layer computes with these slots, so a result has the same bits as with all experts in memory,
@@ -169,7 +169,7 @@ def attach(model: Any, switches: Sequence[Switch], layers: Sequence[Sequence[Com
     """Replace ``switches`` in ``model`` by layers with weights from the store of ``running``."""
     for index, (switch, components) in enumerate(zip(switches, layers, strict=True)):
         parent, name = _parent(model, switch.path)
-        setattr(parent, name, StreamedExperts(switch, index, components, running))
+        setattr(parent, name, _StreamedExperts(switch, index, components, running))
 
 
 def _parent(model: Any, path: str) -> tuple[Any, str]:

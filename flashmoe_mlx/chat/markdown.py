@@ -15,6 +15,8 @@ _ITEM = re.compile(r"^(?:[-*+]|\d{1,9}[.)])(?:\s|$)")
 _SINGLE = re.compile(r"^(?:#{1,6}(?:\s|$)|(?:\*\s*){3,}$|(?:-\s*){3,}$|(?:_\s*){3,}$)")
 _QUOTE = re.compile(r"^>")
 _TABLE_LINE = re.compile(r"^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)+\|?\s*$")
+_UNDECIDED = re.compile(r"^[-=#*_~`+>|\s]+$|[*_~`]+$")
+"""Marks at the end of an unfinished line; the next character decides their meaning: ``*`` may become ``**``."""
 _CODE_LINES = 16
 """Number of lines of code after which they are printed, while the rest of the block may still come."""
 _THEME = "ansi_dark"
@@ -93,8 +95,11 @@ class BlockReader:
 
     @property
     def open(self) -> Block | None:
-        """The block that is not complete; None if there is no text."""
-        lines = [*self._lines, *([self._partial] if self._partial else [])]
+        """The block that is not complete, without marks of undecided meaning; None if there is no text."""
+        partial = self._partial
+        if self._fence is None or not partial.strip().strip(self._fence[0][0]):
+            partial = _UNDECIDED.sub("", partial)
+        lines = [*self._lines, *([partial] if partial else [])]
         if self._fence is not None:
             return Block("\n".join(lines), self._fence[1], opens=not self._shown_code)
         found = _FENCE.match(self._partial) if not self._lines else None

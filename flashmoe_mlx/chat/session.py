@@ -52,14 +52,14 @@ class Chat:
         on_change: Callable[[Conversation], None],
     ) -> None:
         self.engines = engines
-        self.conversation = conversation
+        self.conversation: Conversation = conversation
         self.settings = settings
         self.toolbox = toolbox
         self.screen = screen
         self.input = input
         self.latest: Answer | None = None
         self.answers: list[Mapping[str, Any]] = []
-        self.failed = 0
+        self.failed: int = 0
         self._most_calls = most_calls
         self._on_change = on_change
 

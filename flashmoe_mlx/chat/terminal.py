@@ -26,7 +26,7 @@ class TerminalScreen:
     """Output to a terminal."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or literal_console()
+        self.console: Console = console or literal_console()
 
     def note(self, text: str) -> None:
         """Show a note of the program."""

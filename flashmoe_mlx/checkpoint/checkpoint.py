@@ -12,6 +12,7 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.safetensors_header import TensorInfo, read_header
 from flashmoe_mlx.formats.untrusted import read_object
+from flashmoe_mlx.models.config import ModelSize
 
 
 class Checkpoint:
@@ -28,7 +29,7 @@ class Checkpoint:
         self.folder = folder
         self.published = published
         self.tensors = tensors
-        self.config = refuse_unsupported(published, folder)
+        self.config: ModelSize = refuse_unsupported(published, folder)
         self._data_start: dict[str, int] = {}
 
     @classmethod

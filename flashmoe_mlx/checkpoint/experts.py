@@ -29,8 +29,8 @@ class CheckpointExperts:
 
     def __init__(self, checkpoint: Checkpoint, layout: LayerLayouts, layers: Sequence[LayerExperts]) -> None:
         self.layout = layout
-        self.num_layers = len(layers)
-        self.num_experts = checkpoint.config.num_experts
+        self.num_layers: int = len(layers)
+        self.num_experts: int = checkpoint.config.num_experts
         self._checkpoint = checkpoint
         self._layers = layers
 

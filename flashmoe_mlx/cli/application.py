@@ -71,7 +71,7 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
     jobs: list[Job] = []
 
     @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
-    def run_job(composed: DictConfig) -> None:
+    def run_job(composed: DictConfig) -> float | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         unused = not holds_measurements(folder)
         job = Job(folder, _overrides())
@@ -81,10 +81,12 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
                 refuse_used(folder, "hydra.sweep.subdir")
             (folder / FAILURE).unlink(missing_ok=True)  # from an earlier attempt
             config = build_config(composed)
-            import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
+            metric: float | None = import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
         except Exception as error:
             job.failure = message(error, folder)
             codes.append(report(error, debug, folder, record=unused))
+            return None
+        return metric  # for sweepers that optimize
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them and exiting
     program, log_errors = sys.argv, logging.raiseExceptions

@@ -17,7 +17,7 @@ from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.paths import NO_SPACE
 from flashmoe_mlx.tasks.shared.run_directory import FAILURE
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -45,7 +45,7 @@ def report(error: Exception, debug: bool, folder: Path | None = None, record: bo
     if record and folder is not None:
         from flashmoe_mlx.formats.files import write_json
 
-        log.error("%s", text, exc_info=error)
+        _log.error("%s", text, exc_info=error)
         with contextlib.suppress(OSError):  # perhaps the very error to report: a full disk, for instance
             write_json(folder / FAILURE, {"error": text, "code": _error_code(error), "exit_code": code})
     if debug:
@@ -83,6 +83,8 @@ def _composition_error(error: Exception) -> str:
         for known in GROUPS:  # the name may contain slashes
             if error.missing_cfg_file.startswith(f"{known}/"):
                 group, name = known, error.missing_cfg_file.removeprefix(f"{known}/")
+        if group == "hydra/sweeper":
+            return f"{group}={name}: this sweeper is not installed; for optuna: pip install 'flashmoe_mlx[sweep]'"
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; choose from {', '.join(sorted(error.options))}{hint}"
     text = " ".join(str(error).split())

@@ -16,6 +16,18 @@ from rich.text import Text
 
 from flashmoe_mlx.console.streams import Notes
 
+__all__ = [
+    "ByteProgress",
+    "activity",
+    "byte_progress",
+    "console",
+    "counted",
+    "literal_console",
+    "print_notes",
+    "print_table",
+    "show",
+]
+
 _STDERR = cast(IO[str], Notes())
 _MAX_TABLE_WIDTH = 400
 
@@ -25,7 +37,8 @@ def literal_console(file: IO[str] | None = None, width: int | None = None) -> Co
     return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
-console = literal_console(_STDERR)
+console: Console = literal_console(_STDERR)
+"""The console for progress and notes, on stderr."""
 
 
 def counted(number: int, noun: str) -> str:

@@ -14,6 +14,7 @@ _PHASE_NAMES = {
     "router_wait": "router wait",
     "io": "I/O",
     "sample": "sampling",
+    "nodes": "other nodes",
 }
 
 

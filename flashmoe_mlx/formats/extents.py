@@ -9,6 +9,8 @@ from typing import Protocol
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.record import LayerLayouts
 
+__all__ = ["ExpertSource", "Extent", "read_exactly", "read_extents"]
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -23,13 +25,19 @@ class ExpertSource(Protocol):
     """The location of the bytes of every expert: in a variant of a pack, or in a published checkpoint."""
 
     @property
-    def layout(self) -> LayerLayouts: ...
+    def layout(self) -> LayerLayouts:
+        """The layout of the records of each layer."""
+        ...
 
     @property
-    def num_layers(self) -> int: ...
+    def num_layers(self) -> int:
+        """The number of layers with experts."""
+        ...
 
     @property
-    def num_experts(self) -> int: ...
+    def num_experts(self) -> int:
+        """The number of experts in each layer."""
+        ...
 
     def extents(self, layer: int, expert: int) -> Sequence[Extent]:
         """Return the byte ranges of an expert in the order of its record: one in a pack, several in a checkpoint."""

@@ -6,6 +6,8 @@ from typing import Any
 
 from flashmoe_mlx.errors import CheckpointError
 
+__all__ = ["LARGEST_SIZE", "Reader", "refuse_other_arithmetic", "shown"]
+
 LARGEST_SIZE = 2**24
 """The limit of all sizes in a config. Products of any three sizes fit into 128 bits, and a typo fails early."""
 

@@ -37,6 +37,21 @@ import xxhash
 from flashmoe_mlx.formats.extents import Extent
 from flashmoe_mlx.formats.record import LayerLayouts
 
+__all__ = [
+    "CHECKSUMS",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "HASH_BYTES",
+    "MANIFEST",
+    "MIXED_FORMAT_VERSION",
+    "RESIDENT",
+    "TEXT_FILES",
+    "PackedExperts",
+    "file_hash",
+    "layer_file",
+    "variant_directory",
+]
+
 MANIFEST = "pack.json"
 
 RESIDENT = "resident.safetensors"

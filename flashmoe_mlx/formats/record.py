@@ -16,6 +16,20 @@ from typing import Any, Self
 
 from flashmoe_mlx.errors import PackError
 
+__all__ = [
+    "AFFINE",
+    "DTYPE_BYTES",
+    "FLOAT_MODES",
+    "GROUP_SIZES",
+    "PROJECTIONS",
+    "QUANTIZED_BITS",
+    "RECORD_ALIGNMENT",
+    "Component",
+    "LayerLayouts",
+    "MatrixFormat",
+    "RecordLayout",
+]
+
 RECORD_ALIGNMENT = 16 * 1024
 PROJECTIONS = ("gate", "up", "down")
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)

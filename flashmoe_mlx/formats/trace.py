@@ -30,6 +30,8 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.untrusted import parse_object, read_file
 
+__all__ = ["MAX_CHOICES", "MAX_EXPERTS", "RoutingTrace"]
+
 _MAGIC = b"MOETRACE"
 _VERSION = 1
 _PREFIX = struct.Struct("<8sII")

@@ -16,6 +16,7 @@ from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.models.steps import TracedSteps
 from flashmoe_mlx.moe.in_memory import UsedExperts
+from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -27,13 +28,17 @@ class StepsAhead:
         store: the store of its experts.
         clock: measures the phases of passes.
         meter: measures passes.
+        nodes: the nodes that share the experts, of which node 0 chooses the tokens; None for one machine.
     """
 
-    def __init__(self, model: RunnableModel, store: ExpertStore, clock: PhaseClock, meter: PassMeter) -> None:
+    def __init__(
+        self, model: RunnableModel, store: ExpertStore, clock: PhaseClock, meter: PassMeter, nodes: Nodes | None = None
+    ) -> None:
         self._model = model
         self._store = store
         self._clock = clock
         self._meter = meter
+        self._nodes = nodes
         self._steps: TracedSteps | None = None
 
     @property
@@ -87,6 +92,8 @@ class StepsAhead:
             with self._clock.computing("head"):
                 logits, finite = self._steps.logits(token, sequence.cache, used)
                 chosen, number = sequence.choose_on_device(logits)
+                if self._nodes is not None:
+                    chosen = self._nodes.of_first(chosen)
                 report = mx.concatenate([chosen.astype(mx.int32), finite, used.listed])
                 refuse_cancelled()
                 mx.async_eval(report, chosen, *sequence.cache.arrays())  # type: ignore[no-untyped-call]

@@ -41,12 +41,12 @@ class TokenHistory:
     """The tokens of a sequence, counted by id."""
 
     def __init__(self, prompt: Sequence[int], vocab_size: int) -> None:
-        self.seen = np.zeros(vocab_size, bool)
+        self.seen: npt.NDArray[np.bool_] = np.zeros(vocab_size, bool)
         """Whether each token is in the prompt or was generated."""
         self.seen[list(prompt)] = True
-        self.generated = np.zeros(vocab_size, np.int64)
+        self.generated: npt.NDArray[np.int64] = np.zeros(vocab_size, np.int64)
         """How often each token was generated."""
-        self.count = 0
+        self.count: int = 0
         """The number of generated tokens."""
 
     def add(self, token_id: int) -> None:

@@ -1,14 +1,18 @@
 """Passes over several sequences: their parts, their failures, and what they refuse."""
 
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import SupportsIndex
 
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.logprobs import add_prompt_logprobs
-from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.generation.sequence import Sequence, Status
 from flashmoe_mlx.layers.cache import SequenceCache
+from flashmoe_mlx.models.config import ModelSize
+from flashmoe_mlx.nodes.errors import StoppedError
 
 
 class CancelledError(Exception):
@@ -20,7 +24,7 @@ def ending(sequences: list[Sequence]) -> Iterator[None]:
     """Finish ``sequences`` if an enclosed pass is cancelled, and mark them as broken after an error."""
     try:
         yield
-    except CancelledError:
+    except (CancelledError, StoppedError):
         for sequence in sequences:
             sequence.finish("cancelled")
     except BaseException:
@@ -48,6 +52,47 @@ def not_cancelled(sequences: list[Sequence]) -> list[Sequence]:
         if sequence.cancelled and sequence.finish_reason is None:
             sequence.finish("cancelled")
     return [sequence for sequence in sequences if sequence.finish_reason is None]
+
+
+def can_prefill(sequences: list[Sequence]) -> list[Sequence]:
+    """Return the unfinished ones of waiting ``sequences``; raise InputError as ``Runner.prefill_part`` does."""
+    if any(sequence.status is not Status.WAITING for sequence in sequences):
+        raise InputError("the prompt of this sequence was processed before", code="not_waiting")
+    running = not_cancelled(sequences)
+    refuse_broken([sequence.cache for sequence in running])
+    refuse_duplicates(running)
+    return running
+
+
+def can_decode(sequences: list[Sequence]) -> list[Sequence]:
+    """Return the unfinished ones of ``sequences``; raise InputError as ``Runner.decode`` does."""
+    running = not_cancelled(sequences)
+    refuse_broken([sequence.cache for sequence in running])
+    if any(sequence.status is Status.WAITING for sequence in running):
+        raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
+    refuse_duplicates(running)
+    return running
+
+
+def checked_tokens(config: ModelSize, token_ids: Iterable[SupportsIndex], before: int) -> list[int]:
+    """Return ``token_ids``, which follow ``before`` other tokens, as plain integers.
+
+    Raises:
+        InputError: there are none (code "empty_prompt"), one is not in the vocabulary (code "unknown_token"), or they
+            exceed the context (code "prompt_too_long").
+    """
+    tokens = [operator.index(token) for token in token_ids]
+    if not tokens:
+        raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
+    for token in tokens:
+        if not 0 <= token < config.vocab_size:
+            raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
+    if before + len(tokens) > config.max_context:
+        raise InputError(
+            f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
+            code="prompt_too_long",
+        )
+    return tokens
 
 
 def next_parts(sequences: list[Sequence], most_tokens: int | None) -> dict[Sequence, list[int]]:

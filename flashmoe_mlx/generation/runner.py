@@ -1,6 +1,5 @@
 """Forward passes of one model, one at a time: the lock, the clock and the prefetcher that all sequences share."""
 
-import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -11,19 +10,20 @@ from typing import SupportsIndex
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.errors import EngineBusyError, InputError
+from flashmoe_mlx.errors import EngineBusyError
 from flashmoe_mlx.generation.ahead import StepsAhead
 from flashmoe_mlx.generation.logits import Logits, checked_logits
+from flashmoe_mlx.generation.orders import Orders
 from flashmoe_mlx.generation.pass_meter import PassMeter
 from flashmoe_mlx.generation.passes import (
+    can_decode,
+    can_prefill,
+    checked_tokens,
     ending,
     ending_alone,
     kept_in_part,
     next_parts,
-    not_cancelled,
     refuse_broken,
-    refuse_cancelled,
-    refuse_duplicates,
     score_prompts,
     take_states,
 )
@@ -37,6 +37,7 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher
+from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -54,6 +55,7 @@ class Runner:
         prefetcher: Prefetcher | None,
         traces: bool = True,
         prompt_cache: PromptCache | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         """Wrap a model.
 
@@ -65,17 +67,20 @@ class Runner:
             traces: whether MLX can trace the model's kernels, so that steps can be begun ahead; what replaces a kernel
                 of routed experts cannot be traced.
             prompt_cache: keeps the sequences that end, for later prompts; None to compute every prompt.
+            nodes: the nodes that share the experts; None for one machine.
         """
         self.model = model
         self.store = store
         self.clock = clock
         self._prefetcher = prefetcher
         self._traces = traces
-        self.meter = PassMeter(store, clock)
+        self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
-        self._ahead = StepsAhead(model, store, clock, self.meter)
+        self._ahead = StepsAhead(model, store, clock, self.meter, nodes)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
+        self.orders = Orders(nodes)
+        """The orders of node 0, where several nodes share the experts."""
         self._in_pass = False
         self._ended: list[Sequence] = []
         """Sequences that ended in the present pass."""
@@ -98,6 +103,7 @@ class Runner:
 
     def close(self) -> None:
         """Close the store, and free its experts."""
+        self.orders.close()
         self._ahead.close()
         self.store.close()
         if self.prompt_cache is not None and self.prompt_cache.disk is not None:
@@ -123,11 +129,12 @@ class Runner:
             prefetches=self._prefetcher is not None,
             on_prefill=on_prefill,
             start=start,
-            on_finish=self._finished,
+            on_finish=self.finished,
         )
 
-    def _finished(self, sequence: Sequence) -> None:
+    def finished(self, sequence: Sequence) -> None:
         """Hand an ended sequence to the prompt cache, after the present pass."""
+        self.orders.end(sequence)
         self._ended.append(sequence)
         if not self._in_pass:
             self._keep_ended()
@@ -149,25 +156,8 @@ class Runner:
             self._keep_ended()
 
     def checked_tokens(self, token_ids: Iterable[SupportsIndex], before: int = 0) -> list[int]:
-        """Return ``token_ids``, which follow ``before`` other tokens, as plain integers.
-
-        Raises:
-            InputError: there are none (code "empty_prompt"), one is not in the vocabulary (code "unknown_token"), or
-                they exceed the context (code "prompt_too_long").
-        """
-        config = self.model.config
-        tokens = [operator.index(token) for token in token_ids]
-        if not tokens:
-            raise InputError("the prompt is empty: give at least one token", code="empty_prompt")
-        for token in tokens:
-            if not 0 <= token < config.vocab_size:
-                raise InputError(f"token {token} is not in the vocabulary of {config.vocab_size}", code="unknown_token")
-        if before + len(tokens) > config.max_context:
-            raise InputError(
-                f"the prompt has {before + len(tokens)} tokens; this model's context holds {config.max_context}",
-                code="prompt_too_long",
-            )
-        return tokens
+        """Return ``token_ids``, which follow ``before`` other tokens, as plain integers; see ``passes``."""
+        return checked_tokens(self.model.config, token_ids, before)
 
     def prefill(self, sequence: Sequence) -> None:
         """Process the prompt of a waiting ``sequence``, in chunks, and choose its first token.
@@ -195,12 +185,17 @@ class Runner:
             FlashMoeError: an expert cannot be read; none of the sequences with a part can continue afterwards. Or no
                 token can be chosen for a sequence, as in ``decode``.
         """
-        if any(sequence.status is not Status.WAITING for sequence in sequences):
-            raise InputError("the prompt of this sequence was processed before", code="not_waiting")
-        running = not_cancelled(sequences)
-        refuse_broken([sequence.cache for sequence in running])
-        refuse_duplicates(running)
-        self._resume(running)
+        running = can_prefill(sequences)
+        if not running:
+            return
+        lazy, resumes = self._used_experts() is not None, self.meter.observer is None
+        with self.orders.passing("prefill", running, lazy=lazy, resumes=resumes, most_tokens=most_tokens):
+            self.prefill_together(running, most_tokens, resumes=resumes)
+
+    def prefill_together(self, running: list[Sequence], most_tokens: int | None, *, resumes: bool) -> None:
+        """Run ``prefill_part`` on this node; ``resumes`` allows sequences to begin where the prompt cache ends."""
+        if resumes:
+            self._resume(running)
         parts = next_parts(running, most_tokens)
         if not parts:
             return
@@ -211,7 +206,7 @@ class Runner:
         def reached(done: float) -> None:
             for sequence, tokens in parts.items():
                 sequence.report(sequence.prefilled + int(len(tokens) * done / layers))
-            refuse_cancelled(running)
+            self.orders.refuse_cancelled(running)
 
         with self._pass(), ending(running):
             with self.meter.measured({part: len(tokens) for part, tokens in parts.items()}, decoding=False):
@@ -225,10 +220,12 @@ class Runner:
 
     def _resume(self, sequences: list[Sequence]) -> None:
         """Begin ``sequences`` where the prompt cache ends, unless that was done before."""
-        if self.prompt_cache is not None and self.meter.observer is None:
-            for sequence in sequences:
-                if sequence.keep_at is None and sequence.request.prompt_logprobs is None:
-                    self.prompt_cache.resume(sequence)
+        if self.prompt_cache is None:
+            return
+        for sequence in sequences:
+            if sequence.keep_at is None and sequence.request.prompt_logprobs is None:
+                self.prompt_cache.resume(sequence)
+                self.orders.agree_on_start(sequence, self.model.new_cache())
 
     def _prefill_parts(
         self, parts: Mapping[Sequence, list[int]], reached: Callable[[float], None], failures: list[Exception]
@@ -253,7 +250,7 @@ class Runner:
             for sequence, end in ends.items()
             if sequence.prefilled + len(parts[sequence]) == len(sequence.request.prompt_ids)
         }
-        if not complete:
+        if not complete or self.orders.follows:
             self._evaluate("experts", hidden, caches, used)
             take_states(positions)
             score_prompts(ends, hidden, self.model.logits)
@@ -281,18 +278,20 @@ class Runner:
                 chosen for a sequence, whose ``cache.broken`` is then true; the other sequences have their tokens and
                 can continue. Errors of logits processors have the same effect. The first such error is raised.
         """
-        running = not_cancelled(sequences)
+        running = can_decode(sequences)
         if not running:
             return
-        caches = [sequence.cache for sequence in running]
-        refuse_broken(caches)
-        if any(sequence.status is Status.WAITING for sequence in running):
-            raise InputError("a sequence has no token yet: call prefill first", code="not_decoding")
-        refuse_duplicates(running)
+        ahead = len(running) == 1 and self._can_run_ahead(running[0])
+        lazy, last = self._used_experts() is not None, running[0].one_token_left
+        with self.orders.passing("decode", running, lazy=lazy, ahead=ahead, one_token_left=last):
+            self.decode_together(running, ahead=ahead)
+
+    def decode_together(self, running: list[Sequence], *, ahead: bool) -> None:
+        """Run ``decode`` on this node; ``ahead`` is the result of ``_can_run_ahead`` on node 0."""
         failures: list[Exception] = []
         with self._pass(), ending(running):
-            if len(running) == 1 and self._can_run_ahead(running[0]):
-                self._ahead.decode(running[0], lambda: refuse_cancelled(running))
+            if ahead:
+                self._ahead.decode(running[0], lambda: self.orders.refuse_cancelled(running))
                 return
             begun = [sequence for sequence in running if sequence.ahead is not None]
             for sequence in begun:
@@ -327,8 +326,11 @@ class Runner:
                 [sequence.guesses for sequence in sequences],
                 used,
                 decoding=max(lengths) == 1,
-                reached=lambda _: refuse_cancelled(sequences),
+                reached=lambda _: self.orders.refuse_cancelled(sequences),
             )
+            if self.orders.follows:
+                self._evaluate("experts", hidden, caches, used)
+                return
             if max(lengths) > 1:
                 hidden = hidden[mx.array(list(accumulate(lengths))) - 1]
             logits = self._unchecked_logits(hidden, caches, used)
@@ -352,11 +354,14 @@ class Runner:
         """
         refuse_broken([cache])
         used = self._used_experts()
-        hidden = self._hidden(token_ids, [len(token_ids)], [cache], [guesses], used, decoding=decoding)
-        return self._logits(hidden, [cache], used)
+        with self.orders.computing_logits(token_ids, cache, lazy=used is not None, decoding=decoding):
+            hidden = self._hidden(token_ids, [len(token_ids)], [cache], [guesses], used, decoding=decoding)
+            return checked_logits(self._unchecked_logits(hidden, [cache], used))
 
     def _used_experts(self) -> UsedExperts | None:
         """Return what collects the experts of a pass, or None if each layer's choice is needed at once."""
+        if self.orders.follows:
+            return UsedExperts(self.store) if self.orders.lazy else None
         if self._prefetcher is not None or self.meter.observer is not None or self.clock.split:
             return None
         return UsedExperts(self.store)
@@ -378,11 +383,8 @@ class Runner:
         context = ForwardContext(self.clock, self._prefetcher, self.meter.chosen, reached, used)
         return self.model.forward(mx.array(token_ids, mx.uint32), lengths, caches, context)
 
-    def _logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
-        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass; see ``logits``."""
-        return checked_logits(self._unchecked_logits(hidden, caches, used))
-
     def _unchecked_logits(self, hidden: mx.array, caches: list[SequenceCache], used: UsedExperts | None) -> Logits:
+        """Compute the logits f32 [T, vocabulary] of ``hidden`` [T, hidden], which finishes a pass."""
         logits = self.model.logits(hidden)
         self._evaluate("head", logits, caches, used)
         return np.array(logits)

@@ -109,14 +109,14 @@ class Sequence:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
-        self.guesses = Guesses()
-        self.metrics = RunMetrics(
+        self.guesses: Guesses = Guesses()
+        self.metrics: RunMetrics = RunMetrics(
             prefill_chunk,
             sampling=request.sampling.to_json(),
             guesses=self.guesses if prefetches else None,
             prompt_tokens=len(request.prompt_ids),
         )
-        self.cancelled = False
+        self.cancelled: bool = False
         self._on_prefill = on_prefill
         self._on_finish = on_finish
         self._start = time.perf_counter() if start is None else start
@@ -186,6 +186,11 @@ class Sequence:
     def choose_on_device(self, logits: mx.array) -> tuple[mx.array, float | None]:
         """Choose the next token lazily by ``logits`` f32 [vocabulary]; see ``Sampler.choose_on_device``."""
         return self._sampler.choose_on_device(logits)
+
+    def begin_again(self, cache: SequenceCache) -> None:
+        """Begin the prompt with an empty ``cache``, not where the prompt cache ends."""
+        self.cache, self.prefilled = cache, 0
+        self.metrics.reused_tokens, self.metrics.reused_from = 0, None
 
     def settle(self) -> None:
         """Discard a step that was begun ahead; ``cache`` then holds all tokens but the latest.

@@ -58,7 +58,7 @@ class TextStream:
         self._splitter = ReasoningSplitter(tokenizer, request.prompt_ids) if request.split_reasoning else None
         self._tools = tool_reader
         self._stop = StopStrings(request.stop)
-        self.reasoning_tokens = 0
+        self.reasoning_tokens: int = 0
         self._given = 0
         """The number of tokens that pieces have returned."""
         self._read = 0

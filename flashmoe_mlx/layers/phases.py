@@ -42,7 +42,7 @@ class PhaseClock:
         """Seconds spent in each phase so far, by the phase's name."""
         self.split = split
         """Whether each phase is evaluated by itself."""
-        self.waits = 0
+        self.waits: int = 0
         """How often the host waited for the device so far."""
 
     def phase(self, name: str) -> _Phase:

@@ -13,6 +13,8 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import LARGEST_SIZE, Reader, shown
 from flashmoe_mlx.formats.untrusted import same_json
 
+__all__ = ["Rope", "Yarn", "read_rope"]
+
 _SUPPORTED = ("default", "yarn")
 _KNOWN = frozenset({
     "rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved", "factor",

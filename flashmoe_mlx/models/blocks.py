@@ -19,6 +19,8 @@ from flashmoe_mlx.layers.rope import Rope
 from flashmoe_mlx.models.parameters import Kind, Parameter, Rows
 from flashmoe_mlx.models.weights import ResidentWeights
 
+__all__ = ["AttentionBlock", "CacheSize", "GatedDeltaNetBlock", "MixerBlock"]
+
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:

@@ -1,7 +1,10 @@
 """The calls of kernels that a built model makes, for the check of kernels at load."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+from flashmoe_mlx.custom_kernels import Kernels, check_kernels
+from flashmoe_mlx.custom_kernels.checks import KernelReport
 from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
@@ -10,7 +13,19 @@ from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
 from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.groups import experts_at_once
+
+
+def check_model(kernels: Kernels, model: RunnableModel, *, fuses_shared: bool) -> KernelReport:
+    """Check the kernels that ``model`` uses; a model of another package uses none.
+
+    ``fuses_shared`` is whether kernels of routed experts may apply a shared expert, too.
+    """
+    if not isinstance(model, Model):
+        return KernelReport({"model": "mlx-lm"}, [], None)
+    shapes = model_shapes(model)
+    return check_kernels(kernels, shapes if fuses_shared else replace(shapes, shared=()))
 
 
 def model_shapes(model: Model) -> ModelShapes:

@@ -12,6 +12,21 @@ from flashmoe_mlx.models.blocks import MixerBlock
 from flashmoe_mlx.models.feed_forward import FeedForwardBlock, MoeBlock
 from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Parameter
 
+__all__ = [
+    "MOST_EXPERTS",
+    "MOST_LAYERS",
+    "ModelConfig",
+    "ModelSize",
+    "context_with_yarn",
+    "layer_prefix",
+    "read_mlp_layers",
+    "read_num_experts",
+    "read_tied",
+    "refuse_too_many_chosen",
+    "refuse_unequal_division",
+    "text_part",
+]
+
 MOST_LAYERS = 2**12
 MOST_EXPERTS = 2**16
 """Limits for objects that are made for each layer or expert before any file has proven that it exists."""

@@ -1,7 +1,7 @@
 """The whole model: embedding, decoder layers, head."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from flashmoe_mlx.models.prompt_memory import PromptMemory, prompt_memory
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.router import Router
+from flashmoe_mlx.nodes.group import Nodes
 
 
 class Mixer(Protocol):
@@ -155,6 +156,16 @@ class Model:
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""
         return SequenceCache([layer.mixer.new_cache() for layer in self.layers])
+
+    def on_nodes(self, nodes: Nodes, *, in_memory: bool) -> "Model":
+        """Return this model as one of ``nodes``; see ``MixtureOfExperts.on_nodes``."""
+        layers = [
+            replace(layer, feed_forward=layer.feed_forward.on_nodes(nodes, in_memory=in_memory))
+            if isinstance(layer.feed_forward, MixtureOfExperts)
+            else layer
+            for layer in self.layers
+        ]
+        return replace(self, layers=layers)
 
     def forward(
         self, tokens: mx.array, lengths: Sequence[int], caches: Sequence[SequenceCache], context: ForwardContext

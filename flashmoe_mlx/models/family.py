@@ -11,6 +11,8 @@ from typing import Any, Generic, TypeVar
 
 from flashmoe_mlx.models.config import ModelConfig
 
+__all__ = ["Family", "TensorNames"]
+
 Config = TypeVar("Config", bound=ModelConfig)
 """The class of a family's configurations."""
 

@@ -15,6 +15,8 @@ from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import choose_in_memory, choose_strategy
 from flashmoe_mlx.stores.contract import ExpertStore
 
+__all__ = ["FeedForwardBlock", "MlpBlock", "MoeBlock"]
+
 
 @dataclass(frozen=True, slots=True)
 class MoeBlock:

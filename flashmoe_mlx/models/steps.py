@@ -19,7 +19,7 @@ from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.in_memory import UsedExperts
-from flashmoe_mlx.stores.contract import LayerInMemory
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 _CAPACITIES = 8
 """Traced functions that are kept: one for each capacity of a KV cache."""

@@ -50,7 +50,7 @@ class ResidentWeights:
         """The type of activations."""
         self._matrices: dict[str, Linear] = {}
         self._vectors: dict[str, mx.array] = {}
-        self.nbytes = 0
+        self.nbytes: int = 0
         """Bytes of all weights."""
         for parameter in parameters:
             if parameter.kind is Kind.MATRIX:

@@ -11,10 +11,13 @@ from flashmoe_mlx.layers.sequences import BLOCK
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.in_memory import ExpertsInMemory
+from flashmoe_mlx.moe.on_nodes import ExpertsInMemoryOfNodes, ExpertsOnNodes
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import RoutedExperts
-from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
+from flashmoe_mlx.nodes.group import Nodes
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class MixtureOfExperts:
     router: Router
     shared: SharedExpert | None
     strategy: RoutedExperts
-    in_memory: ExpertsInMemory | None = None
+    in_memory: ExpertsInMemory | ExpertsInMemoryOfNodes | None = None
 
     def __call__(self, residual: mx.array, context: ForwardContext) -> mx.array:
         """Return the residual stream [T, hidden] plus the output of its experts.
@@ -94,3 +97,13 @@ class MixtureOfExperts:
         The records of ``store`` must have the same layout as those of the current store.
         """
         return replace(self, store=store, router=replace(self.router, experts_k=experts_k))
+
+    def on_nodes(self, nodes: Nodes, *, in_memory: bool) -> "MixtureOfExperts":
+        """Return this block as one of ``nodes``, each of which applies the experts that its store serves.
+
+        ``in_memory`` is whether the stores of all nodes hold all of their experts in memory.
+        """
+        whole = self.in_memory
+        assert not isinstance(whole, ExpertsInMemoryOfNodes)
+        together = ExpertsInMemoryOfNodes(whole, nodes) if in_memory and whole is not None else None
+        return replace(self, strategy=ExpertsOnNodes(self.strategy, nodes), in_memory=together)

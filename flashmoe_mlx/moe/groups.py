@@ -71,16 +71,28 @@ class ExpertGroups:
     before_group: Callable[[float], None] = lambda _: None
 
     @property
+    def distinct(self) -> list[int]:
+        """The experts to fetch, in ascending order: all chosen experts, or those that the store serves."""
+        chosen, share = np.unique(self.chosen), self.store.share
+        if share is not None:
+            chosen = chosen[share.owned(self.layer, self.store.source.num_experts)[chosen]]
+        distinct: list[int] = chosen.tolist()
+        return distinct
+
+    @property
     def fit(self) -> bool:
-        """Whether one fetch holds all choices, even if no expert repeats."""
-        return self.chosen.size <= experts_at_once(self.store)
+        """Whether one fetch holds all choices, even if no expert repeats, and none is an expert of another node."""
+        if self.chosen.size > experts_at_once(self.store):
+            return False
+        share = self.store.share
+        return share is None or bool(share.owned(self.layer, self.store.source.num_experts)[self.chosen].all())
 
     def fetch_in_parts(self, use: Callable[[ExpertGroup], None]) -> None:
         """Fetch all experts, which ``fit``, and call ``use`` with parts of them while others are being read.
 
         The first part may be empty. The time of ``use`` does not count as I/O.
         """
-        distinct, num_experts = sorted(set(self.chosen.ravel().tolist())), self.store.source.num_experts
+        distinct, num_experts = self.distinct, self.store.source.num_experts
         left = len(distinct)
         self.before_group(0.0)
 
@@ -96,7 +108,7 @@ class ExpertGroups:
 
     def __iter__(self) -> Iterator[ExpertGroup]:
         """Fetch and yield each group on demand."""
-        distinct = np.unique(self.chosen).tolist()
+        distinct = self.distinct
         size, num_experts = self._size(len(distinct)), self.store.source.num_experts
         groups = [distinct[start : start + size] for start in range(0, len(distinct), size)]
         for number, experts in enumerate(groups):

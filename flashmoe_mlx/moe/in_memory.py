@@ -11,7 +11,8 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import ExpertFormat
 from flashmoe_mlx.moe.router import Router
 from flashmoe_mlx.moe.shared_expert import SharedExpert
-from flashmoe_mlx.stores.contract import ExpertStore, LayerInMemory
+from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.delivery import LayerInMemory
 
 _ZEROS = 4
 

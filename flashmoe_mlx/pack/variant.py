@@ -11,6 +11,7 @@ from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.extents import ExpertSource, read_extents
 from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
+from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import layout_name
@@ -49,8 +50,8 @@ class VariantWriter:
         self._experts = experts
         self._progress = progress
         self._linked: Path | None = None
-        self.layout = target_layout(width, experts.layout, group_size)
-        self.name = layout_name(self.layout, quantiser)
+        self.layout: LayerLayouts = target_layout(width, experts.layout, group_size)
+        self.name: str = layout_name(self.layout, quantiser)
         self._directory = out / variant_directory(self.name)
         self._state = state_folder(out)
         copied = self.layout == experts.layout
@@ -63,7 +64,7 @@ class VariantWriter:
             )
         single = self.layout.single_format
         chosen = quantiser or (BY_WIDTH if single is None else default_quantizer(single.bits or 0))
-        self.quantiser = None if copied else chosen
+        self.quantiser: str | None = None if copied else chosen
         """The quantiser; None if records are copies."""
 
     def _layer_bytes(self, layer: int) -> int:

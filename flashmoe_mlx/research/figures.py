@@ -8,6 +8,17 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.traces.curves import Curve
 
+__all__ = [
+    "COLORS",
+    "NAMES",
+    "QUALITY_PANELS",
+    "bench_figure",
+    "hit_rate_figure",
+    "new_figure",
+    "quality_figure",
+    "save",
+]
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -22,7 +33,9 @@ COLORS = {
     "pinned": "tab:purple",
     "belady": "black",
 }
+"""The color of each eviction policy in figures."""
 NAMES = {"lru": "LRU", "lfu": "LFU", "s3fifo": "S3-FIFO", "pinned": "pinned", "belady": "Belady's optimum"}
+"""The name of each eviction policy in figures."""
 
 
 def new_figure(width: float = 7, height: float = 4.2, columns: int = 1) -> "tuple[Figure, Sequence[Axes]]":
@@ -143,6 +156,7 @@ QUALITY_PANELS = (
     ("json_valid", "valid JSON, %"),
     ("tool_calls", "correct tool calls, %"),
 )
+"""The measurements that ``quality_figure`` plots, with their labels."""
 
 
 def quality_figure(cells: Sequence[Mapping[str, Any]]) -> "Figure":

@@ -49,8 +49,8 @@ class Answer:
         self.secret = secret
         self.loop = loop
         self.events: list[Event] = []
-        self.created = now()
-        self.cancelled = False
+        self.created: float = now()
+        self.cancelled: bool = False
         """Whether nobody waits for the answer any more."""
         self.sequence: GeneratedSequence | None = None
         """The sequence, from the queue's end to the answer's end: it holds the keys, values and states."""

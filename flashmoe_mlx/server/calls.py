@@ -56,8 +56,8 @@ class Call:
     """
 
     def __init__(self, request: Request, body: bytes, fields: Fields) -> None:
-        self.fields = fields
-        self.service = service_of(request)
+        self.fields: Fields = fields
+        self.service: Service = service_of(request)
         self._digest = digest_of(request.url.path, body)
         self._secret = request.headers.get(SECRET, "")
         retries = request.headers.get(_RETRIES)

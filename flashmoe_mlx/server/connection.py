@@ -2,6 +2,7 @@
 
 import asyncio
 import resource
+from collections.abc import Awaitable, Callable
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -27,6 +28,7 @@ def most_connections() -> int:
 class Connection(H11Protocol):
     """A connection that ends if its client neither sends requests nor reads responses in time."""
 
+    app: Callable[[Scope, Receive, Send], Awaitable[None]]
     _request_timer: asyncio.TimerHandle | None = None
     _output_timer: asyncio.TimerHandle | None = None
 

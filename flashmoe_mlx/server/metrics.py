@@ -29,8 +29,8 @@ class Histogram:
     """Seconds in buckets."""
 
     def __init__(self) -> None:
-        self.counts = [0] * (len(_BOUNDS) + 1)
-        self.sum = 0.0
+        self.counts: list[int] = [0] * (len(_BOUNDS) + 1)
+        self.sum: float = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one observation."""

@@ -47,8 +47,8 @@ class Watch:
     def __init__(self, secret: str) -> None:
         self.secret = secret
         self.frames: deque[bytes] = deque()
-        self.dropped = False
-        self.arrived = asyncio.Event()
+        self.dropped: bool = False
+        self.arrived: asyncio.Event = asyncio.Event()
 
     def put(self, content: bytes) -> None:
         """Add a frame, or drop the watcher if too many wait."""

@@ -64,11 +64,11 @@ class Service:
 
     def __init__(self, load: Callable[[], Engine], settings: Settings) -> None:
         self.settings = settings
-        self.metrics = Metrics()
-        self.started = int(time.time())
+        self.metrics: Metrics = Metrics()
+        self.started: int = int(time.time())
         self.stopping = False
-        self.observatory = Observatory()
-        self.worker = Worker(load, settings.together, self._began, self._record, self._loaded)
+        self.observatory: Observatory = Observatory()
+        self.worker: Worker = Worker(load, settings.together, self._began, self._record, self._loaded)
         self._preparing = asyncio.Semaphore(_PREPARATIONS)
         self._repeatable: dict[str, Answer] = {}
         """Answers in progress by the digest of their request."""

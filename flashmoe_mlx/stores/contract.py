@@ -26,15 +26,26 @@ from threading import Lock, get_ident
 from types import TracebackType
 from typing import ClassVar, Self, SupportsIndex
 
-import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import LayerLayouts
-from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch
+from flashmoe_mlx.formats.shares import count_served, not_served, share_of
+from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import SLOTS, Limit
+
+__all__ = [
+    "BackendUnavailableError",
+    "ExpertReadError",
+    "ExpertRequestError",
+    "ExpertStore",
+    "ExpertStoreError",
+    "OnMisses",
+    "StoreClosedError",
+    "StoreStats",
+]
 
 
 class ExpertStoreError(FlashMoeError):
@@ -82,20 +93,11 @@ class ExpertReadError(ExpertStoreError):
         self, path: Path, layer: int, expert: int, offset: int, reason: str, *, code: str | None = None
     ) -> None:
         super().__init__(f"cannot read layer {layer} expert {expert}: {path} at byte {offset}: {reason}", code=code)
-        self.path, self.layer, self.expert, self.offset, self.reason = path, layer, expert, offset, reason
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerInMemory:
-    """All experts of one layer, in memory that MLX reads in place.
-
-    Attributes:
-        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
-        table: the row of ``slab`` that holds each expert, int32 [experts].
-    """
-
-    slab: mx.array
-    table: mx.array
+        self.path = path
+        self.layer = layer
+        self.expert = expert
+        self.offset = offset
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,8 @@ class ExpertStore(ABC):
     def __init__(self, source: ExpertSource, slots: int) -> None:
         SLOTS.check("slots", slots)
         self.source = source
+        self.share = share_of(source)
+        """The experts that this store serves, where several nodes share the experts; None for all."""
         self.slots = slots
         self._stats = StoreStats()
         self._closed = False
@@ -214,13 +218,17 @@ class ExpertStore(ABC):
 
         Raises:
             ExpertRequestError: an index is not an integer or out of range, or there are more distinct experts than
-                slots (codes "index_no_integer", "index_out_of_range", "too_many_experts"); or ``arrived`` called the
-                store ("call_during_fetch").
+                slots (codes "index_no_integer", "index_out_of_range", "too_many_experts"); or another node owns an
+                expert ("expert_of_another_node"); or ``arrived`` called the store ("call_during_fetch").
             ExpertReadError: the storage failed; the store remains usable.
             StoreClosedError: the store was closed, or opened by another process.
         """
         start = time.perf_counter()
         layer, indices = self._checked(layer, experts)
+        if others := not_served(self.source, layer, indices):
+            raise ExpertRequestError(
+                f"layer {layer} expert {others[0]} belongs to another node", code="expert_of_another_node"
+            )
         distinct = len(set(indices))
         if distinct > self.slots:
             raise ExpertRequestError(
@@ -250,13 +258,15 @@ class ExpertStore(ABC):
         """Hint that ``experts`` of ``layer``, most likely first, may be fetched soon.
 
         A hint never changes the results of ``fetch``. Only the latest hint counts: a store may cancel the reads that an
-        earlier hint started.
+        earlier hint started. Experts of other nodes are left out.
 
         Raises:
             ExpertRequestError: an index is out of range or not an integer.
             StoreClosedError: the store was closed, or opened by another process.
         """
         layer, indices = self._checked(layer, experts)
+        if others := not_served(self.source, layer, indices):
+            indices = [expert for expert in indices if expert not in others]
         self._refuse_other_process()
         with self._lock:
             self._refuse_closed()
@@ -266,7 +276,8 @@ class ExpertStore(ABC):
         """Return all experts of ``layer``, or None if the store does not hold them in memory that MLX reads in place.
 
         The rows keep their experts until the store is closed: no later call refills them. The store returns the same
-        object each time. A use of these experts counts only if it is reported to ``note_use``.
+        object each time. A use of these experts counts only if it is reported to ``note_use``. Where several nodes
+        share the experts, these are the experts of this node.
 
         Raises:
             ExpertRequestError: the layer is out of range or not an integer.
@@ -283,7 +294,8 @@ class ExpertStore(ABC):
 
         Args:
             layers: L indices of layers.
-            experts: [L, N], indices of the experts used in each layer; an index may repeat.
+            experts: [L, N], indices of the experts used in each layer; an index may repeat. Experts of other nodes do
+                not count.
 
         Raises:
             ExpertRequestError: an index is out of range.
@@ -293,8 +305,7 @@ class ExpertStore(ABC):
             _index(layer, self.source.num_layers, "layer")
         for extreme in (experts.min(initial=0), experts.max(initial=0)):
             _index(int(extreme), self.source.num_experts, "expert")
-        ordered = np.sort(experts, axis=1)
-        hits = int((ordered[:, 1:] != ordered[:, :-1]).sum()) + (len(ordered) if ordered.size else 0)
+        hits = count_served(self.source, layers, experts)
         self._refuse_other_process()
         with self._lock:
             self._refuse_closed()

@@ -2,9 +2,12 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+
+__all__ = ["Arrived", "Delivery", "ExpertBatch", "LayerInMemory"]
 
 
 class ExpertBatch(Protocol):
@@ -35,6 +38,19 @@ class ExpertBatch(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerInMemory:
+    """All experts of one layer, in memory that MLX reads in place.
+
+    Attributes:
+        slab: one buffer with all experts, uint8 [rows, slot bytes]; a slot begins with a record.
+        table: the row of ``slab`` that holds each expert, int32 [experts].
+    """
+
+    slab: mx.array
+    table: mx.array
+
+
 Arrived = Callable[[Sequence[int], ExpertBatch], None]
 """Receives experts, and a batch of exactly these experts in the same order, during a fetch."""
 
@@ -59,8 +75,9 @@ class Delivery:
         self._arrived = arrived
         self._total = total
         self._delivered = 0
-        self.wanted = arrived is not None
-        self.seconds = self.overlapped = 0.0
+        self.wanted: bool = arrived is not None
+        self.seconds: float = 0.0
+        self.overlapped: float = 0.0
         self.missing: tuple[int, ...] = ()
 
     def deliver(self, experts: Sequence[int], batch: Callable[[], ExpertBatch]) -> None:

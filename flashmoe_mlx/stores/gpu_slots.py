@@ -27,7 +27,7 @@ class GpuSlots:
 
     def __init__(self, count: int, record_bytes: int, staging: StagingArea) -> None:
         self.count = count
-        self.array = mx.zeros((count, record_bytes), mx.uint8)
+        self.array: mx.array = mx.zeros((count, record_bytes), mx.uint8)
         mx.eval(self.array)
         self._staging = staging
 

@@ -37,7 +37,7 @@ class HostSlots:
         check_allocation(count, size)
         self.count = count
         self.record_bytes = record_bytes
-        self.array = None
+        self.array: None = None
         try:
             host = allocate_huge_pages(size)
         except OSError as error:

@@ -6,6 +6,8 @@ from typing import Any
 
 from flashmoe_mlx.errors import InputError
 
+__all__ = ["BUDGET_GIB", "CHUNK_MIB", "DEPTH", "MEMORY_SHARE", "SLOTS", "THREADS", "Limit"]
+
 
 @dataclass(frozen=True, slots=True)
 class Limit:
@@ -59,5 +61,8 @@ THREADS = Limit(1, 1024)
 DEPTH = Limit(1, 4096)
 """Simultaneous reads of a ring; ``THREADS`` applies where each read needs a thread."""
 CHUNK_MIB = Limit(1 / 256, 1024, integer=False, note=" (1/256 is 4 KiB, a page), or null for whole experts")
+"""The largest read, in MiB."""
 BUDGET_GIB = Limit(0, 2**40, integer=False, exclusive=True, note=", or null for memory_share")
+"""Memory for experts, in GiB."""
 MEMORY_SHARE = Limit(0, 1, integer=False, exclusive=True)
+"""The share of the free memory that experts take."""

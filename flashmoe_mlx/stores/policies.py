@@ -11,6 +11,8 @@ from types import MappingProxyType
 
 from flashmoe_mlx.errors import InputError
 
+__all__ = ["LFU", "LRU", "POLICIES", "S3FIFO", "EvictionPolicy", "Pinned", "make_policy"]
+
 
 class EvictionPolicy(ABC):
     """Base class of eviction policies; each layer has its own policy object.

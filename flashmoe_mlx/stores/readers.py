@@ -9,6 +9,8 @@ from flashmoe_mlx.stores.limits import THREADS
 from flashmoe_mlx.stores.thread_reader import ThreadReader
 from flashmoe_mlx.stores.uring_reader import UringReader
 
+__all__ = ["READERS", "ExpertReader", "make_reader"]
+
 
 class ExpertReader(Protocol):
     """A reader of the experts of one source, into memory of the caller."""
@@ -42,6 +44,7 @@ class ExpertReader(Protocol):
 
 
 READERS = ("io_uring", "pread")
+"""The names that ``make_reader`` accepts."""
 
 
 def make_reader(name: str, source: ExpertSource, depth: int, direct: bool = False) -> ExpertReader:

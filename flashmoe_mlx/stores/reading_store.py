@@ -13,6 +13,8 @@ from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.slots import SlotMaker, Slots
 from flashmoe_mlx.stores.staging import StagingArea
 
+__all__ = ["ReadingStore"]
+
 
 class ReadingStore(ExpertStore):
     """Base class of stores that read every expert of a request into slots of a slab.

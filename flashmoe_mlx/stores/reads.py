@@ -14,6 +14,18 @@ from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStoreError
 from flashmoe_mlx.stores.limits import CHUNK_MIB
 
+__all__ = [
+    "FileDescriptorCache",
+    "Read",
+    "check_alignment",
+    "check_all_read",
+    "chunk_bytes",
+    "coalesce",
+    "open_for_reading",
+    "plan_reads",
+    "total_bytes",
+]
+
 _MIB = 2**20
 _PAGE = 4096
 """Alignment of addresses, offsets, and lengths for direct I/O in bytes; some disks and filesystems need only 512."""

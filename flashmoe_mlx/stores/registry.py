@@ -13,6 +13,7 @@ import yaml
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.shares import Share, SharedSource
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.mirrors import open_mirrors
 from flashmoe_mlx.stores.slots import slots_for
@@ -58,7 +59,11 @@ class HasVariants(Protocol):
 
 
 def open_store(
-    files: HasVariants, backend: str | Mapping[str, Any], options: Mapping[str, Any], host_kernels: bool | None = None
+    files: HasVariants,
+    backend: str | Mapping[str, Any],
+    options: Mapping[str, Any],
+    host_kernels: bool | None = None,
+    share: Share | None = None,
 ) -> tuple[ExpertStore, dict[str, Any]]:
     """Open a store for the routed experts of ``files``; return the store and all its settings.
 
@@ -68,6 +73,7 @@ def open_store(
         options: options that override those of ``backend``. ``variant`` names the variant of the pack, and ``mirrors``
             folders with copies of it; all other options go to the constructor of the store.
         host_kernels: whether the kernels of routed experts read ``ExpertBatch.host``; None: as with ``kernels=auto``.
+        share: the experts of this node, where several nodes share the experts; None for all.
 
     Raises:
         InputError: there is no such backend, option, or variant (codes "unknown_backend", "unknown_option",
@@ -82,13 +88,14 @@ def open_store(
     complete = dict(settings)
     source = files.variant(settings.pop("variant", None))
     with slots_for(host_kernels):
-        return create_store(source, settings), complete
+        return create_store(source, settings, share), complete
 
 
-def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertStore:
+def create_store(source: ExpertSource, settings: Mapping[str, Any], share: Share | None = None) -> ExpertStore:
     """Create a store for ``source``.
 
-    ``settings`` holds the class as ``_target_``, ``mirrors``, and the options of the constructor.
+    ``settings`` holds the class as ``_target_``, ``mirrors``, and the options of the constructor. ``share`` is as for
+    ``open_store``.
 
     Raises:
         InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), ``mirrors`` are not
@@ -111,7 +118,8 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any]) -> ExpertSto
     if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore", code="unknown_backend")
     _check_options(store_class, options)
-    store: ExpertStore = store_class(open_mirrors(source, mirrors), **options)
+    source = open_mirrors(source, mirrors)
+    store: ExpertStore = store_class(source if share is None else SharedSource(source, share), **options)
     return store
 
 

@@ -14,6 +14,8 @@ from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.memory import GIB, total_memory
 
+__all__ = ["Slab", "SlabBatch", "check_allocation"]
+
 _LARGEST_COLLAPSED = 2**29
 """Largest slab in bytes that is moved into large pages, which takes 0.1 to 0.2 s for each 100 MB."""
 _WORD = 8
@@ -46,10 +48,10 @@ class Slab:
         mx.eval(everything)
         host = memoryview(everything).cast("B")  # type: ignore[arg-type]  # arrays have the buffer protocol
         start = -address_of(host) % RECORD_ALIGNMENT
-        self.host = host[start : start + size]
+        self.host: memoryview[int] = host[start : start + size]
         if size <= _LARGEST_COLLAPSED:
             use_huge_pages(self.host)
-        self.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
+        self.array: mx.array = everything[start // _WORD : (start + size) // _WORD].reshape(count, record_bytes)
         mx.eval(self.array)
         self._rows = [self.host[slot * record_bytes : (slot + 1) * record_bytes] for slot in range(count)]
 

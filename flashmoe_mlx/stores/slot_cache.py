@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from flashmoe_mlx.stores.policies import EvictionPolicy
 
+__all__ = ["Placement", "SlotCache"]
+
 
 @dataclass(frozen=True, slots=True)
 class Placement:

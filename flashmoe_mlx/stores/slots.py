@@ -11,14 +11,15 @@ import mlx.core as mx
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.formats.record import RECORD_ALIGNMENT
 from flashmoe_mlx.stores import memory
-from flashmoe_mlx.stores.contract import LayerInMemory
-from flashmoe_mlx.stores.delivery import ExpertBatch
+from flashmoe_mlx.stores.delivery import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.filling import Filling
 from flashmoe_mlx.stores.gpu_slots import GpuSlots
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
 from flashmoe_mlx.stores.pinned import PinnedRows
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.staging import StagingArea
+
+__all__ = ["MemoryKind", "SlotMaker", "Slots", "choose_memory_kind", "place_table", "slots_for", "whole_layer"]
 
 
 class Slots(Protocol):
@@ -94,10 +95,10 @@ class SlotMaker:
     """
 
     def __init__(self, record_bytes: int, at_once: int) -> None:
-        self.kind = choose_memory_kind()
+        self.kind: MemoryKind = choose_memory_kind()
         size = at_once * record_bytes + RECORD_ALIGNMENT
-        self.shared_bytes = size if self.kind is MemoryKind.HOST else 0
-        self.spare_bytes = 0 if self.kind is MemoryKind.GPU else size  # for a GPU they are in memory of the CPU
+        self.shared_bytes: int = size if self.kind is MemoryKind.HOST else 0
+        self.spare_bytes: int = 0 if self.kind is MemoryKind.GPU else size  # for a GPU they are in memory of the CPU
         self._record_bytes = record_bytes
         self._at_once = at_once
         self._copies = CopyBuffer(record_bytes)

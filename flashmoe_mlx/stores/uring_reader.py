@@ -258,8 +258,10 @@ class RingReads:
         self.layer = layer
         self.buffers = buffers
         self.by_worker = by_worker
-        self.todo = deque(plan)
-        self.running = self.count = self.nbytes = 0
+        self.todo: deque[Read] = deque(plan)
+        self.running: int = 0
+        self.count: int = 0
+        self.nbytes: int = 0
         self.failure: Exception | None = None
         self._left = Counter(read.expert for read in self.todo)
         self._complete: list[int] = []

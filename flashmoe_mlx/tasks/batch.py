@@ -25,7 +25,7 @@ from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptCacheConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -178,7 +178,7 @@ class _Batch:
         return line.answer(parts[0], parts[1], str(sequence.finish_reason), counts, self._model)
 
     def _failure(self, line: Line, error: Exception) -> Mapping[str, Any]:
-        log.warning("request %r: %s", line.key, error)
+        _log.warning("request %r: %s", line.key, error)
         self.failed += 1
         return line.failure(error)
 

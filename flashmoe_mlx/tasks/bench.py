@@ -29,14 +29,14 @@ from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.intervals import format_interval
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 RECORD = "bench.json"
 _MARK = "*"
@@ -53,7 +53,7 @@ _MORE_PROMPTS = (
 class Config(PromptConfig):
     """Keys of ``task=bench``."""
 
-    prefetch: str = "none"
+    prefetch: str | None = None
     backends: list[Any] | None = None
     experts_ks: list[int] | None = None
     prefetches: list[str] | None = None
@@ -93,7 +93,7 @@ def run(config: Config, run_dir: Path) -> None:
             with activity() as announce:
                 for trial in run_trials(plan, list(trials), announce, failures):
                     trials.append(trial)
-                    log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
+                    _log.info("%s %s round %d: %.3f tokens/s", trial.setting, trial.condition, trial.round, trial.rate)
                     _write(run_dir, setup, trials, left_out, failures)
         finally:
             if trials:
@@ -120,7 +120,7 @@ def _check(config: Config) -> None:
 def _plan(config: Config) -> Plan:
     configurations = []
     ks = [config.experts_k] if config.experts_ks is None else config.experts_ks
-    policies = [config.prefetch] if config.prefetches is None else config.prefetches
+    policies = [config.prefetch or "none"] if config.prefetches is None else config.prefetches
     for policy in policies:
         check_policy(policy)
     for k in ks:
@@ -130,7 +130,17 @@ def _plan(config: Config) -> Plan:
                 configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
     configurations = [
-        replace(each, backend=chosen_backend(each.backend, folder, config.model, each.experts_k))
+        replace(
+            each,
+            backend=chosen_backend(each.backend, folder, config.model, each.experts_k),
+            prefetch=chosen_prefetch(
+                config.prefetch if config.prefetches is None else each.prefetch,
+                each.backend,
+                folder,
+                config.model,
+                each.experts_k,
+            ),
+        )
         for each in configurations
     ]
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts

@@ -39,7 +39,7 @@ from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, StoreConfig
 from flashmoe_mlx.tasks.shared.model import model_folder
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 BENCH_VERSION = 1
 _REQUESTS = ("uniform", "zipf", "trace")
 
@@ -74,7 +74,7 @@ def run(config: Config, run_dir: Path) -> None:
             for trial in replay(source, candidates, requests, config.conditions, announce):
                 trials.append(trial)
                 rate = trial.rate / 1e9
-                log.info("%s %s round %d: %.3f GB/s", trial.contender, trial.condition, trial.round, rate)
+                _log.info("%s %s round %d: %.3f GB/s", trial.contender, trial.condition, trial.round, rate)
     finally:
         if trials:
             write_json(run_dir / "bench_io.json", _record(config, files, source, requests, trials))

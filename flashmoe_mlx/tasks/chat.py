@@ -30,7 +30,7 @@ from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
 from flashmoe_mlx.tasks.shared.keys import (
     SHORT_FOR_FILE,
     TEXT,
@@ -42,14 +42,14 @@ from flashmoe_mlx.tasks.shared.keys import (
 )
 from flashmoe_mlx.tasks.shared.model import model_folder
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
 class Config(AnswerConfig, PromptCacheConfig):
     """Keys of ``task=chat``."""
 
-    prefetch: str = "none"
+    prefetch: str | None = None
     history: str | None = field(default=None, metadata=TEXT)
     tools: ToolChoice = field(default_factory=ToolChoice, metadata=SHORT_FOR_FILE)
 
@@ -108,13 +108,13 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
             folder,
             chosen,
             experts_k,
-            prefetch=config.prefetch,
+            prefetch=chosen_prefetch(config.prefetch, settings, folder, config.model, experts_k),
             on_load=announce,
             **engine_options(config),
             **cache_options(config),
         )
     print_notes([engine.setup["note"]])
-    log.info("model %s, %s", folder, engine.setup)
+    _log.info("model %s, %s", folder, engine.setup)
     return engine
 
 

@@ -25,7 +25,7 @@ from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, EngineConfig, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 EVALUATE_VERSION = 1
 RECORD = "evaluate.json"
 _MARK = "*"
@@ -83,7 +83,7 @@ def run(config: Config, run_dir: Path) -> None:
                 report = _reporter(announce, f"{name}: ")
                 quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
                 record["cells"].append(_cell(engine.setup, quality))
-            log.info("%s: %s", name, quality.summary)
+            _log.info("%s: %s", name, quality.summary)
             write_json(run_dir / RECORD, record)  # keeps finished combinations if a later one fails
     show()
     print_table(_table(record["cells"]))

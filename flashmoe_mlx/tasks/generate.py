@@ -11,29 +11,35 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import GenerationConfig, PromptCacheConfig, cache_options, engine_options
+from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
+from flashmoe_mlx.tasks.shared.keys import GenerationConfig, NodesConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.nodes import follow, joined_nodes
 from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.streaming import Streamed, prompt_options, stream
 from flashmoe_mlx.text.reasoning import ReasoningSplitter
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
-class Config(GenerationConfig, PromptCacheConfig):
+class Config(GenerationConfig, NodesConfig):
     """Keys of ``task=generate``."""
 
     prompt_cache_gib: float | None = 0.0
-    prefetch: str = "none"
+    prefetch: str | None = None
     profile: bool = False
 
 
 def run(config: Config, run_dir: Path) -> None:
     """Generate an answer, and write ``environment.json`` and ``metrics.json`` to ``run_dir``."""
+    nodes = joined_nodes(config.nodes, run_dir)
+    if nodes is not None and nodes.rank:
+        follow(config, nodes, run_dir)
+        return
     folder = model_folder(config.model, config.backend)
     backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
+    prefetch = chosen_prefetch(config.prefetch, config.backend, folder, config.model, config.experts_k)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
@@ -42,15 +48,16 @@ def run(config: Config, run_dir: Path) -> None:
             folder,
             backend,
             config.experts_k,
-            prefetch=config.prefetch,
+            prefetch=prefetch,
             profile=config.profile,
+            nodes=nodes,
             on_load=announce,
             **engine_options(config),
             **cache_options(config),
         )
     with loaded as engine:
         print_notes([engine.setup["note"]])
-        log.info("model %s, %s", folder, engine.setup)
+        _log.info("model %s, %s", folder, engine.setup)
         shown = stream(engine, config, options)
         stats = engine.stats()
         record = {
@@ -64,7 +71,7 @@ def run(config: Config, run_dir: Path) -> None:
             **stats,
         }
         write_json(run_dir / "metrics.json", record)
-        log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
+        _log.info("%d tokens, %s", len(shown.token_ids), stats["finish_reason"] or "interrupted")
     show()
     print_table(metrics_table(stats))
     for line in metrics_lines(stats):

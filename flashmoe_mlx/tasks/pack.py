@@ -23,7 +23,7 @@ from flashmoe_mlx.paths import as_argument, expand_path
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig
 from flashmoe_mlx.tasks.shared.run_directory import holds_only_records
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _MAX_SHOWN = 20
 
 
@@ -57,7 +57,7 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature
             mirror_pack(pack, mirror, progress)
         show(f"{mirror}: a copy of the experts; to read both: backend.mirrors=[{mirror}]")
     variants = ", ".join(sorted(pack.experts))
-    log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
+    _log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
     show(f"to run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 

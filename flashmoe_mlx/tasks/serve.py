@@ -19,10 +19,11 @@ from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
 from flashmoe_mlx.tasks.shared.automatic import chosen_backend
 from flashmoe_mlx.tasks.shared.client_lines import client_lines
-from flashmoe_mlx.tasks.shared.keys import PromptCacheConfig, ServerConfig, cache_options, engine_options
+from flashmoe_mlx.tasks.shared.keys import NodesConfig, ServerConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
+from flashmoe_mlx.tasks.shared.nodes import follow, joined_nodes
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _KEY_VARIABLE = "FLASHMOE_API_KEY"
 _LARGEST_KEY_FILE = 2**16
 _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "stop_seconds": (0, 86_400)}
@@ -30,7 +31,7 @@ _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "sto
 
 
 @dataclass
-class Config(PromptCacheConfig):
+class Config(NodesConfig):
     """Keys of ``task=serve``."""
 
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -51,12 +52,18 @@ def run(config: Config, run_dir: Path) -> None:
     _check_ranges(options)
     keys = _keys(options.api_key_file)
     check_exposure(options.host, has_key=bool(keys), insecure=options.insecure)
+    nodes = joined_nodes(config.nodes, run_dir)
+    if nodes is not None and nodes.rank:
+        follow(config, nodes, run_dir)
+        return
     folder = model_folder(config.model, config.backend)
     backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     write_json(run_dir / "environment.json", environment())
     name = options.name or model_identity(folder).rpartition("/")[2].partition("@")[0] or "model"
 
     switch = is_local(options.host) if options.switch is None else options.switch
+    if nodes is not None:
+        switch = False  # the other nodes keep their models
 
     def load_engine() -> Engine:
         return reload_engine(None, None)
@@ -65,10 +72,10 @@ def run(config: Config, run_dir: Path) -> None:
         nonlocal backend
         chosen = backend if name is None or name == backend_name(backend) else backend_settings(name)
         k = config.experts_k if experts_k is None else experts_k
-        engine = load(folder, chosen, k, **engine_options(config), **cache_options(config))
+        engine = load(folder, chosen, k, nodes=nodes, **engine_options(config), **cache_options(config))
         backend, config.experts_k = chosen, k
         print_notes([engine.setup["note"]])
-        log.info("model %s, %s", folder, engine.setup)
+        _log.info("model %s, %s", folder, engine.setup)
         return engine
 
     with (run_dir / "requests.jsonl").open("a") as file:

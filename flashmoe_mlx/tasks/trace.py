@@ -19,7 +19,7 @@ from flashmoe_mlx.tasks.shared.prompts import with_prompt
 from flashmoe_mlx.tasks.shared.routing_lines import routing_lines
 from flashmoe_mlx.tasks.shared.streaming import prompt_options, stream
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,7 +64,7 @@ def run(config: Config, run_dir: Path) -> None:
             engine.model.config.num_experts, prompt, model, round(engine.store.layout.mean_record_bytes)
         )
     trace.save(path)
-    log.info("%s: %d tokens", path, len(trace.experts))
+    _log.info("%s: %d tokens", path, len(trace.experts))
     show()
     for line in routing_lines(summarize(trace), trace.prompt_tokens):
         show(line)

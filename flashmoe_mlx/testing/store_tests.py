@@ -34,11 +34,10 @@ from flashmoe_mlx.stores.contract import (
     ExpertReadError,
     ExpertRequestError,
     ExpertStore,
-    LayerInMemory,
     StoreClosedError,
     StoreStats,
 )
-from flashmoe_mlx.stores.delivery import ExpertBatch
+from flashmoe_mlx.stores.delivery import ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.registry import backend_settings, create_store
 from flashmoe_mlx.testing.leaks import nothing_left_behind
 from flashmoe_mlx.testing.stored_experts import EXPERTS, LAYERS, StoredExperts, write_experts
@@ -107,13 +106,12 @@ class ExpertStoreTests:
     @classmethod
     def freeze_garbage(cls) -> Iterator[None]:
         """Exclude existing objects from the many garbage collections of these tests, which would search all of them."""
-        if gc.get_freeze_count():  # the session has frozen its objects already
-            yield
-            return
+        frozen_before = gc.get_freeze_count() > 0
         gc.collect()
         gc.freeze()
         yield
-        gc.unfreeze()
+        if not frozen_before:
+            gc.unfreeze()
 
     @pytest.fixture(autouse=True)
     def nothing_leaks(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -33,11 +33,11 @@ class Tokenizer:
         self, tokenizer: tokenizers.Tokenizer, eos_token_ids: Iterable[int], chat_template: ChatTemplate | None
     ) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids: frozenset[int] = frozenset(eos_token_ids)
         self.chat_template = chat_template
         added = tokenizer.get_added_tokens_decoder()
-        self.added_tokens = {token.content: token_id for token_id, token in added.items()}
-        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.added_tokens: dict[str, int] = {token.content: token_id for token_id, token in added.items()}
+        self.special_ids: frozenset[int] = frozenset(token_id for token_id, token in added.items() if token.special)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokenizer":

@@ -51,7 +51,7 @@ class BuiltinTools:
             "write": ("Replace the text of a file, or make a new file.", {"path": _TEXT, "text": _TEXT}, self._write),
             "list": ("List the files in a folder; '.' is the working folder.", {"path": _TEXT}, self._list),
         }
-        self.tools = [
+        self.tools: list[Tool] = [
             Tool(
                 declared(name, about, {"type": "object", "properties": parameters, "required": list(parameters)}),
                 f"built in, in {self._folder}",

@@ -62,7 +62,7 @@ class McpServer:
         self._served = asyncio.run_coroutine_threadsafe(self._serve(words, self._log), self._loop)
         try:
             self._ready.result(_START_SECONDS)
-            self.tools = self._wait(self._list(), _START_SECONDS)
+            self.tools: list[Tool] = self._wait(self._list(), _START_SECONDS)
         except Exception as error:
             self.close()
             raise InputError(

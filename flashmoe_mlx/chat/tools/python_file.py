@@ -50,7 +50,7 @@ class PythonTools:
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
         declarations = self._start()
-        self.tools = [
+        self.tools: list[Tool] = [
             Tool(declaration, str(path), partial(self._call, declaration["function"]["name"]))
             for declaration in declarations
         ]

@@ -71,7 +71,7 @@ class Toolbox:
 
     def __init__(self, allowed: Iterable[str] = ()) -> None:
         self.tools: dict[str, Tool] = {}
-        self.allowed = set(allowed)
+        self.allowed: set[str] = set(allowed)
         self._sources = ExitStack()
 
     def __enter__(self) -> Self:

@@ -60,7 +60,7 @@ class Disk:
         self._blank = blank
         self._limit = limit
         name = blake2b(json.dumps([_VERSION, settings], sort_keys=True, default=str).encode(), digest_size=16)
-        self.folder = folder / name.hexdigest()
+        self.folder: Path = folder / name.hexdigest()
         self._segments: dict[Path, list[Segment]] = {}
         """The segments in the folder of each conversation."""
         try:

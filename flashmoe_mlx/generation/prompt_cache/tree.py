@@ -111,8 +111,8 @@ class Tree:
     """Segments of all conversations; ``nbytes`` is their size."""
 
     def __init__(self) -> None:
-        self.root = Segment(None, np.zeros(0, np.uint32), b"", 0, Kind.SYSTEM, [], None, 0)
-        self.nbytes = 0
+        self.root: Segment = Segment(None, np.zeros(0, np.uint32), b"", 0, Kind.SYSTEM, [], None, 0)
+        self.nbytes: int = 0
 
     def segments(self) -> Iterator[Segment]:
         """Yield all segments but the root."""

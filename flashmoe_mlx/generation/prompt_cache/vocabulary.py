@@ -27,7 +27,7 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.header = _answer_header(tokenizer)
+        self.header: list[int] = _answer_header(tokenizer)
         self._added = frozenset(tokenizer.added_tokens.values())
         self._key = lru_cache(maxsize=2**16)(self._key_of_token)
 

@@ -49,6 +49,36 @@ def choose_backend(
         InputError: the experts are not quantized (code "unsupported_layout"), or the model does not fit into memory
             ("not_enough_memory").
     """
+    model = _model(files, variant, experts_k)
+    found = estimates(model, Machine(profile, memory))
+    if not found:
+        raise _too_large(model, memory)
+    best, *slower = found
+    return Choice(_settings(best, variant), best, slower)
+
+
+def room_for_experts(
+    files: ModelFiles, memory: int, variant: str | None = None, experts_k: int | None = None
+) -> tuple[int, int]:
+    """Return the bytes of ``memory`` that the model in ``files`` leaves for experts, and the bytes of all experts.
+
+    For the arguments and errors, see ``choose_backend``.
+    """
+    model = _model(files, variant, experts_k)
+    if model.need.total >= memory:
+        raise _too_large(model, memory)
+    return memory - model.need.total, model.expert_bytes
+
+
+def _too_large(model: Model, memory: int) -> InputError:
+    return InputError(
+        f"backend=auto: the model needs {model.need.total / GIB:.1f} GiB before it keeps any expert, and "
+        f"{memory / GIB:.1f} GiB are usable",
+        code="not_enough_memory",
+    )
+
+
+def _model(files: ModelFiles, variant: str | None, experts_k: int | None) -> Model:
     layout = files.variant(variant).layout
     if any(form.bits is None for own in layout.distinct for form in own.formats):
         raise InputError(
@@ -65,16 +95,7 @@ def choose_backend(
     k = config.experts_per_token if experts_k is None else experts_k
     context = min(_CONTEXT, config.max_context)
     bits = round(layout.code_bits)
-    model = Model(config, bits, bits, k, context, size, scales, None, layout=layout)
-    found = estimates(model, Machine(profile, memory))
-    if not found:
-        raise InputError(
-            f"backend=auto: the model needs {model.need.total / GIB:.1f} GiB before it keeps any expert, and "
-            f"{memory / GIB:.1f} GiB are usable",
-            code="not_enough_memory",
-        )
-    best, *slower = found
-    return Choice(_settings(best, variant), best, slower)
+    return Model(config, bits, bits, k, context, size, scales, None, layout=layout)
 
 
 def _settings(estimate: Estimate, variant: str | None) -> dict[str, Any]:

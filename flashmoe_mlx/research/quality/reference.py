@@ -31,7 +31,7 @@ class Reference:
 
     def __init__(self, folder: tempfile.TemporaryDirectory[str], values: npt.NDArray[np.float32], setup: Any) -> None:
         self._folder = folder
-        self.values = values
+        self.values: npt.NDArray[np.float32] = values
         self.setup = setup
 
     @classmethod

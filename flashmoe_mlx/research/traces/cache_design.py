@@ -5,9 +5,14 @@ from dataclasses import dataclass
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.stores.policies import POLICIES
 
+__all__ = ["BELADY", "SCOPES", "SIMULATED", "CacheDesign", "capacities"]
+
 BELADY = "belady"
+"""The optimal policy, which knows all later requests."""
 SIMULATED = (*POLICIES, BELADY)
+"""The names of all policies that the simulator knows."""
 SCOPES = ("layer", "global")
+"""Whether each layer has its own slots, or all layers share the slots."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from flashmoe_mlx.research.traces.cache_design import CacheDesign
 from flashmoe_mlx.research.traces.simulator import Replay
 from flashmoe_mlx.research.traces.simulator import replay as replay_trace
 
+__all__ = ["Curve", "curves"]
+
 
 @dataclass(frozen=True)
 class Curve:

@@ -7,6 +7,8 @@ import numpy as np
 
 from flashmoe_mlx.errors import InputError
 
+__all__ = ["FixedAccuracyPredictor", "Predictor", "PreviousTokenPredictor"]
+
 
 class Predictor(Protocol):
     """A source of guesses at the experts of a layer before its router has chosen them."""

@@ -8,6 +8,8 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.trace import MAX_CHOICES, MAX_EXPERTS, RoutingTrace
 
+__all__ = ["uniform_trace", "zipf_trace"]
+
 _BLOCK = 2**20
 """Random numbers drawn at once, which take 8 MB."""
 

@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 from flashmoe_mlx.formats.trace import RoutingTrace
 
+__all__ = ["RoutingSummary", "coverage", "effective_experts", "overlap", "reuse_distances", "summarize", "use_counts"]
+
 
 def use_counts(trace: RoutingTrace) -> npt.NDArray[np.int64]:
     """Return the number of tokens that chose each expert, [layers, experts]."""

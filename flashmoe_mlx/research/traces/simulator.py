@@ -21,6 +21,8 @@ from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.policies import EvictionPolicy, make_policy
 from flashmoe_mlx.stores.slot_cache import SlotCache
 
+__all__ = ["Replay", "Request", "replay", "requests"]
+
 
 @dataclass(frozen=True)
 class Replay:

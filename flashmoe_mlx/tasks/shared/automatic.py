@@ -1,4 +1,7 @@
-"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest."""
+"""``backend=auto`` on the command line: the backend that measurements of this machine make the fastest.
+
+A result of ``task=tune`` for the model comes before the speed model, which only knows the machine.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +10,12 @@ from typing import Any
 from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
-from flashmoe_mlx.model_files import open_model
-from flashmoe_mlx.research.estimate.automatic import choose_backend
+from flashmoe_mlx.model_files import ModelFiles, open_model
+from flashmoe_mlx.research.estimate.automatic import choose_backend, room_for_experts
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile, machine_identity
 from flashmoe_mlx.research.estimate.prediction import Estimate
 from flashmoe_mlx.research.estimate.probe import probe
+from flashmoe_mlx.research.tuning import Tuned, TunedFile
 from flashmoe_mlx.stores.memory import GIB, available_memory, slots_on_gpu, total_memory
 from flashmoe_mlx.stores.registry import AUTO
 from flashmoe_mlx.tasks.shared.keys import ModelChoice
@@ -29,7 +33,8 @@ def chosen_backend(
 ) -> dict[str, Any]:
     """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
-    The first call on a machine measures it for two minutes. The choice and its reasons are shown.
+    Without a result of ``task=tune``, the first call on a machine measures it for two minutes. The choice and its
+    reasons are shown.
 
     Args:
         settings: the settings of a backend.
@@ -44,14 +49,18 @@ def chosen_backend(
     """
     if settings.get("_target_") != AUTO:
         return dict(settings)
-    for name in settings:
-        if name not in _OPTIONS:
-            raise InputError(
-                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
-                code="unknown_option",
-            )
-    profile = machine_profile(cache_folder(choice))
+    check_automatic(settings)
     files = open_model(folder)
+    tuned = _tuned(settings, files, choice, experts_k)
+    if tuned is not None:
+        tuned = _within_memory(tuned, files, settings, experts_k, prompt_cache_gib)
+    if tuned is not None:
+        show(
+            f"backend=auto: {tuned.label}, {tuned.tokens_per_second:.3g} tok/s measured by task=tune on "
+            f"{tuned.created[:10]}"
+        )
+        return {**tuned.backend, "mirrors": settings.get("mirrors") or tuned.backend.get("mirrors", [])}
+    profile = machine_profile(cache_folder(choice))
     memory = usable_memory() - prompt_cache_bytes(prompt_cache_gib)
     made = choose_backend(files, profile, memory, settings.get("variant"), experts_k)
     slower = "; ".join(f"{estimate.backend} {estimate.tokens_per_second:.3g}" for estimate in made.slower)
@@ -60,6 +69,57 @@ def chosen_backend(
         f"({made.estimate.low:.3g} to {made.estimate.high:.3g}){f'; slower: {slower}' if slower else ''}"
     )
     return made.settings | {"mirrors": settings.get("mirrors", [])}
+
+
+def chosen_prefetch(
+    prefetch: str | None, settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
+) -> str:
+    """Return ``prefetch``; None is the policy that ``task=tune`` found for ``backend=auto``, or "none".
+
+    For the other arguments, see ``chosen_backend``.
+    """
+    if prefetch is not None or settings.get("_target_") != AUTO:
+        return prefetch or "none"
+    tuned = _tuned(settings, open_model(folder), choice, experts_k)
+    return "none" if tuned is None else tuned.prefetch
+
+
+def check_automatic(settings: Mapping[str, Any]) -> None:
+    """Raise InputError if ``settings`` of ``backend=auto`` have an option that it chooses itself."""
+    for name in settings:
+        if name not in _OPTIONS:
+            raise InputError(
+                f"backend.{name}: backend=auto has only variant and mirrors; to set other options, choose a backend",
+                code="unknown_option",
+            )
+
+
+def tuned_file(choice: ModelChoice) -> TunedFile:
+    """Return the results of ``task=tune`` in the cache folder."""
+    return TunedFile(cache_folder(choice) / "tuned.json")
+
+
+def _tuned(settings: Mapping[str, Any], files: ModelFiles, choice: ModelChoice, experts_k: int | None) -> Tuned | None:
+    """Return the result of ``task=tune`` for a model; None without one."""
+    k = files.config.experts_per_token if experts_k is None else experts_k
+    return tuned_file(choice).get(files.folder, settings.get("variant"), k)
+
+
+def _within_memory(
+    tuned: Tuned,
+    files: ModelFiles,
+    settings: Mapping[str, Any],
+    experts_k: int | None,
+    prompt_cache_gib: float | None,
+) -> Tuned | None:
+    """Return ``tuned`` with slots for the memory that is free now; None if it has no room. See ``chosen_backend``."""
+    variant = settings.get("variant")
+    memory = min(usable_memory(), available_memory()) - prompt_cache_bytes(prompt_cache_gib)
+    try:
+        room, experts = room_for_experts(files, memory, variant, experts_k)
+    except InputError:
+        room, experts = 0, files.variant(variant).layout.bytes_in_all_layers * files.config.num_experts
+    return tuned.within(room, files.variant(variant).layout.bytes_in_all_layers, experts)
 
 
 def _shown(estimate: Estimate) -> str:

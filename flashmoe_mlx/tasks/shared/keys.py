@@ -11,6 +11,26 @@ from omegaconf import MISSING
 
 from flashmoe_mlx.made_models.synthetic_sizes import SyntheticSizes
 
+__all__ = [
+    "SHORT_FOR_FILE",
+    "TEXT",
+    "TRACE_OPTION",
+    "WORDS",
+    "AnswerConfig",
+    "CommonConfig",
+    "EngineConfig",
+    "GenerationConfig",
+    "ModelChoice",
+    "PromptCacheConfig",
+    "PromptConfig",
+    "ServerConfig",
+    "StoreConfig",
+    "TaskChoice",
+    "ToolChoice",
+    "cache_options",
+    "engine_options",
+]
+
 TEXT = {"text": True}
 """Metadata of a field whose value, or whose list of values, is text in which no character has a special meaning."""
 TRACE_OPTION = {"text_options": ("trace",)}
@@ -91,6 +111,21 @@ def cache_options(config: PromptCacheConfig) -> dict[str, Any]:
         "cache_dir": config.cache_dir,
         "cache_dir_gib": config.cache_dir_gib,
     }
+
+
+@dataclass
+class NodesKeys:
+    """Keys of several machines that run a task together."""
+
+    weights: list[float] | None = None
+    timeout: float = 60.0
+
+
+@dataclass
+class NodesConfig(PromptCacheConfig):
+    """Keys of tasks that several machines can run together."""
+
+    nodes: NodesKeys = field(default_factory=NodesKeys)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from flashmoe_mlx.text.tool_formats.schemas import STRING, Parameter
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
-MAY_FOLLOW = {
+MAY_FOLLOW: dict[str, tuple[str, ...]] = {
     END_PARAMETER: (PARAMETER, END_FUNCTION, END_TOOL_CALL, FUNCTION, TOOL_CALL),
     END_FUNCTION: (END_TOOL_CALL, FUNCTION, TOOL_CALL),
     END_TOOL_CALL: (TOOL_CALL,),
@@ -29,7 +29,7 @@ class ParameterValue:
     def __init__(self, name: str | None, parameter: Parameter) -> None:
         self.name = name
         self.parameter = parameter
-        self.candidate = ""
+        self.candidate: str = ""
         self._held: list[str] = []
         """The candidate and the text after it."""
         self._space = False

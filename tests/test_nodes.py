@@ -1,0 +1,104 @@
+"""Experts shared by several processes, which MLX connects in a ring: the same logits and tokens as in one process."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import node_program
+import numpy as np
+import numpy.typing as npt
+import pytest
+import ring
+from conftest import TINY
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flashmoe_mlx
+from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.shares import Share, owners
+
+TOLERANCE = 1e-4
+"""Of the largest logit: nodes add the outputs of experts in another order."""
+TWO = [
+    {"experts_k": 1, "weights": [1, 3]},
+    {"backend": "io_uring", "experts_k": 16, "slots": 5},
+    {"backend": "ram_hybrid", "budget_gib": 0.001, "weights": [5, 2], "prefetch": "next_router"},
+    {"backend": "resident", "weights": [1, 1000]},
+    {"kernels": "mlx", "prompt_cache_gib": 0.01},
+]
+THREE = [
+    {"weights": [1, 2, 4]},
+    {"backend": "mmap", "experts_k": 2},
+    {"backend": "pread", "threads": 2, "experts_k": 7},
+    {"backend": "resident", "kernels": "reference"},
+]
+
+
+def run_cases(count: int, cases: list[dict[str, Any]], pack: Path, folder: Path) -> list[list[dict[str, Any]]]:
+    """Run ``cases`` on ``count`` nodes; return what each node saved for each case."""
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [str(ring.PROGRAM), str(pack), str(folder), str(folder / "cases.json")]
+    for code, out, errors in ring.run(count, command, folder):
+        assert (code, out) == (0, ""), errors
+    return [
+        [json.loads((folder / f"{case}.{rank}.json").read_text()) for rank in range(count)]
+        for case in range(len(cases))
+    ]
+
+
+@pytest.mark.parametrize(("count", "cases"), [(2, TWO), pytest.param(3, THREE, marks=pytest.mark.thorough)])
+def test_nodes_compute_what_one_process_computes(
+    count: int, cases: list[dict[str, Any]], tiny_pack: Path, tmp_path: Path
+) -> None:
+    saved = run_cases(count, cases, tiny_pack, tmp_path)
+    for number, (case, results) in enumerate(zip(cases, saved, strict=True)):
+        options = {name: value for name, value in case.items() if name != "weights"}
+        requests: Counter[int] = Counter()
+        weights = case.get("weights", [1] * count)
+
+        def observe(
+            layer: int, experts: npt.NDArray[np.uint32], counted: Counter[int] = requests, weights: Any = weights
+        ) -> None:
+            owned_by = owners(weights, layer, TINY.num_experts)
+            counted.update(int(owned_by[expert]) for expert in np.unique(experts))
+
+        with flashmoe_mlx.load(tiny_pack, **options) as engine:
+            engine.observe_routing(observe)
+            expected = node_program.logits(engine)
+            observed = requests.copy()
+            engine.observe_routing(None)
+            tokens = node_program.answers(engine)
+            record_bytes = engine.store.layout.record_bytes
+        assert results[0]["tokens"] == tokens, case
+        logits = np.load(tmp_path / f"{number}.npy")
+        assert np.abs(logits - expected).max() < TOLERANCE * np.abs(expected).max(), case
+        assert (logits.argmax(-1) == expected.argmax(-1)).all()
+        if case.get("backend", "pread") == "pread" and "prompt_cache_gib" not in case:
+            assert sum(result["requests"] for result in results) > sum(observed.values())
+            for result in results:
+                assert result["bytes_read"] == result["requests"] * record_bytes
+
+
+@given(st.lists(st.floats(0.01, 100.0), min_size=1, max_size=5), st.integers(0, 90), st.integers(1, 600))
+def test_every_expert_has_one_owner(weights: list[float], layer: int, experts: int) -> None:
+    shares = [Share(node, tuple(weights)) for node in range(len(weights))]
+    owned = [share.experts(layer, experts) for share in shares]
+    assert sorted(expert for own in owned for expert in own) == list(range(experts))
+    more = owners([*weights, 1.0], layer, experts)
+    same = owners(weights, layer, experts)
+    assert ((more == same) | (more == len(weights))).all()  # a new node takes experts, and no other expert moves
+
+
+def test_shares_follow_the_weights() -> None:
+    counted = Counter(int(owner) for layer in range(60) for owner in owners((1.0, 2.0, 5.0), layer, 512))
+    total = sum(counted.values())
+    for node, part in enumerate((1 / 8, 2 / 8, 5 / 8)):
+        assert counted[node] / total == pytest.approx(part, abs=0.01)
+    assert owners((1, 3), 7, 8).tolist() == owners((2, 6), 7, 8).tolist()
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 0.0), (1.0, float("nan")), (1.0, -1.0), (1.0, float("inf"))])
+def test_weights_are_checked(weights: tuple[float, ...]) -> None:
+    with pytest.raises(InputError, match=r"nodes\.weights"):
+        Share(0, weights)
