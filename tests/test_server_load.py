@@ -3,6 +3,7 @@
 import importlib.util
 import random
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -52,7 +53,10 @@ def test_an_answer_leaves_no_states_behind(live: Live) -> None:
         body = {"model": "demo", "messages": [SUM], "temperature": 0, "stream": stream}
         assert live.client.post(CHAT, json=body).status_code == 200
     live.wait_idle()
-    assert mx.get_active_memory() - cache.nbytes <= before + 2**16
+    deadline = time.monotonic() + 5
+    while mx.get_active_memory() - cache.nbytes > before + 2**16:  # the thread of the engine may still end the answer
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _answer_some(engine: Engine, draw: random.Random, count: int) -> None:
