@@ -36,6 +36,37 @@ def cpu_quota() -> int | None:
     return round(min(limits) + 0.49) if limits else None
 
 
+def own_memory_group() -> Path | None:
+    """Return the folder of this process's group in the memory hierarchy of version 1; None without one."""
+    for controllers, path in _memberships().items():
+        if "memory" in controllers.split(","):
+            # A container sees its own group as the root, but may see the path from outside.
+            folders = (_ROOT / controllers / path, _ROOT / controllers)
+            return next((folder for folder in folders if (folder / "memory.limit_in_bytes").exists()), None)
+    return None
+
+
+def memory_limits() -> list[tuple[int, int]]:
+    """Return (limit, used) in bytes for each group around this process (versions 1 and 2) that limits memory.
+
+    ``used`` leaves out cached files, which the system can drop.
+    """
+    found = []
+    own = own_memory_group()
+    groups = [(group, "memory.max", "memory.current", "") for group in own_groups()]
+    groups += [(own, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")] if own else []
+    for folder, limit, current, prefix in groups:
+        try:
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            cached = sum(int(stat[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
+        except (OSError, ValueError, KeyError):
+            continue
+        match _numbers(folder / limit), _numbers(folder / current):
+            case [[most], [used]]:
+                found.append((most, used - cached))
+    return found
+
+
 def _memberships() -> dict[str, str]:
     """Return the relative path of this process's group by the controllers of its hierarchy; "" stands for version 2."""
     try:

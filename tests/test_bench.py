@@ -14,6 +14,7 @@ from test_generation import checkpoint
 
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.model_files import open_model
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.writer import add_variants
 from flashmoe_mlx.research.bench import engine_bench as bench
@@ -233,6 +234,27 @@ def test_two_bits_and_four_bits(tmp_path: Path, capsys: pytest.CaptureFixture[st
     first, second, *_ = json.loads((run_dir / "bench.json").read_text())["summary"]
     assert second["setting"] == "pack2"
     assert second["bytes_per_token"] < 0.6 * first["bytes_per_token"]
+
+
+@pytest.mark.parametrize("policy", ["lru", pytest.param("lfu", marks=pytest.mark.thorough)])
+def test_a_larger_cache_reads_less(policy: str, tiny_pack: Path, tmp_path: Path) -> None:
+    """More slots never mean more reads, and each budget has an effect, up to the whole model in memory."""
+    source = open_model(tiny_pack).variant(None)
+    column, experts = source.layout.bytes_in_all_layers, source.num_experts
+    counts = [2, 6, experts, experts + 4]
+    listed = ",".join(f"{{name:ram_hybrid,policy:{policy},budget_gib:{count * column / 2**30!r}}}" for count in counts)
+    arguments = [f"backends=[{listed}]", "conditions=[rotating]", "rounds=1", "tokens=12", "plot=false"]
+    common = ["task=bench", f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "raw=true", "prompt=Hello"]
+    assert run_command_line([*common, *arguments]) == 0
+    stages = [one["record"]["decode"] for one in json.loads((tmp_path / "bench.json").read_text())["passes"]]
+    read = [stage["bytes_read"] for stage in stages]
+    assert read == sorted(read, reverse=True)
+    assert read[2] < read[1] < read[0]
+    assert read[2] == read[3]  # nothing to gain beyond all experts
+    hits = [stage["hits"] for stage in stages]
+    assert hits == sorted(hits)
+    assert 0 < hits[0] < hits[-1]
+    assert all(stage["hits"] + stage["misses"] == stages[0]["hits"] + stages[0]["misses"] for stage in stages)
 
 
 @pytest.mark.parametrize(

@@ -36,10 +36,36 @@ def test_cpu_quotas(
     assert cgroups.cpu_quota() == cores
 
 
+@pytest.mark.parametrize(
+    ("membership", "folder", "names"),
+    [
+        ("0::/a\n", "a", ("memory.max", "memory.current", "")),
+        ("4:memory:/a\n0::/\n", "memory/a", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+        ("4:memory:/seen/from/outside\n", "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")),
+    ],
+)
+def test_limits_of_memory(
+    membership: str, folder: str, names: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit, current, prefix = names
+    (tmp_path / "cgroup").write_text(membership)
+    group = tmp_path / "root" / folder
+    group.mkdir(parents=True)
+    (group / limit).write_text("1000\n")
+    (group / current).write_text("700\n")
+    (group / "memory.stat").write_text(f"rss 1\n{prefix}inactive_file 200\n{prefix}active_file 100\n")
+    monkeypatch.setattr(cgroups, "_MEMBERSHIP", tmp_path / "cgroup")
+    monkeypatch.setattr(cgroups, "_ROOT", tmp_path / "root")
+    assert cgroups.memory_limits() == [(1000, 400)]
+    (group / limit).write_text("max\n")
+    assert cgroups.memory_limits() == []
+
+
 def test_there_may_be_no_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "_MEMBERSHIP", tmp_path / "none")
     assert cgroups.own_groups() == []
     assert cgroups.cpu_quota() is None
+    assert cgroups.memory_limits() == []
 
 
 @given(st.lists(st.text(), max_size=4))

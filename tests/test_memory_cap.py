@@ -63,19 +63,28 @@ def test_a_ballast_that_could_be_swapped_out_is_refused(monkeypatch: pytest.Monk
     assert caught.value.code == "cannot_lock_memory"
 
 
-def test_a_new_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = tmp_path / "session" / "shell"
-    own.mkdir(parents=True)
-    (own / "cgroup.procs").touch()
+@pytest.mark.parametrize(
+    ("own", "group", "limit", "swap"),
+    [
+        ("session/shell", "session", "memory.max", "memory.swap.max"),
+        ("memory/shell", "memory/shell", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"),
+    ],
+)
+def test_a_new_control_group(
+    own: str, group: str, limit: str, swap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / own).mkdir(parents=True)
+    (tmp_path / own / "cgroup.procs").touch()
+    (tmp_path / own / limit).touch()
     membership = tmp_path / "self"
-    membership.write_text("0::/session/shell\n")
+    membership.write_text("0::/session/shell\n" if own.startswith("session") else "0::/\n5:memory:/shell\n")
     monkeypatch.setattr(cgroups, "_ROOT", tmp_path)
     monkeypatch.setattr(cgroups, "_MEMBERSHIP", membership)
     original, original_rmdir = Path.mkdir, Path.rmdir
 
     def mkdir(path: Path) -> None:  # the system creates and deletes the files of a group
         original(path)
-        for name in ("memory.max", "memory.swap.max", "cgroup.procs"):
+        for name in (limit, swap, "cgroup.procs"):
             (path / name).touch()
 
     def rmdir(path: Path) -> None:
@@ -86,11 +95,11 @@ def test_a_new_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(Path, "mkdir", mkdir)
     monkeypatch.setattr(Path, "rmdir", rmdir)
     with memory_cap(0.5) as described:
-        group = tmp_path / "session" / f"flashmoe-{os.getpid()}"
+        made = tmp_path / group / f"flashmoe-{os.getpid()}"
         assert described == "0.5 GiB by a control group"
-        used = int((group / "memory.max").read_text()) - GIB // 2
-        assert 0 < used < 8 * GIB
-        assert (group / "memory.swap.max").read_text() == "0"
-        assert (group / "cgroup.procs").read_text() == str(os.getpid())
-    assert (own / "cgroup.procs").read_text() == str(os.getpid())
-    assert not group.exists()
+        most = int((made / limit).read_text())
+        assert 0 < most - GIB // 2 < 8 * GIB
+        assert (made / swap).read_text() == ("0" if limit == "memory.max" else str(most))
+        assert (made / "cgroup.procs").read_text() == str(os.getpid())
+    assert (tmp_path / own / "cgroup.procs").read_text() == str(os.getpid())
+    assert not made.exists()

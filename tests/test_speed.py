@@ -28,6 +28,7 @@ from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.estimate import probe as probe_module
 from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import (
+    HALF,
     MEMORY,
     WAYS,
     MachineProfile,
@@ -57,6 +58,7 @@ PUBLISHED = published_configs()
 GIB = 2**30
 LAYER, WEIGHT, EXPERT, EXPERT_WEIGHT = 200e-6, 3e-11, 50e-6, 4e-11
 SETUP, BYTE = 300e-6, 1 / 4e9
+OVERLAP = 0.6
 SLOWNESS = {"pread warm": 0.2, "pread cold": 3.0, "pread direct": 1.1, "io_uring direct": 1.0, "mmap warm": 0.1}
 
 
@@ -70,6 +72,12 @@ def reading(config: ModelConfig, experts: float, way: str, bits: int = 4) -> flo
     return config.num_layers * experts * SLOWNESS[way] * (SETUP + BYTE * record_bytes(config, bits))
 
 
+def hidden(config: ModelConfig, read: float, in_memory: float) -> float:
+    """Return the seconds of computing with experts in memory that reads hide."""
+    expert = EXPERT + EXPERT_WEIGHT * expert_weights(config)
+    return OVERLAP * min(reading(config, read, "io_uring direct"), config.num_layers * in_memory * expert)
+
+
 @pytest.fixture
 def profile() -> MachineProfile:
     """A profile of a machine whose times equal those of the speed model."""
@@ -81,10 +89,15 @@ def profile() -> MachineProfile:
             size = record_bytes(config, bits)
             for k in EXPERTS:
                 base = computing(config, k, bits)
-                points.append(Point(name, bits, k, MEMORY, *shape, size, (base,) * 3, (0.0,) * 3, 0.0))
+                points.append(Point(name, bits, k, MEMORY, *shape, size, (base,) * 3, (0.0,) * 3, 0.0, 0.0))
                 for way in WAYS if bits == 4 else ():
                     added = reading(config, k, way)
-                    points.append(Point(name, bits, k, way, *shape, size, (base + added,) * 3, (added,) * 3, added))
+                    seconds = (base + added,) * 3, (added,) * 3, added
+                    points.append(Point(name, bits, k, way, *shape, size, *seconds, k))
+                if bits == 4:
+                    added = reading(config, k / 2, "io_uring direct") - hidden(config, k / 2, k / 2)
+                    seconds = (base + added,) * 3, (added,) * 3, added
+                    points.append(Point(name, bits, k, HALF, *shape, size, *seconds, k / 2))
     return MachineProfile(machine_identity(), datetime.now(UTC), 40.0, tuple(points), {})
 
 
@@ -104,6 +117,22 @@ def test_predictions_from_distributions_of_misses(profile: MachineProfile) -> No
     halves = {"pread cold": np.array([0.5, 0, 0.5]), "pread warm": np.array([0.0, 0.0, 0.5, 0.0, 0.5])}
     found = SpeedModel(profile, faster_reads=2).predict(config, 4, 4, halves)
     assert found.reading == pytest.approx((reading(config, 1, "pread cold") + reading(config, 3, "pread warm")) / 2)
+
+
+@pytest.mark.parametrize("name", ["Qwen3.5-35B-A3B", "Qwen3.5-397B-A17B"])
+@pytest.mark.parametrize("read", [0, 1, 7, 8])
+def test_reads_hide_the_experts_in_memory(name: str, read: int, profile: MachineProfile) -> None:
+    config = parse_config(PUBLISHED[name])
+    found = SpeedModel(profile).predict(config, 4, 8, {"io_uring direct": certainly(read)})
+    added = reading(config, read, "io_uring direct") - hidden(config, read, 8 - read)
+    assert found.seconds == pytest.approx(computing(config, 8) + added, rel=1e-6)
+    # Experts of a page cache are read as well, so that none is in memory.
+    both = {"pread cold": certainly(read), "pread warm": certainly(8 - read)}
+    added = reading(config, read, "pread cold") + reading(config, 8 - read, "pread warm")
+    assert SpeedModel(profile).predict(config, 4, 8, both).reading == pytest.approx(added, rel=1e-6)
+    points = tuple(point for point in profile.points if point.way != HALF)
+    without = SpeedModel(replace(profile, points=points)).predict(config, 4, 8, {"io_uring direct": certainly(read)})
+    assert without.reading == pytest.approx(reading(config, read, "io_uring direct"), rel=1e-6)
 
 
 def test_a_missing_way_of_reading_is_an_error(profile: MachineProfile) -> None:

@@ -46,6 +46,8 @@ PACKS = {
 }
 GIB = 2**30
 PROMPT_TOKENS = 16
+WARM_UP = 96
+"""Tokens that use nearly all experts once."""
 DISTURBED = 0.1
 """Largest share of the processors that other processes may use in an undisturbed trial."""
 SEED, TRACE_SEED = 1, 2
@@ -129,7 +131,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--probe-seconds", type=float, default=60)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--probe", type=Path, help="file with the probe; measured and written if it does not exist")
+    parser.add_argument("--rounds", type=int, default=4, help="0: only probe")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120, help="time after which no further round begins")
     arguments = parser.parse_args()
@@ -145,7 +148,11 @@ def main() -> None:
         return
     with console.status("") as status:
         others = OtherProcesses()
-        profile = probe(arguments.folder, arguments.probe_seconds, status.update)
+        profile = None if arguments.probe is None else MachineProfile.load(arguments.probe)
+        if profile is None:
+            profile = probe(arguments.folder, arguments.probe_seconds, status.update)
+            if arguments.probe is not None:
+                profile.save(arguments.probe)
         others_of_probe = others.share()
         measured: dict[Configuration, list[Trial]] = {configuration: [] for configuration in CONFIGURATIONS}
         start = time.perf_counter()
@@ -155,6 +162,9 @@ def main() -> None:
             for configuration in CONFIGURATIONS[:: 1 if number % 2 == 0 else -1]:
                 status.update(f"round {number + 1}, {configuration.label}")
                 measured[configuration].append(_run(configuration, folders[configuration.pack], arguments.tokens))
+    if not arguments.rounds:
+        console.print(f"other processes used {others_of_probe:.0%} of the processors during the probe")
+        return
     arguments.out.mkdir(parents=True, exist_ok=True)
     rows = [
         _row(configuration, folders[configuration.pack], profile, reads[configuration], measured[configuration])
@@ -215,6 +225,9 @@ def _run(configuration: Configuration, folder: Path, tokens: int) -> Trial:
     with load(
         folder, configuration.backend, experts_k=configuration.experts_k, **_options(configuration, folder)
     ) as engine:
+        if configuration.way is None or configuration.way.endswith("warm"):
+            # The probe reuses its few experts, so that all of their pages are mapped.
+            engine.forward(np.random.default_rng(TRACE_SEED).integers(256, size=WARM_UP).tolist(), engine.new_cache())
         others = OtherProcesses()
         _, seconds = _decode(engine, tokens, SEED)
         return Trial(seconds / tokens, others.share())

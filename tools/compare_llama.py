@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--options", default="", help="options of the backend: name=value,name=value")
     parser.add_argument("--prefetch", default="none")
     parser.add_argument("--tokens", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=2, help="number of rounds of A B B A")
+    parser.add_argument("--rounds", type=int, default=2, help="number of rounds")
+    parser.add_argument("--order", default="ABBA", help="processes of a round: A is flashmoe_mlx, B llama.cpp")
     parser.add_argument("--cold", action="store_true", help="evict the page cache before each process")
     parser.add_argument("--folder", type=Path, default=Path("compare-llama"))
     parser.add_argument("--side", choices=("ours", "peer", "write"), help=argparse.SUPPRESS)
@@ -70,7 +71,7 @@ def main() -> None:
     if not gguf_path(arguments).exists():
         _run(arguments, "write")
     results: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
-    for side in ("ours", "peer", "peer", "ours") * arguments.rounds:
+    for side in [{"A": "ours", "B": "peer"}[letter] for letter in arguments.order * arguments.rounds]:
         if arguments.cold:
             evict(path for path in arguments.folder.rglob("*") if path.is_file())
             # The host of a virtual machine may reclaim free memory and return it slowly (2026-11-25-cold.md). Touch the

@@ -10,7 +10,9 @@ Modes take turns in one process, on one store, with new random tokens in each ro
 - compute: the store serves other records from memory, so that nothing is read.
 - I/O: the misses of "parts" are read again, layer by layer, and nothing is computed.
 
-The store should read directly (``direct=true``), or "I/O" finds its records in the page cache.
+Besides the policies of ``prefetch=`` there is "known", which hints exactly the experts that each layer will choose,
+when "early_router" would hint its guesses. It shows how much of the time is due to wrong guesses. The store should read
+directly (``direct=true``), or "I/O" finds its records in the page cache.
 """
 
 import argparse
@@ -23,9 +25,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import yaml
+from check_speed_model import OtherProcesses
 
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.moe.prefetch import Guesses, Likely, Prefetcher
+from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.delivery import Delivery
 from flashmoe_mlx.stores.host_slots import CopyBuffer, HostSlots
@@ -34,18 +39,51 @@ _OTHER_RECORDS = 64
 _WARM_UP = 8
 _HEAD = (
     "| prefetch | ms per token: parts | blocking | compute alone | I/O alone | parts / larger alone | I/O hidden | "
-    "MB read per token | wasted | read ahead |\n|---|---|---|---|---|---|---|---|---|---|"
+    "MB read per token | wasted | read ahead | other processes |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
+_KNOWN = "known"
+
+
+class KnownChoices(Prefetcher):
+    """A prefetcher that knows the experts of the next tokens."""
+
+    def __init__(self, pack: Path, engine: Engine) -> None:
+        super().__init__(engine.store, engine.store.source.num_layers)
+        self._other = flashmoe_mlx.load(pack, "pread", prompt_cache_gib=0)
+        self._experts: Any = None
+        self._passes = 0
+        runner: Any = engine.runner
+        runner._prefetcher = self
+
+    def learn(self, tokens: Sequence[int]) -> None:
+        """Find the experts of ``tokens``, which a new sequence begins with."""
+        cache = self._other.new_cache()
+        with recorded(self._other) as recorder:
+            for token in tokens:
+                self._other.forward([token], cache)
+            self._experts = recorder.trace(self._num_experts, []).experts
+        self._passes = -1
+
+    @property
+    def _num_experts(self) -> int:
+        return int(self._store.source.num_experts)
+
+    def begin_pass(self, sequences: Sequence[Guesses], lengths: Sequence[int], decoding: bool) -> None:
+        super().begin_pass(sequences, lengths, decoding)
+        self._passes += 1
+
+    def _likely_now(self, layer: int, _: mx.array) -> Likely:
+        return [self._experts[self._passes, layer].tolist()]
 
 
 class Bench:
     """An engine whose store can be made to wait, to read nothing, or to do nothing but read."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
+    def __init__(self, engine: Engine, seed: int, known: KnownChoices | None) -> None:
         self.engine = engine
+        self.known = known
         self.store: Any = engine.store  # this tool replaces private methods
         self.random = np.random.default_rng(seed)
-        self.cache = engine.new_cache()
         self.loads = self.store._load
         record = self.store.layout.record_bytes
         self.others = HostSlots(_OTHER_RECORDS, record, CopyBuffer(record))
@@ -58,12 +96,15 @@ class Bench:
         self.next = 0
 
     def tokens(self, count: int) -> list[float]:
-        """Decode random tokens and return the milliseconds of each."""
-        times = []
-        for token in self.random.integers(256, size=count).tolist():
+        """Decode random tokens of a new sequence and return the milliseconds of each."""
+        times, cache = [], self.engine.new_cache()
+        tokens = self.random.integers(256, size=count).tolist()
+        if self.known is not None:
+            self.known.learn(tokens)
+        for token in tokens:
             self.misses.append([])
             start = time.perf_counter()
-            self.engine.forward([token], self.cache)
+            self.engine.forward([token], cache)
             times.append(1e3 * (time.perf_counter() - start))
         return times
 
@@ -95,7 +136,11 @@ class Bench:
             slots = [(self.next + place) % _OTHER_RECORDS for place in range(len(experts))]
             return self.others.batch(slots), StoreStats(hits=len(experts))
 
-        return self._with_load(count, load)
+        self.store.prefetch = lambda *_: None
+        try:
+            return self._with_load(count, load)
+        finally:
+            del self.store.prefetch
 
     def io(self, _: int) -> list[float]:
         """Time the reads of the latest "parts" alone."""
@@ -130,11 +175,14 @@ def main() -> None:
     parsed = {name: yaml.safe_load(value) for name, value in options.items()}
     print(_HEAD)
     for policy in arguments.prefetch.split(","):
-        with flashmoe_mlx.load(arguments.pack, arguments.backend, prefetch=policy, **parsed) as engine:
-            bench = Bench(engine, seed=1)
+        named = "early_router" if policy == _KNOWN else policy
+        with flashmoe_mlx.load(
+            arguments.pack, arguments.backend, prefetch=named, prompt_cache_gib=0, **parsed
+        ) as engine:
+            bench = Bench(engine, 1, KnownChoices(arguments.pack, engine) if policy == _KNOWN else None)
             bench.tokens(_WARM_UP)
             times: dict[str, list[float]] = {"parts": [], "blocking": [], "compute": [], "io": []}
-            done = StoreStats()
+            done, others = StoreStats(), OtherProcesses()
             for round_ in range(arguments.rounds):
                 before = engine.store.stats()
                 for mode in (
@@ -144,17 +192,17 @@ def main() -> None:
                     times[mode] += getattr(bench, mode)(arguments.tokens)
                     if mode == "parts":
                         done += engine.store.stats() - before
-            _print_row(policy, times, done)
+            _print_row(policy, times, done, others.share())
 
 
-def _print_row(policy: str, times: dict[str, list[float]], done: StoreStats) -> None:
+def _print_row(policy: str, times: dict[str, list[float]], done: StoreStats, others: float) -> None:
     parts, blocking, compute, io = (mean(times[mode]) for mode in ("parts", "blocking", "compute", "io"))
     tokens = len(times["parts"])
     shown = " | ".join(f"{mean(ms):.1f} (p50 {median(ms):.1f})" for ms in times.values())
     print(
         f"| {policy} | {shown} | {parts / max(compute, io):.2f} | {1 - (parts - compute) / io:.0%} "
         f"(blocking {1 - (blocking - compute) / io:.0%}) | {done.bytes_read / tokens / 1e6:.0f} | "
-        f"{done.bytes_wasted / tokens / 1e6:.0f} | {done.prefetched / max(1, done.misses):.0%} |",
+        f"{done.bytes_wasted / tokens / 1e6:.0f} | {done.prefetched / max(1, done.misses):.0%} | {others:.0%} |",
         flush=True,
     )
 

@@ -11,7 +11,7 @@ GIB = 2**30
 
 def total_memory() -> int:
     """Return the memory limit of this process in bytes: that of its control groups, or the memory of the machine."""
-    limits = (limit for limit, _ in _cgroup_limits())
+    limits = (limit for limit, _ in cgroups.memory_limits())
     return min(psutil.virtual_memory().total, *limits, 2**63)
 
 
@@ -33,7 +33,7 @@ def available_memory() -> int:
     """
     if slots_on_gpu():
         return free_gpu_memory()
-    free = (limit - used for limit, used in _cgroup_limits())
+    free = (limit - used for limit, used in cgroups.memory_limits())
     return max(0, min(psutil.virtual_memory().available, *free, 2**63))
 
 
@@ -56,23 +56,3 @@ def check_memory(purpose: str, nbytes: int, remedy: str) -> None:
             f"{purpose}: needs {nbytes / GIB:.1f} GiB of {kind}, {available / GIB:.1f} GiB are free; {remedy}",
             code="not_enough_memory",
         )
-
-
-def _cgroup_limits() -> list[tuple[int, int]]:
-    """Return (limit, used) in bytes for each version 2 control group around this process.
-
-    ``used`` leaves out cached files, which the system can drop.
-    """
-    found = []
-    for folder in cgroups.own_groups():
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit == "max":
-                continue
-            used = int((folder / "memory.current").read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            cached = int(stat["inactive_file"]) + int(stat["active_file"])
-            found.append((int(limit), used - cached))
-        except (OSError, ValueError, KeyError):
-            continue
-    return found

@@ -20,8 +20,8 @@ from flashmoe_mlx.stores.memory import GIB, available_memory
 def memory_cap(gib: float | None, least: int = 0) -> Iterator[str | None]:
     """Limit this process to ``gib`` GiB more than it uses now, page cache included.
 
-    The limit is a new cgroup (version 2) for this process if it can be created. Otherwise the rest of the machine's
-    free memory is allocated and locked as ballast.
+    The limit is a new cgroup for this process if it can be created. Otherwise the rest of the machine's free memory is
+    allocated and locked as ballast.
 
     ``least`` is the number of bytes below which the process would only fetch its own pages again and again.
 
@@ -69,25 +69,25 @@ def _enter_group(limit: int) -> tuple[Path, Path] | None:
     Returns:
         The directories of the new and the previous cgroup; None if the system does not allow the move.
     """
-    groups = cgroups.own_groups()
-    if not groups or not (groups[0] / "cgroup.procs").exists():
+    first_version = cgroups.own_memory_group()
+    previous = first_version or next(iter(cgroups.own_groups()), None)
+    if previous is None or not (previous / "cgroup.procs").exists():
         return None
-    previous = groups[0]
-    # Only the root, or a cgroup without processes, may delegate the memory controller to its children.
-    parent = previous if previous == cgroups.root() else previous.parent
+    # In version 2, only the root or a cgroup without processes may delegate the memory controller to its children.
+    parent = previous if previous in (first_version, cgroups.root()) else previous.parent
     group = parent / f"flashmoe-{os.getpid()}"
     try:
         group.mkdir()
     except OSError:
         return None
     try:
-        if not (group / "memory.max").exists():
+        if first_version is None and not (group / "memory.max").exists():
             (parent / "cgroup.subtree_control").write_text("+memory")
-        used = psutil.Process().memory_info().rss
-        (group / "memory.max").write_text(str(limit + used))
-        swap = group / "memory.swap.max"
-        if swap.exists():
-            swap.write_text("0")
+        most = limit + psutil.Process().memory_info().rss
+        (group / ("memory.max" if first_version is None else "memory.limit_in_bytes")).write_text(str(most))
+        for name, value in (("memory.swap.max", 0), ("memory.memsw.limit_in_bytes", most)):
+            if (group / name).exists():
+                (group / name).write_text(str(value))
         (group / "cgroup.procs").write_text(str(os.getpid()))
     except OSError:
         group.rmdir()

@@ -14,7 +14,7 @@ from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2
 MEMORY = "memory"
 """The name for points without reads: all experts are in memory."""
 WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
@@ -28,6 +28,8 @@ WAYS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 Warm reads come from the page cache, cold reads go through it, and direct reads bypass it.
 """
+HALF = "half direct"
+"""The name for points of a store that keeps half of the experts and reads the rest directly."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
 
 
@@ -39,14 +41,15 @@ class Point:
         size: key of ``SIZES``.
         bits: bit width of the experts.
         experts_k: experts per token.
-        way: key of ``WAYS``, or ``MEMORY``.
+        way: key of ``WAYS``, ``MEMORY``, or ``HALF``.
         layers: layers of the model.
         resident_weights: weights that a token uses besides its experts.
         expert_weights: weights of one expert.
         record_bytes: bytes of one expert.
         seconds: quartiles over the rounds.
         added: quartiles of the difference from ``MEMORY``, paired by round.
-        fetching: median seconds inside ``fetch``.
+        fetching: median seconds inside ``fetch``, while nothing was computed.
+        misses: mean number of experts per layer that the store did not hold.
     """
 
     size: str
@@ -60,6 +63,7 @@ class Point:
     seconds: tuple[float, float, float]
     added: tuple[float, float, float]
     fetching: float
+    misses: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def _parse_point(entry: Mapping[str, Any]) -> Point:
     for name in ("seconds", "added"):
         low, median, high = map(float, entry[name])
         fields[name] = (low, median, high)
-    return Point(**fields, fetching=float(entry["fetching"]))
+    return Point(**fields, fetching=float(entry["fetching"]), misses=float(entry["misses"]))
 
 
 def machine_identity() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
-from flashmoe_mlx.research.estimate.speed_model import Distribution, Prediction, SpeedModel, certainly
+from flashmoe_mlx.research.estimate.speed_model import DIRECT, Distribution, Prediction, SpeedModel, certainly
 from flashmoe_mlx.research.traces.cache_design import CacheDesign
 from flashmoe_mlx.research.traces.random_traces import zipf_trace
 from flashmoe_mlx.research.traces.simulator import Replay
@@ -32,7 +32,6 @@ def tolerance(backend: str) -> float:
 
 _LAYERS = 4
 """Layers of a drawn trace, in place of all layers of the model."""
-_DIRECT = ("io_uring direct", "pread direct")
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
         return
     record = model.record_bytes
     slots = room // (record * len(model.config.moe_layers))
-    direct = next((way for way in _DIRECT if way in machine.profile.ways), None)
+    direct = next((way for way in DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
         if slots >= 1:

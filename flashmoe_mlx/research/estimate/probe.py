@@ -32,11 +32,12 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.research.bench.files import expert_files
-from flashmoe_mlx.research.estimate.machine_profile import MEMORY, WAYS, MachineProfile, Point, machine_identity
+from flashmoe_mlx.research.estimate.machine_profile import HALF, MEMORY, WAYS, MachineProfile, Point, machine_identity
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 from flashmoe_mlx.research.intervals import percentiles
 from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.stores.page_cache import evict
 from flashmoe_mlx.stores.registry import open_store
 
@@ -108,6 +109,7 @@ class _SizeProbe:
                     continue
                 self._stack.enter_context(store)
                 self._add(bits, way, in_memory if cold else reading, store, cold)
+            self._add(bits, HALF, reading, self._half(many))
             self._stack = self._stack.pop_all()
         return self
 
@@ -124,6 +126,13 @@ class _SizeProbe:
             model = with_experts(engine.model, engine.store, k)
             check_kernels(model.kernels, model_shapes(model))
         return engine
+
+    def _half(self, files: ModelFiles) -> ExpertStore:
+        """Open a store that keeps half of the experts."""
+        column = files.variant(None).layout.bytes_in_all_layers
+        options = {"budget_gib": files.config.num_experts // 2 * column / GIB, "direct": True, "preload": True}
+        ring = {} if "io_uring direct" in self._missing else {"reader": "io_uring", "depth": 64}
+        return self._stack.enter_context(open_store(files, "ram_hybrid", options | ring)[0])
 
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
         for k in EXPERTS:
@@ -155,6 +164,7 @@ class _SizeProbe:
                 seconds=percentiles(decoder.seconds, (25, 50, 75)),
                 added=percentiles(added.tolist(), (25, 50, 75)),
                 fetching=float(np.median(decoder.fetching)),
+                misses=decoder.misses / len(decoder.seconds) / config.num_layers,
             )
 
 
@@ -169,23 +179,27 @@ class _Decoder:
         self.config = model.config
         self.seconds: list[float] = []
         self.fetching: list[float] = []
+        self.misses = 0
         self.step()
         self.seconds.clear()  # the first token of a sequence is not representative
         self.fetching.clear()
+        self.misses = 0
 
     def step(self) -> None:
         """Decode one more token, chosen at random."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
-        fetch_seconds = self._store.stats().fetch_seconds
+        before = self._store.stats()
         start = time.perf_counter()
         hidden = self._model.forward(mx.array([token], mx.uint32), [1], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
         self.seconds.append(time.perf_counter() - start)
         checked_logits(np.array(logits))
-        self.fetching.append(self._store.stats().fetch_seconds - fetch_seconds)
+        done = self._store.stats() - before
+        self.fetching.append(done.fetch_seconds)
+        self.misses += done.misses
 
 
 def _memory_bandwidth() -> float:

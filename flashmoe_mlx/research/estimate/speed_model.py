@@ -1,16 +1,21 @@
 """Predict the speed of decoding from a probe of the machine and the number of experts that each layer must read.
 
-The experts of a layer are known only after its router has run, so reading and computing do not overlap::
+The experts of a layer are known only after its router has run. Reads therefore overlap with the computation of experts,
+but not with that of the rest of the layer::
 
-    seconds = L * layer + R * weight + L * K * (expert + W * expert_weight) + sum over layers of added(misses)
+    seconds = L * layer + R * weight + sum over layers of (K * e + added(m) - overlap * min(added(m), (K - m) * e))
+    e = expert + W * expert_weight
 
-with L layers, R resident weights that a token uses, and K experts of W weights. The four costs are fitted to the
-measurements of the probe's two models with all experts in memory. ``added(m)`` is the time that reading m experts adds
-to a layer. In the probe, it is the difference between a way of reading and memory; it is interpolated linearly between
-the measured values of m and between the two record sizes. Misses are given as a distribution rather than a mean, since
-the time of a layer is not linear in its number of misses.
+with L layers, R resident weights that a token uses, K experts of W weights, and m experts that a layer reads. The four
+costs are fitted to the measurements of the probe's two models with all experts in memory. ``added(m)`` is the time that
+reading all of m experts adds to a layer. In the probe, it is the difference between a way of reading and memory; it is
+interpolated linearly between the measured values of m and between the two record sizes. The K - m experts in memory are
+computed during the reads: with an ``overlap`` of 1, a layer takes the maximum of both times in place of their sum. The
+probe measures ``overlap`` with a store that keeps half of the experts. Misses are given as a distribution rather than a
+mean, since the time of a layer is not linear in its number of misses.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.research.estimate.machine_profile import MEMORY, MachineProfile, Point
+from flashmoe_mlx.research.estimate.machine_profile import HALF, MEMORY, MachineProfile, Point
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 
+DIRECT = ("io_uring direct", "pread direct")
+"""Ways of reading past the page cache, the preferred way first."""
 Distribution = npt.NDArray[np.float64]
 """The probabilities of 0, 1, 2, ... experts."""
 
@@ -80,9 +87,20 @@ class SpeedModel:
         size = size or record_bytes(config, bits)
         quartiles = []
         for quartile in range(3):
-            computing = self._computing(config, bits, experts_k, quartile)
-            reading = sum(self._added(way, size, counts, quartile) for way, counts in reads.items())
-            quartiles.append((computing, len(config.moe_layers) * reading / self._faster_reads))
+            costs = self._costs(bits, quartile)
+            expert = costs.of_expert(expert_weights(config))
+            reading = 0.0
+            for way, counts in reads.items():
+                added = self._added(way, size, len(counts), quartile) / self._faster_reads
+                # A second way of reading serves the other experts, so that none is in memory.
+                in_memory = experts_k - np.arange(len(counts)) if len(reads) == 1 else np.zeros(len(counts))
+                hidden = self._overlap(quartile) * np.minimum(added, np.maximum(in_memory, 0) * expert)
+                reading += float(np.dot(counts, added - hidden))
+            layers = len(config.moe_layers)
+            computing = (
+                config.num_layers * costs.layer + layers * experts_k * expert + costs.weight * touched_weights(config)
+            )
+            quartiles.append((computing, layers * reading))
         totals = [computing + reading for computing, reading in quartiles]
         return Prediction(totals[1], quartiles[1][1], min(totals), max(totals))
 
@@ -94,8 +112,8 @@ class SpeedModel:
             raise ValueError(f"{way}: {reason}")
         return points
 
-    def _computing(self, config: ModelConfig, bits: int, experts_k: int, quartile: int) -> float:
-        """Return the expected seconds of a token whose experts are all in memory."""
+    def _costs(self, bits: int, quartile: int) -> "_Costs":
+        """Fit the costs of computing to the measurements with all experts in memory."""
         widths = sorted({point.bits for point in self._points(MEMORY)})
         base, nearest = widths[-1], min(widths, key=lambda width: abs(width - bits))
         lines = [_Line.through(points, quartile) for points in _by_size(self._points(MEMORY, base))]
@@ -107,33 +125,55 @@ class SpeedModel:
             # At least one size was measured with this width; the fixed cost of an expert does not depend on the width.
             line = _Line.through(_by_size(self._points(MEMORY, nearest))[-1], quartile)
             expert_weight = max(0.0, line.slope / line.layers - expert) / line.expert_weights
-        per_expert = expert + expert_weight * expert_weights(config)
-        return (
-            config.num_layers * layer
-            + len(config.moe_layers) * experts_k * per_expert
-            + weight * touched_weights(config)
-        )
+        return _Costs(layer, weight, expert, expert_weight)
 
-    def _added(self, way: str, size: int, counts: Distribution, quartile: int) -> float:
-        """Return the expected seconds that reading adds to a layer.
+    def _overlap(self, quartile: int) -> float:
+        """Return the share of the time of experts in memory that reads hide, from 0 to 1; 0 if it was not measured."""
+        points = [point for point in self.profile.points if point.way == HALF]
+        way = next((way for way in DIRECT if way in self.profile.ways), None)
+        saved = possible = 0.0
+        for point in points if way else ():
+            assert way is not None
+            counts = math.ceil(point.misses) + 1
+            added = self._added(way, point.record_bytes, counts, quartile)
+            expected = float(np.interp(point.misses, np.arange(counts), added))
+            expert = self._costs(point.bits, quartile).of_expert(point.expert_weights)
+            saved += expected - point.added[quartile] / point.layers
+            possible += min(expected, (point.experts_k - point.misses) * expert)
+        return min(1.0, max(0.0, saved / possible)) if possible > 0 else 0.0
+
+    def _added(self, way: str, size: int, counts: int, quartile: int) -> npt.NDArray[np.float64]:
+        """Return the seconds that reading 0, 1, ... experts adds to a layer.
 
         Args:
             way: way of reading.
             size: bytes of a record.
-            counts: distribution of the number of experts that the layer reads.
+            counts: the length of the result.
             quartile: quartile of the measurements, 0 to 2.
         """
         curves = []
         for points in _by_size(self._points(way)):
             reads = [0] + [point.experts_k for point in points]
             added = [0.0] + [max(point.added[quartile], point.fetching) / point.layers for point in points]
-            per_read = added[-1] / reads[-1]
-            per_count = [
-                float(np.interp(count, reads, added)) if count <= reads[-1] else count * per_read
-                for count in range(len(counts))
-            ]
-            curves.append((points[0].record_bytes, float(np.dot(counts, per_count))))
+            numbers = np.arange(counts)
+            beyond = numbers * added[-1] / reads[-1]
+            per_count = np.where(numbers <= reads[-1], np.interp(numbers, reads, added), beyond)
+            curves.append((points[0].record_bytes, per_count))
         return _over_size(curves, size)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """Seconds of computing: for a layer, a resident weight, an expert in any case, and each of its weights."""
+
+    layer: float
+    weight: float
+    expert: float
+    expert_weight: float
+
+    def of_expert(self, weights: int) -> float:
+        """Return the seconds of an expert with this number of weights."""
+        return self.expert + weights * self.expert_weight
 
 
 @dataclass(frozen=True)
@@ -180,14 +220,14 @@ def _two_costs(equations: Sequence[tuple[float, float, float]]) -> tuple[float, 
     return (alone[0], 0.0) if errors[0] < errors[1] else (0.0, alone[1])
 
 
-def _over_size(curves: Sequence[tuple[int, float]], size: int) -> float:
+def _over_size(curves: Sequence[tuple[int, npt.NDArray[np.float64]]], size: int) -> npt.NDArray[np.float64]:
     """Interpolate linearly between ``curves`` of (record bytes, seconds), and extrapolate to records of ``size`` bytes.
 
     For records smaller than all measured records, the seconds are at least in proportion to the size.
     """
     nearest, seconds = min(curves, key=lambda curve: abs(curve[0] - size))
     if len(curves) == 1:
-        return seconds * size / nearest
+        return seconds * (size / nearest)
     (small, few), (large, many) = curves[0], curves[-1]
-    line = few + (many - few) * (size - small) / (large - small)
-    return max(line, seconds * size / nearest) if size < small else max(line, few)
+    line = few + (many - few) * ((size - small) / (large - small))
+    return np.maximum(line, seconds * (size / nearest) if size < small else few)
