@@ -62,7 +62,7 @@ class Call:
         self._secret = request.headers.get(SECRET, "")
         retries = request.headers.get(_RETRIES)
         self._repeats = retries is not None
-        self._announced = retries is not None and retries.isdigit() and int(retries[:9]) > 0
+        self._announced = retries is not None and retries.isdecimal() and int(retries[:9]) > 0
 
     @classmethod
     async def read(cls, request: Request) -> "Call":
