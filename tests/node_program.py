@@ -2,9 +2,11 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import gpu_on_cpu
 import mlx.core as mx
 import numpy as np
 
@@ -50,15 +52,16 @@ def answers(engine: Engine) -> list[list[int]]:
 
 
 def main(pack: str, out: str, cases: list[dict[str, Any]]) -> None:
-    """Run ``cases``, each the arguments of ``load``, with ``weights`` of the nodes, and ``differs`` for node 1."""
+    """Run ``cases``: arguments of ``load``, ``weights``, ``differs`` for node 1, and ``gpu`` to emulate one."""
     for number, case in enumerate(cases):
         case = {**case}
         weights, differing = case.pop("weights", None), case.pop("differs", {})
+        gpu = gpu_on_cpu.metal(mx.float32) if case.pop("gpu", False) else nullcontext()
         nodes = Nodes(None if weights is None else tuple(weights), timeout=20.0)
         case |= differing if nodes.rank else {}
         saved: dict[str, Any] = {}
         try:
-            with flashmoe_mlx.load(pack, nodes=nodes, **case) as engine:
+            with gpu, flashmoe_mlx.load(pack, nodes=nodes, **case) as engine:
                 if nodes.rank:
                     engine.follow()
                 else:

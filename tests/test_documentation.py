@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def example() -> str:
-    """Return the source of the store in CONTRIBUTING.md."""
-    blocks = re.findall(r"^ *```python\n(.*?)^ *```$", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    """Return the source of the store in docs/extend/store.md."""
+    blocks = re.findall(
+        r"^ *```python\n(.*?)^ *```$", (ROOT / "docs" / "extend" / "store.md").read_text(), re.DOTALL | re.MULTILINE
+    )
     return next(textwrap.dedent(block) for block in blocks if "(ExpertStore):" in block)
 
 
@@ -28,7 +30,7 @@ class TestExampleStore(ExpertStoreTests):
     def module(cls) -> None:
         module = types.ModuleType("example_of_a_store")
         sys.modules["example_of_a_store"] = module
-        exec(compile(example(), "CONTRIBUTING.md", "exec"), module.__dict__)
+        exec(compile(example(), "store.md", "exec"), module.__dict__)
 
 
 def test_tests_named_in_faults_exist() -> None:

@@ -20,14 +20,21 @@ from flashmoe_mlx.formats.shares import Share, owners
 
 TOLERANCE = 1e-4
 """Of the largest logit: nodes add the outputs of experts in another order."""
-TWO = [
-    {"experts_k": 1, "weights": [1, 3]},
-    {"backend": "io_uring", "experts_k": 16, "slots": 5},
+TWO: list[dict[str, Any]] = [
+    {"backend": "io_uring", "experts_k": 16, "slots": 5, "weights": [1, 3]},
+    {"gpu": True, "backend": "resident", "weights": [1, 4]},
+    {"experts_k": 1, "prompt_cache_gib": 0.01},
+    {"differs": {"experts_k": 2}},
+]
+MORE: list[dict[str, Any]] = [
     {"backend": "ram_hybrid", "budget_gib": 0.001, "weights": [5, 2], "prefetch": "next_router"},
     {"backend": "resident", "weights": [1, 1000]},
+    {"backend": "ram_hybrid", "budget_gib": 0.01, "preload": True, "slots": 16, "experts_k": 3},
     {"kernels": "mlx", "prompt_cache_gib": 0.01},
+    {"differs": {"kernels": "mlx"}},
+    {"differs": {"kv_bits": 8}},
 ]
-THREE = [
+THREE: list[dict[str, Any]] = [
     {"weights": [1, 2, 4]},
     {"backend": "mmap", "experts_k": 2},
     {"backend": "pread", "threads": 2, "experts_k": 7},
@@ -47,13 +54,26 @@ def run_cases(count: int, cases: list[dict[str, Any]], pack: Path, folder: Path)
     ]
 
 
-@pytest.mark.parametrize(("count", "cases"), [(2, TWO), pytest.param(3, THREE, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("count", "cases"),
+    [
+        (2, TWO),
+        pytest.param(2, MORE, marks=pytest.mark.thorough),
+        pytest.param(3, THREE, marks=pytest.mark.thorough),
+    ],
+)
 def test_nodes_compute_what_one_process_computes(
     count: int, cases: list[dict[str, Any]], tiny_pack: Path, tmp_path: Path
 ) -> None:
     saved = run_cases(count, cases, tiny_pack, tmp_path)
     for number, (case, results) in enumerate(zip(cases, saved, strict=True)):
-        options = {name: value for name, value in case.items() if name != "weights"}
+        if "differs" in case:
+            (name,) = case["differs"]
+            assert {result["code"] for result in results} == {"node_mismatch"}
+            assert all("node 1 differs from node 0" in result["error"] for result in results)
+            assert all(name.removesuffix("s") in result["error"] for result in results)
+            continue
+        options = {name: value for name, value in case.items() if name not in ("weights", "gpu")}
         requests: Counter[int] = Counter()
         weights = case.get("weights", [1] * count)
 
@@ -102,3 +122,31 @@ def test_shares_follow_the_weights() -> None:
 def test_weights_are_checked(weights: tuple[float, ...]) -> None:
     with pytest.raises(InputError, match=r"nodes\.weights"):
         Share(0, weights)
+
+
+EVERYDAY = {("decode", "SIGKILL", 1), ("prefill", "SIGSTOP", 0)}
+FAULTS = [
+    pytest.param(phase, name, victim, marks=() if (phase, name, victim) in EVERYDAY else pytest.mark.thorough)
+    for phase in ("load", "prefill", "decode", "idle")
+    for name in ("SIGKILL", "SIGSTOP")
+    for victim in (0, 1)
+]
+
+
+@pytest.mark.parametrize(("phase", "name", "victim"), FAULTS)
+def test_a_node_ends_if_another_one_is_gone(
+    phase: str, name: str, victim: int, tiny_pack: Path, tmp_path: Path
+) -> None:
+    program = Path(__file__).with_name("node_fault.py")
+    nodes = ring.start(2, [str(program), str(tiny_pack), phase, name, str(victim)], tmp_path)
+    try:
+        _, errors = nodes[1 - victim].communicate(timeout=60)
+        assert nodes[1 - victim].returncode == 1, errors
+        lines = [line for line in errors.splitlines() if line.startswith("flashmoe_mlx: ")]
+        assert len(lines) == 1, errors
+        expected = "was lost" if name == "SIGKILL" else "no answer from another node for 1.5 s"
+        assert expected in lines[0]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()

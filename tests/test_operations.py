@@ -1,4 +1,4 @@
-"""Operations are found by their folders, including the example in CONTRIBUTING.md."""
+"""Operations are found by their folders, including the example in docs/extend/operation.md."""
 
 import re
 import sys
@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 MODEL = ModelShapes(mx.float32, 200, (), (), (), (), (), 1, 1, 1)
 
 
-def block_of_contributing(language: str, word: str) -> str:
+def block_of_document(language: str, word: str) -> str:
     """Return the block of code in ``language`` that contains ``word``."""
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "docs" / "extend" / "operation.md").read_text()
     blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
     return next(textwrap.dedent(block) for block in blocks if word in block)
 
@@ -33,8 +33,8 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put the example's folder beside those of the other operations."""
     folder = tmp_path / "soft_cap"
     folder.mkdir()
-    (folder / "__init__.py").write_text(block_of_contributing("python", "OPERATION = Operation("))
-    (folder / "body.h").write_text(block_of_contributing("cpp", "tanh"))
+    (folder / "__init__.py").write_text(block_of_document("python", "OPERATION = Operation("))
+    (folder / "body.h").write_text(block_of_document("cpp", "tanh"))
     monkeypatch.setattr(custom_kernels, "__path__", [*custom_kernels.__path__, str(tmp_path)])
     yield
     name = f"{custom_kernels.__name__}.soft_cap"

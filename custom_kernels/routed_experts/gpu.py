@@ -314,7 +314,11 @@ def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
         else:
             rows[:, 0] = np.arange(tokens) % 3
             rows[0, -1] = 1
-        alone = len(fused) < len(model.shared) or model.needs_several_groups(1 if tokens == 1 else several)
+        alone = (
+            model.shared_apart
+            or len(fused) < len(model.shared)
+            or model.needs_several_groups(1 if tokens == 1 else several)
+        )
         for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             x = inputs.normal(tokens, form.hidden_size)
             scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)

@@ -44,9 +44,12 @@ class StepsAhead:
     @property
     def ready(self) -> bool:
         """Whether the store holds all layers in memory. A layer that the store has offered stays there."""
+        return self._traced() is not None
+
+    def _traced(self) -> TracedSteps | None:
         if self._steps is None:
             self._steps = TracedSteps.of(self._model)
-        return self._steps is not None
+        return self._steps
 
     def close(self) -> None:
         """Drop the experts of the store, which is about to be closed."""
@@ -84,13 +87,14 @@ class StepsAhead:
 
         If this fails, the cache of ``sequence`` is as it was.
         """
-        assert self._steps is not None
+        steps = self._traced()
+        assert steps is not None
         mark = sequence.cache.mark()
         used = UsedExperts(self._store)
         try:
             refuse_cancelled()
             with self._clock.computing("head"):
-                logits, finite = self._steps.logits(token, sequence.cache, used)
+                logits, finite = steps.logits(token, sequence.cache, used)
                 chosen, number = sequence.choose_on_device(logits)
                 if self._nodes is not None:
                     chosen = self._nodes.of_first(chosen)

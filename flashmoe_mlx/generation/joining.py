@@ -17,7 +17,8 @@ from flashmoe_mlx.stores.contract import ExpertStore
 
 _COMPARED = ("experts_k", "experts", "activations", "kv_bits", "replaced_kernels", "prompt_cache_bytes")
 """Settings of an engine that must be equal on all nodes."""
-_THREADS = re.compile(r", \d+ threads")
+_LOCAL = re.compile(r", \d+ threads|: \d.*")
+"""Matches the parts of the names of kernels that may differ: threads, and the speeds that decided the choice."""
 
 
 def join(model: RunnableModel, nodes: Nodes) -> Model:
@@ -46,7 +47,7 @@ def compare(folder: Path, setup: Mapping[str, Any], store: ExpertStore, nodes: N
     """
     source, share = store.source, nodes.share
     settings = {name: setup.get(name) for name in _COMPARED}
-    kernels = {name: _THREADS.sub("", str(used)) for name, used in setup["kernels"].items()}
+    kernels = {name: _LOCAL.sub("", str(used)) for name, used in setup["kernels"].items()}
     facts = {
         "flashmoe_mlx": version("flashmoe-mlx"),
         "mlx": version("mlx"),

@@ -84,6 +84,7 @@ class PhaseClock:
             self.begin(name, *also)
         with self.computing(name):
             self.waits += not self.split
+            mx.eval(array)  # np.array alone would hide an error, such as the loss of another node
             return np.array(array)
 
     def settle(self, name: str, *arrays: mx.array) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.shares import Share, check_weights
@@ -34,6 +35,12 @@ _TEXT = 400
 _POLL = 0.5
 """Seconds between two exchanges of states while models are loaded."""
 _LOADING, _LOADED, _FAILED = range(3)
+
+
+def _evaluated(array: mx.array) -> npt.NDArray[Any]:
+    """Evaluate a result of a collective; ``np.array`` alone would hide the error of a lost connection."""
+    mx.eval(array)
+    return np.array(array)
 
 
 def launched() -> bool:
@@ -60,6 +67,7 @@ class Nodes:
     def __init__(self, weights: tuple[float, ...] | None = None, timeout: float = 60.0) -> None:
         backend = next(name for variable, name in _VARIABLES.items() if variable in os.environ)
         self.watchdog = Watchdog(timeout)
+        self._lost: NodeLostError | None = None
         with self._waiting("the start of all nodes"):
             self._group = mx.distributed.init(strict=True, backend=backend)
         size = self._group.size()
@@ -86,16 +94,19 @@ class Nodes:
 
     @contextmanager
     def _waiting(self, reason: str) -> Iterator[None]:
+        if self._lost is not None:
+            raise self._lost  # another collective would wait for ever
         with self.watchdog.waiting(reason):
             try:
                 yield
             except RuntimeError as error:
                 if not _OF_MLX.search(str(error)):
                     raise
-                raise NodeLostError(
+                self._lost = NodeLostError(
                     f"the connection to another node was lost while waiting for {reason} ({error}); see the output of "
                     "the other nodes, and start all of them again"
-                ) from error
+                )
+                raise self._lost from error
 
     def _sum(self, values: mx.array) -> mx.array:
         return mx.distributed.all_sum(values, group=self._group)
@@ -115,7 +126,7 @@ class Nodes:
         payload = mx.concatenate([y.reshape(-1), mx.array(flags).astype(y.dtype)])
         with self._waiting("the experts of a layer"):
             total = self._sum(payload)
-            told = np.array(total[y.size :].astype(mx.float32))
+            told = _evaluated(total[y.size :].astype(mx.float32))
         if told[:-1].any():
             if not failed:
                 node = int(np.flatnonzero(told[:-1])[0])
@@ -163,14 +174,13 @@ class Nodes:
         values = np.zeros(size, np.uint8)
         values[: len(data)] = np.frombuffer(data, np.uint8)
         with self._waiting(reason):
-            return np.array(self._sum(mx.array(values))).tobytes()
+            return _evaluated(self._sum(mx.array(values))).tobytes()
 
     def numbers(self, value: int) -> list[int]:
         """Return the ``value`` of each node, at least 0 and below 2**31."""
         with self._waiting("the state of all nodes"):
-            gathered = mx.distributed.all_gather(mx.array([value], mx.int32), group=self._group)
-            listed: list[int] = np.array(gathered).tolist()
-        return listed
+            gathered = _evaluated(mx.distributed.all_gather(mx.array([value], mx.int32), group=self._group))
+        return [int(number) for number in gathered]
 
     def texts(self, text: str) -> list[str]:
         """Return the ``text`` of each node, cut to 400 bytes."""
@@ -178,7 +188,7 @@ class Nodes:
         data = text.encode()[:_TEXT]
         values[0, : len(data)] = np.frombuffer(data, np.uint8)
         with self._waiting("the state of all nodes"):
-            rows = np.array(mx.distributed.all_gather(mx.array(values), group=self._group))
+            rows = _evaluated(mx.distributed.all_gather(mx.array(values), group=self._group))
         return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
 
     def require_equal(self, facts: Mapping[str, Any]) -> None:

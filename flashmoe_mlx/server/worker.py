@@ -145,8 +145,8 @@ class Worker:
         except Exception as error:
             failure = error
             engine = self._load()
-        self._on_load(engine)
         self.engine, self._change = engine, None
+        self._on_load(engine)
         change.done(failure)
         return engine
 

@@ -106,7 +106,7 @@ def memory_need(
         kv_bits: the width of cached keys and values; None for that of activations.
         slot_bytes: the bytes of a slot for any expert; None for experts of ``expert_bits``.
     """
-    caches = [config.mixer(layer).cache_size(activation_bytes, kv_bits) for layer in range(config.num_layers)]
+    caches = config.cache_sizes(activation_bytes, kv_bits)
     return MemoryNeed(
         resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
         keys_and_values=context * sum(cache.per_token for cache in caches),
