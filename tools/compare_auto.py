@@ -35,9 +35,7 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--memory-gib", type=float, required=True, help="memory of the run")
     parser.add_argument("--probe", type=Path, required=True, help="file with the measurements of this machine")
-    parser.add_argument(
-        "--only", default="", help="comma-separated parts of the names of settings to run"
-    )
+    parser.add_argument("--only", default="", help="comma-separated parts of the names of settings to run")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=600, help="time after which no trial begins")
