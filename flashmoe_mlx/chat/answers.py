@@ -70,7 +70,9 @@ def generate_answer(
     def on_prefill(done: int, total: int) -> None:
         view.show_status(measured(generation.metrics, done, max_context, f"reading the prompt: {done:,} of {total:,}"))
 
-    complete: RequestOptions = {**options, "tools": tools, "tool_choice": "auto" if tools else None}
+    complete: RequestOptions = {**options, "tools": tools}
+    if tools:
+        complete["tool_choice"] = "auto"  # enforces names and types of arguments
     generation = engine.generate(messages, on_prefill=on_prefill, **complete)
     reader = _Reader(engine, tools)
     answer = Answer()
