@@ -34,8 +34,8 @@ from flashmoe_mlx.nodes.group import Nodes, launched
 from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 
-PROMPT = [index * 37 % 250 for index in range(16)]
-LEFT_OUT = 2
+PROMPT = [5, 17, 42, 8]
+LEFT_OUT = 1
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"
 
 
