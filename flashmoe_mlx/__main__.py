@@ -1,4 +1,4 @@
-"""Entry point of ``python -m flashmoe_mlx``."""
+"""Entry point of ``python -m flashmoe_mlx`` and of the command ``flashmoe_mlx``."""
 
 import os
 import sys

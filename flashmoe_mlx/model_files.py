@@ -14,10 +14,11 @@ from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor, classify_tensors
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import InputError
-from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
 from flashmoe_mlx.formats.record import AFFINE
-from flashmoe_mlx.models.build import build_model
+from flashmoe_mlx.formats.safetensors_header import read_header
+from flashmoe_mlx.formats.tables import StoredTensor
 from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.models.runnable import RunnableModel
@@ -95,8 +96,9 @@ def open_model(folder: Path) -> ModelFiles:
     """
     if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
         pack = open_pack(folder)
-        build = partial(build_model, pack.config, _PackResident(pack.resident_path))
-        return ModelFiles(folder, pack.config, build, pack.experts, family_of(pack.config).tool_format)
+        family = family_of(pack.config)
+        build = partial(family.build, pack.config, _PackResident(pack.resident_path))
+        return ModelFiles(folder, pack.config, build, pack.experts, family.tool_format)
     if state_folder(folder).exists():
         raise InputError(
             f"{folder}: packing did not finish; run the same task=pack command again to resume",
@@ -110,9 +112,9 @@ def open_model(folder: Path) -> ModelFiles:
     if isinstance(checkpoint.config, AdaptedConfig):
         return _open_adapted(checkpoint, checkpoint.config)
     tensors = classify_tensors(checkpoint)
-    config = tensors.config
-    build = partial(build_model, config, _CheckpointResident(checkpoint, tensors))
-    return ModelFiles(folder, config, build, _by_name(tensors.experts), family_of(config).tool_format)
+    family = family_of(tensors.config)
+    build = partial(family.build, tensors.config, _CheckpointResident(checkpoint, tensors))
+    return ModelFiles(folder, tensors.config, build, _by_name(tensors.experts), family.tool_format)
 
 
 def _open_adapted(checkpoint: Checkpoint, config: AdaptedConfig) -> ModelFiles:
@@ -136,11 +138,17 @@ class _PackResident:
     def __init__(self, path: Path) -> None:
         loaded = mx.load(str(path))  # MLX reads only headers; a tensor is read when it is evaluated
         assert isinstance(loaded, dict)
+        self._path = path
         self._tensors = loaded
         self.names = frozenset(loaded)
 
     def take(self, name: str) -> mx.array:
         return self._tensors.pop(name)
+
+    def stored(self, name: str) -> StoredTensor:
+        tensors, start = read_header(self._path)
+        tensor = tensors[name]
+        return StoredTensor(Extent(self._path, start + tensor.begin, tensor.nbytes), tensor.dtype, tensor.shape)
 
 
 class _CheckpointResident:
@@ -148,7 +156,7 @@ class _CheckpointResident:
 
     def __init__(self, checkpoint: Checkpoint, tensors: CheckpointTensors) -> None:
         self._checkpoint = checkpoint
-        self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in tensors.vectors}
+        self._tensors: dict[str, ResidentTensor] = {tensor.name: tensor for tensor in (*tensors.vectors, *tensors.kept)}
         self._floats: dict[str, Matrix] = {}
         for matrix in tensors.matrices:
             if matrix.mode == AFFINE:
@@ -162,3 +170,7 @@ class _CheckpointResident:
         if name in self._floats:
             return without_floats(self._checkpoint, self._floats[name])[name]
         return read_resident(self._checkpoint, self._tensors[name])
+
+    def stored(self, name: str) -> StoredTensor:
+        tensor = self._tensors[name].source
+        return StoredTensor(self._checkpoint.extent(tensor, 0, tensor.nbytes), tensor.dtype, tensor.shape)

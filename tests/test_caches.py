@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError, InputError
-from flashmoe_mlx.layers.cache import KVCache, SequenceCache
+from flashmoe_mlx.layers.cache import SequenceCache
+from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.stores.contract import ExpertReadError
 

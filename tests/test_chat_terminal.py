@@ -12,6 +12,7 @@ import pytest
 from conftest import TINY
 from terminal import Terminal
 
+from flashmoe_mlx.chat.commands import COMMANDS
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
 WORDS = " ".join(f"w{number:03}" for number in range(60))
@@ -22,6 +23,7 @@ ANSWERS = {
     "unicode": "é, 中文, \N{PARTY POPPER} and a\u0301",
     "attack": "red \x1b[38;5;199mtext\x1b]0;title\x07\x1b[7;9H\x1b[2J \x9b5A &#27;[2J \r\x08\x08 \u202eevil end",
     "ponder": "<think>\nLet me see.\n</think>\n\nDone.",
+    "slowmusing": "<think>\n" + "hm " * 400,
     "slowly": "first second " * 200,
     "paragraph": f"{WORDS}\n\nthe end",
     "slowresize": f"{WORDS}\n\nthe end",
@@ -132,6 +134,7 @@ def test_thinking_is_folded(chat: Terminal) -> None:
     chat.type("/thinking null", "as the chat template decides")
 
 
+@pytest.mark.thorough
 def test_long_paragraphs_and_code_are_complete(chat: Terminal) -> None:
     shown = chat.type("paragraph", "the end")
     assert shown.split("the end")[0].split()[-60:] == WORDS.split()
@@ -147,6 +150,16 @@ def test_ctrl_c_keeps_the_part_that_came(chat: Terminal, folder: Path) -> None:
     assert len(record(chat, folder)[-1]["content"]) < len(ANSWERS["slowly"])
 
 
+@pytest.mark.thorough
+def test_ctrl_c_while_the_model_thinks(chat: Terminal, folder: Path) -> None:
+    chat.type("slowmusing", "hm hm hm")
+    chat.interrupt()
+    chat.wait("the conversation keeps this part", since=chat.text.rindex("> slowmusing"))
+    assert record(chat, folder)[-1]["reasoning_content"].startswith("hm hm")
+    assert record(chat, folder)[-1]["content"] == ""
+    assert "Done." in chat.type("ponder", "Done.")  # the conversation goes on
+
+
 def test_ctrl_c_while_the_prompt_is_read(chat: Terminal, folder: Path) -> None:
     before = record(chat, folder)
     chat.type("slowprefill", "reading the prompt")
@@ -156,6 +169,7 @@ def test_ctrl_c_while_the_prompt_is_read(chat: Terminal, folder: Path) -> None:
     assert record(chat, folder) == before
 
 
+@pytest.mark.thorough
 def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
     chat.type("/backend mmap", key="\r")
     chat.read(0.5)
@@ -165,6 +179,7 @@ def test_ctrl_c_while_a_backend_is_opened(chat: Terminal) -> None:
     chat.type("hello", "Hello, world!")
 
 
+@pytest.mark.thorough
 def test_backends_change_in_a_conversation(chat: Terminal, folder: Path) -> None:
     messages = len(record(chat, folder))
     chat.type("/backend resident", "ResidentStore")
@@ -177,6 +192,7 @@ def test_backends_change_in_a_conversation(chat: Terminal, folder: Path) -> None
     chat.type("/set experts_k=null", "experts_k=4")
 
 
+@pytest.mark.thorough
 def test_resizing_leaves_no_copies(chat: Terminal) -> None:
     chat.type("/clear", "a new conversation")
     chat.type("slowresize", "w010")
@@ -196,6 +212,10 @@ def test_tools_ask_for_consent(chat: Terminal, folder: Path) -> None:
     chat.type("o", "It is sunny there.")
     assert record(chat, folder)[-2]["content"].startswith("sunny in Corrow")
     assert "\x1b" not in record(chat, folder)[-2]["content"]
+
+
+@pytest.mark.thorough
+def test_a_tool_may_always_run(chat: Terminal) -> None:
     chat.type("weather", "run it?")
     chat.type("a", "It is sunny there.")
     shown = chat.type("weather", "It is sunny there.")
@@ -206,11 +226,13 @@ def test_tools_ask_for_consent(chat: Terminal, folder: Path) -> None:
     chat.type("n", "You refused.")
 
 
+@pytest.mark.thorough
 def test_calls_in_a_row_are_limited(chat: Terminal) -> None:
     chat.type("endless", "run it?")
     chat.type("a", "tools were called 3 times in a row")
 
 
+@pytest.mark.thorough
 def test_ctrl_c_during_a_tool(chat: Terminal, folder: Path) -> None:
     chat.type("sleep", "sleep 60", "run it?")
     chat.type("o")
@@ -224,6 +246,7 @@ def test_ctrl_c_during_a_tool(chat: Terminal, folder: Path) -> None:
     chat.type("hello", "Hello, world!")
 
 
+@pytest.mark.thorough
 def test_retry_and_edit(chat: Terminal, folder: Path) -> None:
     messages = record(chat, folder)
     chat.type("/retry", "Hello, world!")
@@ -235,6 +258,7 @@ def test_retry_and_edit(chat: Terminal, folder: Path) -> None:
     assert record(chat, folder)[-2]["content"] == "hello"
 
 
+@pytest.mark.thorough
 def test_several_lines(chat: Terminal, folder: Path) -> None:
     chat.wait_for_input()
     chat.program.send("first line\x1b\r")
@@ -268,6 +292,7 @@ def test_settings_and_mistakes(chat: Terminal) -> None:
     chat.type("/nosuch", "no such command")
     chat.type("/he", "/help", key="\t")
     chat.type("", "/retry: answer the latest question again")
+    chat.type("/help", "Ctrl-D ends the chat")
 
 
 def test_copy(chat: Terminal, folder: Path) -> None:
@@ -275,6 +300,27 @@ def test_copy(chat: Terminal, folder: Path) -> None:
     encoded = chat.output.rpartition("\x1b]52;c;")[2].partition("\x07")[0]
     answer = next(turn["content"] for turn in reversed(record(chat, folder)) if turn["role"] == "assistant")
     assert base64.b64decode(encoded).decode() == answer
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("columns", [20, 40, 160])
+def test_other_widths(chat: Terminal, columns: int) -> None:
+    chat.wait_for_input()
+    chat.resize(columns, 24)
+    try:
+        shown = chat.type("hello", "Hello, world!"[: columns - 1], "one", "two", "print(")
+        assert "Hello, world!" in shown
+        shown = chat.type("/stats", "reused", "decode")
+        assert "tok" in shown
+        chat.wait_for_input()
+        assert max(len(line) for line in chat.text.splitlines()) <= columns
+    finally:
+        chat.resize(80, 24)
+        chat.type("/system", "no system message")
+
+
+def test_every_command_is_tried() -> None:
+    assert {f"/{name}" for name in COMMANDS} <= set(re.findall(r'"(/\w+)', Path(__file__).read_text()))
 
 
 def test_quit(chat: Terminal, folder: Path) -> None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
+from hyper_checkpoints import HYPER_GEOMETRIES
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_checkpoints import GEOMETRIES, OLDER_GEOMETRIES, Geometry, dense_weights, write_checkpoint
@@ -34,7 +35,7 @@ TOKENS = np.arange(7, 200, 13, dtype=np.int32) % 173
 ATTENTION_ONLY = replace(
     GEOMETRIES["text"], layer_types="FF", vocab_size=BYTE_TOKENS, rotary_fraction=1.0, rope_theta=1e6
 )
-ALL = {**GEOMETRIES, **OLDER_GEOMETRIES}
+ALL = {**GEOMETRIES, **OLDER_GEOMETRIES, **HYPER_GEOMETRIES}
 PUBLISHED = {hub_id: config for family in families() for hub_id, config in family.published.items()}
 
 
@@ -103,11 +104,17 @@ def logits(folder: Path, **options: object) -> np.ndarray:
 
 @pytest.mark.usefixtures("toy")
 def test_example_family_is_found_without_a_list() -> None:
-    assert [family.model_types[0] for family in families()] == ["qwen3_5_moe", "qwen3_moe", "qwen3_next", "toy_moe"]
+    assert [family.model_types[0] for family in families()] == [
+        "qwen3_5_moe",
+        "qwen3_moe",
+        "qwen3_next",
+        "qwen4_exp",
+        "toy_moe",
+    ]
     assert why_not(toy_config(ATTENTION_ONLY)) is None
     config = parse_config(toy_config(ATTENTION_ONLY))
     assert family_of(config).series == ("Toy",)
-    assert "Qwen3-Coder-Next and Toy" in str(why_not({"model_type": "step3p7", "num_experts": 64}))
+    assert "Qwen3.8-Flash-Next and Toy" in str(why_not({"model_type": "step3p7", "num_experts": 64}))
     with pytest.raises(CheckpointError) as caught:
         parse_config({**toy_config(ATTENTION_ONLY), "hidden_act": "gelu"})
     assert caught.value.code == "unsupported_arithmetic"
@@ -284,10 +291,10 @@ def test_the_template_decides_the_format_of_calls(template: str, expected: str, 
         assert engine.tool_format == expected
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen4_exp"])
 def test_synthetic_models_of_every_family(family: str, tmp_path: Path) -> None:
     pack = synthetic_pack("tiny", replace(TINY, num_layers=2), tmp_path, family=family)
-    assert family_of(pack.config).model_types == (family,)
+    assert family in {name.removesuffix("_text") for name in family_of(pack.config).model_types}
     with flashmoe_mlx.load(pack.folder, backend="ram_hybrid", budget_gib=0.001) as engine:
         assert np.isfinite(engine.logits(TOKENS)).all()
     with pytest.raises(InputError) as caught:
@@ -313,22 +320,24 @@ def test_model_types_belong_to_one_family() -> None:
 
 def test_no_other_module_names_fields_of_a_family() -> None:
     """No other module has names of a family's config.json; synthetic models name a default."""
-    families = {f"models/{name}.py" for name in ("qwen3_5_moe", "qwen3_moe", "qwen3_next", "hybrid")}
+    families = {f"models/{name}.py" for name in ("qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen4_exp", "hybrid")}
     allowed = {*families, "models/other_models.py", "adapters/library.py"}
     package = ROOT / "flashmoe_mlx"
     knowing = {
         path.relative_to(package).as_posix()
         for path in package.rglob("*.py")
-        if re.search(r"qwen3_5_moe|qwen3_moe|qwen3_next|linear_num_|full_attention_interval", path.read_text())
+        if re.search(
+            r"qwen3_5_moe|qwen3_moe|qwen3_next|qwen4_exp|linear_num_|full_attention_interval", path.read_text()
+        )
     }
     assert knowing - allowed == {"made_models/synthetic.py"}
 
 
-@pytest.mark.parametrize("name", [*GEOMETRIES, "moe-mlp", "next-mlp"])
+@pytest.mark.parametrize("name", [*GEOMETRIES, "moe-mlp", "next-mlp", "hyper", "hyper-tables"])
 def test_estimated_caches_are_those_of_the_model(name: str, tmp_path: Path) -> None:
     with flashmoe_mlx.load(write_checkpoint(tmp_path, ALL[name], seed=0)) as engine:
         cache = engine.new_cache()
-        engine.forward(TOKENS[:1] % 150, cache)
+        engine.forward(TOKENS[:1] % 97, cache)
         config = engine.model.config
         itemsize = engine.model.norm.dtype.size
         need = memory_need(config, 8, 8, 256, itemsize, 2, group_size=32)  # a cache grows by 256 tokens

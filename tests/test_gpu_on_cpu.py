@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pytest
 from conftest import TINY
 from gpu_on_cpu import Launches
+from hyper_checkpoints import HYPER_GEOMETRIES
 from systems import needs_linux
 from tiny_checkpoints import OLDER_GEOMETRIES, write_checkpoint
 
@@ -194,6 +195,18 @@ def test_layers_without_experts(device: Device, tmp_path: Path) -> None:
     for backend in ("pread", "resident"):
         with device(mx.float32):
             assert difference(compute_logits(checkpoint, prompt, steps, backend=backend), expected) < EXACT
+
+
+@pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+def test_hyper_connections(device: Device, tmp_path: Path) -> None:
+    """And sparse attention behind dense attention, and a sigmoid in place of SiLU behind the kernel's recurrence."""
+    geometry = replace(HYPER_GEOMETRIES["hyper"], layer_types="LLF", hidden_size=128, expert_size=128, group_size=64)
+    checkpoint = write_checkpoint(tmp_path, geometry, seed=0, layout="mlx4", dtype="F32")
+    prompt, steps = [token % geometry.vocab_size for token in 2 * PROMPT[:15]], STEPS[:1]
+    expected = compute_logits(checkpoint, prompt, steps, kernels="reference")
+    with device(mx.float32) as launches:
+        assert difference(compute_logits(checkpoint, prompt, steps, launches=launches), expected) < EXACT
+        assert ran(launches, *MIXERS[:1], *SPLIT)
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])

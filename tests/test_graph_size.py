@@ -16,7 +16,8 @@ from systems import needs_linux
 import flashmoe_mlx
 from flashmoe_mlx.custom_kernels import kernel
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.layers.cache import KVCache, LayerCache
+from flashmoe_mlx.layers.cache import LayerCache
+from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.models.steps import layer_step
 
 pytestmark = needs_linux

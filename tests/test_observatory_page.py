@@ -102,6 +102,24 @@ def test_the_live_view(served: Live, page: Any) -> None:
     assert page.locator("canvas.grid").count() == 0
 
 
+def test_the_settings_change_the_experts_per_token(served: Live, page: Any) -> None:
+    page.goto(served.url)
+    page.locator("#toggle-observatory").click()
+    page.locator(".observatory .note", has_text="8 layers of 64 experts").wait_for()
+    for experts, shown in ((2, "2 for each token"), (10, "10 for each token")):
+        page.locator("#open-settings").click()
+        page.locator("dialog").get_by_label("Experts per token").fill(str(experts))
+        page.get_by_role("button", name="Save").click()
+        page.locator(".observatory .note", has_text=shown).wait_for()
+        page.locator("#notice").wait_for(state="hidden")
+    assert served.service.engine.setup["experts_k"] == 10
+    page.route("**/observatory/engine", lambda route: route.fulfill(status=409, json={"error": {"message": "busy"}}))
+    page.locator("#open-settings").click()
+    page.locator("dialog").get_by_label("Experts per token").fill("3")
+    page.get_by_role("button", name="Save").click()
+    page.locator("#notice", has_text="has not changed: busy").wait_for()
+
+
 def test_a_replay_without_a_server(page: Any, tmp_path: Path) -> None:
     drawn = zipf_trace(60, 5, 32, 4, 1.0, seed=1)
     trace = RoutingTrace(drawn.experts, 32, 20, "made", "", record_bytes=1000)

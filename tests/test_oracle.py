@@ -113,7 +113,7 @@ def test_small_chunks_over_whole_recordings(case: Case, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("original_format", [False, True], ids=["fused", "original"])
-@pytest.mark.parametrize("name", ["plain", "tied", "text", "moe-mlp", "moe-yarn", "next", "next-mlp"])
+@pytest.mark.parametrize("name", ["plain", "tied", "text", "moe-mlp", "moe-yarn", "next", "next-mlp", "hyper-dense"])
 def test_checkpoints_saved_by_transformers(name: str, original_format: bool, tmp_path: Path) -> None:
     case = Case(name, 0, "dense", "F32")
     recording = case.load()

@@ -65,7 +65,7 @@ ANSWERS = {
     "table": "| a | b |\n| :- | -: |\n| 1 | 2 |\n\n"
     "[site](https://example.org/x) [there](/v1/models) [late]\n\n[late]: https://late.example/",
     "ponder": "<think>\nLet me see.\n</think>\n\nDone.",
-    "slowly": "first second " * 40,
+    "slowly": "first second " * 20,
     "weather": "<tool_call>\n<function=weather>\n"
     "<parameter=place>\nCorrow <b>\n</parameter>\n</function>\n</tool_call>",
     "sunny in Corrow": "It is sunny there.",
@@ -327,18 +327,58 @@ def test_two_tabs_lose_nothing(tab: Tab, scripted: Live) -> None:
 
 
 def test_markup_of_models_and_users_is_text(tab: Tab) -> None:
-    for number, attack in enumerate(ATTACKS):
-        answer = tab.ask(f"{attack}\nattack{number:02}")
+    asked = range(0, len(ATTACKS), 5)
+    for number in asked:
+        answer = tab.ask(f"{ATTACKS[number]}\nattack{number:02}")
         for link in answer.locator("a").all():
             assert link.get_attribute("href").startswith("https://")
             link.hover()
     check_elements(tab)
     assert tab.page.locator("article.user .body").all_text_contents() == [
-        f"{attack}\nattack{number:02}" for number, attack in enumerate(ATTACKS)
+        f"{ATTACKS[number]}\nattack{number:02}" for number in asked
     ]
     tab.page.reload()
-    tab.answer(len(ATTACKS) - 1)
+    tab.answer(len(asked) - 1)
     check_elements(tab)
+
+
+def test_markup_is_text_at_each_moment_of_its_arrival(tab: Tab) -> None:
+    script = """async (text) => {
+        const { MarkdownView } = await import("/web/markdown.js");
+        const target = document.createElement("div");
+        target.className = "markdown";
+        document.querySelector("#transcript").replaceChildren(target);
+        const view = new MarkdownView(target);
+        const found = new Set();
+        const add = (one) => found.add(one.tagName + " " + one.getAttributeNames());
+        const elements = () => target.querySelectorAll("*").forEach(add);
+        for (let end = 1; end <= text.length; end++) {
+            view.update(text.slice(0, end));
+            elements();
+        }
+        view.update(text, true);
+        elements();
+        await new Promise((resolve) => setTimeout(resolve, 5)); // for what an attack has begun
+        const links = [...target.querySelectorAll("a")].map((link) => link.href);
+        return [[...found], links];
+    }"""
+    for attack in ATTACKS:
+        found, links = tab.page.evaluate(script, attack)
+        check_names([(tag, names.split(",")) for tag, names in (one.split(" ") for one in found)])
+        assert all(link.startswith("https://") for link in links)
+
+
+def test_marks_wait_for_the_next_character(tab: Tab) -> None:
+    script = """async (text) => {
+        const { MarkdownView } = await import("/web/markdown.js");
+        const target = document.createElement("div");
+        const view = new MarkdownView(target);
+        return Array.from(text, (_, end) => { view.update(text.slice(0, end + 1)); return target.innerHTML; });
+    }"""
+    shown = tab.page.evaluate(script, "a **bold** word\n- item\n")
+    assert not [html for html in shown if "<em>" in html or "<h" in html]
+    assert "<strong>bold</strong> word" in shown[-1]
+    assert "<li>item</li>" in shown[-1]
 
 
 def check_elements(tab: Tab) -> None:
@@ -346,11 +386,16 @@ def check_elements(tab: Tab) -> None:
     script = """(all) => all.flatMap((body) => [...body.querySelectorAll("*")])
         .map((one) => [one.tagName, one.getAttributeNames()])"""
     elements = tab.page.locator(".markdown, article.user .body").evaluate_all(script)
+    assert len(elements) > 10
+    check_names(elements)
+
+
+def check_names(elements: list[tuple[str, list[str]]]) -> None:
+    """Check the names of elements and of their attributes."""
     tags = "P CODE PRE A BR UL LI H3 TABLE THEAD TBODY TR TH TD DIV SPAN BUTTON"
     attributes = "class href target rel title tabindex type role aria-label data-language data-label"
-    assert len(elements) > len(ATTACKS)
     assert {tag for tag, _ in elements} <= set(tags.split())
-    assert {name for _, names in elements for name in names} <= set(attributes.split())
+    assert {name for _, names in elements for name in names} <= {"", *attributes.split()}
 
 
 def test_a_text_that_markdown_cannot_take_is_shown_as_it_is(tab: Tab) -> None:
@@ -364,20 +409,21 @@ def test_a_text_that_markdown_cannot_take_is_shown_as_it_is(tab: Tab) -> None:
         assert text.split()[-1] in tab.page.evaluate(script, text)
 
 
-@pytest.mark.parametrize("width", [360, 820, 1600])
-def test_every_width_shows_all(browser: Any, scripted: Live, width: int) -> None:
-    tab = Tab(browser, scripted.url, viewport={"width": width, "height": 700})
+def test_every_width_shows_all(tab: Tab) -> None:
     tab.ask("hello")
     tab.ask("table " + "unbroken" * 60)
-    assert tab.page.evaluate("() => document.scrollingElement.scrollWidth <= innerWidth")
-    assert tab.page.locator("#conversations").is_visible() == (width == 1600)
-    if width < 1600:
-        tab.button("Conversations").click()
-        assert tab.page.locator("#conversations").is_visible()
-        tab.page.keyboard.press("Escape")
-        assert not tab.page.locator("#conversations").is_visible()
-        assert tab.page.evaluate("() => document.activeElement.id") == "toggle-conversations"
-    tab.close()
+    for width in (360, 820, 1600):
+        tab.page.set_viewport_size({"width": width, "height": 700})
+        tab.page.reload()
+        tab.answer(1)
+        assert tab.page.evaluate("() => document.scrollingElement.scrollWidth <= innerWidth")
+        assert tab.page.locator("#conversations").is_visible() == (width == 1600)
+        if width < 1600:
+            tab.button("Conversations").click()
+            assert tab.page.locator("#conversations").is_visible()
+            tab.page.keyboard.press("Escape")
+            assert not tab.page.locator("#conversations").is_visible()
+            assert tab.page.evaluate("() => document.activeElement.id") == "toggle-conversations"
 
 
 def test_the_key_is_asked_for_and_ends_with_the_tab(browser: Any, pack: Path) -> None:

@@ -12,6 +12,7 @@ from oracle.recorded import (
     CASES,
     DECODE_STEPS,
     FIXTURES,
+    HYPER_CASES,
     LONG_CASES,
     LONG_PROMPT_LENGTH,
     LONG_ROWS,
@@ -27,11 +28,13 @@ from tiny_checkpoints import GEOMETRIES, Geometry, Layout, write_checkpoint
 import flashmoe_mlx
 from flashmoe_mlx.pack.writer import pack_checkpoint
 
-OLDER_EVERYDAY = (
+EVERYDAY_NAMES = (
     "moe-mlp-seed0-dense-f32",
     "moe-yarn-seed0-mlx4-bf16",
     "next-mlp-seed0-dense-f32",
     "next-yarn-seed0-mlx4-bf16",
+    "hyper-seed0-dense-f32",
+    "hyper-seed0-mlx4-bf16",
 )
 SAME_ENGINE_TOLERANCE = 1e-4
 """Largest difference between two divisions of the same tokens into passes: only the order of float32 sums differs."""
@@ -74,7 +77,12 @@ def on_cpu() -> Iterator[None]:
 
 
 EVERYDAY = [
-    pytest.param(case, marks=[pytest.mark.thorough] if case in OLDER_CASES and case.name not in OLDER_EVERYDAY else [])
+    pytest.param(
+        case,
+        marks=[pytest.mark.thorough]
+        if case in (*OLDER_CASES, *HYPER_CASES) and case.name not in EVERYDAY_NAMES
+        else [],
+    )
     for case in CASES
 ]
 

@@ -258,6 +258,6 @@ def test_given_frequencies_replace_powers_of_theta() -> None:
     norm = mx.ones((32,))
     weights = [AttentionWeights(2, 1, 32, 16, 1e4, norm, norm, 1e-6, given) for given in (None, plain)]
     x = mx.random.normal((1, 2, 5, 32), key=mx.random.key(0))
-    for rotated in (mlx._rotate, reference.rotate):
+    for rotated in (mlx.rotate, reference.rotate):
         ours, theirs = (np.array(rotated(x, layer, 1000)) for layer in weights)
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-4)  # f32 angles at position 1000

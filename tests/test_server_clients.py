@@ -2,13 +2,17 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from serving import Live
+
+from flashmoe_mlx.engine import load
 
 pytestmark = [pytest.mark.clients, pytest.mark.filterwarnings("default")]  # warnings of the clients are their own
 
@@ -291,3 +295,56 @@ def test_llm_comply(live: Live, form: str, model: str) -> None:
     results = json.loads(done.stdout)["results"]
     assert len(results) >= 9
     assert [result for result in results if result["status"] != "passed" and "image" not in result["id"]] == []
+
+
+LM_EVAL_TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: QUESTIONS}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{right}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+LM_EVAL_QUESTIONS = [
+    {"question": "17 plus 25 is", "choices": ["42.", "41.", "a village on a river."], "right": 0},
+    {"question": "The village of Larkrise lies", "choices": ["12", "by the sea.", "🙂 naïve"], "right": 0},
+]
+
+
+@pytest.mark.parametrize("backend", ["huggingface", "remote"])
+def test_lm_eval(live: Live, demo_pack: Path, tmp_path: Path, backend: str) -> None:
+    """The log-likelihoods of ``lm_eval`` equal those of the logits; the program may have an environment apart."""
+    places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    program = shutil.which("lm_eval", path=places)
+    if program is None:
+        pytest.skip("lm-eval is not installed: pip install 'lm-eval[api]' transformers, here or on PATH")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps(question) + "\n" for question in LM_EVAL_QUESTIONS))
+    (tmp_path / "sums.yaml").write_text(LM_EVAL_TASK.replace("QUESTIONS", str(questions)))
+    model = f"model=demo,base_url={live.url}/v1/completions,num_concurrent=1,max_retries=1,tokenizer_backend={backend}"
+    if backend == "huggingface":
+        model += f",tokenizer={demo_pack}"
+    command = [program, "--model", "local-completions", "--model_args", model, "--tasks", "sums"]
+    command += ["--include_path", str(tmp_path), "--log_samples", "--output_path", str(tmp_path / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (samples,) = (tmp_path / "out").rglob("samples_sums_*.jsonl")
+    scored = {
+        (arguments["arg_0"], arguments["arg_1"]): response
+        for sample in map(json.loads, samples.read_text().splitlines())
+        for arguments, response in zip(sample["arguments"].values(), sample["filtered_resps"], strict=True)
+    }
+    assert len(scored) == 6
+    with load(demo_pack) as engine:
+        for (context, continuation), (likelihood, greedy) in scored.items():
+            whole = engine.tokenizer.encode(context + continuation)
+            first = len(engine.tokenizer.encode(context))
+            logits = engine.logits(whole).astype(np.float64)[first - 1 : -1]
+            logprobs = logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+            expected = sum(logprobs[row, token] for row, token in enumerate(whole[first:]))
+            assert float(likelihood) == pytest.approx(expected, abs=1e-4)
+            assert (greedy == "True") == (logits.argmax(-1).tolist() == whole[first:])

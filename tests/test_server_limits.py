@@ -208,12 +208,20 @@ def test_prompts_are_text_or_token_ids(live: Live, prompt: Any) -> None:
         (b'{"a": {"b": 1, "b": 1}}', 400),
         (b'{"a": [' + b"0," * 2**21 + b"0]}", 413),
         (b"[" * 2**22, 413),
+        (b'{"a": [' + b"[]," * 2**18 + b"0]}", 413),
     ],
 )
 def test_bodies_with_equal_keys_or_too_many_values(body: bytes, status: int) -> None:
     with pytest.raises(ApiError) as refused:
         parse_body(body)
     assert refused.value.status == status
+
+
+def test_a_body_of_many_values_leaves_the_server_responsive(live: Live) -> None:
+    body = json.dumps({"model": "demo", "messages": [SUM], "max_tokens": 1, "x": [[]] * 2**17 + ["a"] * 2**19})
+    with responsive(live):
+        answer = live.client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
 
 
 @pytest.mark.parametrize(

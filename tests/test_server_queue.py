@@ -191,3 +191,5 @@ def test_metrics_count_requests_and_experts(live: Live) -> None:
     ):
         assert f'flashmoe_{name}{{backend="pread"}}' in grown
     assert 'flashmoe_requests_total{backend="pread",finish_reason="stop"}' in grown
+    for name in ("queue", "time_to_first_token", "request"):
+        assert f'flashmoe_{name}_seconds_count{{backend="pread"}}' in grown

@@ -28,6 +28,7 @@ from flashmoe_mlx.models.registry import parse_config
 from flashmoe_mlx.research.estimate import probe as probe_module
 from flashmoe_mlx.research.estimate.automatic import choose_backend
 from flashmoe_mlx.research.estimate.machine_profile import (
+    AHEAD,
     HALF,
     MEMORY,
     WAYS,
@@ -223,6 +224,25 @@ def test_the_chosen_backend_is_the_fastest_by_its_own_estimate(
     assert all(slower.tokens_per_second <= made.estimate.tokens_per_second for slower in made.slower)
     with load(tiny_pack, made.settings) as engine:
         assert list(engine.generate("Hello", raw=True, max_tokens=2))
+
+
+@pytest.mark.parametrize(("factor", "policy"), [(0.9, "early_router"), (0.99, "none"), (1.2, "none")])
+def test_guesses_are_chosen_where_they_were_clearly_faster(
+    factor: float, policy: str, profile: MachineProfile, tiny_pack: Path
+) -> None:
+    ahead = [
+        replace(point, way=AHEAD, seconds=tuple(factor * seconds for seconds in point.seconds))
+        for point in profile.points
+        if point.way == HALF
+    ]
+    measured = replace(profile, points=(*profile.points, *ahead))
+    files = open_model(tiny_pack)
+    need = memory_need(files.config, 4, 4, files.config.max_context, 4, 4).total
+    experts = files.variant(None).layout.bytes_in_all_layers * files.config.num_experts
+    made = choose_backend(files, measured, int(need + 0.4 * experts))
+    assert (made.estimate.name, made.prefetch) == ("ram_hybrid", policy)
+    assert choose_backend(files, measured, 2 * int(need + experts)).prefetch == "none"  # in memory
+    assert profile.faster_prefetch(1) == "none"  # not measured
 
 
 def test_no_backend_is_chosen_for_a_model_that_does_not_fit(profile: MachineProfile, tiny_pack: Path) -> None:

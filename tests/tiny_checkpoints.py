@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 Layout = Literal["fused", "per_expert", "mlx4"]
-FamilyName = Literal["qwen3_5_moe", "qwen3_moe", "qwen3_next"]
+FamilyName = Literal["qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen4_exp"]
 Dtype = Literal["F32", "BF16"]
 Tensors = dict[str, np.ndarray]
 """Arrays by name; uint16 arrays hold the bits of bfloat16, which numpy does not have."""
@@ -122,7 +122,7 @@ class Geometry:
             "num_experts": self.experts,
             "num_experts_per_tok": self.top_k,
         }
-        if self.family != "qwen3_5_moe":
+        if self.family in ("qwen3_moe", "qwen3_next"):
             return self._older_config(config)
         rope = {"rope_theta": self.rope_theta, "partial_rotary_factor": self.rotary_fraction}
         if self.flat_rope:
@@ -163,7 +163,7 @@ class Geometry:
         """Return the whole ``config.json`` of a checkpoint."""
         text = self.text_config()
         text["dtype"] = {"F32": "float32", "BF16": "bfloat16"}[dtype]
-        if self.family != "qwen3_5_moe":
+        if self.family in ("qwen3_moe", "qwen3_next"):
             config = {"architectures": [{"qwen3_moe": "Qwen3MoeForCausalLM"}.get(self.family, "Qwen3NextForCausalLM")]}
             return config | text | (self._quantization() if layout == "mlx4" else {})
         if not self.nested and layout != "mlx4":
@@ -184,6 +184,20 @@ class Geometry:
             for gate in ("gate", "shared_expert_gate") if self.gated else ("gate",):
                 quantization[f"{self.mlx_prefix}model.layers.{layer}.mlp.{gate}"] = {"group_size": 64, "bits": 8}
         return {"quantization": quantization, "quantization_config": quantization}
+
+    def specification(self, layer: int) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+        """Yield name, shape, center and half width of the tensors of ``layer`` beside its mixer and its experts."""
+        norms = 0.0 if self.gated else 1.0
+        yield f"layers.{layer}.input_layernorm.weight", (self.hidden_size,), norms, 0.4
+        yield f"layers.{layer}.post_attention_layernorm.weight", (self.hidden_size,), norms, 0.4
+
+    def connection(self, prefix: str, injects: bool) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+        """Yield the tensors behind the last layer."""
+        yield "norm.weight", (self.hidden_size,), 0.0 if self.gated else 1.0, 0.4
+
+    def published(self, name: str, values: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the tensors that checkpoints have in place of a tensor."""
+        yield name, values
 
     @property
     def mlx_prefix(self) -> str:
@@ -472,6 +486,14 @@ def dequantized_weights(geometry: Geometry, seed: int, dtype: Dtype = "BF16") ->
         elif _is_centered_norm(geometry, name):
             values = values - np.float32(1)
         weights[name] = np.ascontiguousarray(values)
+    for name in [name for name in weights if name.endswith(".shard_0.weight")]:
+        table = name.removesuffix(".shard_0.weight")
+        parts = [
+            weights.pop(f"{table}.shard_{part}.weight")
+            for part in range(len(weights))
+            if f"{table}.shard_{part}.weight" in weights
+        ]
+        weights[f"{table}.weight"] = np.concatenate(parts)
     for layer in geometry.moe_layers:
         experts, stacked = f"layers.{layer}.mlp.experts", f"layers.{layer}.mlp.switch_mlp"
         gate, up = (weights.pop(f"{stacked}.{part}_proj.weight") for part in ("gate", "up"))
@@ -541,8 +563,7 @@ def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], f
     for layer, kind in enumerate(g.layer_types):
         prefix = f"layers.{layer}"
         norms = 0.0 if g.gated else 1.0
-        yield f"{prefix}.input_layernorm.weight", (g.hidden_size,), norms, 0.4
-        yield f"{prefix}.post_attention_layernorm.weight", (g.hidden_size,), norms, 0.4
+        yield from g.specification(layer)
         if kind == "L":
             mixer = f"{prefix}.linear_attn"
             yield f"{mixer}.A_log", (g.value_heads,), -2.0, 3.0
@@ -590,7 +611,7 @@ def _specification(geometry: Geometry) -> Iterator[tuple[str, tuple[int, ...], f
         yield linear(f"{mlp}.shared_expert.up_proj.weight", g.shared_expert_size, g.hidden_size)
         yield linear(f"{mlp}.shared_expert.down_proj.weight", g.hidden_size, g.shared_expert_size)
         yield linear(f"{mlp}.shared_expert_gate.weight", 1, g.hidden_size)
-    yield "norm.weight", (g.hidden_size,), 0.0 if g.gated else 1.0, 0.4
+    yield from g.connection("hyper_connection_mixer.", False)
     if not g.tied:
         yield linear("lm_head.weight", g.vocab_size, g.hidden_size)
 
@@ -602,7 +623,7 @@ def _stays_f32(name: str) -> bool:
 
 def _is_centered_norm(geometry: Geometry, name: str) -> bool:
     """Tell whether a tensor is of a norm that scales by 1 + weight; MLX checkpoints contain the sum."""
-    if geometry.family == "qwen3_moe":
+    if geometry.family in ("qwen3_moe", "qwen4_exp"):
         return False
     return name.endswith(("layernorm.weight", "q_norm.weight", "k_norm.weight")) or name == "norm.weight"
 
@@ -611,11 +632,12 @@ def _published_tensors(geometry: Geometry, seed: int, layout: Layout, dtype: Dty
     prefix = "model.language_model." if geometry.nested else "model."
     tensors: Tensors = {}
     for name, values in dense_weights(geometry, seed, dtype).items():
-        stored = values if dtype == "F32" or _stays_f32(name) else _to_bf16(values)
+        whole = values if dtype == "F32" or _stays_f32(name) else _to_bf16(values)
         if layout == "per_expert" and ".experts." in name:
-            tensors |= _expert_by_expert(prefix + name, stored)
-        else:
-            tensors[name if name.startswith("lm_head") else prefix + name] = stored
+            tensors |= _expert_by_expert(prefix + name, whole)
+            continue
+        for part, stored in geometry.published(name, whole):
+            tensors[part if part.startswith("lm_head") else prefix + part] = stored
     return tensors
 
 
@@ -660,7 +682,7 @@ def _named_as_mlx(geometry: Geometry, name: str, values: np.ndarray) -> Iterator
     elif _is_centered_norm(geometry, name):
         yield mlx_name, values + np.float32(1)
     else:
-        yield mlx_name, values
+        yield from geometry.published(mlx_name, values)
 
 
 def _bits_and_group(mlx_name: str, geometry: Geometry) -> tuple[int, int]:

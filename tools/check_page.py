@@ -3,12 +3,14 @@
     npm pack axe-core && tar xf axe-core-*.tgz package/axe.min.js
     python tools/check_page.py --axe package/axe.min.js --screenshots /tmp/page
 
-The page of the demo model is shown in several states, three widths, light and dark. axe-core reports faults of
-accessibility; the script fails if one is serious or critical, or if the page is wider than its window. This needs the
+The page of the demo model, its observatory, the question for the key and a replay are shown in several states, three
+widths, light and dark. axe-core reports faults of accessibility; the script fails if one is serious or critical, or if
+the page is wider than its window. This needs the
 extra ``browser``, and Chromium: Debian's if there is one, else the one that ``playwright install chromium`` installs.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -21,13 +23,20 @@ from typing import Any
 
 from playwright.sync_api import Browser, Page, Playwright, sync_playwright
 
-from flashmoe_mlx.engine import load
+from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.made_models.demo import demo_folder
+from flashmoe_mlx.research.traces.random_traces import zipf_trace
+from flashmoe_mlx.research.traces.replay_page import write_replay_page
 from flashmoe_mlx.server.listen import HttpServer, listening_socket
 from flashmoe_mlx.server.middleware import Policy
 from flashmoe_mlx.server.service import Service, Settings
+from flashmoe_mlx.stores.registry import backend_settings
 
 SIZES = {"phone": (390, 844), "tablet": (820, 1100), "desktop": (1440, 900)}
+KEY = "a key"
+ASK = """async (tokens) => (await import("/web/api.js")).json("v1/chat/completions", {body: {
+    model: "flashmoe-demo", messages: [{role: "user", content: "What is 17 plus 25?"}],
+    max_tokens: tokens, min_tokens: tokens, temperature: 0}})"""
 SERIOUS = ("serious", "critical")
 MARKDOWN = """## Two ways
 
@@ -96,10 +105,14 @@ def conversation() -> dict[str, Any]:
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """Serve the demo model; yield the address of its page."""
+def served(*keys: bytes) -> Iterator[str]:
+    """Serve the demo model, for which ``keys`` are needed; yield the address of its page."""
+
+    def reload(backend: str | None = None, experts_k: int | None = None) -> Engine:
+        return load(demo_folder(), backend or {**backend_settings("ram_hybrid"), "budget_gib": 0.006}, experts_k)
+
     listener = listening_socket("127.0.0.1", 0)
-    server = HttpServer(Service(lambda: load(demo_folder()), Settings("flashmoe-demo")), Policy())
+    server = HttpServer(Service(reload, Settings("flashmoe-demo", reload=reload)), Policy(keys))
     ready = threading.Event()
     thread = threading.Thread(target=server.run, args=(listener, ready.set), daemon=True)
     thread.start()
@@ -158,6 +171,52 @@ def states(page: Page) -> Iterator[str]:
     page.keyboard.press("Escape")
 
 
+def observatory(page: Page) -> Iterator[str]:
+    """Bring the observatory into one state after the other; yield their names."""
+    page.get_by_text("Ask the model something.").wait_for()
+    page.locator("#toggle-observatory").click()
+    page.locator(".observatory .note", has_text="8 layers of 64 experts").wait_for()
+    yield "observatory-idle"
+    page.evaluate(ASK, 60)
+    page.locator(".observatory .curve").wait_for()
+    page.wait_for_timeout(600)
+    yield "observatory"
+    page.locator("canvas.grid").click(position={"x": 5, "y": 5})
+    page.locator(".expert h3", has_text="Layer 0").wait_for()
+    page.locator("#observatory-experts").fill("4")
+    page.get_by_role("button", name="Switch").click()
+    page.locator(".runs tbody tr").first.wait_for()
+    page.evaluate(ASK, 20)
+    page.locator("summary", has_text="The grid as a table").click()
+    page.locator("canvas.grid").click(position={"x": 5, "y": 5})
+    page.wait_for_timeout(600)
+    page.locator(".expert").scroll_into_view_if_needed()
+    yield "observatory-expert"
+    page.locator(".runs").scroll_into_view_if_needed()
+    yield "observatory-switched"
+    page.locator("#toggle-observatory").click()
+
+
+def key(page: Page) -> Iterator[str]:
+    """Ask for the API key, refuse one, and yield the names of the states."""
+    page.get_by_role("textbox", name="Key").wait_for()
+    yield "key"
+    page.get_by_role("textbox", name="Key").fill("wrong")
+    page.get_by_role("button", name="Use this key").click()
+    page.get_by_text("The server refused this key.").wait_for()
+    yield "key-refused"
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("The server refuses this page").wait_for()
+    yield "refused"
+
+
+def replay(page: Page) -> Iterator[str]:
+    """Play a trace, and yield the names of the states."""
+    page.locator(".observatory .curve").wait_for()
+    page.wait_for_timeout(1500)
+    yield "replay"
+
+
 def findings(page: Page, axe: str) -> list[str]:
     """Return the serious faults that axe-core reports, a line each, and whether the page is too wide."""
     page.evaluate(axe)
@@ -181,15 +240,18 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     axe = options.axe.read_text()
     serious = checked = 0
-    with served() as url, sync_playwright() as playwright:
+    zipf_trace(400, 12, 64, 8, 1.0, seed=1).save(folder / "made.moetrace")
+    write_replay_page(folder / "made.moetrace", folder / "replay.html")
+    with served() as url, served(KEY.encode()) as guarded, sync_playwright() as playwright:
         browser = launch(playwright)
-        for size, (width, height) in SIZES.items():
-            for colors in ("light", "dark"):
+        pages = {url: (states, observatory), guarded: (key,), f"file://{folder.resolve()}/replay.html": (replay,)}
+        for (size, (width, height)), colors in itertools.product(SIZES.items(), ("light", "dark")):
+            for address, shows in ((address, shows) for address, all_shows in pages.items() for shows in all_shows):
                 viewport = {"width": width, "height": height}
                 context = browser.new_context(viewport=viewport, color_scheme=colors, has_touch=size == "phone")
                 page = context.new_page()
-                page.goto(url)
-                for state in states(page):
+                page.goto(address)
+                for state in shows(page):
                     page.screenshot(path=folder / f"{size}-{colors}-{state}.png")
                     checked += 1
                     for finding in findings(page, axe):

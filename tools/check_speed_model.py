@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=120, help="time after which no further round begins")
     arguments = parser.parse_args()
-    console = Console()
+    console = Console(width=200)
     folders = {
         name: synthetic_pack(name.replace(" ", "-"), sizes, arguments.folder).folder for name, sizes in PACKS.items()
     }

@@ -176,13 +176,8 @@ async def load(port: int, process: psutil.Process, clients: int, requests: int, 
     }
 
 
-def main() -> None:
-    """Serve the demo model, load it, and print the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clients", type=int, default=50)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def serve_and_load(clients: int, requests: int, seed: int) -> dict[str, Any]:
+    """Load a server with the demo model, which is a process; return the result of ``load`` and of the process."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -202,13 +197,25 @@ def main() -> None:
                     time.sleep(0.1)
                 port = int(log.read_text().partition("listening on http://127.0.0.1:")[2].split()[0])
                 process = psutil.Process(server.pid)
-                result = asyncio.run(load(port, process, arguments.clients, arguments.requests, arguments.seed))
+                result = asyncio.run(load(port, process, clients, requests, seed))
             finally:
                 server.terminate()
             result["exit_code"] = server.wait(60)
             result["traceback"] = "Traceback" in log.read_text()
+    result["passed"] &= result["exit_code"] == 0 and not result["traceback"]
+    return result
+
+
+def main() -> None:
+    """Print the result of ``serve_and_load``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    result = serve_and_load(arguments.clients, arguments.requests, arguments.seed)
     print(json.dumps(result, indent=1))
-    raise SystemExit(0 if result["passed"] and result["exit_code"] == 0 and not result["traceback"] else 1)
+    raise SystemExit(0 if result["passed"] else 1)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ import numpy as np
 
 from flashmoe_mlx import Engine, load
 from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import KVCache, SequenceCache
+from flashmoe_mlx.layers.cache import SequenceCache
+from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.made_models.synthetic import synthetic_pack
 from flashmoe_mlx.research.estimate import probe_models
 from flashmoe_mlx.research.estimate.sizes import memory_need

@@ -3,10 +3,10 @@
     python tools/measure_watching.py                    # the demo model
     python tools/measure_watching.py --model my-pack --backend ram_hybrid
 
-One server answers the same short greedy request again and again, in the order A B B A: without a watcher, and with one
-that reads the feed in another process. Answers are short so that both of a pair meet the same load of the machine. The
-table compares three times of a token: the median pass of an answer, the mean time between tokens as a client
-sees it, and the processor time of the server.
+One server decodes long greedy answers. After each block of tokens a watcher, which reads the feed in another process,
+comes or goes, in the order A B B A, so that both blocks of a pair meet the same load of the machine. The first tokens
+after a change do not count. The table compares the mean time between tokens as a client sees it, and the processor
+time of the server.
 """
 
 import argparse
@@ -18,22 +18,23 @@ import sys
 import threading
 import time
 import urllib.request
-from typing import Any
+from collections.abc import Iterator
 
 from flashmoe_mlx import load
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.made_models.demo import demo_folder
 from flashmoe_mlx.server.listen import HttpServer, listening_socket
 from flashmoe_mlx.server.middleware import Policy
+from flashmoe_mlx.server.observatory import describe
 from flashmoe_mlx.server.service import Service, Settings
 
 _WATCHER = """
-import socket, sys, threading, urllib.request
+import http.client, socket, sys, threading, urllib.request
 def read(feed):
     try:
         while feed.read1():
             pass
-    except OSError:
+    except (OSError, http.client.IncompleteRead):
         pass
 for line in sys.stdin:
     feed = urllib.request.urlopen(sys.argv[1])
@@ -46,25 +47,80 @@ for line in sys.stdin:
 """
 """A process that watches from one line of its input to the next one."""
 
-_TIMES = ("median pass", "as a client sees it", "processor time of the server")
+_TIMES = ("as a client sees it", "processor time of the server")
+_SKIPPED = 6
+"""Number of tokens after a change that do not count."""
 
 
-def decode_seconds(url: str, tokens: int) -> float:
-    """Ask for a streamed answer of ``tokens`` tokens; return the seconds from its first token to its last."""
+class Watcher:
+    """A process that watches from ``begin`` to ``end``."""
+
+    def __init__(self, url: str, service: Service) -> None:
+        self._service = service
+        command = [sys.executable, "-c", _WATCHER, url + "/observatory/events"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
+
+    def watch(self, watched: bool) -> None:
+        """Begin or end to watch."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        if watched == bool(self._service.observatory.watchers):
+            return
+        print("begin" if watched else "end", file=stdin, flush=True)
+        if watched:
+            stdout.readline()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+def progress(url: str, service: Service, tokens: int) -> Iterator[float]:
+    """Ask for an answer of ``tokens`` tokens, and yield the decoded tokens at each of its events.
+
+    An event may bring several tokens, so they are counted by the store's requests; the pass in progress counts in part.
+    """
+    shape = describe(service.engine)
+    requests_of_token = shape["layers"] * shape["experts_k"]
+    before = None
     body = {
         "model": "model",
         "messages": [{"role": "user", "content": "Tell me something about yourself."}],
         "max_tokens": tokens,
         "temperature": 0,
-        "ignore_eos": True,
+        "min_tokens": tokens,
         "stream": True,
     }
     request = urllib.request.Request(  # noqa: S310  # the address is that of the server below
         url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     with urllib.request.urlopen(request) as answer:  # noqa: S310
-        times = [time.perf_counter() for line in answer if line.startswith(b"data: {") and b'content":"' in line]
-    return times[-1] - times[0]
+        for line in answer:
+            if line.startswith(b"data: {") and b'content":"' in line:
+                requests = service.engine.store.stats().requests
+                before = requests if before is None else before
+                yield (requests - before) / requests_of_token
+
+
+def block_times(url: str, service: Service, watcher: Watcher, block: int, blocks: int) -> dict[bool, list[list[float]]]:
+    """Decode one answer of ``blocks`` blocks in the order A B B A; return the times of ``_TIMES`` of a token."""
+    times: dict[bool, list[list[float]]] = {False: [], True: []}
+    watched = False
+    watcher.watch(watched)
+    number = 0
+    begun: tuple[float, float, float] | None = None
+    for tokens in progress(url, service, blocks * block + 2):
+        now = tokens, time.perf_counter(), time.process_time()
+        if begun is not None and tokens >= (number + 1) * block:
+            times[watched].append([1000 * (now[part] - begun[part]) / (now[0] - begun[0]) for part in (1, 2)])
+            number, begun = number + 1, None
+            watched = (number + 1) % 4 >= 2
+            watcher.watch(watched)
+        elif begun is None and tokens >= number * block + _SKIPPED:
+            begun = now
+    return times
 
 
 def main() -> None:
@@ -72,55 +128,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(demo_folder()))
     parser.add_argument("--backend", default="pread")
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=60, help="pairs of runs without and with a watcher")
+    parser.add_argument("--block", type=int, default=48, help="tokens between two changes")
+    parser.add_argument("--blocks", type=int, default=20, help="blocks in an answer; a multiple of 4")
+    parser.add_argument("--repeats", type=int, default=16, help="answers")
     arguments = parser.parse_args()
-    records: list[dict[str, Any]] = []
-    service = Service(
-        lambda: load(arguments.model, arguments.backend), Settings("model", together=1, record=records.append)
-    )
+    service = Service(lambda: load(arguments.model, arguments.backend), Settings("model", together=1))
     listener = listening_socket("127.0.0.1", 0)
     server, ready = HttpServer(service, Policy()), threading.Event()
     thread = threading.Thread(target=server.run, args=(listener, ready.set))
     thread.start()
     ready.wait()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    times: dict[str, dict[bool, list[float]]] = {name: {False: [], True: []} for name in _TIMES}
-    command = [sys.executable, "-c", _WATCHER, url + "/observatory/events"]
-    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603  # ours
-    assert watcher.stdin is not None
-    assert watcher.stdout is not None
+    times: dict[bool, list[list[float]]] = {False: [], True: []}
+    watcher = Watcher(url, service)
     try:
-        for _ in range(4):
-            decode_seconds(url, arguments.tokens)  # warm
-        for repeat in range(arguments.repeats):
-            for watched in (False, True) if repeat % 2 == 0 else (True, False):
-                if watched:
-                    print("begin", file=watcher.stdin, flush=True)
-                    watcher.stdout.readline()
-                    while not service.observatory.watchers:
-                        time.sleep(0.001)
-                cpu = time.process_time()
-                seconds = decode_seconds(url, arguments.tokens)
-                cpu = time.process_time() - cpu
-                if watched:
-                    print("end", file=watcher.stdin, flush=True)
-                while service.worker.running or service.observatory.watchers:
-                    time.sleep(0.002)
-                decode = records[-1]["decode"]
-                found = (decode["step_seconds"]["p50"], seconds / decode["tokens"], cpu / decode["tokens"])
-                for name, value in zip(_TIMES, found, strict=True):
-                    times[name][watched].append(1000 * value)
+        for _ in progress(url, service, 4 * arguments.block):  # warm
+            pass
+        for _ in range(arguments.repeats):
+            found = block_times(url, service, watcher, arguments.block, arguments.blocks)
+            for watched, blocks in found.items():
+                times[watched] += blocks
     finally:
-        watcher.kill()
-        watcher.communicate()
+        watcher.close()
         server.stop()
         thread.join()
     made = " on " + native.in_use() if native.extension() else ""
-    print(f"{arguments.tokens} tokens, backend {arguments.backend}{made}\n")
+    print(f"{len(times[True])} pairs of blocks of {arguments.block} tokens, backend {arguments.backend}{made}\n")
     print("| milliseconds of a token | without a watcher | with a watcher | change, median of pairs | 95 % interval |")
     print("|---|---|---|---|---|")
-    for name, values in times.items():
+    for column, name in enumerate(_TIMES):
+        values = {watched: [block[column] for block in blocks] for watched, blocks in times.items()}
         changes = sorted(100 * (b / a - 1) for a, b in zip(values[False], values[True], strict=True))
         reach = 0.98 * math.sqrt(len(changes))  # the interval of the median by its ranks
         low, high = (changes[round((len(changes) - 1) / 2 + sign * reach)] for sign in (-1, 1))

@@ -15,7 +15,7 @@ _SCORES = 2**26
 
 def gated_attention(inputs: AttentionInputs) -> Results:
     """Compute ``reference.gated_attention`` by MLX's fused operations."""
-    return reference.gated_attention(inputs, attention, _rotate)
+    return reference.gated_attention(inputs, attention, rotate)
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
@@ -38,7 +38,8 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
     return blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
 
 
-def _rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
+def rotate(x: mx.array, weights: AttentionWeights, start: int) -> mx.array:
+    """Compute ``reference.rotate`` by MLX's fused operation."""
     periods = None if weights.frequencies is None else _periods(weights.frequencies)
     base = weights.theta if periods is None else None
     return mx.fast.rope(x, weights.rotary_dim, traditional=False, base=base, scale=1.0, offset=start, freqs=periods)

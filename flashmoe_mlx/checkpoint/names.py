@@ -10,6 +10,8 @@ _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.")
 _INNER_WRAPPER = "._orig_mod."
 _BARE = re.compile(r"^(?:language_model\.)?(layers\.|embed_tokens\.|norm\.weight$)")
 """Names of a text model that was saved separately."""
+_PART = re.compile(r"\.shards\.(\d+)\.")
+"""A part of a table, as mlx-vlm names it."""
 _SHOWN = 4
 
 _HINTS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -31,6 +33,7 @@ def canonical_name(name: str, names: TensorNames) -> str:
     name = name.replace(_INNER_WRAPPER, ".")
     while (wrapper := next((prefix for prefix in _WRAPPERS if name.startswith(prefix)), None)) is not None:
         name = name.removeprefix(wrapper)
+    name = _PART.sub(r".shard_\1.", name)
     for published, canonical in names.prefixes:
         if name.startswith(published):
             return canonical + name.removeprefix(published)

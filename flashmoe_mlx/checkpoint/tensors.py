@@ -17,7 +17,7 @@ from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, quantization_of
+from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, part_names, quantization_of
 from flashmoe_mlx.models.registry import family_of
 
 _FLOATS = ("BF16", "F16", "F32")
@@ -86,11 +86,21 @@ class Matrix:
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """The tensors of a checkpoint by purpose; ``skipped`` holds names of tensors that text does not need."""
+    """The tensors of a checkpoint by purpose.
+
+    Attributes:
+        config: the geometry of the model.
+        matrices: resident matrices.
+        vectors: other resident tensors.
+        kept: tensors that stay on disk as they are published: tables, and tensors that no part of this version uses.
+        experts: routed experts.
+        skipped: names of tensors that text does not need.
+    """
 
     config: ModelConfig
     matrices: tuple[Matrix, ...]
     vectors: tuple[ResidentTensor, ...]
+    kept: tuple[ResidentTensor, ...]
     experts: CheckpointExperts
     skipped: tuple[str, ...]
 
@@ -146,6 +156,7 @@ class _Classifier:
                 matrices.append(self._matrix(parameter))
             else:
                 vectors.append(self._vector(parameter))
+        kept = [*self._tables(), *self._kept()]
         if self._config.tie_word_embeddings:
             # Some conversions store the tied head too, a copy of the embedding.
             self._unused -= {f"{HEAD}.{part}" for part in ("weight", "scales", "biases")}
@@ -157,7 +168,42 @@ class _Classifier:
                 code="unknown_tensor",
             )
         routed = CheckpointExperts(self._checkpoint, LayerLayouts.of(layouts), layers)
-        return CheckpointTensors(self._config, tuple(matrices), tuple(vectors), routed, self._skipped)
+        resident = tuple(matrices), tuple(vectors), tuple(kept)
+        return CheckpointTensors(self._config, *resident, routed, self._skipped)
+
+    def _tables(self) -> Iterator[ResidentTensor]:
+        """Yield the tensors of all tables."""
+        for table in self._config.tables:
+            names = part_names(table, self._published)
+            if not names:
+                raise self._missing(f"{table.name}.weight")
+            rows = 0
+            for name in names:
+                height = self._checkpoint.tensors[self._published[f"{name}.weight"]].shape[0]
+                matrix = self._matrix(Parameter(name, Kind.MATRIX, (height, table.columns)))
+                if matrix.mode != AFFINE:
+                    raise CheckpointError(
+                        f"{self._where}: table {name} is in {matrix.mode}; only dense tables and tables in MLX's "
+                        "affine format are supported",
+                        code="unsupported_format",
+                    )
+                rows += height
+                yield from matrix.parts
+            if rows < table.rows:
+                raise CheckpointError(
+                    f"{self._where}: table {table.name} has {rows} rows in {len(names)} parts, config.json needs "
+                    f"{table.rows}",
+                    code="wrong_shape",
+                )
+
+    def _kept(self) -> Iterator[ResidentTensor]:
+        """Yield the tensors that no part of this version uses but a pack keeps."""
+        pattern = self._names.kept
+        for name in sorted(self._unused):
+            if pattern is not None and pattern.search(name):
+                self._unused.discard(name)
+                tensor = self._checkpoint.tensors[self._published[name]]
+                yield ResidentTensor(name, tensor.shape, tensor)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:
@@ -191,7 +237,7 @@ class _Classifier:
         shape = parameter.shape
         if parameter.kind is Kind.CONV and not self._is_mlx:
             shape = (shape[0], shape[2], shape[1])
-        add_one = parameter.kind is Kind.NORM and not self._is_mlx
+        add_one = parameter.kind is Kind.OFFSET_NORM or (parameter.kind is Kind.NORM and not self._is_mlx)
         return ResidentTensor(parameter.name, parameter.shape, self._find(parameter.name, shape), add_one)
 
     def _matrix(self, parameter: Parameter) -> Matrix:

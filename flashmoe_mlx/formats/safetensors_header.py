@@ -24,6 +24,11 @@ _DTYPE_BITS = {
 }  # fmt: skip
 
 
+def element_bytes(dtype: str) -> int:
+    """Return the size of an element of the type with the safetensors name ``dtype``."""
+    return _DTYPE_BITS[dtype] // 8
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """A tensor of a shard.

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from flashmoe_mlx.custom_kernels import AttentionBatch, AttentionInputs, AttentionWeights, Kernels
 from flashmoe_mlx.custom_kernels.checks import CheckedKernel
-from flashmoe_mlx.layers.cache import KVCache
+from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.sequences import by_sequence
 
@@ -30,7 +30,11 @@ class Attention:
     """The first three projections as one matrix, for one token; see ``layers.linear.join``."""
 
     def __call__(
-        self, projected: Sequence[mx.array], caches: Sequence[KVCache], lengths: Sequence[int], residual: mx.array
+        self,
+        projected: Sequence[mx.array],
+        caches: Sequence[KVCache],
+        lengths: Sequence[int],
+        residual: mx.array | None,
     ) -> mx.array:
         """Attend from each token to the tokens of its sequence up to itself.
 
@@ -38,7 +42,7 @@ class Attention:
             projected: the results of ``project`` for the new tokens of all sequences, one sequence after the other.
             caches: the cache of each sequence, which the new tokens join.
             lengths: the number of new tokens of each sequence.
-            residual: [T, hidden], added to the result.
+            residual: [T, hidden], added to the result; None to add nothing.
 
         Returns:
             [T, hidden].

@@ -13,6 +13,9 @@ from flashmoe_mlx.layers.linear import Linear, project_all
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.layers.sequences import by_sequence
 
+_OPEN = 32.0
+"""An input of the output gate at which SiLU multiplies by exactly 32 in f32."""
+
 
 @dataclass(frozen=True, slots=True)
 class GatedDeltaNet:
@@ -27,13 +30,15 @@ class GatedDeltaNet:
     out_proj: Linear
     joint: Linear | None = None
     """The first four projections as one matrix, for one token; see ``layers.linear.join``."""
+    sigmoid_gate: bool = False
+    """Whether the output gate is a sigmoid rather than SiLU, with which the kernels compute."""
 
     def __call__(
         self,
         projected: Sequence[mx.array],
         caches: Sequence[RecurrentState],
         lengths: Sequence[int],
-        residual: mx.array,
+        residual: mx.array | None,
     ) -> mx.array:
         """Apply the layer to new tokens of several sequences; arguments and result are those of ``Attention``."""
         kernel = self.kernels.gated_delta_net_batch
@@ -51,10 +56,11 @@ class GatedDeltaNet:
         """Continue the recurrence of each of several sequences in one call of ``kernel``."""
         qkv, z, b, a = projected
         conv_states, recurrent_states = zip(*(self._states(cache, qkv.dtype) for cache in caches), strict=True)
-        y, *arrays = kernel(DeltaBatch(qkv, z, b, a, self.weights, conv_states, recurrent_states, list(lengths)))
+        before = conv_states, recurrent_states
+        y, *arrays = kernel(DeltaBatch(qkv, self._gate(z), b, a, self.weights, *before, list(lengths)))
         for cache, states in zip(caches, zip(arrays[::2], arrays[1::2], strict=True), strict=True):
             cache.conv_state, cache.recurrent_state = states
-        return y
+        return self._gated(y, z)
 
     def project(self, x: mx.array) -> tuple[mx.array, ...]:
         """Compute the four inputs of the recurrence, each [T, ...], of ``x`` [T, hidden]."""
@@ -100,4 +106,16 @@ class GatedDeltaNet:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Return the output of the recurrence for ``projected``, the result of ``project``, and both new states."""
         qkv, z, b, a = projected
-        return self.kernels.gated_delta_net(DeltaInputs(qkv, z, b, a, self.weights, conv_state, recurrent_state))
+        inputs = DeltaInputs(qkv, self._gate(z), b, a, self.weights, conv_state, recurrent_state)
+        y, *states = self.kernels.gated_delta_net(inputs)
+        return self._gated(y, z), states[0], states[1]
+
+    def _gate(self, z: mx.array) -> mx.array:
+        """Return the input of the kernel's SiLU for ``z``, the input of the output gate."""
+        return mx.full(z.shape, _OPEN, z.dtype) if self.sigmoid_gate else z
+
+    def _gated(self, y: mx.array, z: mx.array) -> mx.array:
+        """Apply to ``y``, the result of a kernel, the output gate that the kernel did not apply."""
+        if not self.sigmoid_gate:
+            return y
+        return (y * (mx.sigmoid(z.astype(mx.float32)) / _OPEN)).astype(y.dtype)

@@ -99,6 +99,9 @@ class _Synthesizer:
         tensors: dict[str, mx.array] = {}
         for index, parameter in enumerate(self._config.resident_parameters()):
             tensors |= _resident_tensors(parameter, self._sizes.bits, self._random(0, index))
+        for index, table in enumerate(self._config.tables):
+            values = self._random(2, index).normal(0, 1, (table.rows, table.columns)).astype(np.float32)
+            tensors[f"{table.name}.weight"] = mx.array(values).astype(mx.bfloat16)
         partial = self._folder / f"partial-{RESIDENT}"
         with partial.open("wb") as file:  # given a name, MLX hides the reason why it cannot write
             mx.save_safetensors(file, tensors, {"format": "mlx"})

@@ -124,8 +124,8 @@ class AttentionBlock:
                 self.head_dim,
                 self.rope.dim,
                 self.rope.theta,
-                _scaled_by_yarn(weights.vector(f"{prefix}self_attn.q_norm.weight"), self.rope),
-                _scaled_by_yarn(weights.vector(f"{prefix}self_attn.k_norm.weight"), self.rope),
+                scaled_by_yarn(weights.vector(f"{prefix}self_attn.q_norm.weight"), self.rope),
+                scaled_by_yarn(weights.vector(f"{prefix}self_attn.k_norm.weight"), self.rope),
                 self.eps,
                 self._frequencies,
                 kernels.kv_bits,
@@ -169,6 +169,7 @@ class GatedDeltaNetBlock:
         eps: the epsilon of the norm.
         interleaved: whether checkpoints have two input projections, ``in_proj_qkvz`` and ``in_proj_ba``, with rows
             sorted by key head, rather than four.
+        sigmoid_gate: whether the output gate is a sigmoid rather than SiLU.
     """
 
     hidden_size: int
@@ -179,6 +180,7 @@ class GatedDeltaNetBlock:
     conv_kernel: int
     eps: float
     interleaved: bool = False
+    sigmoid_gate: bool = False
 
     @property
     def _value_width(self) -> int:
@@ -245,6 +247,7 @@ class GatedDeltaNetBlock:
             weights.linear(f"{prefix}in_proj_a"),
             weights.linear(f"{prefix}out_proj"),
             joint,
+            self.sigmoid_gate,
         )
 
     def cache_size(self, activation_bytes: int, kv_bits: int | None = None) -> CacheSize:  # noqa: ARG002
@@ -263,7 +266,7 @@ class GatedDeltaNetBlock:
         return self._value_width
 
 
-def _scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:
+def scaled_by_yarn(norm: mx.array, rope: Rope) -> mx.array:
     """Return the factors ``norm`` [head dim] times YaRN's attention factor in the rotated dimensions.
 
     A rotation is linear, so scaling its input equals scaling its output.

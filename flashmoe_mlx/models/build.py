@@ -51,10 +51,10 @@ def build_model(
             DecoderLayer(
                 layer,
                 kernels,
-                config.rms_norm_eps,
-                weights.vector(f"{prefix}input_layernorm.weight"),
                 config.mixer(layer).build(prefix, weights, kernels),
                 feed_forward,
+                config.rms_norm_eps,
+                weights.vector(f"{prefix}input_layernorm.weight"),
             )
         )
     embedding = weights.linear(EMBEDDING)

@@ -12,7 +12,7 @@ from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
 from flashmoe_mlx.layers.mlp import Mlp
-from flashmoe_mlx.models.decoder import DecoderLayer, Model
+from flashmoe_mlx.models.decoder import Layer, Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.groups import experts_at_once
 
@@ -35,7 +35,7 @@ def model_shapes(model: Model) -> ModelShapes:
     shared = {_expert_format(expert): expert for expert in experts}
     return ModelShapes(
         dtype=model.norm.dtype,
-        hidden_size=model.norm.size,
+        hidden_size=model.config.hidden_size,
         attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
         delta=tuple(mixer.weights for mixer in mixers if isinstance(mixer, GatedDeltaNet))[:1],
         projections=tuple(_projections(model)),
@@ -55,14 +55,16 @@ def _projections(model: Model) -> Iterator[Projection]:
     yield from _calls([model.head], normed=model.kernels.normed_matvec is not None)
 
 
-def _of_layer(layer: DecoderLayer) -> Iterator[Projection]:
+def _of_layer(layer: Layer) -> Iterator[Projection]:
     mixer = layer.mixer
+    for matrices in layer.further_matrices:
+        yield from _calls(matrices)
     assert isinstance(mixer, Attention | GatedDeltaNet)
     if mixer.joint is not None:
         yield from _calls([mixer.joint], normed=True)
     apart = mixer.joint is None
     if isinstance(mixer, Attention):
-        yield from _calls([mixer.q_proj, mixer.k_proj, mixer.v_proj], one_token=apart)
+        yield from _calls(mixer.projections, one_token=apart)
         yield from _calls([mixer.o_proj], residual=True)
     else:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a], one_token=apart)

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import LARGEST_SIZE, Reader, shown
 from flashmoe_mlx.layers.rope import Rope
-from flashmoe_mlx.models.blocks import MixerBlock
+from flashmoe_mlx.models.blocks import CacheSize, MixerBlock
 from flashmoe_mlx.models.feed_forward import FeedForwardBlock, MoeBlock
-from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Parameter
+from flashmoe_mlx.models.parameters import EMBEDDING, FINAL_NORM, HEAD, Kind, Parameter, Table
 
 __all__ = [
     "MOST_EXPERTS",
@@ -77,6 +77,20 @@ class ModelConfig(ModelSize, ABC):
     def moe_layers(self) -> tuple[int, ...]:
         """The layers with routed experts; stores, packs and traces number these layers from 0 in this order."""
         return tuple(layer for layer in range(self.num_layers) if isinstance(self.feed_forward(layer), MoeBlock))
+
+    @property
+    def residual_size(self) -> int:
+        """The elements of a token in the residual stream between two layers."""
+        return self.hidden_size
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """The tables that stay in storage."""
+        return ()
+
+    def cache_sizes(self, activation_bytes: int, kv_bits: int | None = None) -> list[CacheSize]:
+        """Compute the sizes of the caches of all layers, for activations of ``activation_bytes`` bytes each."""
+        return [self.mixer(layer).cache_size(activation_bytes, kv_bits) for layer in range(self.num_layers)]
 
     def layer_parameters(self, layer: int) -> Iterator[Parameter]:
         """Yield the resident parameters of ``layer`` in the order in which a token meets them."""

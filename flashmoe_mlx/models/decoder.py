@@ -37,7 +37,7 @@ class Mixer(Protocol):
         ...
 
     def __call__(
-        self, projected: Sequence[mx.array], caches: Sequence[Any], lengths: Sequence[int], residual: mx.array
+        self, projected: Sequence[mx.array], caches: Sequence[Any], lengths: Sequence[int], residual: mx.array | None
     ) -> mx.array:
         """Mix new tokens of several sequences; see ``layers.attention.Attention``."""
         ...
@@ -48,15 +48,26 @@ class Mixer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class DecoderLayer:
-    """A layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+class Layer:
+    """A layer: a mixer, then a mixture of experts or an MLP."""
 
     index: int
     kernels: Kernels
-    eps: float
-    input_norm: mx.array
     mixer: Mixer
     feed_forward: MixtureOfExperts | Mlp
+
+    @property
+    def further_matrices(self) -> Sequence[tuple[Linear, ...]]:
+        """The matrices beside those of the mixer and of the experts, in groups that multiply the same vector."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer(Layer):
+    """A layer: x + mixer(norm(x)), then x + feed_forward(norm(x))."""
+
+    eps: float
+    input_norm: mx.array
 
     def __call__(
         self, x: mx.array, caches: Sequence[LayerCache], lengths: Sequence[int], context: ForwardContext
@@ -116,7 +127,7 @@ class Model:
     kernels: Kernels
     config: ModelConfig
     embedding: Linear
-    layers: Sequence[DecoderLayer]
+    layers: Sequence[Any]
     norm: mx.array
     head: Linear
     touched_bytes: int
@@ -150,8 +161,7 @@ class Model:
     @property
     def state_bytes(self) -> int:
         """The bytes that a sequence keeps at any length."""
-        mixers = (self.config.mixer(layer) for layer in range(self.config.num_layers))
-        return sum(mixer.cache_size(self.norm.dtype.size).fixed for mixer in mixers)
+        return sum(cache.fixed for cache in self.config.cache_sizes(self.norm.dtype.size))
 
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from flashmoe_mlx.models.build import build_model
 from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.decoder import Model
 
 __all__ = ["Family", "TensorNames"]
 
@@ -27,6 +29,8 @@ class TensorNames:
     Attributes:
         prefixes: (published, canonical) prefixes; the first published prefix of a name is replaced.
         skipped: matches canonical names of tensors that text does not need.
+        kept: matches canonical names of tensors that a pack keeps as they are published, though this version does not
+            use them; None for no such tensors.
         experts: the prefix of the names of a layer's experts, with ``{layer}``.
         stacked: after that prefix, a matrix of all experts [experts, out, in], with ``{projection}``.
         fused: after that prefix, gate and up [experts, 2 * size, hidden], and down [experts, hidden, size].
@@ -36,6 +40,7 @@ class TensorNames:
 
     prefixes: tuple[tuple[str, str], ...] = ()
     skipped: re.Pattern[str] = re.compile(r"\.rotary_emb\.inv_freq$")
+    kept: re.Pattern[str] | None = None
     experts: str = "model.layers.{layer}.mlp."
     stacked: str = "switch_mlp.{projection}"
     fused: tuple[str, str] = ("experts.gate_up_proj", "experts.down_proj")
@@ -61,6 +66,7 @@ class Family(Generic[Config]):
         tool_format: the name of a module in ``text/tool_formats``: how its models write tool calls, unless the chat
             template of a model shows another format.
         published: for each hub id of a published model, the fields of ``config.json`` that determine its sizes.
+        build: builds a model; it takes the arguments of ``build.build_model``.
     """
 
     model_types: tuple[str, ...]
@@ -72,3 +78,4 @@ class Family(Generic[Config]):
     tensor_names: TensorNames
     tool_format: str
     published: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    build: Callable[..., Model] = build_model

@@ -29,6 +29,7 @@ class MoeBlock:
         eps: the epsilon of the norm.
         norm: the form in which checkpoints store the norm.
         renormalized: whether the weights of a token's experts sum to 1.
+        normed: whether the block has a norm and adds its output to its input; otherwise the layer does both.
     """
 
     hidden_size: int
@@ -37,11 +38,13 @@ class MoeBlock:
     eps: float
     norm: Kind
     renormalized: bool = True
+    normed: bool = True
 
     def parameters(self, prefix: str) -> Iterator[Parameter]:
         """Yield the resident parameters in the order in which a token meets them."""
         hidden, size = self.hidden_size, self.shared_expert_size
-        yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (hidden,))
+        if self.normed:
+            yield Parameter(f"{prefix}post_attention_layernorm.weight", self.norm, (hidden,))
         # Random logits of a router must differ enough for its choices to be clear.
         yield Parameter(f"{prefix}mlp.gate", Kind.MATRIX, (self.num_experts, hidden), ROUTER_BITS, gain=2.0)
         if not size:
@@ -80,10 +83,11 @@ class MoeBlock:
             shared = SharedExpert(own, kernels.expert_mlp)
             gates.append(f"{prefix}mlp.shared_expert_gate")
         strategy = choose_strategy(kernels, store.layout[layer], weights.dtype, own)
-        joint = weights.join(*gates) if kernels.choose_experts is not None else None
+        joint = weights.join(*gates) if kernels.choose_experts is not None and self.normed else None
+        norm = weights.vector(f"{prefix}post_attention_layernorm.weight") if self.normed else None
         router = Router(
             weights.linear(gates[0]),
-            weights.vector(f"{prefix}post_attention_layernorm.weight"),
+            norm,
             self.eps,
             experts_k,
             weights.linear(gates[1]) if self.shared_expert_size else None,
@@ -94,7 +98,7 @@ class MoeBlock:
             by_numpy=isinstance(strategy, ExpertsOnHost),
             renormalized=self.renormalized,
         )
-        in_memory = choose_in_memory(kernels, store.layout[layer], weights.dtype, own)
+        in_memory = choose_in_memory(kernels, store.layout[layer], weights.dtype, own) if self.normed else None
         return MixtureOfExperts(layer, place, store, router, shared, strategy, in_memory)
 
 

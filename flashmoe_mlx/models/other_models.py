@@ -31,7 +31,6 @@ MIXTURES: Mapping[str, str] = {
     "olmoe": "OLMoE",
     "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
     "qwen3_vl_moe": "Qwen3-VL",
-    "qwen4_exp": "Qwen3.8-Flash-Next",
     "step3p7": "Step-3.7-Flash",
 }
 """Mixtures of experts."""

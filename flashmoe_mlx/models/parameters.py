@@ -4,9 +4,10 @@ Names are those of mlx-community checkpoints without their ``language_model.`` p
 and are no parameters here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import Enum, auto
+from itertools import count, takewhile
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,8 @@ class Kind(Enum):
     """``name.weight`` [out, in], dense or quantized with ``name.scales`` and ``name.biases``."""
     NORM = auto()
     """The factor of an RMS norm, from which Hugging Face checkpoints subtract 1."""
+    OFFSET_NORM = auto()
+    """The factor of an RMS norm, from which all checkpoints subtract 1."""
     CONV = auto()
     """Depthwise convolution [channels, kernel, 1]; Hugging Face has [channels, 1, kernel], the same bytes."""
     PLAIN = auto()
@@ -77,6 +80,29 @@ class Parameter:
     gain: float = 1.0
     draw: Draw | None = None
     published: Rows | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table that stays in storage, because a token needs only a few of its rows.
+
+    Attributes:
+        name: its name, without ``.weight``. Checkpoints may divide its rows among ``name.shard_0``, ``name.shard_1``...
+        rows: the number of rows; checkpoints may have further rows.
+        columns: the width of a row.
+    """
+
+    name: str
+    rows: int
+    columns: int
+
+
+def part_names(table: Table, names: Collection[str]) -> list[str]:
+    """Return the names, without ``.weight``, of the parts of ``table`` among the names of all tensors, in order."""
+    if f"{table.name}.weight" in names:
+        return [table.name]
+    numbers = takewhile(lambda number: f"{table.name}.shard_{number}.weight" in names, count())
+    return [f"{table.name}.shard_{number}" for number in numbers]
 
 
 def quantization_of(

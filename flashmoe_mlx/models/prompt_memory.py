@@ -52,13 +52,15 @@ def prompt_memory(config: ModelConfig, experts_k: int, activation_bytes: int) ->
     on_gpu = activation_bytes < 4  # f32
     hidden = config.hidden_size
     streams = hidden * (5 * activation_bytes + 4 if on_gpu else 3 * activation_bytes)
+    # Further streams, before and after a block, and their normalized form.
+    streams += 3 * (config.residual_size - hidden) * activation_bytes
     mixers = [config.mixer(layer) for layer in range(config.num_layers)]
-    block = BLOCK * (max(mixer.working_width for mixer in mixers) + 3 * hidden) * activation_bytes
+    block = BLOCK * (max(mixer.working_width for mixer in mixers) + 3 * config.residual_size) * activation_bytes
     if on_gpu:
         block += max(_SCORES, _RECURRENCE * 4 * BLOCK * max(mixer.recurrent_width for mixer in mixers))
         # Dense experts, and the inputs, inner products and outputs of pairs of an expert and a token.
         dense = AT_ONCE * 3 * hidden * config.expert_size
         block += activation_bytes * (dense + MOST_PAIRS * (2 * hidden + 4 * config.expert_size))
-    caches = [mixer.cache_size(activation_bytes) for mixer in mixers]
+    caches = config.cache_sizes(activation_bytes)
     kept = sum(cache.per_token for cache in caches), sum(cache.fixed for cache in caches)
     return PromptMemory(streams + experts_k * _CHOICE, block, *kept)

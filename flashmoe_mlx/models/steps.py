@@ -11,8 +11,9 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.layers.attention import Attention
-from flashmoe_mlx.layers.cache import KVCache, SequenceCache
+from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
+from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
@@ -41,9 +42,9 @@ class TracedSteps:
     def of(cls, model: RunnableModel) -> "TracedSteps | None":
         """Return the steps of ``model``, or None unless its store holds all layers in memory that a GPU reads.
 
-        Also None if a GPU has no kernel for a mixer, or if the model is not of this package.
+        Also None if a GPU has no kernel for a mixer, or if the model is not a ``Model`` with ``DecoderLayer``.
         """
-        if not isinstance(model, Model):
+        if type(model) is not Model:
             return None
         layers: list[LayerInMemory | None] = []
         for layer in model.layers:

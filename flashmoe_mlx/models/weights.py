@@ -5,12 +5,17 @@ from dataclasses import replace
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import PackError
+from flashmoe_mlx.formats.extents import read_extents
+from flashmoe_mlx.formats.tables import StoredTensor, TablePart
 from flashmoe_mlx.layers.linear import Linear, join
-from flashmoe_mlx.models.parameters import Kind, Parameter, quantization_of
+from flashmoe_mlx.models.parameters import Kind, Parameter, Table, part_names, quantization_of
 from flashmoe_mlx.stores.allocation import align_to_cache_line
+from flashmoe_mlx.stores.rows import RowStore
 
 _SCALES = (mx.float32, mx.bfloat16, mx.float16)
 
@@ -25,6 +30,10 @@ class ResidentTensors(Protocol):
 
     def take(self, name: str) -> mx.array:
         """Read a tensor; each may be taken once, so that no tensor stays in memory twice."""
+        ...
+
+    def stored(self, name: str) -> StoredTensor:
+        """Locate a tensor without reading it."""
         ...
 
 
@@ -74,6 +83,33 @@ class ResidentWeights:
         matrix, views = joined
         self._matrices |= zip(names, views, strict=True)
         return matrix
+
+    def table(self, table: Table) -> RowStore:
+        """Return a store of the rows of ``table``, which stays on disk."""
+        parts = []
+        for name in part_names(table, self._tensors.names):
+            tensors = [self._tensors.stored(f"{name}.weight")]
+            if f"{name}.scales" not in self._tensors.names:
+                parts.append(TablePart(tensors))
+                continue
+            tensors += [self._tensors.stored(f"{name}.{part}") for part in ("scales", "biases")]
+            dense = (tensors[0].shape[0], table.columns)
+            parts.append(TablePart(tensors, *quantization_of(name, dense, tensors[0].shape, tensors[1].shape)))
+        if not parts:
+            raise PackError(f"table {table.name} is missing; delete the pack and make it again")
+        return RowStore(parts)
+
+    def check_integers(self, name: str, expected: npt.NDArray[np.int64]) -> None:
+        """Raise PackError if there is a tensor ``name`` whose 64-bit integers are not ``expected``."""
+        if name not in self._tensors.names:
+            return
+        tensor = self._tensors.stored(name)
+        found = np.frombuffer(read_extents([tensor.extent]), np.int64) if tensor.dtype == "I64" else None
+        if found is None or not np.array_equal(found, expected):
+            raise PackError(
+                f"{name}: its values do not follow from config.json; the checkpoint needs another version",
+                code="unsupported_arithmetic",
+            )
 
     def vector(self, name: str) -> mx.array:
         """Return the vector ``name``."""

@@ -45,6 +45,8 @@ class MixtureOfExperts:
     def __call__(self, residual: mx.array, context: ForwardContext) -> mx.array:
         """Return the residual stream [T, hidden] plus the output of its experts.
 
+        Without a norm in the router, ``residual`` is the input of the experts, and the output is returned alone.
+
         The tokens may belong to several sequences; each distinct expert is fetched once. Waits for the router's choice
         and for the store, unless the store holds the whole layer and ``context.used`` is given; the rest may stay lazy.
 
@@ -78,6 +80,8 @@ class MixtureOfExperts:
                 context.reach(self.place + (1 + done) / 2)
 
         groups = ExpertGroups(self.store, self.layer, routing.experts, clock, after_last_fetch, before_group)
+        if self.router.norm is None:
+            residual = mx.zeros_like(x)
         return self.strategy(x, residual, routing, self.shared, groups)
 
     def apply(self, residual: mx.array, whole: LayerInMemory, earlier: mx.array) -> tuple[mx.array, mx.array]:

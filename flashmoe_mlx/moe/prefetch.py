@@ -165,13 +165,18 @@ def make_prefetcher(policy: str, store: ExpertStore, routers: Sequence[Router]) 
     """Make the prefetcher of ``policy`` for the ``routers`` of all layers; None for "none".
 
     Raises:
-        InputError: ``policy`` is unknown.
+        InputError: ``policy`` is unknown, or needs routers and there are none.
     """
     check_policy(policy)
     if policy == "none":
         return None
     if policy == "previous_token":
         return PreviousToken(store, store.source.num_layers)
+    if not routers:
+        raise InputError(
+            f"prefetch={policy}: the routers of this model cannot be applied in advance; use previous_token or none",
+            code="invalid_value",
+        )
     return NextRouter(store, routers) if policy == "next_router" else EarlyRouter(store, routers)
 
 

@@ -49,7 +49,7 @@ class Router:
 
     Attributes:
         gate: scores [T, experts] of normalized hidden states.
-        norm: factors [hidden] of the norm before the MoE block.
+        norm: factors [hidden] of the norm before the MoE block; None if the layer applies the norm.
         eps: the epsilon of that norm.
         experts_k: routed experts for each token.
         shared_gate: the logit of the shared expert's weight; None without a shared expert.
@@ -64,7 +64,7 @@ class Router:
     """
 
     gate: Linear
-    norm: mx.array
+    norm: mx.array | None
     eps: float
     experts_k: int
     shared_gate: Linear | None
@@ -82,11 +82,13 @@ class Router:
 
     def normalize(self, residual: mx.array) -> mx.array:
         """Normalize the residual stream [T, hidden], as the MoE block does before it routes."""
+        if self.norm is None:
+            return residual
         return self.rms_norm(residual, self.norm, self.eps)
 
     def normalize_and_score(self, residual: mx.array) -> tuple[mx.array, mx.array | None]:
         """Return ``normalize(residual)``, and its product with ``joint``; None without ``joint``."""
-        if self.joint is not None and self.normed_matvec is not None and len(residual) == 1:
+        if self.joint is not None and self.normed_matvec is not None and self.norm is not None and len(residual) == 1:
             scores, x = self.joint.after_norm(residual, self.norm, self.eps, self.normed_matvec)
             return x, scores
         x = self.normalize(residual)

@@ -3,6 +3,7 @@
 Before that, nothing is allocated or read by the numbers of its files.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerL
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.registry import parse_config
+from flashmoe_mlx.models.registry import family_of, parse_config
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
 from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name, version_of
 from flashmoe_mlx.pack.quantize import BY_WIDTH, QUANTIZERS
@@ -86,7 +87,7 @@ def open_pack(folder: Path) -> Pack:
         if name in files:
             files.check(name)
     files.check(RESIDENT)
-    _check_resident(folder)
+    _check_resident(folder, family_of(config).tensor_names.kept)
     files.refuse_unknown()
     return Pack(folder, manifest, config, experts)
 
@@ -203,13 +204,15 @@ def _format(folder: Path, name: str, entry: Any) -> MatrixFormat:
     return MatrixFormat(bits, group_size, dtype, mode if isinstance(mode, str) else AFFINE)
 
 
-def _check_resident(folder: Path) -> None:
-    """Check the header of the resident weights."""
+def _check_resident(folder: Path, kept: re.Pattern[str] | None) -> None:
+    """Check the header of the resident weights; tensors whose names match ``kept`` are not weights."""
     try:
         tensors, _ = read_header(folder / RESIDENT)
     except CheckpointError as error:
         raise PackError(f"{error}; delete the pack and make it again", code="damaged_file") from None
     for name, tensor in tensors.items():
+        if kept is not None and kept.search(name):
+            continue
         if tensor.dtype not in DTYPE_BYTES or tensor.dtype == "U8":
             raise PackError(
                 f"{folder}: {RESIDENT}: {name} has type {tensor.dtype}, which no resident weight has",

@@ -16,7 +16,8 @@ from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
 from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import write_exactly
-from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, FLOAT_MODES
+from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES
+from flashmoe_mlx.formats.safetensors_header import element_bytes
 from flashmoe_mlx.pack.inspection import all_finite
 from flashmoe_mlx.pack.quantize import quantize
 
@@ -34,7 +35,7 @@ class _Output:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * element_bytes(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +63,8 @@ class ResidentPlan:
         self._end = 0
         for matrix in tensors.matrices:
             self._add_matrix(matrix, bits, group_size)
-        for vector in tensors.vectors:
-            self._copy(vector)
+        for tensor in (*tensors.vectors, *tensors.kept):
+            self._copy(tensor)
         self._header = self._make_header()
 
     def _place(self, name: str, dtype: str, shape: tuple[int, ...]) -> _Output:

@@ -53,7 +53,7 @@ class Answer:
         self.cancelled: bool = False
         """Whether nobody waits for the answer any more."""
         self.sequence: GeneratedSequence | None = None
-        """The sequence, once the engine has begun it."""
+        """The sequence, from the queue's end to the answer's end: it holds the keys, values and states."""
         self.readers = 0
         """The number of responses that read the events."""
         self.takeovers = 0
@@ -68,8 +68,9 @@ class Answer:
     def cancel(self) -> None:
         """End the answer at the next layer."""
         self.cancelled = True
-        if self.sequence is not None:
-            self.sequence.cancel()
+        sequence = self.sequence
+        if sequence is not None:
+            sequence.cancel()
 
     def publish(self, events: Sequence[Event]) -> None:
         """Add events and wake the readers."""

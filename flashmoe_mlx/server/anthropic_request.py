@@ -10,6 +10,7 @@ from flashmoe_mlx.server.options import check_size, sampling_options, stop_strin
 
 _MOST_MESSAGES = 10_000
 _MOST_BLOCKS = 10_000
+_LARGEST_BUDGET = 2**31 - 1
 _BILLING = "x-anthropic-billing-header:"
 """The beginning of a block of Claude Code that differs between sessions and is not meant for the model."""
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -187,6 +188,8 @@ def _template_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     """
     thinking = fields.object("thinking")
     kind = thinking.choice("type", "enabled", "disabled", "adaptive") if thinking else "disabled"
+    if thinking:
+        thinking.integer("budget_tokens", 1, _LARGEST_BUDGET)  # the length of thinking is the model's
     config = fields.object("output_config")
     effort = config.choice("effort", *_EFFORTS) if config else None
     chosen: dict[str, Any] = {"chat_template_kwargs": fields.any("chat_template_kwargs")}

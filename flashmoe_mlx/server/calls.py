@@ -16,6 +16,9 @@ from flashmoe_mlx.server.streaming import EventStream, StreamFormat, WholeAnswer
 _RETRIES = "x-stainless-retry-count"
 """A header of the SDKs of OpenAI and Anthropic: how often the request was repeated."""
 
+_PARSED_AT_ONCE = 2**16
+"""Bytes of the largest bodies that are parsed in the event loop."""
+
 
 def service_of(request: Request) -> Service:
     """Return the service behind ``request``."""
@@ -29,14 +32,19 @@ async def read_fields(request: Request) -> Fields:
     Raises:
         ApiError: the body is not a JSON object.
     """
-    return Fields(parse_body(await _read(request)))
+    _, fields = await _read(request)
+    return fields
 
 
-async def _read(request: Request) -> bytes:
+async def _read(request: Request) -> tuple[bytes, Fields]:
+    """Return the body of a request and its fields; large ones are parsed outside the event loop."""
     try:
-        return await request.body()
+        body = await request.body()
     except ClientDisconnect:
         raise ApiError("the client has gone", status=408, code="client_gone") from None
+    if len(body) <= _PARSED_AT_ONCE:
+        return body, Fields(parse_body(body))
+    return body, Fields(await service_of(request).outside(lambda: parse_body(body)))
 
 
 class Call:
@@ -47,14 +55,14 @@ class Call:
         service: the service.
     """
 
-    def __init__(self, request: Request, body: bytes) -> None:
-        self.fields: Fields = Fields(parse_body(body))
+    def __init__(self, request: Request, body: bytes, fields: Fields) -> None:
+        self.fields: Fields = fields
         self.service: Service = service_of(request)
         self._digest = digest_of(request.url.path, body)
         self._secret = request.headers.get(SECRET, "")
         retries = request.headers.get(_RETRIES)
         self._repeats = retries is not None
-        self._announced = retries is not None and retries.isdigit() and int(retries[:9]) > 0
+        self._announced = retries is not None and retries.isdecimal() and int(retries[:9]) > 0
 
     @classmethod
     async def read(cls, request: Request) -> "Call":
@@ -63,7 +71,7 @@ class Call:
         Raises:
             ApiError: the body is not a JSON object.
         """
-        return cls(request, await _read(request))
+        return cls(request, *await _read(request))
 
     async def answers(self, prepare: Sequence[Callable[[], Awaitable[Prepared]]]) -> list[Answer]:
         """Return several answers; see ``answer``. If one is refused, all are cancelled."""

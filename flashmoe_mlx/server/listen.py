@@ -17,6 +17,12 @@ from flashmoe_mlx.server.app import make_app
 from flashmoe_mlx.server.connection import Connection, most_connections
 from flashmoe_mlx.server.middleware import Policy
 from flashmoe_mlx.server.service import Service
+from flashmoe_mlx.stores.libc import limit_heaps, release_free_memory
+
+_HEAPS = 2
+"""Heaps of the C library. Every request has a thread for its preparation, and by default each thread adds a heap."""
+_BETWEEN_RELEASES = 30.0
+"""Seconds after which free memory is returned to the system."""
 
 
 def check_exposure(host: str, *, has_key: bool, insecure: bool) -> None:
@@ -121,6 +127,7 @@ class HttpServer:
 
     async def _run(self, listener: socket.socket, on_ready: Callable[[], object]) -> None:
         worker = self._service.worker
+        limit_heaps(_HEAPS)
         worker.start()
         watching = asyncio.create_task(self._watch(on_ready))
         try:
@@ -135,13 +142,16 @@ class HttpServer:
                 )
 
     async def _watch(self, on_ready: Callable[[], object]) -> None:
-        """Report the loaded model; stop the server if the engine's thread ends."""
-        worker = self._service.worker
-        ready = False
+        """Report the loaded model; release free memory from time to time; stop if the engine's thread ends."""
+        worker, loop = self._service.worker, asyncio.get_running_loop()
+        ready, next_release = False, loop.time() + _BETWEEN_RELEASES
         while worker.alive:
             if not ready and worker.engine is not None:
                 ready = True
                 on_ready()
+            if loop.time() >= next_release:
+                next_release = loop.time() + _BETWEEN_RELEASES
+                await asyncio.to_thread(release_free_memory)
             await asyncio.sleep(0.05 if not ready else 0.5)
         self.stop()
 

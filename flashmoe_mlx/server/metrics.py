@@ -62,6 +62,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._requests: Counter[str] = Counter()
         self._tokens: Counter[str] = Counter()
+        self._queue = Histogram()
         self._first_token = Histogram()
         self._seconds = Histogram()
         self.refused = self.taken_over = 0
@@ -69,6 +70,11 @@ class Metrics:
     @property
     def _labels(self) -> str:
         return f'backend="{"".join(c for c in self.backend if c.isalnum() or c in "_.-")}"'
+
+    def began(self, seconds: float) -> None:
+        """Count an answer that left the queue after ``seconds``."""
+        with self._lock:
+            self._queue.add(seconds)
 
     def ended(self, reason: str, seconds: float, first_token: float | None, usage: Usage | None) -> None:
         """Count an answer that has ended."""
@@ -108,6 +114,7 @@ class Metrics:
             ):
                 lines += [*_family(name, kind, about), f"flashmoe_{name}{{{self._labels}}} {value}"]
             for name, about, histogram in (
+                ("queue_seconds", "From the request to the queue's end.", self._queue),
                 ("time_to_first_token_seconds", "From the queue's end to the first token.", self._first_token),
                 ("request_seconds", "From the request to the end of its answer.", self._seconds),
             ):

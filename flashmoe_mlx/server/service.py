@@ -259,6 +259,7 @@ class Service:
 
     def _began(self, answer: Answer) -> None:
         """Note an answer that leaves the queue; called in the engine's thread."""
+        self.metrics.began(time.monotonic() - answer.created)
         if answer.sequence is not None:
             self.observatory.began(answer.sequence, answer.secret)
 

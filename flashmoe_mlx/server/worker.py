@@ -151,8 +151,8 @@ class Worker:
         except Exception as error:
             failure = error
             engine = self._load()
-        self._on_load(engine)
         self.engine, self._change = engine, None
+        self._on_load(engine)
         change.done(failure)
         return engine
 
@@ -235,6 +235,7 @@ class Worker:
             self._on_end(answer, event)
         except Exception:
             _log.exception("an answer cannot be recorded")
+        answer.sequence = None  # its listener refers to the answer: the garbage collector would keep both for long
         if isinstance(event, Finished) and event.reason == "cancelled":  # nobody waits, unless the server stops
             event = Failed(ApiError("the answer was cancelled", status=503, code="cancelled", retry_after=5))
         self._publish(answer, [event])

@@ -8,6 +8,7 @@ import sys
 MADV_HUGEPAGE, MADV_POPULATE_READ, MADV_POPULATE_WRITE, MADV_COLLAPSE = 14, 22, 23, 25
 # <asm-generic/unistd.h>: since Linux 6.5
 _SYS_CACHESTAT = 451
+_M_ARENA_MAX = -8  # <malloc.h> of glibc
 
 
 @functools.cache
@@ -33,6 +34,20 @@ def cachestat(fd: int, offset: int, nbytes: int) -> int | None:
     counts = (ctypes.c_uint64 * 5)()  # cached, dirty, being written, evicted, recently evicted
     failed = load_libc().syscall(_SYS_CACHESTAT, ctypes.c_uint(fd), place, counts, ctypes.c_uint(0))
     return None if failed else counts[0]
+
+
+def limit_heaps(most: int) -> None:
+    """Let new threads share ``most`` heaps, each of which keeps the free memory of its busiest moment; glibc only."""
+    set_option = getattr(load_libc(), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_ARENA_MAX, most)
+
+
+def release_free_memory() -> None:
+    """Return the free pages of all heaps to the system; glibc only."""
+    trim = getattr(load_libc(), "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
 
 
 def address_of(memory: bytearray | memoryview) -> int:

@@ -29,7 +29,7 @@ from flashmoe_mlx.research.bench.memory_cap import memory_cap
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import bench_figure, save
 from flashmoe_mlx.research.intervals import format_interval
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
+from flashmoe_mlx.tasks.shared.automatic import chosen
 from flashmoe_mlx.tasks.shared.backend_list import listed_backends
 from flashmoe_mlx.tasks.shared.choices import check_choices
 from flashmoe_mlx.tasks.shared.keys import TEXT, PromptConfig
@@ -129,20 +129,10 @@ def _plan(config: Config) -> Plan:
                 parts = [label, f"K={k}" if len(ks) > 1 else "", policy if len(policies) > 1 else ""]
                 configurations.append(Configuration(" ".join(filter(None, parts)), backend, k, policy))
     folder = model_folder(config.model, *(configuration.backend for configuration in configurations))
-    configurations = [
-        replace(
-            each,
-            backend=chosen_backend(each.backend, folder, config.model, each.experts_k),
-            prefetch=chosen_prefetch(
-                config.prefetch if config.prefetches is None else each.prefetch,
-                each.backend,
-                folder,
-                config.model,
-                each.experts_k,
-            ),
-        )
-        for each in configurations
-    ]
+    for place, each in enumerate(configurations):
+        stated = config.prefetch if config.prefetches is None else each.prefetch
+        found = chosen(each.backend, folder, config.model, each.experts_k, 0, stated)
+        configurations[place] = replace(each, backend=found.backend, prefetch=found.prefetch)
     prompts = [with_prompt(config, folder).prompt] if config.prompts is None else config.prompts
     if config.prompts is None and "rotating" in config.conditions:
         prompts += _MORE_PROMPTS

@@ -30,7 +30,7 @@ from flashmoe_mlx.generation.request import RequestOptions
 from flashmoe_mlx.paths import expand_path, user_cache
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
+from flashmoe_mlx.tasks.shared.automatic import chosen
 from flashmoe_mlx.tasks.shared.keys import (
     SHORT_FOR_FILE,
     TEXT,
@@ -102,13 +102,13 @@ def _open_engine(config: Config, backend: Backend, experts_k: int | None) -> Eng
     """Load the model with ``backend`` and ``experts_k``; make a variant of the demo model if it is missing."""
     settings = backend_settings(backend) if isinstance(backend, str) else dict(backend)
     folder = model_folder(config.model, settings)
-    chosen = chosen_backend(settings, folder, config.model, experts_k, config.prompt_cache_gib)
+    found = chosen(settings, folder, config.model, experts_k, config.prompt_cache_gib, config.prefetch)
     with activity() as announce:
         engine = load(
             folder,
-            chosen,
+            found.backend,
             experts_k,
-            prefetch=chosen_prefetch(config.prefetch, settings, folder, config.model, experts_k),
+            prefetch=found.prefetch,
             on_load=announce,
             **engine_options(config),
             **cache_options(config),

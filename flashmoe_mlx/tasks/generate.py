@@ -11,7 +11,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.request import PromptOptions
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend, chosen_prefetch
+from flashmoe_mlx.tasks.shared.automatic import chosen
 from flashmoe_mlx.tasks.shared.keys import GenerationConfig, NodesConfig, cache_options, engine_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.nodes import follow, joined_nodes
@@ -38,17 +38,17 @@ def run(config: Config, run_dir: Path) -> None:
         follow(config, nodes, run_dir)
         return
     folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
-    prefetch = chosen_prefetch(config.prefetch, config.backend, folder, config.model, config.experts_k)
+    k, cache = config.experts_k, config.prompt_cache_gib
+    found = chosen(config.backend, folder, config.model, k, cache, config.prefetch)
     config = with_prompt(config, folder)
     options = prompt_options(config)
     write_json(run_dir / "environment.json", environment())
     with activity() as announce:
         loaded = load(
             folder,
-            backend,
+            found.backend,
             config.experts_k,
-            prefetch=prefetch,
+            prefetch=found.prefetch,
             profile=config.profile,
             nodes=nodes,
             on_load=announce,

@@ -98,7 +98,7 @@ std::vector<float> results(int seed) {
             // Zeros in every format; bytes of noise could be infinite scales.
             std::vector<uint8_t> keys(2 * capacity * rows.row_bytes()), values(2 * capacity * rows.row_bytes());
             y.assign(tokens * 6 * 32, 0.0f);
-            const AttentionLayer attention{heads, rows, frequencies, 1e-6f, norms.data(), norms.data()};
+            const AttentionLayer attention{heads, rows, frequencies, 1e-6f, true, norms.data(), norms.data()};
             gated_attention(attention, q.data(), k.data(), v.data(), {{tokens, start, capacity, keys.data(), values.data()}}, y.data());
             all.insert(all.end(), y.begin(), y.end());
         }

@@ -48,7 +48,8 @@ def record(case: Case) -> None:
     )
     print(
         f"{case.name}: logits of rms {np.sqrt(np.mean(logits**2)):.2f}, {len(set(tokens[PROMPT_LENGTH:].tolist()))}"
-        f" different tokens, margins: argmax {argmax_margin(logits):.1e}, routing {reference.routing_margin:.1e}"
+        f" different tokens, margins: argmax {argmax_margin(logits):.1e}, routing {reference.routing_margin:.1e}, "
+        f"index {reference.index_margin:.1e}"
     )
 
 

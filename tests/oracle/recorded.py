@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from hyper_checkpoints import HYPER_GEOMETRIES
 from tiny_checkpoints import (
     GEOMETRIES,
     OLDER_GEOMETRIES,
@@ -55,7 +56,7 @@ class Case:
 
     @property
     def geometry(self) -> Geometry:
-        return {**GEOMETRIES, **OLDER_GEOMETRIES, YARN.name: YARN}[self.geometry_name]
+        return {**GEOMETRIES, **OLDER_GEOMETRIES, **HYPER_GEOMETRIES, YARN.name: YARN}[self.geometry_name]
 
     @property
     def path(self) -> Path:
@@ -102,7 +103,12 @@ OLDER_CASES = (
     Case("moe-mlp", 1, "dense", "F32", experts_k=2),
 )
 """Cases of Qwen3-MoE and Qwen3-Next."""
-CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES, *OLDER_CASES)
+HYPER_CASES = (
+    *(Case(name, seed, "dense", "F32") for name in HYPER_GEOMETRIES for seed in SEEDS),
+    Case("hyper", 0, "mlx4", "BF16"),
+)
+"""Cases of Qwen3.8-Flash-Next."""
+CASES = (*DENSE_CASES, *MLX4_CASES, *OTHER_CASES, *OLDER_CASES, *HYPER_CASES)
 
 LONG_PROMPT_LENGTH = 4200
 LONG_CONTEXT = 8192

@@ -1,7 +1,9 @@
 """The native families in transformers, in float32 on a CPU, with weights by canonical name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import count
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -15,12 +17,17 @@ from transformers import (
     Qwen3MoeForCausalLM,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    Qwen4ExpForCausalLM,
+    Qwen4ExpTextConfig,
 )
 
 from oracle.recorded import DECODE_STEPS, PROMPT_LENGTH, TOLERANCE
 
 ARGMAX_MARGIN = 2 * TOLERANCE
 """Smallest margin of a recorded token; implementations within the tolerance have the same argmax."""
+
+INDEX_MARGIN = 2e-5
+"""Smallest margin between the scores of a selected block and of a block that is not selected."""
 
 ROUTING_MARGIN = 5e-4
 """Smallest margin of a recorded expert. Router logits of float32 implementations differ by about 1e-5."""
@@ -30,6 +37,7 @@ _CLASSES = {
     "qwen3_5_moe": (Qwen3_5MoeTextConfig, Qwen3_5MoeForCausalLM),
     "qwen3_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     "qwen3_next": (Qwen3NextConfig, Qwen3NextForCausalLM),
+    "qwen4_exp": (Qwen4ExpTextConfig, Qwen4ExpForCausalLM),
 }
 
 
@@ -50,7 +58,12 @@ class Reference:
         }
         if geometry.tied:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
-        self.model.load_state_dict(state, strict=True)
+        found = self.model.load_state_dict(state, strict=False)
+        assert not found.unexpected_keys
+        hashes = ("layer_multipliers", "ngram_heads_vocab_sizes", "ngram_heads_offsets")  # the config determines them
+        assert all(name.endswith(hashes) for name in found.missing_keys)
+        self.index_margin = float("inf")
+        """Smallest difference between the scores of the last selected block and of the first block not selected."""
         self.routing_margin = float("inf")
         """Smallest difference between the router logits of the last chosen expert and the first expert not chosen."""
         for index in geometry.moe_layers:
@@ -62,13 +75,25 @@ class Reference:
             margin = (ranked[:, router.top_k - 1] - ranked[:, router.top_k]).min().item()
             self.routing_margin = min(self.routing_margin, margin)
 
+    def _watch_index(self) -> Callable[..., Any]:
+        """Return ``Tensor.topk``, which also measures the margin of the indexer; routers use ``torch.topk``."""
+        original = torch.Tensor.topk
+
+        def topk(scores: torch.Tensor, k: int, dim: int = -1) -> Any:
+            if scores.ndim == 1 and k < len(scores):
+                ranked = scores.sort(descending=True).values
+                self.index_margin = min(self.index_margin, (ranked[k - 1] - ranked[k]).item())
+            return original(scores, k, dim)
+
+        return topk
+
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.model.config)
 
     def forward(self, tokens: np.ndarray, cache: Cache) -> np.ndarray:
         """Return logits [tokens, vocabulary] after each of ``tokens``, and add the tokens to ``cache``."""
         inputs = torch.from_numpy(np.asarray(tokens, np.int64))[None]
-        with torch.inference_mode():
+        with torch.inference_mode(), mock.patch.object(torch.Tensor, "topk", self._watch_index()):
             return self.model(inputs, cache=cache, use_cache=True).logits[0].numpy()
 
     def prefill_then_decode(self, tokens: np.ndarray, prompt_length: int) -> np.ndarray:
@@ -108,11 +133,12 @@ class Reference:
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Return tokens and logits; None if an expert or a token is chosen by less than its margin."""
         cache = self.new_cache()
-        self.routing_margin = float("inf")
+        self.routing_margin = self.index_margin = float("inf")
         tokens, rows, step = [prompt], [], prompt
         for _ in range(DECODE_STEPS + 1):
             rows.append(self.forward(step, cache))
-            if argmax_margin(rows[-1]) < least_argmax or self.routing_margin < least_routing:
+            close = self.routing_margin < least_routing or self.index_margin < INDEX_MARGIN
+            if argmax_margin(rows[-1]) < least_argmax or close:
                 return None
             step = rows[-1][-1:].argmax(-1).astype(np.int32)
             tokens.append(step)

@@ -24,11 +24,13 @@ class Choice:
 
     Attributes:
         settings: ``_target_``, the class of the backend, and its options.
+        prefetch: the prefetch policy.
         estimate: the estimated speed of this choice.
         slower: the estimates of all other backends, the fastest first.
     """
 
     settings: dict[str, Any]
+    prefetch: str
     estimate: Estimate
     slower: Sequence[Estimate]
 
@@ -54,7 +56,9 @@ def choose_backend(
     if not found:
         raise _too_large(model, memory)
     best, *slower = found
-    return Choice(_settings(best, variant), best, slower)
+    reads_directly = best.options.get("direct", best.name == "io_uring")
+    prefetch = profile.faster_prefetch(model.record_bytes) if reads_directly else "none"
+    return Choice(_settings(best, variant), prefetch, best, slower)
 
 
 def room_for_experts(

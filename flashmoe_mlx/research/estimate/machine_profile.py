@@ -30,6 +30,10 @@ Warm reads come from the page cache, cold reads go through it, and direct reads 
 """
 HALF = "half direct"
 """The name for points of a store that keeps half of the experts and reads the rest directly."""
+AHEAD = "half direct, early_router"
+"""The name for points of the same store with guesses of early_router."""
+_CLEARLY = 0.97
+"""The part of the time that a policy must take at most to be chosen."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
 
 
@@ -41,7 +45,7 @@ class Point:
         size: key of ``SIZES``.
         bits: bit width of the experts.
         experts_k: experts per token.
-        way: key of ``WAYS``, ``MEMORY``, or ``HALF``.
+        way: key of ``WAYS``, ``MEMORY``, ``HALF``, or ``AHEAD``.
         layers: layers of the model.
         resident_weights: weights that a token uses besides its experts.
         expert_weights: weights of one expert.
@@ -88,6 +92,15 @@ class MachineProfile:
     def ways(self) -> list[str]:
         """The measured ways of reading."""
         return [way for way in WAYS if any(point.way == way for point in self.points)]
+
+    def faster_prefetch(self, record_bytes: int) -> str:
+        """Return the prefetch policy with which a store that reads records of this size was faster."""
+        points = [point for point in self.points if point.way in (HALF, AHEAD)]
+        if not points:
+            return "none"
+        size = min(points, key=lambda point: abs(point.record_bytes - record_bytes)).size
+        seconds = {way: sum(p.seconds[1] for p in points if (p.way, p.size) == (way, size)) for way in (HALF, AHEAD)}
+        return "early_router" if 0 < seconds[AHEAD] < _CLEARLY * seconds[HALF] else "none"
 
     @property
     def age_days(self) -> float:

@@ -31,8 +31,17 @@ from flashmoe_mlx.models.decoder import Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.moe.experts import MixtureOfExperts
+from flashmoe_mlx.moe.prefetch import Guesses, Prefetcher, make_prefetcher
 from flashmoe_mlx.research.bench.files import expert_files
-from flashmoe_mlx.research.estimate.machine_profile import HALF, MEMORY, WAYS, MachineProfile, Point, machine_identity
+from flashmoe_mlx.research.estimate.machine_profile import (
+    AHEAD,
+    HALF,
+    MEMORY,
+    WAYS,
+    MachineProfile,
+    Point,
+    machine_identity,
+)
 from flashmoe_mlx.research.estimate.probe_models import SIZES
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 from flashmoe_mlx.research.intervals import percentiles
@@ -46,6 +55,8 @@ _FEW = 16
 EXPERTS = (1, 4, 10)
 """Measured values of K; the speed model interpolates between them."""
 _LEAST_ROUNDS = 3
+_TIMED = 2
+"""Timed tokens of each decoder in a round."""
 _COPIED = 2**27
 """Number of 32-bit words to copy when measuring the bandwidth of memory."""
 
@@ -109,7 +120,8 @@ class _SizeProbe:
                     continue
                 self._stack.enter_context(store)
                 self._add(bits, way, in_memory if cold else reading, store, cold)
-            self._add(bits, HALF, reading, self._half(many))
+            for way in (HALF, AHEAD):
+                self._add(bits, way, reading, self._half(many))
             self._stack = self._stack.pop_all()
         return self
 
@@ -136,7 +148,9 @@ class _SizeProbe:
 
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
         for k in EXPERTS:
-            self._decoders[bits, k, way] = _Decoder(with_experts(engine.model, store, k), store, cold)
+            model = with_experts(engine.model, store, k)
+            policy = "early_router" if way == AHEAD else "none"
+            self._decoders[bits, k, way] = _Decoder(model, store, cold, make_prefetcher(policy, store, model.routers))
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
         """Decode in rounds until ``seconds`` have passed, in reverse order in every second round."""
@@ -171,35 +185,42 @@ class _SizeProbe:
 class _Decoder:
     """A sequence decoded with one store and K; ``cold`` files are evicted from the page cache before each token."""
 
-    def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path]) -> None:
+    def __init__(self, model: Model, store: ExpertStore, cold: Sequence[Path], prefetcher: Prefetcher | None) -> None:
         self._model, self._store, self._cold = model, store, cold
         self._cache = model.new_cache()
-        self._context = ForwardContext(PhaseClock())
+        self._prefetcher = prefetcher
+        self._context = ForwardContext(PhaseClock(), prefetcher)
         self._random = np.random.default_rng(0)
         self.config = model.config
         self.seconds: list[float] = []
         self.fetching: list[float] = []
         self.misses = 0
-        self.step()
-        self.seconds.clear()  # the first token of a sequence is not representative
-        self.fetching.clear()
-        self.misses = 0
+        self._decode()  # the first token of a sequence is not representative
 
     def step(self) -> None:
-        """Decode one more token, chosen at random."""
+        """Decode further tokens, chosen at random, and time all but the first, which follows another decoder's."""
+        self._decode()
+        for _ in range(_TIMED):
+            before = self._store.stats()
+            self.seconds.append(self._decode())
+            done = self._store.stats() - before
+            self.fetching.append(done.fetch_seconds)
+            self.misses += done.misses
+
+    def _decode(self) -> float:
+        """Decode a token and return the seconds."""
         if self._cold:
             evict(self._cold)
         token = int(self._random.integers(self._model.config.vocab_size))
-        before = self._store.stats()
         start = time.perf_counter()
+        if self._prefetcher is not None:
+            self._prefetcher.begin_pass([Guesses()], [1], decoding=True)
         hidden = self._model.forward(mx.array([token], mx.uint32), [1], [self._cache], self._context)
         logits = self._model.logits(hidden)
         mx.eval(logits, *self._cache.arrays())
-        self.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         checked_logits(np.array(logits))
-        done = self._store.stats() - before
-        self.fetching.append(done.fetch_seconds)
-        self.misses += done.misses
+        return seconds
 
 
 def _memory_bandwidth() -> float:

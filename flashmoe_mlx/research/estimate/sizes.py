@@ -53,6 +53,11 @@ def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_s
     return total
 
 
+def table_bytes(config: ModelConfig, value_bytes: int = 2) -> int:
+    """Compute the bytes on disk of the tables, which a pack keeps as they are published; dense in bf16 by default."""
+    return sum(table.rows * table.columns * value_bytes for table in config.tables)
+
+
 @dataclass(frozen=True)
 class MemoryNeed:
     """Bytes of memory that a model needs before it keeps any expert.
@@ -106,7 +111,7 @@ def memory_need(
         kv_bits: the width of cached keys and values; None for that of activations.
         slot_bytes: the bytes of a slot for any expert; None for experts of ``expert_bits``.
     """
-    caches = [config.mixer(layer).cache_size(activation_bytes, kv_bits) for layer in range(config.num_layers)]
+    caches = config.cache_sizes(activation_bytes, kv_bits)
     return MemoryNeed(
         resident=resident_bytes(config, resident_bits, scale_bytes, group_size),
         keys_and_values=context * sum(cache.per_token for cache in caches),

@@ -52,7 +52,8 @@ _STYLE = """
 [hidden] { display: none !important; }
 body { margin: 0; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
 main { max-width: 72rem; margin: 0 auto; }
-button, input, select { font: inherit; }
+button, input, select { font: inherit; color: inherit; }
+select { padding: 0.3rem 0.5rem; border: 1px solid var(--soft); border-radius: 0.6rem; background: var(--paper); }
 button { padding: 0.3rem 0.9rem; border: 1px solid transparent; border-radius: 0.6rem; cursor: pointer; }
 button.primary { background: var(--accent); color: var(--on-accent); font-weight: 600; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }

@@ -6,6 +6,7 @@ import { addMessage, alternatives, bringIntoView, messagesTo } from "./conversat
 import { showConversations } from "./conversation_list.js";
 import { Conversations } from "./conversations.js";
 import { announce, part } from "./dom.js";
+import { engineSection } from "./engine_section.js";
 import { askForKey } from "./key_dialog.js";
 import { connectObservatory } from "./observatory_pane.js";
 import { serverInfo } from "./server_info.js";
@@ -183,7 +184,8 @@ function connectControls() {
   connectList();
   part("open-settings").addEventListener("click", async () => {
     const conversation = current;
-    const settings = await askSettings(conversation.settings, server ?? { defaults: {}, canThink: true }, [themeSection()]);
+    const sections = [...(await engineSection(notify)), themeSection()];
+    const settings = await askSettings(conversation.settings, server ?? { defaults: {}, canThink: true }, sections);
     if (settings) conversations.setSettings(conversation, settings);
   });
   document.addEventListener("keydown", (event) => {

@@ -21,6 +21,8 @@ const SANITIZING = {
   RETURN_DOM_FRAGMENT: true,
 };
 const HEADING_SHIFT = 2;
+/** Marks at the end of an unfinished text; the next character decides their meaning: `*` may become `**`. */
+const UNDECIDED = /(?<=^|\n)[-=#*_~`+>| ]+$|[*_~`]+$/;
 const LANGUAGE = /^language-([\w+#.-]{1,30})$/;
 
 const escaped = (text) =>
@@ -53,7 +55,7 @@ export class MarkdownView {
   update(text, last = false) {
     let tokens;
     try {
-      tokens = marked.lexer(text);
+      tokens = marked.lexer(last ? text : text.replace(UNDECIDED, ""));
     } catch {
       this.#showPlain(text); // nested too deeply
       return;

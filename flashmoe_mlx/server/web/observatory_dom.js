@@ -27,6 +27,7 @@ export const percent = (share) => known(share, (value) => `${(100 * value).toFix
 /** Return a number of bytes in a unit that suits it. */
 export const size = (value) =>
   known(value, (bytes) => {
+    if (bytes === 0) return "0 B";
     const unit = bytes >= 1e9 ? ["GB", 1e9] : bytes >= 1e6 ? ["MB", 1e6] : ["kB", 1e3];
     return `${(bytes / unit[1]).toPrecision(3)} ${unit[0]}`;
   });

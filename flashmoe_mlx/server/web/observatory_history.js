@@ -106,7 +106,7 @@ export class History {
       ...sums,
       tokensPerSecond: sums.tokens / sums.seconds,
       hitRate: 1 - sums.misses / sums.requests,
-      gbPerSecond: sums.bytes_read / 1e9 / sums.io,
+      bytesPerSecond: sums.bytes_read / sums.io,
       bytesPerToken: sums.bytes_read / sums.tokens,
       waiting: sums.io / sums.seconds,
     };

@@ -68,11 +68,11 @@ export class View {
     const timed = history.passes.length > 0 && history.passes[0].seconds > 0;
     const [distinct, all] = [history.workingSet(), layers * experts];
     const entries = [
-      ["Hit rate", percent(rates.hitRate), `${percent(1 - history.misses / history.requests)} since the start`],
+      ["Hit rate", percent(rates.hitRate), history.requests ? `${percent(1 - history.misses / history.requests)} since the start` : "of requested experts"],
       timed && ["Speed", `${number(rates.tokensPerSecond)} tok/s`, `${history.decoded} tokens decoded`],
-      timed && ["Read", `${number(rates.gbPerSecond)} GB/s`, `${size(rates.bytesPerToken)} a token`],
+      timed && ["Read", `${size(rates.bytesPerSecond)}/s`, `${size(rates.bytesPerToken)} a token`],
       timed && ["Waiting", percent(rates.waiting), "of the time, for storage"],
-      !timed && ["Read", size(rates.bytesPerToken), "a token"],
+      !timed && (record ? ["Read", size(rates.bytesPerToken), "a token"] : ["Read", number(rates.misses / rates.tokens), "experts a token"]),
       ["Working set", record ? size(distinct * record) : `${distinct}`, `${percent(distinct / all)} of the experts, in 32 tokens`],
     ];
     const tiles = entries.filter(Boolean).map(([name, value, note]) => {

@@ -20,8 +20,6 @@ export async function serverInfo(onWait) {
         context: model.max_model_len,
         canThink: meta.template_options?.includes("enable_thinking") ?? true,
         defaults: meta.sampling ?? {},
-        expertsPerToken: meta.experts_per_token,
-        backend: meta.backend,
       };
     } catch (error) {
       if (error.code !== "loading" && error.status !== 0) throw error;

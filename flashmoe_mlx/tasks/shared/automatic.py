@@ -4,6 +4,7 @@ A result of ``task=tune`` for the model comes before the speed model, which only
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from flashmoe_mlx.tasks.shared.model import cache_folder
 _OPTIONS = ("_target_", "variant", "mirrors")
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The settings of a backend, and a prefetch policy."""
+
+    backend: dict[str, Any]
+    prefetch: str
+
+
 def chosen_backend(
     settings: Mapping[str, Any],
     folder: Path,
@@ -31,6 +40,18 @@ def chosen_backend(
     experts_k: int | None,
     prompt_cache_gib: float | None = 0,
 ) -> dict[str, Any]:
+    """Return the backend of ``chosen``, for a task that prefetches nothing."""
+    return chosen(settings, folder, choice, experts_k, prompt_cache_gib, "none").backend
+
+
+def chosen(
+    settings: Mapping[str, Any],
+    folder: Path,
+    choice: ModelChoice,
+    experts_k: int | None,
+    prompt_cache_gib: float | None,
+    prefetch: str | None,
+) -> Chosen:
     """Return ``settings``, or for ``backend=auto`` the settings of the fastest backend for this model and machine.
 
     Without a result of ``task=tune``, the first call on a machine measures it for two minutes. The choice and its
@@ -42,46 +63,35 @@ def chosen_backend(
         choice: the model, whose cache folder keeps the measurements.
         experts_k: routed experts per token; None for the model's own number.
         prompt_cache_gib: memory for the states of earlier prompts and answers, which experts cannot use; see ``load``.
+        prefetch: the prefetch policy; None for "none", or for the choice of ``backend=auto``.
 
     Raises:
         InputError: an option is set that ``backend=auto`` chooses itself, the model does not fit into memory, or the
             speed model does not know it.
     """
     if settings.get("_target_") != AUTO:
-        return dict(settings)
+        return Chosen(dict(settings), prefetch or "none")
     check_automatic(settings)
     files = open_model(folder)
-    tuned = _tuned(settings, files, choice, experts_k)
-    if tuned is not None:
-        tuned = _within_memory(tuned, files, settings, experts_k, prompt_cache_gib)
+    tuned = _tuned(files, settings, choice, experts_k, prompt_cache_gib)
     if tuned is not None:
         show(
             f"backend=auto: {tuned.label}, {tuned.tokens_per_second:.3g} tok/s measured by task=tune on "
             f"{tuned.created[:10]}"
         )
-        return {**tuned.backend, "mirrors": settings.get("mirrors") or tuned.backend.get("mirrors", [])}
+        mirrors = settings.get("mirrors") or tuned.backend.get("mirrors", [])
+        return Chosen({**tuned.backend, "mirrors": mirrors}, prefetch or tuned.prefetch)
     profile = machine_profile(cache_folder(choice))
     memory = usable_memory() - prompt_cache_bytes(prompt_cache_gib)
     made = choose_backend(files, profile, memory, settings.get("variant"), experts_k)
     slower = "; ".join(f"{estimate.backend} {estimate.tokens_per_second:.3g}" for estimate in made.slower)
+    policy = prefetch or made.prefetch
     show(
-        f"backend=auto: {_shown(made.estimate)}, {made.estimate.tokens_per_second:.3g} tok/s expected "
+        f"backend=auto: {_shown(made.estimate)}{'' if policy == 'none' else f' prefetch={policy}'}, "
+        f"{made.estimate.tokens_per_second:.3g} tok/s expected{'' if policy == 'none' else ' without prefetch'} "
         f"({made.estimate.low:.3g} to {made.estimate.high:.3g}){f'; slower: {slower}' if slower else ''}"
     )
-    return made.settings | {"mirrors": settings.get("mirrors", [])}
-
-
-def chosen_prefetch(
-    prefetch: str | None, settings: Mapping[str, Any], folder: Path, choice: ModelChoice, experts_k: int | None
-) -> str:
-    """Return ``prefetch``; None is the policy that ``task=tune`` found for ``backend=auto``, or "none".
-
-    For the other arguments, see ``chosen_backend``.
-    """
-    if prefetch is not None or settings.get("_target_") != AUTO:
-        return prefetch or "none"
-    tuned = _tuned(settings, open_model(folder), choice, experts_k)
-    return "none" if tuned is None else tuned.prefetch
+    return Chosen(made.settings | {"mirrors": settings.get("mirrors", [])}, policy)
 
 
 def check_automatic(settings: Mapping[str, Any]) -> None:
@@ -99,27 +109,28 @@ def tuned_file(choice: ModelChoice) -> TunedFile:
     return TunedFile(cache_folder(choice) / "tuned.json")
 
 
-def _tuned(settings: Mapping[str, Any], files: ModelFiles, choice: ModelChoice, experts_k: int | None) -> Tuned | None:
-    """Return the result of ``task=tune`` for a model; None without one."""
-    k = files.config.experts_per_token if experts_k is None else experts_k
-    return tuned_file(choice).get(files.folder, settings.get("variant"), k)
-
-
-def _within_memory(
-    tuned: Tuned,
+def _tuned(
     files: ModelFiles,
     settings: Mapping[str, Any],
+    choice: ModelChoice,
     experts_k: int | None,
     prompt_cache_gib: float | None,
 ) -> Tuned | None:
-    """Return ``tuned`` with slots for the memory that is free now; None if it has no room. See ``chosen_backend``."""
-    variant = settings.get("variant")
+    """Return the result of ``task=tune``, with slots for the memory that is free now; None if there is none that fits.
+
+    For the other arguments, see ``chosen``.
+    """
+    variant, k = settings.get("variant"), files.config.experts_per_token if experts_k is None else experts_k
+    found = tuned_file(choice).get(files.folder, variant, k)
+    if found is None:
+        return None
     memory = min(usable_memory(), available_memory()) - prompt_cache_bytes(prompt_cache_gib)
+    column = files.variant(variant).layout.bytes_in_all_layers
     try:
         room, experts = room_for_experts(files, memory, variant, experts_k)
     except InputError:
-        room, experts = 0, files.variant(variant).layout.bytes_in_all_layers * files.config.num_experts
-    return tuned.within(room, files.variant(variant).layout.bytes_in_all_layers, experts)
+        room, experts = 0, column * files.config.num_experts
+    return found.within(room, column, experts)
 
 
 def _shown(estimate: Estimate) -> str:
