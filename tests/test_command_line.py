@@ -49,6 +49,12 @@ def test_every_spelling_sets_backend_and_k(arguments: list[str]) -> None:
     assert config.experts_k == 4
 
 
+def test_a_store_of_another_package_gets_no_options_of_the_default_backend() -> None:
+    config = composed("backend._target_=your_package.PlainStore", "backend.slots=4")
+    assert (config.backend["_target_"], config.backend["slots"]) == ("your_package.PlainStore", 4)
+    assert "threads" not in config.backend
+
+
 def test_no_arguments() -> None:
     config = composed()
     assert (config.task.name, config.model.name, config.experts_k) == ("generate", "demo", None)

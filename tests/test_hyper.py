@@ -20,11 +20,12 @@ from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.tables import StoredTensor, TablePart
 from flashmoe_mlx.layers.ngrams import NgramHash
 from flashmoe_mlx.layers.phases import PhaseClock
-from flashmoe_mlx.models.registry import parse_config
+from flashmoe_mlx.models.registry import families, parse_config
 from flashmoe_mlx.moe.context import ForwardContext
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.verify import verify_pack
 from flashmoe_mlx.pack.writer import pack_checkpoint
+from flashmoe_mlx.research.estimate.sizes import table_bytes
 from flashmoe_mlx.stores.rows import RowStore
 
 GEOMETRY = HYPER_GEOMETRIES["hyper"]
@@ -225,6 +226,11 @@ def test_guesses_by_routers_are_refused(checkpoint: Path) -> None:
     assert caught.value.code == "invalid_value"
     with flashmoe_mlx.load(checkpoint, prefetch="previous_token") as engine:
         assert np.isfinite(engine.logits(TOKENS)).all()
+
+
+def test_an_estimate_counts_the_table() -> None:
+    published = next(family.published for family in families() if "qwen4_exp" in family.model_types)
+    assert table_bytes(parse_config(published["Qwen/Qwen3.8-Flash-Next"])) == 320_001_536 * 160 * 2
 
 
 def test_missing_rows_of_a_table_are_named(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def generate_answer(
         view.show_status(measured(generation.metrics, done, max_context, f"reading the prompt: {done:,} of {total:,}"))
 
     complete: RequestOptions = {**options, "tools": tools}
+    if tools:
+        complete["tool_choice"] = "auto"  # enforces names and types of arguments
     generation = engine.generate(messages, on_prefill=on_prefill, **complete)
     reader = _Reader(engine, tools)
     answer = Answer()

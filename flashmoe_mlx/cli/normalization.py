@@ -43,6 +43,9 @@ def normalize_argv(arguments: Sequence[str]) -> list[str]:
         else _override(override.key, override.value, tasks, line.sweeps)
         for override in line.overrides
     ]
+    keys = {override.key for override in line.overrides}
+    if "backend._target_" in keys and not keys & {"backend", "experiment"}:
+        overrides.insert(0, "backend=auto")  # it has no option that a store of another package could lack
     return overrides + [expand_home(option) for option in line.options]
 
 

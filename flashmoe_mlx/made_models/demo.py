@@ -15,6 +15,8 @@ from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.pack.quantize import QUANTIZERS
 from flashmoe_mlx.pack.writer import add_variants
 
+__all__ = ["demo_folder", "demo_has", "demo_with_variants"]
+
 _VARIANT = re.compile(r"q(\d)(?:-(\w+))?")
 
 

@@ -36,7 +36,7 @@ from flashmoe_mlx.research.estimate.prediction import (
     tolerance,
     what_ifs,
 )
-from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes
+from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes, table_bytes
 from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.tasks.shared.automatic import machine_profile, stored_profile, usable_memory
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice
@@ -273,7 +273,8 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         folder: the cache folder, on whose file system free space is counted.
     """
     geometry, need = model.config, model.need
-    pack = model.expert_bytes + resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
+    resident = resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
+    pack = model.expert_bytes + resident + table_bytes(geometry)
     yield (
         f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits if model.layout is None else round(model.layout.code_bits, 2)} bits"

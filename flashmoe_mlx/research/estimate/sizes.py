@@ -53,6 +53,11 @@ def resident_bytes(config: ModelConfig, bits: int, scale_bytes: int = 2, group_s
     return total
 
 
+def table_bytes(config: ModelConfig, value_bytes: int = 2) -> int:
+    """Compute the bytes on disk of the tables, which a pack keeps as they are published; dense in bf16 by default."""
+    return sum(table.rows * table.columns * value_bytes for table in config.tables)
+
+
 @dataclass(frozen=True)
 class MemoryNeed:
     """Bytes of memory that a model needs before it keeps any expert.

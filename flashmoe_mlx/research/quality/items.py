@@ -106,7 +106,7 @@ def _jsonschema() -> ModuleType:
         return importlib.import_module("jsonschema")
     except ImportError:
         raise InputError(
-            "items with a schema need the package jsonschema: pip install 'jsonschema>=4.23'",
+            "items with a schema need jsonschema: pip install 'flashmoe_mlx[evaluate]'",
             code="missing_package",
         ) from None
 
