@@ -61,7 +61,7 @@ def store(key: str, code: bytes) -> None:
 
 
 def keep_modules_of_mlx(architecture: str) -> None:
-    """Make MLX keep what it compiles for a GPU of ``architecture`` in the user's cache folder.
+    """Make MLX keep compiled kernels for a GPU of ``architecture`` in the user's cache folder.
 
     MLX's default is the system's folder for temporary files, which loses them at a restart and which all users share. A
     folder that ``MLX_PTX_CACHE_DIR`` names stays. MLX reads the variable when it compiles for the first time.

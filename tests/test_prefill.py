@@ -1,6 +1,9 @@
 """Prompts: blocks of tokens, one pass over their experts, chunks chosen by free memory."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,3 +190,21 @@ def test_experts_of_few_and_of_many_tokens_are_applied_apart(monkeypatch: pytest
     expected = routed_reference.routed_experts(x, slab, mx.array(rows), weights, form)
     for found in (together, apart):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("tokens", [8192, 12_000])
+def test_peak_memory_is_as_estimated(tokens: int, tmp_path: Path) -> None:
+    """The peak of a process that reads a long prompt is within 10 % of the estimate of ``task=estimate``."""
+    sizes = replace(
+        TINY, num_layers=4, hidden_size=4096, num_heads=2, num_kv_heads=1, expert_size=128, shared_expert_size=128,
+        max_context=40_000,
+    )  # fmt: skip
+    pack = synthetic_pack("long", sizes, tmp_path).folder
+    tool = Path(__file__).parents[1] / "tools" / "measure_prefill.py"
+    command = [sys.executable, str(tool), "--pack", str(pack), "--tokens", str(tokens), "--memory"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    count, _, _, peak, estimate, ratio, _ = [float(cell) for cell in shown.splitlines()[2].strip("| ").split("|")]
+    assert count == tokens
+    assert estimate > 0.3, "the program itself takes most of the memory"
+    assert 0.9 <= ratio <= 1.1, f"{peak} GB, estimated {estimate} GB"

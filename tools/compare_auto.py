@@ -9,6 +9,8 @@ the page cache of this process, or by a ballast.
 """
 
 import argparse
+import time
+from collections import Counter
 from pathlib import Path
 from statistics import median
 
@@ -33,9 +35,10 @@ def main() -> None:
     parser.add_argument("pack", type=Path)
     parser.add_argument("--memory-gib", type=float, required=True, help="memory of the run")
     parser.add_argument("--probe", type=Path, required=True, help="file with the measurements of this machine")
-    parser.add_argument("--only", default="", help="comma-separated beginnings of settings to run; default: all")
+    parser.add_argument("--only", default="", help="comma-separated parts of the names of settings to run")
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=600, help="time after which no trial begins")
     arguments = parser.parse_args()
     profile = MachineProfile.load(arguments.probe)
     if profile is None:
@@ -47,17 +50,23 @@ def main() -> None:
     expected = f"{made.estimate.backend}, prefetch={made.prefetch}, {made.estimate.tokens_per_second:.3g} tok/s"
     room, size = room_for_experts(files, memory)
     by_hand = candidates(None, None, size, room)
-    wanted = tuple(filter(None, arguments.only.split(",")))
+    wanted = arguments.only.split(",")
     settings = [
         Configuration("auto", made.settings, None, made.prefetch),
-        *(setting for setting in by_hand if not wanted or setting.label.startswith(wanted)),
+        *(setting for setting in by_hand if any(part in setting.label for part in wanted)),
     ]
     plan = Plan(arguments.pack, settings, ["rotating"], PROMPTS, True, arguments.tokens, arguments.rounds, "auto")
     trials: list[Trial] = []
     with memory_cap(arguments.memory_gib) as cap:
         left_out = find_unavailable(plan)
         failures: dict[str, str] = dict(left_out)
-        trials += run_trials(plan, [], str, failures)
+        end = time.monotonic() + arguments.seconds
+        for trial in run_trials(plan, [], str, failures):
+            trials.append(trial)
+            if time.monotonic() > end:
+                break
+    complete = Counter(trial.round for trial in trials)
+    trials = [trial for trial in trials if complete[trial.round] == complete[0]]
     print(f"{size / 1e9:.1f} GB of experts, {cap}; auto: {expected} expected\n")
     print("| configuration | tok/s, rounds | median | times auto | hits | MB per token |\n|---|---|---|---|---|---|")
     summaries = {summary.setting: summary for summary in summarize(trials)}

@@ -92,7 +92,7 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
             f"started early, {_shown(wasted, '.3g')} MB/token wasted"
         )
     if metrics["forced_tokens"]:
-        yield f"constraint: {metrics['forced_tokens']} tokens were forced, and needed no decode step of their own"
+        yield f"constraint: {metrics['forced_tokens']} tokens were forced, and needed no decode step"
     if metrics["sampling"] is not None:
         yield f"sampling: {metrics['sampling']['description']}"
     yield f"peak memory {metrics['process_peak_bytes'] / 1e9:.2f} GB"

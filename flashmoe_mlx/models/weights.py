@@ -107,7 +107,7 @@ class ResidentWeights:
         found = np.frombuffer(read_extents([tensor.extent]), np.int64) if tensor.dtype == "I64" else None
         if found is None or not np.array_equal(found, expected):
             raise PackError(
-                f"{name}: its values are not those that follow from config.json; the checkpoint needs another version",
+                f"{name}: its values do not follow from config.json; the checkpoint needs another version",
                 code="unsupported_arithmetic",
             )
 

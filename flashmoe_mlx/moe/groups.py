@@ -72,7 +72,7 @@ class ExpertGroups:
 
     @property
     def distinct(self) -> list[int]:
-        """The experts to fetch, in ascending order: all chosen experts, or those that the store serves."""
+        """The experts to fetch, in ascending order: all chosen experts, or the chosen experts that the store serves."""
         chosen, share = np.unique(self.chosen), self.store.share
         if share is not None:
             chosen = chosen[share.owned(self.layer, self.store.source.num_experts)[chosen]]

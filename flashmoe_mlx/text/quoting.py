@@ -2,7 +2,7 @@
 
 Otherwise a user, or a file that a tool reads, could end a turn and write the next one. An occurrence gets a mark after
 its first character before the template is rendered. The output is encoded in parts that end at the marks, so no part
-holds the name of an added token, except for those that the template wrote.
+holds the name of an added token, except for the names that the template wrote.
 """
 
 import re

@@ -138,7 +138,7 @@ class ToolSchemas:
         return {**definitions, **self._resolved(function, self._declared(function).get(name))}
 
     def _resolved(self, function: str, schema: Any) -> dict[str, Any]:
-        """Return ``schema``, or what it refers to, as an object."""
+        """Return ``schema``, or the schema that its ``$ref`` names, as an object."""
         if not isinstance(schema, Mapping):
             return {}
         target = _Reader(self._schemas.get(function)).target(schema.get("$ref"))
