@@ -1,7 +1,10 @@
 """Experts shared by several processes, which MLX connects in a ring: the same logits and tokens as in one process."""
 
 import json
+import signal
+import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +149,52 @@ def test_a_node_ends_if_another_one_is_gone(
         assert len(lines) == 1, errors
         expected = "was lost" if name == "SIGKILL" else "no answer from another node for 1.5 s"
         assert expected in lines[0]
+    finally:
+        for node in nodes:
+            node.kill()
+            node.communicate()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGSTOP"])
+def test_node_0_serves_and_reports_a_lost_node(name: str, tiny_pack: Path, tmp_path: Path) -> None:
+    httpx2 = pytest.importorskip("httpx2")
+    with flashmoe_mlx.load(tiny_pack) as engine:
+        request = {"raw": True, "max_tokens": 24}
+        expected = "".join(piece.text for piece in engine.generate("abcdefgh", **request))
+    options = ["task=serve", f"model.path={tiny_pack}", "server.port=0", "nodes.timeout=3", "prompt_cache_gib=0.01"]
+    command = ["-m", "flashmoe_mlx", *options, "hydra.run.dir=run-{rank}"]
+    nodes = ring.start(2, command, tmp_path, FLASHMOE_INSTRUCTIONS="auto")
+    try:
+        assert nodes[0].stderr is not None
+        first = nodes[0].stderr.readline()
+        while "listening on " not in first:
+            first = nodes[0].stderr.readline()
+        with httpx2.Client(base_url=first.partition("listening on ")[2].strip(), timeout=60) as client:
+            body = {"model": "any", "prompt": "abcdefgh", "max_tokens": 24, "temperature": 0}
+            deadline = time.monotonic() + 60
+            while (answer := client.post("/v1/completions", json=body)).status_code == 503:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["choices"][0]["text"] == expected
+            endless = {**body, "max_tokens": 200, "min_tokens": 200, "stream": True}
+            with client.stream("POST", "/v1/completions", json=endless) as stream:
+                next(stream.iter_lines())  # then the client leaves
+            assert client.post("/v1/completions", json=body).json()["choices"][0]["text"] == expected
+            with client.stream("POST", "/v1/completions", json=endless) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                nodes[1].send_signal(signal.Signals[name])
+                rest: list[str] = []
+                with suppress(httpx2.RemoteProtocolError):  # the server ends a failed stream without its last part
+                    for line in lines:
+                        rest.append(line)  # noqa: PERF402  # the lines before the end
+            assert any("node_lost" in line or "node_timeout" in line for line in rest), rest[-3:]
+        _, errors = nodes[0].communicate(timeout=30)
+        assert nodes[0].returncode == 1
+        assert "flashmoe_mlx: " in errors
+        assert json.loads((tmp_path / "run-0" / "failure.json").read_text())["code"] in ("node_lost", "node_timeout")
     finally:
         for node in nodes:
             node.kill()

@@ -1,7 +1,10 @@
 """Well-known clients against a live server, each as its users call it; they need the extra ``clients``."""
 
+import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +34,17 @@ BOUGHT = "I bought 6 pieces of cider for 12 coins."
 SUM, ANSWER = "What is 17 plus 25?", "17 plus 25 is 42."
 PERSON = "Mabel has no boat. There are 6 coins in Mabel's bag. Write JSON."
 GREEDY = {"temperature": 0}
+AGENTS = Path(__file__).parents[1] / "tools" / "agents"
+
+
+def documented(live: Live, section: str, kind: str) -> str:
+    """Return the lines of docs/serve.md for a client of ``live``."""
+    spec = importlib.util.spec_from_file_location("documented", AGENTS / "documented.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.documented(section, kind, live.url, "demo"))
 
 
 def person() -> Any:
@@ -183,18 +197,17 @@ class TestAnthropic:
         assert refused.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize(("section", "package"), [("OpenAI SDK", "openai"), ("Anthropic SDK", "anthropic")])
+def test_documented_lines_of_sdks(live: Live, section: str, package: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(package)
+    exec(compile(documented(live, section, "python"), "docs/serve.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_llm(live: Live, tmp_path: Path) -> None:
+    """The models are those of docs/serve.md."""
     pytest.importorskip("llm")
-    models = [
-        {
-            "model_id": "local",
-            "model_name": "demo",
-            "api_base": f"{live.url}/v1",
-            "supports_tools": True,
-            "supports_schema": True,
-        }
-    ]
-    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))  # JSON is YAML
+    (tmp_path / "extra-openai-models.yaml").write_text(documented(live, "llm", "yaml"))
     environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
 
     def ask(*arguments: str) -> str:
@@ -316,7 +329,7 @@ LM_EVAL_QUESTIONS = [
 
 @pytest.mark.parametrize("backend", ["huggingface", "remote"])
 def test_lm_eval(live: Live, demo_pack: Path, tmp_path: Path, backend: str) -> None:
-    """The log-likelihoods of ``lm_eval`` equal those of the logits; the program may have an environment apart."""
+    """The log-likelihoods of the documented command equal those of the logits; lm-eval may be anywhere on PATH."""
     places = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     program = shutil.which("lm_eval", path=places)
     if program is None:
@@ -324,10 +337,11 @@ def test_lm_eval(live: Live, demo_pack: Path, tmp_path: Path, backend: str) -> N
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps(question) + "\n" for question in LM_EVAL_QUESTIONS))
     (tmp_path / "sums.yaml").write_text(LM_EVAL_TASK.replace("QUESTIONS", str(questions)))
-    model = f"model=demo,base_url={live.url}/v1/completions,num_concurrent=1,max_retries=1,tokenizer_backend={backend}"
-    if backend == "huggingface":
-        model += f",tokenizer={demo_pack}"
-    command = [program, "--model", "local-completions", "--model_args", model, "--tasks", "sums"]
+    words = shlex.split(documented(live, "lm-eval", "sh").replace("\\\n", " "))
+    found = {"TASK": "sums", "lm_eval": program}
+    command = [found.get(word, word).replace("=my-pack", f"={demo_pack}") for word in words]
+    if backend == "remote":
+        command = [re.sub("=huggingface,tokenizer=[^,]+", "=remote", word) for word in command]
     command += ["--include_path", str(tmp_path), "--log_samples", "--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

@@ -12,6 +12,8 @@ from flashmoe_mlx.cli.task_keys import config_class, keys_of, names_in_group, ta
 from flashmoe_mlx.errors import InputError
 
 _KEY = re.compile(r"^(?P<indent> *)(?P<key>\w+): *(?P<default>\[.*?\]|.*?)(?: +# (?P<about>.*))?$", re.MULTILINE)
+_INCLUDED = re.compile(r"^  - /(\w+)$", re.MULTILINE)
+"""Matches a file of shared keys in the defaults of a task."""
 _EXAMPLE = "Example: "
 _TYPES = {
     int: "int",
@@ -51,8 +53,9 @@ def _lines(task: str, backend: str | None) -> Iterator[str]:
     yield "flashmoe_mlx: run Mixture-of-Experts models larger than memory\n"
     yield "  python -m flashmoe_mlx [task=NAME] [key=value ...]       key=value and +key=value mean the same\n"
     yield f"task={task}: {_summary('task', task)}"
-    shared = _described("", "answer.yaml") | _described("", "generation.yaml")
-    described = shared | _described("task", f"{task}.yaml")
+    described = _described("task", f"{task}.yaml")
+    for name in _INCLUDED.findall(_text("task", f"{task}.yaml")):
+        described |= _described("", f"{name}.yaml")
     keys = keys_of(task)
     for key, hint in _typed_keys(config_class(task)):
         if key in described:

@@ -121,8 +121,8 @@ class Leader:
     def _beat(self) -> None:
         while not self._closed.wait(self._nodes.watchdog.timeout / _BEATS):
             with self._nodes.lock:
-                if self._closed.is_set():
-                    return
+                if self._closed.is_set() or self._nodes.lost is not None:
+                    return  # the thread of the engine has the error
                 try:
                     self._order("nothing")
                 except NodeLostError as error:

@@ -62,12 +62,13 @@ class Nodes:
         share: the experts of this node.
         watchdog: watches the waits.
         lock: held by the leader from an order to the end of its pass.
+        lost: the error after which the group cannot continue; None before it.
     """
 
     def __init__(self, weights: tuple[float, ...] | None = None, timeout: float = 60.0) -> None:
         backend = next(name for variable, name in _VARIABLES.items() if variable in os.environ)
         self.watchdog = Watchdog(timeout)
-        self._lost: NodeLostError | None = None
+        self.lost: NodeLostError | None = None
         with self._waiting("the start of all nodes"):
             self._group = mx.distributed.init(strict=True, backend=backend)
         size = self._group.size()
@@ -94,19 +95,19 @@ class Nodes:
 
     @contextmanager
     def _waiting(self, reason: str) -> Iterator[None]:
-        if self._lost is not None:
-            raise self._lost  # another collective would wait for ever
+        if self.lost is not None:
+            raise self.lost  # another collective would wait for ever
         with self.watchdog.waiting(reason):
             try:
                 yield
             except RuntimeError as error:
                 if not _OF_MLX.search(str(error)):
                     raise
-                self._lost = NodeLostError(
+                self.lost = NodeLostError(
                     f"the connection to another node was lost while waiting for {reason} ({error}); see the output of "
                     "the other nodes, and start all of them again"
                 )
-                raise self._lost from error
+                raise self.lost from error
 
     def _sum(self, values: mx.array) -> mx.array:
         return mx.distributed.all_sum(values, group=self._group)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.scheduler import Scheduler
 from flashmoe_mlx.generation.sequence import Sequence as GeneratedSequence
+from flashmoe_mlx.nodes.errors import NodeLostError
 from flashmoe_mlx.server.answer import Answer
 from flashmoe_mlx.server.errors import ApiError, as_api_error
 from flashmoe_mlx.server.events import Event, Failed, Finished, Started, Usage
@@ -113,6 +114,11 @@ class Worker:
             self._changed.notify()
             return True
 
+    def fail(self, error: Exception) -> None:
+        """Tell the clients of all answers about ``error``, from another thread, because the process is about to end."""
+        for answer in [*self._waiting, *(answer for answer, _ in list(self._active.values()))]:
+            self._end(answer, Failed(as_api_error(error)))
+
     def _run(self) -> None:
         try:
             engine = self.engine = self._load()
@@ -194,6 +200,8 @@ class Worker:
         try:
             with engine.runner.exclusive():
                 changed = scheduler.step()
+        except NodeLostError:
+            raise  # no later step can succeed
         except Exception as error:
             _log.exception("a step failed")
             for answer, _ in self._active.values():

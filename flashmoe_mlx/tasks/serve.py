@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import threading
+import time
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from flashmoe_mlx.engine import Engine, load
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.untrusted import read_text
+from flashmoe_mlx.nodes.errors import NodeLostError
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.stores.registry import backend_settings
@@ -26,6 +28,8 @@ from flashmoe_mlx.tasks.shared.nodes import follow, joined_nodes
 _log = logging.getLogger(__name__)
 _KEY_VARIABLE = "FLASHMOE_API_KEY"
 _LARGEST_KEY_FILE = 2**16
+_SENDING = 0.5
+"""Seconds to send errors to clients before the process ends."""
 _RANGES = {"port": (0, 65_535), "queue": (1, 10_000), "together": (1, 256), "stop_seconds": (0, 86_400)}
 """The smallest and the largest value of every number in ``ServerConfig``."""
 
@@ -104,7 +108,17 @@ def run(config: Config, run_dir: Path) -> None:
                 show(line)
 
         show(f"loading {name}; listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        HttpServer(Service(load_engine, settings), policy, options.stop_seconds).run(listener, ready)
+        service = Service(load_engine, settings)
+        if nodes is not None:
+            record_loss = nodes.watchdog.on_lost
+
+            def lost(error: NodeLostError) -> None:
+                record_loss(error)
+                service.worker.fail(error)
+                time.sleep(_SENDING)
+
+            nodes.watchdog.on_lost = lost
+        HttpServer(service, policy, options.stop_seconds).run(listener, ready)
     show(f"record: {run_dir}")
 
 

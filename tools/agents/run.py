@@ -5,13 +5,14 @@
     python tools/agents/run.py agents/node_modules/.bin [--only claude codex]  # installs nothing itself
 
 The server is ``scripted.py``: its logits are scripted, but templates, parsers, caches, and streams are real. Each agent
-gets a new home and a folder with the file. Codex runs without its sandbox, which containers often lack. Nothing keeps
-the agents from the network.
+gets the lines of docs/serve.md, a new home, and a folder with the file. Codex runs without its sandbox, which
+containers often lack. Nothing keeps the agents from the network.
 """
 
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import tempfile
 import time
@@ -19,44 +20,41 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from documented import documented
 from scripted import scripted_server
 
 _QUESTION = "Read the file {path} and tell me the password in it."
 _PASSWORD = "heron-4711"  # noqa: S105  # not a secret
 _SECONDS = 150
+_NAME = "scripted"
 
 
 def command(agent: str, base: str, question: str, home: Path) -> tuple[list[str], dict[str, str]]:
     """Return the command line and variables of an agent, after writing its configuration to ``home``."""
     match agent:
         case "claude":
-            return [agent, "-p", question, "--allowedTools", "Read"], {
-                "ANTHROPIC_BASE_URL": base,
-                "ANTHROPIC_AUTH_TOKEN": "x",
-                "ANTHROPIC_MODEL": "scripted",
-            }
+            line, variables = _split(documented("Claude Code", "sh", base, _NAME))
+            return [*line, "-p", question, "--allowedTools", "Read"], variables
         case "codex":
-            provider = f'name = "local"\nbase_url = "{base}/v1"\nwire_api = "responses"\n'
-            config = f'model = "scripted"\nmodel_provider = "local"\n[model_providers.local]\n{provider}'
-            _write(home / ".codex" / "config.toml", config)
+            _write(home / ".codex" / "config.toml", documented("Codex", "toml", base, _NAME))
             sandbox = "--dangerously-bypass-approvals-and-sandbox"  # containers often have no sandbox
             return [agent, "exec", "--skip-git-repo-check", sandbox, question], {}
         case "opencode":
-            provider = {
-                "npm": "@ai-sdk/openai-compatible",
-                "options": {"baseURL": f"{base}/v1"},
-                "models": {"scripted": {}},
-            }
-            _write(home / ".config" / "opencode" / "opencode.json", json.dumps({"provider": {"local": provider}}))
-            return [agent, "run", "-m", "local/scripted", question], {}
+            config = documented("opencode", "json", base, _NAME)
+            _write(home / ".config" / "opencode" / "opencode.json", config)
+            return [agent, "run", "-m", f"local/{_NAME}", question], {}
         case "qwen":
-            return [agent, "--auth-type", "openai", "-p", question], {
-                "OPENAI_BASE_URL": f"{base}/v1",
-                "OPENAI_API_KEY": "x",
-                "OPENAI_MODEL": "scripted",
-            }
+            line, variables = _split(documented("Qwen Code", "sh", base, _NAME))
+            return [*line[:-1], question], variables
         case _:
             raise ValueError(agent)
+
+
+def _split(code: str) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the variables before it in a line for a shell."""
+    words = shlex.split(code)
+    variables = dict(word.split("=", 1) for word in words if word.split("=")[0].isupper())
+    return words[len(variables) :], variables
 
 
 def _write(path: Path, text: str) -> None:
