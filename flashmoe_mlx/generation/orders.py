@@ -22,7 +22,7 @@ class Orders:
 
     def __init__(self, nodes: Nodes | None) -> None:
         self._nodes = nodes
-        self.leader = Leader(nodes) if nodes is not None and nodes.rank == 0 else None
+        self.leader: Leader | None = Leader(nodes) if nodes is not None and nodes.rank == 0 else None
         self.lazy = False
 
     @property

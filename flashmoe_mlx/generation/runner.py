@@ -79,7 +79,7 @@ class Runner:
         self._ahead = StepsAhead(model, store, clock, self.meter, nodes)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
-        self.orders = Orders(nodes)
+        self.orders: Orders = Orders(nodes)
         """The orders of node 0, where several nodes share the experts."""
         self._in_pass = False
         self._ended: list[Sequence] = []

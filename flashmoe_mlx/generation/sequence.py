@@ -99,9 +99,9 @@ class Sequence:
             on_finish: called once, when the sequence ends without an error.
         """
         self.request = request
-        self.cache = cache
+        self.cache: SequenceCache = cache
         self.ahead: Step | None = None
-        self.prefilled = 0
+        self.prefilled: int = 0
         self.prefill_chunk = prefill_chunk
         self.keep_at: dict[int, Kind] | None = None
         self.kept: dict[int, Checkpoint] = {}

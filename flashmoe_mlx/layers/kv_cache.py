@@ -145,13 +145,14 @@ class IndexedCache(KVCache):
     def restore(self, snapshot: KVCache) -> None:
         """Return to the state of ``snapshot``."""
         assert isinstance(snapshot, IndexedCache)
-        copy = snapshot.snapshot()
-        self.keys, self.values, self.length = copy.keys, copy.values, copy.length
-        self.index_keys, self.block_keys = copy.index_keys, None
+        super().restore(snapshot)
+        self.index_keys = None if snapshot.index_keys is None else copied(snapshot.index_keys)
+        self.block_keys = None
 
     def trim(self, length: int) -> None:
         """Keep the first ``length`` tokens; the next tokens overwrite the rest."""
-        self.length, self.block_keys = length, None
+        super().trim(length)
+        self.block_keys = None
 
     def rewind(self, mark: int) -> None:
         """Keep the first ``mark`` tokens."""

@@ -67,7 +67,7 @@ class Nodes:
 
     def __init__(self, weights: tuple[float, ...] | None = None, timeout: float = 60.0) -> None:
         backend = next(name for variable, name in _VARIABLES.items() if variable in os.environ)
-        self.watchdog = Watchdog(timeout)
+        self.watchdog: Watchdog = Watchdog(timeout)
         self.lost: NodeLostError | None = None
         with self._waiting("the start of all nodes"):
             self._group = mx.distributed.init(strict=True, backend=backend)
@@ -79,8 +79,8 @@ class Nodes:
                 f"nodes.weights={list(weights)}: {len(weights)} weights for {size} nodes", code="invalid_weights"
             )
         self.backend = backend
-        self.share = Share(self._group.rank(), weights)
-        self.lock = threading.RLock()
+        self.share: Share = Share(self._group.rank(), weights)
+        self.lock: threading.RLock = threading.RLock()
         self._asked: Callable[[], bool] = lambda: False
 
     @property

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import LayerLayouts
-from flashmoe_mlx.formats.shares import count_served, not_served, share_of
+from flashmoe_mlx.formats.shares import Share, count_served, not_served, share_of
 from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
@@ -186,7 +186,7 @@ class ExpertStore(ABC):
     def __init__(self, source: ExpertSource, slots: int) -> None:
         SLOTS.check("slots", slots)
         self.source = source
-        self.share = share_of(source)
+        self.share: Share | None = share_of(source)
         """The experts that this store serves, where several nodes share the experts; None for all."""
         self.slots = slots
         self._stats = StoreStats()

@@ -34,9 +34,9 @@ class RowStore:
         self._parts = parts
         self._ends = np.cumsum([part.rows for part in parts])
         self._files = FileDescriptorCache(open_for_reading)
-        self.rows_read = 0
+        self.rows_read: int = 0
         """The number of rows that were read."""
-        self.bytes_read = 0
+        self.bytes_read: int = 0
         """The bytes of these rows."""
 
     @property

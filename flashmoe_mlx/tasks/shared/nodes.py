@@ -16,7 +16,7 @@ from flashmoe_mlx.tasks.shared.keys import NodesConfig, NodesKeys, cache_options
 from flashmoe_mlx.tasks.shared.model import model_folder
 from flashmoe_mlx.tasks.shared.run_directory import FAILURE
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 _TIMEOUT = (1.0, 86_400.0)
 
 
@@ -67,7 +67,7 @@ def follow(config: NodesConfig, nodes: Nodes, run_dir: Path) -> None:
             **cache_options(config),
         )
     with loaded as engine:
-        log.info("model %s, %s", folder, engine.setup)
+        _log.info("model %s, %s", folder, engine.setup)
         engine.follow()
         stats = engine.store.stats()
         record = {"store_total": {name: getattr(stats, name) for name in stats.__dataclass_fields__}}
