@@ -181,3 +181,9 @@ def test_the_wheel_lists_every_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(project["tool"]["setuptools"]["packages"])
     assert {name for name, path in MODULES.items() if path.name == "__init__.py"} <= listed
+
+
+def test_the_version_of_the_package_has_one_source() -> None:
+    """A checkout that is not installed has no metadata; ``flashmoe_mlx.__version__`` knows that."""
+    asking = [name for name, path in MODULES.items() if re.search(r'version\("flashmoe', path.read_text())]
+    assert asking == ["flashmoe_mlx"]

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx import __version__
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
 from flashmoe_mlx.models.decoder import Model
@@ -49,7 +50,7 @@ def compare(folder: Path, setup: Mapping[str, Any], store: ExpertStore, nodes: N
     settings = {name: setup.get(name) for name in _COMPARED}
     kernels = {name: _LOCAL.sub("", str(used)) for name, used in setup["kernels"].items()}
     facts = {
-        "flashmoe_mlx": version("flashmoe-mlx"),
+        "flashmoe_mlx": __version__,
         "mlx": version("mlx"),
         "the model": _identity(folder),
         "nodes.weights": list(share.weights),

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx import __version__
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.prompt_cache import files
 from flashmoe_mlx.generation.prompt_cache.files import KEYS_AND_VALUES, SETTINGS, UNREADABLE
@@ -289,7 +290,7 @@ def open_disk(folder: Path, gib: float, model_folder: Path, setup: Mapping[str, 
     numbers = ("experts_k", "experts", "activations", "kernels", "replaced_kernels", "kv_bits")
     settings = {
         "files": contents,
-        "numerics": [version("mlx"), version("flashmoe-mlx"), str(mx.default_device()), str(model.dtype)],
+        "numerics": [version("mlx"), __version__, str(mx.default_device()), str(model.dtype)],
         **{name: setup.get(name) for name in numbers},
     }
     return Disk(folder, settings, {"model": str(model_folder)}, prompt_cache_bytes(gib), model.new_cache())
