@@ -1,19 +1,14 @@
 """Run Mixture-of-Experts models larger than memory, reading the experts of each token from storage."""
 
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from flashmoe_mlx.version import __version__
 
 if TYPE_CHECKING:
     from flashmoe_mlx.engine import Engine, Generation, Piece, Request, RequestOptions, load
 
 __all__ = ["Engine", "Generation", "Piece", "Request", "RequestOptions", "__version__", "load"]
-
-try:
-    __version__ = version("flashmoe_mlx")
-except PackageNotFoundError:  # a checkout that is not installed
-    __version__ = "0.0.0"
-"""The version of the installed package; "0.0.0" in a checkout that is not installed."""
 
 # In a source checkout three subpackages lie beside this folder, under the names that people look for. An installed
 # package has them inside; this keeps `python -m flashmoe_mlx` working in the checkout, where this folder hides the

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from importlib import import_module
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -208,7 +209,9 @@ def test_every_task_composes_its_defaults(task: str) -> None:
 
 @pytest.mark.parametrize("group", ["backend", "model", "task", "experiment"])
 def test_every_yaml_satisfies_the_types(group: str) -> None:
-    names = [path.stem for path in (Path(__file__).parent.parent / "configs" / group).glob("*.yaml")]
+    names = {path.stem for path in (Path(__file__).parent.parent / "configs" / group).glob("*.yaml")}
+    if "hydra-optuna-sweeper" not in {found.name for found in distributions()}:
+        names.discard("tune")  # Hydra finds no such sweeper; test_tune.py composes it in CI's thorough tests
     assert names
     for name in names:
         composed(f"{group}={name}")

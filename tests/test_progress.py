@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,13 +47,13 @@ def test_a_system_without_threads_has_no_reports(monkeypatch: pytest.MonkeyPatch
 def test_a_load_says_what_it_does(tiny_pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "reports_to", lambda listener: progress.reports_to(listener, after=0))
     heard: list[str] = []
-    real = engine_module.check_kernels
+    real = engine_module.check_model
 
-    def slow(*arguments: object) -> object:
+    def slow(*arguments: Any, **options: Any) -> object:
         time.sleep(0.2)
-        return real(*arguments)  # type: ignore[arg-type]
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(engine_module, "check_kernels", slow)
+    monkeypatch.setattr(engine_module, "check_model", slow)
     with flashmoe_mlx.load(tiny_pack, "resident", on_load=heard.append):
         pass
     assert any(line.startswith(("reading", "checking kernels")) for line in heard)

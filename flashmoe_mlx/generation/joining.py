@@ -7,7 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx import __version__
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
 from flashmoe_mlx.models.decoder import Model
@@ -15,6 +14,7 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.stores.contract import ExpertStore
+from flashmoe_mlx.version import __version__
 
 _COMPARED = ("experts_k", "experts", "activations", "kv_bits", "replaced_kernels", "prompt_cache_bytes")
 """Settings of an engine that must be equal on all nodes."""

@@ -145,13 +145,13 @@ class IndexedCache(KVCache):
     def restore(self, snapshot: KVCache) -> None:
         """Return to the state of ``snapshot``."""
         assert isinstance(snapshot, IndexedCache)
-        super().restore(snapshot)
+        KVCache.restore(self, snapshot)
         self.index_keys = None if snapshot.index_keys is None else copied(snapshot.index_keys)
         self.block_keys = None
 
     def trim(self, length: int) -> None:
         """Keep the first ``length`` tokens; the next tokens overwrite the rest."""
-        super().trim(length)
+        KVCache.trim(self, length)
         self.block_keys = None
 
     def rewind(self, mark: int) -> None:

@@ -225,7 +225,7 @@ class ExpertStore(ABC):
         """
         start = time.perf_counter()
         layer, indices = self._checked(layer, experts)
-        if others := not_served(self.source, layer, indices):
+        if self.share is not None and (others := not_served(self.source, layer, indices)):
             raise ExpertRequestError(
                 f"layer {layer} expert {others[0]} belongs to another node", code="expert_of_another_node"
             )
@@ -265,7 +265,7 @@ class ExpertStore(ABC):
             StoreClosedError: the store was closed, or opened by another process.
         """
         layer, indices = self._checked(layer, experts)
-        if others := not_served(self.source, layer, indices):
+        if self.share is not None and (others := not_served(self.source, layer, indices)):
             indices = [expert for expert in indices if expert not in others]
         self._refuse_other_process()
         with self._lock:

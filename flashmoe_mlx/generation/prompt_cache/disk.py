@@ -20,7 +20,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx import __version__
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.prompt_cache import files
 from flashmoe_mlx.generation.prompt_cache.files import KEYS_AND_VALUES, SETTINGS, UNREADABLE
@@ -29,6 +28,7 @@ from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
 from flashmoe_mlx.generation.prompt_cache.tree import Segment, Stored, Tree
 from flashmoe_mlx.layers.cache import Checkpoint, SequenceCache
 from flashmoe_mlx.models.runnable import RunnableModel
+from flashmoe_mlx.version import __version__
 
 _log = logging.getLogger(__name__)
 _VERSION = 2
