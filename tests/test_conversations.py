@@ -37,17 +37,14 @@ TOOLS = [
 HEADER = "<|im_start|>assistant\n<think>\n"
 
 
-@pytest.fixture(
-    scope="module",
-    params=["bytes", pytest.param("published", marks=pytest.mark.thorough)],
-    ids=["tokens are bytes", "the vocabulary of Qwen3"],
-)
+@pytest.fixture(scope="module")
 def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """A small model with tokens that are bytes, or with a "published" vocabulary."""
     template = published_templates().get(_TEMPLATE)
     if template is None:
         pytest.skip("needs the archive of published templates")
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "published":
+        if getattr(request, "param", "bytes") == "published":
             patch.setattr(synthetic, "write_byte_tokenizer", write_published_tokenizer)
         pack = synthetic.synthetic_pack("talk", replace(TINY, max_context=2**16), tmp_path_factory.mktemp("model"))
     with flashmoe_mlx.load(pack.folder) as opened:
@@ -90,7 +87,11 @@ def size(engine: Engine, text: str) -> int:
 
 
 @pytest.mark.parametrize("returns_reasoning", [True, False])
-@pytest.mark.parametrize("turns", [5, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("engine", "turns"),
+    [("bytes", 5), pytest.param("published", 20, marks=pytest.mark.thorough)],
+    indirect=["engine"],
+)
 def test_turns_of_a_conversation(engine: Engine, turns: int, returns_reasoning: bool) -> None:
     messages: list[dict[str, Any]] = [{"role": "system", "content": f"Be brief. {returns_reasoning} {turns}"}]
     allowed = None
@@ -108,7 +109,11 @@ def test_turns_of_a_conversation(engine: Engine, turns: int, returns_reasoning: 
             messages[-1]["reasoning_content"] = thought
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(30, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    ("engine", "steps"),
+    [("bytes", 6), pytest.param("published", 30, marks=pytest.mark.thorough)],
+    indirect=["engine"],
+)
 def test_a_tool_loop(engine: Engine, steps: int) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Read {steps} files."}]
     for step in range(steps):

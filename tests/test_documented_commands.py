@@ -102,11 +102,12 @@ def test_documented_commands_run(page: Path, tmp_path: Path, demo_pack: Path) ->
     script = "".join(code for code, run in blocks(page) if run)
     # .ci/run runs the installation; servers run until they are stopped, and tests/test_server*.py start them.
     lines = [line for line in script.splitlines() if "-m venv" not in line and "task=serve" not in line]
+    folders = [str(environment), str(Path(sys.executable).parent), os.environ["PATH"]]
     result = subprocess.run(
         ["bash", "-euo", "pipefail"],
         input="\n".join(lines),
         cwd=tmp_path,
-        env={**os.environ, "HOME": str(tmp_path), "PATH": f"{environment}:{os.environ['PATH']}"},
+        env={**os.environ, "HOME": str(tmp_path), "PATH": os.pathsep.join(folders)},
         capture_output=True,
         text=True,
         timeout=280,

@@ -1,12 +1,15 @@
 """The available memory respects the machine, the control groups of the process, and the GPU."""
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
+from systems import needs_linux
 
 from flashmoe_mlx import cgroups
 from flashmoe_mlx.errors import InputError
@@ -117,3 +120,14 @@ def test_the_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_real_gpu() -> None:
     assert memory.slots_on_gpu()
     assert GIB < available_memory() < 2**40
+
+
+@needs_linux
+def test_the_peak_of_a_program_leaves_out_the_program_that_started_it() -> None:
+    program = "from flashmoe_mlx.generation.metrics import process_peak_bytes; print(process_peak_bytes())"
+    parent = (
+        "import subprocess, sys; held = b'x' * (600 << 20)\n"
+        "print(subprocess.run([sys.executable, '-c', sys.argv[1]], check=True, capture_output=True, text=True).stdout)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent, program], check=True, capture_output=True, text=True)
+    assert 0 < int(done.stdout) < 500 << 20
