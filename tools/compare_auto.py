@@ -2,10 +2,10 @@
 
     python tools/compare_auto.py <pack> --memory-gib 4 --probe <folder>/probe.json
 
-The choice is that of the speed model, from the measurements in ``--probe``, which are made if the file does not exist;
-results of ``task=tune`` are not used. The settings chosen by hand are those that ``task=tune`` compares. They run in
-turns, each after another prompt, and in reverse order in every second round. Memory is limited by a control group with
-the page cache of this process, or by a ballast.
+The speed model makes the choice from the measurements in ``--probe``; if that file does not exist, this tool measures
+the machine first. Results of ``task=tune`` are not used. The other settings are the candidates of ``task=tune``. They
+run in turns, each after another prompt, and in reverse order in every second round. Memory is limited by a control
+group with the page cache of this process, or by a ballast.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Measure decoding of a model that waits for its disk, on one process and on several, each with a disk of its own.
+"""Measure how fast one process and several processes decode from slow disks; each process has a separate disk.
 
     python tools/measure_nodes.py --pack <folder> --mb-per-second 100
 

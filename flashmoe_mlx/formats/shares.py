@@ -147,12 +147,9 @@ def served(source: ExpertSource, layer: int) -> Sequence[int]:
     return range(source.num_experts) if share is None else share.experts(layer, source.num_experts)
 
 
-def not_served(source: ExpertSource, layer: int, experts: Sequence[int]) -> list[int]:
-    """Return those of ``experts`` that a store of ``source`` does not serve, because another node owns them."""
-    share = share_of(source)
-    if share is None:
-        return []
-    owned = share.owned(layer, source.num_experts)
+def not_owned(share: Share, layer: int, num_experts: int, experts: Sequence[int]) -> list[int]:
+    """Return the ``experts`` of ``layer`` that other nodes own."""
+    owned = share.owned(layer, num_experts)
     return [expert for expert in experts if not owned[expert]]
 
 

@@ -78,6 +78,10 @@ class HybridConfig(ModelConfig):
 
     def feed_forward(self, layer: int) -> FeedForwardBlock:  # noqa: ARG002  # equal in all layers
         """Return the mixture of experts."""
+        return self.mixture()
+
+    def mixture(self) -> MoeBlock:
+        """Return the mixture of experts of a layer; the weights of a token's routed experts sum to 1."""
         return MoeBlock(self.hidden_size, self.num_experts, self.shared_expert_size, self.rms_norm_eps, self.norm)
 
 

@@ -81,15 +81,7 @@ class HyperConfig(HybridConfig):
 
     def feed_forward(self, layer: int) -> MoeBlock:  # noqa: ARG002  # equal in all layers
         """Return the mixture of experts."""
-        return MoeBlock(
-            self.hidden_size,
-            self.num_experts,
-            self.shared_expert_size,
-            self.rms_norm_eps,
-            self.norm,
-            self.renormalized,
-            normed=False,
-        )
+        return replace(self.mixture(), renormalized=self.renormalized, normed=False)
 
     def ngrams(self, layer: int) -> NgramBlock | None:
         """Return the embeddings of n-grams that are added before ``layer``."""

@@ -6,13 +6,13 @@ The input projections of GatedDeltaNet are two matrices, whose rows are sorted b
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from flashmoe_mlx.formats.fields import Reader, refuse_other_arithmetic
 from flashmoe_mlx.models.config import read_mlp_layers, read_tied
 from flashmoe_mlx.models.family import Family, TensorNames
-from flashmoe_mlx.models.feed_forward import FeedForwardBlock, MlpBlock, MoeBlock
+from flashmoe_mlx.models.feed_forward import FeedForwardBlock, MlpBlock
 from flashmoe_mlx.models.hybrid import HybridConfig, read_sizes, refuse_impossible, write_sizes
 
 _COMPUTED: Mapping[str, tuple[Any, ...]] = {
@@ -46,14 +46,7 @@ class Qwen3NextConfig(HybridConfig):
         """Return the mixture of experts, or an MLP."""
         if layer in self.mlp_layers:
             return MlpBlock(self.hidden_size, self.mlp_size, self.rms_norm_eps, self.norm)
-        return MoeBlock(
-            self.hidden_size,
-            self.num_experts,
-            self.shared_expert_size,
-            self.rms_norm_eps,
-            self.norm,
-            self.renormalized,
-        )
+        return replace(self.mixture(), renormalized=self.renormalized)
 
 
 def _parse_config(published: Mapping[str, Any]) -> Qwen3NextConfig:

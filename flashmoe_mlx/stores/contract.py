@@ -32,7 +32,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.extents import ExpertSource
 from flashmoe_mlx.formats.record import LayerLayouts
-from flashmoe_mlx.formats.shares import Share, count_served, not_served, share_of
+from flashmoe_mlx.formats.shares import Share, count_served, not_owned, share_of
 from flashmoe_mlx.stores.delivery import Arrived, Delivery, ExpertBatch, LayerInMemory
 from flashmoe_mlx.stores.limits import SLOTS, Limit
 
@@ -225,7 +225,7 @@ class ExpertStore(ABC):
         """
         start = time.perf_counter()
         layer, indices = self._checked(layer, experts)
-        if self.share is not None and (others := not_served(self.source, layer, indices)):
+        if self.share is not None and (others := not_owned(self.share, layer, self.source.num_experts, indices)):
             raise ExpertRequestError(
                 f"layer {layer} expert {others[0]} belongs to another node", code="expert_of_another_node"
             )
@@ -265,7 +265,7 @@ class ExpertStore(ABC):
             StoreClosedError: the store was closed, or opened by another process.
         """
         layer, indices = self._checked(layer, experts)
-        if self.share is not None and (others := not_served(self.source, layer, indices)):
+        if self.share is not None and (others := not_owned(self.share, layer, self.source.num_experts, indices)):
             indices = [expert for expert in indices if expert not in others]
         self._refuse_other_process()
         with self._lock:
