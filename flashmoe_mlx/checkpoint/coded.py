@@ -265,7 +265,7 @@ def _unpacked(words: npt.NDArray[np.uint32], bits: int, count: int) -> npt.NDArr
     Codes follow each other from the least significant bit on, also across words.
     """
     word, shift = np.divmod(np.arange(count) * bits, _WORD_BITS)
-    codes = words[word] >> shift.astype(np.uint32)[:, None]
+    codes: npt.NDArray[np.uint32] = words[word] >> shift.astype(np.uint32)[:, None]
     (split,) = np.nonzero(shift + bits > _WORD_BITS)
     codes[split] |= words[word[split] + 1] << (_WORD_BITS - shift[split]).astype(np.uint32)[:, None]
     return (codes & (2**bits - 1)).astype(np.uint8)
