@@ -268,7 +268,7 @@ def _unpacked(words: npt.NDArray[np.uint32], bits: int, count: int) -> npt.NDArr
     codes: npt.NDArray[np.uint32] = words[word] >> shift.astype(np.uint32)[:, None]
     (split,) = np.nonzero(shift + bits > _WORD_BITS)
     codes[split] |= words[word[split] + 1] << (_WORD_BITS - shift[split]).astype(np.uint32)[:, None]
-    return (codes & (2**bits - 1)).astype(np.uint8)
+    return (codes & ((1 << bits) - 1)).astype(np.uint8)
 
 
 def _interleaved(words: npt.NDArray[np.uint32], first: int, count: int) -> npt.NDArray[np.uint8]:
