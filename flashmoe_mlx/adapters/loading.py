@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from flashmoe_mlx.adapters.records import AnyFormat, NamedLayout, components_of
 from flashmoe_mlx.adapters.switches import Pass, Switch, attach, component_types, find_switches
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.formats.arrays import MLX_DTYPES
 from flashmoe_mlx.formats.extents import Extent
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
@@ -46,12 +48,39 @@ class Loaded:
     sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]]
 
 
-def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded:
+@dataclass(frozen=True)
+class PackedTensors:
+    """The tensors of a pack of a model of MLX-LM, under the names of the model's parameters.
+
+    Attributes:
+        resident: the file of the resident weights.
+        layout: the layout of the records.
+        num_experts: the number of experts in a layer.
+    """
+
+    resident: Path
+    layout: LayerLayouts
+    num_experts: int
+
+    def tensors(self, switches: Sequence[Switch]) -> dict[str, mx.array]:
+        """Return all tensors, lazily; those of experts are zeros, in their shapes and types."""
+        loaded = mx.load(str(self.resident))
+        assert isinstance(loaded, dict)
+        found: dict[str, mx.array] = dict(loaded)
+        for switch, own in zip(switches, self.layout, strict=True):
+            for component in own.components:
+                shape = (self.num_experts, *component.shape)
+                found[f"{switch.path}.{component.name}"] = mx.zeros(shape, MLX_DTYPES[component.dtype])
+        return found
+
+
+def load_lazily(folder: Path, change: Mapping[str, Any] | None = None, packed: PackedTensors | None = None) -> Loaded:
     """Load the model in ``folder`` through MLX-LM; no tensor is read.
 
     Args:
-        folder: a checkpoint, whose headers are valid.
+        folder: a checkpoint, whose headers are valid, or a pack.
         change: values that replace those of ``config.json``.
+        packed: the tensors of the pack; None for a checkpoint.
 
     Raises:
         CheckpointError: MLX-LM refuses the checkpoint; code "mlx_lm_refused".
@@ -69,6 +98,10 @@ def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded
                 seen["args"] = args
 
             def sanitize(self, weights: dict[str, mx.array]) -> Mapping[str, mx.array]:
+                if packed is not None:
+                    weights = packed.tensors(find_switches(self))
+                    seen.update(before={}, after={}, sanitize=dict)
+                    return weights
                 seen["before"] = dict(weights)
                 seen["sanitize"] = super().sanitize if hasattr(own, "sanitize") else lambda tensors: tensors
                 seen["after"] = dict(seen["sanitize"](weights))
@@ -77,7 +110,10 @@ def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded
         return Observed, args_class
 
     try:
-        module, _ = mlx_lm("utils").load_model(folder, lazy=True, model_config=change, get_model_classes=classes)
+        load = partial(mlx_lm("utils").load_model, folder, lazy=True, model_config=change, get_model_classes=classes)
+        module, _ = load(strict=packed is None)  # a pack has no files of the names that MLX-LM looks for
+        if packed is not None:
+            module.load_weights(list(packed.tensors(find_switches(module)).items()), strict=True)
     except CheckpointError:
         raise
     except Exception as error:  # the code of another package meets untrusted input
@@ -180,6 +216,7 @@ def build_adapted(
     folder: Path,
     config: AdaptedConfig,
     layout: LayerLayouts,
+    packed: PackedTensors | None,
     store: ExpertStore,
     experts_k: int,
     kernels: Kernels,  # noqa: ARG001  # MLX computes
@@ -188,9 +225,10 @@ def build_adapted(
     """Load the model in ``folder`` with its resident weights in memory, and its experts in ``store``.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint or the pack.
         config: its sizes.
         layout: the layout of the records of ``store``.
+        packed: the tensors of the pack in ``folder``; None for a checkpoint.
         store: serves its routed experts.
         experts_k: routed experts of a token in each layer.
         kernels: not used.
@@ -200,10 +238,10 @@ def build_adapted(
         CheckpointError: MLX-LM refuses the checkpoint; code "mlx_lm_refused".
     """
     report("reading the weights that all tokens use")
-    loaded = load_lazily(folder)
+    loaded = load_lazily(folder, packed=packed)
     place, own = chosen_field(loaded.args)
     if experts_k != own:
-        loaded = load_lazily(folder, _changed(folder, place, experts_k))
+        loaded = load_lazily(folder, _changed(folder, place, experts_k), packed)
     running = Pass(store)
     attach(loaded.module, loaded.switches, [own.components for own in layout], running)
     arrays = arrays_of(loaded.module)
