@@ -82,7 +82,8 @@ class ModelFiles:
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
-            advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if width.isdecimal() else ""
+            possible = width.isdecimal() and not isinstance(self.config, AdaptedConfig)
+            advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if possible else ""
             raise InputError(
                 f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}{advice}",
                 code="unknown_variant",

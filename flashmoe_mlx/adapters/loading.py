@@ -23,6 +23,7 @@ from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertStore
 
+_REMEDY = "make a pack of the checkpoint, which holds what mlx-lm computes: task=pack source=<checkpoint> out=<folder>"
 Locate = Callable[[TensorInfo, int, int], Extent]
 """Returns the place of bytes of a tensor: (tensor, first byte, number of bytes)."""
 
@@ -174,7 +175,7 @@ def _origins(loaded: Loaded, layout: LayerLayouts, tensors: Mapping[str, TensorI
     ]
     unread = [name for name in wanted if name not in loaded.after]
     if unread:
-        raise CheckpointError(f"mlx-lm makes {unread[0]} after loading", code="needs_pack")
+        raise CheckpointError(f"mlx-lm computes {unread[0]} from the files; {_REMEDY}", code="needs_pack")
     origin = {id(array): name for name, array in loaded.before.items()}
     found: dict[str, lineage.Node | str] = {
         name: lineage.Region.whole(tensors[origin[id(loaded.after[name])]])
@@ -206,7 +207,7 @@ def _checked(name: str, node: lineage.Node | str, shape: tuple[int, ...]) -> lin
         lineage.pieces_of(lineage.row(node, 0))
     except lineage.UntraceableError as error:
         raise CheckpointError(
-            f"experts cannot be read from the checkpoint: {name}: {error}; convert it with mlx_lm.convert",
+            f"experts cannot be read from the checkpoint: {name}: {error}; {_REMEDY}",
             code="needs_pack",
         ) from None
     return node
