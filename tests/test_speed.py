@@ -428,7 +428,7 @@ def test_wrong_arguments_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("Qwen/Qwen3.5-35B-A3B-FP8", "FP8"),
+        ("Qwen/Qwen3.5-35B-A3B-NVFP4", "NVFP4"),
         ("unsloth/Qwen3.6-35B-A3B-GGUF", "Qwen/Qwen3.6-35B-A3B"),
         ("{folder}/nvfp4.json", "NVFP4"),
         ("{folder}/dense.json", "nothing to stream"),
