@@ -11,9 +11,10 @@ import mlx.core as mx
 from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.adapters.loading import AdaptedExperts, build_adapted, load_lazily
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor, classify_tensors
+from flashmoe_mlx.checkpoint.resident import Matrix, ResidentTensor
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.custom_kernels import Kernels
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
 from flashmoe_mlx.formats.record import AFFINE
@@ -25,6 +26,7 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.pack.opening import open_pack
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.resident import read_resident, without_floats
+from flashmoe_mlx.paths import as_argument
 from flashmoe_mlx.stores.contract import ExpertStore
 
 
@@ -112,6 +114,12 @@ def open_model(folder: Path) -> ModelFiles:
     if isinstance(checkpoint.config, AdaptedConfig):
         return _open_adapted(checkpoint, checkpoint.config)
     tensors = classify_tensors(checkpoint)
+    if tensors.codes is not None:
+        raise CheckpointError(
+            f"{folder}: weights quantized with {tensors.codes.name} run from a pack only; make one: task=pack "
+            f"{as_argument('source', folder)} out=<folder for the pack>",
+            code="needs_pack",
+        )
     family = family_of(tensors.config)
     build = partial(family.build, tensors.config, _CheckpointResident(checkpoint, tensors))
     return ModelFiles(folder, tensors.config, build, _by_name(tensors.experts), family.tool_format)

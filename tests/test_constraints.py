@@ -226,6 +226,7 @@ def run(engine: Engine, prompt: Any, **options: Any) -> tuple[str, Any]:
     return "".join(piece.text for piece in pieces), (pieces, generation.metrics)
 
 
+@pytest.mark.thorough
 def test_an_answer_that_is_valid_anyway_does_not_change(engine: Engine) -> None:
     compared = 0
     for item in load_items(shipped_items(), ["json", "tool_call"], limit=4):

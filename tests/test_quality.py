@@ -189,6 +189,7 @@ def test_missing_files_and_unknown_kinds(tmp_path: Path) -> None:
     assert "the kinds are arithmetic, context" in str(raised.value)
 
 
+@pytest.mark.thorough
 def test_scores_equal_those_of_one_forward_pass(demo_pack: Path) -> None:
     """Decoding token by token gives the same scores as one forward pass over the text."""
     items = load_items(shipped_items(), ["text", "json"], 2)
@@ -218,6 +219,7 @@ def test_scores_equal_those_of_one_forward_pass(demo_pack: Path) -> None:
         assert raised.value.code == "another_reference"
 
 
+@pytest.mark.thorough
 def test_the_demo_model_answers_correctly(demo_pack: Path) -> None:
     items = load_items(shipped_items(), ["arithmetic", "json", "tool_call"], 3)
     with load(demo_pack) as engine:

@@ -20,6 +20,12 @@ each projection::
                                 "record_bytes": ..., "components": [...]}],
                    "layers": [0, 0, 0, ...], "quantiser": "by_width"}
 
+A pack of a checkpoint in FP8, GPTQ or AWQ states the relative error of its weights by projection, as a mean over the
+experts or matrices and the worst of them::
+
+    "requantization_error": {"q4": {"gate": {"mean": 0.083, "worst": 0.086}, ...},
+                             "resident": {"q_proj": {"mean": ..., "worst": ...}, ...}}
+
 A format in one of MLX's float modes has a "mode", and such a variant has the name of the mode ("mxfp4"). A pack whose
 variants have one affine format each has version 1.
 
@@ -28,13 +34,16 @@ variants have one affine format each has version 1.
 Layer files have no hash in the manifest, because each of their records has one.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from flashmoe_mlx.formats.extents import Extent
+from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.record import LayerLayouts
 
 __all__ = [
@@ -118,6 +127,14 @@ class PackedExperts:
         """Return the place of the record of ``expert``, including its padding."""
         size = self.layout[layer].record_bytes
         return [Extent(self.layer_path(layer), expert * size, size)]
+
+    def payload(self, layer: int, expert: int) -> bytearray:
+        """Read the record of ``expert``."""
+        return read_extents(self.extents(layer, expert))
+
+    def exact(self, layer: int, expert: int) -> Mapping[str, npt.NDArray[np.float32]]:  # noqa: ARG002  # see RecordSource
+        """Return an empty mapping: a pack has no codes of other packages."""
+        return {}
 
 
 def layer_file(layer: int) -> str:

@@ -76,6 +76,7 @@ def write_manifest(
     source: Mapping[str, str],
     skipped: Sequence[str],
     quantizers: Mapping[str, str | None] = MappingProxyType({}),
+    errors: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of the complete files in ``folder``, which makes it a pack.
 
@@ -86,6 +87,7 @@ def write_manifest(
         source: the origin of the pack: its name and revision.
         skipped: the names of the tensors that were not packed.
         quantizers: the quantizer of each variant; None for copies of published records.
+        errors: the relative errors of weights that were decoded from codes; see ``formats/manifest.py``.
 
     Raises:
         OSError: the manifest cannot be written.
@@ -110,6 +112,7 @@ def write_manifest(
         },
         "files": files,
         "skipped_tensors": list(skipped),
+        **({"requantization_error": dict(errors)} if errors else {}),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 

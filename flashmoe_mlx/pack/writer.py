@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
@@ -32,6 +32,7 @@ from flashmoe_mlx.pack.plan import (
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
+from flashmoe_mlx.pack.requantization import summarize_errors, write_errors
 from flashmoe_mlx.pack.resident import ResidentPlan
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.widths import DEFAULT, PUBLISHED, Width, layer_widths, parse_widths
@@ -204,11 +205,17 @@ def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts |= _finished(variants)
     quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
-    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
+    errors = {**pack.manifest.get("requantization_error", {}), **_errors(variants)}
+    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, errors)
 
 
 def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
     return {variant.name: variant.quantiser for variant in variants}
+
+
+def _errors(variants: Sequence[VariantWriter]) -> dict[str, Any]:
+    """Return the errors of the variants that were decoded from codes."""
+    return {variant.name: variant.errors for variant in variants if variant.errors}
 
 
 def _finished(variants: Sequence[VariantWriter]) -> dict[str, LayerLayouts]:
@@ -291,7 +298,7 @@ class _Packer:
         for shard in self._checkpoint.shards:
             waiting.add(shard)
             if shard in self._resident_shards and not self._has_resident(shard):
-                yield [shard], partial(self._write_resident, shard)
+                yield sorted(self._resident.needs(shard)), partial(self._write_resident, shard)
             seen = {name for name in self._checkpoint.shards if name <= shard}
             for layer in [layer for layer, needed in layers.items() if needed <= seen]:
                 needed = layers.pop(layer)
@@ -299,7 +306,8 @@ class _Packer:
                     if not variant.has_layer(layer):
                         yield sorted(needed), partial(self._write_layer, variant, layer)
             if self._delete_source:
-                used = waiting.difference(*layers.values())
+                later = (self._resident.needs(other) for other in self._resident_shards if other > shard)
+                used = waiting.difference(*layers.values(), *later)
                 for name in used:
                     self._checkpoint.discard(name)
                 waiting -= used
@@ -314,8 +322,7 @@ class _Packer:
         known = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
         source = self._tensors.experts
         comparable = source.layout.code_bits >= known.layout.code_bits
-        payload = read_extents(source.extents(layer, 0))
-        there = read_extents(known.extents(layer, 0))
+        payload, there = source.payload(layer, 0), known.payload(layer, 0)
         if (
             not comparable
             or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
@@ -329,6 +336,9 @@ class _Packer:
     def _marker(self, shard: str) -> Path:
         return state_folder(self._out) / f"resident-{shard}.xxh3"
 
+    def _resident_errors(self, shard: str) -> Path:
+        return state_folder(self._out) / f"resident-{shard}.errors.json"
+
     def _has_resident(self, shard: str) -> bool:
         """Return whether an earlier run wrote the tensors of ``shard`` and they have not changed since."""
         if not self._marker(shard).exists() or not self._partial.exists():
@@ -338,6 +348,7 @@ class _Packer:
     def _write_resident(self, shard: str) -> None:
         self._progress.stage(f"resident weights in {shard}", self._resident.shard_bytes(shard))
         self._resident.write_shard(self._checkpoint, shard, self._partial, self._progress.advance)
+        write_errors(self._resident_errors(shard), self._resident.errors(self._checkpoint, shard))
         write_atomically(self._marker(shard), self._resident.shard_hash(shard, self._partial).encode())
 
     def _finish(self) -> None:
@@ -347,4 +358,7 @@ class _Packer:
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
         config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
-        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made)
+        errors = _errors(self._variants)
+        if resident := summarize_errors(map(self._resident_errors, self._resident.shards)):
+            errors["resident"] = resident
+        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made, errors)
