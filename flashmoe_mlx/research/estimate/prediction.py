@@ -9,7 +9,7 @@ import numpy as np
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
 from flashmoe_mlx.research.estimate.speed_model import DIRECT, Distribution, Prediction, SpeedModel, certainly
@@ -65,7 +65,7 @@ class Model:
         layout: the layout of experts of several formats; None where ``bits`` and ``group_size`` determine it.
     """
 
-    config: ModelConfig
+    config: ModelSize
     bits: int
     resident_bits: int
     experts_k: int
@@ -99,7 +99,7 @@ class Model:
         """The bytes of all experts on disk."""
         if self.layout is not None:
             return self.config.num_experts * self.layout.bytes_in_all_layers
-        return len(self.config.moe_layers) * self.config.num_experts * self.record_bytes
+        return self.config.num_moe_layers * self.config.num_experts * self.record_bytes
 
     @property
     def record_bytes(self) -> int:
@@ -155,7 +155,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
         yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
         return
     record = model.record_bytes
-    slots = room // (record * len(model.config.moe_layers))
+    slots = room // (record * model.config.num_moe_layers)
     direct = next((way for way in DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
@@ -163,7 +163,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
             reader = {"reader": "io_uring", "depth": 64} if ring else {}
-            budget = slots * record * len(model.config.moe_layers)
+            budget = slots * record * model.config.num_moe_layers
             yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
@@ -237,20 +237,20 @@ def _hits(replay: Replay, k: int) -> Distribution:
     return np.asarray(misses[::-1] / misses.sum())
 
 
-def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
+def check_trace(trace: RoutingTrace, config: ModelSize, name: str) -> None:
     """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
-    if (layers, trace.num_experts) != (len(config.moe_layers), config.num_experts):
+    if (layers, trace.num_experts) != (config.num_moe_layers, config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{len(config.moe_layers)} of {config.num_experts}",
+            f"{config.num_moe_layers} of {config.num_experts}",
             code="trace_of_another_model",
         )
 
 
 def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
     """Yield single changes that may make the model faster: (name, changed model, changed machine)."""
-    if model.bits > 2:
+    if model.bits > 2 and isinstance(model.config, ModelConfig):
         yield "bits=[2]", replace(model, bits=2, layout=None), machine
     for k in (4, 2):
         if k < model.experts_k and model.trace is None:
