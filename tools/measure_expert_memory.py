@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": COMMON | {"moe_intermediate_size": SIZE, "head_dim": HIDDEN // HEADS},
     "olmoe": COMMON,
 }
-PROMPT, STEPS = 40, 5
+PROMPT, STEPS = 12, 3
 RUNS = (
     "qwen3_moe:checkpoint", "qwen3_moe:pread", "qwen3_moe:ram_hybrid", "qwen3_moe:mmap",
     "olmoe:checkpoint", "olmoe:pread", "olmoe:ram_hybrid",
