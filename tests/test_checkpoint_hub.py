@@ -230,6 +230,7 @@ class ClientError(Exception):
     ],
 )
 @pytest.mark.parametrize("where", [None, "tokenizer.json", "headers", "model-00001.safetensors"])
+@pytest.mark.sampled(20)
 def test_errors_of_the_hub_have_one_line(
     error: Exception, kind: type[FlashMoeError], reason: str, where: str | None, fake: FakeHub, tmp_path: Path
 ) -> None:

@@ -560,6 +560,7 @@ def test_errors_of_hydra_are_one_line(
 
 @pytest.mark.parametrize("variant", ["[a]", "{a:b}", "3", "true"])
 @pytest.mark.parametrize("task", ["generate", "bench_io", "bench"])
+@pytest.mark.sampled(4)
 def test_a_variant_has_a_name(variant: str, task: str, tiny_pack: Path, tmp_path: Path) -> None:
     model = [f"task={task}", f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}"]
     assert run([*model, f"backend.variant={variant}"]) == 2

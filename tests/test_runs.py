@@ -85,6 +85,7 @@ def test_a_refused_run_does_not_change_an_earlier_record(tiny_pack: Path, tmp_pa
     assert len(load_runs(tmp_path)) == 1
 
 
+@pytest.mark.thorough
 def test_a_sweep_over_all_backends(tiny_pack: Path, tmp_path: Path) -> None:
     every = "backend=glob(*,exclude=auto)"  # auto measures the machine for two minutes
     assert run(["-m", f"model.path={tiny_pack}", *FAST, every, f"hydra.sweep.dir={tmp_path}"]) == 2

@@ -191,6 +191,7 @@ def test_working_folders_that_cannot_be_used(
 
 
 @pytest.mark.parametrize("choice", ["disabled", "none", "stdout"])
+@pytest.mark.sampled(1)
 def test_logging_configurations_of_hydra(choice: str, tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", "raw=true", "prompt=Hi", "max_tokens=2", f"hydra.run.dir={tmp_path}"]
     program = "import sys; from flashmoe_mlx.__main__ import main; sys.exit(main(sys.argv[1:]))"
@@ -240,6 +241,7 @@ def test_an_error_is_one_line_for_any_name(
         )
     ],
 )
+@pytest.mark.sampled(4)
 def test_output_of_options_that_cannot_be_written(arguments: list[str], stream: str, tmp_path: Path) -> None:
     redirect = {"full": "> /dev/full", "closed": ">&-", "left": "| true"}[stream]
     if stream == "full" and not Path("/dev/full").exists():

@@ -12,6 +12,7 @@ import numpy as np
 
 from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.generation.constraints import Constraint
+from flashmoe_mlx.generation.endings import Endings
 from flashmoe_mlx.generation.prompting import Tools
 from flashmoe_mlx.generation.request import ConstraintOptions, ToolChoice
 from flashmoe_mlx.text import tool_formats
@@ -52,6 +53,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._tool_format = tool_format
         self._prepared: LLTokenizer | None = None
+        self._endings = Endings(tokenizer, vocab_size)
         self._lock = threading.Lock()
 
     def constraint(
@@ -102,6 +104,7 @@ class Grammars:
             matcher,
             self._tokenizer,
             self._vocab_size,
+            self._endings,
             may_think=thinking is not False,
             splits=not raw,
             each_call=lazily,

@@ -43,7 +43,12 @@ class Item:
     @property
     def judged(self) -> bool:
         """Whether answers to this item can be judged."""
-        return self.exact is not None or self.schema is not None or self.call is not None
+        return self.exact is not None or self.constrainable
+
+    @property
+    def constrainable(self) -> bool:
+        """Whether a constraint can enforce the form of the answer."""
+        return self.schema is not None or self.call is not None
 
 
 def shipped_items() -> Path:
