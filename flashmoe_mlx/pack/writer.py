@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
@@ -19,6 +20,7 @@ from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors,
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.pack.adapted import pack_adapted, refuse_settings
 from flashmoe_mlx.pack.manifest import layout_name, variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import (
@@ -82,10 +84,16 @@ def pack_checkpoint(
         with lock_folder(out):
             if not (out / MANIFEST).exists():
                 checkpoint = begin_or_resume(source, out, settings, ignored)
+                if isinstance(checkpoint.config, AdaptedConfig):
+                    refuse_settings(settings, packed_experts)
+                    return pack_adapted(checkpoint, out, progress, delete_source, _REMEDY)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
                 return packer.run()
             pack = open_pack(out)
             _refuse_other_model(pack, source)
+            if isinstance(pack.config, AdaptedConfig):
+                refuse_settings(settings, packed_experts)
+                return pack
             settings = _missing(pack, settings)
             if not settings.bits:
                 forget_plan(out)
@@ -118,6 +126,9 @@ def add_variants(
     settings = _checked(bits, group_size, None, quantiser)
     with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
+        if isinstance(pack.config, AdaptedConfig):
+            refuse_settings(settings, None)
+            return pack
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
@@ -169,7 +180,7 @@ def _has(pack: Pack, width: Width, quantiser: str | None) -> bool:
         # Copies have no quantiser; the default is 4 bits if the experts of the checkpoint had one format.
         copied = any(variant.quantizer is None for variant in pack.experts.values())
         return copied or (width == DEFAULT and variant_name(4, quantiser) in pack.experts)
-    widths = layer_widths(width, len(pack.config.moe_layers))
+    widths = layer_widths(width, pack.config.num_moe_layers)
     if len({*widths}) == 1 and len({*widths[0]}) == 1:
         return variant_name(widths[0][0], quantiser) in pack.experts
     for name, experts in pack.experts.items():
