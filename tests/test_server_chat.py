@@ -66,7 +66,7 @@ def test_requests_of_open_webui(live: Live) -> None:
         assert answer.status_code == 200
         assert answer.headers["content-type"].startswith("text/event-stream")
         assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
-    task = {"role": "user", "content": "### Task:\nGenerate a concise title. JSON format: { \"title\": \"...\" }"}
+    task = {"role": "user", "content": '### Task:\nGenerate a concise title. JSON format: { "title": "..." }'}
     assert content(live.post(headers=headers, model=model["id"], stream=False, max_tokens=1000, messages=[task]))
 
 
