@@ -76,7 +76,7 @@ class StepsAhead:
             if len(sequence.ahead) > 1:
                 return 0
             recent = sequence.metrics.decode.steps[-_MOST_STEPS:]
-            by_time = int(_LONGEST / max(np.mean(recent), _LONGEST / _MOST_STEPS)) if recent else _IN_FLIGHT
+            by_time = int(_LONGEST * len(recent) / max(sum(recent), 1e-6)) if recent else _IN_FLIGHT
             by_memory = _STATE_BYTES // max(1, self._model.state_bytes)
             most = max(_IN_FLIGHT, min(by_time, by_memory, _MOST_STEPS) + len(sequence.ahead))
         return max(0, min(most, sequence.tokens_left) - len(sequence.ahead))

@@ -14,12 +14,15 @@ from flashmoe_mlx.formats.manifest import (
     MANIFEST,
     MIXED_FORMAT_VERSION,
     RESIDENT,
+    SHARE_FORMAT_VERSION,
     TEXT_FILES,
+    PackedExperts,
     file_hash,
     layer_file,
     variant_directory,
 )
 from flashmoe_mlx.formats.record import AFFINE, LayerLayouts
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.pack.quantize import BY_WIDTH, default_quantizer
 
@@ -52,8 +55,10 @@ def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
     return {"layouts": [own.to_json() for own in layout.distinct], "layers": [numbers[own] for own in layout]}
 
 
-def version_of(variants: Iterable[LayerLayouts]) -> int:
-    """Return the format version of a pack with variants of these layouts."""
+def version_of(variants: Iterable[LayerLayouts], share: Share | None) -> int:
+    """Return the format version of a pack with variants of these layouts, and the experts of ``share`` or all."""
+    if share is not None:
+        return SHARE_FORMAT_VERSION
     singles = [layout.single_format for layout in variants]
     plain = all(single is not None and single.mode == AFFINE for single in singles)
     return FORMAT_VERSION if plain else MIXED_FORMAT_VERSION
@@ -76,6 +81,7 @@ def write_manifest(
     source: Mapping[str, str],
     skipped: Sequence[str],
     quantizers: Mapping[str, str | None] = MappingProxyType({}),
+    share: Share | None = None,
 ) -> None:
     """Write the manifest of the complete files in ``folder``, which makes it a pack.
 
@@ -86,6 +92,7 @@ def write_manifest(
         source: the origin of the pack: its name and revision.
         skipped: the names of the tensors that were not packed.
         quantizers: the quantizer of each variant; None for copies of published records.
+        share: the share whose experts the files hold; None for all experts.
 
     Raises:
         OSError: the manifest cannot be written.
@@ -96,18 +103,20 @@ def write_manifest(
             files[name] = _entry(folder / name)
     for variant, layout in variants.items():
         prefix = variant_directory(variant)
-        for layer, own in enumerate(layout):
-            files[f"{prefix}/{layer_file(layer)}"] = {"bytes": config.num_experts * own.record_bytes}
+        experts = PackedExperts(folder / prefix, layout, config.num_experts, packed=share)
+        for layer in range(experts.num_layers):
+            files[f"{prefix}/{layer_file(layer)}"] = {"bytes": experts.layer_bytes(layer)}
         files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
     manifest = {
         "format": FORMAT,
-        "format_version": version_of(variants.values()),
+        "format_version": version_of(variants.values(), share),
         "source": dict(source),
         "geometry": geometry_of(config),
         "variants": {
             name: layout_entry(layout) | ({"quantiser": quantizers[name]} if quantizers.get(name) else {})
             for name, layout in variants.items()
         },
+        **({} if share is None else {"share": share.to_json()}),
         "files": files,
         "skipped_tensors": list(skipped),
     }

@@ -18,6 +18,7 @@ from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.pack.manifest import layout_name, variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
@@ -47,6 +48,8 @@ def pack_checkpoint(
     group_size: int = 64,
     resident_bits: int | None = 4,
     quantiser: str | None = None,
+    shard: str | None = None,
+    weights: Sequence[float] | None = None,
     packed_experts: Path | None = None,
     delete_source: bool = False,
     progress: Progress | None = None,
@@ -63,6 +66,8 @@ def pack_checkpoint(
         group_size: the number of weights that share a scale and a bias.
         resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
         quantiser: chooses scales and biases, one of ``QUANTIZERS``; None for the default of each width.
+        shard: the part of the experts that one of several nodes owns, such as "1/2"; None for all experts.
+        weights: the weights of these nodes; None for equal weights.
         packed_experts: a flash-moe folder of the same model, whose files become the variant of their width by hard
             links.
         delete_source: delete every shard of the source that is no longer needed.
@@ -74,7 +79,12 @@ def pack_checkpoint(
         PackError: ``out`` cannot become this pack.
         FlashMoeError: no space is left.
     """
-    settings = _checked(bits, group_size, resident_bits, quantiser)
+    own_weights = None if weights is None else tuple(map(float, weights))
+    settings = replace(_checked(bits, group_size, resident_bits, quantiser), shard=shard, weights=own_weights)
+    if settings.share is not None and packed_experts is not None:
+        raise InputError(
+            f"packed_experts={packed_experts}: holds all experts, not those of shard=", code="contradiction"
+        )
     progress = progress or Silent()
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -85,6 +95,7 @@ def pack_checkpoint(
                 return packer.run()
             pack = open_pack(out)
             _refuse_other_model(pack, source)
+            _refuse_other_share(pack, settings.share)
             settings = _missing(pack, settings)
             if not settings.bits:
                 forget_plan(out)
@@ -127,7 +138,7 @@ def add_variants(
                     code="source_needed",
                 )
             variants = [
-                VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
+                VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser, pack.share)
                 for width in settings.bits
             ]
             _refuse_taken_names(pack, variants)
@@ -199,12 +210,22 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
         raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=", code="another_model")
 
 
+def _refuse_other_share(pack: Pack, share: Share | None) -> None:
+    sizes = len(pack.config.moe_layers), pack.config.num_experts
+    if (pack.share is None) != (share is None) or (pack.share and share and not pack.share.owns_as(share, *sizes)):
+        raise PackError(
+            f"{pack.folder}: holds {'all experts' if pack.share is None else pack.share}; give the same shard= and "
+            "weights=, or choose another out=",
+            code="another_share",
+        )
+
+
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
     quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
-    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers)
+    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, pack.share)
 
 
 def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
@@ -239,9 +260,12 @@ class _Packer:
         self._tensors: CheckpointTensors = classify_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
-            VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
+            VariantWriter(
+                self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser, settings.share
+            )
             for bits in settings.bits
         ]
+        self._share = settings.share
         _refuse_taken_names(pack, self._variants)
         if packed_experts is not None:
             self._take_over(packed_experts)
@@ -314,8 +338,11 @@ class _Packer:
         known = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
         source = self._tensors.experts
         comparable = source.layout.code_bits >= known.layout.code_bits
-        payload = read_extents(source.extents(layer, 0))
-        there = read_extents(known.extents(layer, 0))
+        held = known.packed_in(layer)
+        if not held:
+            return
+        payload = read_extents(source.extents(layer, held[0]))
+        there = read_extents(known.extents(layer, held[0]))
         if (
             not comparable
             or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
@@ -347,4 +374,5 @@ class _Packer:
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
         config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
-        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made)
+        variants = _finished(self._variants)
+        write_manifest(self._out, config, variants, identity, self._tensors.skipped, made, self._share)
