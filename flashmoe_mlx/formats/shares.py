@@ -198,6 +198,13 @@ def served(source: ExpertSource, layer: int) -> Sequence[int]:
     return range(source.num_experts) if share is None else share.experts(layer, source.num_experts)
 
 
+def first_extents(source: ExpertSource) -> Sequence[Extent]:
+    """Return the byte ranges of the first expert that a store of ``source`` serves; none if it serves none."""
+    return next(
+        (source.extents(layer, own[0]) for layer in range(source.num_layers) if (own := served(source, layer))), ()
+    )
+
+
 def not_owned(share: Share, layer: int, num_experts: int, experts: Sequence[int]) -> list[int]:
     """Return the ``experts`` of ``layer`` that other nodes own."""
     owned = share.owned(layer, num_experts)
