@@ -58,13 +58,13 @@ class Share:
         """Return the number of experts of ``layer`` before ``expert`` that this node owns.
 
         Raises:
-            PackError: another node owns ``expert``; code "expert_of_another_node".
+            PackError: another node owns ``expert``; code "expert_not_packed".
         """
         place = int(_places(self.node, self.weights, layer, num_experts)[expert])
         if place < 0:
             raise PackError(
                 f"layer {layer} expert {expert} is not in this pack of node {self.node} of {self.nodes}",
-                code="expert_of_another_node",
+                code="expert_not_packed",
             )
         return place
 
