@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import mlx.core as mx
 import pytest
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 # Every run draws other examples, so fewer of them per run keep the tests within their six minutes.
 settings.register_profile("everyday", max_examples=40)
 settings.load_profile("everyday")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark all but N cases of each test marked ``sampled(N)`` as thorough; a checksum of the name chooses."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in cases.values():
+        mark = found[0].get_closest_marker("sampled")
+        assert mark is not None
+        for item in sorted(found, key=lambda item: crc32(item.nodeid.encode()))[mark.args[0] :]:
+            item.add_marker("thorough")
 
 
 @pytest.fixture(scope="module", autouse=True)

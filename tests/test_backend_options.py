@@ -139,6 +139,7 @@ def test_a_backend_that_is_neither_a_name_nor_a_mapping(tiny_pack: Path, backend
         ["backend=ram_hybrid", "backend.budget_gib=1e9"],
     ],
 )
+@pytest.mark.sampled(2)
 def test_from_the_command_line(arguments: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flashmoe_mlx", "prompt=hi", "max_tokens=1", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

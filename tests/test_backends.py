@@ -78,6 +78,7 @@ def test_all_backends_generate_the_same_tokens_from_2_bits(
 
 
 @pytest.mark.parametrize("backend", backends_except(""))
+@pytest.mark.sampled(4)
 def test_sequences_decoded_together_have_the_tokens_that_each_has_alone(
     backend: str, pack: Path, checkpoint: Path
 ) -> None:

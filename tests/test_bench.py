@@ -203,6 +203,7 @@ def test_every_combination_is_recorded_and_drawn(record: dict[str, Any], recorde
     assert record["environment"]["cores"]
 
 
+@pytest.mark.thorough
 def test_resuming_keeps_earlier_rounds(
     record: dict[str, Any], recorded: Path, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +286,7 @@ def test_a_larger_cache_reads_less(policy: str, tiny_pack: Path, tmp_path: Path)
         (["experts_ks=2"], "experts_ks=2: must be a list such as [4,2]"),
     ],
 )
+@pytest.mark.sampled(8)
 def test_wrong_arguments_are_refused_in_one_line(
     arguments: list[str], message: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -301,6 +303,7 @@ def test_wrong_arguments_are_refused_in_one_line(
     # "tune" is a sweep of task=tune, which needs the extra "sweep".
     sorted({path.stem for path in (Path(__file__).parents[1] / "configs/experiment").iterdir()} - {"tune"}),
 )
+@pytest.mark.sampled(1)
 def test_every_experiment_runs(experiment: str, tiny_pack: Path, tmp_path: Path) -> None:
     arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", f"+experiment={experiment}", *FAST, "rounds=1"]
     assert run_command_line([*arguments, "tokens=2", "plot=false"]) == 0
@@ -313,7 +316,7 @@ def test_a_missing_matplotlib_is_reported(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, "conditions=[warm]"]
     assert run_command_line([*arguments, "rounds=1"]) == 0
-    assert "no plot: figures need matplotlib: pip install 'flashmoe_mlx[research]'" in capsys.readouterr().err
+    assert "no plot: a figure needs the extra research: pip install 'flashmoe_mlx[research]'" in capsys.readouterr().err
 
 
 def test_an_empty_record_is_not_resumed(tiny_pack: Path, tmp_path: Path) -> None:

@@ -311,6 +311,7 @@ def test_a_recorded_trace(tiny_pack: Path, tmp_path: Path) -> None:
         (["backends=[checkpoint]"], "is a pack; give the folder of a checkpoint"),
     ],
 )
+@pytest.mark.sampled(8)
 def test_wrong_arguments_are_refused(
     arguments: Sequence[str], reason: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

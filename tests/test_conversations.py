@@ -92,6 +92,7 @@ def size(engine: Engine, text: str) -> int:
     [("bytes", 5), pytest.param("published", 20, marks=pytest.mark.thorough)],
     indirect=["engine"],
 )
+@pytest.mark.sampled(1)
 def test_turns_of_a_conversation(engine: Engine, turns: int, returns_reasoning: bool) -> None:
     messages: list[dict[str, Any]] = [{"role": "system", "content": f"Be brief. {returns_reasoning} {turns}"}]
     allowed = None
@@ -114,6 +115,7 @@ def test_turns_of_a_conversation(engine: Engine, turns: int, returns_reasoning: 
     [("bytes", 6), pytest.param("published", 30, marks=pytest.mark.thorough)],
     indirect=["engine"],
 )
+@pytest.mark.thorough
 def test_a_tool_loop(engine: Engine, steps: int) -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": f"Read {steps} files."}]
     for step in range(steps):

@@ -25,6 +25,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "kept"), [("pack.json", 0), ("pack.json", 2000), ("resident.safetensors", 100)])
+@pytest.mark.sampled(1)
 def test_an_incomplete_copy_is_made_again(name: str, kept: int, made: Path, tmp_path: Path) -> None:
     """Older versions did not write the manifest atomically: after a kill, every later start failed."""
     folder = tmp_path / made.name
@@ -60,6 +61,7 @@ demo.demo_with_variants({"q2-minmax"}, Path(sys.argv[1]))
 
 
 @pytest.mark.parametrize("files", [0, 5])
+@pytest.mark.sampled(1)
 def test_a_killed_first_use_can_be_repeated(files: int, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path), str(files)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -55,6 +55,7 @@ def test_the_structure_equals_that_of_large_models(demo_pack: Path) -> None:
     assert (config.num_experts, config.experts_per_token) == (64, 10)
 
 
+@pytest.mark.thorough
 def test_further_variants_are_made_in_the_cache(demo_pack: Path, tmp_path: Path) -> None:
     times = {path: path.stat().st_mtime_ns for path in demo_pack.rglob("*")}
     assert demo_with_variants({"q4"}, tmp_path) == open_pack(demo_pack).folder

@@ -19,8 +19,8 @@ from tiny_checkpoints import GEOMETRIES, OLDER_GEOMETRIES, Geometry, dense_weigh
 
 import flashmoe_mlx
 from flashmoe_mlx import models
+from flashmoe_mlx.checkpoint.resident import ResidentTensor
 from flashmoe_mlx.checkpoint.support import why_not
-from flashmoe_mlx.checkpoint.tensors import ResidentTensor
 from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.made_models.byte_tokenizer import BYTE_TOKENS, write_byte_tokenizer

@@ -69,6 +69,7 @@ def logits(model: Path, **options: Any) -> Logits:
 
 
 @pytest.mark.parametrize("mode", FLOAT_MODES)
+@pytest.mark.sampled(1)
 def test_a_conversion(mode: str, tmp_path: Path) -> None:
     """The oracle is the same model with the values that ``mx.dequantize`` gives."""
     floats, dense = write(tmp_path, mode)

@@ -85,6 +85,7 @@ def tokens_of(generation: Generation) -> list[int]:
         lambda engine, _: engine.close(),
     ],
 )
+@pytest.mark.sampled(3)
 def test_a_second_thread_is_refused(engine: Engine, call: Callable[[Engine, Generation], object]) -> None:
     expected = tokens_of(engine.generate(PROMPT, max_tokens=6))
     inside, proceed = threading.Event(), threading.Event()
@@ -351,6 +352,7 @@ def test_a_trace_of_a_pass_that_was_cut_short_has_no_layers_missing(
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(("prompt", "chunk"), [("a", None), ("abc", 1), ("abc", None)])
 @pytest.mark.parametrize("max_tokens", [1, 2, 5])
+@pytest.mark.sampled(10)
 def test_guesses_are_counted_by_phase(
     tiny_pack: Path, policy: str, prompt: str, chunk: int | None, max_tokens: int
 ) -> None:
@@ -554,6 +556,7 @@ TOOL = {"type": "function", "function": {"name": "lamp"}}
         ({"tools": [TOOL, TOOL]}, "tools[1]: a second function named 'lamp'"),
     ],
 )
+@pytest.mark.sampled(12)
 def test_requests_of_a_template_are_checked(engine: Engine, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError) as raised:
         engine.encode(PROMPT, **options)
@@ -610,6 +613,7 @@ def test_published_sampling_is_the_default(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "mlx"])
+@pytest.mark.sampled(1)
 def test_caches_grow_across_their_borders(tmp_path: Path, kernels: str) -> None:
     """Decoding over 256 and 512 tokens, and chunks that span the borders, equal one pass; both kinds of caches."""
     folder = synthetic_pack("tiny", replace(TINY, max_context=1024), tmp_path).folder

@@ -160,6 +160,7 @@ def test_stores_serve_metal(options: dict[str, Any], tiny_pack: Path, expected: 
     ],
     ids=lambda options: options["backend"] + "-" + options.get("prefetch", "none"),
 )
+@pytest.mark.sampled(2)
 def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: Logits) -> None:
     with gpu_on_cpu.cuda(mx.float32) as launches, flashmoe_mlx.load(tiny_pack, **options) as engine:
         filled = "fill_slots_body" in launches  # stores that keep everything fill their slots when opened
@@ -174,6 +175,7 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+@pytest.mark.sampled(1)
 def test_other_families(device: Device, tmp_path: Path) -> None:
     """A model without output gates and shared experts."""
     pack = synthetic_pack("moe", replace(TINY, num_layers=2), tmp_path, family="qwen3_moe").folder
@@ -315,6 +317,7 @@ def test_a_cache_that_grows_while_kernels_write_into_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda])
+@pytest.mark.sampled(1)
 def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
     def answer(**how: Any) -> list[int]:
         with flashmoe_mlx.load(tiny_pack, **how) as engine:
@@ -328,6 +331,7 @@ def test_an_answer_is_the_same(device: Device, tiny_pack: Path) -> None:
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_sequences_together(device: Device, tiny_pack: Path) -> None:
     """Steps of 3 rows and of more than every kernel's limit take checked paths only: warnings are errors.
 
@@ -381,6 +385,7 @@ def test_the_properties_of_a_gpu() -> None:
 
 
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_the_probe_checks_kernels_for_every_k_that_it_measures(
     device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
     ],
     indirect=["engine"],
 )
+@pytest.mark.sampled(1)
 def test_tokens_counters_and_state(sampling: SamplingOptions, engine: Engine) -> None:
     expected = waiting(engine, sampling=sampling, seed=3)
     sequence = begin(engine, sampling=sampling, seed=3)
@@ -301,6 +302,7 @@ def test_a_cache_grows_while_a_step_is_under_way(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("kind", ["metal", pytest.param("cuda", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
 def test_stores_and_policies(kind: str, tiny_pack: Path) -> None:
     with getattr(gpu_on_cpu, kind)(mx.float32):
         with flashmoe_mlx.load(tiny_pack, slots=8) as engine:

@@ -207,6 +207,7 @@ RIGHT = "right"
 
 @pytest.mark.parametrize("fault", [DECODE, PROMPT, RIGHT])
 @pytest.mark.parametrize("operation", KERNELS)
+@pytest.mark.sampled(8)
 def test_a_wrong_kernel_is_replaced_on_its_path_and_the_report_is_true(
     operation: str, fault: str, tiny_pack: Path, expected_logits: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,6 +269,7 @@ def test_few_tokens_of_an_expert_are_a_path_with_a_check(tiny_pack: Path, monkey
         pytest.param("none", {"bits": 8, "hidden_size": 320, "expert_size": 192, "num_kv_heads": 2}, {}, id="8 bits"),
     ],
 )
+@pytest.mark.sampled(3)
 def test_no_call_takes_an_unchecked_path(
     prefetch: str, changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -352,6 +354,7 @@ def command_line(folder: Path, *arguments: str) -> int:
     ("task", "wrong"),
     [("generate", True), ("bench", True), ("trace", True), ("evaluate", True), ("generate", False), ("bench", False)],
 )
+@pytest.mark.sampled(2)
 def test_a_person_is_told_that_a_kernel_was_replaced(
     task: str,
     wrong: bool,

@@ -232,6 +232,7 @@ RULES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 64, 65, 200])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
+@pytest.mark.sampled(24)
 def test_prompts_through_gated_delta_net(
     geometry: cases.Geometry, tokens: int, dtype: mx.Dtype, rule: GatedDelta
 ) -> None:
@@ -240,6 +241,7 @@ def test_prompts_through_gated_delta_net(
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.sampled(2)
 def test_prompts_through_gated_delta_net_of_a_published_model(dtype: mx.Dtype, rule: GatedDelta) -> None:
     check(cases.gated_delta_net_in_chunks(GEOMETRIES["35B"], dtype, tokens=100, rule=rule))
 
@@ -361,6 +363,7 @@ def test_quantized_matvec(bits: int, group_size: int, tokens: int, dtype: mx.Dty
     ],
     ids=["routed_experts", "routed_experts-2bit", "gated_delta_net", "attention"],
 )
+@pytest.mark.sampled(3)
 def test_shapes_of_published_models(make: Callable[..., Case], name: str, dtype: mx.Dtype, target: str) -> None:
     only_on_a_gpu(target, dtype == mx.float32 and name != "35B", "bf16, as models have it, shows the largest sizes")
     mixer = make is cases.gated_delta_net or (isinstance(make, partial) and make.func is cases.attention)
@@ -504,6 +507,7 @@ def formats(bits: int | tuple[int, int, int], dtype: mx.Dtype, group_size: int =
 @needs_nvrtc
 @pytest.mark.parametrize(("shared", "dtype"), [(False, mx.float32), (True, mx.bfloat16)])  # every word of the text
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, (3, 2, 8)])
+@pytest.mark.sampled(3)
 def test_routed_experts_compile_for_cuda(shared: bool, bits: int | tuple[int, int, int], dtype: mx.Dtype) -> None:
     gate_up, down = routed_experts.kernels(shared)
     own = [U32, dtype, dtype] * shared
@@ -516,6 +520,7 @@ def test_routed_experts_compile_for_cuda(shared: bool, bits: int | tuple[int, in
 @needs_nvrtc
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (4, 128)])
 @pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.sampled(1)
 def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_size: int, bits: int) -> None:
     gate_up, down = routed_experts.kernels(shared, tensor=True)
     own = [U32, BF16, BF16] * shared
@@ -543,6 +548,7 @@ def launches(registers_a_thread: int, threads: int) -> bool:
     ("bits", "group_size", "shared", "chooses"),
     [(4, 64, True, False), (4, 64, True, True), (2, 128, False, True), (8, 64, False, False)],
 )
+@pytest.mark.sampled(1)
 def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: int, shared: bool, chooses: bool) -> None:
     form = expert_format(RecordLayout.uniform(4096, 1024, bits, group_size, "BF16"))
     assert form is not None
@@ -629,6 +635,7 @@ def test_dense_experts_compile_for_cuda(bits: int | tuple[int, int, int], dtype:
 
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.sampled(1)
 def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     heads = {"KEY_HEADS": 16, "VALUE_HEADS": 64, "KEY_DIM": 128, "VALUE_DIM": 128}
     eps = {"EPS": kernel.bits_of(1e-6)}
@@ -661,6 +668,7 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
 @needs_nvrtc
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.sampled(3)
 def test_quantized_matvec_compiles_for_cuda(bits: int, dtype: mx.Dtype) -> None:
     template = {"T": dtype, "S": dtype, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": 64}
     template |= {"TOKENS": 1, "ROWS": 4, "THREADS": 128}

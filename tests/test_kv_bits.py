@@ -43,6 +43,7 @@ def test_rows_of_equal_values_are_exact(value: float) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "mlx", "reference"])
 @pytest.mark.parametrize("kv_bits", KV_BITS)
+@pytest.mark.sampled(3)
 def test_a_model_with_narrow_caches(kv_bits: int, kernels: str) -> None:
     """Logits stay near the exact ones, in a prompt and in steps, and caches are as small as the estimate says."""
     tokens = np.random.default_rng(0).integers(0, 250, 80).tolist()

@@ -136,6 +136,7 @@ def plain(mixed: Path) -> Logits:
 @needs_linux
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, gpu_on_cpu.cuda], ids=["metal", "cuda"])
 @pytest.mark.parametrize("backend", ["pread", "resident"])
+@pytest.mark.sampled(1)
 def test_kernels_for_gpus(
     device: Callable[..., AbstractContextManager[dict[str, int]]], backend: str, mixed: Path, plain: Logits
 ) -> None:

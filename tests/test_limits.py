@@ -30,6 +30,7 @@ def run(script: str, *arguments: object) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "contiguous"), [("pread", True), ("mmap", True), ("checkpoint", False)])
+@pytest.mark.sampled(1)
 def test_descriptors_run_out(name: str, contiguous: bool, tmp_path: Path) -> None:
     """Without descriptors a fetch fails; with descriptors again it returns the right bytes."""
     lines = run(
@@ -73,6 +74,7 @@ with opened(name, stored.source) as store:
         ("resident", {}),
     ],
 )
+@pytest.mark.sampled(2)
 def test_memory_runs_out(name: str, options: dict[str, float], tmp_path: Path) -> None:
     """A store is refused in one line, and MLX does not crash."""
     lines = run(

@@ -76,6 +76,7 @@ def test_pieces_cover_each_record_in_proportion_to_the_rates(rates: list[float],
 
 @pytest.mark.parametrize("backend", ["pread", "io_uring", "ram_hybrid", "resident"])
 @pytest.mark.parametrize("names", [("second",), ("third",), ("third", "second")])
+@pytest.mark.sampled(6)
 def test_backends_serve_the_same_bytes_from_several_folders(
     stored: StoredExperts, backend: str, names: tuple[str, ...]
 ) -> None:

@@ -260,6 +260,7 @@ def difference(got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
 
 
 @on_every_device
+@pytest.mark.sampled(3)
 def test_several_rows_equal_single_rows(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:
@@ -273,6 +274,7 @@ def test_several_rows_equal_single_rows(
 
 
 @on_every_device
+@pytest.mark.sampled(3)
 def test_every_strategy_computes_the_block_by_its_definition(
     device: Callable[[], AbstractContextManager[Any]], tolerance: float, tiny_pack: Path
 ) -> None:

@@ -78,6 +78,7 @@ def check(case: Case) -> None:
 @pytest.mark.parametrize("scales", [mx.float32, mx.bfloat16, mx.float16], ids=["f32", "bf16", "f16"])
 @pytest.mark.parametrize("group_size", native.GROUP_SIZES)
 @pytest.mark.parametrize("bits", native.BITS)
+@pytest.mark.sampled(40)
 def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) -> None:
     for columns in (group_size, 3 * group_size, 19 * group_size):
         for tokens in (1, 2, 7, 9):
@@ -98,6 +99,7 @@ ROUNDED = {
 @pytest.mark.parametrize("activations", ROUNDED)
 @pytest.mark.parametrize("group_size", native.GROUP_SIZES)
 @pytest.mark.parametrize("bits", native.BITS)
+@pytest.mark.sampled(30)
 def test_products_of_many_vectors(bits: int, group_size: int, activations: str) -> None:
     """Vectors in exact and rounded types; results do not depend on other vectors, so every block is the same."""
     inputs = RandomInputs(F32, bits, mx.bfloat16)
@@ -158,6 +160,7 @@ def test_rounded_vectors_of_any_magnitude() -> None:
 
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize("tokens", [1, 3, 4, 8, 16, 18, 33, 64, 65, 130])
+@pytest.mark.sampled(30)
 def test_products_of_several_vectors(tokens: int) -> None:
     check(cases.quantized_matvec(301, 1088, F32, tokens=tokens, scales=mx.bfloat16, on_cpu=True))
 
@@ -165,6 +168,7 @@ def test_products_of_several_vectors(tokens: int) -> None:
 @pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (2, 32), (3, 32), (8, 32), ((3, 4, 8), 32), ((2, 2, 3), 32)])
+@pytest.mark.sampled(16)
 def test_routed_experts_of_every_width(
     bits: int | tuple[int, int, int], group_size: int | tuple[int, int, int], shared: bool
 ) -> None:
@@ -205,6 +209,7 @@ def test_gated_delta_net(geometry: Geometry, tokens: int) -> None:
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize(("context", "tokens"), [(1, 1), (2, 1), (63, 1), (600, 1), (9, 9), (300, 5), (150, 70)])
 @pytest.mark.parametrize("geometry", [SMALL, ODD], ids=["small", "odd"])
+@pytest.mark.sampled(40)
 def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True))
 
@@ -212,6 +217,7 @@ def test_attention(geometry: Geometry, context: int, tokens: int) -> None:
 @pytest.mark.usefixtures("instructions", "threads")
 @pytest.mark.parametrize(("context", "tokens"), [(1, 1), (600, 1), (300, 5), (150, 70)])
 @pytest.mark.parametrize("kv_bits", [16, 8, 4])
+@pytest.mark.sampled(30)
 def test_attention_with_narrow_keys_and_values(kv_bits: int, context: int, tokens: int) -> None:
     geometry = Geometry(192, 96, 6, 2, 64, 16, 2, 6, 32, 48)
     check(cases.attention(geometry, F32, context=context, tokens=tokens, on_cpu=True, kv_bits=kv_bits))
@@ -516,6 +522,7 @@ def test_an_empty_environment_variable_counts_as_unset(name: str, monkeypatch: p
 @pytest.mark.usefixtures("fresh_extension")
 @pytest.mark.parametrize("task", ["generate", "bench", "evaluate", "trace", "estimate", "doctor"])
 @pytest.mark.parametrize("variable", [("FLASHMOE_THREADS", "9" * 21), ("FLASHMOE_INSTRUCTIONS", "x")])
+@pytest.mark.sampled(4)
 def test_every_task_names_a_wrong_environment_variable(
     task: str,
     variable: tuple[str, str],
@@ -551,6 +558,7 @@ def test_the_record_of_a_run_names_the_implementation_of_every_path(tiny_pack: P
 
 
 @pytest.mark.parametrize("backend", ["pread", "mmap", "resident", "ram_hybrid"])
+@pytest.mark.sampled(2)
 def test_an_engine_gives_the_same_logits_with_and_without(tiny_pack: Path, backend: str) -> None:
     tokens = [int(t) for t in np.random.default_rng(0).integers(0, 200, 60)]
     logits = {}

@@ -50,6 +50,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, StoredExper
 
 
 @pytest.mark.parametrize(("backend", "option"), OPTIONS)
+@pytest.mark.sampled(16)
 def test_an_option_has_an_effect(
     backend: str, option: str, stored: Mapping[str, StoredExperts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,10 +104,12 @@ def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pytest.param(1, 12, id="chunks-of-1", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.sampled(40)
 def test_prefill_equals_transformers(opened: Opened, chunk: int | None, tokens: int) -> None:
     opened.check(opened.engine.logits(opened.recording.tokens[:tokens], prefill_chunk=chunk))
 
 
+@pytest.mark.sampled(16)
 def test_cached_decode_equals_transformers(opened: Opened) -> None:
     tokens, cache = opened.recording.tokens, opened.engine.new_cache()
     opened.check(opened.engine.forward(tokens[:PROMPT_LENGTH], cache))

@@ -39,6 +39,7 @@ def logits(engine: Engine, tokens: Sequence[int]) -> bytes:
 @needs_extension
 @pytest.mark.parametrize("prefetch", ["none", "early_router"])
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda value: "-".join(map(str, (value[0], *value[1].values()))))
+@pytest.mark.sampled(5)
 def test_every_backend(
     backend: tuple[str, dict[str, Any]], prefetch: str, tiny_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -72,6 +72,7 @@ def expected_tokens(tiny_pack: Path) -> object:
         "resident GPU",
     ],
 )
+@pytest.mark.sampled(4)
 def test_no_policy_changes_the_tokens(
     tiny_pack: Path, backend: str, expected_tokens: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:

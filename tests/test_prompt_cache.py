@@ -230,6 +230,7 @@ def test_memory_stays_within_the_budget(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("damage", ["none", "keys and values", "state", "header", "missing", "other settings"])
+@pytest.mark.sampled(3)
 def test_conversations_outlast_the_process(tiny_pack: Path, tmp_path: Path, damage: str) -> None:
     def answer(prompt: list[int], **options: Any) -> tuple[Sequence, Logits]:
         capture = Capture()
@@ -281,6 +282,7 @@ PHASES = ["nothing", "half of the keys", "keys and values", "state", "damaged st
 
 
 @pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.sampled(2)
 def test_a_process_ends_in_the_middle_of_a_write(
     tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
@@ -316,6 +318,7 @@ def test_a_process_ends_in_the_middle_of_a_write(
 
 
 @pytest.mark.parametrize("room", [0, 1000, 20_000, 60_000])
+@pytest.mark.sampled(2)
 def test_a_full_disk(tiny_pack: Path, tmp_path: Path, room: int) -> None:
     """No file may grow beyond ``room`` bytes, as on a disk without more."""
     first = conversation(tiny_pack, tmp_path, list(range(1, 60)))

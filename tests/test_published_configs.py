@@ -15,6 +15,7 @@ import pytest
 from published import ARCHIVE
 
 from flashmoe_mlx.adapters.library import MODEL_TYPES, is_installed
+from flashmoe_mlx.checkpoint.formats import coded_weights
 from flashmoe_mlx.checkpoint.published import known_config
 from flashmoe_mlx.checkpoint.support import why_not
 from flashmoe_mlx.models.config import ModelConfig
@@ -57,6 +58,8 @@ def row(name: str) -> str:
     if reason is not None:
         how = "no"
         reason = f"{kind} is not supported" if kind not in (*NATIVE, *MODEL_TYPES) else first_clause(reason)
+    elif how == "natively" and (codes := coded_weights(configs()[name])) is not None:
+        how, reason = "natively, from a pack", f"{codes.name}, read and requantized by `task=pack`"
     return f"| {name} | `{kind}` | {how} | {reason or ''} |"
 
 

@@ -30,6 +30,7 @@ def test_a_folder_is_claimed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("key", "more"), [("hydra.run.dir", []), ("hydra.sweep.dir", ["-m", "experts_k=1,2"])])
+@pytest.mark.sampled(1)
 def test_two_runs_at_once_with_one_folder(
     key: str, more: list[str], tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,6 +73,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("folder", [".", "run", "deep/er/run", "outputs/[v2]"])
+@pytest.mark.sampled(2)
 def test_the_record_of_packing_may_lie_in_the_pack(
     folder: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,6 +101,7 @@ def test_other_files_are_not_ignored(checkpoint: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "bench.json", "bench_io.json", "evaluate.json", "routing.moetrace"])
+@pytest.mark.sampled(2)
 def test_measurements_are_never_overwritten(
     name: str, tiny_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

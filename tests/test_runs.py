@@ -85,6 +85,7 @@ def test_a_refused_run_does_not_change_an_earlier_record(tiny_pack: Path, tmp_pa
     assert len(load_runs(tmp_path)) == 1
 
 
+@pytest.mark.thorough
 def test_a_sweep_over_all_backends(tiny_pack: Path, tmp_path: Path) -> None:
     every = "backend=glob(*,exclude=auto)"  # auto measures the machine for two minutes
     assert run(["-m", f"model.path={tiny_pack}", *FAST, every, f"hydra.sweep.dir={tmp_path}"]) == 2
@@ -115,7 +116,7 @@ def test_missing_pandas_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(InputError) as caught:
         load_runs(tmp_path)
-    assert caught.value.code == "missing_package"
+    assert caught.value.code == "missing_extra"
     assert "pip install 'flashmoe_mlx[research]'" in str(caught.value)
 
 

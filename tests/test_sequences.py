@@ -55,6 +55,7 @@ def alone(engine: Engine, prompt: list[int], **options: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 9, 17])
+@pytest.mark.sampled(3)
 def test_every_number_of_sequences(engine: Engine, count: int) -> None:
     """Kernels for CPUs have a path for 2 to 8 rows and another one for more; an unchecked path would warn."""
     prompts = [[number, 5, 17] for number in range(count)]
@@ -109,6 +110,7 @@ def test_any_schedule(random: Random) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.sampled(2)
 def test_prefetch_changes_no_tokens(policy: str, tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, prefetch=policy) as engine:
         expected = [alone(engine, prompt) for prompt in PROMPTS]
@@ -118,6 +120,7 @@ def test_prefetch_changes_no_tokens(policy: str, tiny_pack: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "reference"])
+@pytest.mark.sampled(1)
 def test_sequences_decode_together_with_other_kernels(kernels: str, tiny_pack: Path) -> None:
     with flashmoe_mlx.load(tiny_pack, kernels=kernels) as engine:
         expected = [alone(engine, prompt) for prompt in PROMPTS]
@@ -376,6 +379,7 @@ def test_an_interrupted_choice_ends_every_sequence_of_the_pass(engine: Engine) -
 
 
 @pytest.mark.parametrize("call", range(1, 14))
+@pytest.mark.sampled(6)
 def test_an_error_in_the_prompt_ends_the_sequence(engine: Engine, call: int) -> None:
     """Wherever a report of progress fails, the tokens so far are never processed a second time."""
     calls = 0

@@ -114,6 +114,7 @@ def test_compiled_grammars_are_not_kept(live: Live) -> None:
 
 
 @pytest.mark.parametrize("character", ["a", "hello you ", "<|im_end|>", "👩‍👩‍👧‍👦"])
+@pytest.mark.sampled(2)
 def test_a_text_far_beyond_the_context_is_refused_at_once(live: Live, character: str) -> None:
     text = character * (8_000_000 // len(character))
     start = time.monotonic()

@@ -57,6 +57,7 @@ def recording(tiny_pack: Path) -> RoutingTrace:
     "slots", [2, pytest.param(4, marks=pytest.mark.thorough), 7, pytest.param(11, marks=pytest.mark.thorough), 16]
 )
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.sampled(4)
 def test_counters_of_a_generation_equal_the_simulated_counters(
     policy: str, slots: int, recording: RoutingTrace, tiny_pack: Path, tmp_path: Path
 ) -> None:

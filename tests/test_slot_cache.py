@@ -238,6 +238,7 @@ def test_any_sequence_agrees_with_the_naive_rule(name: str, data: st.DataObject)
 
 @each_policy
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 10, 20, 39])
+@pytest.mark.sampled(8)
 def test_long_skewed_sequences_agree_with_the_naive_rule(name: str, capacity: int) -> None:
     random = np.random.default_rng(capacity)
     weights = 1 / np.arange(1, EXPERTS + 1)

@@ -301,6 +301,7 @@ def tiny_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tiny_probe")
+@pytest.mark.thorough
 def test_the_probe_measures_and_deletes_its_models(tmp_path: Path) -> None:
     announced: list[str] = []
     found = probe(tmp_path / "cache", 0.1, announced.append)
@@ -366,6 +367,7 @@ def estimate(folder: Path, *arguments: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.thorough
 def test_a_known_model_is_estimated_without_a_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = estimate(tmp_path, "model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32", "experts_k=4")
     shown = capsys.readouterr().err
@@ -427,7 +429,7 @@ def test_wrong_arguments_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        ("Qwen/Qwen3.5-35B-A3B-FP8", "FP8"),
+        ("Qwen/Qwen3.5-35B-A3B-NVFP4", "NVFP4"),
         ("unsloth/Qwen3.6-35B-A3B-GGUF", "Qwen/Qwen3.6-35B-A3B"),
         ("{folder}/nvfp4.json", "NVFP4"),
         ("{folder}/dense.json", "nothing to stream"),

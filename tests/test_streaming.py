@@ -79,6 +79,7 @@ def test_an_interrupt_in_the_prompt(
 
 
 @pytest.mark.parametrize(("tokens", "code", "kept"), [(0, 130, False), (10, 130, True)])
+@pytest.mark.sampled(1)
 def test_an_interrupted_trace(
     tiny_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, code: int, kept: bool
 ) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.checkpoint.coded import CodedTensor
 from flashmoe_mlx.checkpoint.shards import INDEX, broken_link, find_shards, nothing_here
 from flashmoe_mlx.checkpoint.support import refuse_gguf_file, refuse_hub_id_of_format, refuse_unsupported
 from flashmoe_mlx.errors import CheckpointError
@@ -113,11 +114,13 @@ class Checkpoint:
         return Extent(path, self._data_start[tensor.shard] + tensor.begin + start, nbytes)
 
     def read(self, tensor: TensorInfo, start: int, nbytes: int) -> bytearray:
-        """Read ``nbytes`` bytes from byte ``start`` of ``tensor``.
+        """Read ``nbytes`` bytes from byte ``start`` of ``tensor``, decoded if it is a ``CodedTensor``.
 
         Raises:
             CheckpointError: as ``extent``; or the file cannot be read.
         """
+        if isinstance(tensor, CodedTensor):
+            return tensor.read(self.read, start, nbytes)
         return read_extents([self.extent(tensor, start, nbytes)])
 
 

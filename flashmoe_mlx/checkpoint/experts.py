@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.coded import CodedTensor, Floats, shards_of
 from flashmoe_mlx.formats.extents import Extent
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
@@ -38,6 +39,23 @@ class CheckpointExperts:
         """Locate the components of an expert, in the order of its record."""
         return [self._checkpoint.extent(*piece) for piece in self._layers[layer].pieces(expert)]
 
+    def payload(self, layer: int, expert: int) -> bytearray:
+        """Read the components of an expert, decoded where the checkpoint has codes."""
+        data = bytearray()
+        for piece in self._layers[layer].pieces(expert):
+            data += self._checkpoint.read(*piece)
+        return data
+
+    def exact(self, layer: int, expert: int) -> dict[str, Floats]:
+        """Return the weights [out, in], without rounding, of the projections that the checkpoint has as codes."""
+        found = {}
+        pieces = self._layers[layer].pieces(expert)
+        for component, (tensor, start, nbytes) in zip(self.layout[layer].components, pieces, strict=True):
+            projection, _, part = component.name.partition(".")
+            if part == "weight" and isinstance(tensor, CodedTensor):
+                found[projection] = tensor.exact(self._checkpoint.read, start, nbytes)
+        return found
+
     def shards(self, layer: int) -> set[str]:
         """Return the names of the shards that hold experts of ``layer``."""
         return self._layers[layer].shards()
@@ -68,7 +86,7 @@ class StackedExperts:
 
     def shards(self) -> set[str]:
         """Return the names of the shards that hold the experts."""
-        return {tensor.shard for tensor, _, _ in self._parts}
+        return set().union(*(shards_of(tensor) for tensor, _, _ in self._parts))
 
 
 class SeparateExperts:
@@ -83,4 +101,4 @@ class SeparateExperts:
 
     def shards(self) -> set[str]:
         """Return the names of the shards that hold the experts."""
-        return {tensor.shard for tensors in self._tensors for tensor in tensors}
+        return set().union(*(shards_of(tensor) for tensors in self._tensors for tensor in tensors))

@@ -1,4 +1,4 @@
-"""Recognize formats of published weights that cannot be read, by config, by name, and by tensors.
+"""Recognize formats of published weights, by config, by name, and by tensors.
 
 Sources of the settings: mlx ``nn.layers.quantized`` and mlx_lm ``utils.load_model`` (``quantization``); transformers
 ``quantizers/auto.py`` (``quantization_config``); NVIDIA modelopt's ``hf_quant_config.json``.
@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from flashmoe_mlx.checkpoint.coded_formats import Codes
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
@@ -49,10 +50,11 @@ _KEYS = ("quantization", "quantization_config", "compression_config")
 _NOT_TEXT = re.compile(r"(^|\.)(visual|vision_tower|vision_model|mtp|audio_tower)(\.|$)")
 
 _IN_NAMES = re.compile(
-    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|FP8|GPTQ|AWQ|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes"
+    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes"
     r"|INT4|INT8|W[48]A(?:4|8|16)(?:KV8)?|NVFP4A16|torchao|QuIP|ONNX|CoreML|IQ\d_\w+|Q\d_(?:K(?:_[SML]|_XL)?|[01]))(?=$|[-_.\d])",
     re.IGNORECASE,
 )
+_DECODED_IN_NAMES = re.compile(r"(?:^|[-_./])(?:GPTQ|AWQ)(?:$|[-_.\d])", re.IGNORECASE)
 _MLX_IN_NAMES = re.compile(r"(?:^|[-_./])mlx(?:$|[-_./])|^mlx-community/", re.IGNORECASE)
 
 _BY_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -79,11 +81,20 @@ def mlx_settings(published: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, Mapping) and _method(settings) is None else {}
 
 
+def coded_weights(published: Mapping[str, Any]) -> Codes | None:
+    """Return the format of weights that are decoded when they are packed; None for all other checkpoints."""
+    _, settings = next(_settings(published), ("", None))
+    return _codes(settings) if isinstance(settings, Mapping) else None
+
+
 def unreadable_format(published: Mapping[str, Any]) -> str | None:
     """Return the reason, in one line, why the weights of this ``config.json`` cannot be read; None if they can."""
     for key, settings in _settings(published):
         if not isinstance(settings, Mapping):
             return f"{key} is {shown(settings)}, which is not a known quantization; {USE_INSTEAD}"
+        if (codes := _codes(settings)) is not None:
+            variant = codes.unreadable()
+            return None if variant is None else f"weights quantized with {variant} are not supported; {USE_INSTEAD}"
         if (named := _method(settings)) is not None:
             return f"weights quantized with {named} are not supported; {USE_INSTEAD}"
         for module, entry in settings.items():
@@ -102,7 +113,10 @@ def format_in_name(name: str) -> str | None:
 
     Names of MLX conversions count as readable: such a name may state a mode of MLX or the format of the original.
     """
+    decoded = _DECODED_IN_NAMES.search(name)
     for match in _IN_NAMES.finditer(name):
+        if decoded and match[1].upper() in ("INT4", "INT8"):
+            continue
         if not _MLX_IN_NAMES.search(name):
             return match[1]
     return None
@@ -136,6 +150,15 @@ def _settings(published: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         for holder in (published, text if isinstance(text, Mapping) else {}):
             if holder.get(key) not in (None, False, {}):
                 yield key, holder[key]
+
+
+def _codes(settings: Mapping[str, Any]) -> Codes | None:
+    """Return the format of ``settings`` if it is one that can be decoded, or a variant of one."""
+    method = settings.get("quant_method")
+    if method is None and _method(settings) in ("AWQ", "GPTQ"):
+        method = str(_method(settings))
+    method = method.lower() if isinstance(method, str) else None
+    return Codes(method, settings) if method in ("fp8", "gptq", "awq") else None
 
 
 def _method(settings: Mapping[str, Any]) -> str | None:

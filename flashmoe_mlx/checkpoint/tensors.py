@@ -6,12 +6,14 @@ stores a tensor for each projection of each expert.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
+from flashmoe_mlx.checkpoint.coded_formats import Codes
 from flashmoe_mlx.checkpoint.experts import CheckpointExperts, LayerExperts, SeparateExperts, StackedExperts
-from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, format_of_tensors, mlx_mode, mlx_settings
+from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, coded_weights, format_of_tensors, mlx_mode, mlx_settings
 from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
+from flashmoe_mlx.checkpoint.resident import Matrix, ResidentTensor
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
@@ -21,67 +23,6 @@ from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, part_names, qu
 from flashmoe_mlx.models.registry import family_of
 
 _FLOATS = ("BF16", "F16", "F32")
-
-
-@dataclass(frozen=True, slots=True)
-class ResidentTensor:
-    """A tensor in the form that the model uses.
-
-    Attributes:
-        name: its name.
-        shape: its shape.
-        source: the published tensor.
-        add_one: whether 1 is added to each value.
-        rows: the first row and the number of rows of each part of ``source`` that the tensor consists of; None for the
-            whole.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    source: TensorInfo
-    add_one: bool = False
-    rows: tuple[tuple[int, int], ...] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        return sum(nbytes for _, nbytes in self._parts())
-
-    def places(self, start: int, nbytes: int) -> Iterator[tuple[int, int]]:
-        """Yield the first byte and the size of each piece of ``source`` that bytes from ``start`` on consist of."""
-        for first, size in self._parts():
-            here = min(size - start, nbytes)
-            if here > 0:
-                yield first + start, here
-                nbytes -= here
-            start = max(0, start - size)
-
-    def _parts(self) -> list[tuple[int, int]]:
-        if self.rows is None:
-            return [(0, self.source.nbytes)]
-        width = self.source.nbytes // self.source.shape[0]
-        return [(first * width, count * width) for first, count in self.rows]
-
-
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """A resident matrix: dense [out, in], or quantized if it has ``scales`` and, in MLX's affine mode, ``biases``.
-
-    ``shape`` is the dense one; ``least_bits`` is the smallest width to which the matrix may be quantized.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    least_bits: int
-    weight: ResidentTensor
-    scales: ResidentTensor | None = None
-    biases: ResidentTensor | None = None
-    mode: str = field(default=AFFINE, kw_only=True)
-
-    @property
-    def parts(self) -> tuple[ResidentTensor, ...]:
-        """The stored tensors."""
-        return tuple(part for part in (self.weight, self.scales, self.biases) if part is not None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +36,7 @@ class CheckpointTensors:
         kept: tensors that stay on disk as they are published: tables, and tensors that no part of this version uses.
         experts: routed experts.
         skipped: names of tensors that text does not need.
+        codes: the format from which weights are decoded; None if they are read as they are published.
     """
 
     config: ModelConfig
@@ -103,6 +45,7 @@ class CheckpointTensors:
     kept: tuple[ResidentTensor, ...]
     experts: CheckpointExperts
     skipped: tuple[str, ...]
+    codes: Codes | None
 
 
 def classify_tensors(checkpoint: Checkpoint) -> CheckpointTensors:
@@ -125,9 +68,12 @@ class _Classifier:
             )
         self._config = checkpoint.config
         self._names = family_of(self._config).tensor_names
-        self._skipped = tuple(sorted(name for name in checkpoint.tensors if is_skipped(name, self._names)))
+        self._codes = coded_weights(checkpoint.published)
+        published = checkpoint.tensors
+        self._tensors = published if self._codes is None else self._codes.decoded(published, self._where)
+        self._skipped = tuple(sorted(name for name in self._tensors if is_skipped(name, self._names)))
         self._published: dict[str, str] = {}
-        for name in checkpoint.tensors.keys() - set(self._skipped):
+        for name in self._tensors.keys() - set(self._skipped):
             canonical = canonical_name(name, self._names)
             if canonical in self._published:
                 raise CheckpointError(
@@ -169,7 +115,7 @@ class _Classifier:
             )
         routed = CheckpointExperts(self._checkpoint, LayerLayouts.of(layouts), layers)
         resident = tuple(matrices), tuple(vectors), tuple(kept)
-        return CheckpointTensors(self._config, *resident, routed, self._skipped)
+        return CheckpointTensors(self._config, *resident, routed, self._skipped, self._codes)
 
     def _tables(self) -> Iterator[ResidentTensor]:
         """Yield the tensors of all tables."""
@@ -179,7 +125,7 @@ class _Classifier:
                 raise self._missing(f"{table.name}.weight")
             rows = 0
             for name in names:
-                height = self._checkpoint.tensors[self._published[f"{name}.weight"]].shape[0]
+                height = self._tensors[self._published[f"{name}.weight"]].shape[0]
                 matrix = self._matrix(Parameter(name, Kind.MATRIX, (height, table.columns)))
                 if matrix.mode != AFFINE:
                     raise CheckpointError(
@@ -202,14 +148,14 @@ class _Classifier:
         for name in sorted(self._unused):
             if pattern is not None and pattern.search(name):
                 self._unused.discard(name)
-                tensor = self._checkpoint.tensors[self._published[name]]
+                tensor = self._tensors[self._published[name]]
                 yield ResidentTensor(name, tensor.shape, tensor)
 
     def _find(self, name: str, shape: tuple[int, ...] | None, dtypes: Sequence[str] = _FLOATS) -> TensorInfo:
         if name not in self._published:
             raise self._missing(name)
         self._unused.discard(name)
-        tensor = self._checkpoint.tensors[self._published[name]]
+        tensor = self._tensors[self._published[name]]
         if shape is not None and tensor.shape != shape:
             raise CheckpointError(
                 f"{self._where}: tensor {name} has shape {list(tensor.shape)}, config.json needs {list(shape)}",
@@ -229,7 +175,7 @@ class _Classifier:
 
     def _unreadable_format(self) -> str:
         """Return the end of a message if the tensors reveal a format that cannot be read, else an empty text."""
-        tensors = self._checkpoint.tensors
+        tensors = self._tensors
         found = format_of_tensors((name, tensors[name].dtype) for name in self._published.values())
         return "" if found is None else f"; the tensors are those of {found}, which is not supported: {USE_INSTEAD}"
 
@@ -275,7 +221,7 @@ class _Classifier:
         parts = [self._published.get(f"{name}.{part}") for part in ("weight", "scales")]
         if None in parts:
             return None
-        return mlx_mode(columns, *(self._checkpoint.tensors[part] for part in parts if part is not None))
+        return mlx_mode(columns, *(self._tensors[part] for part in parts if part is not None))
 
     def _floats(self, name: str, dense: tuple[int, ...], mode: str) -> tuple[TensorInfo, TensorInfo]:
         """Return codes and scales of a matrix in a mode of ``FLOAT_MODES``."""
@@ -345,7 +291,7 @@ class _Classifier:
                 formats[projection] = MatrixFormat(*FLOAT_MODES[mode], "U8", mode)
                 continue
             weight = self._published.get(f"{name}.weight")
-            coded = weight is not None and self._checkpoint.tensors[weight].dtype == "U32"
+            coded = weight is not None and self._tensors[weight].dtype == "U32"
             if f"{name}.scales" not in self._published and not coded:
                 tensors.append(self._find(f"{name}.weight", shape))
                 formats[projection] = MatrixFormat(None, None, tensors[-1].dtype)
@@ -366,22 +312,32 @@ class _Classifier:
         return StackedExperts(parts), self._layout({name: _dense(tensor) for name, tensor in dense.items()})
 
     def _separate(self, layer: int) -> tuple[LayerExperts, RecordLayout]:
-        tensors = [
-            [
-                self._find(f"{self._expert_name(self._names.separate, layer, projection, expert)}.weight", shape)
-                for projection, shape in self._shapes().items()
-            ]
-            for expert in range(self._config.num_experts)
-        ]
-        for expert in tensors:
-            for projection, tensor, first in zip(PROJECTIONS, expert, tensors[0], strict=True):
-                if tensor.dtype != first.dtype:
+        experts = [self._separate_expert(layer, expert) for expert in range(self._config.num_experts)]
+        tensors, formats = zip(*experts, strict=True)
+        for own in formats:
+            for projection in PROJECTIONS:
+                if own[projection] != formats[0][projection]:
                     raise CheckpointError(
-                        f"{self._where}: experts of layer {layer} have {projection} in {first.dtype} and in "
-                        f"{tensor.dtype}; all experts of a layer must have the same types",
+                        f"{self._where}: experts of layer {layer} have {projection} as {formats[0][projection].name} "
+                        f"and as {own[projection].name}; all experts of a layer must have the same types",
                         code="mixed_precision",
                     )
-        return SeparateExperts(tensors), self._layout(dict(zip(PROJECTIONS, map(_dense, tensors[0]), strict=True)))
+        return SeparateExperts(tensors), self._layout(formats[0])
+
+    def _separate_expert(self, layer: int, expert: int) -> tuple[list[TensorInfo], dict[str, MatrixFormat]]:
+        """Return the tensors of an expert in the order of its record, and the formats of its projections."""
+        tensors: list[TensorInfo] = []
+        formats: dict[str, MatrixFormat] = {}
+        for projection, shape in self._shapes().items():
+            name = self._expert_name(self._names.separate, layer, projection, expert)
+            if self._codes is not None and f"{name}.scales" in self._published:
+                parts, bits, group_size = self._quantized(name, shape)
+                tensors += parts
+                formats[projection] = MatrixFormat(bits, group_size, parts[1].dtype)
+                continue
+            tensors.append(self._find(f"{name}.weight", shape))
+            formats[projection] = _dense(tensors[-1])
+        return tensors, formats
 
 
 def _dense(tensor: TensorInfo) -> MatrixFormat:

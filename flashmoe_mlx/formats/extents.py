@@ -1,15 +1,18 @@
 """Byte ranges of files: the location of experts, and reads that return all requested bytes or fail."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.record import LayerLayouts
 
-__all__ = ["ExpertSource", "Extent", "read_exactly", "read_extents"]
+__all__ = ["ExpertSource", "Extent", "RecordSource", "read_exactly", "read_extents"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,33 @@ class ExpertSource(Protocol):
 
     def extents(self, layer: int, expert: int) -> Sequence[Extent]:
         """Return the byte ranges of an expert in the order of its record: one in a pack, several in a checkpoint."""
+        ...
+
+
+class RecordSource(Protocol):
+    """The records of experts, read, decoded or computed, for new variants."""
+
+    @property
+    def layout(self) -> LayerLayouts:
+        """The layout of the records of each layer."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers with experts."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts in each layer."""
+        ...
+
+    def payload(self, layer: int, expert: int) -> bytearray:
+        """Read the components of an expert in the order of its record."""
+        ...
+
+    def exact(self, layer: int, expert: int) -> Mapping[str, npt.NDArray[np.float32]]:
+        """Return the weights [out, in], without rounding, of the projections that ``payload`` decodes."""
         ...
 
 

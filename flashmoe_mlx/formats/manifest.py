@@ -23,6 +23,12 @@ each projection::
 Format version 3 adds packs with the share of one of several nodes: ``"share": {"node": 0, "weights": [1.0, 1.0]}``. The
 layer files and the checksums of such a pack hold only the experts that ``formats.shares`` gives to this node.
 
+A pack of a checkpoint in FP8, GPTQ or AWQ states the relative error of its weights by projection, as a mean over the
+experts or matrices and the worst of them::
+
+    "requantization_error": {"q4": {"gate": {"mean": 0.083, "worst": 0.086}, ...},
+                             "resident": {"q_proj": {"mean": ..., "worst": ...}, ...}}
+
 A format in one of MLX's float modes has a "mode", and such a variant has the name of the mode ("mxfp4"). A pack whose
 variants have one affine format each has version 1.
 
@@ -31,14 +37,16 @@ variants have one affine format each has version 1.
 Layer files have no hash in the manifest, because each of their records has one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from flashmoe_mlx.formats.extents import Extent
+from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.shares import Share
 
@@ -136,6 +144,14 @@ class PackedExperts:
     def place(self, layer: int, expert: int) -> int:
         """Return the number of records before that of ``expert`` in the file of ``layer``."""
         return expert if self.packed is None else self.packed.place(layer, self.num_experts, expert)
+
+    def payload(self, layer: int, expert: int) -> bytearray:
+        """Read the record of ``expert``."""
+        return read_extents(self.extents(layer, expert))
+
+    def exact(self, layer: int, expert: int) -> Mapping[str, npt.NDArray[np.float32]]:  # noqa: ARG002  # see RecordSource
+        """Return an empty mapping: a pack has no codes of other packages."""
+        return {}
 
 
 def layer_file(layer: int) -> str:

@@ -162,7 +162,12 @@ class Sequence:
         Raises:
             FlashMoeError: no token can be chosen; see ``checked_logits``.
         """
-        token = self._sampler(logits, None if self._constrained is None else self._constrained.allowed())
+        constrained = self._constrained
+        token = self._sampler(logits, None if constrained is None else constrained.allowed())
+        if constrained is not None:
+            chosen, token = token, constrained.fitting(token, self._limit - len(self.token_ids))
+            if token != chosen:
+                self._sampler.correct(chosen, token)
         if self.request.logprobs is not None:
             self.logprobs.append(token_logprobs(logits, token, self.request.logprobs))
         self.accept(token)
@@ -214,7 +219,7 @@ class Sequence:
         while self.finish_reason is None:
             constrained.add(token)
             if constrained.complete:
-                self.finish("stop")
+                self.finish("length" if constrained.shortened else "stop")
                 return
             forced = forced or (constrained.forced() if self._skips_forced else [])
             if not forced:

@@ -23,8 +23,11 @@ from flashmoe_mlx.formats.manifest import (
 )
 from flashmoe_mlx.formats.record import AFFINE, LayerLayouts
 from flashmoe_mlx.formats.shares import Share
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.pack.quantize import BY_WIDTH, default_quantizer
+
+PUBLISHED_NAME = "published"
+"""The name of the variant of a model that runs through MLX-LM."""
 
 
 def variant_name(bits: int, quantizer: str | None = None) -> str:
@@ -37,6 +40,8 @@ def layout_name(layout: LayerLayouts, quantizer: str | None = None) -> str:
 
     Several widths have one name, by their mean: "mixed-3.33".
     """
+    if not layout[0].is_native:
+        return PUBLISHED_NAME
     single = layout.single_format
     if single is not None:
         assert single.bits is not None
@@ -49,7 +54,7 @@ def layout_name(layout: LayerLayouts, quantizer: str | None = None) -> str:
 
 def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
     """Return the layout of a variant in the form of the manifest."""
-    if len(layout.distinct) == 1 and layout.single_format is not None:
+    if len(layout.distinct) == 1 and layout.single_format is not None and layout[0].is_native:
         return layout[0].to_json()
     numbers = {own: number for number, own in enumerate(layout.distinct)}
     return {"layouts": [own.to_json() for own in layout.distinct], "layers": [numbers[own] for own in layout]}
@@ -59,15 +64,17 @@ def version_of(variants: Iterable[LayerLayouts], share: Share | None) -> int:
     """Return the format version of a pack with variants of these layouts, and the experts of ``share`` or all."""
     if share is not None:
         return SHARE_FORMAT_VERSION
-    singles = [layout.single_format for layout in variants]
+    known = list(variants)
+    singles = [layout.single_format for layout in known]
     plain = all(single is not None and single.mode == AFFINE for single in singles)
+    plain = plain and all(layout[0].is_native for layout in known)
     return FORMAT_VERSION if plain else MIXED_FORMAT_VERSION
 
 
-def geometry_of(config: ModelConfig) -> dict[str, int]:
+def geometry_of(config: ModelSize) -> dict[str, int]:
     """Return the sizes that determine the place of every record, in the form of the manifest."""
     return {
-        "num_layers": len(config.moe_layers),
+        "num_layers": config.num_moe_layers,
         "num_experts": config.num_experts,
         "hidden_size": config.hidden_size,
         "expert_size": config.expert_size,
@@ -76,11 +83,12 @@ def geometry_of(config: ModelConfig) -> dict[str, int]:
 
 def write_manifest(
     folder: Path,
-    config: ModelConfig,
+    config: ModelSize,
     variants: Mapping[str, LayerLayouts],
     source: Mapping[str, str],
     skipped: Sequence[str],
     quantizers: Mapping[str, str | None] = MappingProxyType({}),
+    errors: Mapping[str, Any] = MappingProxyType({}),
     share: Share | None = None,
 ) -> None:
     """Write the manifest of the complete files in ``folder``, which makes it a pack.
@@ -92,6 +100,7 @@ def write_manifest(
         source: the origin of the pack: its name and revision.
         skipped: the names of the tensors that were not packed.
         quantizers: the quantizer of each variant; None for copies of published records.
+        errors: the relative errors of weights that were decoded from codes; see ``formats/manifest.py``.
         share: the share whose experts the files hold; None for all experts.
 
     Raises:
@@ -119,6 +128,7 @@ def write_manifest(
         **({} if share is None else {"share": share.to_json()}),
         "files": files,
         "skipped_tensors": list(skipped),
+        **({"requantization_error": dict(errors)} if errors else {}),
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
 

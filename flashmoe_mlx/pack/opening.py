@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.adapters.records import read_layout
+from flashmoe_mlx.checkpoint.support import read_sizes
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import regular_file_size
 from flashmoe_mlx.formats.manifest import (
@@ -29,8 +31,8 @@ from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerL
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.formats.untrusted import read_object, same_json
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.registry import family_of, parse_config
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
+from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
 from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name, version_of
 from flashmoe_mlx.pack.quantize import BY_WIDTH, QUANTIZERS
@@ -50,7 +52,7 @@ class Pack:
 
     folder: Path
     manifest: Mapping[str, Any]
-    config: ModelConfig
+    config: ModelSize
     experts: Mapping[str, PackedExperts]
     share: Share | None = None
 
@@ -93,7 +95,8 @@ def open_pack(folder: Path) -> Pack:
         if name in files:
             files.check(name)
     files.check(RESIDENT)
-    _check_resident(folder, family_of(config).tensor_names.kept)
+    if isinstance(config, ModelConfig):
+        _check_resident(folder, family_of(config).tensor_names.kept)
     files.refuse_unknown()
     return Pack(folder, manifest, config, experts, share)
 
@@ -137,10 +140,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) -> ModelConfig:
+def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) -> ModelSize:
     files.check("config.json")
     try:
-        config = parse_config(read_object(folder / "config.json"))
+        config = read_sizes(read_object(folder / "config.json"))
     except CheckpointError as error:
         raise PackError(f"{folder}: {error}", code=error.code) from None
     if not same_json(manifest.get("geometry"), geometry_of(config)):
@@ -167,7 +170,7 @@ def _read_share(folder: Path, manifest: Mapping[str, Any]) -> Share | None:
 
 
 def _open_variant(
-    folder: Path, name: str, entry: Any, config: ModelConfig, files: ListedFiles, share: Share | None
+    folder: Path, name: str, entry: Any, config: ModelSize, files: ListedFiles, share: Share | None
 ) -> PackedExperts:
     """Check the entry of a variant in the manifest, and its files."""
     if not isinstance(entry, dict):
@@ -192,17 +195,17 @@ def _open_variant(
     return experts
 
 
-def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> LayerLayouts:
+def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelSize) -> LayerLayouts:
     """Return the record layout of each layer, which follow from the entry of a variant and the model's configuration.
 
     The caller compares them with the entry.
     """
     if "layers" not in entry:
-        return LayerLayouts.uniform(_layout(folder, name, entry, config), len(config.moe_layers))
+        return LayerLayouts.uniform(_layout(folder, name, entry, config), config.num_moe_layers)
     stated, numbers = entry.get("layouts"), entry["layers"]
     if not isinstance(stated, list) or not all(isinstance(own, dict) for own in stated):
         raise _invalid(folder, f"variant {name!r} has no list of layouts")
-    if not isinstance(numbers, list) or len(numbers) != len(config.moe_layers):
+    if not isinstance(numbers, list) or len(numbers) != config.num_moe_layers:
         raise _invalid(folder, f"variant {name!r} does not name a layout for each layer")
     if any(type(number) is not int or not 0 <= number < len(stated) for number in numbers):
         raise _invalid(folder, f"variant {name!r} names a layout that it does not have")
@@ -210,8 +213,13 @@ def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelCon
     return LayerLayouts.of(known[number] for number in numbers)
 
 
-def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> RecordLayout:
+def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelSize) -> RecordLayout:
     """Return one record layout of a variant."""
+    if not isinstance(config, ModelConfig):
+        try:
+            return read_layout(entry, config.hidden_size, config.expert_size)
+        except PackError as error:
+            raise _invalid(folder, f"variant {name!r}: {error}") from None
     stated = [entry[projection] for projection in PROJECTIONS] if set(PROJECTIONS) <= entry.keys() else [entry] * 3
     try:
         formats = [_format(folder, name, own) for own in stated]

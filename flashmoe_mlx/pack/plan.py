@@ -18,6 +18,7 @@ from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.formats.shares import Share, parse_shard
 from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.models.config import ModelConfig
 
 _DOWNLOADS = ".download"
 """The folder in an unfinished pack for shards from the hub."""
@@ -145,7 +146,8 @@ def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
 
 def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    classify_tensors(checkpoint)  # a checkpoint that cannot be packed leaves no plan
+    if isinstance(checkpoint.config, ModelConfig):
+        classify_tensors(checkpoint)  # a checkpoint that cannot be packed leaves no plan
     index = {
         "identity": checkpoint.identity,
         "config": checkpoint.published,

@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import xxhash
 
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
-from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, Matrix, ResidentTensor
+from flashmoe_mlx.checkpoint.coded import CodedTensor, shards_of
+from flashmoe_mlx.checkpoint.resident import Matrix, ResidentTensor
+from flashmoe_mlx.checkpoint.tensors import CheckpointTensors
 from flashmoe_mlx.errors import CheckpointError
 from flashmoe_mlx.formats.arrays import array_from, bytes_of
-from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import write_exactly
 from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES
 from flashmoe_mlx.formats.safetensors_header import element_bytes
+from flashmoe_mlx.models.parameters import quantization_of
 from flashmoe_mlx.pack.inspection import all_finite
 from flashmoe_mlx.pack.quantize import quantize
 
@@ -61,6 +64,8 @@ class ResidentPlan:
     def __init__(self, tensors: CheckpointTensors, bits: int | None, group_size: int) -> None:
         self._jobs: list[_Job] = []
         self._end = 0
+        self._settings = bits, group_size
+        self._coded = [matrix for matrix in tensors.matrices if isinstance(matrix.weight.source, CodedTensor)]
         for matrix in tensors.matrices:
             self._add_matrix(matrix, bits, group_size)
         for tensor in (*tensors.vectors, *tensors.kept):
@@ -82,10 +87,11 @@ class ResidentPlan:
         if matrix.mode != AFFINE:
             self._add_floats(matrix)
             return
-        if matrix.scales is not None or bits is None or columns % group_size:
+        if not _is_quantized(matrix, bits, group_size):
             for part in matrix.parts:
                 self._copy(part)
             return
+        assert bits is not None
         bits = max(bits, matrix.least_bits)
         dtype, groups = matrix.weight.source.dtype, (rows, columns // group_size)
         outputs = (
@@ -135,6 +141,19 @@ class ResidentPlan:
     def shards(self) -> tuple[str, ...]:
         """The shards that hold resident tensors, in order."""
         return tuple(sorted({job.source.source.shard for job in self._jobs}))
+
+    def needs(self, shard: str) -> set[str]:
+        """Return the shards that ``write_shard`` reads: codes and their scales may lie in several."""
+        return set().union(*(shards_of(job.source.source) for job in self._of(shard)))
+
+    def errors(self, checkpoint: Checkpoint, shard: str) -> dict[str, list[float]]:
+        """Return the relative errors of the decoded matrices in ``shard``, by the last part of their names."""
+        found: dict[str, list[float]] = {}
+        for matrix in self._coded:
+            if matrix.weight.source.shard == shard:
+                name = matrix.name.rpartition(".")[2]
+                found.setdefault(name, []).append(_error(checkpoint, matrix, *self._settings))
+        return found
 
     def shard_bytes(self, shard: str) -> int:
         """Return the number of bytes that ``write_shard`` writes."""
@@ -188,8 +207,10 @@ def read_resident(checkpoint: Checkpoint, tensor: ResidentTensor) -> mx.array:
 
 def _read(checkpoint: Checkpoint, tensor: ResidentTensor, start: int, nbytes: int) -> bytearray:
     """Read ``nbytes`` bytes from byte ``start`` of ``tensor``, as they are published."""
-    places = tensor.places(start, nbytes)
-    return read_extents([checkpoint.extent(tensor.source, first, count) for first, count in places])
+    data = bytearray()
+    for first, count in tensor.places(start, nbytes):
+        data += checkpoint.read(tensor.source, first, count)
+    return data
 
 
 def without_floats(checkpoint: Checkpoint, matrix: Matrix) -> dict[str, mx.array]:
@@ -245,6 +266,49 @@ def _blocks(checkpoint: Checkpoint, job: _Job) -> Iterator[tuple[_Output, int, m
         dense = array_from(data, dtype, (count, columns))
         for output, made in zip(job.outputs, quantize(dense, job.bits, job.group_size), strict=True):
             yield output, row * (output.nbytes // rows), bytes_of(made)
+
+
+def _is_quantized(matrix: Matrix, bits: int | None, group_size: int) -> bool:
+    """Return whether a matrix in MLX's affine mode is quantized to ``bits`` bits, rather than copied."""
+    return matrix.scales is None and bits is not None and matrix.shape[1] % group_size == 0
+
+
+def _error(checkpoint: Checkpoint, matrix: Matrix, bits: int | None, group_size: int) -> float:
+    """Return the relative error of a matrix in the form in which it is packed; a block is in memory at a time."""
+    source = matrix.weight.source
+    assert isinstance(source, CodedTensor)
+    difference = total = 0.0
+    step = max(1, _BLOCK_BYTES // (4 * matrix.shape[1]))
+    for row in range(0, matrix.shape[0], step):
+        count = min(step, matrix.shape[0] - row)
+        parts = [_row_block(checkpoint, part, row, count) for part in matrix.parts]
+        if _is_quantized(matrix, bits, group_size):
+            assert bits is not None
+            width = max(bits, matrix.least_bits)
+            made = _dequantized(quantize(parts[0], width, group_size), width, group_size)
+        elif matrix.scales is None:
+            made = parts[0]
+        else:
+            shapes = matrix.shape, matrix.weight.shape, matrix.scales.shape
+            made = _dequantized(parts, *quantization_of(matrix.name, *shapes))
+        row_bytes = matrix.weight.nbytes // matrix.shape[0]
+        places = matrix.weight.places(row * row_bytes, count * row_bytes)
+        exact = np.concatenate([source.exact(checkpoint.read, *place) for place in places])
+        difference += float(np.square(np.array(made.astype(mx.float32)) - exact).sum(dtype=np.float64))
+        total += float(np.square(exact).sum(dtype=np.float64))
+    return math.sqrt(difference / total) if total else math.sqrt(difference)
+
+
+def _dequantized(parts: Sequence[mx.array], bits: int, group_size: int) -> mx.array:
+    weight, scales, biases = parts
+    return mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+
+
+def _row_block(checkpoint: Checkpoint, tensor: ResidentTensor, row: int, count: int) -> mx.array:
+    """Read ``count`` rows of a tensor from row ``row``."""
+    row_bytes = tensor.nbytes // tensor.shape[0]
+    data = _read(checkpoint, tensor, row * row_bytes, count * row_bytes)
+    return array_from(data, tensor.source.dtype, (count, *tensor.shape[1:]))
 
 
 def _refuse_not_finite(checkpoint: Checkpoint, job: _Job, data: bytearray | memoryview, dtype: str) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe_mlx.errors import PackError
-from flashmoe_mlx.formats.extents import read_extents
+from flashmoe_mlx.adapters.config import AdaptedConfig
+from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.formats.files import publish, regular_file_size, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import CHECKSUMS, MANIFEST, RESIDENT, TEXT_FILES, PackedExperts
@@ -25,11 +25,14 @@ def copy_share(pack: Pack, folder: Path, share: Share, progress: Progress | None
     An interrupted copy is continued by the next call. Every record is compared with its checksum.
 
     Raises:
+        InputError: the model runs through another package; code "unsupported_on_nodes".
         PackError: ``pack`` or ``folder`` holds another share (code "another_share"), ``folder`` is not empty
             ("folder_not_empty"), a record of ``pack`` is damaged ("damaged_file"), or there is too little space.
         FlashMoeError: a file cannot be read or written.
     """
     progress = progress or Silent()
+    if isinstance(pack.config, AdaptedConfig):
+        raise InputError("several nodes cannot run a model of another package", code="unsupported_on_nodes")
     if pack.share is not None:
         raise PackError(
             f"{pack.folder}: holds {pack.share}; shard= needs a pack with all experts", code="another_share"
@@ -44,7 +47,10 @@ def copy_share(pack: Pack, folder: Path, share: Share, progress: Progress | None
         folder.mkdir(parents=True, exist_ok=True)
         with lock_folder(folder):
             if (folder / MANIFEST).exists():
-                _refuse_other(pack, folder, share)
+                there = open_pack(folder)
+                refuse_other_share(there, share)
+                if there.manifest["files"][RESIDENT] != pack.manifest["files"][RESIDENT]:
+                    raise PackError(f"{folder}: holds another model; choose another out=", code="another_model")
             known = {RESIDENT, "config.json", *TEXT_FILES, *(copy.directory.name for _, copy in copies)}
             inside = {path.name.removesuffix(".partial") for path in folder.iterdir() if not path.name.startswith(".")}
             if inside - known - {MANIFEST}:
@@ -69,24 +75,24 @@ def copy_share(pack: Pack, folder: Path, share: Share, progress: Progress | None
             layouts = {name: own.layout for name, own in pack.experts.items()}
             quantizers = {name: own.quantizer for name, own in pack.experts.items()}
             source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
-            write_manifest(folder, pack.config, layouts, source, skipped, quantizers, share)
+            errors = pack.manifest.get("requantization_error", {})
+            write_manifest(folder, pack.config, layouts, source, skipped, quantizers, errors, share)
             return open_pack(folder)
 
 
-def _refuse_other(pack: Pack, folder: Path, share: Share) -> None:
-    there = open_pack(folder)
-    same = there.share is not None and there.share.owns_as(share, len(pack.config.moe_layers), pack.config.num_experts)
-    if not same or there.manifest["files"][RESIDENT] != pack.manifest["files"][RESIDENT]:
+def refuse_other_share(pack: Pack, share: Share | None) -> None:
+    """Raise PackError, code "another_share", unless ``pack`` holds the experts of ``share``; None stands for all."""
+    own, sizes = pack.share, (pack.config.num_moe_layers, pack.config.num_experts)
+    if (own is None) != (share is None) or (own is not None and share is not None and not own.owns_as(share, *sizes)):
         raise PackError(
-            f"{folder}: holds {there.share or 'all experts'} of {'this' if not same else 'another'} model; choose "
-            "another out=",
+            f"{pack.folder}: holds {own or 'all experts'}; give the same shard= and weights=, or choose another out=",
             code="another_share",
         )
 
 
 def _copy_layer(own: PackedExperts, copy: PackedExperts, layer: int, progress: Progress) -> None:
     held, expected, size = copy.packed_in(layer), read_checksums(own)[layer], own.layout[layer].record_bytes
-    records = (memoryview(read_extents(own.extents(layer, expert))) for expert in held)
+    records = (memoryview(own.payload(layer, expert)) for expert in held)
     path = copy.layer_path(layer)
     for expert, report in zip(held, write_layer_file(path, records, own.layout[layer]), strict=True):
         if report.fault is not None or report.digest != expected[expert]:

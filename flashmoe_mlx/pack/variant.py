@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
-from flashmoe_mlx.formats.extents import ExpertSource, read_extents
+from flashmoe_mlx.formats.extents import RecordSource
 from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
 from flashmoe_mlx.formats.record import LayerLayouts
@@ -19,6 +20,7 @@ from flashmoe_mlx.pack.manifest import layout_name
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.progress import Progress
 from flashmoe_mlx.pack.quantize import BY_WIDTH, convert_record, default_quantizer
+from flashmoe_mlx.pack.requantization import record_errors, summarize_errors, write_errors
 from flashmoe_mlx.pack.widths import Width, target_layout
 
 _READ_AHEAD = 4
@@ -42,7 +44,7 @@ class VariantWriter:
 
     def __init__(
         self,
-        experts: ExpertSource,
+        experts: RecordSource,
         out: Path,
         width: Width,
         group_size: int,
@@ -81,6 +83,14 @@ class VariantWriter:
 
     def _hashes(self, layer: int) -> Path:
         return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
+
+    def _errors(self, layer: int) -> Path:
+        return self._state / f"{self.name}-layer_{layer:02d}.errors.json"
+
+    @property
+    def errors(self) -> dict[str, Any]:
+        """The mean and the worst relative error of each projection that was decoded, over all finished layers."""
+        return summarize_errors(self._errors(layer) for layer in range(self._experts.num_layers))
 
     def bytes_to_write(self) -> int:
         """Return the number of bytes of all unfinished layers."""
@@ -148,12 +158,17 @@ class VariantWriter:
 
     def _records(self, layer: int) -> Iterator[memoryview]:
         source, target = self._experts.layout[layer], self.layout[layer]
+        errors: dict[str, list[float]] = {}
         for expert, payload in zip(self.held(layer), self._payloads(layer), strict=True):
             # MLX quantizes a NaN to an ordinary number, so it must be found before.
             fault = None if source == target else find_nonfinite(payload, source)
             if fault:
                 raise CheckpointError(f"layer {layer} expert {expert} of the source: {fault}", code="not_finite")
-            yield convert_record(payload, source, target, self.quantiser)
+            record = convert_record(payload, source, target, self.quantiser)
+            for projection, error in record_errors(record, target, self._experts.exact(layer, expert)).items():
+                errors.setdefault(projection, []).append(error)
+            yield record
+        write_errors(self._errors(layer), errors)
 
     def _payloads(self, layer: int) -> Iterator[bytearray]:
         """Yield the components of each expert, joined in the order of its record; a few threads read ahead."""
@@ -161,7 +176,7 @@ class VariantWriter:
             held = self.held(layer)
             for start in range(0, len(held), _READ_AHEAD):
                 experts = held[start : start + _READ_AHEAD]
-                yield from pool.map(lambda expert: read_extents(self._experts.extents(layer, expert)), experts)
+                yield from pool.map(lambda expert: self._experts.payload(layer, expert), experts)
 
     def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:
         """Link the file of flash-moe and compare it with the checkpoint: after an interruption it has holes."""

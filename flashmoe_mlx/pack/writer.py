@@ -9,17 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
-from flashmoe_mlx.formats.extents import read_extents
 from flashmoe_mlx.formats.files import publish, write_atomically
 from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors, lock_folder
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
-from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.pack.adapted import pack_adapted, refuse_settings
 from flashmoe_mlx.pack.manifest import layout_name, variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import (
@@ -33,7 +34,9 @@ from flashmoe_mlx.pack.plan import (
 )
 from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
+from flashmoe_mlx.pack.requantization import summarize_errors, write_errors
 from flashmoe_mlx.pack.resident import ResidentPlan
+from flashmoe_mlx.pack.shard import refuse_other_share
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.widths import DEFAULT, PUBLISHED, Width, layer_widths, parse_widths
 
@@ -91,11 +94,17 @@ def pack_checkpoint(
         with lock_folder(out):
             if not (out / MANIFEST).exists():
                 checkpoint = begin_or_resume(source, out, settings, ignored)
+                if isinstance(checkpoint.config, AdaptedConfig):
+                    refuse_settings(settings, packed_experts)
+                    return pack_adapted(checkpoint, out, progress, delete_source, _REMEDY)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
                 return packer.run()
             pack = open_pack(out)
             _refuse_other_model(pack, source)
-            _refuse_other_share(pack, settings.share)
+            if isinstance(pack.config, AdaptedConfig):
+                refuse_settings(settings, packed_experts)
+                return pack
+            refuse_other_share(pack, settings.share)
             settings = _missing(pack, settings)
             if not settings.bits:
                 forget_plan(out)
@@ -128,6 +137,9 @@ def add_variants(
     settings = _checked(bits, group_size, None, quantiser)
     with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
+        if isinstance(pack.config, AdaptedConfig):
+            refuse_settings(settings, None)
+            return pack
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
@@ -179,7 +191,7 @@ def _has(pack: Pack, width: Width, quantiser: str | None) -> bool:
         # Copies have no quantiser; the default is 4 bits if the experts of the checkpoint had one format.
         copied = any(variant.quantizer is None for variant in pack.experts.values())
         return copied or (width == DEFAULT and variant_name(4, quantiser) in pack.experts)
-    widths = layer_widths(width, len(pack.config.moe_layers))
+    widths = layer_widths(width, pack.config.num_moe_layers)
     if len({*widths}) == 1 and len({*widths[0]}) == 1:
         return variant_name(widths[0][0], quantiser) in pack.experts
     for name, experts in pack.experts.items():
@@ -210,26 +222,22 @@ def _refuse_other_model(pack: Pack, source: Path | Checkpoint) -> None:
         raise PackError(f"{pack.folder}: holds a pack of another model; choose another out=", code="another_model")
 
 
-def _refuse_other_share(pack: Pack, share: Share | None) -> None:
-    sizes = len(pack.config.moe_layers), pack.config.num_experts
-    if (pack.share is None) != (share is None) or (pack.share and share and not pack.share.owns_as(share, *sizes)):
-        raise PackError(
-            f"{pack.folder}: holds {'all experts' if pack.share is None else pack.share}; give the same shard= and "
-            "weights=, or choose another out=",
-            code="another_share",
-        )
-
-
 def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     layouts = {name: experts.layout for name, experts in pack.experts.items()}
     layouts |= _finished(variants)
     quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
-    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, pack.share)
+    errors = {**pack.manifest.get("requantization_error", {}), **_errors(variants)}
+    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, errors, pack.share)
 
 
 def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
     return {variant.name: variant.quantiser for variant in variants}
+
+
+def _errors(variants: Sequence[VariantWriter]) -> dict[str, Any]:
+    """Return the errors of the variants that were decoded from codes."""
+    return {variant.name: variant.errors for variant in variants if variant.errors}
 
 
 def _finished(variants: Sequence[VariantWriter]) -> dict[str, LayerLayouts]:
@@ -315,7 +323,7 @@ class _Packer:
         for shard in self._checkpoint.shards:
             waiting.add(shard)
             if shard in self._resident_shards and not self._has_resident(shard):
-                yield [shard], partial(self._write_resident, shard)
+                yield sorted(self._resident.needs(shard)), partial(self._write_resident, shard)
             seen = {name for name in self._checkpoint.shards if name <= shard}
             for layer in [layer for layer, needed in layers.items() if needed <= seen]:
                 needed = layers.pop(layer)
@@ -323,7 +331,8 @@ class _Packer:
                     if not variant.has_layer(layer):
                         yield sorted(needed), partial(self._write_layer, variant, layer)
             if self._delete_source:
-                used = waiting.difference(*layers.values())
+                later = (self._resident.needs(other) for other in self._resident_shards if other > shard)
+                used = waiting.difference(*layers.values(), *later)
                 for name in used:
                     self._checkpoint.discard(name)
                 waiting -= used
@@ -341,8 +350,7 @@ class _Packer:
         held = known.packed_in(layer)
         if not held:
             return
-        payload = read_extents(source.extents(layer, held[0]))
-        there = read_extents(known.extents(layer, held[0]))
+        payload, there = source.payload(layer, held[0]), known.payload(layer, held[0])
         if (
             not comparable
             or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
@@ -356,6 +364,9 @@ class _Packer:
     def _marker(self, shard: str) -> Path:
         return state_folder(self._out) / f"resident-{shard}.xxh3"
 
+    def _resident_errors(self, shard: str) -> Path:
+        return state_folder(self._out) / f"resident-{shard}.errors.json"
+
     def _has_resident(self, shard: str) -> bool:
         """Return whether an earlier run wrote the tensors of ``shard`` and they have not changed since."""
         if not self._marker(shard).exists() or not self._partial.exists():
@@ -365,6 +376,7 @@ class _Packer:
     def _write_resident(self, shard: str) -> None:
         self._progress.stage(f"resident weights in {shard}", self._resident.shard_bytes(shard))
         self._resident.write_shard(self._checkpoint, shard, self._partial, self._progress.advance)
+        write_errors(self._resident_errors(shard), self._resident.errors(self._checkpoint, shard))
         write_atomically(self._marker(shard), self._resident.shard_hash(shard, self._partial).encode())
 
     def _finish(self) -> None:
@@ -374,5 +386,8 @@ class _Packer:
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
         config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
-        variants = _finished(self._variants)
-        write_manifest(self._out, config, variants, identity, self._tensors.skipped, made, self._share)
+        errors, variants = _errors(self._variants), _finished(self._variants)
+        if resident := summarize_errors(map(self._resident_errors, self._resident.shards)):
+            errors["resident"] = resident
+        skipped = self._tensors.skipped
+        write_manifest(self._out, config, variants, identity, skipped, made, errors, self._share)

@@ -2,13 +2,17 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sequence import Sequence as GeneratedSequence
-from flashmoe_mlx.server.events import Event, Failed, Finished
+from flashmoe_mlx.server.events import Event, Failed, Finished, Prefilled, Started
 from flashmoe_mlx.text.tool_calls import ToolCallReader
+
+TOGETHER = 0.025
+"""Seconds for which the events of a fast model are collected before the event loop wakes again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Prepared:
 class Answer:
     """The events of one answer, kept until the answer is complete, so that a repeated request can take it over.
 
-    Everything but ``cancelled`` and ``sequence`` belongs to the thread of the event loop.
+    Everything but ``post``, ``cancelled`` and ``sequence`` belongs to the thread of the event loop.
 
     Args:
         prepared: the request.
@@ -59,6 +63,12 @@ class Answer:
         self.takeovers = 0
         """The number of repeated requests that took over the answer."""
         self._waiters: list[asyncio.Future[None]] = []
+        self._posted: deque[Event] = deque()
+        """Events that the event loop has not taken yet."""
+        self._wakes = True
+        """Whether the next event wakes the event loop."""
+        self._timer: asyncio.TimerHandle | None = None
+        """The next time at which the event loop looks for events without being woken."""
 
     @property
     def complete(self) -> bool:
@@ -72,10 +82,35 @@ class Answer:
         if sequence is not None:
             sequence.cancel()
 
-    def publish(self, events: Sequence[Event]) -> None:
-        """Add events and wake the readers."""
-        self.events += events
-        self.wake()
+    def post(self, events: Sequence[Event]) -> None:
+        """Add events, in the engine's thread.
+
+        Events reach the event loop at once, except that output of a fast model is collected for ``TOGETHER`` seconds
+        after the latest delivery of output. Each delivery costs the engine time, because the event loop then takes the
+        interpreter's lock. The first output and the last event never wait.
+        """
+        self._posted.extend(events)
+        if self._wakes or isinstance(events[-1], Finished | Failed):
+            self._wakes = False
+            self.loop.call_soon_threadsafe(self._take)
+
+    def _take(self) -> None:
+        """Deliver the posted events; look again after ``TOGETHER`` seconds if there was output."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        taken = [self._posted.popleft() for _ in range(len(self._posted))]
+        if taken:
+            self.events += taken
+            self.wake()
+        if self.complete:
+            return
+        if all(isinstance(event, Started | Prefilled) for event in taken):
+            self._wakes = True
+            if self._posted:  # by the engine's thread, before it could see that
+                self.loop.call_soon(self._take)
+        else:
+            self._timer = self.loop.call_later(TOGETHER, self._take)
 
     def wake(self) -> None:
         """Let readers look for events, or for the end of their connection."""

@@ -6,6 +6,7 @@ number of ``CallArguments``, and one ``CallEnded``, unless the output ended insi
 events of one call.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -113,3 +114,19 @@ class Failed:
 Event = (
     Started | Prefilled | PromptScored | Reasoning | Text | CallStarted | CallArguments | CallEnded | Finished | Failed
 )
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """Return ``events`` with neighbors that continue the same text joined to one event."""
+    found: list[Event] = []
+    for event in events:
+        match found[-1] if found else None, event:
+            case Text(before, logprobs), Text(text, more):
+                found[-1] = Text(before + text, logprobs + more)
+            case Reasoning(before), Reasoning(text):
+                found[-1] = Reasoning(before + text)
+            case CallArguments(index, before), CallArguments(same, text) if index == same:
+                found[-1] = CallArguments(index, before + text)
+            case _:
+                found.append(event)
+    return found

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from flashmoe_mlx.server.answer import Answer
 from flashmoe_mlx.server.errors import ApiError, error_body
-from flashmoe_mlx.server.events import Event, Failed
+from flashmoe_mlx.server.events import Event, Failed, joined
 from flashmoe_mlx.server.service import Service
 
 Scope = MutableMapping[str, Any]
@@ -153,7 +153,7 @@ class EventStream(Following):
                 async for batch in self._batches():
                     if connection.gone or self._superseded:
                         return
-                    body = b"".join(map(self._format.frames, batch)) if batch else self._format.ping()
+                    body = b"".join(map(self._format.frames, joined(batch))) if batch else self._format.ping()
                     if body:
                         await _write(send, body)
                         connection.delivered |= bool(batch)

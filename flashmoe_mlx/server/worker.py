@@ -228,7 +228,7 @@ class Worker:
 
     def _publish(self, answer: Answer, events: Sequence[Event]) -> None:
         if events and not answer.loop.is_closed():
-            answer.loop.call_soon_threadsafe(answer.publish, events)
+            answer.post(events)
 
     def _end(self, answer: Answer, event: Event) -> None:
         try:

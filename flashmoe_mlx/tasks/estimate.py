@@ -234,7 +234,9 @@ def _find_quantization(published: Mapping[str, Any], layout: LayerLayouts | None
 
 
 def _layout_on_disk(folder: Path) -> LayerLayouts | None:
-    """Return the record layout of the variant with the most bits in ``folder``; None if a download is unfinished.
+    """Return the record layout of the variant with the most bits in ``folder``; None if the model cannot be run yet.
+
+    A download may be unfinished, and some formats run from a pack only.
 
     Raises:
         InputError: the model is complete but cannot be run.
@@ -242,6 +244,8 @@ def _layout_on_disk(folder: Path) -> LayerLayouts | None:
     try:
         return open_model(folder).variant(None).layout
     except CheckpointError as error:
+        if error.code == "needs_pack":
+            return None
         if error.code not in _INCOMPLETE_CODES:
             raise
         show(f"using the bits in config.json: {error}")

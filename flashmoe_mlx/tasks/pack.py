@@ -18,6 +18,7 @@ from flashmoe_mlx.formats.shares import parse_shard
 from flashmoe_mlx.pack.mirror import mirror_pack
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
+from flashmoe_mlx.pack.requantization import describe_errors
 from flashmoe_mlx.pack.shard import copy_share
 from flashmoe_mlx.pack.verify import verify_mirror, verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
@@ -64,6 +65,8 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature
         show(f"{mirror}: a copy of the experts; to read both: backend.mirrors=[{mirror}]")
     variants = ", ".join(sorted(pack.experts))
     _log.info("pack %s: %s, %d bytes", pack.folder, variants, pack.nbytes)
+    for line in describe_errors(pack.manifest.get("requantization_error", {})):
+        show(line)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
     if pack.share is not None:
         show(f"it holds {pack.share}: start all nodes with mlx.launch, see docs/several-machines.md")
