@@ -17,14 +17,14 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.groups import experts_at_once
 
 
-def check_model(kernels: Kernels, model: RunnableModel, *, shared_apart: bool) -> KernelReport:
+def check_model(kernels: Kernels, model: RunnableModel, *, on_nodes: bool) -> KernelReport:
     """Check the kernels that ``model`` uses; a model of another package uses none.
 
-    ``shared_apart`` is whether shared experts are computed apart from routed experts.
+    ``on_nodes`` is whether several nodes share the experts.
     """
     if not isinstance(model, Model):
         return KernelReport({"model": "mlx-lm"}, [], None)
-    return check_kernels(kernels, replace(model_shapes(model), shared_apart=shared_apart))
+    return check_kernels(kernels, replace(model_shapes(model), on_nodes=on_nodes))
 
 
 def model_shapes(model: Model) -> ModelShapes:
