@@ -204,8 +204,13 @@ def test_hyper_connections(device: Device, tmp_path: Path) -> None:
     """And sparse attention behind dense attention, and a sigmoid in place of SiLU behind the kernel's recurrence."""
     geometry = replace(
         HYPER_GEOMETRIES["hyper"],
-        **{"layer_types": "LLF", "hidden_size": 128, "expert_size": 128, "group_size": 64},
-        **{"heads": 8, "value_heads": 8, "ngram_size": 512},  # no further matrix has the shape of the outputs' matrices
+        layer_types="LLF",
+        hidden_size=128,
+        expert_size=128,
+        group_size=64,
+        heads=8,
+        value_heads=8,
+        ngram_size=512,  # no further matrix has the shape of the outputs' matrices
     )
     checkpoint = write_checkpoint(tmp_path, geometry, seed=0, layout="mlx4", dtype="F32")
     prompt, steps = [token % geometry.vocab_size for token in 2 * PROMPT[:15]], STEPS[:1]
