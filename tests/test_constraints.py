@@ -162,6 +162,46 @@ def test_every_call_has_typed_arguments(compiler: Grammars, parameters: Any, see
             jsonschema.validate(value, schema)
 
 
+@settings(max_examples=40, deadline=None)
+@given(schema=SCHEMAS, seed=st.integers(0, 2**32), more=st.integers(0, 40))
+def test_an_answer_fits_into_its_tokens(compiler: Grammars, schema: Any, seed: int, more: int) -> None:
+    """Random tokens, corrected by ``fitting``, are a complete answer within any number of tokens that can hold one."""
+    constraint = compiled(compiler, schema=schema)
+    random = np.random.default_rng(seed)
+    ends = sorted(constraint.tokenizer.eos_token_ids)
+    shortest = constraint.endings.find(constraint.matcher)
+    assert shortest is not None
+    answer, tokens, left = constraint.begin([], ends), [], len(shortest) + more
+    while left and not answer.complete:
+        allowed = answer.allowed()
+        assert allowed is not None
+        token = answer.fitting(int(random.choice(np.flatnonzero(allowed))), left)
+        assert allowed[token]
+        if token in ends:
+            break
+        answer.add(token)
+        tokens.append(token)
+        left -= 1
+    jsonschema.validate(json.loads(constraint.tokenizer.decode(tokens)), schema)
+
+
+@pytest.mark.parametrize("options", [{}, {"frequency_penalty": 0.5}, {"temperature": 1.5, "seed": 2}])
+def test_a_model_that_never_ends_a_string(engine: Engine, options: dict[str, Any]) -> None:
+    """The answer is complete, its end is "length", and an answer that leaves a few tokens is not changed."""
+    quotes = [token for token in range(VOCABULARY) if b'"' in engine.tokenizer.token_bytes(token)]
+    endless = {**options, "schema": PERSON, "logit_bias": dict.fromkeys(quotes, -60.0), "max_tokens": 50}
+    text, (pieces, _) = run(engine, "Who is it?", **endless)
+    jsonschema.validate(json.loads(text), PERSON)
+    assert pieces[-1].finish_reason == "length"
+    assert sum(len(piece.token_ids) for piece in pieces) <= 50
+    question = "Bram is 45 years old and tall. Who is it?"
+    whole, (pieces, _) = run(engine, question, **options, schema=PERSON, max_tokens=200)
+    assert pieces[-1].finish_reason == "stop"
+    count = sum(len(piece.token_ids) for piece in pieces)
+    again, (pieces, _) = run(engine, question, **options, schema=PERSON, max_tokens=count + 10)
+    assert (again, pieces[-1].finish_reason) == (whole, "stop")
+
+
 @pytest.mark.parametrize(
     ("options", "pattern"),
     [
@@ -376,9 +416,9 @@ def test_names_that_the_format_cannot_hold(compiler: Grammars, caplog: pytest.Lo
 
 def test_without_llguidance(compiler: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "grammars_available", lambda: False)
-    with pytest.raises(InputError, match="pip install 'llguidance") as refusal:
+    with pytest.raises(InputError, match="needs the extra grammar: pip install") as refusal:
         compiler.constraint({"json_object": True}, None, raw=True, thinking=None)
-    assert refusal.value.code == "missing_package"
+    assert refusal.value.code == "missing_extra"
     assert compiler.constraint({"tool_choice": "auto"}, TOOLS, raw=True, thinking=None) is None
     assert compiler.constraint({"tool_choice": "none"}, TOOLS, raw=True, thinking=None) is None
 

@@ -14,6 +14,7 @@ from flashmoe_mlx import load
 from flashmoe_mlx.cli.application import run as run_command_line
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
+from flashmoe_mlx.research.quality.answering import check_constraints
 from flashmoe_mlx.research.quality.evaluation import _Scores, _statistics, evaluate
 from flashmoe_mlx.research.quality.items import Item, judge, load_items, shipped_items
 from flashmoe_mlx.research.quality.passages import passage
@@ -170,7 +171,7 @@ def test_the_package_for_schemas_is_optional(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(InputError) as raised:
         load_items(shipped_items())
-    assert raised.value.code == "missing_package"
+    assert raised.value.code == "missing_extra"
     assert "pip install" in str(raised.value)
     assert "\n" not in str(raised.value)
     items = tmp_path / "items.jsonl"
@@ -226,6 +227,29 @@ def test_the_demo_model_answers_correctly(demo_pack: Path) -> None:
     for name in ("questions", "json_parsed", "json_valid", "json_exact", "tool_calls"):
         assert found[name]["share"] == 1, found
     assert "kl" not in found["answers"]
+
+
+def test_constraints_repair_the_form_of_answers(demo_pack: Path) -> None:
+    """One expert writes damaged JSON and calls; constraints save passes of a model that answers correctly anyway."""
+    items = load_items(shipped_items(), ["json", "tool_call", "world"], 4)
+    with load(demo_pack, experts_k=1) as fewer:
+        found = evaluate(fewer, items, constraints=True).summary["constraints"]
+    assert found["without"]["json_valid"]["share"] < found["with"]["json_valid"]["share"] == 1
+    assert found["without"]["tool_calls"]["right"] < found["with"]["tool_calls"]["right"]
+    assert found["with"]["json_exact"]["share"] < 1
+    assert "questions" not in found["with"]
+    with load(demo_pack) as engine:
+        found = evaluate(engine, items[-8:], constraints=True).summary["constraints"]
+    assert found["with"]["tool_calls"] == found["without"]["tool_calls"]
+    assert found["with"]["forwards"] < found["without"]["forwards"] == found["without"]["tokens"]
+
+
+def test_schemas_that_cannot_be_enforced_are_refused_before_the_reference(demo_pack: Path) -> None:
+    schema = {"type": "array", "uniqueItems": True}
+    item = Item("json", messages=({"role": "user", "content": "A set?"},), answer="[]", schema=schema, json=[])
+    with load(demo_pack) as engine, pytest.raises(InputError, match=r"A set.*constraints=false") as refusal:
+        check_constraints(engine, [item])
+    assert refusal.value.code == "unsupported_schema"
 
 
 REFUSING = """

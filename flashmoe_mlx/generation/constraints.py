@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.generation.endings import Endings
 from flashmoe_mlx.text.reasoning import ReasoningSplitter, thinking_is_closed
 from flashmoe_mlx.text.tags import THINK, TOOL_CALL
 from flashmoe_mlx.text.tokenizer import Tokenizer
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 Allowed = npt.NDArray[np.bool_]
+_NEAR = 64
+"""Tokens left of an answer, besides twice its shortest form, below which its completion is planned."""
 _MOST_NEWLINES = 2
 """Newlines that may follow the model's thinking before the answer begins, as the published templates write them."""
 
@@ -33,6 +36,7 @@ class Constraint:
         matcher: the grammar before its first token.
         tokenizer: the model's tokenizer.
         vocab_size: the number of logits.
+        endings: finds completions of answers with few tokens left.
         may_think: whether the model may think first although the prompt does not open thinking.
         splits: whether thinking is separated from the answer; if not, the grammar begins at once.
         each_call: whether the grammar describes a tool call after ``<tool_call>``, and the rest of the answer is free.
@@ -42,6 +46,7 @@ class Constraint:
     matcher: "LLMatcher"
     tokenizer: Tokenizer
     vocab_size: int
+    endings: Endings
     may_think: bool = False
     splits: bool = True
     each_call: bool = False
@@ -62,7 +67,11 @@ class _Phase(Enum):
 
 
 class ConstrainedAnswer:
-    """The state of one answer under a constraint."""
+    """The state of one answer under a constraint.
+
+    Attributes:
+        shortened: whether the answer was completed because few tokens were left.
+    """
 
     def __init__(self, constraint: Constraint, prompt_ids: Sequence[int], stop_ids: Collection[int]) -> None:
         self._constraint = constraint
@@ -74,6 +83,11 @@ class ConstrainedAnswer:
         self._splitter = ReasoningSplitter(tokenizer, prompt_ids)
         self._think_id: int | None = None
         """The token that may begin thinking instead of the answer, as the first token."""
+        self.shortened: bool = False
+        self._ending: list[int] | None = None
+        """Tokens that complete the answer; None while they are unknown."""
+        self._near: int | None = None
+        """The number of tokens left below which ``_ending`` is kept; None before it is known."""
         self._newlines = 0
         """The number of newlines that may precede the answer."""
         self._newline_ids = {
@@ -119,6 +133,32 @@ class ConstrainedAnswer:
         allowed[[token for token, count in self._newline_ids.items() if count <= self._newlines]] = True
         return allowed
 
+    def fitting(self, token: int, left: int) -> int:
+        """Return ``token``, or another one after which the answer can still be complete.
+
+        Args:
+            token: an allowed token.
+            left: the largest number of tokens that the answer may still have, ``token`` included.
+        """
+        if self._phase is not _Phase.GRAMMAR or self._newlines or token == self._think_id or token in self._stop_ids:
+            return token
+        if self._near is None:
+            self._ending = self._constraint.endings.find(self._matcher)
+            self._near = 0 if self._ending is None else 2 * len(self._ending) + _NEAR
+        if left > self._near:
+            return token
+        if self._ending is None:
+            self._ending = self._constraint.endings.find(self._matcher)
+        if self._ending is None or len(self._ending) > left or self._ending[:1] == [token]:
+            return token
+        after = self._matcher.deep_copy()
+        rest = self._constraint.endings.find(after) if after.consume_token(token) else None
+        if rest is not None and len(rest) < left:
+            self._ending = [token, *rest]
+            return token
+        self.shortened = True
+        return (self._ending or self._stop_ids or [token])[0]
+
     def add(self, token: int) -> None:
         """Add the next token of the answer, which is not the end of the answer.
 
@@ -127,6 +167,7 @@ class ConstrainedAnswer:
         """
         if self._phase is _Phase.GRAMMAR and not self._begins_thinking(token):
             self._consume(token)
+            self._ending = self._ending[1:] if self._ending and self._ending[0] == token else None
         text = self._detokenizer.add(token)
         _, content = self._splitter.split(token, text)
         if self._phase is _Phase.THINKING and not self._splitter.open:
@@ -159,6 +200,7 @@ class ConstrainedAnswer:
     def _begin_call(self, text: str) -> None:
         """Begin a call after ``<tool_call>``, with the ``text`` that the same token contained."""
         self._matcher = self._constraint.matcher.deep_copy()
+        self._ending = self._near = None
         if not text or self._matcher.consume_tokens(self._constraint.tokenizer.encode(text)):
             self._phase = _Phase.GRAMMAR
 

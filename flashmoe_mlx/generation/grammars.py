@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.generation.constraints import Constraint
+from flashmoe_mlx.generation.endings import Endings
 from flashmoe_mlx.generation.prompting import Tools
 from flashmoe_mlx.generation.request import ConstraintOptions, ToolChoice
 from flashmoe_mlx.text import tool_formats
@@ -52,6 +53,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._tool_format = tool_format
         self._prepared: LLTokenizer | None = None
+        self._endings = Endings(tokenizer, vocab_size)
         self._lock = threading.Lock()
 
     def constraint(
@@ -67,7 +69,7 @@ class Grammars:
 
         Raises:
             InputError: the options contradict each other (code "invalid_constraint"), a schema or a grammar is refused
-                ("unsupported_schema", "unsupported_grammar"), or llguidance is not installed ("missing_package").
+                ("unsupported_schema", "unsupported_grammar"), or llguidance is not installed ("missing_extra").
         """
         asked = [name for name in _FORMS if options.get(name) not in (None, False)]
         for name in ("json_object", "parallel_tool_calls"):
@@ -102,6 +104,7 @@ class Grammars:
             matcher,
             self._tokenizer,
             self._vocab_size,
+            self._endings,
             may_think=thinking is not False,
             splits=not raw,
             each_call=lazily,
@@ -190,10 +193,7 @@ class Grammars:
 
 def _require_llguidance() -> None:
     if not grammars_available():
-        raise InputError(
-            "constrained answers need the package llguidance: pip install 'llguidance>=1.9', or the extra grammar",
-            code="missing_package",
-        )
+        raise missing_extra("a constrained answer", "grammar")
 
 
 def _checked_choice(options: ConstraintOptions, tools: Tools | None) -> ToolChoice | None:

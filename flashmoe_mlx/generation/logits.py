@@ -55,6 +55,12 @@ class TokenHistory:
         self.generated[token_id] += 1
         self.count += 1
 
+    def replace(self, latest: int, token_id: int) -> None:
+        """Count ``token_id`` in place of the ``latest`` generated token, which stays seen."""
+        self.generated[latest] -= 1
+        self.count -= 1
+        self.add(token_id)
+
 
 LogitsProcessor = Callable[[Scores, TokenHistory], Scores]
 """Returns changed logits f64 [vocabulary]; must not write into its argument."""

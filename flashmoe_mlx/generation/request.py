@@ -43,8 +43,9 @@ ToolChoice = Literal["auto", "none", "required"] | Mapping[str, Any]
 class ConstraintOptions(TypedDict, total=False):
     """The options that constrain an answer, as keyword arguments; they need the extra ``grammar``.
 
-    At most one of the first five is allowed. A constraint begins after the model's thinking. An answer that
-    ``max_tokens`` cuts off has the finish reason "length" and may not satisfy its constraint.
+    At most one of the first five is allowed. A constraint begins after the model's thinking. Where the last tokens of
+    ``max_tokens`` come near, the answer is completed in few tokens, and its finish reason is "length". Only if even
+    that does not fit, or for an unusual grammar, does the answer end without satisfying its constraint.
 
     Attributes:
         schema: a JSON schema that the answer satisfies. Keywords that cannot be enforced are refused. Properties come

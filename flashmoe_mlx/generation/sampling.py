@@ -241,6 +241,11 @@ class Sampler:
         if self._options.temperature != 0:
             self._uniform()
 
+    def correct(self, chosen: int, token: int) -> None:
+        """Count ``token`` in place of ``chosen``, the result of the latest call."""
+        if self._history is not None:
+            self._history.replace(chosen, token)
+
     @property
     def can_choose_on_device(self) -> bool:
         """Whether ``choose_on_device`` does what a call does."""

@@ -17,6 +17,7 @@ from flashmoe_mlx.formats.manifest import MANIFEST
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
 from flashmoe_mlx.research.figures import quality_figure, save
+from flashmoe_mlx.research.quality.answering import check_constraints
 from flashmoe_mlx.research.quality.evaluation import Quality, evaluate
 from flashmoe_mlx.research.quality.items import Item, load_items, shipped_items
 from flashmoe_mlx.research.quality.reference import Progress, Reference
@@ -34,6 +35,9 @@ FIGURES = ("questions", "json_valid", "json_exact", "tool_calls")
 _HEADINGS = (
     "experts", "K", "text ppl", "answer ppl", "KL nats", "top-1", "questions", "JSON valid", "JSON exact", "tool calls",
 )  # fmt: skip
+_CONSTRAINTS_HEADINGS = (
+    "experts", "K", "constraints", "JSON valid", "JSON exact", "tool calls", "tokens", "forwards", "s",
+)  # fmt: skip
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Config(EngineConfig):
     kinds: list[str] | None = None
     limit: int | None = None
     answers: bool = True
+    constraints: bool = True
     reference: str | None = field(default=None, metadata=TEXT)
     reference_kernels: str = "auto"
 
@@ -81,12 +86,23 @@ def run(config: Config, run_dir: Path) -> None:
             ) as engine:
                 name = f"{backend.get('variant') or 'widest'} K={engine.setup['experts_k']}"
                 report = _reporter(announce, f"{name}: ")
-                quality = evaluate(engine, items, reference, generate=config.answers, progress=report)
+                quality = evaluate(
+                    engine,
+                    items,
+                    reference,
+                    generate=config.answers,
+                    constraints=config.constraints,
+                    progress=report,
+                )
                 record["cells"].append(_cell(engine.setup, quality))
             _log.info("%s: %s", name, quality.summary)
             write_json(run_dir / RECORD, record)  # keeps finished combinations if a later one fails
     show()
     print_table(_table(record["cells"]))
+    constrained = [cell for cell in record["cells"] if "constraints" in cell]
+    if constrained:
+        show("\nJSON and tool calls without and with constraints:")
+        print_table(_constraints_table(constrained))
     print_notes([reference.setup["note"]], prefix="reference: ")
     print_notes((cell["setup"]["note"] for cell in record["cells"]), prefix=f"{_MARK} ")
     if len({cell["setup"]["experts_k"] for cell in record["cells"]}) > 1:
@@ -116,6 +132,8 @@ def _reference(config: Config, folder: Path, items: list[Item], announce: Callab
         backend = {"_target_": "flashmoe_mlx.backends.checkpoint.CheckpointStore"}
     backend = chosen_backend(backend, folder, config.model, None)
     with load(folder, backend, kernels=config.reference_kernels, prompt_cache_gib=0, on_load=announce) as engine:
+        if config.answers and config.constraints:
+            check_constraints(engine, items)
         reference = Reference.record(engine, items, _reporter(announce))
     with reference:
         yield reference
@@ -134,22 +152,53 @@ def _cell(setup: Mapping[str, Any], quality: Quality) -> dict[str, Any]:
 
 
 def _table(cells: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in _HEADINGS:
-        table.add_column(heading, justify="right")
+    table = _empty(_HEADINGS)
     for cell in cells:
-        setup, text, answers = cell["setup"], cell.get("text"), cell.get("answers")
+        text, answers = cell.get("text"), cell.get("answers")
         distance = text or answers
-        bits = setup["experts"]["bits"]
         table.add_row(
-            (setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense"))
-            + (f" kv{setup['kv_bits']}" if setup["kv_bits"] else "")
-            + f" {_MARK}" * bool(setup["note"]),
-            str(setup["experts_k"]),
+            *_setting(cell),
             f"{text['perplexity']:.3f}" if text else "-",
             f"{answers['perplexity']:.3f}" if answers else "-",
             f"{distance['kl']:.4f}" if distance else "-",
             f"{distance['top1_agreement']:.1%}" if distance else "-",
-            *(f"{cell[name]['share']:.1%}" if name in cell else "-" for name in FIGURES),
+            *(_percent(cell, name) for name in FIGURES),
         )
     return table
+
+
+def _constraints_table(cells: list[dict[str, Any]]) -> Table:
+    """Return two rows for each of ``cells``: the same items answered freely and under constraints."""
+    table = _empty(_CONSTRAINTS_HEADINGS)
+    for cell in cells:
+        for how in ("without", "with"):
+            found = cell["constraints"][how]
+            table.add_row(
+                *_setting(cell),
+                how,
+                *(_percent(found, name) for name in FIGURES[1:]),
+                f"{found['tokens']:,}",
+                f"{found['forwards']:,}",
+                f"{found['seconds']:.3g}",
+            )
+    return table
+
+
+def _empty(headings: tuple[str, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _setting(cell: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the variant and K of a row."""
+    setup = cell["setup"]
+    bits = setup["experts"]["bits"]
+    variant = setup["backend"].get("variant") or (f"{bits} bits" if bits else "dense")
+    kv_bits = f" kv{setup['kv_bits']}" if setup["kv_bits"] else ""
+    return f"{variant}{kv_bits}" + f" {_MARK}" * bool(setup["note"]), str(setup["experts_k"])
+
+
+def _percent(shares: Mapping[str, Any], name: str) -> str:
+    return f"{shares[name]['share']:.1%}" if name in shares else "-"

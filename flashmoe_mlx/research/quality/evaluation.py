@@ -20,15 +20,10 @@ import numpy as np
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.research.intervals import ratio_interval, share_interval
-from flashmoe_mlx.research.quality.items import Answer, Item, judge
+from flashmoe_mlx.research.quality.answering import Attempt, attempt
+from flashmoe_mlx.research.quality.items import Answer, Item
 from flashmoe_mlx.research.quality.passages import Floats, Passage, log_probabilities, passage, thinking_refusal
 from flashmoe_mlx.research.quality.reference import Progress, Reference
-
-_MOST_ANSWER_TOKENS = 256
-_ANSWER_ROOM = 16
-"""Tokens by which an answer may exceed one and a half times the length of the expected answer."""
-_THINKING_ROOM = 2048
-"""Tokens of thinking before an answer, for a model whose template does not allow thinking to be switched off."""
 
 
 @dataclass
@@ -55,6 +50,7 @@ def evaluate(
     reference: Reference | None = None,
     *,
     generate: bool = True,
+    constraints: bool = False,
     progress: Progress | None = None,
 ) -> Quality:
     """Score ``engine`` on ``items``.
@@ -66,6 +62,8 @@ def evaluate(
       (KL divergence of this run from the reference, nats per token) and ``top1_agreement``.
     - ``kinds``: the share of correct answers for each kind of item.
     - ``questions`` (items with ``exact``), ``json_parsed``, ``json_valid``, ``json_exact``, ``tool_calls``: shares.
+    - ``constraints``: for items with a schema or a call, ``without`` and ``with`` constraints, the same shares, and the
+      ``tokens``, ``forwards`` (passes through the model) and ``seconds`` of all answers.
 
     Shares have 95 % Wilson intervals. Means have 95 % intervals from a bootstrap over items.
 
@@ -74,6 +72,7 @@ def evaluate(
         items: texts and questions.
         reference: a reference run over the same items.
         generate: whether to let the model answer the questions greedily, and judge the answers.
+        constraints: whether to let it answer items with a schema or a call once more, under constraints.
         progress: called before each item.
 
     Raises:
@@ -98,18 +97,42 @@ def evaluate(
             _score(engine, tokens, rows, scores["answers" if item.text is None else "text"])
             row += len(tokens.scored)
     judged = [item for item in items if item.judged] if generate else []
-    answers = []
-    for index, item in enumerate(judged):
-        if progress:
-            progress("answers", index, len(judged))
-        text = answer(engine, item)
-        answers.append(judge(item, text) if item.call is None else judge(item, text, engine.tool_format))
+    free = _attempts(engine, judged, "answers", progress)
+    answers = [done.answer for done in free]
     summary: dict[str, Any] = {
         name: _statistics(sums, reference is not None) for name, sums in scores.items() if sums.tokens
     }
     refusal = next((reason for item in items if (reason := thinking_refusal(engine, item))), None)
     thinking = "off" if refusal is None else f"the template's default, because it cannot be switched off ({refusal})"
-    return Quality({"thinking": thinking, **summary, **_shares(answers)}, answers)
+    summary = {"thinking": thinking, **summary, **_shares(answers)}
+    if constraints and any(item.constrainable for item in judged):
+        formed = [done for done in free if done.answer.item.constrainable]
+        constrained = _attempts(
+            engine, [done.answer.item for done in formed], "constrained answers", progress, constrained=True
+        )
+        summary["constraints"] = {"without": _forms(formed), "with": _forms(constrained)}
+    return Quality(summary, answers)
+
+
+def _attempts(
+    engine: Engine, items: Sequence[Item], activity: str, progress: Progress | None, *, constrained: bool = False
+) -> list[Attempt]:
+    attempts = []
+    for index, item in enumerate(items):
+        if progress:
+            progress(activity, index, len(items))
+        attempts.append(attempt(engine, item, constrained=constrained))
+    return attempts
+
+
+def _forms(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """Return the shares of correct answers, and what all answers together took."""
+    return {
+        **_shares([done.answer for done in attempts]),
+        "tokens": sum(done.tokens for done in attempts),
+        "forwards": sum(done.forwards for done in attempts),
+        "seconds": sum(done.seconds for done in attempts),
+    }
 
 
 def _score(engine: Engine, tokens: Passage, rows: Floats | None, scores: _Scores) -> None:
@@ -158,21 +181,6 @@ def _exp(value: float) -> float:
         return math.exp(value)
     except OverflowError:
         return math.inf
-
-
-def answer(engine: Engine, item: Item) -> str:
-    """Let the model answer ``item`` greedily; return the answer without preceding thinking."""
-    expected = len(engine.tokenizer.encode(item.answer))
-    room = min(_MOST_ANSWER_TOKENS, expected + expected // 2 + _ANSWER_ROOM)
-    thinks = thinking_refusal(engine, item) is not None
-    pieces = engine.generate(
-        item.messages,
-        tools=item.tools or None,
-        enable_thinking=None if thinks else False,
-        max_tokens=room + _THINKING_ROOM if thinks else room,
-        temperature=0,
-    )
-    return "".join(piece.text for piece in pieces).strip()
 
 
 def _shares(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.formats.untrusted import read_text, same_json
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
 
@@ -43,7 +43,12 @@ class Item:
     @property
     def judged(self) -> bool:
         """Whether answers to this item can be judged."""
-        return self.exact is not None or self.schema is not None or self.call is not None
+        return self.exact is not None or self.constrainable
+
+    @property
+    def constrainable(self) -> bool:
+        """Whether a constraint can enforce the form of the answer."""
+        return self.schema is not None or self.call is not None
 
 
 def shipped_items() -> Path:
@@ -100,15 +105,12 @@ def _jsonschema() -> ModuleType:
     """Import the package that checks answers against schemas, which the extra ``evaluate`` installs.
 
     Raises:
-        InputError: it is not installed (code "missing_package").
+        InputError: it is not installed (code "missing_extra").
     """
     try:
         return importlib.import_module("jsonschema")
     except ImportError:
-        raise InputError(
-            "items with a schema need jsonschema: pip install 'flashmoe_mlx[evaluate]'",
-            code="missing_package",
-        ) from None
+        raise missing_extra("an item with a schema", "evaluate") from None
 
 
 def _parse_item(line: str, where: str) -> Item:
