@@ -203,7 +203,7 @@ def table() -> str:
     lines = ["| file of mlx-lm | runs | backends of the checkpoint | backends of a pack |", "| --- | --- | --- | --- |"]
     for name in files():
         if name in NATIVE:
-            lines.append(f"| `{name}` | natively, or a dense model | | |")
+            lines.append(f"| `{name}` | not needed: it runs natively, or is dense | | |")
         elif name in NOT_TRIED:
             lines.append(f"| `{name}` | not tried: {NOT_TRIED[name]} | | |")
         else:

@@ -4,12 +4,17 @@
     python tools/measure_batch.py --together 64 --repeats 5
 
 Every repetition answers all requests with each number of requests at once, in alternating order, on one loaded engine,
-and checks that the tokens are equal. A time includes prompts, sampling and the conversion to text.
+and compares the tokens with those of each request alone. They are equal on CPUs; on a GPU, kernels for several rows
+round differently, and the table counts the answers that are equal up to their end. Every request gets ``--tokens``
+tokens, also behind the end of its answer. A time includes prompts, sampling and the conversion to text.
 """
 
 import argparse
 import statistics
 import time
+from collections.abc import Collection
+
+import mlx.core as mx
 
 from flashmoe_mlx import Engine, load
 from flashmoe_mlx.custom_kernels import native
@@ -53,23 +58,34 @@ def main() -> None:
     prompts = [f"What is {17 * n % 50} plus {29 * n % 50}?" for n in range(arguments.requests)]
     counts = [1, *arguments.together]
     rates: dict[int, list[float]] = {count: [] for count in counts}
+    same: dict[int, int] = {}
+    on_gpu = mx.default_device() == mx.gpu
     with load(arguments.model, arguments.backend, prompt_cache_gib=0) as engine:
         made = " on " + native.in_use() if native.extension() else ""
         _, expected, texts = answers(engine, prompts, 1, arguments.tokens)
         for repeat in range(arguments.repeats):
             for count in counts if repeat % 2 == 0 else reversed(counts):
                 seconds, tokens, found = answers(engine, prompts, count, arguments.tokens)
-                assert (tokens, found) == (expected, texts), f"{count} at once changed an answer"
+                assert on_gpu or (tokens, found) == (expected, texts), f"{count} at once changed an answer"
                 rates[count].append(sum(map(len, tokens)) / seconds)
-    print(f"{arguments.requests} requests of {arguments.tokens} tokens{made}; all tokens equal\n")
-    print("| at once | tok/s, median | least | most | times one after the other, median of pairs |")
-    print("|---|---|---|---|---|")
+                same[count] = sum(
+                    _answer(one, engine.tokenizer.eos_token_ids) == _answer(other, engine.tokenizer.eos_token_ids)
+                    for one, other in zip(tokens, expected, strict=True)
+                )
+    print(f"{arguments.requests} requests of {arguments.tokens} tokens{made}\n")
+    print("| at once | tok/s, median | least | most | times one after the other, median of pairs | equal answers |")
+    print("|---|---|---|---|---|---|")
     for count, found_rates in rates.items():
         ratio = statistics.median(rate / alone for rate, alone in zip(found_rates, rates[1], strict=True))
         print(
             f"| {count} | {statistics.median(found_rates):.0f} | {min(found_rates):.0f} | {max(found_rates):.0f} "
-            f"| {ratio:.2f} |"
+            f"| {ratio:.2f} | {same[count]} of {arguments.requests} |"
         )
+
+
+def _answer(tokens: list[int], eos: Collection[int]) -> list[int]:
+    """Return the tokens before the first of ``eos``."""
+    return tokens[: next((place for place, token in enumerate(tokens) if token in eos), None)]
 
 
 if __name__ == "__main__":

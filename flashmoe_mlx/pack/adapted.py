@@ -31,6 +31,7 @@ def refuse_settings(settings: PackSettings, packed_experts: Path | None) -> None
         ("resident_bits", settings.resident_bits, (_POSSIBLE.resident_bits, None)),
         ("quantiser", settings.quantiser, (None,)),
         ("packed_experts", packed_experts, (None,)),
+        ("shard", settings.shard, (None,)),
     )
     for name, value, possible in stated:
         if value not in possible:

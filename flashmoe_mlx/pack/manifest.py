@@ -14,12 +14,15 @@ from flashmoe_mlx.formats.manifest import (
     MANIFEST,
     MIXED_FORMAT_VERSION,
     RESIDENT,
+    SHARE_FORMAT_VERSION,
     TEXT_FILES,
+    PackedExperts,
     file_hash,
     layer_file,
     variant_directory,
 )
 from flashmoe_mlx.formats.record import AFFINE, LayerLayouts
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.pack.quantize import BY_WIDTH, default_quantizer
 
@@ -57,8 +60,10 @@ def layout_entry(layout: LayerLayouts) -> dict[str, Any]:
     return {"layouts": [own.to_json() for own in layout.distinct], "layers": [numbers[own] for own in layout]}
 
 
-def version_of(variants: Iterable[LayerLayouts]) -> int:
-    """Return the format version of a pack with variants of these layouts."""
+def version_of(variants: Iterable[LayerLayouts], share: Share | None) -> int:
+    """Return the format version of a pack with variants of these layouts, and the experts of ``share`` or all."""
+    if share is not None:
+        return SHARE_FORMAT_VERSION
     known = list(variants)
     singles = [layout.single_format for layout in known]
     plain = all(single is not None and single.mode == AFFINE for single in singles)
@@ -84,6 +89,7 @@ def write_manifest(
     skipped: Sequence[str],
     quantizers: Mapping[str, str | None] = MappingProxyType({}),
     errors: Mapping[str, Any] = MappingProxyType({}),
+    share: Share | None = None,
 ) -> None:
     """Write the manifest of the complete files in ``folder``, which makes it a pack.
 
@@ -95,6 +101,7 @@ def write_manifest(
         skipped: the names of the tensors that were not packed.
         quantizers: the quantizer of each variant; None for copies of published records.
         errors: the relative errors of weights that were decoded from codes; see ``formats/manifest.py``.
+        share: the share whose experts the files hold; None for all experts.
 
     Raises:
         OSError: the manifest cannot be written.
@@ -105,18 +112,20 @@ def write_manifest(
             files[name] = _entry(folder / name)
     for variant, layout in variants.items():
         prefix = variant_directory(variant)
-        for layer, own in enumerate(layout):
-            files[f"{prefix}/{layer_file(layer)}"] = {"bytes": config.num_experts * own.record_bytes}
+        experts = PackedExperts(folder / prefix, layout, config.num_experts, packed=share)
+        for layer in range(experts.num_layers):
+            files[f"{prefix}/{layer_file(layer)}"] = {"bytes": experts.layer_bytes(layer)}
         files[f"{prefix}/{CHECKSUMS}"] = _entry(folder / prefix / CHECKSUMS)
     manifest = {
         "format": FORMAT,
-        "format_version": version_of(variants.values()),
+        "format_version": version_of(variants.values(), share),
         "source": dict(source),
         "geometry": geometry_of(config),
         "variants": {
             name: layout_entry(layout) | ({"quantiser": quantizers[name]} if quantizers.get(name) else {})
             for name, layout in variants.items()
         },
+        **({} if share is None else {"share": share.to_json()}),
         "files": files,
         "skipped_tensors": list(skipped),
         **({"requantization_error": dict(errors)} if errors else {}),

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashmoe_mlx.adapters.records import read_layout
 from flashmoe_mlx.checkpoint.support import read_sizes
-from flashmoe_mlx.errors import CheckpointError, PackError
+from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import regular_file_size
 from flashmoe_mlx.formats.manifest import (
     CHECKSUMS,
@@ -21,6 +21,7 @@ from flashmoe_mlx.formats.manifest import (
     MANIFEST,
     MIXED_FORMAT_VERSION,
     RESIDENT,
+    SHARE_FORMAT_VERSION,
     TEXT_FILES,
     PackedExperts,
     layer_file,
@@ -28,6 +29,7 @@ from flashmoe_mlx.formats.manifest import (
 )
 from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.formats.untrusted import read_object, same_json
 from flashmoe_mlx.models.config import ModelConfig, ModelSize
 from flashmoe_mlx.models.registry import family_of
@@ -45,12 +47,14 @@ class Pack:
         manifest: the content of its manifest.
         config: the configuration of the model.
         experts: the records of each variant.
+        share: the share whose experts it holds; None for all experts.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
     config: ModelSize
     experts: Mapping[str, PackedExperts]
+    share: Share | None = None
 
     @property
     def resident_path(self) -> Path:
@@ -77,8 +81,10 @@ def open_pack(folder: Path) -> Pack:
     manifest = _read_manifest(folder)
     files = ListedFiles(folder, manifest["files"])
     config = _read_config(folder, manifest, files)
-    experts = {name: _open_variant(folder, name, entry, config, files) for name, entry in manifest["variants"].items()}
-    version = version_of(own.layout for own in experts.values())
+    share = _read_share(folder, manifest)
+    variants = manifest["variants"].items()
+    experts = {name: _open_variant(folder, name, entry, config, files, share) for name, entry in variants}
+    version = version_of((own.layout for own in experts.values()), share)
     if manifest["format_version"] != version:
         raise PackError(
             f"{folder}: format version {manifest['format_version']} is not supported with these variants, only "
@@ -92,7 +98,7 @@ def open_pack(folder: Path) -> Pack:
     if isinstance(config, ModelConfig):
         _check_resident(folder, family_of(config).tensor_names.kept)
     files.refuse_unknown()
-    return Pack(folder, manifest, config, experts)
+    return Pack(folder, manifest, config, experts, share)
 
 
 def _resolve(folder: Path) -> Path:
@@ -116,9 +122,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise _invalid(folder, "this is not the manifest of a pack")
     version = manifest.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, MIXED_FORMAT_VERSION):
+    if type(version) is not int or version not in (FORMAT_VERSION, MIXED_FORMAT_VERSION, SHARE_FORMAT_VERSION):
         raise PackError(
-            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION} and {MIXED_FORMAT_VERSION}; "
+            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION} to {SHARE_FORMAT_VERSION}; "
             "delete the pack and make it again",
             code="unsupported_pack_version",
         )
@@ -148,7 +154,24 @@ def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) 
     return config
 
 
-def _open_variant(folder: Path, name: str, entry: Any, config: ModelSize, files: ListedFiles) -> PackedExperts:
+def _read_share(folder: Path, manifest: Mapping[str, Any]) -> Share | None:
+    if manifest["format_version"] != SHARE_FORMAT_VERSION:
+        return None
+    stated = manifest.get("share")
+    entry = stated if isinstance(stated, dict) else {}
+    node, weights = entry.get("node"), entry.get("weights")
+    try:
+        share = Share(node, tuple(weights)) if type(node) is int and isinstance(weights, list) else None
+    except InputError:
+        share = None
+    if share is None or not 0 <= share.node < share.nodes:
+        raise _invalid(folder, f"share is {stated!r}, which names no node")
+    return share
+
+
+def _open_variant(
+    folder: Path, name: str, entry: Any, config: ModelSize, files: ListedFiles, share: Share | None
+) -> PackedExperts:
     """Check the entry of a variant in the manifest, and its files."""
     if not isinstance(entry, dict):
         raise _invalid(folder, f"variant {name!r} is not an object")
@@ -162,10 +185,13 @@ def _open_variant(folder: Path, name: str, entry: Any, config: ModelSize, files:
     if not same_json(layout_entry(layout), stated):
         raise _invalid(folder, f"the record layout of variant {name} does not follow from its geometry")
     directory = variant_directory(name)
-    experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer)
+    experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer, share)
     for layer in range(experts.num_layers):
         files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes(layer), hashed=False)
-    files.check(f"{directory}/{CHECKSUMS}", experts.num_layers * config.num_experts * HASH_BYTES)
+    files.check(
+        f"{directory}/{CHECKSUMS}",
+        sum(len(experts.packed_in(layer)) for layer in range(experts.num_layers)) * HASH_BYTES,
+    )
     return experts
 
 

@@ -11,7 +11,7 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.logprobs import TokenLogprobs
 from flashmoe_mlx.server.answer import Prepared
 from flashmoe_mlx.server.calls import Call
-from flashmoe_mlx.server.constraints import constraint_options
+from flashmoe_mlx.server.constraints import constraint_options, offered_tools
 from flashmoe_mlx.server.conversation import Conversation, Message, merge_system_messages, text_of
 from flashmoe_mlx.server.errors import openai_error
 from flashmoe_mlx.server.events import (
@@ -79,9 +79,9 @@ def parse_conversation(fields: Fields, engine: Engine) -> Conversation:
         options["logprobs"] = fields.integer("top_logprobs", 0, _MOST_LOGPROBS) or 0
     elif fields.integer("top_logprobs", 0, _MOST_LOGPROBS):
         fields.refuse("top_logprobs", "needs logprobs: true")
-    tools = declared_tools(fields)
+    tools = offered_tools(fields, declared_tools(fields))
     options |= constraint_options(fields, tools)
-    return Conversation(messages, tools if fields.any("tool_choice") != "none" else [], options)
+    return Conversation(messages, tools, options)
 
 
 def _message(fields: Fields) -> Message:
