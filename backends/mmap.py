@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
+from flashmoe_mlx.formats.shares import first_extents
 from flashmoe_mlx.stores.contract import ExpertStore, StoreStats
 from flashmoe_mlx.stores.delivery import Delivery, ExpertBatch
 from flashmoe_mlx.stores.host_slots import HostBatch
@@ -68,8 +69,8 @@ class MmapStore(ExpertStore):
             raise InputError(
                 "backend=mmap reads one folder: remove backend.mirrors, or choose another backend", code="contradiction"
             )
-        extents = source.extents(0, 0)
-        if len(extents) != 1:
+        extents = first_extents(source)
+        if len(extents) > 1:
             raise InputError(
                 f"backend=mmap needs a pack, in which each expert is in one piece; in {extents[0].path.parent} an "
                 f"expert has {len(extents)} pieces. Make a pack (task=pack), or use backend=checkpoint",

@@ -44,7 +44,7 @@ class ModelShapes:
         slots: largest number of experts that one call applies.
         embedding: the quantized embedding table, or None.
         renormalized: whether the weights of a token's experts sum to 1.
-        shared_apart: whether shared experts are computed apart from routed experts, as on several nodes.
+        on_nodes: whether several nodes share the experts: each computes parts of sums, and one node the shared expert.
     """
 
     dtype: mx.Dtype
@@ -59,7 +59,7 @@ class ModelShapes:
     slots: int
     embedding: QuantizedWeight | None = None
     renormalized: bool = True
-    shared_apart: bool = False
+    on_nodes: bool = False
 
     def needs_several_groups(self, most_tokens: int | None) -> bool:
         """Return whether a call may need more experts than one call applies, and so apply them in groups.

@@ -141,7 +141,7 @@ def load(
             prefetcher = make_prefetcher(prefetch, store, built.routers)
             if store.reads:
                 store.prefetch(0, ())  # an empty hint, which allocates slots and threads before any clock starts
-            checked = check_model(chosen, built, shared_apart=nodes is not None)
+            checked = check_model(chosen, built, on_nodes=nodes is not None)
         except BaseException:
             store.close()
             raise

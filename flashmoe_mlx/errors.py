@@ -30,6 +30,14 @@ class InputError(FlashMoeError):
     default_code = "invalid_input"
 
 
+def missing_extra(what: str, extra: str) -> InputError:
+    """Return the error of ``what``, a task, option or function that needs the packages of an ``extra``."""
+    return InputError(
+        f"{what} needs the extra {extra}: pip install 'flashmoe_mlx[{extra}]'",
+        code="missing_extra",
+    )
+
+
 class PackError(InputError):
     """A pack that is missing, incomplete, damaged, or in another format."""
 

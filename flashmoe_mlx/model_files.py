@@ -9,7 +9,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from flashmoe_mlx.adapters.config import AdaptedConfig
-from flashmoe_mlx.adapters.loading import AdaptedExperts, build_adapted, load_lazily
+from flashmoe_mlx.adapters.loading import AdaptedExperts, PackedTensors, build_adapted, load_lazily
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
 from flashmoe_mlx.checkpoint.resident import Matrix, ResidentTensor
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
@@ -20,10 +20,10 @@ from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT
 from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.formats.safetensors_header import read_header
 from flashmoe_mlx.formats.tables import StoredTensor
-from flashmoe_mlx.models.config import ModelSize
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
 from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.models.runnable import RunnableModel
-from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import state_folder
 from flashmoe_mlx.pack.resident import read_resident, without_floats
 from flashmoe_mlx.paths import as_argument
@@ -82,7 +82,8 @@ class ModelFiles:
         if name not in self.experts:
             width, _, quantiser = name.removeprefix("q").partition("-")
             made_by = f" quantiser={quantiser}" if quantiser else ""
-            advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if width.isdecimal() else ""
+            possible = width.isdecimal() and not isinstance(self.config, AdaptedConfig)
+            advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if possible else ""
             raise InputError(
                 f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}{advice}",
                 code="unknown_variant",
@@ -98,6 +99,9 @@ def open_model(folder: Path) -> ModelFiles:
     """
     if (folder / MANIFEST).exists() or (folder / MANIFEST).is_symlink():
         pack = open_pack(folder)
+        if isinstance(pack.config, AdaptedConfig):
+            return _open_adapted_pack(pack, pack.config)
+        assert isinstance(pack.config, ModelConfig)
         family = family_of(pack.config)
         build = partial(family.build, pack.config, _PackResident(pack.resident_path))
         return ModelFiles(folder, pack.config, build, pack.experts, family.tool_format)
@@ -128,8 +132,16 @@ def open_model(folder: Path) -> ModelFiles:
 def _open_adapted(checkpoint: Checkpoint, config: AdaptedConfig) -> ModelFiles:
     """Open a checkpoint of a model that MLX-LM runs."""
     experts = AdaptedExperts(load_lazily(checkpoint.folder), config, checkpoint.tensors, checkpoint.extent)
-    build = partial(build_adapted, checkpoint.folder, config, experts.layout)
+    build = partial(build_adapted, checkpoint.folder, config, experts.layout, None)
     return ModelFiles(checkpoint.folder, config, build, _by_name(experts), None)
+
+
+def _open_adapted_pack(pack: Pack, config: AdaptedConfig) -> ModelFiles:
+    """Open a pack of a model that MLX-LM runs."""
+    (experts,) = pack.experts.values()
+    packed = PackedTensors(pack.resident_path, experts.layout, experts.num_experts)
+    build = partial(build_adapted, pack.folder, config, experts.layout, packed)
+    return ModelFiles(pack.folder, config, build, pack.experts, None)
 
 
 def _by_name(experts: ExpertSource) -> dict[str, ExpertSource]:

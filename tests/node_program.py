@@ -52,16 +52,17 @@ def answers(engine: Engine) -> list[list[int]]:
 
 
 def main(pack: str, out: str, cases: list[dict[str, Any]]) -> None:
-    """Run ``cases``: arguments of ``load``, ``weights``, ``differs`` for node 1, and ``gpu`` to emulate one."""
+    """Run ``cases``: arguments of ``load``, ``weights``, ``differs`` for node 1, ``pack``, and ``gpu`` emulates one."""
     for number, case in enumerate(cases):
         case = {**case}
         weights, differing = case.pop("weights", None), case.pop("differs", {})
         gpu = gpu_on_cpu.metal(mx.float32) if case.pop("gpu", False) else nullcontext()
         nodes = Nodes(None if weights is None else tuple(weights), timeout=20.0)
         case |= differing if nodes.rank else {}
+        folder = case.pop("pack", pack).replace("{rank}", str(nodes.rank))
         saved: dict[str, Any] = {}
         try:
-            with gpu, flashmoe_mlx.load(pack, nodes=nodes, **case) as engine:
+            with gpu, flashmoe_mlx.load(folder, nodes=nodes, **case) as engine:
                 if nodes.rank:
                     engine.follow()
                 else:

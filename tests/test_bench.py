@@ -316,7 +316,7 @@ def test_a_missing_matplotlib_is_reported(
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     arguments = [f"model.path={tiny_pack}", f"hydra.run.dir={tmp_path}", "task=bench", *FAST, "conditions=[warm]"]
     assert run_command_line([*arguments, "rounds=1"]) == 0
-    assert "no plot: figures need matplotlib: pip install 'flashmoe_mlx[research]'" in capsys.readouterr().err
+    assert "no plot: a figure needs the extra research: pip install 'flashmoe_mlx[research]'" in capsys.readouterr().err
 
 
 def test_an_empty_record_is_not_resumed(tiny_pack: Path, tmp_path: Path) -> None:

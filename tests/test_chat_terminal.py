@@ -106,7 +106,9 @@ def test_markdown_is_rendered(chat: Terminal) -> None:
 def test_characters_split_over_tokens(chat: Terminal, folder: Path) -> None:
     chat.type("unicode", "é, 中文", "and")
     shown = chat.type("/stats", "decode")
-    counts = re.search(r"prompt: ([\d,]+) tokens, ([\d,]+) reused, ([\d,]+) computed", shown)
+    counts = re.search(
+        r"prompt: ([\d,]+) tokens, ([\d,]+) reused from the latest conversation, ([\d,]+) computed", shown
+    )
     assert counts is not None
     tokens, reused, computed = (int(count.replace(",", "")) for count in counts.groups())
     assert reused + computed == tokens

@@ -72,6 +72,9 @@ def test_a_sweep_leaves_a_directory_for_each_run(tmp_path: Path, cache: Path) ->
     result = flashmoe("-m", "+backend=pread", "+experts_k=2,99,3", "max_tokens=2", cwd=tmp_path, cache=cache)
     assert result.returncode == 2
     assert "experts_k=99: must be from 1 to 64" in result.stderr
+    table = [line.split() for line in result.stderr.partition("\njob ")[2].splitlines()]
+    assert table[0][:2] == ["decode", "tok/s"]
+    assert [row[:2] for row in table[1:3]] == [["0", "experts_k=2"], ["2", "experts_k=3"]]
     runs = sorted(tmp_path.glob("multirun/*/*/[0-9]*"))
     assert [run.name for run in runs] == ["0", "1", "2"]
     measured = [run / "metrics.json" for run in runs]

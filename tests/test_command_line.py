@@ -170,12 +170,18 @@ def test_awkward_texts(text: str) -> None:
         ("zzzz=1", "zzzz: no such key; the keys are activations, backend, "),
         ("prompt", "prompt: expected key=value; --help lists the keys"),
         ("=4", "=4: expected key=value"),
+        ("chat", "chat: expected key=value; for the task: task=chat"),
     ],
 )
 def test_messages_name_the_mistake(argument: str, message: str) -> None:
     with pytest.raises(InputError) as raised:
         normalize_argv([argument])
     assert str(raised.value).startswith(message)
+
+
+def test_text_without_quotes() -> None:
+    with pytest.raises(InputError, match=r'^is: expected key=value; text with spaces needs quotes: prompt="\.\.\."$'):
+        normalize_argv(["prompt=What", "is", "this?"])
 
 
 @pytest.mark.parametrize(

@@ -416,9 +416,9 @@ def test_names_that_the_format_cannot_hold(compiler: Grammars, caplog: pytest.Lo
 
 def test_without_llguidance(compiler: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "grammars_available", lambda: False)
-    with pytest.raises(InputError, match="pip install 'llguidance") as refusal:
+    with pytest.raises(InputError, match="needs the extra grammar: pip install") as refusal:
         compiler.constraint({"json_object": True}, None, raw=True, thinking=None)
-    assert refusal.value.code == "missing_package"
+    assert refusal.value.code == "missing_extra"
     assert compiler.constraint({"tool_choice": "auto"}, TOOLS, raw=True, thinking=None) is None
     assert compiler.constraint({"tool_choice": "none"}, TOOLS, raw=True, thinking=None) is None
 

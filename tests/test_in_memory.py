@@ -104,7 +104,7 @@ def counters(sequence: Sequence) -> dict[str, int]:
 
 def assert_same_state(engine: Engine, one: Sequence, other: Sequence) -> None:
     """Assert that both caches hold the same tokens: all but the latest."""
-    assert one.ahead is None
+    assert not one.ahead
     assert one.cache.length == other.cache.length == len(one.request.prompt_ids) + len(one.token_ids) - 1
     expected = engine.forward([7, 8], other.cache.snapshot())
     np.testing.assert_allclose(engine.forward([7, 8], one.cache.snapshot()), expected, rtol=0, atol=1e-4)
@@ -116,7 +116,7 @@ def test_the_host_offers_no_layer(tiny_pack: Path) -> None:
         if engine.model.kernels.routed_experts_cpu is not None:
             assert engine.store.in_memory(0) is None
         assert finish(engine, begin(engine, max_tokens=3))
-        assert not engine.runner._ahead.ready
+        assert not engine.runner.ahead.ready
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_one_step_ahead(engine: Engine) -> None:
         engine.runner.prefill(sequence)
         engine.runner.decode([sequence])
     assert len(sequence.token_ids) == 2
-    assert sequence.ahead is not None
+    assert sequence.ahead
     assert sequence.cache.length == len(PROMPT) + 2
     sequence.settle()
     assert_same_state(engine, sequence, sequence)
@@ -173,7 +173,7 @@ def test_threads_take_turns_at_a_sequence(engine: Engine) -> None:
     with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
         for thread in (one, other, other, one):
             thread.submit(decode).result()
-            assert sequence.ahead is not None
+            assert sequence.ahead
     assert finish(engine, sequence) == waiting(engine).token_ids
 
 
@@ -328,7 +328,7 @@ def test_slots_that_fill_up(tiny_pack: Path) -> None:
                 engine.store.fetch(layer, range(start, start + 8))
         before = engine.store.stats()
         assert finish(engine, begin(engine, max_tokens=4)) == expected
-        assert engine.runner._ahead.ready
+        assert engine.runner.ahead.ready
         assert (engine.store.stats() - before).misses == 0
 
 
@@ -336,7 +336,7 @@ def test_a_closed_engine_frees_the_experts(tiny_pack: Path) -> None:
     with gpu_on_cpu.cuda(mx.float32):
         opened = flashmoe_mlx.load(tiny_pack, backend="resident")
         finish(opened, begin(opened, max_tokens=4))
-        assert opened.runner._ahead.ready
+        assert opened.runner.ahead.ready
         gc.collect()
         before = mx.get_active_memory()
         opened.close()

@@ -56,7 +56,7 @@ def test_pieces_cover_each_record_in_proportion_to_the_rates(rates: list[float],
     held = {folder: [0, 1] if full else [1] for folder, full in zip(folders, layers, strict=False)}
     held[folders[0]] = [0, 1]
     layers_of = LayerLayouts.uniform(layout, 2)
-    source = MirroredExperts(folders[0], layers_of, 3, None, held, dict(zip(folders, rates, strict=True)))
+    source = MirroredExperts(folders[0], layers_of, 3, None, None, held, dict(zip(folders, rates, strict=True)))
     for layer in (0, 1):
         holders = [folder for folder in folders if layer in held[folder]]
         total = sum(source.rates[folder] for folder in holders)

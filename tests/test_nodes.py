@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 import flashmoe_mlx
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.shares import Share, owners
+from flashmoe_mlx.pack.opening import open_pack
+from flashmoe_mlx.pack.shard import copy_share
 
 TOLERANCE = 1e-4
 """Of the largest logit: nodes add the outputs of experts in another order."""
 TWO: list[dict[str, Any]] = [
-    {"backend": "io_uring", "experts_k": 16, "slots": 5, "weights": [1, 3]},
+    {"backend": "io_uring", "experts_k": 16, "slots": 5, "weights": [1, 3], "pack": "share-{rank}"},
     {"gpu": True, "backend": "resident", "weights": [1, 4]},
     {"experts_k": 1, "prompt_cache_gib": 0.01},
     {"differs": {"experts_k": 2}},
@@ -46,7 +48,12 @@ THREE: list[dict[str, Any]] = [
 
 
 def run_cases(count: int, cases: list[dict[str, Any]], pack: Path, folder: Path) -> list[list[dict[str, Any]]]:
-    """Run ``cases`` on ``count`` nodes; return what each node saved for each case."""
+    """Run ``cases`` on ``count`` nodes; return what each node saved for each case. ``pack`` names copies of shares."""
+    for case in cases:
+        if "pack" in case:
+            for node in range(count):
+                share = Share(node, tuple(map(float, case["weights"])))
+                copy_share(open_pack(pack), folder / case["pack"].replace("{rank}", str(node)), share)
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [str(ring.PROGRAM), str(pack), str(folder), str(folder / "cases.json")]
     for code, out, errors in ring.run(count, command, folder):
@@ -76,7 +83,7 @@ def test_nodes_compute_what_one_process_computes(
             assert all("node 1 differs from node 0" in result["error"] for result in results)
             assert all(name.removesuffix("s") in result["error"] for result in results)
             continue
-        options = {name: value for name, value in case.items() if name not in ("weights", "gpu")}
+        options = {name: value for name, value in case.items() if name not in ("weights", "gpu", "pack")}
         requests: Counter[int] = Counter()
         weights = case.get("weights", [1] * count)
 

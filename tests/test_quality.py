@@ -171,7 +171,7 @@ def test_the_package_for_schemas_is_optional(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "jsonschema", None)
     with pytest.raises(InputError) as raised:
         load_items(shipped_items())
-    assert raised.value.code == "missing_package"
+    assert raised.value.code == "missing_extra"
     assert "pip install" in str(raised.value)
     assert "\n" not in str(raised.value)
     items = tmp_path / "items.jsonl"

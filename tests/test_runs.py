@@ -116,7 +116,7 @@ def test_missing_pandas_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(__import__("sys").modules, "pandas", None)
     with pytest.raises(InputError) as caught:
         load_runs(tmp_path)
-    assert caught.value.code == "missing_package"
+    assert caught.value.code == "missing_extra"
     assert "pip install 'flashmoe_mlx[research]'" in str(caught.value)
 
 

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from serving import SUM, Live
+from serving import CHAT, SUM, Live
 
 BUY = {
     "type": "function",
@@ -55,6 +55,19 @@ def test_a_stream_equals_the_whole_answer(live: Live) -> None:
     assert usage["usage"]["completion_tokens"] == live.chat()["usage"]["completion_tokens"]
     assert all("usage" not in chunk for chunk in events[:-2])
     assert len({chunk["id"] for chunk in events[:-1]}) == 1
+
+
+def test_requests_of_open_webui(live: Live) -> None:
+    """Open WebUI lists the models, streams an answer, and asks for a title without a stream."""
+    headers = {"Authorization": "Bearer x", "X-OpenWebUI-User-Name": "Ada", "X-OpenWebUI-Chat-Id": "1"}
+    model = live.client.get("/v1/models", headers=headers).json()["data"][0]
+    asked = {"model": model["id"], "stream": True, "stream_options": {"include_usage": True}, "messages": [SUM]}
+    with live.client.stream("POST", CHAT, json=asked, headers=headers) as answer:
+        assert answer.status_code == 200
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert [line for line in answer.iter_lines() if line][-1] == "data: [DONE]"
+    task = {"role": "user", "content": '### Task:\nGenerate a concise title. JSON format: { "title": "..." }'}
+    assert content(live.post(headers=headers, model=model["id"], stream=False, max_tokens=1000, messages=[task]))
 
 
 def test_calls_are_streamed_in_parts_that_clients_can_join(live: Live) -> None:
@@ -186,6 +199,16 @@ def test_a_call_can_be_demanded(live: Live, choice: Any) -> None:
     assert {call["function"]["name"] for call in answer["message"]["tool_calls"]} == {"buy"}
     single = live.chat(SUM, tools=[BUY], tool_choice=choice, parallel_tool_calls=False)["choices"][0]
     assert len(single["message"]["tool_calls"]) == 1
+
+
+def test_tools_can_be_left_out(live: Live) -> None:
+    """``allowed_tools`` keeps a conversation's tools the same while a single answer may use a part of them."""
+    other = {"type": "function", "function": {"name": "sell", "parameters": {"type": "object", "properties": {}}}}
+    named = {"type": "function", "function": {"name": "buy"}}
+    for mode, tools, expected in (("required", [named], {"buy"}), ("auto", [], set())):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+        message = live.chat(ASK, tools=[other, BUY], tool_choice=choice, max_tokens=100)["choices"][0]["message"]
+        assert {call["function"]["name"] for call in message.get("tool_calls", [])} == expected
 
 
 def test_calls_can_be_forbidden(live: Live) -> None:

@@ -39,6 +39,7 @@ from flashmoe_mlx.research.estimate.machine_profile import (
 from flashmoe_mlx.research.estimate.prediction import Machine, Model, estimates, what_ifs
 from flashmoe_mlx.research.estimate.probe import EXPERTS, probe
 from flashmoe_mlx.research.estimate.probe_models import SIZES
+from flashmoe_mlx.research.estimate.several_nodes import most_on_a_node
 from flashmoe_mlx.research.estimate.sizes import (
     expert_weights,
     memory_need,
@@ -567,3 +568,30 @@ def test_a_failed_probe_deletes_its_models(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(FlashMoeError):
         probe(tmp_path / "cache", 0.1, lambda _: None)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_the_busiest_of_several_nodes_decides() -> None:
+    """Against random owners; the factors are those of a published calculation for 10 and 4 experts."""
+    random = np.random.default_rng(0)
+    for k, nodes, factor in ((10, 2, 1.61), (10, 4, 2.38), (4, 3, 1.69)):
+        drawn = random.multinomial(k, [1 / nodes] * nodes, 20_000).max(axis=1)
+        most = most_on_a_node(certainly(k), nodes)
+        np.testing.assert_allclose(most, np.bincount(drawn, minlength=k + 1) / len(drawn), atol=0.02)
+        assert k / float(most @ np.arange(k + 1)) == pytest.approx(factor, abs=0.02)
+    mixed = 0.25 * np.eye(1, 5, 1)[0] + 0.75 * np.eye(1, 5, 4)[0]
+    np.testing.assert_allclose(most_on_a_node(mixed, 2), [0, 0.25, 0.75 * 6 / 16, 0.75 * 8 / 16, 0.75 * 2 / 16])
+    assert most_on_a_node(mixed, 1) is mixed
+
+
+@pytest.mark.usefixtures("cache")
+def test_several_nodes_are_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32")
+    one, two = estimate(tmp_path, *model), estimate(tmp_path, *model, "nodes=2")
+    shown = capsys.readouterr().err
+    assert "on each of 2 machines, a pack with shard= takes 11" in shown
+    assert "of 10 experts of a token, the busiest machine has 6.2 on average; sums over TCP take 18 ms" in shown
+    assert two["node_expert_bytes"] == one["expert_bytes"] / 2 == two["expert_bytes"] / 2
+    gain = two["estimates"][0]["tokens_per_second"] / one["estimates"][0]["tokens_per_second"]
+    assert one["helps"]["nodes=2"] == two["estimates"][0]["tokens_per_second"]
+    assert 1.2 < gain < 2.6
+    assert run_command_line(["task=estimate", "nodes=65", f"hydra.run.dir={tmp_path / 'run'}"]) == 2

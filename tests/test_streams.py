@@ -55,6 +55,25 @@ def test_text_is_shown_literally(text: str, capsys: pytest.CaptureFixture[str]) 
         assert start + text in shown
 
 
+@pytest.mark.parametrize(("width", "exchanged"), [(80, False), (40, True), (8, False)])
+def test_a_table_that_is_wider_than_the_terminal(
+    width: int, exchanged: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(console, "_force_terminal", True)
+    monkeypatch.setattr(console, "_width", width)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "tokens per second", "gigabytes per second"):
+        table.add_column(heading)
+    table.add_row("prefill", "1.5", "2")
+    table.add_row("decode", "3", "4")
+    print_table(table)
+    rows = [re.split(r"  +", line.strip()) for line in capsys.readouterr().err.splitlines()]
+    if exchanged:
+        assert rows == [["prefill", "decode"], ["tokens per second", "1.5", "3"], ["gigabytes per second", "2", "4"]]
+    else:
+        assert rows[1:] == [["prefill", "1.5", "2"], ["decode", "3", "4"]]
+
+
 def test_no_console_interprets_markup() -> None:
     """All consoles come from ``literal_console``; rich's default console interprets brackets and colons."""
     for path in (Path(__file__).parent.parent / "flashmoe_mlx").rglob("*.py"):

@@ -111,7 +111,7 @@ def test_steps_ahead_are_watched_without_waiting(tiny_pack: Path) -> None:
             waits.append(engine.runner.clock.waits - waited)
         assert sequences[0].token_ids == expected
         assert waits[0] == waits[1]
-        assert engine.runner._ahead.ready
+        assert engine.runner.ahead.ready
         assert_complete(seen, sequences, engine.store.stats() - before)
 
 

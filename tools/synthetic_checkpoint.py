@@ -54,4 +54,6 @@ def write_layer(experts: PackedExperts, layer: int, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -17,11 +17,11 @@ from flashmoe_mlx.custom_kernels.weights import ExpertWeights
 
 def code_path(
     x: mx.array,
-    residual: mx.array,  # noqa: ARG001  # the signature of the operation
+    residual: mx.array,
     slab: mx.array,
     scores: mx.array,
     table: mx.array,
-    earlier: mx.array,  # noqa: ARG001
+    earlier: mx.array,  # noqa: ARG001  # the signature of the operation
     k: int,
     form: ExpertFormat,
     shared: ExpertWeights | None,
@@ -29,7 +29,7 @@ def code_path(
 ) -> CodePath | None:
     """Return the code path of ``chosen_experts``; None if it does not support the arguments."""
     weights = mx.zeros((len(x), k + (shared is not None)))
-    path = routed.code_path(x, slab, weights, weights, form, shared)
+    path = routed.code_path(x, slab, weights, weights, form, shared, residual)
     if path is None:
         return None
     how = "" if choose.code_path(scores, table, k, shared is not None) else "chosen by elementary operations"
@@ -66,7 +66,10 @@ def chosen_experts(
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token and several tokens, with true sizes, and with a shared expert if it joins the kernels."""
+    """Yield one token and several tokens, with true sizes, and with a shared expert if it joins the kernels.
+
+    Of several nodes, only one computes the shared expert.
+    """
     for form in model.experts:
         if routed.supports(form, model.dtype):
             yield from _samples_of(form, model)
@@ -78,10 +81,11 @@ def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
     table = mx.array(np.arange(model.num_experts) % 3, mx.int32)
     fused = [shared for shared in model.shared if routed.can_fuse_shared_expert(shared, form)]
     drawn = [inputs.expert_like(shared) for shared in fused[:1]]
-    for shared in drawn if model.shared else [None]:
+    for shared in [*drawn, None] if model.on_nodes else drawn if model.shared else [None]:
         for tokens in (1, min(routed.most_tokens(), 5)):
             scores = choose.different_scores(tokens, model.num_experts, model.dtype)
             x, residual = (inputs.normal(tokens, form.hidden_size) for _ in range(2))
+            residual = residual.astype(mx.float32 if model.on_nodes else model.dtype)
             arguments = (
                 x,
                 residual,

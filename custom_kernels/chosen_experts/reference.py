@@ -28,7 +28,7 @@ def chosen_experts(
 
     Args:
         x: normalized hidden states [T, hidden].
-        residual: [T, hidden].
+        residual: [T, hidden] in the type of ``x`` or in f32.
         slab: records of all experts, uint8 [experts, record_bytes].
         scores: see ``choose_experts``.
         table: int32 [experts], the row of ``slab`` of each expert.
@@ -40,7 +40,7 @@ def chosen_experts(
         apply: an implementation of ``routed_experts``.
 
     Returns:
-        [T, hidden] in the type of ``x``; and ``earlier`` followed by the chosen experts, int32 [n + T * k].
+        [T, hidden] in the type of ``residual``; and ``earlier`` followed by the chosen experts, int32 [n + T * k].
     """
     chosen, rows, weights = choose_experts(scores, table, k, shared is not None, renormalized)
     y = apply(x, slab, rows, weights, form, shared, residual)

@@ -194,7 +194,7 @@ def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
     fused = [shared for shared in model.shared if can_fuse_shared_expert(shared)]
     drawn = [_reduced_expert(inputs, shared, form.hidden_size) for shared in fused]
     for tokens, most in ((1, 1), (FEW, native.few_tokens()), (MANY, None)):
-        alone = model.shared_apart or len(fused) < len(model.shared) or model.needs_several_groups(most)
+        alone = model.on_nodes or len(fused) < len(model.shared) or model.needs_several_groups(most)
         for shared in [*drawn, *([None] if alone or not model.shared else [])]:
             for in_parts in (False, True) if tokens != MANY else (False,):
                 yield _sample(inputs, form, records, tokens, shared, in_parts)

@@ -63,5 +63,5 @@ if (mine < rows_a_group) {
     sum += partial[i][mine];
   }
   const long place = (long)token * HIDDEN + threadgroup_position_in_grid.x * rows_a_group + mine;
-  y[place] = T(float(residual[place]) + sum);
+  y[place] = RESULT(float(residual[place]) + sum);
 }

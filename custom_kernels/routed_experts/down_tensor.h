@@ -59,5 +59,5 @@ if (mine < 16) {
     sum += partial[i][mine];
   }
   const long place = (long)token * HIDDEN + first + mine;
-  y[place] = T(float(residual[place]) + sum);
+  y[place] = RESULT(float(residual[place]) + sum);
 }

@@ -289,7 +289,7 @@ if (simdgroup == ASKS) {
     }
     if (unit < DOWN_UNITS) {
       const int place = unit * 16 + lane % 2 * 8 + lane % 16 / 2;
-      y[place] = T(float(residual[place]) + sum);
+      y[place] = RESULT(float(residual[place]) + sum);
     }
   }
 #if CHOOSES

@@ -6,7 +6,7 @@ One token takes one dispatch on NVIDIA GPUs from Hopper on; everything else take
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
-from itertools import count
+from itertools import count, product
 
 import mlx.core as mx
 import numpy as np
@@ -93,7 +93,7 @@ def code_path(
     routing_weights: mx.array,
     form: ExpertFormat,
     shared: ExpertWeights | None = None,
-    residual: mx.array | None = None,  # noqa: ARG001
+    residual: mx.array | None = None,
 ) -> CodePath | None:
     """Return the code path of ``routed_experts``; None if it does not support the arguments.
 
@@ -110,6 +110,7 @@ def code_path(
         form.name,
         f"K={choices}",
         "" if shared is None else "with the shared expert",
+        "" if residual is None or residual.dtype == x.dtype else "f32 results",
     )
 
 
@@ -161,10 +162,10 @@ def routed_experts(
     )
     (y,) = down(
         [hidden, added, slab, rows, routing_weights, *(_parts(shared.down) if shared else ())],
-        [(x.shape, x.dtype)],
+        [(x.shape, added.dtype)],
         (form.hidden_size // down_rows, tokens, 1),
         32 * simdgroups,
-        template | down_format | down_template,
+        template | down_format | down_template | {"RESULT": added.dtype},
     )
     return y
 
@@ -195,11 +196,11 @@ def run_fused(
         experts: number of experts to choose from; 0 where they are chosen.
         renormalized: whether the weights of the experts that it chooses sum to 1.
     """
-    x, _, slab, *_ = inputs
+    x, residual, slab, *_ = inputs
     template = sizes_of(form, x.dtype, choices, slab.shape[1]) | form.template()
-    template |= {"BITS": form.gate.bits, "GROUP": form.gate.group_size}
+    template |= {"BITS": form.gate.bits, "GROUP": form.gate.group_size, "RESULT": residual.dtype}
     own = _parts(shared.gate, shared.up, shared.down) if shared else []
-    results = [(x.shape, x.dtype)]
+    results = [(x.shape, residual.dtype)]
     if experts:
         results.append(((inputs[-1].size + choices - (shared is not None),), mx.int32))
         template = template | {"EXPERTS": experts, "RENORMALIZED": int(renormalized)}
@@ -295,7 +296,10 @@ def _power_of_two(number: int) -> int:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token and several tokens of each format, with and without the shared expert, with true sizes."""
+    """Yield one token and several tokens of each format, with and without the shared expert, with true sizes.
+
+    Sums of several groups of experts, or of several nodes, begin as parts in f32.
+    """
     for form in model.experts:
         if supports(form, model.dtype):
             yield from _samples_of(form, model)
@@ -307,6 +311,7 @@ def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
     fused = [shared for shared in model.shared if can_fuse_shared_expert(shared, form)]
     drawn = [inputs.expert_like(shared) for shared in fused[:1]]
     several = most_tokens()
+    types = list(dict.fromkeys([model.dtype, mx.float32]))
     for tokens in (1, min(several, 9)):
         rows = np.full((tokens, k), -1, np.int32)
         if tokens == 1:
@@ -314,13 +319,12 @@ def _samples_of(form: ExpertFormat, model: ModelShapes) -> Iterator[Sample]:
         else:
             rows[:, 0] = np.arange(tokens) % 3
             rows[0, -1] = 1
-        alone = (
-            model.shared_apart
-            or len(fused) < len(model.shared)
-            or model.needs_several_groups(1 if tokens == 1 else several)
-        )
-        for shared in [*drawn, *([None] if alone or not model.shared else [])]:
+        in_parts = model.on_nodes or model.needs_several_groups(1 if tokens == 1 else several)
+        for shared, dtype in product([*drawn, None], types):
+            whole = not model.on_nodes and (shared is not None or len(fused) < len(model.shared) or not model.shared)
+            if not ((whole and dtype == model.dtype) or (in_parts and dtype == mx.float32)):
+                continue
             x = inputs.normal(tokens, form.hidden_size)
             scores = inputs.normal(tokens, k + (shared is not None), dtype=mx.float32)
-            residual = inputs.normal(tokens, form.hidden_size)
+            residual = inputs.normal(tokens, form.hidden_size).astype(dtype)
             yield Sample((x, slab, mx.array(rows), mx.softmax(scores, axis=-1), form, shared, residual))

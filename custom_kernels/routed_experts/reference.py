@@ -32,11 +32,11 @@ def routed_experts(
         routing_weights: f32 [T, K]; [T, K + 1] with a shared expert, whose weight is the last.
         form: format of the records.
         shared: an expert for every token, or None.
-        residual: [T, hidden], or None.
+        residual: [T, hidden] in the type of ``x`` or in f32, or None.
         apply: an implementation of ``expert_mlp``.
 
     Returns:
-        [T, hidden] in the type of ``x``; sums are in f32.
+        [T, hidden] in the type of ``residual``, or of ``x`` without one; sums are in f32.
     """
     x_wide = widen(x)
     y = mx.zeros(x.shape, x_wide.dtype)
@@ -47,4 +47,4 @@ def routed_experts(
             y[one] += routing_weights[one, choice : choice + 1] * apply(x_wide[one], expert)
     if shared is not None:
         y = y + routing_weights[:, -1:] * apply(x_wide, shared)
-    return (y if residual is None else widen(residual) + y).astype(x.dtype)
+    return (y if residual is None else widen(residual) + y).astype(x.dtype if residual is None else residual.dtype)

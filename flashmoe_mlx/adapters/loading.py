@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from flashmoe_mlx.adapters.records import AnyFormat, NamedLayout, components_of
 from flashmoe_mlx.adapters.switches import Pass, Switch, attach, component_types, find_switches
 from flashmoe_mlx.custom_kernels import Kernels
 from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.formats.arrays import MLX_DTYPES
 from flashmoe_mlx.formats.extents import Extent
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.progress import report
 from flashmoe_mlx.stores.contract import ExpertStore
 
+_REMEDY = "make a pack of the checkpoint, which holds what mlx-lm computes: task=pack source=<checkpoint> out=<folder>"
 Locate = Callable[[TensorInfo, int, int], Extent]
 """Returns the place of bytes of a tensor: (tensor, first byte, number of bytes)."""
 
@@ -46,12 +49,39 @@ class Loaded:
     sanitize: Callable[[dict[str, mx.array]], Mapping[str, mx.array]]
 
 
-def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded:
+@dataclass(frozen=True)
+class PackedTensors:
+    """The tensors of a pack of a model of MLX-LM, under the names of the model's parameters.
+
+    Attributes:
+        resident: the file of the resident weights.
+        layout: the layout of the records.
+        num_experts: the number of experts in a layer.
+    """
+
+    resident: Path
+    layout: LayerLayouts
+    num_experts: int
+
+    def tensors(self, switches: Sequence[Switch]) -> dict[str, mx.array]:
+        """Return all tensors, lazily; those of experts are zeros, in their shapes and types."""
+        loaded = mx.load(str(self.resident))
+        assert isinstance(loaded, dict)
+        found: dict[str, mx.array] = dict(loaded)
+        for switch, own in zip(switches, self.layout, strict=True):
+            for component in own.components:
+                shape = (self.num_experts, *component.shape)
+                found[f"{switch.path}.{component.name}"] = mx.zeros(shape, MLX_DTYPES[component.dtype])
+        return found
+
+
+def load_lazily(folder: Path, change: Mapping[str, Any] | None = None, packed: PackedTensors | None = None) -> Loaded:
     """Load the model in ``folder`` through MLX-LM; no tensor is read.
 
     Args:
-        folder: a checkpoint, whose headers are valid.
+        folder: a checkpoint, whose headers are valid, or a pack.
         change: values that replace those of ``config.json``.
+        packed: the tensors of the pack; None for a checkpoint.
 
     Raises:
         CheckpointError: MLX-LM refuses the checkpoint; code "mlx_lm_refused".
@@ -69,6 +99,10 @@ def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded
                 seen["args"] = args
 
             def sanitize(self, weights: dict[str, mx.array]) -> Mapping[str, mx.array]:
+                if packed is not None:
+                    weights = packed.tensors(find_switches(self))
+                    seen.update(before={}, after={}, sanitize=dict)
+                    return weights
                 seen["before"] = dict(weights)
                 seen["sanitize"] = super().sanitize if hasattr(own, "sanitize") else lambda tensors: tensors
                 seen["after"] = dict(seen["sanitize"](weights))
@@ -77,7 +111,10 @@ def load_lazily(folder: Path, change: Mapping[str, Any] | None = None) -> Loaded
         return Observed, args_class
 
     try:
-        module, _ = mlx_lm("utils").load_model(folder, lazy=True, model_config=change, get_model_classes=classes)
+        load = partial(mlx_lm("utils").load_model, folder, lazy=True, model_config=change, get_model_classes=classes)
+        module, _ = load(strict=packed is None)  # a pack has no files of the names that MLX-LM looks for
+        if packed is not None:
+            module.load_weights(list(packed.tensors(find_switches(module)).items()), strict=True)
     except CheckpointError:
         raise
     except Exception as error:  # the code of another package meets untrusted input
@@ -138,7 +175,7 @@ def _origins(loaded: Loaded, layout: LayerLayouts, tensors: Mapping[str, TensorI
     ]
     unread = [name for name in wanted if name not in loaded.after]
     if unread:
-        raise CheckpointError(f"mlx-lm makes {unread[0]} after loading", code="needs_pack")
+        raise CheckpointError(f"mlx-lm computes {unread[0]} from the files; {_REMEDY}", code="needs_pack")
     origin = {id(array): name for name, array in loaded.before.items()}
     found: dict[str, lineage.Node | str] = {
         name: lineage.Region.whole(tensors[origin[id(loaded.after[name])]])
@@ -170,7 +207,7 @@ def _checked(name: str, node: lineage.Node | str, shape: tuple[int, ...]) -> lin
         lineage.pieces_of(lineage.row(node, 0))
     except lineage.UntraceableError as error:
         raise CheckpointError(
-            f"experts cannot be read from the checkpoint: {name}: {error}; convert it with mlx_lm.convert",
+            f"experts cannot be read from the checkpoint: {name}: {error}; {_REMEDY}",
             code="needs_pack",
         ) from None
     return node
@@ -180,6 +217,7 @@ def build_adapted(
     folder: Path,
     config: AdaptedConfig,
     layout: LayerLayouts,
+    packed: PackedTensors | None,
     store: ExpertStore,
     experts_k: int,
     kernels: Kernels,  # noqa: ARG001  # MLX computes
@@ -188,9 +226,10 @@ def build_adapted(
     """Load the model in ``folder`` with its resident weights in memory, and its experts in ``store``.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint or the pack.
         config: its sizes.
         layout: the layout of the records of ``store``.
+        packed: the tensors of the pack in ``folder``; None for a checkpoint.
         store: serves its routed experts.
         experts_k: routed experts of a token in each layer.
         kernels: not used.
@@ -200,10 +239,10 @@ def build_adapted(
         CheckpointError: MLX-LM refuses the checkpoint; code "mlx_lm_refused".
     """
     report("reading the weights that all tokens use")
-    loaded = load_lazily(folder)
+    loaded = load_lazily(folder, packed=packed)
     place, own = chosen_field(loaded.args)
     if experts_k != own:
-        loaded = load_lazily(folder, _changed(folder, place, experts_k))
+        loaded = load_lazily(folder, _changed(folder, place, experts_k), packed)
     running = Pass(store)
     attach(loaded.module, loaded.switches, [own.components for own in layout], running)
     arrays = arrays_of(loaded.module)

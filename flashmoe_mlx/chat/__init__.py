@@ -2,9 +2,7 @@
 
 from importlib.util import find_spec
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import missing_extra
 
 if find_spec("prompt_toolkit") is None:
-    raise InputError(
-        "task=chat needs the package prompt_toolkit: pip install 'flashmoe_mlx[chat]'", code="missing_extra"
-    )
+    raise missing_extra("task=chat", "chat")

@@ -208,8 +208,6 @@ def _stats(chat: Chat, argument: str) -> None:  # noqa: ARG001  # the signature 
         chat.screen.note("no answer yet")
         return
     stats = chat.latest.stats
-    prompt = stats["prompt"]
-    show(f"prompt: {prompt['tokens']:,} tokens, {prompt['reused']:,} reused, {prompt['computed']:,} computed")
     print_table(metrics_table(stats))
     for line in metrics_lines(stats):
         show(line)

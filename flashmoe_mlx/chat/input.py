@@ -124,7 +124,7 @@ class TerminalInput:
         return self._session.prompt("> ", default=default)
 
     def consent(self) -> Consent:
-        """Ask until the answer is one of the offered ones; characters that were typed before do not count."""
+        """Ask until the answer is valid ("yes" means once); characters that were typed before do not count."""
         with suppress(termios.error):
             termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)
         while True:
@@ -132,6 +132,8 @@ class TerminalInput:
                 typed = self._consent.prompt("run it? [o]nce, [a]lways this tool, [n]o: ").strip().lower()
             except EOFError:
                 return Consent.NO
+            if typed in ("y", "yes"):
+                return Consent.ONCE
             for consent in Consent:
                 if typed and consent.name.lower().startswith(typed):
                     return consent

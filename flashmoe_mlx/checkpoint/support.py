@@ -10,7 +10,7 @@ from flashmoe_mlx.adapters.library import INSTALL, MODEL_TYPES, has_experts, is_
 from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.models.config import ModelSize
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
 from flashmoe_mlx.models.registry import find_family, parse_config
 
 
@@ -34,6 +34,29 @@ def refuse_unsupported(published: Mapping[str, Any], where: object) -> ModelSize
     if error is not None:
         raise CheckpointError(f"{where}: {error}", code=error.code)
     return _parsed(published)
+
+
+def read_sizes(published: Mapping[str, Any]) -> ModelSize:
+    """Read the config of a model of a family, or of a model that MLX-LM runs; the format of its weights is not checked.
+
+    Raises:
+        CheckpointError: it cannot be run.
+    """
+    try:
+        find_family(published)
+    except CheckpointError as error:
+        if error.code != "unsupported_model":
+            raise
+        name = published["model_type"]
+        if has_experts(name):
+            return adapted.parse_config(published)
+        if name in MODEL_TYPES and not is_installed():
+            raise CheckpointError(
+                f"config.json: models of type {name} run through mlx-lm, which is not installed: {INSTALL}",
+                code="mlx_lm_missing",
+            ) from None
+        raise
+    return parse_config(published)
 
 
 def refuse_named_format(name: str) -> None:
@@ -90,26 +113,13 @@ def _error(published: Mapping[str, Any]) -> CheckpointError | None:
 
 
 def _parsed(published: Mapping[str, Any]) -> ModelSize:
-    """Read the config of a model of a family, or of a model that MLX-LM runs.
+    """Read the sizes of a model, and check the format of the weights of a family.
 
     Raises:
         CheckpointError: it cannot be run.
     """
-    try:
-        find_family(published)  # first: another format of an unsupported model would not help
-    except CheckpointError as error:
-        if error.code != "unsupported_model":
-            raise
-        name = published["model_type"]
-        if has_experts(name):
-            return adapted.parse_config(published)
-        if name in MODEL_TYPES and not is_installed():
-            raise CheckpointError(
-                f"config.json: models of type {name} run through mlx-lm, which is not installed: {INSTALL}",
-                code="mlx_lm_missing",
-            ) from None
-        raise
-    reason = unreadable_format(published)
+    sizes = read_sizes(published)  # first: another format of an unsupported model would not help
+    reason = unreadable_format(published) if isinstance(sizes, ModelConfig) else None
     if reason is not None:
         raise CheckpointError(f"config.json: {reason}", code="unsupported_format")
-    return parse_config(published)
+    return sizes

@@ -18,10 +18,11 @@ from omegaconf.errors import OmegaConfBaseException
 from flashmoe_mlx.cli.arguments import parse
 from flashmoe_mlx.cli.claims import ClaimError, claims
 from flashmoe_mlx.cli.composition import build_config
-from flashmoe_mlx.cli.error_reports import Job, failed_jobs, message, report
+from flashmoe_mlx.cli.error_reports import message, report
 from flashmoe_mlx.cli.normalization import normalize_argv
+from flashmoe_mlx.cli.sweeps import Job, summarize
 from flashmoe_mlx.cli.usage import help_text
-from flashmoe_mlx.console.streams import drop_answer, print_answer, say
+from flashmoe_mlx.console.streams import drop_answer, print_answer
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.tasks.shared.run_directory import FAILURE, holds_measurements, refuse_used
 
@@ -34,8 +35,8 @@ _NO_MLX = (
 def run(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    A sweep runs every job, lists the failed jobs at the end, and returns the highest exit code. A job that fails leaves
-    ``failure.json`` in its directory.
+    A sweep runs every job, prints a table of its jobs, lists the failed ones, and returns the highest exit code. A job
+    that fails leaves ``failure.json`` in its directory.
     """
     # Composition can fail, so there may be no configuration to read this key from.
     debug = any(argument.lstrip("+").lower() in ("debug=true", "debug=1") for argument in arguments)
@@ -112,8 +113,7 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
         ) from error
     finally:
         sys.argv, logging.raiseExceptions = program, log_errors
-        for line in failed_jobs(jobs):
-            say(line)
+        summarize(jobs)
     return max(codes, default=0)
 
 

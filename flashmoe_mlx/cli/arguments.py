@@ -82,13 +82,15 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     """
     overrides: list[Override] = []
     options: list[str] = []
-    words: list[str] = []
+    words: list[tuple[str, str | None]] = []
+    before: str | None = None
     remaining = list(reversed(arguments))
     while remaining:
         argument = remaining.pop()
         match = _OVERRIDE.fullmatch(argument)
         if match is not None:
             overrides.append(Override(match["sign"], match["key"], match["value"]))
+            before = match["key"]
         elif is_option(argument):
             options.append(argument)
             options += take_value(argument, remaining)
@@ -101,11 +103,20 @@ def parse(arguments: Sequence[str]) -> CommandLine:
             )
             raise InputError(f"{argument}: no such option; {hint}", code="unknown_option")
         else:
-            words.append(argument)
+            words.append((argument, before))
     tasks = CommandLine(overrides, options).tasks()
-    for word in words:
+    for word, before in words:
         key = key_of_word(word, tasks)
         if key is None:
-            raise InputError(f"{word}: expected key=value; --help lists the keys", code="not_an_override")
+            raise InputError(f"{word}: expected key=value; {_advice(word, before)}", code="not_an_override")
         overrides.append(Override("", key, word))
     return CommandLine(overrides, options)
+
+
+def _advice(word: str, before: str | None) -> str:
+    """Tell how to write ``word``, which has no key; ``before`` is the key of the override before it."""
+    if word in task_names():
+        return f"for the task: task={word}"
+    if before is not None:
+        return f'text with spaces needs quotes: {before}="..."'
+    return '--help lists the keys, such as prompt="..."'

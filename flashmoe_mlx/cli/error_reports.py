@@ -4,8 +4,6 @@ import contextlib
 import logging
 import re
 import traceback
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -18,15 +16,6 @@ from flashmoe_mlx.paths import NO_SPACE
 from flashmoe_mlx.tasks.shared.run_directory import FAILURE
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class Job:
-    """Run of a task, alone or in a sweep; ``failure`` is the message of the error that ended it."""
-
-    folder: Path
-    overrides: list[str]
-    failure: str | None = None
 
 
 def report(error: Exception, debug: bool, folder: Path | None = None, record: bool = False) -> int:
@@ -54,18 +43,6 @@ def report(error: Exception, debug: bool, folder: Path | None = None, record: bo
     return code
 
 
-def failed_jobs(jobs: Sequence[Job]) -> Iterator[str]:
-    """Yield a heading and a line for each failed job of a sweep, identified by its distinguishing overrides."""
-    failed = [job for job in jobs if job.failure is not None]
-    if not failed or len(jobs) == 1:
-        return
-    common = set.intersection(*(set(job.overrides) for job in jobs))
-    yield f"flashmoe_mlx: {len(failed)} of {len(jobs)} jobs failed; the records of all other jobs are complete:"
-    for job in failed:
-        distinguishing = [override for override in job.overrides if override not in common]
-        yield one_line(f"  {' '.join([job.folder.name, *distinguishing])}: {job.failure}")
-
-
 def message(error: Exception, folder: Path | None = None) -> str:
     """Describe ``error`` in a line: the problem, its place, and the remedy."""
     if isinstance(error, FlashMoeError):
@@ -84,13 +61,15 @@ def _composition_error(error: Exception) -> str:
             if error.missing_cfg_file.startswith(f"{known}/"):
                 group, name = known, error.missing_cfg_file.removeprefix(f"{known}/")
         if group == "hydra/sweeper":
-            return f"{group}={name}: this sweeper is not installed; for optuna: pip install 'flashmoe_mlx[sweep]'"
+            return f"{group}={name}: no such sweeper; optuna needs the extra sweep: pip install 'flashmoe_mlx[sweep]'"
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
         return f"{group}={name}: no such {group}; choose from {', '.join(sorted(error.options))}{hint}"
     text = " ".join(str(error).split())
     if isinstance(error, OverrideParseException):
         override = error.override.lstrip("+")
         key, _, value = override.partition("=")
+        if value.endswith(","):
+            return f"{override}: a value is missing after the last comma"
         quoted = "['...',...]" if value.startswith("[") else "{name: '...'}" if value.startswith("{") else "'...'"
         return f'{override}: Hydra cannot read this value; quote it as text: "{key}={quoted}"'
     if isinstance(error, InterpolationKeyError):

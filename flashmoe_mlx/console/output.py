@@ -70,9 +70,29 @@ def activity() -> Iterator[Callable[[str], None]]:
 
 
 def print_table(table: Table) -> None:
-    """Print a table at its full width: a line that the terminal wraps is better than truncated numbers."""
-    needed = Measurement.get(console, console.options.update(max_width=_MAX_TABLE_WIDTH), table).maximum
+    """Print a table without truncated numbers; in a terminal that is too narrow, exchange its rows and columns."""
+    needed = _width(table)
+    if console.is_terminal and needed > console.width:
+        exchanged = _exchanged(table)
+        if _width(exchanged) <= console.width:
+            table = exchanged
     literal_console(_STDERR, width=max(needed, console.width)).print(table)
+
+
+def _width(table: Table) -> int:
+    return Measurement.get(console, console.options.update(max_width=_MAX_TABLE_WIDTH), table).maximum
+
+
+def _exchanged(table: Table) -> Table:
+    """Return a table whose columns are the rows of ``table``."""
+    labels, *columns = table.columns
+    found = Table(title=table.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    found.add_column(labels.header, no_wrap=True)
+    for label in labels.cells:
+        found.add_column(label, justify="right", no_wrap=True)
+    for column in columns:
+        found.add_row(column.header, *column.cells)
+    return found
 
 
 def print_notes(notes: Iterable[str | None], prefix: str = "note: ") -> None:

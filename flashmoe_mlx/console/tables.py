@@ -71,7 +71,8 @@ def metrics_lines(metrics: Mapping[str, Any]) -> Iterator[str]:
     known = metrics["prompt"]
     if known["reused"]:
         place = {"disk": "cache_dir", "live": "the latest conversation"}.get(known["reused_from"], "memory")
-        yield f"prompt: {known['reused']:,} of {known['tokens']:,} tokens from {place}, {known['computed']:,} computed"
+        counts = f"{known['reused']:,} reused from {place}, {known['computed']:,} computed"
+        yield f"prompt: {known['tokens']:,} tokens, {counts}"
     prompt, chunk = metrics["prefill"]["tokens"], metrics["prefill_chunk"]
     if chunk is not None and prompt > chunk:
         yield f"prefill: {chunk:,} tokens through a layer at once, {-(-prompt // chunk)} passes over the experts"

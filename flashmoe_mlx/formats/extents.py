@@ -47,8 +47,23 @@ class ExpertSource(Protocol):
         ...
 
 
-class RecordSource(ExpertSource, Protocol):
-    """The records of experts, read or decoded, for new variants."""
+class RecordSource(Protocol):
+    """The records of experts, read, decoded or computed, for new variants."""
+
+    @property
+    def layout(self) -> LayerLayouts:
+        """The layout of the records of each layer."""
+        ...
+
+    @property
+    def num_layers(self) -> int:
+        """The number of layers with experts."""
+        ...
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts in each layer."""
+        ...
 
     def payload(self, layer: int, expert: int) -> bytearray:
         """Read the components of an expert in the order of its record."""

@@ -20,6 +20,9 @@ each projection::
                                 "record_bytes": ..., "components": [...]}],
                    "layers": [0, 0, 0, ...], "quantiser": "by_width"}
 
+Format version 3 adds packs with the share of one of several nodes: ``"share": {"node": 0, "weights": [1.0, 1.0]}``. The
+layer files and the checksums of such a pack hold only the experts that ``formats.shares`` gives to this node.
+
 A pack of a checkpoint in FP8, GPTQ or AWQ states the relative error of its weights by projection, as a mean over the
 experts or matrices and the worst of them::
 
@@ -34,7 +37,7 @@ variants have one affine format each has version 1.
 Layer files have no hash in the manifest, because each of their records has one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +48,7 @@ import xxhash
 
 from flashmoe_mlx.formats.extents import Extent, read_extents
 from flashmoe_mlx.formats.record import LayerLayouts
+from flashmoe_mlx.formats.shares import Share
 
 __all__ = [
     "CHECKSUMS",
@@ -54,6 +58,7 @@ __all__ = [
     "MANIFEST",
     "MIXED_FORMAT_VERSION",
     "RESIDENT",
+    "SHARE_FORMAT_VERSION",
     "TEXT_FILES",
     "PackedExperts",
     "file_hash",
@@ -74,6 +79,8 @@ FORMAT = "flashmoe-pack"
 FORMAT_VERSION = 1
 MIXED_FORMAT_VERSION = 2
 """The version of packs with a variant of several formats or in a float mode, which earlier programs cannot read."""
+SHARE_FORMAT_VERSION = 3
+"""The version of packs with the experts of one node alone."""
 
 TEXT_FILES = (
     "tokenizer.json",
@@ -94,12 +101,14 @@ class PackedExperts:
         layout: the layout of the records of each layer with experts.
         num_experts: number of experts in each layer.
         quantizer: the quantizer of the variant; None if its records were copied.
+        packed: the share whose experts the files hold; None for all experts.
     """
 
     directory: Path
     layout: LayerLayouts
     num_experts: int
     quantizer: str | None = None
+    packed: Share | None = None
 
     @property
     def num_layers(self) -> int:
@@ -115,9 +124,13 @@ class PackedExperts:
         """The paths of all layer files. Joining one takes microseconds, and every fetch needs several."""
         return [self.directory / layer_file(layer) for layer in range(self.num_layers)]
 
+    def packed_in(self, layer: int) -> Sequence[int]:
+        """Return the experts in the file of ``layer``, in the order of their records."""
+        return range(self.num_experts) if self.packed is None else self.packed.experts(layer, self.num_experts)
+
     def layer_bytes(self, layer: int) -> int:
         """Return the size of the file of ``layer`` in bytes."""
-        return self.num_experts * self.layout[layer].record_bytes
+        return len(self.packed_in(layer)) * self.layout[layer].record_bytes
 
     def copy_in(self, folder: Path) -> "PackedExperts":
         """Return the place of a copy of these records in ``folder``, which is a mirror of the pack."""
@@ -126,7 +139,11 @@ class PackedExperts:
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """Return the place of the record of ``expert``, including its padding."""
         size = self.layout[layer].record_bytes
-        return [Extent(self.layer_path(layer), expert * size, size)]
+        return [Extent(self.layer_path(layer), self.place(layer, expert) * size, size)]
+
+    def place(self, layer: int, expert: int) -> int:
+        """Return the number of records before that of ``expert`` in the file of ``layer``."""
+        return expert if self.packed is None else self.packed.place(layer, self.num_experts, expert)
 
     def payload(self, layer: int, expert: int) -> bytearray:
         """Read the record of ``expert``."""

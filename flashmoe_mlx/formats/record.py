@@ -177,6 +177,11 @@ class RecordLayout:
         return self.formats[PROJECTIONS.index(projection)]
 
     @property
+    def is_native(self) -> bool:
+        """Whether the formats describe all tensors, so that records can be converted."""
+        return True
+
+    @property
     def single_format(self) -> MatrixFormat | None:
         """The format of all projections; None if they differ."""
         return self.gate if self.gate == self.up == self.down else None

@@ -7,6 +7,7 @@ Source: Schindelhauer and Schomaker, "Weighted Distributed Hash Tables", 2005 (t
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, PackError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
 from flashmoe_mlx.formats.record import LayerLayouts
 
@@ -53,14 +54,56 @@ class Share:
         experts: list[int] = np.flatnonzero(self.owned(layer, num_experts)).tolist()
         return experts
 
+    def place(self, layer: int, num_experts: int, expert: int) -> int:
+        """Return the number of experts of ``layer`` before ``expert`` that this node owns.
+
+        Raises:
+            PackError: another node owns ``expert``; code "expert_not_packed".
+        """
+        place = int(_places(self.node, self.weights, layer, num_experts)[expert])
+        if place < 0:
+            raise PackError(
+                f"layer {layer} expert {expert} is not in this pack of node {self.node} of {self.nodes}",
+                code="expert_not_packed",
+            )
+        return place
+
+    def owns_as(self, other: "Share", num_layers: int, num_experts: int) -> bool:
+        """Return whether both shares are the same experts of the same node."""
+        same = self.node == other.node and self.nodes == other.nodes
+        return same and self.digest(num_layers, num_experts) == other.digest(num_layers, num_experts)
+
     def digest(self, num_layers: int, num_experts: int) -> str:
         """Return a short text that is equal on nodes that agree about the owners of all experts."""
         owned = [owners(self.weights, layer, num_experts).tobytes() for layer in range(num_layers)]
         return hashlib.sha256(b"".join(owned)).hexdigest()[:16]
 
+    def __str__(self) -> str:
+        parts = "equal weights" if len({*self.weights}) == 1 else f"weights {[float(f'{w:g}') for w in self.weights]}"
+        return f"the experts of node {self.node} of {self.nodes} ({parts})"
+
     def to_json(self) -> dict[str, Any]:
         """Return the share for records."""
         return {"node": self.node, "weights": list(self.weights)}
+
+
+def parse_shard(text: str, weights: Sequence[float] | None = None) -> Share:
+    """Return the share that ``text`` names, such as "1/2" for node 0 of two.
+
+    Raises:
+        InputError: ``text`` is not a node of 1 to 64 nodes (code "invalid_shard"), or ``weights`` are wrong
+            ("invalid_weights").
+    """
+    found = re.fullmatch(r"(\d{1,3})/(\d{1,3})", text.strip())
+    part, nodes = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= nodes <= MOST_NODES:
+        raise InputError(
+            f"shard={text}: must be a part and the number of nodes, at most {MOST_NODES}: 1/2 is node 0 of two",
+            code="invalid_shard",
+        )
+    if weights is not None and len(weights) != nodes:
+        raise InputError(f"weights={list(weights)}: {len(weights)} weights for {nodes} nodes", code="invalid_weights")
+    return Share(part - 1, (1.0,) * nodes if weights is None else tuple(map(float, weights)))
 
 
 def check_weights(weights: Sequence[float]) -> None:
@@ -104,6 +147,14 @@ def _owned(node: int, weights: tuple[float, ...], layer: int, num_experts: int) 
     return owned
 
 
+@lru_cache(maxsize=2048)
+def _places(node: int, weights: tuple[float, ...], layer: int, num_experts: int) -> npt.NDArray[np.int32]:
+    """Return the place of each expert among those of ``node``, -1 for experts of other nodes."""
+    owned = _owned(node, weights, layer, num_experts)
+    places: npt.NDArray[np.int32] = np.where(owned, np.cumsum(owned) - 1, -1).astype(np.int32)
+    return places
+
+
 @dataclass(frozen=True, slots=True)
 class SharedSource:
     """The experts of a model, of which a store serves only a share.
@@ -145,6 +196,13 @@ def served(source: ExpertSource, layer: int) -> Sequence[int]:
     """Return the experts of ``layer`` that a store of ``source`` serves, in ascending order."""
     share = share_of(source)
     return range(source.num_experts) if share is None else share.experts(layer, source.num_experts)
+
+
+def first_extents(source: ExpertSource) -> Sequence[Extent]:
+    """Return the byte ranges of the first expert that a store of ``source`` serves; none if it serves none."""
+    return next(
+        (source.extents(layer, own[0]) for layer in range(source.num_layers) if (own := served(source, layer))), ()
+    )
 
 
 def not_owned(share: Share, layer: int, num_experts: int, experts: Sequence[int]) -> list[int]:

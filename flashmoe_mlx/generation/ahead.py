@@ -1,13 +1,14 @@
 """Decode steps that begin before they are requested, where nothing between two steps needs the host.
 
 A step chooses its token on the device, and the next step begins with that token before the host has read it. The device
-therefore never waits for Python. The last step may be unnecessary; ``Sequence.settle`` discards it.
+therefore never waits for Python. The last steps may be unnecessary; ``Sequence.settle`` discards them.
 """
 
 from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+import numpy.typing as npt
 
 from flashmoe_mlx.generation.logits import checked_logits
 from flashmoe_mlx.generation.pass_meter import PassMeter
@@ -19,9 +20,18 @@ from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.stores.contract import ExpertStore
 
+_IN_FLIGHT = 2
+"""Steps under way on one machine while the host waits for the first of them."""
+_MOST_STEPS = 8
+"""Largest number of steps in an order of node 0."""
+_LONGEST = 0.1
+"""Seconds that the steps of an order should take at most: steps that are not needed cannot be stopped."""
+_STATE_BYTES = 2**29
+"""Memory for recurrent states before steps that may be discarded."""
+
 
 class StepsAhead:
-    """Decodes one sequence at a time, one step ahead.
+    """Decodes one sequence at a time, one or several steps ahead.
 
     Args:
         model: the model.
@@ -55,32 +65,47 @@ class StepsAhead:
         """Drop the experts of the store, which is about to be closed."""
         self._steps = None
 
-    def decode(self, sequence: Sequence, refuse_cancelled: Callable[[], None]) -> None:
-        """Append a token to ``sequence``: finish the step under way, or begin one, after the next one has begun.
+    def to_begin(self, sequence: Sequence) -> int:
+        """Return the number of steps of ``sequence`` that ``decode`` should begin now.
+
+        On one machine, one step is under way while another one is taken. Node 0 of several orders several steps at
+        once, since an order waits for the steps before it.
+        """
+        most = _IN_FLIGHT
+        if self._nodes is not None:
+            if len(sequence.ahead) > 1:
+                return 0
+            recent = sequence.metrics.decode.steps[-_MOST_STEPS:]
+            by_time = int(_LONGEST * len(recent) / max(sum(recent), 1e-6)) if recent else _IN_FLIGHT
+            by_memory = _STATE_BYTES // max(1, self._model.state_bytes)
+            most = max(_IN_FLIGHT, min(by_time, by_memory, _MOST_STEPS) + len(sequence.ahead))
+        return max(0, min(most, sequence.tokens_left) - len(sequence.ahead))
+
+    def decode(self, sequence: Sequence, steps: int, refuse_cancelled: Callable[[], None]) -> None:
+        """Append a token to ``sequence``: the token of the first step under way.
 
         Args:
             sequence: decodes alone, and can choose its tokens on the device.
+            steps: the number of steps to begin before; at least 1 if none is under way.
             refuse_cancelled: called before each step begins; may raise to end it. The sequence can then be settled.
         """
         with self._meter.measured({sequence: 1}, decoding=True):
-            step = sequence.ahead or self._begin(
-                sequence, mx.array(sequence.token_ids[-1:], mx.uint32), refuse_cancelled
-            )
-            sequence.ahead = step
-            following = None
-            if not sequence.one_token_left:
-                if sequence.cache.must_grow(1):
-                    self._clock.evaluate("head", step.report)  # the copy must not be made while the step writes
-                following = self._begin(sequence, step.token, refuse_cancelled)
-            sequence.ahead = following
-            self._take(sequence, step)
+            self.begin(sequence, steps, refuse_cancelled)
+            self._take(sequence, sequence.ahead.pop(0))
+
+    def begin(self, sequence: Sequence, steps: int, refuse_cancelled: Callable[[], None]) -> None:
+        """Begin ``steps`` steps of ``sequence``; see ``decode``."""
+        for _ in range(steps):
+            latest = sequence.ahead[-1] if sequence.ahead else None
+            if latest is not None and sequence.cache.must_grow(1):
+                self._clock.evaluate("head", latest.report)  # the copy must not be made while the step writes
+            token = mx.array(sequence.token_ids[-1:], mx.uint32) if latest is None else latest.token
+            sequence.ahead.append(self._begin(sequence, token, refuse_cancelled))
 
     def take(self, sequence: Sequence) -> None:
-        """Append the token of the step under way to ``sequence``, and begin no other step."""
-        assert sequence.ahead is not None
+        """Append the token of the first step under way to ``sequence``, and begin no other step."""
         with self._meter.measured({sequence: 1}, decoding=True):
-            step, sequence.ahead = sequence.ahead, None
-            self._take(sequence, step)
+            self._take(sequence, sequence.ahead.pop(0))
 
     def _begin(self, sequence: Sequence, token: mx.array, refuse_cancelled: Callable[[], None]) -> Step:
         """Begin a decode step with ``token`` uint32 [1], the latest of ``sequence``, and do not wait for it.
@@ -101,15 +126,22 @@ class StepsAhead:
                 report = mx.concatenate([chosen.astype(mx.int32), finite, used.listed])
                 refuse_cancelled()
                 mx.async_eval(report, chosen, *sequence.cache.arrays())  # type: ignore[no-untyped-call]
+                if self._nodes is not None:
+                    self._nodes.under_way = report
         except BaseException:
             sequence.cache.rewind(mark)
             raise
         return Step(chosen, logits, report, used, mark, number)
 
-    def _take(self, sequence: Sequence, step: Step) -> None:
-        """Wait for ``step`` and append its token to ``sequence``."""
+    def count(self, step: Step) -> npt.NDArray[np.int32]:
+        """Wait for ``step``, count the experts that it used, and return its report."""
         report = self._clock.read("head", step.report)
         step.used.count(report[2:], self._meter.chosen_in_memory)
+        return report
+
+    def _take(self, sequence: Sequence, step: Step) -> None:
+        """Wait for ``step`` and append its token to ``sequence``."""
+        report = self.count(step)
         with self._clock.phase("sample"):
             if not report[1]:
                 checked_logits(np.array(step.logits))  # -inf is allowed: it excludes a token

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import mlx.core as mx
@@ -22,15 +23,13 @@ _log = logging.getLogger(__name__)
 class FollowedSequence(Sequence):
     """A sequence of node 0, whose tokens and end this node is told."""
 
-    one_token_left = False
-
     def accept(self, token: int) -> None:
         """Append a token that node 0 chose."""
         self.token_ids.append(token)
 
-    def choose_on_device(self, logits: mx.array) -> tuple[mx.array, None]:  # noqa: ARG002  # node 0 chooses
-        """Return a token that stands for the choice of node 0."""
-        return mx.zeros(1, mx.uint32), None
+    def choose_on_device(self, logits: mx.array) -> tuple[mx.array, None]:
+        """Return a number that stands for the choice of node 0, and is computed at the same place of the step."""
+        return logits[:1].astype(mx.uint32), None
 
 
 class Follower:
@@ -63,8 +62,11 @@ class Follower:
                     self._obey(order)
 
     def _forget(self, order: Mapping[str, Any]) -> None:
-        for number, reason in order["ended"]:
-            self._sequences[number].finish(reason)
+        for number, reason, known, token_ids in order["ended"]:
+            sequence = self._sequences[number]
+            sequence.token_ids[known:] = token_ids
+            self._keep_steps(sequence, len(sequence.request.prompt_ids) + len(sequence.token_ids) - 1, 0)
+            sequence.finish(reason)
         for number in order["gone"]:
             self._sequences.pop(number, None)
 
@@ -72,24 +74,28 @@ class Follower:
         runner = self._runner
         runner.orders.lazy = order["lazy"]
         try:
-            if order["do"] == "logits":
-                if order["new"]:
-                    self._cache = runner.model.new_cache()
-                runner.logits(order["tokens"], self._cache, Guesses(), decoding=order["decoding"])
-                return
-            for new in order["new"]:
-                self._begin(new)
-            followed = [self._told(*listed) for listed in order["sequences"]]
-            sequences: list[Sequence] = [*followed]
-            if order["do"] == "prefill":
-                runner.prefill_together(sequences, order["most_tokens"], resumes=order["resumes"])
-            else:
-                followed[0].one_token_left = order["one_token_left"]
-                runner.decode_together(sequences, ahead=order["ahead"])
+            with self._nodes.waiting_for_pass() if order["lazy"] else nullcontext():
+                self._run(order)
         except NodeLostError:
             raise
         except FlashMoeError as error:  # every node has ended the pass
             _log.warning("%s", error)
+
+    def _run(self, order: Mapping[str, Any]) -> None:
+        runner = self._runner
+        if order["do"] == "logits":
+            if order["new"]:
+                self._cache = runner.model.new_cache()
+            runner.logits(order["tokens"], self._cache, Guesses(), decoding=order["decoding"])
+            return
+        for new in order["new"]:
+            self._begin(new)
+        followed = [self._told(*listed) for listed in order["sequences"]]
+        sequences: list[Sequence] = [*followed]
+        if order["do"] == "prefill":
+            runner.prefill_together(sequences, order["most_tokens"], resumes=order["resumes"])
+        else:
+            runner.decode_together(sequences, order["steps"])
 
     def _begin(self, new: Mapping[str, Any]) -> None:
         config = self._runner.model.config
@@ -102,10 +108,20 @@ class Follower:
             on_finish=self._runner.finished,
         )
 
-    def _told(self, number: int, known: int, token_ids: list[int], has_ahead: bool) -> FollowedSequence:
-        """Return a sequence with the tokens that node 0 has chosen for it."""
+    def _told(self, number: int, known: int, token_ids: list[int], length: int, ahead: int) -> FollowedSequence:
+        """Return a sequence as it is on node 0: its tokens, the length of its cache, and the steps under way."""
         sequence = self._sequences[number]
-        if sequence.ahead is not None and not has_ahead:
-            sequence.settle()
         sequence.token_ids[known:] = token_ids
+        self._keep_steps(sequence, length, ahead)
         return sequence
+
+    def _keep_steps(self, sequence: FollowedSequence, length: int, ahead: int) -> None:
+        """Keep the last ``ahead`` steps under way: node 0 has taken the others, or discarded those after ``length``."""
+        steps = sequence.ahead
+        sequence.ahead = steps[len(steps) - ahead :]
+        for step in steps[: len(steps) - ahead]:
+            if step.mark.length < length:
+                self._runner.ahead.count(step)
+        if steps and length < sequence.cache.length:
+            mx.eval(steps[-1].report)
+            sequence.cache.rewind(next(step.mark for step in steps if step.mark.length == length))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.generation.constraints import Constraint
 from flashmoe_mlx.generation.endings import Endings
 from flashmoe_mlx.generation.prompting import Tools
@@ -69,7 +69,7 @@ class Grammars:
 
         Raises:
             InputError: the options contradict each other (code "invalid_constraint"), a schema or a grammar is refused
-                ("unsupported_schema", "unsupported_grammar"), or llguidance is not installed ("missing_package").
+                ("unsupported_schema", "unsupported_grammar"), or llguidance is not installed ("missing_extra").
         """
         asked = [name for name in _FORMS if options.get(name) not in (None, False)]
         for name in ("json_object", "parallel_tool_calls"):
@@ -193,10 +193,7 @@ class Grammars:
 
 def _require_llguidance() -> None:
     if not grammars_available():
-        raise InputError(
-            "constrained answers need the package llguidance: pip install 'llguidance>=1.9', or the extra grammar",
-            code="missing_package",
-        )
+        raise missing_extra("a constrained answer", "grammar")
 
 
 def _checked_choice(options: ConstraintOptions, tools: Tools | None) -> ToolChoice | None:

@@ -39,7 +39,8 @@ class Leader:
         self._length = 0
         self._told: dict[int, int] = {}
         """The generated tokens of each sequence that all nodes know."""
-        self._ended: dict[int, str] = {}
+        self._ended: dict[int, list[Any]] = {}
+        """The reason, and the last tokens, of each sequence that has ended since the latest order."""
         self._gone: list[int] = []
         self._closed = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="signs of life", daemon=True)
@@ -56,8 +57,12 @@ class Leader:
             sequences: the sequences of the pass.
             lazy: whether no layer waits for its router.
             asked: whether the pass is to end early; only where it is not lazy.
-            **more: further fields of the order.
+            **more: further fields of the order. With ``steps`` 0, nothing is ordered.
         """
+        if more.get("steps") == 0:  # the steps of an earlier order are under way
+            with self._nodes.waiting_for_pass():
+                yield
+            return
         with self._nodes.lock:
             new = [
                 {"id": self._number(one), "prompt": one.request.prompt_ids, "chunk": one.prefill_chunk}
@@ -68,7 +73,8 @@ class Leader:
             for sequence in sequences:
                 number = self._known[sequence]
                 told = self._told.get(number, 0)
-                listed.append([number, told, sequence.token_ids[told:], sequence.ahead is not None])
+                state = [sequence.cache.length, len(sequence.ahead)]
+                listed.append([number, told, sequence.token_ids[told:], *state])
                 self._told[number] = len(sequence.token_ids)
             self._order(kind, new=new, sequences=listed, lazy=lazy, **more)
             with self._nodes.stopping(asked), self._nodes.waiting_for_pass() if lazy else nullcontext():
@@ -97,7 +103,9 @@ class Leader:
     def end(self, sequence: Sequence, reason: str) -> None:
         """Tell all nodes with the next order that ``sequence`` has ended."""
         if sequence in self._known:
-            self._ended[self._known[sequence]] = reason
+            number = self._known[sequence]
+            told = self._told.get(number, 0)
+            self._ended[number] = [number, reason, told, sequence.token_ids[told:]]
 
     def close(self) -> None:
         """Order all nodes to end."""
@@ -116,7 +124,8 @@ class Leader:
         ended, self._ended = self._ended, {}
         for number in gone:
             self._told.pop(number, None)
-        self._nodes.message({"do": kind, "ended": list(ended.items()), "gone": gone, **fields}, "all other nodes")
+        self._nodes.finish_under_way()
+        self._nodes.message({"do": kind, "ended": list(ended.values()), "gone": gone, **fields}, "all other nodes")
 
     def _beat(self) -> None:
         while not self._closed.wait(self._nodes.watchdog.timeout / _BEATS):

@@ -30,7 +30,7 @@ def ending(sequences: list[Sequence]) -> Iterator[None]:
     except BaseException:
         # Interrupts after the last layer count, too: some sequences may have chosen a token, the rest none.
         for sequence in sequences:
-            sequence.ahead = None
+            sequence.ahead = []
             sequence.cache.broken = True
         raise
 
@@ -41,7 +41,7 @@ def ending_alone(sequence: Sequence, failures: list[Exception]) -> Iterator[None
     try:
         yield
     except Exception as error:
-        sequence.ahead = None
+        sequence.ahead = []
         sequence.cache.broken = True
         failures.append(error)
 

@@ -76,7 +76,7 @@ class Runner:
         self._traces = traces
         self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
-        self._ahead = StepsAhead(model, store, clock, self.meter, nodes)
+        self.ahead: StepsAhead = StepsAhead(model, store, clock, self.meter, nodes)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
         self.orders: Orders = Orders(nodes)
@@ -104,7 +104,7 @@ class Runner:
     def close(self) -> None:
         """Close the store, and free its experts."""
         self.orders.close()
-        self._ahead.close()
+        self.ahead.close()
         self.store.close()
         if self.prompt_cache is not None and self.prompt_cache.disk is not None:
             self.prompt_cache.disk.close()
@@ -282,21 +282,21 @@ class Runner:
         if not running:
             return
         ahead = len(running) == 1 and self._can_run_ahead(running[0])
-        lazy, last = self._used_experts() is not None, running[0].one_token_left
-        with self.orders.passing("decode", running, lazy=lazy, ahead=ahead, one_token_left=last):
-            self.decode_together(running, ahead=ahead)
+        steps = self.ahead.to_begin(running[0]) if ahead else None
+        with self.orders.passing("decode", running, lazy=self._used_experts() is not None, steps=steps):
+            self.decode_together(running, steps)
 
-    def decode_together(self, running: list[Sequence], *, ahead: bool) -> None:
-        """Run ``decode`` on this node; ``ahead`` is the result of ``_can_run_ahead`` on node 0."""
+    def decode_together(self, running: list[Sequence], steps: int | None) -> None:
+        """Run ``decode`` on this node; with ``steps``, begin as many steps of one sequence ahead."""
         failures: list[Exception] = []
         with self._pass(), ending(running):
-            if ahead:
-                self._ahead.decode(running[0], lambda: self.orders.refuse_cancelled(running))
+            if steps is not None:
+                self.ahead.decode(running[0], steps, lambda: self.orders.refuse_cancelled(running))
                 return
-            begun = [sequence for sequence in running if sequence.ahead is not None]
+            begun = [sequence for sequence in running if sequence.ahead]
             for sequence in begun:
                 with ending_alone(sequence, failures):
-                    self._ahead.take(sequence)
+                    self.ahead.take(sequence)
             rest = [sequence for sequence in running if sequence not in begun]
             if rest:
                 self._decode_together(rest, failures)
@@ -307,7 +307,7 @@ class Runner:
         """Return whether the next steps of ``sequence`` need nothing from the host."""
         if not sequence.can_choose_on_device or len(sequence.pending) > 1:
             return False
-        return self._traces and self._used_experts() is not None and self._ahead.ready
+        return self._traces and self._used_experts() is not None and self.ahead.ready
 
     def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.

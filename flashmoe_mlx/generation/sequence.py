@@ -56,8 +56,8 @@ class Sequence:
 
     Attributes:
         request: the prompt and the options of its answer.
-        cache: the state of every layer, after all tokens but the latest, unless ``ahead`` is one step further.
-        ahead: a step that the runner has begun before it is asked for; ``settle`` discards it.
+        cache: the state of every layer, after all tokens but the latest, and further by the steps of ``ahead``.
+        ahead: steps that the runner has begun before it is asked for, in order; ``settle`` discards them.
         prefilled: the number of prompt tokens in ``cache``.
         prefill_chunk: the number of prompt tokens that go through a layer together.
         keep_at: the positions in the prompt at which passes keep states for the prompt cache; None before the cache
@@ -100,7 +100,7 @@ class Sequence:
         """
         self.request = request
         self.cache: SequenceCache = cache
-        self.ahead: Step | None = None
+        self.ahead: list[Step] = []
         self.prefilled: int = 0
         self.prefill_chunk = prefill_chunk
         self.keep_at: dict[int, Kind] | None = None
@@ -184,9 +184,9 @@ class Sequence:
         return self.token_ids[max(0, self.cache.length - len(self.request.prompt_ids)) :]
 
     @property
-    def one_token_left(self) -> bool:
-        """Whether the next token is the last one."""
-        return len(self.token_ids) + 1 >= self._limit
+    def tokens_left(self) -> int:
+        """The largest number of further tokens."""
+        return self._limit - len(self.token_ids)
 
     def choose_on_device(self, logits: mx.array) -> tuple[mx.array, float | None]:
         """Choose the next token lazily by ``logits`` f32 [vocabulary]; see ``Sampler.choose_on_device``."""
@@ -198,15 +198,16 @@ class Sequence:
         self.metrics.reused_tokens, self.metrics.reused_from = 0, None
 
     def settle(self) -> None:
-        """Discard a step that was begun ahead; ``cache`` then holds all tokens but the latest.
+        """Discard all steps that were begun ahead; ``cache`` then holds all tokens but the latest.
 
         Waits for the device, which may be writing to the cache.
         """
-        if self.ahead is not None:
-            step, self.ahead = self.ahead, None
-            mx.eval(step.report)
-            self.cache.rewind(step.mark)
-            self._sampler.return_number(step.number)
+        if self.ahead:
+            steps, self.ahead = self.ahead, []
+            mx.eval(steps[-1].report)
+            self.cache.rewind(steps[0].mark)
+            for step in reversed(steps):
+                self._sampler.return_number(step.number)
 
     def accept(self, token: int) -> None:
         """Append the chosen ``token`` and the tokens that it forces, which may finish the sequence."""
@@ -228,7 +229,7 @@ class Sequence:
             self.metrics.forced_tokens += 1
             self._append(token)
         if constrained.restricts:
-            self.settle()  # a step ahead chose from all tokens
+            self.settle()  # steps ahead chose from all tokens
 
     def _append(self, token: int) -> None:
         """Append ``token``, which may be the last one."""

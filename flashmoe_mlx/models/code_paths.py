@@ -17,14 +17,14 @@ from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.groups import experts_at_once
 
 
-def check_model(kernels: Kernels, model: RunnableModel, *, shared_apart: bool) -> KernelReport:
+def check_model(kernels: Kernels, model: RunnableModel, *, on_nodes: bool) -> KernelReport:
     """Check the kernels that ``model`` uses; a model of another package uses none.
 
-    ``shared_apart`` is whether shared experts are computed apart from routed experts.
+    ``on_nodes`` is whether several nodes share the experts.
     """
     if not isinstance(model, Model):
         return KernelReport({"model": "mlx-lm"}, [], None)
-    return check_kernels(kernels, replace(model_shapes(model), shared_apart=shared_apart))
+    return check_kernels(kernels, replace(model_shapes(model), on_nodes=on_nodes))
 
 
 def model_shapes(model: Model) -> ModelShapes:
@@ -65,10 +65,10 @@ def _of_layer(layer: Layer) -> Iterator[Projection]:
     apart = mixer.joint is None
     if isinstance(mixer, Attention):
         yield from _calls(mixer.projections, one_token=apart)
-        yield from _calls([mixer.o_proj], residual=True)
+        yield from _calls([mixer.o_proj], residual=layer.mixer_adds_residual)
     else:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a], one_token=apart)
-        yield from _calls([mixer.out_proj], residual=True)
+        yield from _calls([mixer.out_proj], residual=layer.mixer_adds_residual)
     if isinstance(layer.feed_forward, Mlp):
         yield from _calls([layer.feed_forward.gate, layer.feed_forward.up])
         yield from _calls([layer.feed_forward.down], residual=True)

@@ -54,6 +54,11 @@ class ModelSize:
     experts_per_token: int
     expert_size: int
 
+    @property
+    def num_moe_layers(self) -> int:
+        """The number of layers with routed experts."""
+        return self.num_layers
+
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig(ModelSize, ABC):
@@ -77,6 +82,11 @@ class ModelConfig(ModelSize, ABC):
     def moe_layers(self) -> tuple[int, ...]:
         """The layers with routed experts; stores, packs and traces number these layers from 0 in this order."""
         return tuple(layer for layer in range(self.num_layers) if isinstance(self.feed_forward(layer), MoeBlock))
+
+    @property
+    def num_moe_layers(self) -> int:
+        """The number of layers with routed experts."""
+        return len(self.moe_layers)
 
     @property
     def residual_size(self) -> int:

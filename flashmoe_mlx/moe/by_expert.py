@@ -36,7 +36,7 @@ class ExpertsOneByOne:
             for expert, record in zip(group.experts, group.batch.records, strict=True):
                 y = self._add(y, x, expert, expert_weights(record, self.layout), routing)
             group.finish(y)
-        y = y.astype(x.dtype)
+        y = groups.joined(y).astype(x.dtype)
         return residual + (y if apart is None else y + apart)
 
     def _add(self, y: mx.array, x: mx.array, expert: int, weights: ExpertWeights, routing: Routing) -> mx.array:

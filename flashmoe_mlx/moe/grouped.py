@@ -37,5 +37,5 @@ class ExpertsGrouped:
                 x, group.batch.slab, rows, routing.weights, self.form, self.dense_experts, self.row_kernels
             )
             group.finish(y)
-        y = y.astype(x.dtype)
+        y = groups.joined(y).astype(x.dtype)
         return residual + (y if apart is None else y + apart)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -47,6 +48,19 @@ class ExpertGroup:
             self.clock.evaluate("experts", y)
 
 
+class SumOfNodes(Protocol):
+    """Adds the sums of several nodes in one layer; called once."""
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is node 0."""
+        ...
+
+    def __call__(self, y: mx.array) -> mx.array:
+        """Return the sum of ``y`` f32 [T, hidden] over all nodes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertGroups:
     """The distinct experts that T tokens chose in one layer, fetched group by group.
@@ -61,6 +75,7 @@ class ExpertGroups:
         clock: measures fetches and computation.
         after_last_fetch: called when all experts have been fetched, before any computation with the last group.
         before_group: called with the share of the groups that are done, before each fetch.
+        nodes: adds the sums of several nodes; None on one machine.
     """
 
     store: ExpertStore
@@ -69,6 +84,16 @@ class ExpertGroups:
     clock: PhaseClock
     after_last_fetch: Callable[[], None]
     before_group: Callable[[float], None] = lambda _: None
+    nodes: SumOfNodes | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this machine adds what all nodes together add once, such as the shared expert."""
+        return self.nodes is None or self.nodes.leads
+
+    def joined(self, y: mx.array) -> mx.array:
+        """Return ``y``, this machine's sum of experts in f32 [T, hidden], plus the sums of all other nodes."""
+        return y if self.nodes is None else self.nodes(y)
 
     @property
     def distinct(self) -> list[int]:
@@ -111,6 +136,8 @@ class ExpertGroups:
         distinct = self.distinct
         size, num_experts = self._size(len(distinct)), self.store.source.num_experts
         groups = [distinct[start : start + size] for start in range(0, len(distinct), size)]
+        if not groups:  # other nodes own all chosen experts
+            groups = [[]]
         for number, experts in enumerate(groups):
             self.before_group(number / len(groups))
             following = groups[number + 1] if number + 1 < len(groups) else None

@@ -30,18 +30,18 @@ class ExpertsInPlace:
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
         apart = None if self.fuse_shared else begin_shared(shared, x, routing, groups.clock)
+        own = shared.weights if shared is not None and self.fuse_shared and groups.leads else None
         y: mx.array | None = None
         added = False
         for group in groups:
-            added = y is None and group.is_last  # the kernel adds the residual, unless further groups are to be added
-            own = shared.weights if shared is not None and self.fuse_shared and y is None else None
+            added = y is None and group.is_last and groups.nodes is None  # the kernel adds the residual
             weights = routing.weights if own is None else routing.all_weights
             rows = mx.array(group.rows(group.batch.slots))
-            part = self.kernel(x, group.batch.slab, rows, weights, self.form, own, residual if added else None)
-            # Sums over several groups are in f32, so that they hardly depend on the number of slots.
-            y = part if y is None else y.astype(mx.float32) + part
+            # Parts of a sum are in f32: it hardly depends on the number of slots and of nodes.
+            start = residual if added else mx.zeros(x.shape, mx.float32)
+            part = self.kernel(x, group.batch.slab, rows, weights, self.form, own, start)
+            y, own = part if y is None else y + part, None
             group.finish(y)
         assert y is not None
-        y = y.astype(x.dtype)
-        y = y if apart is None else y + apart
-        return y if added else residual + y
+        y = y if added else (residual + groups.joined(y)).astype(x.dtype)
+        return y if apart is None else y + apart

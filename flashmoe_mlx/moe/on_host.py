@@ -35,16 +35,18 @@ class ExpertsOnHost:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
+        if not groups.leads:
+            residual, shared = mx.zeros_like(residual), None
         apart = None if self.fuse_shared else shared
         y = residual if apart is None else residual + apart(x, routing.shared_weight)
         fused = shared.weights if shared is not None and self.fuse_shared else None
         if self._applies_parts(x, routing, fused, groups):
-            return self._in_parts(x, y, routing, fused, groups)
-        in_place = apart is not None  # ``residual`` itself belongs to the caller
+            return groups.joined(self._in_parts(x, y, routing, fused, groups))
+        in_place = apart is not None or not groups.leads  # ``residual`` of the caller stays as it is
         for group in groups:
             y = self._apply(x, y, routing, fused if group.is_last else None, group, in_place)
             in_place = True
-        return y
+        return groups.joined(y)
 
     def _apply(
         self,

@@ -5,22 +5,58 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
+from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.moe.groups import ExpertGroups
 from flashmoe_mlx.moe.in_memory import ExpertsInMemory
 from flashmoe_mlx.moe.on_host import ExpertsOnHost
 from flashmoe_mlx.moe.router import Router, Routing
-from flashmoe_mlx.moe.shared_expert import SharedExpert, begin_shared
+from flashmoe_mlx.moe.shared_expert import SharedExpert
 from flashmoe_mlx.moe.strategies import RoutedExperts
 from flashmoe_mlx.nodes.group import Nodes
 from flashmoe_mlx.stores.delivery import LayerInMemory
 
 
+@dataclass(slots=True)
+class _Sum:
+    """The sum of all nodes in one layer.
+
+    Attributes:
+        nodes: the nodes.
+        clock: measures the wait for all other nodes.
+        added: whether this node has added its part.
+    """
+
+    nodes: Nodes
+    clock: PhaseClock
+    added: bool = False
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is node 0."""
+        return self.nodes.rank == 0
+
+    def __call__(self, y: mx.array) -> mx.array:
+        """Return the sum of ``y`` f32 [T, hidden] over all nodes."""
+        self.clock.evaluate("experts", y)
+        return self._add(y, failed=False)
+
+    def fail(self, x: mx.array) -> None:
+        """Tell all other nodes that this node has no sum for ``x`` [T, hidden], unless it has added one."""
+        if not self.added:
+            self._add(mx.zeros(x.shape, mx.float32), failed=True)
+
+    def _add(self, y: mx.array, *, failed: bool) -> mx.array:
+        self.added = True
+        with self.clock.phase("nodes"):
+            return self.nodes.add(y, failed)
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertsOnNodes:
-    """A strategy that applies this node's experts by another strategy, and adds the outputs of all nodes.
+    """A strategy that applies this node's experts by another strategy, which adds the sums of all nodes.
 
-    Every node has routed alike and computes the shared expert. A node adds its experts in ascending order; the outputs
-    of nodes are added afterwards. Logits therefore differ by rounding from those of one machine.
+    Every node has routed alike. A node adds its experts in ascending order, in f32; the sums of nodes are added
+    afterwards, in f32, and rounded once. Logits therefore differ from those of one machine by the rounding of f32.
 
     Attributes:
         strategy: applies experts.
@@ -40,38 +76,24 @@ class ExpertsOnNodes:
             NodeLostError: another node is gone.
             StoppedError: node 0 cancelled the pass.
         """
-        apart = begin_shared(shared, x, routing, groups.clock)
-        failure: Exception | None = None
-        y = mx.zeros_like(x)
-        try:
-            y = self._own(x, y, routing, groups)
-            groups.clock.evaluate("experts", y)
-        except Exception as error:
-            failure, y = error, mx.zeros_like(x)
-        with groups.clock.phase("nodes"):
-            y = self.nodes.add(y, failed=failure is not None)
-        if failure is not None:
-            raise failure
-        return residual + (y if apart is None else y + apart)
-
-    def _own(self, x: mx.array, zeros: mx.array, routing: Routing, groups: ExpertGroups) -> mx.array:
-        """Compute the sum of this node's experts [T, hidden]."""
-        if len(x) == 1 and isinstance(self.strategy, ExpertsOnHost):
+        total = _Sum(self.nodes, groups.clock)
+        if len(x) == 1 and groups.distinct and isinstance(self.strategy, ExpertsOnHost):
             # Choices without gaps may be applied as they arrive.
             routing = _of_node(routing, groups)
             groups = replace(groups, chosen=routing.experts)
-        if not groups.distinct:
-            groups.after_last_fetch()
-            return zeros
-        return self.strategy(x, zeros, routing, None, groups)
+        try:
+            return self.strategy(x, residual, routing, shared, replace(groups, nodes=total))
+        except Exception:
+            total.fail(x)
+            raise
 
 
 def _of_node(routing: Routing, groups: ExpertGroups) -> Routing:
     """Return the ``routing`` of one token without the experts of other nodes."""
-    own = np.isin(routing.experts[0], groups.distinct)
-    return replace(
-        routing, experts=routing.experts[:, own], all_weights=routing.weights[:, mx.array(np.flatnonzero(own))]
-    )
+    own = np.flatnonzero(np.isin(routing.experts[0], groups.distinct))
+    shared = np.arange(routing.experts.shape[1], routing.all_weights.shape[1])
+    columns = np.concatenate([own, shared]).astype(np.uint32)
+    return replace(routing, experts=routing.experts[:, own], all_weights=routing.all_weights[:, mx.array(columns)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +117,19 @@ class ExpertsInMemoryOfNodes:
         self, residual: mx.array, router: Router, shared: SharedExpert | None, whole: LayerInMemory, earlier: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Add routed and shared experts to ``residual``; see ``ExpertsInMemory``. Rows of other nodes are -1."""
+        own, leads = self.own, self.nodes.rank == 0
         x, scores = router.normalize_and_score(residual)
-        chosen, rows, all_weights = router.choose_rows(x, scores, whole.table)
-        listed = mx.concatenate([earlier, chosen.reshape(-1).astype(mx.int32)])
-        weights = all_weights[:, : router.experts_k]
-        y = self.nodes.add_lazily(self.own.kernel(x, whole.slab, rows, weights, self.own.form, None, None))
-        if shared is not None:
+        fused = shared.weights if shared is not None and own.fuse_shared and leads else None
+        part = residual.astype(mx.float32) if leads else mx.zeros(residual.shape, mx.float32)
+        if own.chosen is not None and scores is not None:
+            choice = (scores, whole.table, earlier, router.experts_k)
+            part, listed = own.chosen(x, part, whole.slab, *choice, own.form, fused, router.renormalized)
+        else:
+            chosen, rows, all_weights = router.choose_rows(x, scores, whole.table)
+            listed = mx.concatenate([earlier, chosen.reshape(-1).astype(mx.int32)])
+            weights = all_weights[:, : router.experts_k] if fused is None else all_weights
+            part = own.kernel(x, whole.slab, rows, weights, own.form, fused, part)
+        y = self.nodes.add_lazily(part).astype(residual.dtype)
+        if shared is not None and not own.fuse_shared:
             y = y + shared(x, all_weights[:, -1:].astype(x.dtype))
-        return residual + y, listed
+        return y, listed

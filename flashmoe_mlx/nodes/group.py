@@ -63,12 +63,14 @@ class Nodes:
         watchdog: watches the waits.
         lock: held by the leader from an order to the end of its pass.
         lost: the error after which the group cannot continue; None before it.
+        under_way: a result of collectives that were begun and not waited for, or None.
     """
 
     def __init__(self, weights: tuple[float, ...] | None = None, timeout: float = 60.0) -> None:
         backend = next(name for variable, name in _VARIABLES.items() if variable in os.environ)
         self.watchdog: Watchdog = Watchdog(timeout)
         self.lost: NodeLostError | None = None
+        self.under_way: mx.array | None = None
         with self._waiting("the start of all nodes"):
             self._group = mx.distributed.init(strict=True, backend=backend)
         size = self._group.size()
@@ -141,8 +143,18 @@ class Nodes:
         return self._sum(y)
 
     def of_first(self, value: mx.array) -> mx.array:
-        """Return node 0's ``value``, lazily."""
-        return self._sum(value if self.rank == 0 else mx.zeros_like(value))
+        """Return node 0's ``value`` of an integer type, lazily.
+
+        The sum depends on ``value`` on every node, so that all nodes evaluate it after the same other sums.
+        """
+        return self._sum(value if self.rank == 0 else value * 0)
+
+    def finish_under_way(self) -> None:
+        """Wait for the collectives that are ``under_way``: those of another thread would not run after them."""
+        if self.under_way is not None:
+            with self.waiting_for_pass():
+                mx.eval(self.under_way)
+            self.under_way = None
 
     @contextmanager
     def waiting_for_pass(self) -> Iterator[None]:

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe_mlx.errors import CheckpointError, PackError
+from flashmoe_mlx.adapters.records import read_layout
+from flashmoe_mlx.checkpoint.support import read_sizes
+from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import regular_file_size
 from flashmoe_mlx.formats.manifest import (
     CHECKSUMS,
@@ -19,6 +21,7 @@ from flashmoe_mlx.formats.manifest import (
     MANIFEST,
     MIXED_FORMAT_VERSION,
     RESIDENT,
+    SHARE_FORMAT_VERSION,
     TEXT_FILES,
     PackedExperts,
     layer_file,
@@ -26,9 +29,10 @@ from flashmoe_mlx.formats.manifest import (
 )
 from flashmoe_mlx.formats.record import AFFINE, DTYPE_BYTES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import read_header
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.formats.untrusted import read_object, same_json
-from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.registry import family_of, parse_config
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
+from flashmoe_mlx.models.registry import family_of
 from flashmoe_mlx.pack.listed_files import LINK_ADVICE, ListedFiles
 from flashmoe_mlx.pack.manifest import geometry_of, layout_entry, layout_name, version_of
 from flashmoe_mlx.pack.quantize import BY_WIDTH, QUANTIZERS
@@ -43,12 +47,14 @@ class Pack:
         manifest: the content of its manifest.
         config: the configuration of the model.
         experts: the records of each variant.
+        share: the share whose experts it holds; None for all experts.
     """
 
     folder: Path
     manifest: Mapping[str, Any]
-    config: ModelConfig
+    config: ModelSize
     experts: Mapping[str, PackedExperts]
+    share: Share | None = None
 
     @property
     def resident_path(self) -> Path:
@@ -75,8 +81,10 @@ def open_pack(folder: Path) -> Pack:
     manifest = _read_manifest(folder)
     files = ListedFiles(folder, manifest["files"])
     config = _read_config(folder, manifest, files)
-    experts = {name: _open_variant(folder, name, entry, config, files) for name, entry in manifest["variants"].items()}
-    version = version_of(own.layout for own in experts.values())
+    share = _read_share(folder, manifest)
+    variants = manifest["variants"].items()
+    experts = {name: _open_variant(folder, name, entry, config, files, share) for name, entry in variants}
+    version = version_of((own.layout for own in experts.values()), share)
     if manifest["format_version"] != version:
         raise PackError(
             f"{folder}: format version {manifest['format_version']} is not supported with these variants, only "
@@ -87,9 +95,10 @@ def open_pack(folder: Path) -> Pack:
         if name in files:
             files.check(name)
     files.check(RESIDENT)
-    _check_resident(folder, family_of(config).tensor_names.kept)
+    if isinstance(config, ModelConfig):
+        _check_resident(folder, family_of(config).tensor_names.kept)
     files.refuse_unknown()
-    return Pack(folder, manifest, config, experts)
+    return Pack(folder, manifest, config, experts, share)
 
 
 def _resolve(folder: Path) -> Path:
@@ -113,9 +122,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format") != FORMAT:
         raise _invalid(folder, "this is not the manifest of a pack")
     version = manifest.get("format_version")
-    if type(version) is not int or version not in (FORMAT_VERSION, MIXED_FORMAT_VERSION):
+    if type(version) is not int or version not in (FORMAT_VERSION, MIXED_FORMAT_VERSION, SHARE_FORMAT_VERSION):
         raise PackError(
-            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION} and {MIXED_FORMAT_VERSION}; "
+            f"{folder}: format version {version!r} is not supported, only {FORMAT_VERSION} to {SHARE_FORMAT_VERSION}; "
             "delete the pack and make it again",
             code="unsupported_pack_version",
         )
@@ -131,10 +140,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) -> ModelConfig:
+def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) -> ModelSize:
     files.check("config.json")
     try:
-        config = parse_config(read_object(folder / "config.json"))
+        config = read_sizes(read_object(folder / "config.json"))
     except CheckpointError as error:
         raise PackError(f"{folder}: {error}", code=error.code) from None
     if not same_json(manifest.get("geometry"), geometry_of(config)):
@@ -145,7 +154,24 @@ def _read_config(folder: Path, manifest: Mapping[str, Any], files: ListedFiles) 
     return config
 
 
-def _open_variant(folder: Path, name: str, entry: Any, config: ModelConfig, files: ListedFiles) -> PackedExperts:
+def _read_share(folder: Path, manifest: Mapping[str, Any]) -> Share | None:
+    if manifest["format_version"] != SHARE_FORMAT_VERSION:
+        return None
+    stated = manifest.get("share")
+    entry = stated if isinstance(stated, dict) else {}
+    node, weights = entry.get("node"), entry.get("weights")
+    try:
+        share = Share(node, tuple(weights)) if type(node) is int and isinstance(weights, list) else None
+    except InputError:
+        share = None
+    if share is None or not 0 <= share.node < share.nodes:
+        raise _invalid(folder, f"share is {stated!r}, which names no node")
+    return share
+
+
+def _open_variant(
+    folder: Path, name: str, entry: Any, config: ModelSize, files: ListedFiles, share: Share | None
+) -> PackedExperts:
     """Check the entry of a variant in the manifest, and its files."""
     if not isinstance(entry, dict):
         raise _invalid(folder, f"variant {name!r} is not an object")
@@ -159,24 +185,27 @@ def _open_variant(folder: Path, name: str, entry: Any, config: ModelConfig, file
     if not same_json(layout_entry(layout), stated):
         raise _invalid(folder, f"the record layout of variant {name} does not follow from its geometry")
     directory = variant_directory(name)
-    experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer)
+    experts = PackedExperts(folder / directory, layout, config.num_experts, quantizer, share)
     for layer in range(experts.num_layers):
         files.check(f"{directory}/{layer_file(layer)}", experts.layer_bytes(layer), hashed=False)
-    files.check(f"{directory}/{CHECKSUMS}", experts.num_layers * config.num_experts * HASH_BYTES)
+    files.check(
+        f"{directory}/{CHECKSUMS}",
+        sum(len(experts.packed_in(layer)) for layer in range(experts.num_layers)) * HASH_BYTES,
+    )
     return experts
 
 
-def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> LayerLayouts:
+def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelSize) -> LayerLayouts:
     """Return the record layout of each layer, which follow from the entry of a variant and the model's configuration.
 
     The caller compares them with the entry.
     """
     if "layers" not in entry:
-        return LayerLayouts.uniform(_layout(folder, name, entry, config), len(config.moe_layers))
+        return LayerLayouts.uniform(_layout(folder, name, entry, config), config.num_moe_layers)
     stated, numbers = entry.get("layouts"), entry["layers"]
     if not isinstance(stated, list) or not all(isinstance(own, dict) for own in stated):
         raise _invalid(folder, f"variant {name!r} has no list of layouts")
-    if not isinstance(numbers, list) or len(numbers) != len(config.moe_layers):
+    if not isinstance(numbers, list) or len(numbers) != config.num_moe_layers:
         raise _invalid(folder, f"variant {name!r} does not name a layout for each layer")
     if any(type(number) is not int or not 0 <= number < len(stated) for number in numbers):
         raise _invalid(folder, f"variant {name!r} names a layout that it does not have")
@@ -184,8 +213,13 @@ def _layouts(folder: Path, name: str, entry: Mapping[str, Any], config: ModelCon
     return LayerLayouts.of(known[number] for number in numbers)
 
 
-def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelConfig) -> RecordLayout:
+def _layout(folder: Path, name: str, entry: Mapping[str, Any], config: ModelSize) -> RecordLayout:
     """Return one record layout of a variant."""
+    if not isinstance(config, ModelConfig):
+        try:
+            return read_layout(entry, config.hidden_size, config.expert_size)
+        except PackError as error:
+            raise _invalid(folder, f"variant {name!r}: {error}") from None
     stated = [entry[projection] for projection in PROJECTIONS] if set(PROJECTIONS) <= entry.keys() else [entry] * 3
     try:
         formats = [_format(folder, name, own) for own in stated]

@@ -16,7 +16,9 @@ from flashmoe_mlx.checkpoint.tensors import classify_tensors
 from flashmoe_mlx.errors import CheckpointError, InputError, PackError
 from flashmoe_mlx.formats.files import write_atomically
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
+from flashmoe_mlx.formats.shares import Share, parse_shard
 from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.models.config import ModelConfig
 
 _DOWNLOADS = ".download"
 """The folder in an unfinished pack for shards from the hub."""
@@ -35,12 +37,21 @@ class PackSettings:
         group_size: the number of weights that share a scale and a bias.
         resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
         quantiser: chooses scales and biases of routed experts; None for the default of each width.
+        shard: the share whose experts are packed, such as "1/2"; None for all experts.
+        weights: the weights of all nodes, with ``shard``; None for equal weights.
     """
 
     bits: tuple[int | str, ...]
     group_size: int
     resident_bits: int | None
     quantiser: str | None = None
+    shard: str | None = None
+    weights: tuple[float, ...] | None = None
+
+    @property
+    def share(self) -> Share | None:
+        """The share whose experts are packed; None for all experts."""
+        return None if self.shard is None else parse_shard(self.shard, self.weights)
 
 
 def state_folder(out: Path) -> Path:
@@ -135,7 +146,8 @@ def refuse_if_changed(checkpoint: Checkpoint, out: Path) -> None:
 
 def _begin(source: Path | Checkpoint, out: Path, settings: PackSettings) -> Checkpoint:
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint.open(source)
-    classify_tensors(checkpoint)  # a checkpoint that cannot be packed leaves no plan
+    if isinstance(checkpoint.config, ModelConfig):
+        classify_tensors(checkpoint)  # a checkpoint that cannot be packed leaves no plan
     index = {
         "identity": checkpoint.identity,
         "config": checkpoint.published,
@@ -188,7 +200,8 @@ def _resume(source: Path | Checkpoint, out: Path, plan: Mapping[str, Any]) -> Ch
 
 def _listed(settings: PackSettings) -> dict[str, Any]:
     """Return the settings in the form in which JSON returns them."""
-    return {**asdict(settings), "bits": list(settings.bits)}
+    listed = {**asdict(settings), "bits": list(settings.bits), "weights": settings.weights and list(settings.weights)}
+    return {key: value for key, value in listed.items() if value is not None or key not in ("shard", "weights")}
 
 
 def _shown(settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Write the layer files of one variant of a pack."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from flashmoe_mlx.formats.extents import RecordSource
 from flashmoe_mlx.formats.files import regular_file_size, sync, write_atomically
 from flashmoe_mlx.formats.manifest import CHECKSUMS, layer_file, variant_directory
 from flashmoe_mlx.formats.record import LayerLayouts
+from flashmoe_mlx.formats.shares import Share
 from flashmoe_mlx.pack.inspection import RecordReport, find_nonfinite, inspect_layer, inspect_record
 from flashmoe_mlx.pack.layer_file import write_layer_file
 from flashmoe_mlx.pack.manifest import layout_name
@@ -35,6 +36,7 @@ class VariantWriter:
         group_size: the number of weights that share a scale and a bias; ignored where the source has the width already.
         progress: shows the progress.
         quantiser: chooses scales and biases; None for the default of the width.
+        share: the share whose experts are written; None for all experts.
 
     Raises:
         InputError: the source has fewer bits, or has these widths already and a ``quantiser`` is given.
@@ -48,8 +50,10 @@ class VariantWriter:
         group_size: int,
         progress: Progress,
         quantiser: str | None = None,
+        share: Share | None = None,
     ) -> None:
         self._experts = experts
+        self._share = share
         self._progress = progress
         self._linked: Path | None = None
         self.layout: LayerLayouts = target_layout(width, experts.layout, group_size)
@@ -69,8 +73,13 @@ class VariantWriter:
         self.quantiser: str | None = None if copied else chosen
         """The quantiser; None if records are copies."""
 
+    def held(self, layer: int) -> Sequence[int]:
+        """Return the experts of ``layer`` that the variant holds."""
+        experts = self._experts.num_experts
+        return range(experts) if self._share is None else self._share.experts(layer, experts)
+
     def _layer_bytes(self, layer: int) -> int:
-        return self._experts.num_experts * self.layout[layer].record_bytes
+        return len(self.held(layer)) * self.layout[layer].record_bytes
 
     def _hashes(self, layer: int) -> Path:
         return self._state / f"{self.name}-layer_{layer:02d}.xxh3"
@@ -119,7 +128,7 @@ class VariantWriter:
 
     def _inspect(self, layer: int, path: Path) -> Iterator[RecordReport]:
         layout = self.layout[layer]
-        for report in inspect_layer(path, layout, self._experts.num_experts):
+        for report in inspect_layer(path, layout, len(self.held(layer))):
             self._progress.advance(layout.record_bytes)
             yield report
 
@@ -135,7 +144,7 @@ class VariantWriter:
         self._progress.stage(f"{self.name} layer {layer + 1} of {self._experts.num_layers}", self._layer_bytes(layer))
         reports = self._write(layer, path) if self._linked is None else self._link(layer, self._linked, path)
         digests: list[int] = []
-        for expert, report in enumerate(reports):
+        for expert, report in zip(self.held(layer), reports, strict=True):
             if report.fault:
                 raise CheckpointError(f"layer {layer} expert {expert} of the source: {report.fault}", code="not_finite")
             digests.append(report.digest)
@@ -150,7 +159,7 @@ class VariantWriter:
     def _records(self, layer: int) -> Iterator[memoryview]:
         source, target = self._experts.layout[layer], self.layout[layer]
         errors: dict[str, list[float]] = {}
-        for expert, payload in enumerate(self._payloads(layer)):
+        for expert, payload in zip(self.held(layer), self._payloads(layer), strict=True):
             # MLX quantizes a NaN to an ordinary number, so it must be found before.
             fault = None if source == target else find_nonfinite(payload, source)
             if fault:
@@ -164,8 +173,9 @@ class VariantWriter:
     def _payloads(self, layer: int) -> Iterator[bytearray]:
         """Yield the components of each expert, joined in the order of its record; a few threads read ahead."""
         with ThreadPoolExecutor(_READ_AHEAD) as pool:
-            for start in range(0, self._experts.num_experts, _READ_AHEAD):
-                experts = range(start, min(start + _READ_AHEAD, self._experts.num_experts))
+            held = self.held(layer)
+            for start in range(0, len(held), _READ_AHEAD):
+                experts = held[start : start + _READ_AHEAD]
                 yield from pool.map(lambda expert: self._experts.payload(layer, expert), experts)
 
     def _link(self, layer: int, folder: Path, path: Path) -> Iterator[RecordReport]:

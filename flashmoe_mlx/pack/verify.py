@@ -43,7 +43,7 @@ def verify_pack(pack: Pack, progress: Progress | None = None) -> list[Damage]:
                 found.append(Damage(path, f"cannot be read ({error.strerror})"))
             progress.advance(entry["bytes"])
     for variant, experts in pack.experts.items():
-        expected = _checksums(experts)
+        expected = read_checksums(experts)
         for layer in range(experts.num_layers):
             found.extend(_damaged_records(variant, experts, layer, expected[layer], progress))
     return found
@@ -64,16 +64,25 @@ def verify_mirror(pack: Pack, folder: Path, progress: Progress | None = None) ->
         if not held:
             raise PackError(f"mirror={folder}: no copy of {experts.directory} here", code="no_mirror")
         progress.stage(f"verifying {copy.directory}", sum(copy.layer_bytes(layer) for layer in held))
-        expected = _checksums(experts)
+        expected = read_checksums(experts)
         for layer in held:
             found.extend(_damaged_records(variant, copy, layer, expected[layer], progress))
     return found
 
 
-def _checksums(experts: PackedExperts) -> list[list[int]]:
+def read_checksums(experts: PackedExperts) -> list[list[int]]:
+    """Return the hash of each record, by layer, in the order of the records.
+
+    Raises:
+        PackError: the file changed since the pack was opened; code "pack_changed".
+    """
     path = experts.directory / CHECKSUMS
     try:
-        return np.fromfile(path, "<u8").reshape(experts.num_layers, experts.num_experts).tolist()
+        ends = np.cumsum([len(experts.packed_in(layer)) for layer in range(experts.num_layers)])
+        hashes = np.fromfile(path, "<u8")
+        if len(hashes) != ends[-1]:
+            raise ValueError(f"{len(hashes)} hashes")
+        return [own.tolist() for own in np.split(hashes, ends[:-1])]
     except (OSError, ValueError) as error:
         raise PackError(f"{path}: changed since the pack was opened ({error})", code="pack_changed") from error
 
@@ -81,14 +90,14 @@ def _checksums(experts: PackedExperts) -> list[list[int]]:
 def _damaged_records(
     variant: str, experts: PackedExperts, layer: int, expected: list[int], progress: Progress
 ) -> Iterator[Damage]:
-    path, layout = experts.layer_path(layer), experts.layout[layer]
+    path, layout, held = experts.layer_path(layer), experts.layout[layer], experts.packed_in(layer)
     try:
-        for expert, report in enumerate(inspect_layer(path, layout, experts.num_experts)):
+        for place, report in enumerate(inspect_layer(path, layout, len(held))):
             fault = report.fault
-            if fault is None and report.digest != expected[expert]:
+            if fault is None and report.digest != expected[place]:
                 fault = "its checksum differs"
             if fault is not None:
-                start = expert * layout.record_bytes
+                expert, start = held[place], place * layout.record_bytes
                 yield Damage(
                     path, f"{variant} layer {layer} expert {expert} (record at byte {start}) is damaged: {fault}"
                 )

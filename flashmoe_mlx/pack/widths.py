@@ -58,7 +58,7 @@ def target_layout(width: Width, source: LayerLayouts, group_size: int) -> LayerL
     """
     width = resolved(width, source)
     if width == PUBLISHED:
-        if any(form.bits is None for layout in source.distinct for form in layout.formats):
+        if any(layout.is_native and form.bits is None for layout in source.distinct for form in layout.formats):
             raise _invalid("bits=[published]: the experts of the checkpoint are not quantized; name a width")
         return source
     wanted = layer_widths(width, len(source))

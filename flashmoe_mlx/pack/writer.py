@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint, read_config
 from flashmoe_mlx.checkpoint.tensors import CheckpointTensors, classify_tensors
 from flashmoe_mlx.errors import InputError, PackError
@@ -19,6 +20,7 @@ from flashmoe_mlx.formats.folders import check_free_space, explain_write_errors,
 from flashmoe_mlx.formats.manifest import MANIFEST, RESIDENT, TEXT_FILES
 from flashmoe_mlx.formats.record import GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
 from flashmoe_mlx.formats.untrusted import read_object, same_json
+from flashmoe_mlx.pack.adapted import pack_adapted, refuse_settings
 from flashmoe_mlx.pack.manifest import layout_name, variant_name, write_manifest
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import (
@@ -34,6 +36,7 @@ from flashmoe_mlx.pack.progress import Progress, Silent
 from flashmoe_mlx.pack.quantize import QUANTIZERS, convert_record
 from flashmoe_mlx.pack.requantization import summarize_errors, write_errors
 from flashmoe_mlx.pack.resident import ResidentPlan
+from flashmoe_mlx.pack.shard import refuse_other_share
 from flashmoe_mlx.pack.variant import VariantWriter
 from flashmoe_mlx.pack.widths import DEFAULT, PUBLISHED, Width, layer_widths, parse_widths
 
@@ -48,6 +51,8 @@ def pack_checkpoint(
     group_size: int = 64,
     resident_bits: int | None = 4,
     quantiser: str | None = None,
+    shard: str | None = None,
+    weights: Sequence[float] | None = None,
     packed_experts: Path | None = None,
     delete_source: bool = False,
     progress: Progress | None = None,
@@ -64,6 +69,8 @@ def pack_checkpoint(
         group_size: the number of weights that share a scale and a bias.
         resident_bits: the width of resident matrices that the checkpoint has dense; None to keep these dense.
         quantiser: chooses scales and biases, one of ``QUANTIZERS``; None for the default of each width.
+        shard: the part of the experts that one of several nodes owns, such as "1/2"; None for all experts.
+        weights: the weights of these nodes; None for equal weights.
         packed_experts: a flash-moe folder of the same model, whose files become the variant of their width by hard
             links.
         delete_source: delete every shard of the source that is no longer needed.
@@ -75,17 +82,29 @@ def pack_checkpoint(
         PackError: ``out`` cannot become this pack.
         FlashMoeError: no space is left.
     """
-    settings = _checked(bits, group_size, resident_bits, quantiser)
+    own_weights = None if weights is None else tuple(map(float, weights))
+    settings = replace(_checked(bits, group_size, resident_bits, quantiser), shard=shard, weights=own_weights)
+    if settings.share is not None and packed_experts is not None:
+        raise InputError(
+            f"packed_experts={packed_experts}: holds all experts, not those of shard=", code="contradiction"
+        )
     progress = progress or Silent()
     with explain_write_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with lock_folder(out):
             if not (out / MANIFEST).exists():
                 checkpoint = begin_or_resume(source, out, settings, ignored)
+                if isinstance(checkpoint.config, AdaptedConfig):
+                    refuse_settings(settings, packed_experts)
+                    return pack_adapted(checkpoint, out, progress, delete_source, _REMEDY)
                 packer = _Packer(checkpoint, out, settings, progress, packed_experts, delete_source)
                 return packer.run()
             pack = open_pack(out)
             _refuse_other_model(pack, source)
+            if isinstance(pack.config, AdaptedConfig):
+                refuse_settings(settings, packed_experts)
+                return pack
+            refuse_other_share(pack, settings.share)
             settings = _missing(pack, settings)
             if not settings.bits:
                 forget_plan(out)
@@ -118,6 +137,9 @@ def add_variants(
     settings = _checked(bits, group_size, None, quantiser)
     with explain_write_errors(pack.folder), lock_folder(pack.folder):
         pack = open_pack(pack.folder)  # another process may have added to it since
+        if isinstance(pack.config, AdaptedConfig):
+            refuse_settings(settings, None)
+            return pack
         settings = _missing(pack, settings)
         if settings.bits:
             experts = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
@@ -128,7 +150,7 @@ def add_variants(
                     code="source_needed",
                 )
             variants = [
-                VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser)
+                VariantWriter(experts, pack.folder, width, group_size, progress or Silent(), quantiser, pack.share)
                 for width in settings.bits
             ]
             _refuse_taken_names(pack, variants)
@@ -169,7 +191,7 @@ def _has(pack: Pack, width: Width, quantiser: str | None) -> bool:
         # Copies have no quantiser; the default is 4 bits if the experts of the checkpoint had one format.
         copied = any(variant.quantizer is None for variant in pack.experts.values())
         return copied or (width == DEFAULT and variant_name(4, quantiser) in pack.experts)
-    widths = layer_widths(width, len(pack.config.moe_layers))
+    widths = layer_widths(width, pack.config.num_moe_layers)
     if len({*widths}) == 1 and len({*widths[0]}) == 1:
         return variant_name(widths[0][0], quantiser) in pack.experts
     for name, experts in pack.experts.items():
@@ -206,7 +228,7 @@ def _extend_manifest(pack: Pack, variants: Sequence[VariantWriter]) -> None:
     quantisers = {name: experts.quantizer for name, experts in pack.experts.items()} | _quantisers(variants)
     source, skipped = pack.manifest["source"], pack.manifest["skipped_tensors"]
     errors = {**pack.manifest.get("requantization_error", {}), **_errors(variants)}
-    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, errors)
+    write_manifest(pack.folder, pack.config, layouts, source, skipped, quantisers, errors, pack.share)
 
 
 def _quantisers(variants: Sequence[VariantWriter]) -> dict[str, str | None]:
@@ -246,9 +268,12 @@ class _Packer:
         self._tensors: CheckpointTensors = classify_tensors(checkpoint)
         self._resident = ResidentPlan(self._tensors, settings.resident_bits, settings.group_size)
         self._variants = [
-            VariantWriter(self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser)
+            VariantWriter(
+                self._tensors.experts, out, bits, settings.group_size, progress, settings.quantiser, settings.share
+            )
             for bits in settings.bits
         ]
+        self._share = settings.share
         _refuse_taken_names(pack, self._variants)
         if packed_experts is not None:
             self._take_over(packed_experts)
@@ -322,7 +347,10 @@ class _Packer:
         known = max(pack.experts.values(), key=lambda variant: variant.layout.code_bits)
         source = self._tensors.experts
         comparable = source.layout.code_bits >= known.layout.code_bits
-        payload, there = source.payload(layer, 0), known.payload(layer, 0)
+        held = known.packed_in(layer)
+        if not held:
+            return
+        payload, there = source.payload(layer, held[0]), known.payload(layer, held[0])
         if (
             not comparable
             or convert_record(payload, source.layout[layer], known.layout[layer], known.quantizer) != there
@@ -358,7 +386,8 @@ class _Packer:
                 write_atomically(self._out / name, (self._checkpoint.folder / name).read_bytes())
         config, identity = self._tensors.config, self._checkpoint.identity
         made = _quantisers(self._variants)
-        errors = _errors(self._variants)
+        errors, variants = _errors(self._variants), _finished(self._variants)
         if resident := summarize_errors(map(self._resident_errors, self._resident.shards)):
             errors["resident"] = resident
-        write_manifest(self._out, config, _finished(self._variants), identity, self._tensors.skipped, made, errors)
+        skipped = self._tensors.skipped
+        write_manifest(self._out, config, variants, identity, skipped, made, errors, self._share)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import missing_extra
 from flashmoe_mlx.paths import name_in_errors
 from flashmoe_mlx.research.traces.curves import Curve
 
@@ -44,14 +44,12 @@ def new_figure(width: float = 7, height: float = 4.2, columns: int = 1) -> "tupl
     A notebook shows the figure if it is the last value of a cell.
 
     Raises:
-        InputError: matplotlib is not installed (code "missing_package").
+        InputError: matplotlib is not installed (code "missing_extra").
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError(
-            "figures need matplotlib: pip install 'flashmoe_mlx[research]'", code="missing_package"
-        ) from error
+        raise missing_extra("a figure", "research") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = list(figure.subplots(1, columns, squeeze=False)[0])
     for axes in panels:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.paths import expand_path
 
 if TYPE_CHECKING:
@@ -50,15 +50,13 @@ def load_runs(folder: str | Path) -> "DataFrame":
     The row of a failed job has only ``run`` and ``error``.
 
     Raises:
-        InputError: pandas is not installed (code "missing_package"), the folder does not exist ("no_such_folder"), or a
+        InputError: pandas is not installed (code "missing_extra"), the folder does not exist ("no_such_folder"), or a
             record cannot be read ("invalid_record").
     """
     try:
         import pandas as pd
     except ImportError as error:
-        raise InputError(
-            "load_runs needs pandas: pip install 'flashmoe_mlx[research]'", code="missing_package"
-        ) from error
+        raise missing_extra("load_runs", "research") from error
     top = expand_path(folder)
     if not top.is_dir():
         raise InputError(f"{top}: no such folder", code="no_such_folder")

@@ -7,7 +7,7 @@ from typing import Any
 
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.generation.logprobs import TokenLogprobs
-from flashmoe_mlx.server.constraints import constraint_options
+from flashmoe_mlx.server.constraints import constraint_options, offered_tools
 from flashmoe_mlx.server.conversation import Conversation, Message, merge_system_messages, text_of
 from flashmoe_mlx.server.events import CallArguments, CallStarted, Event, Finished, Reasoning, Text, Usage
 from flashmoe_mlx.server.fields import Fields
@@ -42,9 +42,9 @@ def parse_conversation(fields: Fields, engine: Engine) -> Conversation:
         options["logprobs"] = fields.integer("top_logprobs", 0, _MOST_LOGPROBS) or 0
     elif fields.integer("top_logprobs", 0, _MOST_LOGPROBS):
         fields.refuse("top_logprobs", "needs logprobs: true")
-    tools = declared_tools(fields)
+    tools = offered_tools(fields, declared_tools(fields))
     options |= constraint_options(fields, tools)
-    return Conversation(messages, tools if fields.any("tool_choice") != "none" else [], options)
+    return Conversation(messages, tools, options)
 
 
 def _message(fields: Fields) -> Message:

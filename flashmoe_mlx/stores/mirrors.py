@@ -42,7 +42,7 @@ class MirroredExperts(PackedExperts):
 
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """Return the pieces of the record of ``expert``, one from each folder, in proportion to their bandwidths."""
-        start = expert * self.layout[layer].record_bytes
+        start = self.place(layer, expert) * self.layout[layer].record_bytes
         return [Extent(path, start + begin, end - begin) for path, begin, end in self._pieces[layer]]
 
     @cached_property
@@ -94,7 +94,8 @@ def open_mirrors(source: ExpertSource, mirrors: object) -> ExpertSource:
         held |= _check(source, expand_path(mirror))
     rates = {folder: _bandwidth(source, layers, folder) for folder, layers in held.items()}
     _log.info("mirrors: %s", ", ".join(f"{folder} {rate / 1e9:.2f} GB/s" for folder, rate in rates.items()))
-    return MirroredExperts(source.directory, source.layout, source.num_experts, source.quantizer, held, rates)
+    sizes = source.layout, source.num_experts, source.quantizer, source.packed
+    return MirroredExperts(source.directory, *sizes, held, rates)
 
 
 def _check(source: PackedExperts, mirror: Path) -> dict[Path, list[int]]:
@@ -152,7 +153,9 @@ def _read_rate(source: PackedExperts, layers: Sequence[int], direct: bool) -> fl
     done, start = 0, time.perf_counter()
     with contextlib.closing(ThreadReader(source, _READERS, direct=direct)) as reader:
         while done < _MOST_BYTES and time.perf_counter() - start < _MOST_SECONDS:
-            experts = choice.choice(source.num_experts, min(_READERS, source.num_experts), replace=False).tolist()
-            _, nbytes = reader.read(int(choice.choice(layers)), list(zip(experts, rows, strict=False)))
+            layer = int(choice.choice(layers))
+            held = source.packed_in(layer)
+            experts = choice.choice(held, min(_READERS, len(held)), replace=False).tolist()
+            _, nbytes = reader.read(layer, list(zip(experts, rows, strict=False)))
             done += nbytes
     return done / (time.perf_counter() - start)

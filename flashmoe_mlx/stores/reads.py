@@ -11,6 +11,7 @@ from pathlib import Path
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource, Extent
+from flashmoe_mlx.formats.shares import first_extents
 from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStoreError
 from flashmoe_mlx.stores.limits import CHUNK_MIB
 
@@ -154,7 +155,7 @@ def open_for_reading(path: Path, direct: bool = False, readahead: bool = True) -
 
 def check_alignment(source: ExpertSource) -> None:
     """Raise InputError, code "not_aligned", unless ``source`` is aligned for direct reads, as packs are."""
-    extents = source.extents(0, 0)
+    extents = first_extents(source)
     if any(extent.offset % _PAGE or extent.nbytes % _PAGE for extent in extents):
         raise InputError(
             f"backend.direct=true: {extents[0].path} is not aligned to {_PAGE} bytes, as direct reads require; "

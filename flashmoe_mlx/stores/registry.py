@@ -13,6 +13,7 @@ import yaml
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.extents import ExpertSource
+from flashmoe_mlx.formats.manifest import PackedExperts
 from flashmoe_mlx.formats.shares import Share, SharedSource
 from flashmoe_mlx.stores.contract import ExpertStore
 from flashmoe_mlx.stores.mirrors import open_mirrors
@@ -99,7 +100,8 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any], share: Share
 
     Raises:
         InputError: there is no such class or option (codes "unknown_backend", "unknown_option"), ``mirrors`` are not
-            copies of the source, or the store refuses its options.
+            copies of the source, the store refuses its options, or a pack with one node's share is opened by another
+            node (code "another_share") or by one machine alone ("share_alone").
     """
     options = dict(settings)
     target, mirrors = options.pop("_target_", None), options.pop("mirrors", None)
@@ -118,9 +120,27 @@ def create_store(source: ExpertSource, settings: Mapping[str, Any], share: Share
     if not (isinstance(store_class, type) and issubclass(store_class, ExpertStore)):
         raise InputError(f"backend: {target} is not a subclass of ExpertStore", code="unknown_backend")
     _check_options(store_class, options)
+    _refuse_other_share(source, share)
     source = open_mirrors(source, mirrors)
     store: ExpertStore = store_class(source if share is None else SharedSource(source, share), **options)
     return store
+
+
+def _refuse_other_share(source: ExpertSource, share: Share | None) -> None:
+    packed = source.packed if isinstance(source, PackedExperts) else None
+    if packed is None:
+        return
+    if share is None:
+        raise InputError(
+            f"this pack holds only {packed}; start all nodes with mlx.launch, or use a pack with all experts",
+            code="share_alone",
+        )
+    if not packed.owns_as(share, source.num_layers, source.num_experts):
+        raise InputError(
+            f"this pack holds {packed}, but this process needs {share}; copy the right pack to this machine, or give "
+            "the same nodes.weights as weights= of task=pack",
+            code="another_share",
+        )
 
 
 def _check_options(store_class: type[ExpertStore], options: Mapping[str, Any]) -> None:

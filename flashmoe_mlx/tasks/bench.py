@@ -247,7 +247,8 @@ def _show(config: Config, plan: Plan, trials: Sequence[Trial], cap: str | None, 
 
 def _table(condition: str, summaries: Sequence[Summary]) -> Table:
     cached = [summary.cached for summary in summaries]
-    share = f", {min(cached):.0%} to {max(cached):.0%} of the experts in the page cache at the start"
+    extremes = dict.fromkeys(f"{share:.0%}" for share in (min(cached), max(cached)))
+    share = f", {' to '.join(extremes)} of the experts in the page cache at the start"
     note = "" if condition == "cold" else share
     part = "" if summaries[0].stage == "decode" else ", prefill only (tokens=1 decodes nothing)"
     table = Table(title=f"{condition}{note}{part}", title_justify="left", box=None, pad_edge=False, header_style="bold")

@@ -19,6 +19,7 @@ from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.record import AFFINE, GROUP_SIZES, QUANTIZED_BITS, LayerLayouts
+from flashmoe_mlx.formats.shares import MOST_NODES
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.formats.untrusted import read_object
 from flashmoe_mlx.generation.prompt_cache.size import prompt_cache_bytes
@@ -64,6 +65,7 @@ class Config(CommonConfig):
 
     model: ModelChoice = field(default_factory=ModelChoice)
     experts_k: int | None = None
+    nodes: int = 1
     bits: list[int] | None = None
     resident_bits: int | None = None
     context: int | None = None
@@ -82,12 +84,15 @@ def run(config: Config, run_dir: Path) -> None:
             f"probe_seconds={config.probe_seconds}: must be greater than 0 and less than {_MAX_SECONDS}",
             code="out_of_range",
         )
+    if not 1 <= config.nodes <= MOST_NODES:
+        raise InputError(f"nodes={config.nodes}: must be from 1 to {MOST_NODES} machines", code="out_of_range")
     name, published, folder = _published(config.model)
     memory = _memory(config)
     cache_bytes = prompt_cache_bytes(config.prompt_cache_gib, None if config.memory_gib is None else memory)
-    model = replace(_model(config, published, folder), prompt_cache=cache_bytes)
+    model = replace(_model(config, published, folder), prompt_cache=cache_bytes, nodes=config.nodes)
     record: dict[str, Any] = {"estimate_version": ESTIMATE_VERSION, "model": name, "config": asdict(model.config)}
     record |= {"memory_bytes": memory, "need_bytes": asdict(model.need), "expert_bytes": model.expert_bytes}
+    record |= {"nodes": model.nodes, "node_expert_bytes": model.node_bytes}
     for line in _sizes(name, model, memory, cache_folder(config.model)):
         show(line)
     profile = _profile(config) if model.need.total < memory else None
@@ -278,7 +283,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     """
     geometry, need = model.config, model.need
     resident = resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
-    pack = model.expert_bytes + resident + table_bytes(geometry)
+    pack = model.node_bytes + resident + table_bytes(geometry)
     yield (
         f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits if model.layout is None else round(model.layout.code_bits, 2)} bits"
@@ -287,7 +292,8 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     only = "only " if free < pack else ""
-    yield f"disk: a pack takes {pack / 1e9:.1f} GB; {only}{free / 1e9:.1f} GB are free in {folder}"
+    what = "a pack takes" if model.nodes == 1 else f"on each of {model.nodes} machines, a pack with shard= takes"
+    yield f"disk: {what} {pack / 1e9:.1f} GB; {only}{free / 1e9:.1f} GB are free in {folder}"
     parts = {
         "resident weights": need.resident,
         f"keys and values of {model.context} tokens": need.keys_and_values,
@@ -303,8 +309,9 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     if room <= 0:
         yield f"the model does not fit: {memory / GIB:.1f} GiB are usable; fewer bits or a smaller context need less"
     else:
-        share = min(1.0, room / model.expert_bytes)
-        yield f"the model fits: {room / GIB:.1f} of {memory / GIB:.1f} GiB remain for {share:.0%} of the experts"
+        share = min(1.0, room / model.node_bytes)
+        whose = "the" if model.nodes == 1 else "a machine's"
+        yield f"the model fits: {room / GIB:.1f} of {memory / GIB:.1f} GiB remain for {share:.0%} of {whose} experts"
 
 
 def _profile_lines(profile: MachineProfile) -> Iterator[str]:
@@ -339,6 +346,12 @@ def _conclusions(model: Model, found: Sequence[Estimate], helps: Mapping[str, fl
     best = found[0]
     routing = "even or skewed routing, since there is no trace (task=trace records one, trace= uses it)"
     unknown = f", and {routing}" if model.trace is None and best.name != "resident" else ""
+    if model.nodes > 1:
+        yield (
+            f"{model.nodes} machines like this one, with equal shares: of {model.experts_k} experts of a token, the "
+            f"busiest machine has {model.experts_on_a_node:.1f} on average; sums over TCP take "
+            f"{model.sums * 1e3:.0f} ms"
+        )
     yield f"range: {tolerance(best.name):.0%} error of the speed model, spread of the measurement{unknown}"
     gains = {change: rate / best.tokens_per_second for change, rate in helps.items()}
     helpful = sorted((change for change in gains if gains[change] >= _MIN_GAIN), key=lambda change: -gains[change])

@@ -14,10 +14,12 @@ from flashmoe_mlx.checkpoint.support import is_hub_id
 from flashmoe_mlx.console.output import byte_progress, show
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.manifest import MANIFEST
+from flashmoe_mlx.formats.shares import parse_shard
 from flashmoe_mlx.pack.mirror import mirror_pack
 from flashmoe_mlx.pack.opening import Pack, open_pack
 from flashmoe_mlx.pack.plan import downloads_folder
 from flashmoe_mlx.pack.requantization import describe_errors
+from flashmoe_mlx.pack.shard import copy_share
 from flashmoe_mlx.pack.verify import verify_mirror, verify_pack
 from flashmoe_mlx.pack.writer import add_variants, pack_checkpoint
 from flashmoe_mlx.paths import as_argument, expand_path
@@ -39,6 +41,8 @@ class Config(CommonConfig):
     group_size: int = 64
     resident_bits: int | None = 4
     quantiser: str | None = None
+    shard: str | None = field(default=None, metadata=TEXT)
+    weights: list[float] | None = None
     packed_experts: str | None = field(default=None, metadata=TEXT)
     delete_source: bool = False
     mirror: str | None = field(default=None, metadata=TEXT)
@@ -48,7 +52,9 @@ class Config(CommonConfig):
 def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature of a task
     """Pack ``source`` into ``out``, or verify ``out``."""
     if config.verify:
-        _refuse(config, ("source", "revision", "packed_experts", "delete_source"), "verify=true reads only out=")
+        _refuse(
+            config, ("source", "revision", "packed_experts", "delete_source", "shard"), "verify=true reads only out="
+        )
         _verify(config)
         return
     pack = _make(config)
@@ -62,6 +68,9 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the signature
     for line in describe_errors(pack.manifest.get("requantization_error", {})):
         show(line)
     show(f"{pack.folder}: {variants}, {filesize.decimal(pack.nbytes)}")
+    if pack.share is not None:
+        show(f"it holds {pack.share}: start all nodes with mlx.launch, see docs/several-machines.md")
+        return
     show(f"to run it: python -m flashmoe_mlx {as_argument('model.path', pack.folder)}")
 
 
@@ -70,6 +79,14 @@ def _make(config: Config) -> Pack:
         raise InputError("task=pack needs source=<checkpoint folder, hub id or pack>")
     folder = expand_path(config.source)
     with byte_progress() as progress:
+        if config.shard is None and config.weights is not None:
+            raise InputError("weights= needs shard=, the part to pack", code="contradiction")
+        if (folder / MANIFEST).is_file() and config.shard is not None:
+            _refuse(config, ("revision", "packed_experts", "delete_source", "bits"), f"source={folder} is a pack")
+            if config.out is None:
+                raise InputError("shard= needs out=<folder for the share>")
+            share = parse_shard(config.shard, config.weights)
+            return copy_share(open_pack(folder), expand_path(config.out), share, progress)
         if (folder / MANIFEST).is_file():
             if config.out is not None and expand_path(config.out).resolve() != folder.resolve():
                 raise InputError(f"source={folder} is a pack, and variants are added in place; remove out=")
@@ -98,6 +115,8 @@ def _make(config: Config) -> Pack:
             group_size=config.group_size,
             resident_bits=config.resident_bits,
             quantiser=config.quantiser,
+            shard=config.shard,
+            weights=config.weights,
             packed_experts=None if config.packed_experts is None else expand_path(config.packed_experts),
             # Shards downloaded only for packing are not needed afterwards.
             delete_source=config.delete_source or isinstance(source, HubCheckpoint),

@@ -12,7 +12,7 @@ from typing import Any
 
 from flashmoe_mlx.console.output import print_notes, show
 from flashmoe_mlx.engine import Engine, load
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.untrusted import read_text
 from flashmoe_mlx.nodes.errors import NodeLostError
@@ -44,9 +44,7 @@ class Config(NodesConfig):
 def run(config: Config, run_dir: Path) -> None:
     """Serve until interrupted; write ``environment.json`` and the measurements of every request to ``run_dir``."""
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
-        raise InputError(
-            'task=serve needs the extra "server": pip install "flashmoe_mlx[server]"', code="missing_extra"
-        )
+        raise missing_extra("task=serve", "server")
     from flashmoe_mlx.server.listen import HttpServer, check_exposure, is_local, listening_socket
     from flashmoe_mlx.server.middleware import Policy
     from flashmoe_mlx.server.observatory import backend_name

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from flashmoe_mlx.chat.tools.toolbox import Tool, ToolCallError, declared
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     from mcp import Client
@@ -47,9 +47,7 @@ class McpServer:
         try:
             import mcp  # noqa: F401
         except ImportError:
-            raise InputError(
-                "tools.mcp needs the package mcp: pip install 'flashmoe_mlx[mcp]'", code="missing_extra"
-            ) from None
+            raise missing_extra("tools.mcp", "mcp") from None
         self._command = command
         self._timeout = timeout
         self._log = log.open("a")

@@ -11,6 +11,7 @@ from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
 from flashmoe_mlx.models.config import ModelConfig
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
+from flashmoe_mlx.research.estimate.several_nodes import SUM_SECONDS, most_on_a_node
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
 from flashmoe_mlx.research.estimate.speed_model import DIRECT, Distribution, Prediction, SpeedModel, certainly
 from flashmoe_mlx.research.traces.cache_design import CacheDesign
@@ -63,6 +64,7 @@ class Model:
         kv_bits: the width of cached keys and values; None for that of activations.
         prompt_cache: bytes for the states of earlier prompts and answers.
         layout: the layout of experts of several formats; None where ``bits`` and ``group_size`` determine it.
+        nodes: the number of machines that share the experts equally.
     """
 
     config: ModelConfig
@@ -77,6 +79,7 @@ class Model:
     kv_bits: int | None = None
     prompt_cache: int = 0
     layout: LayerLayouts | None = None
+    nodes: int = 1
 
     @property
     def need(self) -> MemoryNeed:
@@ -100,6 +103,22 @@ class Model:
         if self.layout is not None:
             return self.config.num_experts * self.layout.bytes_in_all_layers
         return len(self.config.moe_layers) * self.config.num_experts * self.record_bytes
+
+    @property
+    def node_bytes(self) -> int:
+        """The bytes of the experts of one machine on disk."""
+        return -(-self.expert_bytes // self.nodes)
+
+    @property
+    def experts_on_a_node(self) -> float:
+        """The expected largest number of a token's experts on a machine."""
+        most = most_on_a_node(certainly(self.experts_k), self.nodes)
+        return float(np.dot(most, np.arange(len(most))))
+
+    @property
+    def sums(self) -> float:
+        """The seconds of all sums of a token over several machines."""
+        return len(self.config.moe_layers) * SUM_SECONDS if self.nodes > 1 else 0.0
 
     @property
     def record_bytes(self) -> int:
@@ -150,12 +169,12 @@ def estimates(model: Model, machine: Machine) -> list[Estimate]:
 
 def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
     speed = SpeedModel(machine.profile, machine.faster_reads)
-    if model.expert_bytes <= room:
-        in_memory = speed.predict(model.config, model.bits, model.experts_k, {}, model.record_bytes)
-        yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.expert_bytes)
+    if model.node_bytes <= room:
+        in_memory = _prediction(speed, model, {})
+        yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.node_bytes)
         return
     record = model.record_bytes
-    slots = room // (record * len(model.config.moe_layers))
+    slots = room * model.nodes // (record * len(model.config.moe_layers))
     direct = next((way for way in DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
@@ -163,11 +182,11 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
             reader = {"reader": "io_uring", "depth": 64} if ring else {}
-            budget = slots * record * len(model.config.moe_layers)
+            budget = slots * record * len(model.config.moe_layers) // model.nodes
             yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
-            all_read = speed.predict(model.config, model.bits, model.experts_k, reads_all, model.record_bytes)
+            all_read = _prediction(speed, model, reads_all)
             name, options = ("io_uring", {}) if ring else ("pread", {"direct": True})
             yield _estimate(name, options, [all_read] * 3, (0.0, 0.0, 0.0), 0)
     if slots >= 1 and {"pread warm", "pread cold"} <= set(machine.profile.ways):
@@ -185,9 +204,17 @@ def _predicted(
     reads: list[dict[str, Distribution]],
     budget: int,
 ) -> Estimate:
-    predictions = [speed.predict(model.config, model.bits, model.experts_k, way, model.record_bytes) for way in reads]
+    predictions = [_prediction(speed, model, way) for way in reads]
     rates = [replay.hit_rate or 0.0 for replay in replays]
     return _estimate(name, options, predictions, (rates[0], rates[1], rates[2]), budget)
+
+
+def _prediction(speed: SpeedModel, model: Model, reads: Mapping[str, Distribution]) -> Prediction:
+    """Predict the time of a token; of several machines, the slowest one of each layer decides."""
+    slowest = {way: most_on_a_node(counts, model.nodes) for way, counts in reads.items()}
+    alone = speed.predict(model.config, model.bits, model.experts_on_a_node, slowest, model.record_bytes)
+    sums = model.sums
+    return replace(alone, seconds=alone.seconds + sums, low=alone.low + sums, high=alone.high + sums)
 
 
 def _estimate(
@@ -256,4 +283,6 @@ def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machi
         if k < model.experts_k and model.trace is None:
             yield f"experts_k={k}", replace(model, experts_k=k), machine
     yield "twice the memory", model, replace(machine, memory=2 * machine.memory)
+    if model.nodes == 1:
+        yield "nodes=2", replace(model, nodes=2), machine
     yield "a disk twice as fast", model, replace(machine, faster_reads=2 * machine.faster_reads)

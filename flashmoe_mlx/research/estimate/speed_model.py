@@ -68,7 +68,7 @@ class SpeedModel:
         self,
         config: ModelConfig,
         bits: int,
-        experts_k: int,
+        experts_k: float,
         reads: Mapping[str, Distribution],
         size: int | None = None,
     ) -> Prediction:
@@ -77,7 +77,7 @@ class SpeedModel:
         Args:
             config: the model.
             bits: bit width of the experts; the time to compute is that of the nearest measured width.
-            experts_k: experts per token.
+            experts_k: experts per token, on average.
             reads: for each way of reading, the distribution of the number of experts per layer read in this way.
             size: bytes of a record; None for groups of 64 weights.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.errors import InputError, missing_extra
 from flashmoe_mlx.formats.untrusted import read_text, same_json
 from flashmoe_mlx.text.tool_calls import parse_tool_calls
 
@@ -105,15 +105,12 @@ def _jsonschema() -> ModuleType:
     """Import the package that checks answers against schemas, which the extra ``evaluate`` installs.
 
     Raises:
-        InputError: it is not installed (code "missing_package").
+        InputError: it is not installed (code "missing_extra").
     """
     try:
         return importlib.import_module("jsonschema")
     except ImportError:
-        raise InputError(
-            "items with a schema need jsonschema: pip install 'flashmoe_mlx[evaluate]'",
-            code="missing_package",
-        ) from None
+        raise missing_extra("an item with a schema", "evaluate") from None
 
 
 def _parse_item(line: str, where: str) -> Item:

@@ -1,5 +1,7 @@
 """The lines that let well-known clients use a server; docs/serve.md explains them."""
 
+_GUIDE = "https://flashmoe-mlx.github.io/flashmoe_mlx/serve/"
+
 
 def client_lines(host: str, port: int, name: str, *, needs_key: bool) -> list[str]:
     """Return the lines to copy, for a server at ``host`` and ``port`` that serves the model ``name``."""
@@ -12,7 +14,7 @@ def client_lines(host: str, port: int, name: str, *, needs_key: bool) -> list[st
         f"ready: {base}/v1 serves {name}",
         f"  OpenAI SDK, llm, lm-eval:  OPENAI_BASE_URL={base}/v1 OPENAI_API_KEY={key}",
         f"  Claude Code:  ANTHROPIC_BASE_URL={base} ANTHROPIC_AUTH_TOKEN={key} ANTHROPIC_MODEL={name} claude",
-        f"  Codex, opencode, Qwen Code, Open WebUI:  base URL {base}/v1; docs/serve.md has each configuration",
+        f"  Codex, opencode, Qwen Code, Open WebUI:  base URL {base}/v1; configurations: {_GUIDE}",
         f"  try it:  curl {base}/v1/chat/completions -H 'Content-Type: application/json'{header} -d '{body}'",
         "stop with Ctrl-C",
     ]
