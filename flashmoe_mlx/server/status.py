@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 
 from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.server.calls import read_fields, service_of
+from flashmoe_mlx.server.chat_json import parse_conversation
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.lengths import LONGEST_COUNTED
 from flashmoe_mlx.server.metrics import CONTENT_TYPE
-from flashmoe_mlx.server.openai_chat import parse_conversation
 from flashmoe_mlx.server.options import token_ids
 from flashmoe_mlx.server.service import Service
 
