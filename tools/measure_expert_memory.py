@@ -45,7 +45,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": COMMON | {"moe_intermediate_size": SIZE, "head_dim": HIDDEN // HEADS},
     "olmoe": COMMON,
 }
-PROMPT, STEPS = 12, 3
+TOKENS = {"qwen3_moe": (40, 5), "olmoe": (2, 1)}
+"""Tokens of the prompt, and steps; MLX's products in 4 bits take half a minute for a token on two cores."""
 RUNS = (
     "qwen3_moe:checkpoint", "qwen3_moe:pread", "qwen3_moe:ram_hybrid", "qwen3_moe:mmap",
     "olmoe:checkpoint", "olmoe:pread", "olmoe:ram_hybrid",
@@ -139,12 +140,13 @@ class PeakMemory:
 
 def run(folder: Path, backend: str) -> None:
     """Run a prompt and some steps; print the peak of the memory beside the page cache."""
-    tokens = np.random.default_rng(1).integers(0, VOCABULARY, PROMPT + STEPS).tolist()
+    prompt, steps = TOKENS[folder.name.removesuffix("-pack")]
+    tokens = np.random.default_rng(1).integers(0, VOCABULARY, prompt + steps).tolist()
     options: dict[str, Any] = {"budget_gib": 0.5} if backend == "ram_hybrid" else {}
     with PeakMemory() as memory, flashmoe_mlx.load(folder, backend, **options) as engine:
         cache = engine.new_cache()
-        engine.forward(tokens[:PROMPT], cache)
-        for token in tokens[PROMPT:]:
+        engine.forward(tokens[:prompt], cache)
+        for token in tokens[prompt:]:
             engine.forward([token], cache)
         total = engine.store.stats()
     print(
