@@ -4,10 +4,12 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,6 +76,107 @@ def test_answers_equal_those_of_each_prompt_alone(requests: Path, tmp_path: Path
     assert (found["answered"], found["failed"], found["together"]) == (5, 1, 3)
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+BODY = {"model": "any", "messages": [{"role": "user", "content": "What is 2 plus 3?"}]}
+TOOL = {"name": "lamp", "parameters": {"properties": {"on": {"type": "boolean"}}, "required": ["on"]}}
+
+
+def test_lines_with_the_options_of_clients(tmp_path: Path, demo_pack: Path) -> None:
+    """Each answer is that of the chat API; a line with a fault gets an error that names the field."""
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    tools = [{"type": "function", "function": TOOL}]
+    lines: dict[str, dict[str, Any]] = {
+        "schema": {"response_format": form},
+        "tools": {"tools": tools, "tool_choice": "required", "parallel_tool_calls": False},
+        "named": {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "lamp"}}},
+        "logprobs": {"logprobs": True, "top_logprobs": 2, "max_completion_tokens": 3},
+        "stop": {"stop": [" is"], "user": "me", "metadata": {"a": "b"}, "store": False},
+        "n": {"n": 2, "temperature": 1, "seed": 5, "max_tokens": 4},
+        "bias": {"logit_bias": {"5": 1}, "presence_penalty": 0.5, "service_tier": "auto", "stream": False},
+        "bad n": {"n": 99},
+        "bad format": {"response_format": {"type": "json_schema"}},
+        "bad schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+        "bad choice": {"tools": tools, "tool_choice": {"type": "function", "function": {"name": "other"}}},
+        "bad number": {"temperature": "hot"},
+        "stream": {"stream": True},
+        "image": {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    }
+    requests = write_lines(
+        tmp_path / "in.jsonl",
+        [openai_line(name, "What is 2 plus 3?") | {"body": {**BODY, **options}} for name, options in lines.items()],
+    )
+    out = tmp_path / "out.jsonl"
+    assert batch(requests, out, "max_tokens=40", "thinking=false") == 1
+    answers = read_answers(out)
+    failed = {name: answer["error"] for name, answer in answers.items() if answer["error"]}
+    assert set(failed) == {"bad n", "bad format", "bad schema", "bad choice", "bad number", "stream", "image"}
+    for error in failed.values():
+        assert "\n" not in error["message"]
+    assert "temperature" in failed["bad number"]["message"]
+    assert failed["bad schema"]["code"] == "unsupported_schema"
+    bodies = {name: answer["response"]["body"] for name, answer in answers.items() if answer["response"]}
+    choices = {name: body["choices"][0] for name, body in bodies.items()}
+    jsonschema.validate(json.loads(choices["schema"]["message"]["content"]), SCHEMA)
+    for name in ("tools", "named"):
+        call = choices[name]["message"]["tool_calls"][0]["function"]
+        assert call["name"] == "lamp"
+        assert isinstance(json.loads(call["arguments"])["on"], bool)
+    assert choices["tools"]["finish_reason"] == "tool_calls"
+    entries = choices["logprobs"]["logprobs"]["content"]
+    assert [len(entry["top_logprobs"]) for entry in entries] == [2] * 3
+    assert " is" not in choices["stop"]["message"]["content"]
+    assert choices["stop"]["finish_reason"] == "stop"
+    with load(demo_pack) as engine:
+        for index, choice in enumerate(bodies["n"]["choices"]):
+            options = {"temperature": 1, "seed": 5 + index, "max_tokens": 4, "enable_thinking": False}
+            expected = "".join(piece.text for piece in engine.generate("What is 2 plus 3?", **options))
+            assert (choice["index"], choice["message"]["content"]) == (index, expected)
+    assert bodies["n"]["usage"]["completion_tokens"] == 8
+
+
+def test_faulty_lines_do_not_stop_the_others(tmp_path: Path) -> None:
+    good = json.dumps({"prompt": "Hello", "id": "good", "max_tokens": 2})
+    other = json.dumps(openai_line("url", "Hello") | {"url": "/v1/embeddings"})
+    requests = tmp_path / "in.jsonl"
+    requests.write_text("\n".join(['{"prompt": "a"', good, '{"prompt": 5, "id": "number"}', other]))
+    assert batch(requests, tmp_path / "out.jsonl") == 1
+    answers = read_answers(tmp_path / "out.jsonl")
+    assert answers["good"]["finish_reason"] == "length"
+    for key, line in (("1", 1), ("number", 3), ("url", 4)):
+        assert answers[key]["error"]["code"] == "invalid_batch"
+        assert f"in.jsonl:{line}: " in answers[key]["error"]["message"]
+    assert answers["url"]["response"] is None
+
+
+@pytest.mark.thorough
+def test_killed_runs_are_continued(tmp_path: Path) -> None:
+    """A run that SIGKILL ends again and again answers every request once, as an undisturbed run does."""
+    lines = [{"prompt": f"What is {number} plus 3?", "id": str(number), "max_tokens": 20} for number in range(40)]
+    requests, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "flashmoe_mlx", "task=batch", f"input={requests}", f"out={out}", "temperature=0"]
+    for run in range(30):
+        with subprocess.Popen([*command, f"hydra.run.dir={tmp_path / f'run{run}'}"]) as process:
+            before = out.stat().st_size if out.exists() else 0
+            while process.poll() is None and (not out.exists() or out.stat().st_size == before):
+                time.sleep(0.01)
+            process.kill()
+        if len(read_complete(out)) == len(lines):
+            break
+    assert batch(requests, tmp_path / "whole.jsonl") == 0
+    assert batch(requests, out) == 0
+    assert read_answers(out) == read_answers(tmp_path / "whole.jsonl")
+    assert len(out.read_bytes().splitlines()) == len(lines)
+
+
+def test_batches_need_no_web_server() -> None:
+    code = "import sys; sys.modules.update(starlette=None, uvicorn=None); import flashmoe_mlx.tasks.batch"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def read_complete(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
 def test_requests_from_standard_input(tmp_path: Path) -> None:
     run = [sys.executable, "-m", "flashmoe_mlx", "task=batch", "input=-", f"out={tmp_path / 'out.jsonl'}"]
     line = json.dumps({"prompt": "Hello", "id": "a", "max_tokens": 2}).encode()
@@ -113,7 +216,7 @@ def test_an_interrupted_run_is_continued(requests: Path, tmp_path: Path, capsys:
         b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}\n',
         b'{"prompt": "a", "prompt": "b"}\n',
         b'{"prompt": "a", "stop": 5}\n',
-        json.dumps(openai_line("a", "b", n=2)).encode(),
+        json.dumps(openai_line("a", "b") | {"body": {"messages": "a"}}).encode(),
         json.dumps(openai_line("a", "b") | {"url": "/v1/embeddings"}).encode(),
         json.dumps(openai_line("a", "b") | {"body": []}).encode(),
         json.dumps({"body": {"messages": []}, "url": "/v1/chat/completions"}).encode(),

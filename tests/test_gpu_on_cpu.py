@@ -178,7 +178,7 @@ def test_stores_serve_cuda(options: dict[str, Any], tiny_pack: Path, expected: L
 @pytest.mark.sampled(1)
 def test_other_families(device: Device, tmp_path: Path) -> None:
     """A model without output gates and shared experts."""
-    pack = synthetic_pack("moe", replace(TINY, num_layers=2), tmp_path, family="qwen3_moe").folder
+    pack = synthetic_pack("moe", replace(TINY, num_layers=2, num_heads=8), tmp_path, family="qwen3_moe").folder
     expected = compute_logits(pack, kernels="reference")
     for options in ({"backend": "pread", "slots": 5, "prefetch": "next_router"}, {"backend": "resident"}):
         with device(mx.float32) as launches:
@@ -202,7 +202,16 @@ def test_layers_without_experts(device: Device, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", [gpu_on_cpu.metal, pytest.param(gpu_on_cpu.cuda, marks=pytest.mark.thorough)])
 def test_hyper_connections(device: Device, tmp_path: Path) -> None:
     """And sparse attention behind dense attention, and a sigmoid in place of SiLU behind the kernel's recurrence."""
-    geometry = replace(HYPER_GEOMETRIES["hyper"], layer_types="LLF", hidden_size=128, expert_size=128, group_size=64)
+    geometry = replace(
+        HYPER_GEOMETRIES["hyper"],
+        layer_types="LLF",
+        hidden_size=128,
+        expert_size=128,
+        group_size=64,
+        heads=8,
+        value_heads=8,
+        ngram_size=512,  # no further matrix has the shape of the outputs' matrices
+    )
     checkpoint = write_checkpoint(tmp_path, geometry, seed=0, layout="mlx4", dtype="F32")
     prompt, steps = [token % geometry.vocab_size for token in 2 * PROMPT[:15]], STEPS[:1]
     expected = compute_logits(checkpoint, prompt, steps, kernels="reference")
@@ -402,25 +411,29 @@ def test_the_probe_checks_kernels_for_every_k_that_it_measures(
     assert {point.experts_k for point in found.points} == {1, 4}
 
 
+@pytest.mark.parametrize(
+    ("dialect", "device"),
+    [("metal", gpu_on_cpu.metal), pytest.param("cuda", gpu_on_cpu.cuda, marks=pytest.mark.thorough)],
+)
 def test_doctor_examines_the_kernels_of_a_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dialect: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Only Metal, in both types, with small sizes and one call: emulation is slow, and doctor treats CUDA equally."""
+    """In both types, with small sizes and one call: emulation is slow."""
     small = Geometry(256, 128, 4, 1, 64, 16, 1, 2, 64, 16)
     monkeypatch.setattr(doctor, "GEOMETRIES", {"397B": small, "35B": small})
     monkeypatch.setattr(doctor, "_CALLS", 1)
     monkeypatch.setattr(doctor, "_REPEATS", 1)
     monkeypatch.setattr(doctor, "measure_decoding", lambda: DecodeFinding(1.0, 1.0, 7))
-    with gpu_on_cpu.metal() as launches:
+    with device() as launches:
         doctor.run(doctor.Config(), tmp_path)
         assert ran(launches, *SHARED, *MIXERS, *PRODUCTS)
     record = json.loads((tmp_path / "doctor.json").read_text())
-    assert record["dialect"] == record["kernels"] == "metal"
+    assert record["dialect"] == record["kernels"] == dialect
     found = {(f["kernel"], f["geometry"], f["dtype"]) for f in record["findings"] if f["passed"]}
     operations = ("routed_experts", "gated_delta_net", "attention", "quantized_matvec", "normed_matvec")
     assert found == set(product(operations, ("397B", "35B"), ("float32", "bfloat16")))
     shown = capsys.readouterr().err
-    assert "Custom kernels: metal." in shown
+    assert f"Custom kernels: {dialect}." in shown
     assert "1.00 ms a token, 1.0 waits a token, 7 dispatches a token" in shown
 
 

@@ -1,8 +1,9 @@
 """The scheduler: requests join and leave between tokens, and every answer equals that of the request alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from test_sequences import alone, begin
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError, InputError
+from flashmoe_mlx.generation import concurrency
+from flashmoe_mlx.generation.concurrency import Concurrency, run_all
 from flashmoe_mlx.generation.scheduler import Progress, Scheduler
 from flashmoe_mlx.generation.sequence import Sequence
 from flashmoe_mlx.stores.contract import ExpertReadError
@@ -145,3 +148,63 @@ def test_limits_are_checked(engine: Engine, options: dict[str, Any]) -> None:
     with pytest.raises(InputError) as caught:
         Scheduler(engine.runner, **options)
     assert caught.value.code == "out_of_range"
+
+
+def runner_of(engine: Engine, *, reads: bool) -> Any:
+    """Return what ``Concurrency`` reads of a runner, whose store reads experts from storage if ``reads``."""
+    return SimpleNamespace(model=engine.model, prompt_cache=None, store=SimpleNamespace(reads=reads))
+
+
+def measured(number: Concurrency, rate: Callable[[int], float]) -> None:
+    """Report full steps of ``rate`` tokens a second until the number of sequences is settled."""
+    for _ in range(200):
+        number.measured(number.limit, number.limit / rate(number.limit))
+
+
+@pytest.mark.parametrize(
+    ("rate", "limit"),
+    [
+        (lambda count: 100.0 * count, 128),
+        (lambda count: 100.0 * count**0.2, 128),
+        (lambda count: 100.0 * min(count, 8), 8),
+        (lambda count: 100.0 / count, 1),
+    ],
+)
+def test_sequences_run_together_while_that_is_faster(engine: Engine, rate: Any, limit: int) -> None:
+    number = Concurrency(runner_of(engine, reads=True))
+    assert number.limit == 1
+    measured(number, rate)
+    assert number.limit == limit
+
+
+@pytest.mark.parametrize("together", [None, 3])
+def test_answers_in_any_number_equal_those_of_each_alone(engine: Engine, together: int | None) -> None:
+    prompts = [[number + 1, 5 + number % 7] for number in range(24)]
+    sequences = [begin(engine, prompt, max_tokens=6 + number % 9) for number, prompt in enumerate(prompts)]
+    number_at_once = Concurrency(engine.runner, together)
+    ended = [
+        change.sequence
+        for change in run_all(engine.runner, iter(sequences), number_at_once)
+        if change.sequence.finish_reason is not None
+    ]
+    assert set(ended) == set(sequences)
+    for number, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        assert sequence.token_ids == alone(engine, prompt, max_tokens=6 + number % 9)
+    assert number_at_once.most == 3 if together else number_at_once.most > 1
+
+
+def test_sequences_wait_for_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    need = engine.model.prompt_memory
+    monkeypatch.setattr(concurrency, "available_memory", lambda: 5 * (need.cache_fixed + 40 * need.cache_per_token))
+    bounded = Concurrency(runner_of(engine, reads=False))
+    sequences = [begin(engine, [5, 6], max_tokens=38) for _ in range(6)]
+    assert bounded.admits(sequences[0], set())
+    assert bounded.admits(sequences[1], set(sequences[:1]))
+    assert not bounded.admits(sequences[2], set(sequences[:2]))
+    assert bounded.admits(begin(engine, [5] * 150, max_tokens=200), set())
+
+
+def test_a_number_of_sequences_below_one_is_refused(engine: Engine) -> None:
+    with pytest.raises(InputError) as refusal:
+        Concurrency(engine.runner, 0)
+    assert refusal.value.code == "out_of_range"

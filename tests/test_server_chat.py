@@ -201,6 +201,16 @@ def test_a_call_can_be_demanded(live: Live, choice: Any) -> None:
     assert len(single["message"]["tool_calls"]) == 1
 
 
+def test_tools_can_be_left_out(live: Live) -> None:
+    """``allowed_tools`` keeps a conversation's tools the same while a single answer may use a part of them."""
+    other = {"type": "function", "function": {"name": "sell", "parameters": {"type": "object", "properties": {}}}}
+    named = {"type": "function", "function": {"name": "buy"}}
+    for mode, tools, expected in (("required", [named], {"buy"}), ("auto", [], set())):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+        message = live.chat(ASK, tools=[other, BUY], tool_choice=choice, max_tokens=100)["choices"][0]["message"]
+        assert {call["function"]["name"] for call in message.get("tool_calls", [])} == expected
+
+
 def test_calls_can_be_forbidden(live: Live) -> None:
     message = live.chat(ASK, tools=[BUY], tool_choice="none", max_tokens=30)["choices"][0]["message"]
     assert "tool_calls" not in message

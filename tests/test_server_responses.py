@@ -219,6 +219,8 @@ def test_a_prompt_beyond_the_context_is_refused_before_the_stream(live: Live) ->
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
+        ({"prompt": {"id": "pmpt_1"}}, "prompt"),
+        ({"tool_choice": {"type": "allowed_tools", "mode": "always"}}, "tool_choice.mode"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"tools": [3], "tool_choice": "none"}, "tools[0]"),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),

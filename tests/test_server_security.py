@@ -109,6 +109,13 @@ def test_every_route_needs_the_key(guarded: Live, route: tuple[str, str, Any]) -
         assert with_key.status_code in expected  # a stream of the observatory has no end
 
 
+def test_a_model_has_the_fields_of_both_apis(live: Live) -> None:
+    for model in (live.client.get("/v1/models").json()["data"][0], live.client.get("/v1/models/demo").json()):
+        assert {"id", "object", "created", "owned_by", "max_model_len"} <= model.keys()
+        assert (model["type"], model["lifecycle"]) == ("model", "active")
+        assert model["max_input_tokens"] == model["max_model_len"]
+
+
 def test_only_served_names_are_models(guarded: Live) -> None:
     headers = {"authorization": "Bearer secret"}
     for name in ("/etc/passwd", "../../pack", "org/name", "https://evil.com/model"):
@@ -183,6 +190,7 @@ def test_a_body_that_is_not_utf8_is_refused(live: Live) -> None:
         {"max_tokens": 2**63},
         {"max_tokens": True},
         {"n": 10**6},
+        {"n": 1, "best_of": 1000},
         {"temperature": 1e300},
         {"top_k": -5},
         {"seed": 2**70},

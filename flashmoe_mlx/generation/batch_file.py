@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import stat
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +20,12 @@ from flashmoe_mlx.paths import name_in_errors
 
 _INVALID = "invalid_batch"
 _URL = "/v1/chat/completions"
-_SAME = ("max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 _PLAIN = (
-    *_SAME, "top_k", "min_p", "repetition_penalty", "system", "stop_token_ids", "min_tokens", "logit_bias", "schema",
-    "json_object", "grammar", "regex", "choices",
+    "max_tokens", "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty", "top_k", "min_p",
+    "repetition_penalty", "system", "stop_token_ids", "min_tokens", "logit_bias", "schema", "json_object", "grammar",
+    "regex", "choices",
 )  # fmt: skip
 """Options of a plain line; they are arguments of ``Engine.request``."""
-_NEUTRAL: Mapping[str, Any] = {"n": 1, "stream": False, "logprobs": False, "response_format": {"type": "text"}}
-"""Values of further fields that ask for nothing."""
-_OPENAI = {name: name for name in _SAME} | {"max_completion_tokens": "max_tokens"}
-"""Fields of the body of an OpenAI line, with the arguments of ``Engine.request`` that they set."""
 _ANSWER = {"text", "error", "response"}
 """Fields of answers; every answer has at least one of them."""
 _BEGIN = b'{"id": "'
@@ -45,58 +40,38 @@ class Line:
 
     Attributes:
         key: the name that the request shares with its answer: ``custom_id``, ``id``, or the number of the line.
-        prompt: a user's message, or messages.
+        prompt: a user's message, or messages; empty in a line with a ``body`` or an ``error``.
         options: the options of the answer, of which ``Engine.request`` checks the values.
-        openai: whether the line and its answer have the form of the OpenAI batch API.
+        body: the request of a line of the OpenAI batch API; None in a plain line.
+        error: the reason why the line is not a request; None if it is one.
     """
 
     key: str
-    prompt: str | list[dict[str, Any]]
+    prompt: str | list[dict[str, Any]] = ""
     options: RequestOptions = field(default_factory=RequestOptions)
-    openai: bool = False
+    body: Mapping[str, Any] | None = None
+    error: InputError | None = None
 
-    def answer(
-        self, text: str, reasoning: str, finish_reason: str, counts: tuple[int, int], model: str
-    ) -> dict[str, Any]:
-        """Return the line of the answer.
+    def answer(self, text: str, reasoning: str, finish_reason: str, counts: tuple[int, int]) -> dict[str, Any]:
+        """Return the answer to a plain line.
 
         Args:
             text: the answer.
             reasoning: the model's thinking.
             finish_reason: the reason why the answer ended.
             counts: the number of tokens of the prompt and of the answer.
-            model: the name of the model.
         """
-        prompt_tokens, completion_tokens = counts
-        if not self.openai:
-            return {
-                "id": self.key,
-                "text": text,
-                **({"reasoning": reasoning} if reasoning else {}),
-                "finish_reason": finish_reason,
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-            }
-        message = {"role": "assistant", "content": text}
-        body = {
-            "id": f"chatcmpl-{self.key}",
-            "object": "chat.completion",
-            "created": int(time.time()),
-            "model": model,
-            "choices": [
-                {
-                    "index": 0,
-                    "message": message | ({"reasoning_content": reasoning} if reasoning else {}),
-                    "finish_reason": finish_reason,
-                    "logprobs": None,
-                }
-            ],
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": completion_tokens,
-                "total_tokens": prompt_tokens + completion_tokens,
-            },
+        return {
+            "id": self.key,
+            "text": text,
+            **({"reasoning": reasoning} if reasoning else {}),
+            "finish_reason": finish_reason,
+            "prompt_tokens": counts[0],
+            "completion_tokens": counts[1],
         }
+
+    def response(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer to a line of the OpenAI batch API, with the ``body`` of a response of the chat API."""
         response = {"status_code": 200, "request_id": f"batch-{self.key}", "body": body}
         return {"id": f"batch-{self.key}", "custom_id": self.key, "response": response, "error": None}
 
@@ -104,7 +79,7 @@ class Line:
         """Return the line that reports ``error`` in place of an answer."""
         code = error.code if isinstance(error, FlashMoeError) else "internal_error"
         told = {"code": code, "message": str(error)}
-        if not self.openai:
+        if self.body is None:
             return {"id": self.key, "error": told}
         return {"id": f"batch-{self.key}", "custom_id": self.key, "response": None, "error": told}
 
@@ -112,8 +87,10 @@ class Line:
 def read_batch(path: Path) -> list[Line]:
     """Read the requests in the file at ``path``; skip blank lines.
 
+    A line that is not a request has an ``error``, which names the line; a file without any request is refused.
+
     Raises:
-        InputError: the file is missing, or a line is not a request (code "invalid_batch"); the error names the line.
+        InputError: the file is missing, holds no request, or holds two lines with one key; code "invalid_batch".
     """
     lines: list[Line] = []
     keys: set[str] = set()
@@ -123,10 +100,7 @@ def read_batch(path: Path) -> list[Line]:
                 if not text.strip():
                     continue
                 place = f"{path}:{number}"
-                try:
-                    line = _parse(parse_object(text.strip()), number)
-                except (InputError, ValueError) as error:
-                    raise InputError(f"{place}: {error}", code=_INVALID) from None
+                line = _parse_line(text.strip(), number, place)
                 if line.key in keys:
                     raise InputError(f"{place}: a second line has the id {line.key!r}", code=_INVALID)
                 keys.add(line.key)
@@ -135,8 +109,8 @@ def read_batch(path: Path) -> list[Line]:
         raise InputError(f"{path}: cannot be read ({error.strerror})", code=_INVALID) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 ({error.reason})", code=_INVALID) from None
-    if not lines:
-        raise InputError(f"{path}: holds no requests", code=_INVALID)
+    if all(line.error is not None for line in lines):
+        raise lines[0].error or InputError("") if lines else InputError(f"{path}: holds no requests", code=_INVALID)
     return lines
 
 
@@ -149,43 +123,43 @@ def _bounded(file: IO[str], path: Path) -> Iterator[str]:
         yield text
 
 
-def _parse(content: Mapping[str, Any], number: int) -> Line:
-    key = content.get("custom_id", content.get("id", str(number)))
-    if not isinstance(key, str) or not key:
-        raise InputError(f"the id is {key!r}; it must be text", code=_INVALID)
-    if "body" in content or "url" in content:
-        return _parse_openai(content, key)
+def _parse_line(text: str, number: int, place: str) -> Line:
+    """Return the line number ``number``; errors begin with its ``place``."""
+    key, body = str(number), None
+    try:
+        content = parse_object(text)
+        given = content.get("custom_id", content.get("id", key))
+        if not isinstance(given, str) or not given:
+            raise InputError(f"the id is {given!r:.60}; it must be text")
+        key = given
+        if "body" not in content and "url" not in content:
+            return _parse_plain(content, key)
+        body = content.get("body")
+        body = body if isinstance(body, Mapping) else {}
+        if "custom_id" not in content:
+            raise InputError("custom_id is missing")
+        if content.get("method", "POST") != "POST" or content.get("url") != _URL:
+            raise InputError(f"only POST requests to {_URL} can be answered")
+        if not isinstance(body.get("messages"), list):
+            raise InputError("body must be an object with a list of messages")
+        return Line(key, body=body)
+    except (InputError, ValueError) as error:
+        return Line(key, body=body, error=InputError(f"{place}: {error}", code=_INVALID))
+
+
+def _parse_plain(content: Mapping[str, Any], key: str) -> Line:
     known = {"prompt", "messages", "id", "custom_id", *_PLAIN}
     if unknown := sorted(content.keys() - known):
-        raise InputError(f"{unknown[0]}: no such field; a line has {', '.join(sorted(known))}", code=_INVALID)
+        raise InputError(f"{unknown[0]}: no such field; a line has {', '.join(sorted(known))}")
     if ("prompt" in content) == ("messages" in content):
-        raise InputError("a line needs either prompt or messages", code=_INVALID)
+        raise InputError("a line needs either prompt or messages")
     prompt = content.get("prompt", content.get("messages"))
     if not isinstance(prompt, str if "prompt" in content else list):
-        raise InputError("prompt must be text, and messages a list", code=_INVALID)
-    return Line(key, prompt, _options(content, {name: name for name in _PLAIN}))
-
-
-def _parse_openai(content: Mapping[str, Any], key: str) -> Line:
-    if content.get("method", "POST") != "POST" or content.get("url") != _URL:
-        raise InputError(f"only POST requests to {_URL} can be answered", code=_INVALID)
-    if "custom_id" not in content:
-        raise InputError("custom_id is missing", code=_INVALID)
-    body = content.get("body")
-    if not isinstance(body, Mapping) or not isinstance(body.get("messages"), list):
-        raise InputError("body must be an object with a list of messages", code=_INVALID)
-    for name, value in body.items():
-        if name not in ("messages", "model", *_OPENAI) and value is not None and value != _NEUTRAL.get(name):
-            raise InputError(f"body.{name} is not supported", code=_INVALID)
-    return Line(key, body["messages"], _options(body, _OPENAI), openai=True)
-
-
-def _options(fields: Mapping[str, Any], arguments: Mapping[str, str]) -> RequestOptions:
-    """Return the options for the ``fields`` that are not null."""
-    options = {argument: fields[name] for name, argument in arguments.items() if fields.get(name) is not None}
+        raise InputError("prompt must be text, and messages a list")
+    options = {name: content[name] for name in _PLAIN if content.get(name) is not None}
     if not isinstance(options.get("stop", ""), str | list):
-        raise InputError("stop must be text or a list of texts", code=_INVALID)
-    return cast(RequestOptions, options)
+        raise InputError("stop must be text or a list of texts")
+    return Line(key, prompt, cast(RequestOptions, options))
 
 
 class AnswerFile:

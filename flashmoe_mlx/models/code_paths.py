@@ -65,10 +65,10 @@ def _of_layer(layer: Layer) -> Iterator[Projection]:
     apart = mixer.joint is None
     if isinstance(mixer, Attention):
         yield from _calls(mixer.projections, one_token=apart)
-        yield from _calls([mixer.o_proj], residual=True)
+        yield from _calls([mixer.o_proj], residual=layer.mixer_adds_residual)
     else:
         yield from _calls([mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_b, mixer.in_proj_a], one_token=apart)
-        yield from _calls([mixer.out_proj], residual=True)
+        yield from _calls([mixer.out_proj], residual=layer.mixer_adds_residual)
     if isinstance(layer.feed_forward, Mlp):
         yield from _calls([layer.feed_forward.gate, layer.feed_forward.up])
         yield from _calls([layer.feed_forward.down], residual=True)

@@ -61,6 +61,11 @@ class Layer:
         """The matrices beside those of the mixer and of the experts, in groups that multiply the same vector."""
         return ()
 
+    @property
+    def mixer_adds_residual(self) -> bool:
+        """Whether the last product of the mixer adds the residual."""
+        return True
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer(Layer):

@@ -100,6 +100,11 @@ class HyperLayer(Layer):
         own = (*self.around_mixer.matrices, *self.around_experts.matrices)
         return [(matrix,) for matrix in (own if self.ngrams is None else (*own, *self.ngrams.matrices))]
 
+    @property
+    def mixer_adds_residual(self) -> bool:
+        """Whether the last product of the mixer adds the residual; here the connection adds it, with weights."""
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class HyperModel(Model):

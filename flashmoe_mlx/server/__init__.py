@@ -17,6 +17,6 @@ A request takes this way:
    the body. Both cancel the answer when the client goes.
 
 To add an API: a module with a handler like ``openai_chat.chat_completions``, one line in ``app.ROUTES``, and, if its
-errors have another form, an entry in ``errors.ERROR_FORMS``. This room needs the extra ``server``; only ``task=serve``
-imports it.
+errors have another form, an entry in ``errors.ERROR_FORMS``. HTTP needs the extra ``server``; ``task=batch`` works
+without it and uses ``chat_json``, ``preparing`` and ``reading`` alone, which import neither starlette nor uvicorn.
 """

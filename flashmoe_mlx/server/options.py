@@ -10,6 +10,7 @@ from flashmoe_mlx.server.events import EndReason, Usage
 from flashmoe_mlx.server.fields import Fields, refuse
 
 _MOST_TOKENS = 2**31 - 1
+_MOST_CHOICES = 128
 _MOST_STOPS = 16
 _MOST_BIASES = 1024
 _LARGEST_SCHEMA = 64 * 2**10
@@ -54,8 +55,9 @@ def sampling_options(fields: Fields, engine: Engine) -> dict[str, Any]:
         if len(bias.content) > _MOST_BIASES:
             fields.refuse("logit_bias", f"must have at most {_MOST_BIASES} tokens")
         options["logit_bias"] = {token: bias.number(token, -100, 100) or 0.0 for token in bias.content}
-    if fields.integer("n", 1, 1) is None:
-        fields.integer("best_of", 1, 1)
+    for name in ("n", "best_of"):
+        if fields.integer(name, 1, _MOST_CHOICES) not in (None, 1):
+            fields.refuse(name, "must be 1: a request has one answer", code="unsupported")
     limit = fields.integer("max_tokens", 1, _MOST_TOKENS)
     limit = fields.integer("max_completion_tokens", 1, _MOST_TOKENS) or limit
     options["max_tokens"] = min(limit or _MOST_TOKENS, engine.model.config.max_context)

@@ -1,10 +1,9 @@
 """Translation of requests of the OpenAI Responses API to conversations."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.server.constraints import constraint_options
+from flashmoe_mlx.server.constraints import constraint_options, offered_tools
 from flashmoe_mlx.server.conversation import MOST_TOOLS, Conversation, Message, merge_system_messages, text_of
 from flashmoe_mlx.server.fields import Fields
 from flashmoe_mlx.server.options import check_size, sampling_options, template_options
@@ -12,8 +11,7 @@ from flashmoe_mlx.server.options import check_size, sampling_options, template_o
 _MOST_ITEMS = 10_000
 _MOST_PARTS = 1_000
 _ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
-_STORED = ("previous_response_id", "conversation")
-_MODES = ("none", "auto", "required")
+_STORED = {"previous_response_id": "response", "conversation": "conversation", "prompt": "prompt"}
 
 
 def parse_input(fields: Fields, engine: Engine) -> Conversation:
@@ -22,9 +20,9 @@ def parse_input(fields: Fields, engine: Engine) -> Conversation:
     Raises:
         ApiError: a field is wrong, or needs an earlier response: this server stores none.
     """
-    for name in _STORED:
+    for name, stored in _STORED.items():
         if name in fields:
-            fields.refuse(name, "needs a stored response, and this server stores none: send all items", "unsupported")
+            fields.refuse(name, f"needs a stored {stored}, and this server stores none: send all items", "unsupported")
     if fields.flag("background"):
         fields.refuse("background", "must be false: this server stores no responses", code="unsupported")
     messages: list[Message] = []
@@ -41,17 +39,14 @@ def parse_input(fields: Fields, engine: Engine) -> Conversation:
     options = sampling_options(Fields(limits), engine) | template_options(fields, engine)
     most = fields.integer("max_output_tokens", 1, 2**31 - 1)
     options["max_tokens"] = min(most or options["max_tokens"], options["max_tokens"])
-    choice, allowed = _tool_choice(fields)
-    tools = _functions(fields)
-    if allowed is not None:
-        tools = [tool for tool in tools if tool["function"]["name"] in allowed]
+    tools = offered_tools(fields, _functions(fields))
     asked = {
-        "tool_choice": choice,
+        "tool_choice": fields.any("tool_choice"),
         "parallel_tool_calls": fields.any("parallel_tool_calls"),
         "response_format": _response_format(fields),
     }
     options |= constraint_options(Fields(asked), tools)
-    return Conversation(merge_system_messages(messages), [] if choice == "none" else tools, options)
+    return Conversation(merge_system_messages(messages), tools, options)
 
 
 def _messages(items: list[Fields]) -> list[Message]:
@@ -128,19 +123,6 @@ def _functions(fields: Fields) -> list[dict[str, Any]]:
         names = ("name", "description", "parameters", "strict")
         tools.append({"type": "function", "function": {name: tool.any(name) for name in names if name in tool}})
     return tools
-
-
-def _tool_choice(fields: Fields) -> tuple[Any, set[str] | None]:
-    """Return ``tool_choice`` in the form of the chat API, and the names of the allowed functions; None for all."""
-    given = fields.any("tool_choice")
-    if not isinstance(given, Mapping):
-        return fields.choice("tool_choice", *_MODES), None
-    choice = Fields(given, "tool_choice.")
-    kind = choice.choice("type", "function", "allowed_tools")
-    if kind == "function":
-        return {"type": "function", "function": {"name": choice.required_text("name", 256)}}, None
-    allowed = {tool.required_text("name", 256) for tool in choice.objects("tools", MOST_TOOLS) or []}
-    return choice.choice("mode", "auto", "required"), allowed
 
 
 def _response_format(fields: Fields) -> Any:

@@ -14,11 +14,11 @@ from flashmoe_mlx.server.answer import Answer, Prepared
 from flashmoe_mlx.server.conversation import Conversation
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.events import Event, Failed, Finished
-from flashmoe_mlx.server.lengths import check_prompt_memory, refuse_long, texts_of
+from flashmoe_mlx.server.lengths import check_prompt_memory
 from flashmoe_mlx.server.metrics import Metrics
 from flashmoe_mlx.server.observatory import Observatory, backend_name
+from flashmoe_mlx.server.preparing import prepare
 from flashmoe_mlx.server.worker import Change, Worker
-from flashmoe_mlx.text.tool_calls import ToolCallReader
 
 _log = logging.getLogger(__name__)
 _PREPARATIONS = 8
@@ -111,14 +111,11 @@ class Service:
             ApiError: the template refuses the messages, an option is wrong, or the prompt exceeds the context.
         """
         engine = self.engine
-        tools = conversation.tools or None
 
         def make() -> Prepared:
-            refuse_long(texts_of(conversation.messages), engine)
-            request = engine.request(conversation.messages, tools=tools, **conversation.options)
-            check_prompt_memory(len(engine.runner.checked_tokens(request.prompt_ids)), engine)
-            reader = ToolCallReader(tools, engine.tokenizer.added_tokens, engine.tool_format) if tools else None
-            return Prepared(request, reader)
+            prepared = prepare(conversation, engine)
+            check_prompt_memory(len(prepared.request.prompt_ids), engine)
+            return prepared
 
         return await self.outside(make)
 

@@ -9,10 +9,10 @@ from starlette.responses import JSONResponse, Response
 
 from flashmoe_mlx.generation.prompting import render_prompt
 from flashmoe_mlx.server.calls import read_fields, service_of
+from flashmoe_mlx.server.chat_json import parse_conversation
 from flashmoe_mlx.server.errors import ApiError
 from flashmoe_mlx.server.lengths import LONGEST_COUNTED
 from flashmoe_mlx.server.metrics import CONTENT_TYPE
-from flashmoe_mlx.server.openai_chat import parse_conversation
 from flashmoe_mlx.server.options import token_ids
 from flashmoe_mlx.server.service import Service
 
@@ -35,6 +35,8 @@ def describe_model(service: Service, name: str) -> dict[str, Any]:
         "type": "model",
         "display_name": name,
         "created_at": datetime.fromtimestamp(service.started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
+        "max_input_tokens": context,
         "max_model_len": context,
         "context_length": context,
         "meta": {

@@ -10,20 +10,20 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from flashmoe_mlx.console.output import activity, console, counted, print_notes, show
-from flashmoe_mlx.engine import Engine, load
+from flashmoe_mlx.console.output import console, counted, show
+from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.generation.batch_file import AnswerFile, Line, read_batch
+from flashmoe_mlx.generation.concurrency import Concurrency, run_all
 from flashmoe_mlx.generation.request import RequestOptions
-from flashmoe_mlx.generation.scheduler import Scheduler
 from flashmoe_mlx.generation.sequence import Sequence
-from flashmoe_mlx.generation.text_stream import TextStream
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.research.environment import environment
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import TEXT, PromptCacheConfig, cache_options, engine_options
-from flashmoe_mlx.tasks.shared.model import model_folder, model_identity
+from flashmoe_mlx.tasks.shared.batch_answers import BatchAnswer, begin_answer
+from flashmoe_mlx.tasks.shared.keys import TEXT, PromptCacheConfig
+from flashmoe_mlx.tasks.shared.loading import load_engine
+from flashmoe_mlx.tasks.shared.model import model_identity
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Config(PromptCacheConfig):
 
     input: str | None = field(default=None, metadata=TEXT)
     out: str | None = field(default=None, metadata=TEXT)
-    together: int = 16
+    together: int | None = None
     raw: bool = False
     max_tokens: int = 256
     system: str | None = field(default=None, metadata=TEXT)
@@ -53,8 +53,6 @@ def run(config: Config, run_dir: Path) -> None:
         raise InputError("task=batch needs input=<file of requests> and out=<file for the answers>")
     lines = read_batch(Path("/dev/stdin") if config.input == "-" else expand_path(config.input))
     out = expand_path(config.out)
-    folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
     with closing(AnswerFile(out)) as answers:
         waiting = [line for line in lines if line.key not in answers.done]
         if unknown := answers.done - {line.key for line in lines}:
@@ -67,17 +65,8 @@ def run(config: Config, run_dir: Path) -> None:
         if not waiting:
             show(f"answers: {out}")
             return
-        with activity() as announce:
-            loaded = load(
-                folder,
-                backend,
-                config.experts_k,
-                on_load=announce,
-                **engine_options(config),
-                **cache_options(config),
-            )
+        loaded, folder = load_engine(config)
         with loaded as engine:
-            print_notes([engine.setup["note"]])
             defaults = _defaults(config)
             engine.request("a", **defaults)  # refuses options that would make every request fail
             batch = _Batch(engine, config.together, defaults, model_identity(folder))
@@ -118,75 +107,82 @@ class _Batch:
 
     Args:
         engine: the loaded model.
-        together: the largest number of requests that are answered at once.
+        together: the number of requests that are answered at once; None to choose it.
         defaults: options of requests that do not set them.
         model: the name of the model.
     """
 
-    def __init__(self, engine: Engine, together: int, defaults: RequestOptions, model: str) -> None:
+    def __init__(self, engine: Engine, together: int | None, defaults: RequestOptions, model: str) -> None:
         self._engine = engine
         self._model = model
-        self._scheduler = Scheduler(engine.runner, together)
-        self._together = together
+        self._concurrency = Concurrency(engine.runner, together)
         self._defaults = defaults
         self.answered = self.failed = self._prompt_tokens = self._tokens = 0
         self._seconds = 0.0
+        self._active: dict[Sequence, tuple[Line, BatchAnswer, int]] = {}
+        self._left: dict[str, int] = {}
+        """The number of sequences in progress or waiting for each key."""
+        self._failures: list[Mapping[str, Any]] = []
 
     def answers(self, lines: list[Line]) -> Iterator[Mapping[str, Any]]:
         """Yield the line of each answer when it is complete."""
         start = perf_counter()
-        following = iter(lines)
-        active: dict[Sequence, tuple[Line, TextStream, list[str]]] = {}
         try:
-            while True:
-                # Requests are tokenized when there is room for them: a file may hold millions.
-                while len(active) < self._together and (line := next(following, None)) is not None:
-                    try:
-                        options: RequestOptions = {**self._defaults, **line.options}
-                        request = self._engine.request(line.prompt, **options)
-                        sequence = self._engine.runner.begin(request)
-                    except (InputError, TypeError) as error:
-                        yield self._failure(line, error)
-                        continue
-                    active[sequence] = (line, TextStream(sequence, self._engine.tokenizer), ["", ""])
-                    self._scheduler.add(sequence)
-                if not active:
-                    return
-                with self._engine.runner.exclusive():
-                    changed = self._scheduler.step()
-                for change in changed:
-                    line, text, parts = active[change.sequence]
-                    if change.error is None:
-                        piece = text.take()
-                        if piece is not None:
-                            parts[0] += piece.text
-                            parts[1] += piece.reasoning
-                    if change.error is not None:
-                        del active[change.sequence]
-                        yield self._failure(line, change.error)
-                    elif change.sequence.finish_reason is not None:
-                        del active[change.sequence]
-                        yield self._answer(line, change.sequence, parts)
+            for change in run_all(self._engine.runner, self._sequences(lines), self._concurrency):
+                yield from self._take_failures()
+                line, answer, index = self._active[change.sequence]
+                if change.error is not None:
+                    del self._active[change.sequence]
+                    if line.key in self._left:
+                        self._fail(line, change.error)
+                    continue
+                answer.take(index)  # which may end the sequence
+                if change.sequence.finish_reason is None:
+                    continue
+                del self._active[change.sequence]
+                self._tokens += len(change.sequence.token_ids)
+                if line.key not in self._left:  # another choice of the same line failed
+                    continue
+                self._left[line.key] -= 1
+                if not self._left[line.key]:
+                    del self._left[line.key]
+                    self.answered += 1
+                    self._prompt_tokens += len(change.sequence.request.prompt_ids)
+                    yield answer.line()
+            yield from self._take_failures()
         finally:
             self._seconds = perf_counter() - start
 
-    def _answer(self, line: Line, sequence: Sequence, parts: list[str]) -> Mapping[str, Any]:
-        counts = len(sequence.request.prompt_ids), len(sequence.token_ids)
-        self.answered += 1
-        self._prompt_tokens += counts[0]
-        self._tokens += counts[1]
-        return line.answer(parts[0], parts[1], str(sequence.finish_reason), counts, self._model)
+    def _sequences(self, lines: list[Line]) -> Iterator[Sequence]:
+        """Yield the sequences of ``lines``, which are tokenized only now: a file may hold millions."""
+        for line in lines:
+            try:
+                answer = begin_answer(line, self._engine, self._defaults, self._model)
+                sequences = [self._engine.runner.begin(request) for request in answer.requests]
+            except Exception as error:  # one line cannot end the run
+                self._fail(line, error)
+                continue
+            self._left[line.key] = len(sequences)
+            for index, sequence in enumerate(sequences):
+                answer.begin(index, sequence)
+                self._active[sequence] = line, answer, index
+                yield sequence
 
-    def _failure(self, line: Line, error: Exception) -> Mapping[str, Any]:
+    def _fail(self, line: Line, error: Exception) -> None:
         _log.warning("request %r: %s", line.key, error)
+        self._left.pop(line.key, None)
         self.failed += 1
-        return line.failure(error)
+        self._failures.append(line.failure(error))
+
+    def _take_failures(self) -> list[Mapping[str, Any]]:
+        taken, self._failures = self._failures, []
+        return taken
 
     def record(self) -> dict[str, Any]:
         """Return the measurements in the form of ``batch.json``; seconds include prompts and answers."""
         return {
             **self._engine.setup,
-            "together": self._together,
+            "together": self._concurrency.most,
             "answered": self.answered,
             "failed": self.failed,
             "prompt_tokens": self._prompt_tokens,
@@ -200,7 +196,8 @@ class _Batch:
         rate = self._tokens / self._seconds if self._seconds else 0.0
         return (
             f"{counted(self.answered, 'answer')} in {self._seconds:.3g} s: {rate:.3g} tok/s together, "
-            f"{self._prompt_tokens:,} tokens of prompts and {self._tokens:,} of answers"
+            f"{self._prompt_tokens:,} tokens of prompts and {self._tokens:,} of answers, "
+            f"{self._concurrency.most} at once"
         )
 
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from flashmoe_mlx.console.output import activity, counted, print_notes, print_table, show
-from flashmoe_mlx.engine import load
+from flashmoe_mlx.console.output import counted, print_table, show
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.files import write_json
 from flashmoe_mlx.formats.untrusted import parse_object, read_text
@@ -17,9 +16,8 @@ from flashmoe_mlx.generation.prompt_cache.folder import clear, kept
 from flashmoe_mlx.generation.prompting import load_tools
 from flashmoe_mlx.paths import expand_path
 from flashmoe_mlx.stores.memory import GIB
-from flashmoe_mlx.tasks.shared.automatic import chosen_backend
-from flashmoe_mlx.tasks.shared.keys import TEXT, WORDS, PromptCacheConfig, cache_options, engine_options
-from flashmoe_mlx.tasks.shared.model import model_folder
+from flashmoe_mlx.tasks.shared.keys import TEXT, WORDS, PromptCacheConfig
+from flashmoe_mlx.tasks.shared.loading import load_engine
 from flashmoe_mlx.tasks.shared.streaming import PrefillBar
 
 _LARGEST_PROMPT = 64 * 2**20
@@ -93,19 +91,8 @@ def _warm(config: Config, run_dir: Path) -> None:
     if config.prompt is None:
         raise InputError("task=cache warm needs prompt=<file>: text, or a request with messages", code="invalid_prompt")
     messages, tools = _conversation(config, expand_path(config.prompt))
-    folder = model_folder(config.model, config.backend)
-    backend = chosen_backend(config.backend, folder, config.model, config.experts_k, config.prompt_cache_gib)
-    with activity() as announce:
-        loaded = load(
-            folder,
-            backend,
-            config.experts_k,
-            on_load=announce,
-            **engine_options(config),
-            **cache_options(config),
-        )
+    loaded, _ = load_engine(config)
     with loaded as engine:
-        print_notes([engine.setup["note"]])
         bar = PrefillBar()
         generation = engine.generate(
             messages,

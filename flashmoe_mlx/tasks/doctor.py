@@ -6,6 +6,7 @@ The output is for an issue.
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from flashmoe_mlx.console.output import activity, show
 from flashmoe_mlx.custom_kernels import cases, dialect, native
 from flashmoe_mlx.custom_kernels.cases import GEOMETRIES, TOLERANCE, Case, Results
 from flashmoe_mlx.custom_kernels.native.fastest import Choice, settle
+from flashmoe_mlx.custom_kernels.precompiled import compile_together
 from flashmoe_mlx.custom_kernels.quantized_matvec.instructions import Form, contests
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.formats.files import write_json
@@ -28,6 +30,7 @@ from flashmoe_mlx.tasks.shared.keys import CommonConfig
 DOCTOR_VERSION = 2
 _CALLS = 20
 _REPEATS = 7
+_GPU_TYPES = (mx.float32, mx.bfloat16)
 
 
 @dataclass
@@ -69,8 +72,11 @@ def run(config: Config, run_dir: Path) -> None:  # noqa: ARG001  # the form of a
         announce("timing instruction sets")
         choices = settle(contests(_standard_forms())) if on_cpu else []
         kernels = f"kernels for CPUs ({native.in_use()})" if on_cpu else gpu
+        if gpu == "cuda":
+            announce("compiling kernels")
+            compile_together(_run_all)
         for geometry, make in _cases(gpu is not None, on_cpu):
-            for dtype in (mx.float32, mx.bfloat16) if gpu else (mx.float32,):
+            for dtype in _GPU_TYPES if gpu else (mx.float32,):
                 case = make(dtype)
                 announce(f"{case.operation} {case.title}, {geometry} shape")
                 findings.append(_examined(case, geometry, kernels is not None))
@@ -113,6 +119,14 @@ def _cases(on_gpu: bool, on_cpu: bool) -> Iterator[tuple[str, Callable[[mx.Dtype
                 name,
                 partial(cases.quantized_matvec, geometry.hidden, geometry.hidden, with_residual=True),
             )
+
+
+def _run_all() -> None:
+    """Call the kernel of every case for GPUs; errors are left to the examination."""
+    for _, make in _cases(on_gpu=True, on_cpu=False):
+        for dtype in _GPU_TYPES:
+            with suppress(RuntimeError, ValueError):
+                make(dtype).custom()
 
 
 def _examined(case: Case, geometry: str, custom: bool) -> Finding:
