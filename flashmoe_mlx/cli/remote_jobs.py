@@ -58,15 +58,15 @@ def collecting(returned: list[JobReturn]) -> Iterator[None]:
         launcher = original(plugins, **arguments)
         launch = launcher.launch
 
-        def launch_and_keep(overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-            results = launch(overrides, initial_job_idx=initial_job_idx)
+        def launch_and_keep(job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+            results = launch(job_overrides, initial_job_idx=initial_job_idx)
             returned.extend(results)
             return results
 
         launcher.launch = launch_and_keep  # type: ignore[method-assign]
         return launcher
 
-    Plugins.instantiate_launcher = instantiate  # type: ignore[assignment,method-assign]
+    Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign]
     try:
         yield
     finally:
