@@ -1,6 +1,8 @@
 """Hostile and faulty requests of a server, each with its answer."""
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -278,15 +280,23 @@ def test_missing_paths_and_methods_have_the_form_of_the_api(live: Live) -> None:
 def test_loading_and_stopping_are_told(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "flashmoe_mlx", "task=serve", "server.port=0", "server.stop_seconds=1"]
     command.append(f"hydra.run.dir={tmp_path}")
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+    key = "zyzzyva-4711"
+    headers = JSON | {"x-api-key": key}
+    variables = {**os.environ, "FLASHMOE_API_KEY": key}
+    folder = Path(__file__).parents[1]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=folder, env=variables) as process:
         assert process.stderr is not None
         url = next(line for line in process.stderr if "listening on" in line).split()[-1]
-        early = httpx2.post(url + CHAT, content=BODY, headers=JSON)
+        early = httpx2.post(url + CHAT, content=BODY, headers=headers)
         assert early.status_code in (503, 200)
         assert early.status_code == 200 or early.headers["retry-after"]
         assert any("ready" in line for line in process.stderr)
+        told = "".join(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stderr))
+        assert f"OPENAI_BASE_URL={url}/v1 OPENAI_API_KEY=<your key>" in told
+        assert f"ANTHROPIC_BASE_URL={url} " in told
+        assert httpx2.post(url + CHAT, content=BODY, headers=JSON).status_code == 401
         body = {"model": "demo", "messages": [SUM], "stream": True, "max_tokens": 4000, "temperature": 2}
-        with httpx2.stream("POST", url + CHAT, json=body, timeout=30) as answer:
+        with httpx2.stream("POST", url + CHAT, json=body, headers=headers, timeout=30) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.terminate()
@@ -296,3 +306,9 @@ def test_loading_and_stopping_are_told(tmp_path: Path) -> None:
         rest = process.stderr.read()
     assert "Traceback" not in rest
     assert "record:" in rest
+    (*_, record) = map(json.loads, (tmp_path / "requests.jsonl").read_text().splitlines())
+    assert record["prompt_tokens"] > 0
+    assert {"time_to_first_token", "cached_tokens", "prefill", "decode"} <= record.keys()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(key.encode() in path.read_bytes() for path in files)
+    assert key not in told + rest

@@ -66,7 +66,7 @@ def collecting(returned: list[JobReturn]) -> Iterator[None]:
         launcher.launch = launch_and_keep  # type: ignore[method-assign]
         return launcher
 
-    Plugins.instantiate_launcher = instantiate  # type: ignore[method-assign]
+    Plugins.instantiate_launcher = instantiate  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
