@@ -211,6 +211,8 @@ def test_tools_ask_for_consent(chat: Terminal, folder: Path) -> None:
     chat.type("weather", "call of weather (tools.py)", "place: A\ufffdB", "run it?")
     chat.type("n", "weather did not run", "You refused.")
     chat.type("weather", "run it?")
+    chat.type("yes", "It is sunny there.")  # once
+    chat.type("weather", "run it?")
     chat.type("o", "It is sunny there.")
     assert record(chat, folder)[-2]["content"].startswith("sunny in Corrow")
     assert "\x1b" not in record(chat, folder)[-2]["content"]

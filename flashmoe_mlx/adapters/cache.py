@@ -50,16 +50,16 @@ class AdaptedCache:
         self.inner.trim(self.length - length)
         self.length = length
 
-    def mark(self) -> Any:
-        """Refuse: only steps of models of this package are begun ahead."""
-        raise NotImplementedError
+    def mark(self) -> "AdaptedCache":
+        """Return the present state, for ``rewind``: a copy, since caches of MLX-LM change in place."""
+        return self.snapshot()
 
-    def rewind(self, mark: Any) -> None:
-        """Refuse, as ``mark``."""
-        raise NotImplementedError
+    def rewind(self, mark: "AdaptedCache") -> None:
+        """Return to the state of ``mark``."""
+        self.restore(mark)
 
     def must_grow(self, tokens: int) -> bool:
-        """Refuse, as ``mark``."""
+        """Refuse: only steps of models of this package are begun ahead."""
         raise NotImplementedError
 
     @property

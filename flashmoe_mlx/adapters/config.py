@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from mlx.utils import tree_flatten
+
 from flashmoe_mlx.adapters.library import first_line, model_classes
 from flashmoe_mlx.adapters.switches import Switch, find_switches
 from flashmoe_mlx.errors import CheckpointError
@@ -20,6 +22,7 @@ _CHOSEN = (
 _CONTEXT = ("max_position_embeddings", "model_max_length", "max_seq_len", "max_sequence_length", "n_positions")
 _VOCABULARY = ("vocab_size", "num_vocab", "padded_vocab_size")
 _HIDDEN = ("hidden_size", "model_dim", "n_embd", "dim")
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layers")
 _CONTEXT_UNKNOWN = 32_768
 _LIMITS = (
     ("size", LARGEST_SIZE), ("dim", LARGEST_SIZE), ("per_tok", MOST_EXPERTS), ("layer", MOST_LAYERS),
@@ -35,10 +38,16 @@ class AdaptedConfig(ModelSize):
     Attributes:
         model_type: the type of the model in ``config.json``.
         module: the name of MLX-LM's module with its class.
+        resident_weights: the weights that are not in routed experts.
+        expert_weights: the weights of a routed expert, on average over the layers.
+        cache_width: the elements that all layers keep for a token of a sequence, at most.
     """
 
     model_type: str
     module: str
+    resident_weights: int
+    expert_weights: int
+    cache_width: int
 
 
 def parse_config(published: Mapping[str, Any]) -> AdaptedConfig:
@@ -74,16 +83,22 @@ def _parsed(published: str) -> AdaptedConfig:
             "there is nothing to stream; use mlx-lm for it",
             code="dense_model",
         )
+    sizes = [array.size for switch in switches for array in switch.parameters().values()]
+    experts = max(_experts(switch) for switch in switches)
+    whole = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
     return AdaptedConfig(
         num_layers=len(switches),
         hidden_size=_size(args, _HIDDEN) or _inputs(switches[0]),
         vocab_size=_size(args, _VOCABULARY) or LARGEST_SIZE,
         max_context=_size(args, _CONTEXT) or _CONTEXT_UNKNOWN,
-        num_experts=max(_experts(switch) for switch in switches),
+        num_experts=experts,
         experts_per_token=chosen_field(args)[1],
         expert_size=_outputs(switches[0]),
         model_type=str(config["model_type"]),
         module=model_class.__module__.rpartition(".")[2],
+        resident_weights=whole - sum(sizes),
+        expert_weights=sum(sizes) // (experts * len(switches)),
+        cache_width=(_size(args, _LAYERS) or len(switches)) * _kept_by_layer(args),
     )
 
 
@@ -95,6 +110,16 @@ def chosen_field(args: Any) -> tuple[tuple[str, ...], int]:
             if type(number) is int and number > 0:
                 return place, number
     return (), 1
+
+
+def _kept_by_layer(args: Any) -> int:
+    """Return the elements that a layer keeps for a token: keys and values, or a latent vector."""
+    latent = _size(args, ("kv_lora_rank",))
+    if latent is not None:
+        return latent + (_size(args, ("qk_rope_head_dim",)) or 0)
+    heads = _size(args, ("num_attention_heads", "num_heads")) or 1
+    width = _size(args, ("head_dim",)) or (_size(args, _HIDDEN) or 0) // heads
+    return 2 * width * (_size(args, ("num_key_value_heads", "num_attention_groups")) or heads)
 
 
 def _size(args: Any, names: tuple[str, ...]) -> int | None:

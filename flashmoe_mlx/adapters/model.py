@@ -20,6 +20,12 @@ _MOST_TOKENS = 2048
 """The largest number of tokens of a prompt that go through a layer together, as in MLX-LM."""
 
 
+def adapted_prompt_memory(hidden_size: int, experts_k: int) -> PromptMemory:
+    """Return the memory of prompt tokens: streams of activations and the outputs of all chosen experts."""
+    per_token = (8 + 3 * experts_k) * hidden_size * 4
+    return PromptMemory(per_token, BLOCK * per_token, 0, 0, _MOST_TOKENS)
+
+
 class AdaptedModel:
     """A model of MLX-LM; its modules compute everything but the choice of memory for experts.
 
@@ -57,9 +63,8 @@ class AdaptedModel:
 
     @property
     def prompt_memory(self) -> PromptMemory:
-        """The memory of prompt tokens: streams of activations and the outputs of all chosen experts."""
-        per_token = (8 + 3 * self.experts_k) * self.config.hidden_size * 4
-        return PromptMemory(per_token, BLOCK * per_token, 0, 0, _MOST_TOKENS)
+        """The memory of prompt tokens."""
+        return adapted_prompt_memory(self.config.hidden_size, self.experts_k)
 
     def new_cache(self) -> SequenceCache:
         """Return the caches of a sequence without tokens."""

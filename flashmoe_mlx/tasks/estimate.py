@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.checkpoint.checkpoint import read_config
 from flashmoe_mlx.checkpoint.formats import mlx_settings
 from flashmoe_mlx.checkpoint.hub import remote_config
@@ -37,7 +38,7 @@ from flashmoe_mlx.research.estimate.prediction import (
     tolerance,
     what_ifs,
 )
-from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, resident_bytes, table_bytes
+from flashmoe_mlx.research.estimate.sizes import DENSE_BITS, GROUP_SIZE, resident_bytes, table_bytes
 from flashmoe_mlx.stores.memory import GIB
 from flashmoe_mlx.tasks.shared.automatic import machine_profile, stored_profile, usable_memory
 from flashmoe_mlx.tasks.shared.keys import TEXT, CommonConfig, ModelChoice
@@ -103,6 +104,8 @@ def run(config: Config, run_dir: Path) -> None:
         helps = {change: best[0].tokens_per_second for change, best in changed if best}
         for line in _profile_lines(profile):
             show(line)
+        if isinstance(model.config, AdaptedConfig):
+            show("speeds are those of this package's kernels; mlx-lm computes this model")
         print_table(_table(found))
         for line in _conclusions(model, found, helps):
             show(line)
@@ -164,11 +167,8 @@ def _published_online(name: str) -> Mapping[str, Any]:
 
 def _model(config: Config, published: Mapping[str, Any], folder: Path | None) -> Model:
     geometry = refuse_unsupported(published, "model")
-    if not isinstance(geometry, ModelConfig):
-        raise CheckpointError(
-            "task=estimate knows no models that run through mlx-lm: their sizes do not follow from config.json",
-            code="not_for_mlx_lm",
-        )
+    if isinstance(geometry, AdaptedConfig):
+        _refuse_widths(config)
     widths = ", ".join(map(str, QUANTIZED_BITS))
     on_disk = None if folder is None else _layout_on_disk(folder)
     stated, group_size = _find_quantization(published, on_disk)
@@ -179,7 +179,10 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
             code="unknown_choice",
         )
     resident_bits = stated if config.resident_bits is None else config.resident_bits
-    if resident_bits not in QUANTIZED_BITS:
+    is_dense = on_disk is not None and on_disk.single_format is not None and on_disk.single_format.bits is None
+    if isinstance(geometry, AdaptedConfig) and is_dense:
+        resident_bits = DENSE_BITS  # packs keep the weights of the checkpoint
+    elif resident_bits not in QUANTIZED_BITS:
         raise InputError(f"resident_bits={resident_bits}: choose from {widths}")
     trace = None
     if config.trace is not None:
@@ -197,11 +200,13 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
     if not 1 <= context <= geometry.max_context:
         raise InputError(f"context={context}: must be from 1 to {geometry.max_context} tokens")
     activation_bytes = activation_type().size
+    if isinstance(geometry, AdaptedConfig):
+        activation_bytes = 2  # the type of its weights
     scale_bytes = 2 if choose("auto", kv_bits=config.kv_bits).accepts_any_scale_dtype else activation_bytes
     (bits,) = all_bits
     group_size = group_size if bits == stated else GROUP_SIZE  # otherwise task=pack quantizes the experts
     single = None if on_disk is None else on_disk.single_format
-    plain = single is not None and single.mode == AFFINE
+    plain = single is not None and single.mode == AFFINE and isinstance(geometry, ModelConfig)
     return Model(
         geometry,
         bits,
@@ -215,6 +220,17 @@ def _model(config: Config, published: Mapping[str, Any], folder: Path | None) ->
         config.kv_bits,
         layout=None if plain or config.bits is not None else on_disk,
     )
+
+
+def _refuse_widths(config: Config) -> None:
+    """Raise InputError if a key would change the widths of a model that runs through mlx-lm."""
+    for key in ("bits", "resident_bits", "kv_bits"):
+        if getattr(config, key) is not None:
+            raise InputError(
+                f"{key}={getattr(config, key)}: this model runs through mlx-lm, with the widths of its checkpoint; "
+                "leave it out",
+                code="not_for_mlx_lm",
+            )
 
 
 def _find_quantization(published: Mapping[str, Any], layout: LayerLayouts | None) -> tuple[int, int]:
@@ -285,7 +301,7 @@ def _sizes(name: str, model: Model, memory: int, folder: Path) -> Iterator[str]:
     resident = resident_bytes(geometry, model.resident_bits, group_size=model.group_size)
     pack = model.node_bytes + resident + table_bytes(geometry)
     yield (
-        f"{name}: {len(geometry.moe_layers)} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
+        f"{name}: {geometry.num_moe_layers} layers of {geometry.num_experts} experts, {model.experts_k} per token, "
         f"{model.bits if model.layout is None else round(model.layout.code_bits, 2)} bits"
     )
     while not folder.exists():

@@ -153,9 +153,17 @@ def _fields(module: str, name: str) -> dict[str, Any]:
     return config | ({"model_type": module} if "model_type" in names and module != "bailing_moe_v3" else {})
 
 
-def write_checkpoint(module: str, folder: Path, bits: int | None = 4, seed: int = 0) -> None:
-    """Write a small random checkpoint, as MLX-LM's conversion does; ``bits`` is None for f32 weights."""
-    config = small_config(module)
+def write_checkpoint(module: str, folder: Path, bits: int | None = 4, seed: int = 0, **changes: Any) -> None:
+    """Write a small random checkpoint, as MLX-LM's conversion does.
+
+    Args:
+        module: the name of MLX-LM's file.
+        folder: the folder of the checkpoint.
+        bits: the width of matrices; None for f32 weights.
+        seed: the seed of the weights.
+        changes: values that replace those of the small config.
+    """
+    config = small_config(module) | changes
     model_class, args_class = model_classes(config)
     model = model_class(args_class.from_dict(config))
     mx.random.seed(seed)

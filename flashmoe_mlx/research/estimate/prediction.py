@@ -9,7 +9,7 @@ import numpy as np
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import LayerLayouts
 from flashmoe_mlx.formats.trace import RoutingTrace
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.config import ModelConfig, ModelSize
 from flashmoe_mlx.research.estimate.machine_profile import MachineProfile
 from flashmoe_mlx.research.estimate.several_nodes import SUM_SECONDS, most_on_a_node
 from flashmoe_mlx.research.estimate.sizes import GROUP_SIZE, MemoryNeed, memory_need, record_bytes
@@ -67,7 +67,7 @@ class Model:
         nodes: the number of machines that share the experts equally.
     """
 
-    config: ModelConfig
+    config: ModelSize
     bits: int
     resident_bits: int
     experts_k: int
@@ -102,7 +102,7 @@ class Model:
         """The bytes of all experts on disk."""
         if self.layout is not None:
             return self.config.num_experts * self.layout.bytes_in_all_layers
-        return len(self.config.moe_layers) * self.config.num_experts * self.record_bytes
+        return self.config.num_moe_layers * self.config.num_experts * self.record_bytes
 
     @property
     def node_bytes(self) -> int:
@@ -118,7 +118,7 @@ class Model:
     @property
     def sums(self) -> float:
         """The seconds of all sums of a token over several machines."""
-        return len(self.config.moe_layers) * SUM_SECONDS if self.nodes > 1 else 0.0
+        return self.config.num_moe_layers * SUM_SECONDS if self.nodes > 1 else 0.0
 
     @property
     def record_bytes(self) -> int:
@@ -174,7 +174,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
         yield _estimate("resident", {}, [in_memory] * 3, (1.0, 1.0, 1.0), model.node_bytes)
         return
     record = model.record_bytes
-    slots = room * model.nodes // (record * len(model.config.moe_layers))
+    slots = room * model.nodes // (record * model.config.num_moe_layers)
     direct = next((way for way in DIRECT if way in machine.profile.ways), None)
     if direct is not None:
         ring = direct.startswith("io_uring")
@@ -182,7 +182,7 @@ def _each(model: Model, machine: Machine, room: int) -> Iterator[Estimate]:
             replays = _replays(model, slots, "layer")
             reads = [{direct: _misses(replay)} for replay in replays]
             reader = {"reader": "io_uring", "depth": 64} if ring else {}
-            budget = slots * record * len(model.config.moe_layers) // model.nodes
+            budget = slots * record * model.config.num_moe_layers // model.nodes
             yield _predicted(speed, model, "ram_hybrid", {**reader, "direct": True}, replays, reads, budget)
         else:
             reads_all = {direct: certainly(model.experts_k)}
@@ -264,20 +264,20 @@ def _hits(replay: Replay, k: int) -> Distribution:
     return np.asarray(misses[::-1] / misses.sum())
 
 
-def check_trace(trace: RoutingTrace, config: ModelConfig, name: str) -> None:
+def check_trace(trace: RoutingTrace, config: ModelSize, name: str) -> None:
     """Raise InputError if ``trace`` and ``config`` differ in the number of layers or experts."""
     _, layers, _ = trace.experts.shape
-    if (layers, trace.num_experts) != (len(config.moe_layers), config.num_experts):
+    if (layers, trace.num_experts) != (config.num_moe_layers, config.num_experts):
         raise InputError(
             f"{name}: recorded with {layers} layers of {trace.num_experts} experts; this model has "
-            f"{len(config.moe_layers)} of {config.num_experts}",
+            f"{config.num_moe_layers} of {config.num_experts}",
             code="trace_of_another_model",
         )
 
 
 def what_ifs(model: Model, machine: Machine) -> Iterator[tuple[str, Model, Machine]]:
     """Yield single changes that may make the model faster: (name, changed model, changed machine)."""
-    if model.bits > 2:
+    if model.bits > 2 and isinstance(model.config, ModelConfig):
         yield "bits=[2]", replace(model, bits=2, layout=None), machine
     for k in (4, 2):
         if k < model.experts_k and model.trace is None:

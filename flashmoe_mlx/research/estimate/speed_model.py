@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from flashmoe_mlx.models.config import ModelConfig
+from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.research.estimate.machine_profile import HALF, MEMORY, MachineProfile, Point
 from flashmoe_mlx.research.estimate.sizes import expert_weights, record_bytes, touched_weights
 
@@ -66,7 +66,7 @@ class SpeedModel:
 
     def predict(
         self,
-        config: ModelConfig,
+        config: ModelSize,
         bits: int,
         experts_k: float,
         reads: Mapping[str, Distribution],
@@ -96,7 +96,7 @@ class SpeedModel:
                 in_memory = experts_k - np.arange(len(counts)) if len(reads) == 1 else np.zeros(len(counts))
                 hidden = self._overlap(quartile) * np.minimum(added, np.maximum(in_memory, 0) * expert)
                 reading += float(np.dot(counts, added - hidden))
-            layers = len(config.moe_layers)
+            layers = config.num_moe_layers
             computing = (
                 config.num_layers * costs.layer + layers * experts_k * expert + costs.weight * touched_weights(config)
             )
