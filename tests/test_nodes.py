@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import node_program
+import node_restart
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -160,6 +161,22 @@ def test_a_node_ends_if_another_one_is_gone(
         for node in nodes:
             node.kill()
             node.communicate()
+
+
+def test_a_restart_continues_from_the_disk(tiny_pack: Path, tmp_path: Path) -> None:
+    """After the loss of a node in a request, the group computes only the new tokens of an earlier conversation."""
+    program = [str(Path(__file__).with_name("node_restart.py")), str(tiny_pack), str(tmp_path)]
+    ring.run(2, [*program, "loses"], tmp_path)
+    lost = json.loads((tmp_path / "lost.json").read_text())
+    assert lost["code"] == "node_lost"
+    for code, _, errors in ring.run(2, [*program, "restarts"], tmp_path):
+        assert code == 0, errors
+    restarted = json.loads((tmp_path / "restarted.json").read_text())
+    prompt = [*node_restart.PROMPT, *lost["first"], *node_restart.MORE]
+    assert restarted["reused"] == len(prompt) - len(node_restart.MORE) - 1  # the state is that before the latest token
+    with flashmoe_mlx.load(tiny_pack, prompt_cache_gib=0) as engine:
+        assert node_restart.answer(engine, node_restart.PROMPT)[0] == lost["first"]
+        assert node_restart.answer(engine, prompt)[0] == restarted["again"]
 
 
 @pytest.mark.thorough

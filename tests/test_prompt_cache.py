@@ -7,11 +7,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TINY
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
@@ -24,6 +26,7 @@ from flashmoe_mlx.generation.prompt_cache import files
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.prompt_cache.disk import open_disk
 from flashmoe_mlx.generation.sequence import Sequence, Status
+from flashmoe_mlx.made_models.synthetic import synthetic_pack
 
 
 @pytest.fixture
@@ -95,6 +98,7 @@ class Conversations(RuleBasedStateMachine):
 
     engine: Engine
     pack: Path
+    accepted: float
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +156,7 @@ class Conversations(RuleBasedStateMachine):
             metrics = sequence.metrics
             assert metrics.computed_tokens + metrics.reused_tokens == len(prompt)
             expected = self.engine.logits(prompt)[-1]
-            np.testing.assert_allclose(capture.first, expected, atol=1e-3)
+            np.testing.assert_allclose(capture.first, expected, atol=self.accepted)
         self.known.append([*prompt, *sequence.token_ids])
 
     @rule(which=st.integers(0, 50))
@@ -198,8 +202,21 @@ class Conversations(RuleBasedStateMachine):
 
 
 def test_any_order_of_requests(engine: Engine, tiny_pack: Path) -> None:
-    machine = type("Bound", (Conversations,), {"engine": engine, "pack": tiny_pack})
+    machine = type("Bound", (Conversations,), {"engine": engine, "pack": tiny_pack, "accepted": 1e-3})
     run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("kv_bits", "accepted"), [(None, 1e-3), (16, 0.02), (8, 0.1), (4, 0.5)])
+@pytest.mark.parametrize("family", ["qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen4_exp"])
+def test_any_order_of_requests_to_every_family(
+    family: str, kv_bits: int | None, accepted: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp() / f"conversations-{family}"
+    pack = synthetic_pack("tiny", replace(TINY, num_layers=4), folder, family=family).folder
+    with flashmoe_mlx.load(pack, kv_bits=kv_bits, prompt_cache_gib=0.05) as engine:
+        machine = type("Bound", (Conversations,), {"engine": engine, "pack": pack, "accepted": accepted})
+        run_state_machine_as_test(machine, settings=settings(max_examples=8, stateful_step_count=12, deadline=None))
 
 
 @pytest.mark.parametrize("kv_bits", [8, 4])

@@ -223,6 +223,27 @@ def test_yarn_extends_the_context() -> None:
 # Attention
 
 
+@pytest.mark.parametrize(
+    ("rotated", "accepted"),
+    [(reference.rotate, 1e-5), (mlx.rotate, 0.15)],  # MLX's own operation has angles in f32, as transformers has
+)
+def test_positions_near_a_million(rotated: Any, accepted: float) -> None:
+    """The published settings for 1,010,000 tokens, against angles in f64."""
+    rope = both({**PLAIN, **YARN_4}, None)
+    frequencies = rope.frequencies()
+    half = len(frequencies)
+    norm = mx.ones((256,))
+    weights = AttentionWeights(2, 1, 256, rope.dim, rope.theta, norm, norm, 1e-6, frequencies)
+    x = mx.random.normal((1, 2, 6, 256), key=mx.random.key(0))
+    for offset in (262_140, 1_009_994):
+        angles = np.arange(offset, offset + 6)[:, None] * np.array(frequencies, np.float64)
+        expected = np.array(x, np.float64)
+        first, second = expected[..., :half].copy(), expected[..., half : 2 * half].copy()
+        expected[..., :half] = first * np.cos(angles) - second * np.sin(angles)
+        expected[..., half : 2 * half] = second * np.cos(angles) + first * np.sin(angles)
+        np.testing.assert_allclose(np.array(rotated(x, weights, offset)), expected, rtol=0, atol=accepted)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "mlx", "reference"])
 def test_every_path_through_attention_rotates_as_transformers(kernels: str, tmp_path: Path) -> None:
     case = Case(YARN.name, 0, "dense", "F32")

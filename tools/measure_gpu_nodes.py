@@ -39,11 +39,11 @@ CHAIN = 60
 LAUNCH = "from mlx._distributed_utils.launch import main; main()"
 
 
-def chain_seconds(nodes: Nodes, width: int, dtype: mx.Dtype) -> float:
-    """Return the seconds of a sum [1, width] over all nodes in a chain."""
+def chain_seconds(nodes: Nodes, width: int) -> float:
+    """Return the seconds of a sum f32 [1, width] over all nodes in a chain."""
     best = float("inf")
     for _ in range(5):
-        x = mx.zeros((1, width), dtype)
+        x = mx.zeros((1, width), mx.float32)
         mx.eval(x)
         start = perf_counter()
         for _ in range(CHAIN):
@@ -59,13 +59,13 @@ def node(pack: str, out: str, tokens: int, rounds: int) -> None:
     start = perf_counter()
     with flashmoe_mlx.load(pack, backend="resident", prompt_cache_gib=0, nodes=nodes) as engine:
         loaded = perf_counter() - start
-        dtype, width = engine.model.dtype, engine.model.config.hidden_size
+        width = engine.model.config.hidden_size
         if nodes is not None and nodes.rank:
             engine.follow()
         else:
             measured = measure(engine, tokens, rounds) | {"load_seconds": loaded}
     # The other nodes have ended their part of the engine when this one has closed it.
-    sums = {} if nodes is None else sum_microseconds(nodes, width, dtype)
+    sums = {} if nodes is None else sum_microseconds(nodes, width)
     if nodes is None or nodes.rank == 0:
         Path(out).write_text(json.dumps(measured | sums))
 
@@ -93,15 +93,20 @@ def measure(engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def sum_microseconds(nodes: Nodes, width: int, dtype: mx.Dtype) -> dict[str, float]:
+def sum_microseconds(nodes: Nodes, width: int) -> dict[str, float]:
     """Return the microseconds of a sum and of an order of node 0."""
-    seconds = chain_seconds(nodes, width, dtype)
+    seconds = chain_seconds(nodes, width)
     messages = []
     for _ in range(20):
         start = perf_counter()
         nodes.message({"a": 1} if nodes.rank == 0 else None)
         messages.append(perf_counter() - start)
     return {"sum_us": seconds * 1e6, "order_us": float(np.median(messages)) * 1e6}
+
+
+def first_difference(one: list[int], other: list[int]) -> int:
+    """Return the number of equal tokens before the first different one."""
+    return next((place for place, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
 
 
 def run(arguments: list[str], backend: str | None, cpu: bool) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def main() -> None:
     for turn, backend in enumerate([None, options.backend, options.backend, None]):
         result = run(arguments, backend, options.tiny)
         first = first or result["answers"][0]
-        same = [sum(a == b for a, b in zip(first, answer, strict=True)) for answer in result["answers"]]
+        same = [first_difference(first, answer) for answer in result["answers"]]
         if turn == 0:
             print(f"{result['device']}, replaced kernels: {result['replaced'] or 'none'}")
         sums = ""
@@ -155,7 +160,8 @@ def main() -> None:
         spent = ", ".join(f"{name} {ms:.2f}" for name, ms in phases)
         print(
             f"{'one' if backend is None else f'two by {backend}'}: {median:.2f} ms a token [{low:.2f}, {high:.2f}]; "
-            f"{spent}; same tokens {same} of {len(first)}; node 0 read {result['experts_read_gb']:.2f} GB, loaded in "
+            f"{spent}; the first {same} of {len(first)} tokens are those of one GPU; "
+            f"node 0 read {result['experts_read_gb']:.2f} GB, loaded in "
             f"{result['load_seconds']:.1f} s{sums}; {perf_counter() - start:.0f} s so far",
             flush=True,
         )

@@ -3,9 +3,11 @@
     python tools/measure_nodes.py --pack <folder> --mb-per-second 100
 
 A store delays each fetch to the given rate, as if every process had its own slow disk. All processes share the page
-cache and the memory of this machine, and compute with one thread each. Runs of one and of several processes alternate.
-The table has a model beside each speed-up: the time of one process without its reads, plus the reads of the slowest
-node of each layer. The model leaves out the time of sums.
+cache and the memory of this machine, and compute with one thread each. MLX waits busily, with threads that hinder other
+processes where there are few cores; ``--pin`` keeps each process on one core. Runs of one and of several processes
+alternate. The table has a model beside each speed-up: the time of one process without its reads, plus the reads of the
+slowest node of each layer. The model leaves out the time of sums. Comments below the table show where the time of each
+node goes: its reads (io), its waits for other nodes (nodes), and computation.
 """
 
 import argparse
@@ -55,12 +57,17 @@ class SlowStore(PreadStore):
 
 def node(options: argparse.Namespace) -> None:
     """Answer once as one process, or as one of several nodes; node 0 writes the measurements."""
+    if options.pin:  # before MLX starts threads
+        allowed = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {allowed[int(os.environ.get("MLX_RANK", "0")) % len(allowed)]})
     weights = tuple(options.weights) if options.weights else None
     nodes = Nodes(weights, timeout=60.0) if launched() else None
     backend = {"_target_": "measure_nodes.SlowStore", "mb_per_second": options.mb_per_second}
     with flashmoe_mlx.load(options.pack, backend, options.experts_k, prompt_cache_gib=0, nodes=nodes) as engine:
         if nodes is not None and nodes.rank:
             engine.follow()
+            spent = dict(engine.runner.clock.seconds)
+            Path(f"{options.out}.{nodes.rank}").write_text(json.dumps(spent))
             return
         chosen: list[tuple[int, npt.NDArray[np.uint32]]] = []
         if nodes is None:
@@ -89,6 +96,7 @@ def run(options: argparse.Namespace, count: int) -> dict[str, Any]:
         command = [sys.executable, str(Path(__file__).resolve()), "--pack", options.pack, "--out", str(out)]
         command += ["--mb-per-second", str(options.mb_per_second), "--tokens", str(options.tokens)]
         command += ["--experts-k", str(options.experts_k)] if options.experts_k else []
+        command += ["--pin"] if options.pin else []
         if count > 1:
             weights = ["--weights", *map(str, options.weights)] if options.weights else []
             command = [sys.executable, "-c", LAUNCH, "-n", str(count), "--backend", "ring", "--", *command, *weights]
@@ -99,6 +107,7 @@ def run(options: argparse.Namespace, count: int) -> dict[str, Any]:
         if ended.returncode or not out.exists():
             raise SystemExit(f"failed:\n{ended.stdout[-2000:]}\n{ended.stderr[-4000:]}")
         result: dict[str, Any] = json.loads(out.read_text())
+        result["others"] = [json.loads(path.read_text()) for path in sorted(out.parent.glob(f"{out.name}.*"))]
         return result
 
 
@@ -123,6 +132,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, nargs="*", default=[2])
     parser.add_argument("--weights", type=float, nargs="*")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--pin", action="store_true", help="run each process on one core")
     parser.add_argument("--out")
     options = parser.parse_args()
     mx.set_default_device(mx.cpu)
@@ -150,6 +160,10 @@ def main() -> None:
             f"| {count} | {listed} | {best['phases']['io']:.1f} | {best['phases'].get('nodes', 0.0):.1f} "
             f"| {best['mb_per_token']:.2f} | {faster:.2f} | {modeled:.2f} | {'same' if same else 'differ'} |"
         )
+        own = [{name: spent * options.tokens / 1e3 for name, spent in best["phases"].items()}, *best["others"]]
+        for rank, seconds in enumerate(own):
+            listed = ", ".join(f"{name} {spent:.2f}" for name, spent in sorted(seconds.items()))
+            print(f"<!-- {count} nodes, seconds of node {rank}: {listed} -->")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +21,7 @@ from flashmoe_mlx.cli.claims import ClaimError, claims
 from flashmoe_mlx.cli.composition import build_config
 from flashmoe_mlx.cli.error_reports import message, report
 from flashmoe_mlx.cli.normalization import normalize_argv
+from flashmoe_mlx.cli.remote_jobs import RemoteJob, collecting, outcome, take_home
 from flashmoe_mlx.cli.sweeps import Job, summarize
 from flashmoe_mlx.cli.usage import help_text
 from flashmoe_mlx.console.streams import drop_answer, print_answer
@@ -70,23 +72,28 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
     """
     codes: list[int] = []
     jobs: list[Job] = []
+    returned: list[JobReturn] = []
+    own_process = os.getpid()
 
     @hydra.main(version_base="1.3", config_path="pkg://flashmoe_mlx.configs", config_name="config")
-    def run_job(composed: DictConfig) -> float | None:
+    def run_job(composed: DictConfig) -> float | RemoteJob | None:
         folder = Path(HydraConfig.get().runtime.output_dir)
         unused = not holds_measurements(folder)
         job = Job(folder, _overrides())
         jobs.append(job)
+        code, metric = 0, None
         try:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 refuse_used(folder, "hydra.sweep.subdir")
             (folder / FAILURE).unlink(missing_ok=True)  # from an earlier attempt
             config = build_config(composed)
-            metric: float | None = import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
+            metric = import_module(f"flashmoe_mlx.tasks.{config.task.name}").run(config, folder)
         except Exception as error:
             job.failure = message(error, folder)
-            codes.append(report(error, debug, folder, record=unused))
-            return None
+            code = report(error, debug, folder, record=unused)
+            codes.append(code)
+        if os.getpid() != own_process:  # the lists are copies
+            return outcome(job, code, metric)
         return metric  # for sweepers that optimize
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise its errors instead of printing them and exiting
@@ -95,9 +102,13 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
     logging.raiseExceptions = False  # a log that cannot be written must not fill the terminal with tracebacks
     try:
         try:
-            run_job()
+            with collecting(returned):
+                run_job()
         except SystemExit as ended:  # after --hydra-help and similar options
             codes.append(InputError.exit_code if ended.code else 0)
+        for remote in take_home(returned):
+            jobs.append(remote.job)
+            codes.append(remote.code)
         print_answer("", end="")  # Hydra does not flush what --cfg prints
         if runs and not jobs:
             raise InputError("nothing ran: a range or pattern on the command line has no values", code="empty_sweep")
@@ -108,6 +119,12 @@ def _run_hydra(arguments: Sequence[str], debug: bool, runs: bool) -> int:
             drop_answer()
         raise
     except Exception as error:
+        package = type(error).__module__.partition(".")[0]
+        if package in ("ray", "submitit"):
+            raise FlashMoeError(
+                f"{package}: {' '.join(str(error).split())[:500]}; the records of finished jobs are on their machines",
+                code="cluster_failed",
+            ) from error
         raise InputError(
             f"Hydra rejects the command line: {' '.join(str(error).split())} (debug=true shows the traceback)"
         ) from error

@@ -60,6 +60,8 @@ def _composition_error(error: Exception) -> str:
         for known in GROUPS:  # the name may contain slashes
             if error.missing_cfg_file.startswith(f"{known}/"):
                 group, name = known, error.missing_cfg_file.removeprefix(f"{known}/")
+        if group == "hydra/launcher":
+            return f"{group}={name}: no such launcher; ray and submitit need: pip install 'flashmoe_mlx[cluster]'"
         if group == "hydra/sweeper":
             return f"{group}={name}: no such sweeper; optuna needs the extra sweep: pip install 'flashmoe_mlx[sweep]'"
         hint = f"; for a folder: model.path={name}" if group == "model" else ""
