@@ -5,7 +5,7 @@
 
 Makes a model with random weights and the geometry of the 397B, 16 layers of 64 experts, unless it is in the cache. Then
 it runs one process with one GPU, two processes with two GPUs, twice, and the first again. For each run it prints the
-milliseconds of a token (median, without the first 16), where the time of the host goes, whether the tokens are those of
+milliseconds of a token (mean of each answer, without the first 16; several tokens may arrive together), where the time of the host goes, whether the tokens are those of
 one GPU, and the time of a sum of all GPUs in a chain of 60.
 """
 
@@ -80,11 +80,11 @@ def measure(engine: Engine, tokens: int, rounds: int) -> dict[str, Any]:
             while sequence.finish_reason is None:
                 engine.runner.decode([sequence])
         decode = sequence.metrics.decode
-        steps += [seconds * 1e3 for seconds in decode.steps[LEFT_OUT:]]
+        steps.append(sum(decode.steps[LEFT_OUT:]) / len(decode.steps[LEFT_OUT:]) * 1e3)
         phases.append({name: spent / len(decode.steps) * 1e3 for name, spent in decode.phases.items()})
         answers.append(sequence.token_ids)
     return {
-        "ms": np.percentile(steps, [5, 50, 95]).tolist(),
+        "ms": steps,
         "phases_ms": phases[-1],
         "answers": answers,
         "replaced": engine.setup["replaced_kernels"],
@@ -155,11 +155,11 @@ def main() -> None:
         sums = ""
         if backend is not None:
             sums = f"; a sum in a chain {result['sum_us']:.0f} us, an order {result['order_us']:.0f} us"
-        low, median, high = result["ms"]
+        ms = ", ".join(f"{one:.2f}" for one in result["ms"])
         phases = sorted(result["phases_ms"].items(), key=lambda one: -one[1])
         spent = ", ".join(f"{name} {ms:.2f}" for name, ms in phases)
         print(
-            f"{'one' if backend is None else f'two by {backend}'}: {median:.2f} ms a token [{low:.2f}, {high:.2f}]; "
+            f"{'one' if backend is None else f'two by {backend}'}: {ms} ms a token; "
             f"{spent}; the first {same} of {len(first)} tokens are those of one GPU; "
             f"node 0 read {result['experts_read_gb']:.2f} GB, loaded in "
             f"{result['load_seconds']:.1f} s{sums}; {perf_counter() - start:.0f} s so far",

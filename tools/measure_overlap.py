@@ -7,7 +7,8 @@ Modes take turns in one process, on one store, with new random tokens in each ro
 
 - parts: experts are applied as they arrive; this is what users run.
 - blocking: the same, but a layer waits for its last expert before it computes with the first.
-- compute: the store serves other records from memory, so that nothing is read.
+- compute: the store serves other records from memory, so that nothing is read. With ``--gpu``, a second engine has all
+  experts in the GPU's memory.
 - I/O: the misses of "parts" are read again, layer by layer, and nothing is computed.
 
 Besides the policies of ``prefetch=`` there is "known", which hints exactly the experts that each layer will choose,
@@ -18,6 +19,7 @@ directly (``direct=true``), or "I/O" finds its records in the page cache.
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -79,8 +81,9 @@ class KnownChoices(Prefetcher):
 class Bench:
     """An engine whose store can be made to wait, to read nothing, or to do nothing but read."""
 
-    def __init__(self, engine: Engine, seed: int, known: KnownChoices | None) -> None:
+    def __init__(self, engine: Engine, seed: int, known: KnownChoices | None, resident: Engine | None = None) -> None:
         self.engine = engine
+        self.resident = resident
         self.known = known
         self.store: Any = engine.store  # this tool replaces private methods
         self.random = np.random.default_rng(seed)
@@ -95,16 +98,17 @@ class Bench:
         """The misses of each token of the latest round of "parts", by layer."""
         self.next = 0
 
-    def tokens(self, count: int) -> list[float]:
+    def tokens(self, count: int, engine: Engine | None = None) -> list[float]:
         """Decode random tokens of a new sequence and return the milliseconds of each."""
-        times, cache = [], self.engine.new_cache()
+        engine = engine or self.engine
+        times, cache = [], engine.new_cache()
         tokens = self.random.integers(256, size=count).tolist()
         if self.known is not None:
             self.known.learn(tokens)
         for token in tokens:
             self.misses.append([])
             start = time.perf_counter()
-            self.engine.forward([token], cache)
+            mx.eval(engine.forward([token], cache))
             times.append(1e3 * (time.perf_counter() - start))
         return times
 
@@ -130,6 +134,8 @@ class Bench:
 
     def compute(self, count: int) -> list[float]:
         """Time a store that reads nothing."""
+        if self.resident is not None:
+            return self.tokens(count, self.resident)
 
         def load(_: int, experts: Sequence[int], __: Delivery) -> Any:
             self.next += len(experts)
@@ -169,30 +175,39 @@ def main() -> None:
     parser.add_argument("--prefetch", default="none")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a round")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--gpu", action="store_true", help="compute on the GPU, whose memory holds the model")
     arguments = parser.parse_args()
-    mx.set_default_device(mx.cpu)
+    mx.set_default_device(mx.gpu if arguments.gpu else mx.cpu)
     options = dict(option.split("=", 1) for option in filter(None, arguments.options.split(",")))
     parsed = {name: yaml.safe_load(value) for name, value in options.items()}
     print(_HEAD)
-    for policy in arguments.prefetch.split(","):
-        named = "early_router" if policy == _KNOWN else policy
-        with flashmoe_mlx.load(
-            arguments.pack, arguments.backend, prefetch=named, prompt_cache_gib=0, **parsed
-        ) as engine:
-            bench = Bench(engine, 1, KnownChoices(arguments.pack, engine) if policy == _KNOWN else None)
-            bench.tokens(_WARM_UP)
-            times: dict[str, list[float]] = {"parts": [], "blocking": [], "compute": [], "io": []}
-            done, others = StoreStats(), OtherProcesses()
-            for round_ in range(arguments.rounds):
+    with ExitStack() as stack:
+        resident = None
+        if arguments.gpu:
+            resident = stack.enter_context(flashmoe_mlx.load(arguments.pack, "resident", prompt_cache_gib=0))
+        for policy in arguments.prefetch.split(","):
+            _measure(arguments, policy, parsed, resident)
+
+
+def _measure(arguments: argparse.Namespace, policy: str, options: dict[str, Any], resident: Engine | None) -> None:
+    """Measure one policy and print its row."""
+    named = "early_router" if policy == _KNOWN else policy
+    with flashmoe_mlx.load(arguments.pack, arguments.backend, prefetch=named, prompt_cache_gib=0, **options) as engine:
+        bench = Bench(engine, 1, KnownChoices(arguments.pack, engine) if policy == _KNOWN else None, resident)
+        bench.tokens(_WARM_UP)
+        if resident is not None:
+            bench.tokens(_WARM_UP, resident)
+        times: dict[str, list[float]] = {"parts": [], "blocking": [], "compute": [], "io": []}
+        done, others = StoreStats(), OtherProcesses()
+        for round_ in range(arguments.rounds):
+            for mode in (
+                ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io")
+            ):
                 before = engine.store.stats()
-                for mode in (
-                    ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io")
-                ):
-                    before = engine.store.stats()
-                    times[mode] += getattr(bench, mode)(arguments.tokens)
-                    if mode == "parts":
-                        done += engine.store.stats() - before
-            _print_row(policy, times, done, others.share())
+                times[mode] += getattr(bench, mode)(arguments.tokens)
+                if mode == "parts":
+                    done += engine.store.stats() - before
+        _print_row(policy, times, done, others.share())
 
 
 def _print_row(policy: str, times: dict[str, list[float]], done: StoreStats, others: float) -> None:
