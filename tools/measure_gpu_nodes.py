@@ -5,8 +5,8 @@
 
 Makes a model with random weights and the geometry of the 397B, 16 layers of 64 experts, unless it is in the cache. Then
 it runs one process with one GPU, two processes with two GPUs, twice, and the first again. For each run it prints the
-milliseconds of a token (mean of each answer, without the first 16; several tokens may arrive together), where the time of the host goes, whether the tokens are those of
-one GPU, and the time of a sum of all GPUs in a chain of 60.
+milliseconds of a token of each answer (the mean without the first 16, since several tokens may arrive together), where
+the time of the host goes, how many tokens are those of one GPU, and the time of a sum of all GPUs in a chain of 60.
 """
 
 import argparse
