@@ -157,6 +157,13 @@ def test_items_without_scored_tokens(demo_pack: Path) -> None:
         assert found["text"]["items"] == 1
 
 
+def test_an_item_beyond_the_context_is_refused_at_once(tiny_pack: Path) -> None:
+    """The item is named before a model runs over earlier items for minutes."""
+    with load(tiny_pack) as engine, pytest.raises(InputError, match="kind long has 300 tokens") as raised:
+        Reference.record(engine, [Item("short", text="ab"), Item("long", text="a" * 300)])
+    assert raised.value.code == "prompt_too_long"
+
+
 def test_a_template_that_always_thinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     item = Item("word", messages=({"role": "user", "content": "2 + 2?"},), answer="four", exact="four")
     with load(checkpoint(tmp_path / "model", "{{ messages[0].content }}<think>\n")) as engine:

@@ -39,9 +39,18 @@ class Reference:
         """Run ``engine`` over ``items`` and keep its log-probabilities.
 
         Raises:
-            InputError: no item has a token to score (code "nothing_to_score").
+            InputError: no item has a token to score (code "nothing_to_score"), or an item exceeds the context
+                ("prompt_too_long").
         """
         passages = [passage(engine, item) for item in items]
+        most = engine.model.config.max_context
+        for item, tokens in zip(items, passages, strict=True):
+            if (length := len(tokens.given) + len(tokens.scored)) > most:
+                raise InputError(
+                    f"an item of kind {item.kind} has {length} tokens; this model's context holds {most}; name other "
+                    "kinds by kinds=[...], or other items by items=<file>",
+                    code="prompt_too_long",
+                )
         total = sum(len(tokens.scored) for tokens in passages)
         if not total:
             raise InputError(
