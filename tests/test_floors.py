@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = (
-    ("errors", "version"),
+    ("deprecation", "errors", "version"),
     ("cgroups", "paths", "progress"),
     ("formats",),
     ("custom_kernels",),

@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from flashmoe_mlx.deprecation import deprecated
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "docs" / "api" / f"{grade}.md" for grade in ("stable", "provisional")]
 MODULES = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)]
@@ -106,3 +108,17 @@ def test_examples_import_public_names_only() -> None:
     private = [(module, name) for module, name in imports if name not in getattr(import_module(module), "__all__", ())]
     assert private == []
     assert {module for module, _ in imports} <= set(MODULES)
+
+
+def test_a_deprecated_name_warns_and_works() -> None:
+    @deprecated("use int", removal="0.3")
+    def old(text: str, base: int = 10) -> int:
+        """Return a number."""
+        return int(text, base)
+
+    with pytest.warns(
+        DeprecationWarning, match=r"old is deprecated and will be removed in version 0\.3; use int"
+    ) as found:
+        assert old("11", base=2) == 3
+    assert found[0].filename == __file__
+    assert old.__doc__ == "Return a number."
