@@ -512,9 +512,10 @@ def test_routed_experts_compile_for_cuda(shared: bool, bits: int | tuple[int, in
     gate_up, down = routed_experts.kernels(shared)
     own = [U32, dtype, dtype] * shared
     template = EXPERTS | {"T": dtype} | formats(bits, dtype)
+    result = {"RESULT": mx.float32 if shared else dtype}
     assert compile_for_cuda(gate_up, [dtype, U8, I32, *own, *own], [F32], template | {"THREADS": 128})
-    inputs = [F32, dtype, U8, I32, F32, *own]
-    assert compile_for_cuda(down, inputs, [dtype], template | {"TEAM": 32, "SIMDGROUPS": 5})
+    inputs = [F32, result["RESULT"], U8, I32, F32, *own]
+    assert compile_for_cuda(down, inputs, [result["RESULT"]], template | result | {"TEAM": 32, "SIMDGROUPS": 5})
 
 
 @needs_nvrtc
@@ -526,8 +527,8 @@ def test_routed_experts_on_tensor_cores_compile_for_cuda(shared: bool, group_siz
     own = [U32, BF16, BF16] * shared
     template = EXPERTS | {"T": BF16} | formats(bits, BF16, group_size)
     assert compile_for_cuda(gate_up, [BF16, U8, I32, *own, *own], [BF16], template | {"SIMDGROUPS": 4, "DEPTH": 4})
-    parts = {"SIMDGROUPS": 5, "DEPTH": 4}
-    assert compile_for_cuda(down, [BF16, BF16, U8, I32, F32, *own], [BF16], template | parts)
+    parts: dict[str, int | mx.Dtype] = {"SIMDGROUPS": 5, "DEPTH": 4, "RESULT": F32}
+    assert compile_for_cuda(down, [BF16, F32, U8, I32, F32, *own], [F32], template | parts)
     template = {"T": BF16, "COLUMNS": 4096, "OUTPUTS": 1024, "BITS": bits, "GROUP": group_size}
     template |= {"SIMDGROUPS": 4, "DEPTH": 4}
     tensor = quantized_matvec.tensor_kernel(shared)
@@ -555,12 +556,13 @@ def test_kernels_with_the_copy_engine_compile_for_cuda(bits: int, group_size: in
     plan = routed_experts.fused_plan(form, BF16, 1, 5, H200)
     assert plan is not None
     own = [U32, BF16, BF16] * shared
-    template = EXPERTS | {"T": BF16, "BITS": bits, "GROUP": group_size} | dict(plan.template)
-    inputs = [BF16, BF16, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
+    result = BF16 if shared else F32  # f32 for a part of a sum
+    template = EXPERTS | {"T": BF16, "RESULT": result, "BITS": bits, "GROUP": group_size} | dict(plan.template)
+    inputs = [BF16, result, U8, *([BF16, I32, I32] if chooses else [I32, F32]), U32, *own, *own, *own]
     fused = routed_experts.fused_kernel(shared, plan.shared_memory, chooses)
     if chooses:
         template |= {"EXPERTS": 512, "RENORMALIZED": 0}
-    code = compile_for_cuda(fused, inputs, [BF16, *[I32] * chooses], template)
+    code = compile_for_cuda(fused, inputs, [result, *[I32] * chooses], template)
     assert launches(registers(code), plan.threads)
     matvec = quantized_matvec.stream_plan(1024, 4096, bits, group_size, H200)
     assert matvec is not None

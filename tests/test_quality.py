@@ -236,6 +236,7 @@ def test_the_demo_model_answers_correctly(demo_pack: Path) -> None:
     assert "kl" not in found["answers"]
 
 
+@pytest.mark.thorough
 def test_constraints_repair_the_form_of_answers(demo_pack: Path) -> None:
     """One expert writes damaged JSON and calls; constraints save passes of a model that answers correctly anyway."""
     items = load_items(shipped_items(), ["json", "tool_call", "world"], 4)

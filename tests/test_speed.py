@@ -584,6 +584,7 @@ def test_the_busiest_of_several_nodes_decides() -> None:
 
 
 @pytest.mark.usefixtures("cache")
+@pytest.mark.thorough
 def test_several_nodes_are_estimated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = ("model=Qwen/Qwen3.5-397B-A17B", "memory_gib=32")
     one, two = estimate(tmp_path, *model), estimate(tmp_path, *model, "nodes=2")

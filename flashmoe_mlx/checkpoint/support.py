@@ -10,7 +10,7 @@ from flashmoe_mlx.adapters.library import INSTALL, MODEL_TYPES, has_experts, is_
 from flashmoe_mlx.checkpoint.formats import format_in_name, unreadable_format
 from flashmoe_mlx.checkpoint.published import original_of
 from flashmoe_mlx.errors import CheckpointError
-from flashmoe_mlx.models.config import ModelConfig, ModelSize
+from flashmoe_mlx.models.config import ModelSize
 from flashmoe_mlx.models.registry import find_family, parse_config
 
 
@@ -42,21 +42,8 @@ def read_sizes(published: Mapping[str, Any]) -> ModelSize:
     Raises:
         CheckpointError: it cannot be run.
     """
-    try:
-        find_family(published)
-    except CheckpointError as error:
-        if error.code != "unsupported_model":
-            raise
-        name = published["model_type"]
-        if has_experts(name):
-            return adapted.parse_config(published)
-        if name in MODEL_TYPES and not is_installed():
-            raise CheckpointError(
-                f"config.json: models of type {name} run through mlx-lm, which is not installed: {INSTALL}",
-                code="mlx_lm_missing",
-            ) from None
-        raise
-    return parse_config(published)
+    refusal = _refusal_of_families(published)
+    return parse_config(published) if refusal is None else _adapted(published, refusal)
 
 
 def refuse_named_format(name: str) -> None:
@@ -118,8 +105,42 @@ def _parsed(published: Mapping[str, Any]) -> ModelSize:
     Raises:
         CheckpointError: it cannot be run.
     """
-    sizes = read_sizes(published)  # first: another format of an unsupported model would not help
-    reason = unreadable_format(published) if isinstance(sizes, ModelConfig) else None
+    refusal = _refusal_of_families(published)
+    if refusal is not None:  # first: another format of an unsupported model would not help
+        return _adapted(published, refusal)
+    reason = unreadable_format(published)
     if reason is not None:
         raise CheckpointError(f"config.json: {reason}", code="unsupported_format")
-    return sizes
+    return parse_config(published)
+
+
+def _refusal_of_families(published: Mapping[str, Any]) -> CheckpointError | None:
+    """Return the error that names the supported models if no family has the model; None if a family has it.
+
+    Raises:
+        CheckpointError: the config is not that of a model, or the model has no routed experts.
+    """
+    try:
+        find_family(published)
+    except CheckpointError as error:
+        if error.code != "unsupported_model":
+            raise
+        return error
+    return None
+
+
+def _adapted(published: Mapping[str, Any], refusal: CheckpointError) -> ModelSize:
+    """Read the config of a model that MLX-LM runs.
+
+    Raises:
+        CheckpointError: ``refusal``, or MLX-LM is not installed (code "mlx_lm_missing").
+    """
+    name = published["model_type"]
+    if has_experts(name):
+        return adapted.parse_config(published)
+    if name in MODEL_TYPES and not is_installed():
+        raise CheckpointError(
+            f"config.json: models of type {name} run through mlx-lm, which is not installed: {INSTALL}",
+            code="mlx_lm_missing",
+        )
+    raise refusal

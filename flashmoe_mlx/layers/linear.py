@@ -102,4 +102,5 @@ def project_all(linears: Sequence[Linear], x: mx.array) -> tuple[mx.array, ...]:
     if any(linear.bits is None for linear in linears):
         return tuple(linear(x) for linear in linears)
     results = zip(linears[0].products(x, linears, None), linears, strict=True)
-    return tuple(y if linear.bias is None else y + linear.bias for y, linear in results)
+    outputs = [y if linear.bias is None else y + linear.bias for y, linear in results]
+    return tuple(outputs)

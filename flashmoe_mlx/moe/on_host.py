@@ -35,14 +35,15 @@ class ExpertsOnHost:
         self, x: mx.array, residual: mx.array, routing: Routing, shared: SharedExpert | None, groups: ExpertGroups
     ) -> mx.array:
         """Add routed and shared experts to ``residual``; see ``RoutedExperts``."""
-        if not groups.leads:
+        leads = groups.leads
+        if not leads:
             residual, shared = mx.zeros_like(residual), None
         apart = None if self.fuse_shared else shared
         y = residual if apart is None else residual + apart(x, routing.shared_weight)
         fused = shared.weights if shared is not None and self.fuse_shared else None
         if self._applies_parts(x, routing, fused, groups):
             return groups.joined(self._in_parts(x, y, routing, fused, groups))
-        in_place = apart is not None or not groups.leads  # ``residual`` of the caller stays as it is
+        in_place = apart is not None or not leads  # ``residual`` of the caller stays as it is
         for group in groups:
             y = self._apply(x, y, routing, fused if group.is_last else None, group, in_place)
             in_place = True
