@@ -306,8 +306,13 @@ def test_copy(chat: Terminal, folder: Path) -> None:
     assert base64.b64decode(encoded).decode() == answer
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("columns", [20, 40, 160])
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pytest.param(20, marks=pytest.mark.thorough),
+        *(pytest.param(columns, marks=pytest.mark.nightly) for columns in (40, 160)),
+    ],
+)
 def test_other_widths(chat: Terminal, columns: int) -> None:
     chat.wait_for_input()
     chat.resize(columns, 24)

@@ -69,7 +69,7 @@ def run_cases(count: int, cases: list[dict[str, Any]], pack: Path, folder: Path)
     ("count", "cases"),
     [
         (2, TWO),
-        pytest.param(2, MORE, marks=pytest.mark.thorough),
+        pytest.param(2, MORE, marks=pytest.mark.nightly),
         pytest.param(3, THREE, marks=pytest.mark.thorough),
     ],
 )
@@ -136,8 +136,15 @@ def test_weights_are_checked(weights: tuple[float, ...]) -> None:
 
 
 EVERYDAY = {("decode", "SIGKILL", 1), ("prefill", "SIGSTOP", 0)}
+THOROUGH = {("load", "SIGKILL", 0), ("load", "SIGSTOP", 1), ("decode", "SIGSTOP", 0), ("idle", "SIGKILL", 1)}
+
+
+def _marks(fault: tuple[str, str, int]) -> list[pytest.MarkDecorator]:
+    return [] if fault in EVERYDAY else [pytest.mark.thorough if fault in THOROUGH else pytest.mark.nightly]
+
+
 FAULTS = [
-    pytest.param(phase, name, victim, marks=() if (phase, name, victim) in EVERYDAY else pytest.mark.thorough)
+    pytest.param(phase, name, victim, marks=_marks((phase, name, victim)))
     for phase in ("load", "prefill", "decode", "idle")
     for name in ("SIGKILL", "SIGSTOP")
     for victim in (0, 1)

@@ -95,12 +95,11 @@ print(point - 1)
 @pytest.mark.parametrize(
     ("mode", "layout", "min_steps"),
     [
-        pytest.param("plain", "fused", 30, marks=pytest.mark.thorough),
-        ("delete", "mlx4", 30),
+        pytest.param("plain", "fused", 30, marks=pytest.mark.nightly),
+        pytest.param("delete", "mlx4", 30, marks=pytest.mark.thorough),
         pytest.param("add", "mlx4", 20, marks=pytest.mark.thorough),
     ],
 )
-@pytest.mark.thorough
 def test_killed_at_every_step(mode: str, layout: Layout, min_steps: int, tmp_path: Path) -> None:
     geometry = replace(SMALL, experts=2, top_k=1)
     source = write_checkpoint(tmp_path / "source", geometry, 0, layout, shards=2)

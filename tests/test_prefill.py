@@ -192,8 +192,9 @@ def test_experts_of_few_and_of_many_tokens_are_applied_apart(monkeypatch: pytest
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("tokens", [8192, 12_000])
+@pytest.mark.parametrize(
+    "tokens", [pytest.param(8192, marks=pytest.mark.nightly), pytest.param(12_000, marks=pytest.mark.thorough)]
+)
 def test_peak_memory_is_as_estimated(tokens: int, tmp_path: Path) -> None:
     """The peak of a process that reads a long prompt is within 10 % of the estimate of ``task=estimate``."""
     sizes = replace(

@@ -368,7 +368,7 @@ with flashmoe_mlx.load(sys.argv[1], cache_dir=sys.argv[2], cache_dir_gib=0.001) 
 @pytest.mark.thorough
 def test_processes_are_killed(tiny_pack: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(2)
-    for _ in range(12):
+    for _ in range(6):
         command = [sys.executable, "-c", _LOOP, str(tiny_pack), str(tmp_path), str(Path(__file__).parent)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
