@@ -88,6 +88,7 @@ def test_the_live_view(served: Live, page: Any) -> None:
     text = (said.get("reasoning_content") or said["content"]).replace("\n", "↵")
     assert text[:4] in page.locator(".expert .tokens").inner_text().replace("\n", "")
     page.locator("summary", has_text="The grid as a table").click()
+    page.locator(".observatory details tbody tr").nth(7).wait_for()
     assert page.locator(".observatory details tbody tr").count() == 8
 
     page.locator("#observatory-experts").fill("3")
