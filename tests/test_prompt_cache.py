@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,21 @@ class Conversations(RuleBasedStateMachine):
 def test_any_order_of_requests(engine: Engine, tiny_pack: Path) -> None:
     machine = type("Bound", (Conversations,), {"engine": engine, "pack": tiny_pack, "accepted": 1e-3})
     run_state_machine_as_test(machine, settings=settings(max_examples=15, stateful_step_count=12, deadline=None))
+
+
+def test_parts_before_a_damaged_one_stay_within_the_budget(tmp_path: Path) -> None:
+    """Wherever a file is damaged, a request that fails leaves nothing in a memory of 0 bytes."""
+    pack = synthetic_pack("tiny", replace(TINY, num_layers=2), tmp_path, family="qwen3_moe").folder
+    with flashmoe_mlx.load(pack, prompt_cache_gib=0.05) as engine:
+        for which, where in product(range(4), (0.3, 0.6, 0.9)):
+            state = type("Bound", (Conversations,), {"engine": engine, "pack": pack, "accepted": 1e-3})()
+            state.restart(kib=0, on_disk=True, disk_kib=3000)
+            for turn in range(3):
+                state.ask(which=turn, cut=0, new=list(range(20, 40)), length=3, chunk=64, cancelled_after=None)
+            state.restart(kib=0, on_disk=True, disk_kib=3000)
+            state.damage(which=which, where=where, how="flip")
+            state.break_one(which=3)
+            state.teardown()
 
 
 @pytest.mark.thorough

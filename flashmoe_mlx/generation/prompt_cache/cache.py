@@ -90,13 +90,12 @@ class PromptCache:
     def _key(self, token_ids: list[int]) -> bytes:
         return b"" if self._vocabulary is None else self._vocabulary.key(token_ids)
 
-    def _load(self, match: Match) -> bool:
-        """Bring the segments of ``match`` into memory; return whether any was only on disk.
+    def _load(self, match: Match, loaded: list[Segment]) -> None:
+        """Read what is on disk only of the segments of ``match``, and add each segment that was read to ``loaded``.
 
         Raises:
             DamagedError: one cannot be read. It is forgotten then, with all that follows it.
         """
-        loaded = False
         for segment in match.segment.path():
             needs_state = segment is match.segment and self._has_state and segment.state is None
             if segment.part is not None and not needs_state:
@@ -110,10 +109,9 @@ class PromptCache:
                 self._forget(segment)
                 raise
             self._tree.nbytes += segment.loaded_bytes - before
-            loaded = True
+            loaded.append(segment)
         if loaded and self.disk is not None:
             self.disk.touch(match.segment)
-        return loaded
 
     def _remove_deleted(self, segments: list[Segment]) -> None:
         """Remove those of ``segments``, which are no longer on disk, whose contents are not in memory."""
@@ -170,8 +168,8 @@ class PromptCache:
                 match.segment.used = self._requests
                 for segment in path:
                     segment.reused = True
-                if source == "disk":
-                    shrink(self._tree, self._budget, match.segment)
+            if self.disk is not None:  # segments before a damaged one were read, too
+                shrink(self._tree, self._budget, match.segment)
         boundaries = {} if self._vocabulary is None else self._vocabulary.boundaries(request.prompt_ids)
         sequence.prefilled = sequence.metrics.reused_tokens = match.length
         sequence.metrics.reused_from = source if match.length else None
@@ -181,11 +179,15 @@ class PromptCache:
 
     def _found(self, tokens: Tokens) -> tuple[Match, ReusedFrom]:
         """Return what ``tokens`` continue, in memory, and where it was."""
+        loaded: list[Segment] = []
         while True:
             match = self._tree.match(tokens, self._has_state)
             with contextlib.suppress(DamagedError):
-                loaded = self._load(match)
-                return match, "disk" if loaded else "live" if match.segment in self._latest.path() else "ram"
+                self._load(match, loaded)
+                path = match.segment.path()
+                if any(segment in loaded for segment in path):
+                    return match, "disk"
+                return match, "live" if match.segment in self._latest.path() else "ram"
 
     def keep(self, sequence: Sequence) -> None:
         """Keep an ended ``sequence``, without the last pass if that was cancelled halfway.
