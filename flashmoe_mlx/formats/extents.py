@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flashmoe_mlx.errors import FlashMoeError, InputError
 from flashmoe_mlx.formats.record import LayerLayouts
 
-__all__ = ["ExpertSource", "Extent", "RecordSource", "read_exactly", "read_extents"]
+__all__ = ["ExpertSource", "Experts", "Extent", "RecordSource", "read_exactly", "read_extents"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Extent:
     nbytes: int
 
 
-class ExpertSource(Protocol):
-    """The location of the bytes of every expert: in a variant of a pack, or in a published checkpoint."""
+class Experts(Protocol):
+    """The experts of a model, in records."""
 
     @property
     def layout(self) -> LayerLayouts:
@@ -41,29 +41,18 @@ class ExpertSource(Protocol):
     def num_experts(self) -> int:
         """The number of experts in each layer."""
         ...
+
+
+class ExpertSource(Experts, Protocol):
+    """The location of the bytes of every expert: in a variant of a pack, or in a published checkpoint."""
 
     def extents(self, layer: int, expert: int) -> Sequence[Extent]:
         """Return the byte ranges of an expert in the order of its record: one in a pack, several in a checkpoint."""
         ...
 
 
-class RecordSource(Protocol):
+class RecordSource(Experts, Protocol):
     """The records of experts, read, decoded or computed, for new variants."""
-
-    @property
-    def layout(self) -> LayerLayouts:
-        """The layout of the records of each layer."""
-        ...
-
-    @property
-    def num_layers(self) -> int:
-        """The number of layers with experts."""
-        ...
-
-    @property
-    def num_experts(self) -> int:
-        """The number of experts in each layer."""
-        ...
 
     def payload(self, layer: int, expert: int) -> bytearray:
         """Read the components of an expert in the order of its record."""
