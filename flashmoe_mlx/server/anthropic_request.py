@@ -6,9 +6,8 @@ from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.server.constraints import constraint_options
 from flashmoe_mlx.server.conversation import MOST_TOOLS, Conversation, Message, merge_system_messages
 from flashmoe_mlx.server.fields import Fields
-from flashmoe_mlx.server.options import check_size, sampling_options, stop_strings, template_options
+from flashmoe_mlx.server.options import check_size, given_messages, sampling_options, stop_strings, template_options
 
-_MOST_MESSAGES = 10_000
 _MOST_BLOCKS = 10_000
 _LARGEST_BUDGET = 2**31 - 1
 _BILLING = "x-anthropic-billing-header:"
@@ -23,9 +22,7 @@ def parse_messages(fields: Fields, engine: Engine) -> Conversation:
     Raises:
         ApiError: a field is wrong.
     """
-    given = fields.objects("messages", _MOST_MESSAGES)
-    if not given:
-        fields.refuse("messages", "is required: a list with at least one message", code="missing_field")
+    given = given_messages(fields)
     if given[-1].any("role") == "assistant":
         given[-1].refuse(
             "role", "must not be assistant in the last message: an answer cannot be continued", code="unsupported"

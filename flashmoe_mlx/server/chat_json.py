@@ -14,12 +14,12 @@ from flashmoe_mlx.server.fields import Fields
 from flashmoe_mlx.server.options import (
     FINISH_REASONS,
     declared_tools,
+    given_messages,
     sampling_options,
     template_options,
     usage_json,
 )
 
-_MOST_MESSAGES = 10_000
 _MOST_CALLS = 1_000
 _MOST_LOGPROBS = 20
 _ROLES = {"developer": "system", "function": "tool"}
@@ -33,10 +33,7 @@ def parse_conversation(fields: Fields, engine: Engine) -> Conversation:
     Raises:
         ApiError: a field is wrong.
     """
-    given = fields.objects("messages", _MOST_MESSAGES)
-    if not given:
-        fields.refuse("messages", "is required: a list with at least one message", code="missing_field")
-    messages = merge_system_messages([_message(message) for message in given])
+    messages = merge_system_messages([_message(message) for message in given_messages(fields)])
     options = sampling_options(fields, engine) | template_options(fields, engine)
     if fields.flag("logprobs"):
         options["logprobs"] = fields.integer("top_logprobs", 0, _MOST_LOGPROBS) or 0

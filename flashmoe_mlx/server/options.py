@@ -9,6 +9,7 @@ from flashmoe_mlx.server.conversation import MOST_TOOLS
 from flashmoe_mlx.server.events import EndReason, Usage
 from flashmoe_mlx.server.fields import Fields, refuse
 
+_MOST_MESSAGES = 10_000
 _MOST_TOKENS = 2**31 - 1
 _MOST_CHOICES = 128
 _MOST_STOPS = 16
@@ -114,6 +115,18 @@ def template_options(fields: Fields, engine: Engine) -> dict[str, Any]:
     if not isinstance(thinking, bool | None):
         refuse("chat_template_kwargs.enable_thinking", "must be true or false")
     return {"enable_thinking": thinking, "template_options": given}
+
+
+def given_messages(fields: Fields) -> list[Fields]:
+    """Return the messages of a request, at least one.
+
+    Raises:
+        ApiError: there are none, or too many.
+    """
+    given = fields.objects("messages", _MOST_MESSAGES)
+    if not given:
+        fields.refuse("messages", "is required: a list with at least one message", code="missing_field")
+    return given
 
 
 def declared_tools(fields: Fields) -> list[dict[str, Any]]:
