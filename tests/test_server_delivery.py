@@ -31,7 +31,7 @@ DELAYS = st.sampled_from([0.0, TOGETHER / 8, TOGETHER / 2, TOGETHER, 2 * TOGETHE
 
 
 class Loop:
-    """An event loop whose clock moves when a test says so."""
+    """An event loop with a clock that only the test moves."""
 
     def __init__(self) -> None:
         self.now = 0.0

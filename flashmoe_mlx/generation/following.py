@@ -116,7 +116,10 @@ class Follower:
         return sequence
 
     def _keep_steps(self, sequence: FollowedSequence, length: int, ahead: int) -> None:
-        """Keep the last ``ahead`` steps under way: node 0 has taken the others, or discarded those after ``length``."""
+        """Keep the last ``ahead`` steps under way.
+
+        Node 0 has taken all other steps, except for the steps after ``length`` tokens, which it has discarded.
+        """
         steps = sequence.ahead
         sequence.ahead = steps[len(steps) - ahead :]
         for step in steps[: len(steps) - ahead]:
