@@ -446,7 +446,7 @@ def test_nan_counts_as_the_largest_value() -> None:
 
 @pytest.mark.parametrize(("length", "count"), [(2, 3), (5, 3), (4, 0)])
 def test_a_choice_beyond_a_row_is_refused(length: int, count: int) -> None:
-    with pytest.raises(ValueError, match="values|sizes"):
+    with pytest.raises(ValueError, match=r"values|sizes"):
         native.largest(np.zeros((1, 4), np.float32), np.array([length], np.int32), count)
 
 

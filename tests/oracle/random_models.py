@@ -123,8 +123,8 @@ def _qwen4_exp(random: Generator) -> dict[str, Any]:
     layers = _layers(random)
     linear = [index + 1 for index, kind in enumerate(layers["layer_types"]) if kind == _LINEAR]
     tables = random.choice(linear, size=2).tolist() if linear and random.integers(4) else []
-    grams, hashes, block = int(random.choice([2, 3, 5])), int(random.choice([1, 2, 4])), int(random.choice([1, 2, 4, 7]))
-    head_dim = int(random.choice([24, 32, 56, 128]))
+    grams, hashes = int(random.choice([2, 3, 5])), int(random.choice([1, 2, 4]))
+    block, head_dim = int(random.choice([1, 2, 4, 7])), int(random.choice([24, 32, 56, 128]))
     rope = _rope(random, share=True, yarn=False) | {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
     return layers | {
         "head_dim": head_dim,
