@@ -214,7 +214,7 @@ def test_a_long_name_gives_a_short_message(single: Path) -> None:
     assert len(str(refused(single))) < 400 + len(str(single))
 
 
-@pytest.mark.parametrize("name", ["unsloth/Qwen3.5-35B-A3B-GGUF", "x/y-AutoRound-Int4", "x/y-exl2", "x/y-bnb-4bit"])
+@pytest.mark.parametrize("name", ["unsloth/Qwen3.5-35B-A3B-GGUF", "x/y-HQQ-Int4", "x/y-exl2", "x/y-bnb-4bit"])
 def test_a_name_on_the_hub_that_states_its_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for use in (flashmoe_mlx.load, lambda folder: pack_checkpoint(Path(folder), tmp_path / "out")):
