@@ -123,17 +123,12 @@ def test_float8_equals_transformers(shape: tuple[int, ...], scales: str) -> None
 def test_awq_equals_mlx_lm() -> None:
     mlx_lm = pytest.importorskip("mlx_lm.utils")
     stored, _ = integers(np.random.default_rng(0), "a", (64, 128), "awq", 4, 64)
-    theirs, _ = mlx_lm._transform_awq_weights(
-        {
-            name: mx.array(values.view(np.uint32) if dtype == "I32" else values)
-            for name, (dtype, values) in stored.items()
-        },
-        {"bits": 4, "group_size": 64},
-    )
+    words = {name: values.view(np.uint32) if dtype == "I32" else values for name, (dtype, values) in stored.items()}
+    published = {name: mx.array(values) for name, values in words.items()}
+    theirs, _ = mlx_lm._transform_awq_weights(published, {"bits": 4, "group_size": 64})
     for name, (tensor, read) in decoded(Codes("awq", {}), stored).items():
-        assert bytes(tensor.read(read, 0, tensor.nbytes)) == bytes(memoryview(mx.contiguous(theirs[name])).cast("B")), (
-            name
-        )
+        expected = bytes(memoryview(mx.contiguous(theirs[name])).cast("B"))
+        assert bytes(tensor.read(read, 0, tensor.nbytes)) == expected, name
 
 
 @pytest.mark.parametrize("form", FORMS)
