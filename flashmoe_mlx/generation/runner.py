@@ -31,6 +31,7 @@ from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
+from flashmoe_mlx.generation.together import StepsTogether, under_way_together
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.runnable import RunnableModel
@@ -77,6 +78,7 @@ class Runner:
         self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
         self.ahead: StepsAhead = StepsAhead(model, store, clock, self.meter, nodes)
+        self._together = StepsTogether(self.ahead, store, clock, self.meter)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
         self.orders: Orders = Orders(nodes)
@@ -281,7 +283,7 @@ class Runner:
         running = can_decode(sequences)
         if not running:
             return
-        ahead = len(running) == 1 and self._can_run_ahead(running[0])
+        ahead = len(running) == 1 and not under_way_together(running[0]) and self._can_run_ahead(running[0])
         steps = self.ahead.to_begin(running[0]) if ahead else None
         with self.orders.passing("decode", running, lazy=self._used_experts() is not None, steps=steps):
             self.decode_together(running, steps)
@@ -293,11 +295,14 @@ class Runner:
             if steps is not None:
                 self.ahead.decode(running[0], steps, lambda: self.orders.refuse_cancelled(running))
                 return
-            begun = [sequence for sequence in running if sequence.ahead]
-            for sequence in begun:
-                with ending_alone(sequence, failures):
-                    self.ahead.take(sequence)
-            rest = [sequence for sequence in running if sequence not in begun]
+            able = self._can_run_ahead if self.orders.alone else lambda _: False
+            done = self._together.decode(running, able, failures, lambda: self.orders.refuse_cancelled(running))
+            for sequence in running:
+                if sequence.ahead and sequence not in done:
+                    done.add(sequence)
+                    with ending_alone(sequence, failures):
+                        self.ahead.take(sequence)
+            rest = [sequence for sequence in running if sequence not in done]
             if rest:
                 self._decode_together(rest, failures)
         if failures:
