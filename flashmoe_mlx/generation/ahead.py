@@ -73,6 +73,12 @@ class StepsAhead:
         """Whether the store holds all layers in memory. A layer that the store has offered stays there."""
         return self.traced() is not None
 
+    @property
+    def most_sequences(self) -> int:
+        """The largest number of sequences that a step can have; 1 unless ``ready``, and where several nodes run it."""
+        steps = self.traced() if self._nodes is None else None
+        return 1 if steps is None else steps.most_sequences
+
     def traced(self) -> TracedSteps | None:
         """Return the steps of the model; None unless ``ready``."""
         if self._steps is None:

@@ -26,11 +26,6 @@ class Orders:
         self.lazy = False
 
     @property
-    def alone(self) -> bool:
-        """Whether one machine has all experts."""
-        return self._nodes is None
-
-    @property
     def follows(self) -> bool:
         """Whether another node chooses the tokens."""
         return self._nodes is not None and self.leader is None

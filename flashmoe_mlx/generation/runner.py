@@ -295,14 +295,12 @@ class Runner:
             if steps is not None:
                 self.ahead.decode(running[0], steps, lambda: self.orders.refuse_cancelled(running))
                 return
-            able = self._can_run_ahead if self.orders.alone else lambda _: False
-            done = self._together.decode(running, able, failures, lambda: self.orders.refuse_cancelled(running))
-            for sequence in running:
-                if sequence.ahead and sequence not in done:
-                    done.add(sequence)
-                    with ending_alone(sequence, failures):
-                        self.ahead.take(sequence)
-            rest = [sequence for sequence in running if sequence not in done]
+            done = self._together.decode(running, self._can_run_ahead, failures)
+            begun = [sequence for sequence in running if sequence.ahead and sequence not in done]
+            for sequence in begun:
+                with ending_alone(sequence, failures):
+                    self.ahead.take(sequence)
+            rest = [sequence for sequence in running if sequence not in done and sequence not in begun]
             if rest:
                 self._decode_together(rest, failures)
         if failures:
@@ -310,9 +308,8 @@ class Runner:
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Return whether the next steps of ``sequence`` need nothing from the host."""
-        if not sequence.can_choose_on_device or len(sequence.pending) > 1:
-            return False
-        return self._traces and self._used_experts() is not None and self.ahead.ready
+        free = sequence.can_choose_on_device and len(sequence.pending) <= 1
+        return free and self._traces and self._used_experts() is not None and self.ahead.ready
 
     def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.
@@ -367,9 +364,8 @@ class Runner:
         """Return what collects the experts of a pass, or None if each layer's choice is needed at once."""
         if self.orders.follows:
             return UsedExperts(self.store) if self.orders.lazy else None
-        if self._prefetcher is not None or self.meter.observer is not None or self.clock.split:
-            return None
-        return UsedExperts(self.store)
+        waits = self._prefetcher is not None or self.meter.observer is not None or self.clock.split
+        return None if waits else UsedExperts(self.store)
 
     def _hidden(
         self,

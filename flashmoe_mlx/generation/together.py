@@ -88,7 +88,6 @@ class StepsTogether:
         sequences: Listed[Sequence],
         able: Callable[[Sequence], bool],
         failures: list[Exception],
-        refuse_cancelled: Callable[[], None],
     ) -> set[Sequence]:
         """Append a token to those of ``sequences`` that decode together now, and return them.
 
@@ -96,7 +95,6 @@ class StepsTogether:
             sequences: all sequences that are to decode.
             able: whether the next steps of a sequence need nothing from the host.
             failures: takes the errors of single sequences.
-            refuse_cancelled: called before a step begins; may raise to end it. The sequences can then be settled.
         """
         under_way: dict[int, list[Sequence]] = {}
         for sequence in sequences:
@@ -107,15 +105,12 @@ class StepsTogether:
         # Other sequences join once the steps under way are taken.
         begins = len(groups) == 1 and len(alike) > 1 and set(alike) <= set(groups[0])
         for group in groups:
-            self._decode(group, failures, refuse_cancelled, begins=begins)
+            self._decode(group, failures, begins=begins)
         return {sequence for group in groups for sequence in group}
 
     def _alike(self, sequences: Listed[Sequence]) -> list[Sequence]:
         """Return those of ``sequences`` that can share arrays: without the longest, for which all others would grow."""
-        if len(sequences) < 2:
-            return []
-        steps = self._ahead.traced()
-        if steps is None or _rows(len(sequences)) > steps.most_sequences:
+        if len(sequences) < 2 or _rows(len(sequences)) > self._ahead.most_sequences:
             return []
         ordered = sorted(sequences, key=lambda sequence: sequence.cache.length)
         own = [rounded_up(sequence.cache.length + 1) for sequence in ordered]
@@ -123,24 +118,13 @@ class StepsTogether:
             own.pop()
         return ordered[: len(own)]
 
-    def _decode(
-        self,
-        group: Listed[Sequence],
-        failures: list[Exception],
-        refuse_cancelled: Callable[[], None],
-        *,
-        begins: bool,
-    ) -> None:
-        """Append a token to each sequence of ``group``.
-
-        For the arguments, see ``decode``. The first steps under way of ``group`` are one step, or ``begins`` is true.
-        """
+    def _decode(self, group: list[Sequence], failures: list[Exception], *, begins: bool) -> None:
+        """Append a token to each sequence of ``group``; their first steps under way are one, or ``begins`` is true."""
         with self._meter.measured(dict.fromkeys(group, 1), decoding=True):
             for steps in range(_IN_FLIGHT) if begins else ():
                 # Steps of a sequence with fewer tokens left are already under way.
                 going_on = [one for one in group if len(one.ahead) == steps and one.tokens_left > steps]
                 if going_on:
-                    refuse_cancelled()
                     self._begin(going_on)
             self._take(group, failures)
 
