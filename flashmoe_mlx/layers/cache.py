@@ -116,7 +116,8 @@ class SequenceCache:
     @property
     def layers(self) -> Sequence[LayerCache]:
         """The cache of each layer, with its own arrays: contents that are shared are copied now."""
-        own_contents([self])
+        if self.shared is not None:
+            own_contents([self])
         return self._layers
 
     def give_arrays(self, index: int) -> list[mx.array]:
@@ -266,6 +267,7 @@ class SequenceCache:
 def own_contents(caches: Sequence[SequenceCache]) -> None:
     """Copy the contents of ``caches`` out of the arrays that they share with other sequences, with one wait."""
     sharing = [(cache, cache.shared.copies(cache.length)) for cache in caches if cache.shared is not None]
-    mx.eval([copies for _, copies in sharing])
+    if sharing:
+        mx.eval([copies for _, copies in sharing])
     for cache, copies in sharing:
         cache.own(copies)
