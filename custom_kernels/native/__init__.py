@@ -42,7 +42,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 11
+_INTERFACE = 12
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
@@ -150,6 +150,21 @@ def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, 
     rows, groups = weight.scales.shape
     form = (rows, groups * weight.group_size, weight.bits, weight.group_size, SCALES[weight.scales.dtype])
     return (weight.weight, weight.scales, weight.biases, *form)
+
+
+def largest(values: npt.NDArray[np.float32], lengths: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int32]:
+    """Return the indices [rows, count] of the largest values of each row, in any order.
+
+    Equal values are chosen as by torch's ``topk`` on a CPU.
+
+    Args:
+        values: [rows, columns]; NaN counts as the largest value.
+        lengths: the number of values of each row that may be chosen, at least ``count``.
+        count: the number of values to choose.
+    """
+    indices = np.empty((len(values), count), np.int32)
+    loaded().largest(values, lengths, *values.shape, count, indices)
+    return indices
 
 
 def loaded() -> ModuleType:

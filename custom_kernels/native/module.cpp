@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "largest.hpp"
 #include "operators.hpp"
 #include "pool.hpp"
 
@@ -536,6 +537,25 @@ PyObject* use_threads(PyObject*, PyObject* args) {
 
 PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
 
+PyObject* largest_values(PyObject*, PyObject* args) {
+    PyObject *values, *lengths, *indices;
+    long long rows, columns, count;
+    if (!PyArg_ParseTuple(args, "OOLLLO", &values, &lengths, &rows, &columns, &count, &indices)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(rows >= 0 && columns > 0 && count > 0, "sizes out of range");
+        const float* in = floats(held, values, "values", rows * columns);
+        held.push_back(std::make_unique<Buffer>(lengths, "lengths", kInt, rows));
+        const int32_t* own = held.back()->as<const int32_t>();
+        for (int64_t row = 0; row < rows; ++row)
+            require(own[row] >= count && own[row] <= columns, "a row has too few or too many values");
+        held.push_back(std::make_unique<Buffer>(indices, "indices", kInt, rows * count, true));
+        int32_t* out = held.back()->as<int32_t>();
+        WithoutGil released;
+        largest(in, own, rows, columns, count, out);
+    });
+}
+
 PyObject* supports_activations(PyObject*, PyObject* args) {
     int type;
     if (!PyArg_ParseTuple(args, "i", &type)) return nullptr;
@@ -560,6 +580,8 @@ PyMethodDef methods[] = {
     {"attention", attention, METH_VARARGS,
      "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, gated, keys, values, y): "
      "the new tokens of several sequences, one sequence after the other"},
+    {"largest", largest_values, METH_VARARGS,
+     "largest(values, lengths, rows, columns, count, indices): indices of the largest of the first values of each row"},
     {"has_activations", supports_activations, METH_VARARGS,
      "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
@@ -574,7 +596,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 11; // see __init__.py
+constexpr int kInterface = 12; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||
