@@ -6,6 +6,7 @@ array and lets a file write the data, and the file of this module writes none.
 """
 
 import struct
+from typing import BinaryIO, cast
 
 import mlx.core as mx
 
@@ -56,7 +57,8 @@ def untouched(shape: tuple[int, ...]) -> mx.array:
     """Return an evaluated array in f32 with arbitrary values; every value must be written before it is read."""
     text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
     text += b" " * (-(len(_MAGIC) + 2 + len(text) + 1) % 64) + b"\n"
-    array = mx.load(_Unwritten(_MAGIC + struct.pack("<H", len(text)) + text), format="npy")
+    file = cast("BinaryIO", _Unwritten(_MAGIC + struct.pack("<H", len(text)) + text))  # in the methods that MLX calls
+    array = mx.load(file, format="npy")
     assert isinstance(array, mx.array)
     mx.eval(array)
     return array
