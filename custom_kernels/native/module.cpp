@@ -161,6 +161,31 @@ Activations checked(int type) {
     return static_cast<Activations>(type);
 }
 
+PyObject* large_pages(PyObject*, PyObject* args) {
+    PyObject* y;
+    long long count;
+    if (!PyArg_ParseTuple(args, "OL", &y, &count)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(count >= 0, "count out of range");
+        use_large_pages(floats(held, y, "y", count, true), count);
+    });
+}
+
+PyObject* fill(PyObject*, PyObject* args) {
+    PyObject *y, *values;
+    long long count;
+    if (!PyArg_ParseTuple(args, "OOL", &y, &values, &count)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(count >= 0, "count out of range");
+        float* to = floats(held, y, "y", count, true);
+        const float* from = values == Py_None ? nullptr : floats(held, values, "values", count);
+        WithoutGil released;
+        fill_all(from, count, to);
+    });
+}
+
 PyObject* products(PyObject*, PyObject* args) {
     PyObject *x, *matrices, *results;
     long long tokens;
@@ -540,6 +565,8 @@ PyObject* supports_activations(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
      "products(x, tokens, matrices, results, add, activations): each result = (or +=) x times the transpose of its matrix"},
+    {"large_pages", large_pages, METH_VARARGS, "large_pages(y, count): ask for large pages for y, before its first use"},
+    {"fill", fill, METH_VARARGS, "fill(y, values, count): y = values, or zeros for None"},
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
      "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
@@ -569,7 +596,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 11; // see __init__.py
+constexpr int kInterface = 12; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||
