@@ -76,6 +76,7 @@ class Delivered(Answer):
         super().__init__(unused, loop)  # type: ignore[arg-type]
         self.clock = loop
         self.times: list[float] = []
+        self.stream()
 
     def wake(self) -> None:
         self.times += [self.clock.now] * (len(self.events) - len(self.times))
@@ -125,6 +126,33 @@ def test_slow_tokens_arrive_at_once_and_fast_ones_together() -> None:
         loop.run_until(loop.now)
         assert loop.wakes <= most_wakes
         assert len(set(answer.times)) == (22 if step > TOGETHER else pytest.approx(2 + tokens / 10, abs=2))
+
+
+def test_an_answer_that_nobody_streams_wakes_the_loop_once() -> None:
+    loop = Loop()
+    unused: Any = None
+    waiting = Answer(unused, loop)  # type: ignore[arg-type]
+    posted = [START, PREFILLED, *(Text(str(number)) for number in range(100)), END]
+    for event in posted:
+        waiting.post([event])
+        loop.run_until(loop.now + TOGETHER)
+    assert (loop.wakes, waiting.events) == (1, posted)
+
+
+@given(st.integers(0, 3))
+def test_a_stream_that_begins_late_has_all_events(before: int) -> None:
+    loop = Loop()
+    unused: Any = None
+    waiting = Answer(unused, loop)  # type: ignore[arg-type]
+    posted = [START, Text("a"), Text("b"), END]
+    for event in posted[:before]:
+        waiting.post([event])
+    waiting.stream()
+    assert waiting.events == posted[:before]
+    for event in posted[before:]:
+        waiting.post([event])
+    loop.run_until(TOGETHER)
+    assert waiting.events == posted
 
 
 def test_a_stream_of_a_live_server_holds_nothing_back(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from flashmoe_mlx.generation.sequence import Sequence as GeneratedSequence
 from flashmoe_mlx.server.events import Event, Failed, Finished, Prefilled, Started
 from flashmoe_mlx.text.tool_calls import ToolCallReader
 
-TOGETHER = 0.025
+TOGETHER = 0.05
 """Seconds for which the events of a fast model are collected before the event loop wakes again."""
 
 
@@ -65,8 +65,10 @@ class Answer:
         self._waiters: list[asyncio.Future[None]] = []
         self._posted: deque[Event] = deque()
         """Events that the event loop has not taken yet."""
+        self._streamed = False
+        """Whether a response sends events before the answer is complete."""
         self._wakes = True
-        """Whether the next event wakes the event loop."""
+        """Whether the next event of a streamed answer wakes the event loop."""
         self._timer: asyncio.TimerHandle | None = None
         """The next time at which the event loop looks for events without being woken."""
 
@@ -82,15 +84,21 @@ class Answer:
         if sequence is not None:
             sequence.cancel()
 
+    def stream(self) -> None:
+        """Deliver events as they come from now on, not only at the end of the answer."""
+        self._streamed = True
+        self._take()
+
     def post(self, events: Sequence[Event]) -> None:
         """Add events, in the engine's thread.
 
-        Events reach the event loop at once, except that output of a fast model is collected for ``TOGETHER`` seconds
-        after the latest delivery of output. Each delivery costs the engine time, because the event loop then takes the
-        interpreter's lock. The first output and the last event never wait.
+        Events of a streamed answer reach the event loop at once, except that output of a fast model is collected for
+        ``TOGETHER`` seconds after the latest delivery of output. Each delivery costs the engine time, because the event
+        loop then takes the interpreter's lock and a processor. The first output and the last event never wait. An
+        answer that nobody streams is delivered at its end.
         """
         self._posted.extend(events)
-        if self._wakes or isinstance(events[-1], Finished | Failed):
+        if (self._streamed and self._wakes) or isinstance(events[-1], Finished | Failed):
             self._wakes = False
             self.loop.call_soon_threadsafe(self._take)
 

@@ -143,6 +143,8 @@ class EventStream(Following):
     ) -> None:
         super().__init__(service, answers, digest, repeats=repeats)
         self._format = stream_format
+        for answer in answers:
+            answer.stream()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  # the signature of ASGI
         """Send the response."""
