@@ -427,6 +427,29 @@ def test_rows_of_another_type_are_refused(dtype: mx.Dtype) -> None:
         routed_experts(made.x, made.records, rows, made.routing_weights, made.form, made.shared)
 
 
+@pytest.mark.parametrize(("columns", "count"), [(3, 3), (40, 7), (500, 7), (500, 1)])
+def test_the_largest_values_of_rows(columns: int, count: int) -> None:
+    """``tests/test_random_models.py`` compares the choice among equal values with torch's."""
+    random = np.random.default_rng(0)
+    values = np.maximum(random.normal(-0.5, 1, (20, columns)), 0).astype(np.float32)
+    lengths = random.integers(count, columns + 1, len(values)).astype(np.int32)
+    indices = native.largest(values, lengths, count)
+    for row, length, own in zip(values, lengths, indices, strict=True):
+        assert len(set(own.tolist())) == count
+        assert sorted(row[own]) == sorted(row[:length])[-count:]
+
+
+def test_nan_counts_as_the_largest_value() -> None:
+    values = np.array([[1, np.nan, 3, np.nan, 2]], np.float32)
+    assert set(native.largest(values, np.array([5], np.int32), 3)[0].tolist()) == {1, 2, 3}
+
+
+@pytest.mark.parametrize(("length", "count"), [(2, 3), (5, 3), (4, 0)])
+def test_a_choice_beyond_a_row_is_refused(length: int, count: int) -> None:
+    with pytest.raises(ValueError, match=r"values|sizes"):
+        native.largest(np.zeros((1, 4), np.float32), np.array([length], np.int32), count)
+
+
 @pytest.mark.parametrize("tokens", [8, 600])
 @pytest.mark.parametrize("residual", [False, True])
 def test_small_and_large_results_are_equal(tokens: int, residual: bool) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx import cgroups
+from flashmoe_mlx.custom_kernels.native.untouched import untouched
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 from flashmoe_mlx.errors import InputError
 
@@ -41,7 +42,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 10
+_INTERFACE = 12
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
 """Numbers of the types of scales in the compiled part."""
@@ -151,6 +152,21 @@ def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, 
     return (weight.weight, weight.scales, weight.biases, *form)
 
 
+def largest(values: npt.NDArray[np.float32], lengths: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int32]:
+    """Return the indices [rows, count] of the largest values of each row, in any order.
+
+    Equal values are chosen as by torch's ``topk`` on a CPU.
+
+    Args:
+        values: [rows, columns]; NaN counts as the largest value.
+        lengths: the number of values of each row that may be chosen, at least ``count``.
+        count: the number of values to choose.
+    """
+    indices = np.empty((len(values), count), np.int32)
+    loaded().largest(values, lengths, *values.shape, count, indices)
+    return indices
+
+
 def loaded() -> ModuleType:
     """Return the compiled part; the caller knows that it exists."""
     native = extension()
@@ -165,20 +181,28 @@ class Output:
 
     Args:
         shape: shape of the result.
-        residual: initial values, to which the kernel adds; None stands for zeros.
+        residual: initial values, to which the kernel adds.
         in_place: whether the result may take the memory of ``residual``, which then has other values.
+        zeros: without ``residual``, whether initial values are zeros rather than arbitrary.
     """
 
-    def __init__(self, shape: tuple[int, ...], residual: mx.array | None = None, in_place: bool = False) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        residual: mx.array | None = None,
+        in_place: bool = False,
+        zeros: bool = False,
+    ) -> None:
         self._array: mx.array | None = None
         self.buffer: mx.array | npt.NDArray[np.float32]
         if math.prod(shape) > _COPIED:
             if in_place and residual is not None:
                 self.buffer = self._array = residual
                 return
-            self._array = mx.zeros(shape) if residual is None else mx.array(np.asarray(residual))
-            mx.eval(self._array)
-            self.buffer = self._array
+            self.buffer = self._array = untouched(shape)
+            loaded().large_pages(self._array, self._array.size)
+            if residual is not None or zeros:
+                loaded().fill(self._array, residual, self._array.size)
         else:
             self.buffer = np.zeros(shape, np.float32) if residual is None else np.array(residual)
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "largest.hpp"
 #include "operators.hpp"
 #include "pool.hpp"
 
@@ -158,6 +159,31 @@ bool is_activations(int type) { return type >= 0 && type <= 2 && has_activations
 Activations checked(int type) {
     require(is_activations(type), "this machine, or this build, has no products with such activations");
     return static_cast<Activations>(type);
+}
+
+PyObject* large_pages(PyObject*, PyObject* args) {
+    PyObject* y;
+    long long count;
+    if (!PyArg_ParseTuple(args, "OL", &y, &count)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(count >= 0, "count out of range");
+        use_large_pages(floats(held, y, "y", count, true), count);
+    });
+}
+
+PyObject* fill(PyObject*, PyObject* args) {
+    PyObject *y, *values;
+    long long count;
+    if (!PyArg_ParseTuple(args, "OOL", &y, &values, &count)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(count >= 0, "count out of range");
+        float* to = floats(held, y, "y", count, true);
+        const float* from = values == Py_None ? nullptr : floats(held, values, "values", count);
+        WithoutGil released;
+        fill_all(from, count, to);
+    });
 }
 
 PyObject* products(PyObject*, PyObject* args) {
@@ -511,6 +537,25 @@ PyObject* use_threads(PyObject*, PyObject* args) {
 
 PyObject* thread_count(PyObject*, PyObject*) { return PyLong_FromLong(threads()); }
 
+PyObject* largest_values(PyObject*, PyObject* args) {
+    PyObject *values, *lengths, *indices;
+    long long rows, columns, count;
+    if (!PyArg_ParseTuple(args, "OOLLLO", &values, &lengths, &rows, &columns, &count, &indices)) return nullptr;
+    return guarded([&] {
+        Held held;
+        require(rows >= 0 && columns > 0 && count > 0, "sizes out of range");
+        const float* in = floats(held, values, "values", rows * columns);
+        held.push_back(std::make_unique<Buffer>(lengths, "lengths", kInt, rows));
+        const int32_t* own = held.back()->as<const int32_t>();
+        for (int64_t row = 0; row < rows; ++row)
+            require(own[row] >= count && own[row] <= columns, "a row has too few or too many values");
+        held.push_back(std::make_unique<Buffer>(indices, "indices", kInt, rows * count, true));
+        int32_t* out = held.back()->as<int32_t>();
+        WithoutGil released;
+        largest(in, own, rows, columns, count, out);
+    });
+}
+
 PyObject* supports_activations(PyObject*, PyObject* args) {
     int type;
     if (!PyArg_ParseTuple(args, "i", &type)) return nullptr;
@@ -520,6 +565,8 @@ PyObject* supports_activations(PyObject*, PyObject* args) {
 PyMethodDef methods[] = {
     {"products", products, METH_VARARGS,
      "products(x, tokens, matrices, results, add, activations): each result = (or +=) x times the transpose of its matrix"},
+    {"large_pages", large_pages, METH_VARARGS, "large_pages(y, count): ask for large pages for y, before its first use"},
+    {"fill", fill, METH_VARARGS, "fill(y, values, count): y = values, or zeros for None"},
     {"rms_norm", norm, METH_VARARGS, "rms_norm(x, tokens, width, weight, eps, y)"},
     {"experts", experts, METH_VARARGS,
      "experts(x, tokens, records, format, rows, routing_weights, choices, shared, y, activations): y += weighted outputs"},
@@ -533,6 +580,8 @@ PyMethodDef methods[] = {
     {"attention", attention, METH_VARARGS,
      "attention(q_and_gate, k, v, lengths, starts, capacities, q_norm, k_norm, shape, frequencies, eps, gated, keys, values, y): "
      "the new tokens of several sequences, one sequence after the other"},
+    {"largest", largest_values, METH_VARARGS,
+     "largest(values, lengths, rows, columns, count, indices): indices of the largest of the first values of each row"},
     {"has_activations", supports_activations, METH_VARARGS,
      "Return whether products of many vectors can take vectors of type 0 (f32), 1 (bf16) or 2 (int8)."},
     {"instruction_set", instruction_set, METH_NOARGS, "The name of the one in use."},
@@ -547,7 +596,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 10; // see __init__.py
+constexpr int kInterface = 12; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

@@ -1,12 +1,13 @@
-#include "operators.hpp"
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
-#include <new>
 
-#include "pool.hpp"
+#include "inputs.hpp"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace flashmoe {
 namespace {
@@ -26,290 +27,18 @@ const Operations* named(const char* name) {
     return nullptr;
 }
 
-// Memory that a thread keeps between calls, so that the system does not clear new pages every time. It is aligned to a
-// cache line, because vectors across two lines take twice as long to load.
-class Scratch {
-public:
-    Scratch() = default;
-    Scratch(const Scratch&) = delete;
-    ~Scratch() { ::operator delete[](memory_, kLine); }
+} // namespace
 
-    float* room(int64_t count) {
-        if (size_ < count) {
-            ::operator delete[](memory_, kLine);
-            memory_ = nullptr, size_ = 0;
-            memory_ = static_cast<float*>(::operator new[](sizeof(float) * count, kLine));
-            size_ = count;
-        }
-        return memory_;
-    }
-
-private:
-    static constexpr std::align_val_t kLine{64};
-    float* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-template <int PURPOSE>
-float* scratch(int64_t count) {
-    thread_local Scratch memory;
-    return memory.room(count);
-}
-
-enum Purpose { kPacked, kArranged, kHidden, kHiddenPacked, kMixed, kQueries, kPartial, kOwn, kOwnTile, kOwnUp, kUp };
-
-constexpr int64_t kBytesAtOnce = 24 * 1024; // bytes of weights per step of a thread, so that all end together
-
-int64_t rows_at_once(const Matrix& m) {
-    const int64_t row = m.row_bytes() + 2 * m.scale_row_bytes();
-    return std::max<int64_t>(8, kBytesAtOnce / row / 8 * 8); // whole blocks of rows
-}
-
-constexpr int64_t kTokensAtOnce = 256; // tokens for which a panel is unpacked once
-
-bool same_format(const Matrix& a, const Matrix& b) {
-    return a.bits == b.bits && a.group == b.group && a.columns == b.columns;
-}
-
-const Operations& operations_for(const Matrix& m, int64_t vectors, Activations type = Activations::f32) {
+const Operations& operations_for(const Matrix& m, int64_t vectors, Activations type) {
     const Operations* found = choice_for(vectors, type, m.bits, m.group).load(std::memory_order_relaxed);
     return found ? *found : operations();
 }
 
-// Return the products of more than kFewTokens vectors of a type that `has_activations`.
 const Multiplication& multiplication(const Matrix& m, Activations type) {
     if (type == Activations::bf16) return *avx512_bf16();
     const Operations& own = operations_for(m, kFewTokens + 1, type);
     return type == Activations::int8 ? own.bytes : own.floats;
 }
-
-// `count` vectors that are prepared for `dot` with a matrix's format.
-struct Prepared {
-    const Operations& own;
-    int64_t bytes;
-    uint8_t* memory;
-
-    static int64_t size(const Matrix& m, int64_t count) {
-        return count * operations_for(m, count).vector_bytes(m.columns, m.group) / 4; // floats
-    }
-    Prepared(const Matrix& m, int64_t count, float* memory_)
-        : own(operations_for(m, count)), bytes(own.vector_bytes(m.columns, m.group)),
-          memory(reinterpret_cast<uint8_t*>(memory_)) {}
-    uint8_t* vector(int64_t i) const { return memory + i * bytes; }
-
-    // `row(i)` returns vector i.
-    template <typename Row>
-    void fill(const Matrix& m, int64_t count, const Row& row) const {
-        parallel(count, 4, [&](int64_t begin, int64_t end, int) {
-            for (int64_t i = begin; i < end; ++i) own.prepare(row(i), m.columns, m.bits, m.group, vector(i));
-        });
-    }
-};
-
-// Vectors that are prepared for both matrices that read them, once if these have one format.
-struct PreparedInputs {
-    Prepared gate, up;
-
-    static int64_t size(const Expert& e, int64_t count) {
-        return Prepared::size(e.gate, count) + (same_format(e.gate, e.up) ? 0 : Prepared::size(e.up, count));
-    }
-    PreparedInputs(const Expert& e, int64_t count, float* memory)
-        : gate(e.gate, count, memory),
-          up(e.up, count, same_format(e.gate, e.up) ? memory : memory + Prepared::size(e.gate, count)) {}
-
-    template <typename Row>
-    void fill(const Expert& e, int64_t count, const Row& row) const {
-        gate.fill(e.gate, count, row);
-        if (!same_format(e.gate, e.up)) up.fill(e.up, count, row);
-    }
-};
-
-// Store rows [begin, end) times vectors [0, count), count <= kFewTokens, in to[t * stride + row - begin].
-void few(const Matrix& m, int64_t begin, int64_t end, const Prepared& x, int64_t count, float* to, int64_t stride) {
-    const uint8_t* vectors[kMostTokens];
-    float* out[kMostTokens];
-    for (int64_t first = 0; first < count; first += kMostTokens) {
-        const int tokens = static_cast<int>(std::min<int64_t>(kMostTokens, count - first));
-        for (int t = 0; t < tokens; ++t) vectors[t] = x.vector(first + t), out[t] = to + (first + t) * stride;
-        x.own.dot(m, begin, end, tokens, vectors, out);
-    }
-}
-
-// Vectors that are arranged for products of many vectors with matrices of a format; `row(i)` returns vector i.
-class Arranged {
-public:
-    template <typename Row>
-    Arranged(const Multiplication& how, const Matrix& m, int64_t count, const Row& row) : how_(how), count_(count) {
-        const int64_t bytes = how.vector_bytes(m.columns, m.group);
-        memory_ = reinterpret_cast<uint8_t*>(scratch<kArranged>(count * bytes / 4));
-        const Parts blocks(count, how.block);
-        parallel(blocks.parts, 1, [&](int64_t begin, int64_t end, int) {
-            std::vector<const float*> rows(how.block);
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t first = blocks.begin(i), size = blocks.size(i);
-                for (int64_t t = 0; t < size; ++t) rows[t] = row(first + t);
-                how.arrange(rows.data(), static_cast<int>(size), m.columns, m.bits, m.group, memory_ + first * bytes);
-            }
-        });
-    }
-
-    // Call f(first, rows) for all panels of `rows` rows.
-    template <typename Function>
-    void panels(int64_t rows, const Function& f) const {
-        parallel((rows + how_.rows - 1) / how_.rows, 1, [&](int64_t begin, int64_t end, int) {
-            for (int64_t i = begin; i < end; ++i) f(i * how_.rows, std::min(how_.rows, rows - i * how_.rows));
-        });
-    }
-
-    // Return the products with a panel of `m`, [vector][rows of a panel]; PURPOSE says which memory of the thread to use.
-    template <Purpose PURPOSE>
-    float* times(const Matrix& m, int64_t first) const {
-        float* tile = scratch<PURPOSE>(count_ * how_.rows);
-        how_.multiply(m, first, count_, memory_, tile, scratch<kOwn>(how_.scratch(m)));
-        return tile;
-    }
-
-private:
-    const Multiplication& how_;
-    const int64_t count_;
-    uint8_t* memory_;
-};
-
-// Store the products of many vectors in to[vector * m.rows + row].
-template <typename Row>
-void multiply_all(const Matrix& m, int64_t count, const Row& row, Activations type, float* to) {
-    const Multiplication& how = multiplication(m, type);
-    const Arranged inputs(how, m, count, row);
-    inputs.panels(m.rows, [&](int64_t first, int64_t rows) {
-        const float* tile = inputs.times<kOwnTile>(m, first);
-        for (int64_t t = 0; t < count; ++t)
-            std::memcpy(to + t * m.rows + first, tile + t * how.rows, sizeof(float) * rows);
-    });
-}
-
-// Call f(first, count) for blocks of tokens for which panels are unpacked once.
-template <typename Function>
-void token_blocks(int64_t tokens, const Function& f) {
-    const Parts blocks(tokens, kTokensAtOnce);
-    for (int64_t i = 0; i < blocks.parts; ++i) f(blocks.begin(i), blocks.size(i));
-}
-
-// Add an output times its routing weight; all sums of outputs are made here, so that they are equal to the last bit.
-inline void add_weighted(float* y, float routing_weight, const float* out, int64_t count) {
-    for (int64_t r = 0; r < count; ++r) y[r] += routing_weight * out[r];
-}
-
-// One expert and one block of the tokens that use it; `take(use, row, rows, out)` receives parts of the outputs.
-template <typename Take>
-void apply_to_block(const Expert& e, const Use* uses, int64_t count, const float* x, int64_t hidden, Activations type,
-                    bool of_few, const Take& take) {
-    const int64_t inner = e.gate.rows;
-    const auto input = [&](int64_t i) { return x + uses[i].token * hidden; };
-    const Operations& own = operations();
-    const Multiplication& how = multiplication(e.gate, type);
-    if (count <= (of_few ? kFewTokens : how.few)) {
-        const PreparedInputs prepared(e, count, scratch<kPacked>(PreparedInputs::size(e, count)));
-        prepared.fill(e, count, input);
-        float* middle = scratch<kHidden>(count * inner);
-        parallel(inner, rows_at_once(e.gate), [&](int64_t begin, int64_t end, int) {
-            const int64_t rows = end - begin;
-            float* up = scratch<kOwnUp>(count * rows);
-            few(e.gate, begin, end, prepared.gate, count, middle + begin, inner);
-            few(e.up, begin, end, prepared.up, count, up, rows);
-            for (int64_t t = 0; t < count; ++t) own.swiglu(middle + t * inner + begin, up + t * rows, rows);
-        });
-        const Prepared prepared_middle(e.down, count, scratch<kHiddenPacked>(Prepared::size(e.down, count)));
-        prepared_middle.fill(e.down, count, [&](int64_t i) { return middle + i * inner; });
-        parallel(hidden, rows_at_once(e.down), [&](int64_t begin, int64_t end, int) {
-            const int64_t rows = end - begin;
-            float* out = scratch<kOwnTile>(count * rows);
-            few(e.down, begin, end, prepared_middle, count, out, rows);
-            for (int64_t t = 0; t < count; ++t) take(uses[t], begin, rows, out + t * rows);
-        });
-        return;
-    }
-    float* middle = scratch<kHidden>(count * inner);
-    if (same_format(e.gate, e.up)) {
-        const Arranged inputs(how, e.gate, count, input);
-        inputs.panels(inner, [&](int64_t first, int64_t rows) {
-            float *gate = inputs.times<kOwnTile>(e.gate, first), *up = inputs.times<kOwnUp>(e.up, first);
-            own.swiglu(gate, up, count * how.rows);
-            for (int64_t t = 0; t < count; ++t)
-                std::memcpy(middle + t * inner + first, gate + t * how.rows, sizeof(float) * rows);
-        });
-    } else {
-        float* up = scratch<kUp>(count * inner);
-        multiply_all(e.gate, count, input, type, middle);
-        multiply_all(e.up, count, input, type, up);
-        parallel(count, 1, [&](int64_t begin, int64_t end, int) {
-            own.swiglu(middle + begin * inner, up + begin * inner, (end - begin) * inner);
-        });
-    }
-    const Multiplication& how_down = multiplication(e.down, type);
-    const Arranged middles(how_down, e.down, count, [&](int64_t i) { return middle + i * inner; });
-    middles.panels(hidden, [&](int64_t first, int64_t rows) {
-        const float* out = middles.times<kOwnTile>(e.down, first);
-        for (int64_t t = 0; t < count; ++t) take(uses[t], first, rows, out + t * how_down.rows);
-    });
-}
-
-// Apply all experts of one token in two loops; this is the decode step. `take` is as for `apply_to_block`.
-template <typename Take>
-void apply_to_one(const std::vector<ExpertUses>& experts, const float* x, int64_t hidden, const Take& take) {
-    const Operations& own = operations();
-    const int64_t count = static_cast<int64_t>(experts.size());
-    std::vector<int64_t> starts(count + 1, 0);
-    std::vector<PreparedInputs> inputs;
-    int64_t memory = 0, widest = 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const Expert& e = experts[i].expert;
-        starts[i + 1] = starts[i] + e.gate.rows;
-        memory += PreparedInputs::size(e, 1);
-        widest = std::max(widest, Prepared::size(e.down, 1));
-    }
-    float* free = scratch<kPacked>(memory);
-    for (int64_t i = 0; i < count; ++i) {
-        const Expert& e = experts[i].expert;
-        if (i > 0 && same_format(e.gate, experts[i - 1].expert.gate) && same_format(e.up, experts[i - 1].expert.up)) {
-            inputs.push_back(inputs.back());
-            continue;
-        }
-        inputs.emplace_back(e, 1, free);
-        free += PreparedInputs::size(e, 1);
-        inputs.back().fill(e, 1, [&](int64_t) { return x; });
-    }
-    float* middle = scratch<kHidden>(starts[count]);
-    const Matrix& first = experts[0].expert.gate;
-    parallel(starts[count], std::max<int64_t>(8, rows_at_once(first) / 2), [&](int64_t begin, int64_t end, int) {
-        int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-        while (begin < end) {
-            const Expert& e = experts[i].expert;
-            const int64_t stop = std::min(end, starts[i + 1]), rows = stop - begin, row = begin - starts[i];
-            float* up = scratch<kOwnUp>(rows);
-            few(e.gate, row, row + rows, inputs[i].gate, 1, middle + begin, rows);
-            few(e.up, row, row + rows, inputs[i].up, 1, up, rows);
-            own.swiglu(middle + begin, up, rows);
-            begin = stop, ++i;
-        }
-    });
-    float* packed_memory = scratch<kHiddenPacked>(widest * count);
-    std::vector<Prepared> middles;
-    for (int64_t i = 0; i < count; ++i) {
-        middles.emplace_back(experts[i].expert.down, 1, packed_memory + widest * i);
-        middles.back().fill(experts[i].expert.down, 1, [&](int64_t) { return middle + starts[i]; });
-    }
-    const int64_t step = std::max<int64_t>(8, rows_at_once(experts[0].expert.down) / count);
-    parallel(hidden, step, [&](int64_t begin, int64_t end, int) {
-        const int64_t rows = end - begin;
-        float* out = scratch<kOwnTile>(rows);
-        for (int64_t i = 0; i < count; ++i) {
-            few(experts[i].expert.down, begin, end, middles[i], 1, out, rows);
-            take(experts[i].uses[0], begin, rows, out);
-        }
-    });
-}
-
-} // namespace
 
 std::vector<const Operations*> all_operations() {
     std::vector<const Operations*> all;
@@ -353,69 +82,27 @@ bool choose_for_products(int64_t vectors, Activations type, int bits, int group,
     return found;
 }
 
-namespace {
-
-// Compute all products of up to kFewTokens vectors in one loop.
-void multiply_few(const std::vector<Product>& products, const float* x, int64_t count, int64_t first, bool add) {
-    const int64_t matrices = static_cast<int64_t>(products.size());
-    std::vector<int64_t> starts(matrices + 1, 0);
-    std::vector<Prepared> inputs;
-    int64_t memory = 0;
-    for (const Product& one : products) memory += Prepared::size(one.matrix, count);
-    float* free = scratch<kPacked>(memory);
-    for (int64_t i = 0; i < matrices; ++i) {
-        const Matrix& m = products[i].matrix;
-        starts[i + 1] = starts[i] + m.rows;
-        int64_t same = 0;
-        while (same < i && !same_format(m, products[same].matrix)) ++same;
-        inputs.push_back(same < i ? inputs[same] : Prepared(m, count, free));
-        if (same < i) continue;
-        free += Prepared::size(m, count);
-        inputs[i].fill(m, count, [&](int64_t t) { return x + t * m.columns; });
-    }
-    parallel(starts[matrices], rows_at_once(products[0].matrix), [&](int64_t begin, int64_t end, int) {
-        int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;
-        for (; begin < end; begin = starts[++i]) {
-            const Matrix& m = products[i].matrix;
-            const int64_t row = begin - starts[i], rows = std::min(end, starts[i + 1]) - begin;
-            float* out = products[i].y + first * m.rows + row;
-            if (!add) {
-                few(m, row, row + rows, inputs[i], count, out, m.rows);
-                continue;
-            }
-            float* own = scratch<kOwnTile>(count * rows);
-            few(m, row, row + rows, inputs[i], count, own, rows);
-            for (int64_t t = 0; t < count; ++t)
-                for (int64_t r = 0; r < rows; ++r) out[t * m.rows + r] += own[t * rows + r];
-        }
-    });
-}
-
-void multiply_many(const Product& product, const float* x, int64_t count, int64_t first, bool add,
-                   Activations type) {
-    const Matrix& m = product.matrix;
-    const Multiplication& how = multiplication(m, type);
-    const Arranged inputs(how, m, count, [&](int64_t t) { return x + t * m.columns; });
-    inputs.panels(m.rows, [&](int64_t row, int64_t rows) {
-        const float* tile = inputs.times<kOwnTile>(m, row);
-        for (int64_t t = 0; t < count; ++t) {
-            float* out = product.y + (first + t) * m.rows + row;
-            for (int64_t r = 0; r < rows; ++r) out[r] = (add ? out[r] : 0.0f) + tile[t * how.rows + r];
-        }
-    });
-}
-
-} // namespace
-
 bool has_activations(Activations type) { return type != Activations::bf16 || avx512_bf16(); }
 
-void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
-                        Activations type) {
-    if (products.empty()) return;
-    const int64_t columns = products[0].matrix.columns;
-    token_blocks(tokens, [&](int64_t first, int64_t count) {
-        if (count <= kFewTokens) return multiply_few(products, x + first * columns, count, first, add);
-        for (const Product& one : products) multiply_many(one, x + first * columns, count, first, add, type);
+constexpr int64_t kFilledAtOnce = 1 << 16; // floats
+
+void use_large_pages(float* y, int64_t count) {
+#if defined(__linux__)
+    constexpr uintptr_t kPage = 1 << 21;
+    const uintptr_t from = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
+    const uintptr_t to = reinterpret_cast<uintptr_t>(y + count) / kPage * kPage;
+    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // only advice
+#else
+    (void)y, (void)count;
+#endif
+}
+
+void fill_all(const float* values, int64_t count, float* y) {
+    parallel(count, kFilledAtOnce, [&](int64_t begin, int64_t end, int) {
+        if (values)
+            std::memcpy(y + begin, values + begin, sizeof(float) * (end - begin));
+        else
+            std::fill(y + begin, y + end, 0.0f);
     });
 }
 
@@ -424,43 +111,6 @@ void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width
     parallel(tokens, 4, [&](int64_t begin, int64_t end, int) {
         for (int64_t t = begin; t < end; ++t) own.rms_norm(x + t * width, weight, width, eps, y + t * width);
     });
-}
-
-namespace {
-
-template <typename Take>
-void apply(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, Activations type,
-           const Take& take) {
-    if (experts.empty()) return;
-    if (tokens == 1) return apply_to_one(experts, x, hidden, take);
-    for (const ExpertUses& one : experts)
-        token_blocks(static_cast<int64_t>(one.uses.size()), [&](int64_t first, int64_t count) {
-            apply_to_block(one.expert, one.uses.data() + first, count, x, hidden, type, tokens <= kFewTokens, take);
-        });
-}
-
-} // namespace
-
-void apply_experts(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden, float* y,
-                   Activations type) {
-    apply(experts, x, tokens, hidden, type, [&](const Use& use, int64_t row, int64_t rows, const float* out) {
-        add_weighted(y + use.token * hidden + row, use.routing_weight, out, rows);
-    });
-}
-
-void expert_outputs(const std::vector<ExpertUses>& experts, const float* x, int64_t tokens, int64_t hidden,
-                    int64_t columns, float* outputs) {
-    const auto store = [&](const Use& use, int64_t row, int64_t rows, const float* out) {
-        std::memcpy(outputs + (use.token * columns + use.choice) * hidden + row, out, sizeof(float) * rows);
-    };
-    apply(experts, x, tokens, hidden, Activations::f32, store);
-}
-
-void add_outputs(const float* outputs, const float* routing_weights, int64_t tokens, int64_t columns, int64_t hidden,
-                 float* y) {
-    for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t i = t * columns; i < (t + 1) * columns; ++i)
-            add_weighted(y + t * hidden, routing_weights[i], outputs + i * hidden, hidden);
 }
 
 namespace {

@@ -37,6 +37,12 @@ struct Product {
 void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
                         Activations type);
 
+// Ask the system for large pages for y, which nobody has written to: its first writes then take fewer page faults.
+void use_large_pages(float* y, int64_t count);
+
+// Store `count` values in y, zeros for a null pointer.
+void fill_all(const float* values, int64_t count, float* y);
+
 // Compute y [tokens, width] = x / rms(x) * weight.
 void rms_norm(const float* x, const float* weight, int64_t tokens, int64_t width, float eps, float* y);
 

@@ -87,7 +87,7 @@ def routed_experts(
         for place in reversed(range(len(records))):
             outputs.compute(records[place : place + 1], np.where(np.array(rows) == place, 0, -1).astype(np.int32))
         return outputs.sum(routing_weights, mx.zeros_like(x) if residual is None else residual)
-    y = native.Output(x.shape, residual, in_place)
+    y = native.Output(x.shape, residual, in_place, zeros=True)
     choices, rounding = rows.shape[1], native.ACTIVATIONS.index(activations)
     layout, matrices = _layout(form), _matrices(shared)
     native.loaded().experts(

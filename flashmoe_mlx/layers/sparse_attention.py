@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights
+from flashmoe_mlx.custom_kernels import AttentionInputs, AttentionWeights, native
 from flashmoe_mlx.custom_kernels.attention import mlx, reference
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.kv_cache import IndexedCache, KVCache
@@ -77,6 +77,17 @@ class Indexer:
         complete = (mx.arange(start, start + length)[:, None] + 1) // self.block
         return mx.where(mx.arange(len(keys))[None] < complete, total, -mx.inf)
 
+    def select(self, scores: mx.array, start: int) -> mx.array:
+        """Return the indices [T, most] of the blocks with the highest ``scores`` of tokens from ``start`` on.
+
+        Equal scores are common: a block that no head finds similar has a score of 0. On a CPU the choice among them is
+        that of transformers on a CPU, whose order is not that of the blocks; elsewhere, the earliest blocks are chosen.
+        """
+        if mx.default_device() == mx.cpu and native.extension() is not None:
+            complete = (np.arange(start, start + len(scores), dtype=np.int32) + 1) // self.block
+            return mx.array(native.largest(np.asarray(scores), complete, self.most))
+        return mx.argsort(-scores, axis=-1)[:, : self.most]
+
 
 @dataclass(frozen=True, slots=True)
 class SparseAttention(Attention):
@@ -135,8 +146,7 @@ class SparseAttention(Attention):
         keys, values = self.room(cache, length, q_and_gate.dtype)
         cache.length += length
         scores = self.indexer.scores(queries, self.indexer.block_keys(cache), start)
-        most = self.indexer.most
-        best = mx.argpartition(-scores, most - 1, axis=-1)[:, :most]
+        best = self.indexer.select(scores, start)
 
         def attend_to_few(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
             """Attend from one token to copies of the selected keys and values."""
