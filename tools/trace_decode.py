@@ -136,14 +136,15 @@ def main() -> None:
     load: Any = flashmoe_mlx.load
     named = {"prefetch": arguments.prefetch, "prompt_cache_gib": 0}
     with load(arguments.pack, arguments.backend, **named, **options) as engine:
-        reader = engine.store._reader._reader
-        default, random = getattr(reader, "_chunk", None), np.random.default_rng(1)
+        reader, random = engine.store._reader._reader, np.random.default_rng(1)
+        name = "chunk" if hasattr(reader, "chunk") else "_chunk"  # of a ring, or of threads
+        default = getattr(reader, name)
         modes = [(int(float(size) * 2**20), settled) for size in arguments.pieces.split(",") for settled in (0, 1)]
         tokens: dict[tuple[int, int], list[dict[str, float]]] = {mode: [] for mode in modes}
         _decode(engine, random, 8, None)
         for round_ in range(arguments.rounds):
             for mode in modes if round_ % 2 else modes[::-1]:
-                reader._chunk = mode[0] or default
+                setattr(reader, name, mode[0] or default)
                 tokens[mode] += _decode(engine, random, arguments.tokens, Trace(engine, bool(mode[1])))
         _print(tokens)
         if arguments.profile:
