@@ -168,7 +168,9 @@ PyObject* large_pages(PyObject*, PyObject* args) {
     return guarded([&] {
         Held held;
         require(count >= 0, "count out of range");
-        use_large_pages(floats(held, y, "y", count, true), count);
+        float* to = floats(held, y, "y", count, true);
+        WithoutGil released;
+        use_large_pages(to, count);
     });
 }
 

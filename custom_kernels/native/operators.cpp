@@ -87,11 +87,15 @@ bool has_activations(Activations type) { return type != Activations::bf16 || avx
 constexpr int64_t kFilledAtOnce = 1 << 16; // floats
 
 void use_large_pages(float* y, int64_t count) {
-#if defined(__linux__)
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
     constexpr uintptr_t kPage = 1 << 21;
     const uintptr_t from = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
     const uintptr_t to = reinterpret_cast<uintptr_t>(y + count) / kPage * kPage;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // only advice
+    if (from >= to) return;
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // both are only advice
+    parallel((to - from) / kPage, 1, [&](int64_t begin, int64_t end, int) {
+        madvise(reinterpret_cast<void*>(from + begin * kPage), (end - begin) * kPage, MADV_POPULATE_WRITE);
+    });
 #else
     (void)y, (void)count;
 #endif

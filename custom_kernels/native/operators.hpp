@@ -37,7 +37,8 @@ struct Product {
 void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
                         Activations type);
 
-// Ask the system for large pages for y, which nobody has written to: its first writes then take fewer page faults.
+// Let the threads share the work of the system for the pages of y, which nobody has written to, large pages if it has them.
+// Threads that write to one page at once would each clear one.
 void use_large_pages(float* y, int64_t count);
 
 // Store `count` values in y, zeros for a null pointer.
