@@ -132,13 +132,22 @@ void compare(const Blocks& found, const Blocks& expected, float tolerance, const
     }
 }
 
+// Use an instruction set for all operations; all but the best round vectors to bf16 and multiply them as floats.
+bool use(const char* name) {
+    if (!choose_operations(name)) return false;
+    if (has_activations(Activations::bf16) && std::string(name) != "avx512_vnni")
+        for (int bits : {2, 3, 4, 8})
+            for (int group : {32, 64, 128}) choose_for_products(kFewTokens + 1, Activations::bf16, bits, group, name);
+    return true;
+}
+
 } // namespace
 
 int main() {
-    choose_operations("portable");
+    use("portable");
     const auto portable = by_one_thread();
     for (const char* name : {"avx512_vnni", "avx512", "avx2", "neon", "portable"}) {
-        if (!choose_operations(name)) continue;
+        if (!use(name)) continue;
         const auto expected = by_one_thread();
         for (int seed = 0; seed < 12; ++seed) compare(expected[seed], portable[seed], 2e-3f, name, seed);
         set_threads(3);
