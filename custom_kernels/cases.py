@@ -3,7 +3,7 @@
 A case runs the kernel, MLX's implementation, and the reference in f64 on the same values.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -241,7 +241,7 @@ def grouped_experts(
 
 
 def gated_delta_net(
-    geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0, on_cpu: bool = False
+    geometry: Geometry, dtype: mx.Dtype, *, tokens: int = 1, seed: int = 0, on_cpu: bool = False, sequences: int = 1
 ) -> Case:
     """Return a few tokens through the recurrence, after earlier tokens.
 
@@ -251,8 +251,9 @@ def gated_delta_net(
         tokens: number of tokens.
         seed: seed of the random numbers.
         on_cpu: run the kernel of the C++ extension.
+        sequences: number of sequences, each with ``tokens`` tokens.
     """
-    made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed)
+    made = delta_inputs(geometry, dtype, tokens=tokens, seed=seed, sequences=sequences)
 
     def by_extension() -> Results:
         written = replace(made, conv_state=made.conv_state * 1, recurrent_state=made.recurrent_state * 1)
@@ -309,8 +310,9 @@ def attention(
     frequencies: tuple[float, ...] | None = None,
     kv_bits: int | None = None,
     gated: bool = True,
+    more_starts: Sequence[int] = (),
 ) -> Case:
-    """Return tokens at the end of a filled cache.
+    """Return tokens at the end of a filled cache, or one token of each of several sequences.
 
     Args:
         geometry: sizes of the layer.
@@ -322,8 +324,18 @@ def attention(
         frequencies: radians per position of each rotary pair; None for powers of theta.
         kv_bits: width of cached keys and values.
         gated: whether queries have gates.
+        more_starts: the positions of the tokens of further sequences, below ``context``; only with one token.
     """
-    made = attention_inputs(geometry, dtype, context=context, tokens=tokens, seed=seed, kv_bits=kv_bits, gated=gated)
+    made = attention_inputs(
+        geometry,
+        dtype,
+        context=context,
+        tokens=tokens,
+        seed=seed,
+        kv_bits=kv_bits,
+        gated=gated,
+        more_starts=more_starts,
+    )
     made = replace(made, weights=replace(made.weights, frequencies=frequencies))
 
     def with_own_caches() -> attention_reference.AttentionInputs:

@@ -84,6 +84,8 @@ class ModelFiles:
             made_by = f" quantiser={quantiser}" if quantiser else ""
             possible = width.isdecimal() and not isinstance(self.config, AdaptedConfig)
             advice = f". Make one: task=pack source={self.folder} bits=[{width}]{made_by}" if possible else ""
+            if isinstance(self.config, AdaptedConfig):
+                advice = "; a model that mlx-lm computes keeps its published experts: choose another backend"
             raise InputError(
                 f"{self.folder}: no variant {name!r}; it has {', '.join(sorted(self.experts))}{advice}",
                 code="unknown_variant",

@@ -117,11 +117,14 @@ def write_tensors(path: Path, stored: Mapping[str, tuple[str, np.ndarray]]) -> N
 
 
 def settings_of(form: str) -> dict[str, Any]:
-    """Return ``quantization_config`` of a form: "fp8", "gptq", "gptq-order", "gptq-v2" or "awq"."""
+    """Return ``quantization_config`` of a form: "fp8", "gptq", "gptq-order", "gptq-v2", "gptq-round" or "awq"."""
     if form == "fp8":
         return {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     if form == "awq":
         return {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+    if form == "gptq-round":
+        layout = {"packing_format": "auto_round:auto_gptq", "autoround_version": "0.5.1"}
+        return {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": True, **layout}
     settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": form == "gptq-order", "sym": False}
     return settings | ({"checkpoint_format": "gptq_v2"} if form == "gptq-v2" else {})
 
@@ -172,7 +175,7 @@ def write_coded(folder: Path, form: str, geometry: Geometry, plain: Path | None 
         write_tensors(plain / "model.safetensors", dense)
 
 
-FORMS = ("fp8", "gptq", "gptq-order", "gptq-v2", "awq")
+FORMS = ("fp8", "gptq", "gptq-order", "gptq-v2", "gptq-round", "awq")
 CODED_GEOMETRIES: Mapping[str, Geometry] = {
     "qwen3_5_moe": replace(GEOMETRIES["text"], layer_types="LF", experts=6),
     "qwen3_moe": replace(OLDER_GEOMETRIES["moe"], layer_types="FF", experts=6),

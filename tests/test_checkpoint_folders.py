@@ -5,9 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from pack_oracle import SMALL, assert_one_line, edit_json, read_safetensors
-from tiny_checkpoints import write_checkpoint
+from tiny_checkpoints import GEOMETRIES, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.checkpoint.checkpoint import Checkpoint
@@ -214,7 +215,7 @@ def test_a_long_name_gives_a_short_message(single: Path) -> None:
     assert len(str(refused(single))) < 400 + len(str(single))
 
 
-@pytest.mark.parametrize("name", ["unsloth/Qwen3.5-35B-A3B-GGUF", "x/y-AutoRound-Int4", "x/y-exl2", "x/y-bnb-4bit"])
+@pytest.mark.parametrize("name", ["unsloth/Qwen3.5-35B-A3B-GGUF", "x/y-HQQ-Int4", "x/y-exl2", "x/y-bnb-4bit"])
 def test_a_name_on_the_hub_that_states_its_format(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for use in (flashmoe_mlx.load, lambda folder: pack_checkpoint(Path(folder), tmp_path / "out")):
@@ -254,3 +255,18 @@ def test_errors_in_json_state_their_place(name: str, broken: bytes, code: str, s
     error = refused(sharded)
     assert error.code == code
     assert name in str(error)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_beside_a_tied_embedding(same: bool, tmp_path: Path) -> None:
+    """A copy of the embedding is dropped; transformers would use another head, and mlx-lm drop it."""
+    folder = write_checkpoint(tmp_path / "model", GEOMETRIES["tied"], 0, "per_expert")
+    file = next(folder.glob("*.safetensors"))
+    tensors: dict[str, mx.array] = dict(mx.load(str(file)))  # type: ignore[arg-type]
+    embedding = next(values for name, values in tensors.items() if name.endswith("embed_tokens.weight"))
+    mx.eval(tensors)
+    mx.save_safetensors(str(file), tensors | {"lm_head.weight": embedding if same else embedding + 1})
+    if same:
+        opened(folder)
+    else:
+        assert refused(folder).code == "contradicting_head"

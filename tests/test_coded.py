@@ -103,6 +103,34 @@ def test_integers_equal_their_definition(
     np.testing.assert_allclose(np.array(made), dense, rtol=0, atol=limit)
 
 
+@pytest.mark.oracle
+@pytest.mark.parametrize("scales", ["BF16", "F32"])
+@pytest.mark.parametrize("shape", [(256, 384), (3, 128, 256)])
+def test_float8_equals_transformers(shape: tuple[int, ...], scales: str) -> None:
+    torch = pytest.importorskip("torch")
+    finegrained = pytest.importorskip("transformers.integrations.finegrained_fp8")
+    stored, _ = float8(np.random.default_rng(0), "a.weight", shape, (128, 128), scales)
+    tensor, read = decoded(Codes("fp8", {"weight_block_size": [128, 128]}), stored)["a.weight"]
+    weight = torch.from_numpy(stored["a.weight"][1]).view(torch.float8_e4m3fn)
+    factors = torch.from_numpy(stored["a.weight_scale_inv"][1])
+    factors = factors.view(torch.bfloat16) if scales == "BF16" else factors
+    theirs = finegrained.Fp8Dequantize(None)._dequantize_one(weight, factors, torch.float32)
+    ours = tensor.exact(read, 0, tensor.nbytes)
+    np.testing.assert_array_equal(ours, theirs.numpy().reshape(ours.shape))
+
+
+@pytest.mark.oracle
+def test_awq_equals_mlx_lm() -> None:
+    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    stored, _ = integers(np.random.default_rng(0), "a", (64, 128), "awq", 4, 64)
+    words = {name: values.view(np.uint32) if dtype == "I32" else values for name, (dtype, values) in stored.items()}
+    published = {name: mx.array(values) for name, values in words.items()}
+    theirs, _ = mlx_lm._transform_awq_weights(published, {"bits": 4, "group_size": 64})
+    for name, (tensor, read) in decoded(Codes("awq", {}), stored).items():
+        expected = bytes(memoryview(mx.contiguous(theirs[name])).cast("B"))
+        assert bytes(tensor.read(read, 0, tensor.nbytes)) == expected, name
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_packs_equal_those_of_the_decoded_weights(form: str, tmp_path: Path) -> None:
     """Requantized weights are those of a checkpoint with the decoded weights, byte for byte.

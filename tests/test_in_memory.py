@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.ahead import StepsAhead
-from flashmoe_mlx.generation.device_sampling import draw
+from flashmoe_mlx.generation.device_sampling import choose_each, draw
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.sampling import ChosenSampling, Sampler, SamplingOptions
 from flashmoe_mlx.generation.sequence import Sequence, Status
@@ -370,4 +371,17 @@ def test_draws_on_the_device_are_those_of_the_host(seed: int, options: SamplingO
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_the_largest_random_number_draws_a_possible_token(top_p: float) -> None:
     logits = mx.array([0.0, 1.0, 2.0, -float("inf")])
-    assert draw(logits, SamplingOptions(temperature=1.0, top_p=top_p), 1 - 2.0**-53).item() < 3
+    drawn = draw(mx.stack([logits, logits]), SamplingOptions(top_p=top_p), [1.0, 0.1], [1 - 2.0**-53] * 2)
+    assert max(drawn.tolist()) < 3
+
+
+def test_rows_are_chosen_with_their_own_options() -> None:
+    random = np.random.default_rng(1)
+    logits = mx.array(random.normal(0, 3, (6, 50)), mx.float32)
+    options = [SamplingOptions(), WARM, SamplingOptions(temperature=2.0), replace(WARM, temperature=0.3), WARM]
+    numbers = [None, *random.random(4).tolist()]
+    chosen = choose_each(logits, dict(enumerate(zip(options, numbers, strict=True))))
+    for row, (own, number) in enumerate([*zip(options, numbers, strict=True), (options[0], None)]):
+        alone = logits[row : row + 1]
+        expected = mx.argmax(alone, axis=-1) if number is None else draw(alone, own, [own.temperature], [number])
+        assert chosen[row].item() == expected.item()

@@ -220,6 +220,13 @@ def test_gated_delta_net(geometry: cases.Geometry, tokens: int, dtype: mx.Dtype)
     check(cases.gated_delta_net(geometry, dtype, tokens=tokens))
 
 
+@pytest.mark.usefixtures("target")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_gated_delta_net_of_several_sequences(tokens: int, dtype: mx.Dtype) -> None:
+    check(cases.gated_delta_net(ODD, dtype, tokens=tokens, sequences=3))
+
+
 RULES = [
     pytest.param(chunked.gated_delta, id="mlx"),
     pytest.param(chunked.gated_delta_on_host, id="numpy"),
@@ -302,6 +309,14 @@ def test_attention(geometry: cases.Geometry, context: int, tokens: int, dtype: m
 
 
 @pytest.mark.usefixtures("target")
+@pytest.mark.parametrize(
+    ("dtype", "kv_bits"), [(mx.float32, None), (mx.bfloat16, None), (mx.float32, 8), (mx.float32, 4)]
+)
+def test_attention_of_several_sequences(dtype: mx.Dtype, kv_bits: int | None) -> None:
+    check(cases.attention(SMALL, dtype, context=600, more_starts=(0, 255, 256, 31), kv_bits=kv_bits))
+
+
+@pytest.mark.usefixtures("target")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("context", "tokens"), [(600, 1), (300, 5)])
 def test_attention_without_gates(context: int, tokens: int, dtype: mx.Dtype) -> None:
@@ -323,6 +338,8 @@ def test_attention_on_tensor_cores(heads: int, kv_heads: int, width: int, rotary
     weights = cases.attention_inputs(geometry, mx.bfloat16, context=1).weights
     assert attention.stages_on_tensor_cores(weights, mx.bfloat16)
     check(cases.attention(geometry, mx.bfloat16, context=context, seed=context))
+    more_starts = (0, context // 2, context - 1)
+    check(cases.attention(geometry, mx.bfloat16, context=context, seed=context, more_starts=more_starts))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -645,7 +662,7 @@ def test_mixers_compile_for_cuda(dtype: mx.Dtype) -> None:
     types = [dtype] * 5 + [F32, F32, dtype, dtype, F32]
     assert compile_for_cuda(gated_delta_net.STEP, types, [dtype, dtype, F32], template)
     template = {"T": dtype, "HEADS": 32, "KV_HEADS": 2, "DIM": 256, "GATED": 1}
-    parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8}
+    parts = {"HEADS_AT_ONCE": 4, "WIDTH": 8, "SIMDGROUPS": 8, "MOST_SPANS": 64, "GROWTH": 256}
     for rows, bits, width in ((dtype, 0, 256), (mx.uint32, 8, 68), (mx.uint32, 4, 36)):
         cached = {"KV": rows, "ROW": width, "GROUP": 64, "BITS": bits}
         inputs = [dtype] * 5 + [rows] * 2 + [F32, I32]
@@ -663,7 +680,7 @@ def test_attention_on_tensor_cores_compiles_for_cuda(
     decode = attention.decode_on_tensor_cores(width, stages)
     template = {"T": BF16, "HEADS": heads, "KV_HEADS": kv_heads, "DIM": width, "GATED": 0}
     template |= {"ROTARY": rotary, "EPS": 0}
-    parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64}
+    parts = {"KEYS": 32, "STAGES": stages, "SIMDGROUPS": 8, "MOST_SPANS": 64, "GROWTH": 256}
     assert compile_for_cuda(decode, [BF16] * 7 + [F32, I32], [F32, F32], template | parts, architecture)
 
 

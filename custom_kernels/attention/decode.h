@@ -1,19 +1,25 @@
 // One query over a span of the cache: scores, softmax and the sum of values, for HEADS_AT_ONCE heads that share keys.
-// Grid: x = spans, y = query heads / HEADS_AT_ONCE. A simdgroup processes every SIMDGROUPS-th key of its span; lane l
-// holds WIDTH dimensions, beginning at l * WIDTH. Sums are relative to the largest score so far.
-// The capacity of the cache is divided into spans, so that the grid does not depend on the position.
+// Grid: x = spans, y = query heads / HEADS_AT_ONCE, z = sequences. A simdgroup processes every SIMDGROUPS-th key of its
+// span; lane l holds WIDTH dimensions, beginning at l * WIDTH. Sums are relative to the largest score so far.
+// The grid depends on the capacity of the cache. The keys of a span depend on the position alone, so a sequence has the
+// same sums whatever sequences share its arrays.
 
 const int part = threadgroup_position_in_grid.x;
 const int head = threadgroup_position_in_grid.y * HEADS_AT_ONCE;
 const int kv_head = head / (HEADS / KV_HEADS);
 const int lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
-const int length = position[0] + 1, capacity = keys_shape[2], spans = threadgroups_per_grid.x;
-const int span = (capacity + spans - 1) / spans;
+const int sequence = threadgroup_position_in_grid.z, sequences = keys_shape[0];
+const int length = position[sequence] + 1, capacity = keys_shape[2], spans = threadgroups_per_grid.x;
+const int rounded = (length + GROWTH - 1) / GROWTH * GROWTH, room = rounded < capacity ? rounded : capacity;
+const int equal = (room + spans - 1) / spans, wanted = (room + MOST_SPANS - 1) / MOST_SPANS;
+const int least = wanted > SIMDGROUPS ? wanted : SIMDGROUPS;
+const int span = equal > least ? equal : least;
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
-const device KV* own_keys = keys + (long)kv_head * capacity * ROW;
-const device KV* own_values = values + (long)kv_head * capacity * ROW;
+const long first_row = ((long)sequence * KV_HEADS + kv_head) * capacity;
+const device KV* own_keys = keys + first_row * ROW;
+const device KV* own_values = values + first_row * ROW;
 
 float q[HEADS_AT_ONCE * WIDTH], sums[HEADS_AT_ONCE * WIDTH], largest[HEADS_AT_ONCE], total[HEADS_AT_ONCE];
 #pragma unroll
@@ -22,7 +28,8 @@ for (int h = 0; h < HEADS_AT_ONCE; h++) {
   total[h] = 0.0f;
 #pragma unroll
   for (int c = 0; c < WIDTH; c++) {
-    q[h * WIDTH + c] = float(queries[(long)(head + h) * DIM + lane * WIDTH + c]) * reciprocal_root(float(DIM));
+    const float value = float(queries[((long)(head + h) * sequences + sequence) * DIM + lane * WIDTH + c]);
+    q[h * WIDTH + c] = value * reciprocal_root(float(DIM));
     sums[h * WIDTH + c] = 0.0f;
   }
 }
@@ -73,7 +80,7 @@ for (int h = 0; h < HEADS_AT_ONCE; h++) {
     gathered[simdgroup][lane * WIDTH + c] = sums[h * WIDTH + c] * kept;
   }
   wait_for_threadgroup();
-  const long at = (long)(head + h) * spans + part;
+  const long at = ((long)sequence * HEADS + head + h) * spans + part;
   for (int c = thread_index_in_threadgroup; c < DIM; c += 32 * SIMDGROUPS) {
     float sum = 0.0f;
 #pragma unroll

@@ -1,8 +1,8 @@
 // One token on NVIDIA's tensor cores: norm and rotary embedding of its queries, storage of its key and value in the
 // cache, and attention over a span of the cache, for all query heads of a kv head at once (up to 16 rows of a product;
 // missing rows are 0).
-// Grid: x = spans of the cache's capacity, so that it does not depend on the position; y = kv heads; SIMDGROUPS
-// simdgroups.
+// Grid: x = spans of the cache's capacity, so that it does not depend on the position; y = kv heads; z = sequences;
+// SIMDGROUPS simdgroups. The keys of a span depend on the position alone, as in decode.h.
 //
 // Keys and values arrive in tiles of KEYS, which are copied into shared memory while the previous STAGES - 1 tiles are
 // processed. The copies begin before the queries are ready, so in a long context preparing queries costs no time; its
@@ -30,16 +30,20 @@ SHARED float scores[PARTS * 16 * PITCH];
 const int part = threadgroup_position_in_grid.x, kv_head = threadgroup_position_in_grid.y;
 const int mine = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
-const int length = position[0] + 1, spans = threadgroups_per_grid.x;
-const int span = ((keys_shape[2] + KEYS - 1) / KEYS + MOST_SPANS - 1) / MOST_SPANS * KEYS;
+const int sequence = threadgroup_position_in_grid.z, capacity = keys_shape[2];
+const int length = position[sequence] + 1, spans = threadgroups_per_grid.x;
+const int rounded = (length + GROWTH - 1) / GROWTH * GROWTH, room = rounded < capacity ? rounded : capacity;
+const int room_tiles = (room + KEYS - 1) / KEYS, equal = (room_tiles + spans - 1) / spans;
+const int wanted = (room_tiles + MOST_SPANS - 1) / MOST_SPANS, span = (equal > wanted ? equal : wanted) * KEYS;
+const long first_head = (long)sequence * HEADS + (long)kv_head * GROUP;
 const int begin = part * span;
 const int end = begin + span < length ? begin + span : length;
 if (begin >= length) {
   for (int i = mine; i < GROUP * DIM; i += THREADS) {
-    partial[(((long)kv_head * GROUP + i / DIM) * spans + part) * DIM + i % DIM] = 0.0f;
+    partial[((first_head + i / DIM) * spans + part) * DIM + i % DIM] = 0.0f;
   }
   if (mine < GROUP) {
-    *(float2*)(peaks + 2 * (((long)kv_head * GROUP + mine) * spans + part)) = make_float2(LOWEST, 0.0f);
+    *(float2*)(peaks + 2 * ((first_head + mine) * spans + part)) = make_float2(LOWEST, 0.0f);
   }
   return;
 }
@@ -47,7 +51,7 @@ const int tiles = (end - begin + KEYS - 1) / KEYS;
 const int last = begin + (tiles - 1) * KEYS;  // the first key of the last tile
 const bool has_new = part == (length - 1) / span;
 const int new_row = length - 1 - last;  // in the last tile
-const long first_row = (long)kv_head * keys_shape[2];
+const long first_row = ((long)sequence * KV_HEADS + kv_head) * capacity;
 const T* last_keys = keys + (first_row + last) * DIM;
 const T* last_values = values + (first_row + last) * DIM;
 
@@ -59,7 +63,8 @@ uint4 value_chunk = make_uint4(0, 0, 0, 0);
 for (int round = 0; round < ROUNDS; round++) {
   const int first = 2 * (round * SIMDGROUPS + simdgroup), row = first + lane / 16;
   if (first < GROUP + has_new) {
-    const T* from = row < GROUP ? q_and_gate + ((long)kv_head * GROUP + row) * (1 + GATED) * DIM : k + kv_head * DIM;
+    const T* from = row < GROUP ? q_and_gate + (first_head + row) * (1 + GATED) * DIM
+                                : k + ((long)sequence * KV_HEADS + kv_head) * DIM;
     const T* norm = row < GROUP ? q_norm : k_norm;
 #pragma unroll
     for (int piece = 0; piece < PIECES; piece++) {
@@ -74,7 +79,7 @@ for (int round = 0; round < ROUNDS; round++) {
         lost[piece] = *(const float2*)(frequencies + ROTARY / 2 + piece * 32 + two);
       }
       if (has_new && mine < CHUNKS) {
-        value_chunk = *(const uint4*)(v + kv_head * DIM + mine * 8);
+        value_chunk = *(const uint4*)(v + ((long)sequence * KV_HEADS + kv_head) * DIM + mine * 8);
       }
     }
   }
@@ -269,7 +274,7 @@ for (int low = 0; low < 2; low++) {
   sum += simd_shuffle_xor(sum, 1);
   sum += simd_shuffle_xor(sum, 2);
   if (row < GROUP) {
-    const long at = ((long)kv_head * GROUP + row) * spans + part;
+    const long at = (first_head + row) * spans + part;
 #pragma unroll
     for (int i = 0; i < OWN / 8; i++) {
       *(float2*)(partial + at * DIM + simdgroup * OWN + i * 8 + 2 * c) =

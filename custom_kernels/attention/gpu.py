@@ -1,7 +1,7 @@
 """The kernels of attention for GPUs.
 
-One token takes two dispatches on NVIDIA's tensor cores and three elsewhere. Several tokens take one dispatch, followed
-by MLX's attention.
+One token, or one token of each of several sequences, takes two dispatches on NVIDIA's tensor cores and three elsewhere.
+Several tokens of one sequence take one dispatch, followed by MLX's attention.
 """
 
 from collections.abc import Iterator
@@ -40,6 +40,8 @@ DECODE = Kernel(
 MERGE = Kernel(__package__, "merge", ["partial", "peaks", "q_and_gate"], ["y"], ["functions"])
 _SIMDGROUPS = 8
 _SPANS = 64
+_GROWTH = 256
+"""Tokens by which KV caches grow. Spans divide the length rounded up to it, so sums do not depend on capacities."""
 _TILE = 32
 """Keys of a tile on tensor cores."""
 _BF16_PRODUCTS = 8
@@ -70,8 +72,10 @@ def code_path(inputs: AttentionInputs) -> CodePath | None:
         return None
     if not weights.rows.is_supported:
         return None
-    phrases = tokens_phrase(tokens), weights.rows.phrase, weights.gate_phrase
-    if tokens > 1:
+    together = inputs.sequences > 1
+    count = "one token of each sequence" if together else tokens_phrase(tokens)
+    phrases = count, weights.rows.phrase, weights.gate_phrase
+    if tokens > 1 and not together:
         return phrases
     return *phrases, "on tensor cores" if stages_on_tensor_cores(weights, dtype) else ""
 
@@ -82,7 +86,7 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     The caches must be evaluated, contiguous, and unused by all computations still to run.
     """
     q_and_gate, weights, keys, values = inputs.q_and_gate, inputs.weights, inputs.keys, inputs.values
-    tokens, dtype = q_and_gate.shape[0], q_and_gate.dtype
+    tokens, dtype, sequences = q_and_gate.shape[0], q_and_gate.dtype, inputs.sequences
     heads, width = weights.heads, weights.head_dim
     capacity = keys.shape[2]
     position = _on_device(inputs.start) if inputs.position is None else inputs.position
@@ -102,18 +106,19 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         "BITS": weights.kv_bits if weights.rows.quantized and weights.kv_bits else 0,
     }
     norm_and_rotary: dict[str, int | mx.Dtype] = {"ROTARY": weights.rotary_dim, "EPS": bits_of(weights.eps)}
-    if tokens == 1 and (stages := stages_on_tensor_cores(weights, dtype)):
+    one_token = tokens == sequences
+    if one_token and (stages := stages_on_tensor_cores(weights, dtype)):
         most_spans = max(32, _BLOCKS // weights.kv_heads // 32 * 32)
         tiles = -(-capacity // _TILE)
         spans = -(-tiles // -(-tiles // most_spans))
         partial, peaks = decode_on_tensor_cores(width, stages)(
             arrays,
-            [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
-            (spans, weights.kv_heads, 1),
+            [((sequences * heads, spans, width), mx.float32), ((sequences * heads, spans, 2), mx.float32)],
+            (spans, weights.kv_heads, sequences),
             32 * _SIMDGROUPS,
             template
             | norm_and_rotary
-            | {"KEYS": _TILE, "STAGES": stages, "SIMDGROUPS": _SIMDGROUPS, "MOST_SPANS": most_spans},
+            | {"KEYS": _TILE, "STAGES": stages, "SIMDGROUPS": _SIMDGROUPS, "MOST_SPANS": most_spans, "GROWTH": _GROWTH},
         )
         return _merged(partial, peaks, q_and_gate, template, most_spans), keys, values
 
@@ -124,7 +129,7 @@ def gated_attention(inputs: AttentionInputs) -> Results:
         32,
         template | norm_and_rotary | cached,
     )
-    if tokens > 1:
+    if not one_token:
         end = inputs.start + tokens
         seen = [cache[:, :, :end] for cache in (keys, values)]
         if keys.dtype != dtype:
@@ -140,10 +145,13 @@ def gated_attention(inputs: AttentionInputs) -> Results:
     at_once = next(count for count in (4, 2, 1) if group % count == 0)
     partial, peaks = DECODE(
         [queries, keys, values, position],
-        [((heads, spans, width), mx.float32), ((heads, spans, 2), mx.float32)],
-        (spans, heads // at_once, 1),
+        [((sequences * heads, spans, width), mx.float32), ((sequences * heads, spans, 2), mx.float32)],
+        (spans, heads // at_once, sequences),
         32 * _SIMDGROUPS,
-        template | cached | {"HEADS_AT_ONCE": at_once, "WIDTH": width // 32, "SIMDGROUPS": _SIMDGROUPS},
+        template
+        | cached
+        | {"HEADS_AT_ONCE": at_once, "WIDTH": width // 32, "SIMDGROUPS": _SIMDGROUPS}
+        | {"MOST_SPANS": _SPANS, "GROWTH": _GROWTH},
     )
     return _merged(partial, peaks, q_and_gate, template, _SPANS), keys, values
 
@@ -154,7 +162,7 @@ def _merged(
     heads, _, width = partial.shape
     (y,) = MERGE(
         [partial, peaks, q_and_gate],
-        [((1, heads * width), q_and_gate.dtype)],
+        [((len(q_and_gate), heads * width // len(q_and_gate)), q_and_gate.dtype)],
         (heads, width // 32, 1),
         32 * _SIMDGROUPS,
         template | {"SIMDGROUPS": _SIMDGROUPS, "MOST_SPANS": most_spans},
@@ -203,10 +211,10 @@ def _rotary(rotary_dim: int, theta: float, frequencies: tuple[float, ...] | None
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token after a context and several tokens, with the true sizes of the model."""
+    """Yield one token after a context, several tokens, and one token of each of two sequences, with true sizes."""
     for weights in model.attention[:1]:
         geometry = Geometry(0, 0, weights.heads, weights.kv_heads, weights.head_dim, weights.rotary_dim, 0, 0, 0, 0)
-        for tokens, start in ((1, 300), (5, 70)):
+        for tokens, start, more in ((1, 300, ()), (5, 70, ()), (1, 40, (7,))):
             drawn = attention_inputs(
                 geometry,
                 model.dtype,
@@ -216,6 +224,7 @@ def samples(model: ModelShapes) -> Iterator[Sample]:
                 eps=weights.eps,
                 kv_bits=weights.kv_bits,
                 gated=weights.gated,
+                more_starts=more,
             )
             # Other properties of the layer, such as its rotary embedding, are kept.
             own = replace(weights, q_norm=drawn.weights.q_norm, k_norm=drawn.weights.k_norm)

@@ -1,5 +1,6 @@
-// The combination of the results of all spans of the cache, times the output gate if GATED. Grid: x = query heads, y = slices of
-// 32 dimensions; a simdgroup processes every SIMDGROUPS-th span, at most MOST_SPANS / SIMDGROUPS spans.
+// The combination of the results of all spans of the cache, times the output gate if GATED. Grid: x = query heads, one
+// sequence after the other, y = slices of 32 dimensions; a simdgroup processes every SIMDGROUPS-th span, at most
+// MOST_SPANS / SIMDGROUPS spans.
 
 constexpr int MOST = MOST_SPANS / SIMDGROUPS;
 const int head = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;

@@ -4,7 +4,7 @@ Sources: transformers ``Qwen3_5MoeAttention`` and ``Qwen3MoeAttention``: RMS nor
 of a part or all of each head, causal grouped-query attention; in the former an output gate for every query.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,7 +16,7 @@ from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 
 @dataclass(slots=True)
 class AttentionInputs:
-    """Arguments of the operation for T tokens of one sequence; D is the width of a head.
+    """Arguments of the operation for T tokens of one sequence, or one token of each of T; D is the width of a head.
 
     Not frozen: a frozen dataclass takes ten times as long to construct, and every layer constructs one per step.
 
@@ -25,12 +25,12 @@ class AttentionInputs:
         k: keys of the T tokens, [T, kv_heads * D].
         v: values of the T tokens, [T, kv_heads * D].
         weights: weights of the layer.
-        keys: cache of keys, rows of ``weights.rows`` [1, kv_heads, capacity, width], filled up to ``start``, with room
-            for T more.
+        keys: cache of keys, rows of ``weights.rows`` [sequences, kv_heads, capacity, width], filled up to the new
+            tokens, with room for them.
         values: cache of values, of the same shape.
         start: position of the first of the T tokens.
-        position: ``start`` as int32 [4] on a GPU, for one token; None to use ``start``. With it, kernels can be traced
-            once for all positions.
+        position: the position of the token of each sequence, int32 [max(4, sequences)] on a GPU; None to use ``start``,
+            for one sequence. With it, kernels can be traced once for all positions.
     """
 
     q_and_gate: mx.array
@@ -41,6 +41,35 @@ class AttentionInputs:
     values: mx.array
     start: int
     position: mx.array | None = None
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences; of more than one, each has one token."""
+        return self.keys.shape[0]
+
+    def each(self) -> Iterator["AttentionInputs"]:
+        """Yield the arguments of each of several sequences."""
+        assert self.position is not None
+        starts = np.array(self.position)
+        for row in range(self.sequences):
+            own = slice(row, row + 1)
+            yield AttentionInputs(
+                self.q_and_gate[own],
+                self.k[own],
+                self.v[own],
+                self.weights,
+                self.keys[own],
+                self.values[own],
+                int(starts[row]),
+            )
+
+
+def on_device(positions: Sequence[int]) -> mx.array:
+    """Return ``AttentionInputs.position`` for the token of each sequence, lazily.
+
+    The result of an operation is in the memory of a GPU, unless it is smaller than 16 bytes.
+    """
+    return mx.array([*positions, *[0] * (4 - len(positions))], mx.int32) + 0
 
 
 Results = tuple[mx.array, mx.array, mx.array]
@@ -91,6 +120,10 @@ def gated_attention(inputs: AttentionInputs, attend: Attend = attention, rotate:
     Returns:
         The outputs [T, heads * D], and the caches of keys and values.
     """
+    if inputs.sequences > 1:
+        results = [gated_attention(one, attend, rotate) for one in inputs.each()]
+        y, keys, values = (mx.concatenate(list(parts)) for parts in zip(*results, strict=True))
+        return y, keys, values
     weights, keys, values, start = inputs.weights, inputs.keys, inputs.values, inputs.start
     length = inputs.q_and_gate.shape[0]
     end = start + length

@@ -1,10 +1,10 @@
 """Random inputs of attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs
+from flashmoe_mlx.custom_kernels.attention.reference import AttentionInputs, on_device
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry, RandomInputs
 from flashmoe_mlx.custom_kernels.weights import AttentionWeights
 
@@ -20,8 +20,9 @@ def attention_inputs(
     eps: float = 1e-6,
     kv_bits: int | None = None,
     gated: bool = True,
+    more_starts: Sequence[int] = (),
 ) -> AttentionInputs:
-    """Draw tokens at the end of a filled cache.
+    """Draw tokens at the end of a filled cache, or one token of each of several sequences.
 
     Args:
         geometry: sizes of the layer.
@@ -33,6 +34,7 @@ def attention_inputs(
         eps: epsilon of the norms.
         kv_bits: width of cached keys and values.
         gated: whether queries have gates.
+        more_starts: the positions of the tokens of further sequences, below ``context``; only with one token.
     """
     inputs = RandomInputs(dtype, seed)
     weights = AttentionWeights(
@@ -48,7 +50,9 @@ def attention_inputs(
         gated=gated,
     )
     width, kv_width = geometry.heads * weights.query_width, geometry.kv_heads * geometry.head_dim
-    room = (1, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
+    sequences = 1 + len(more_starts)
+    room = (sequences, geometry.kv_heads, -(-context // 256) * 256, geometry.head_dim)
+    tokens *= sequences
     return AttentionInputs(
         inputs.normal(tokens, width),
         inputs.normal(tokens, kv_width),
@@ -57,6 +61,7 @@ def attention_inputs(
         weights.rows.pack(inputs.normal(*room), dtype),
         weights.rows.pack(inputs.normal(*room), dtype),
         context - tokens,
+        on_device([context - 1, *more_starts]) if more_starts else None,
     )
 
 

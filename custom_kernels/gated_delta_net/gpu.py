@@ -1,4 +1,4 @@
-"""The kernel of GatedDeltaNet for GPUs: token by token in one dispatch."""
+"""The kernel of GatedDeltaNet for GPUs: token by token in one dispatch, for one or several sequences."""
 
 from collections.abc import Iterator
 
@@ -30,12 +30,12 @@ _SIMDGROUPS = 16
 
 def code_path(inputs: DeltaInputs) -> CodePath | None:
     """Return the code path of ``gated_delta_net``; None if it does not support the inputs."""
-    weights, tokens = inputs.weights, len(inputs.qkv)
+    weights, tokens = inputs.weights, len(inputs.qkv) // inputs.sequences
     if weights.key_dim % 32 or weights.value_dim % 16 or weights.value_dim * weights.key_dim > 2**15:
         return None
     if tokens > MOST_TOKENS and dialect() != "cuda":
         return None
-    return (tokens_phrase(tokens),)
+    return ("one token of each sequence" if inputs.sequences > 1 else tokens_phrase(tokens),)
 
 
 def gated_delta_net(inputs: DeltaInputs) -> Results:
@@ -56,7 +56,7 @@ def gated_delta_net(inputs: DeltaInputs) -> Results:
             recurrent_state,
         ],
         [(inputs.z.shape, dtype), (conv_state.shape, conv_state.dtype), (recurrent_state.shape, mx.float32)],
-        (weights.value_heads, 1, 1),
+        (weights.value_heads, inputs.sequences, 1),
         32 * _SIMDGROUPS,
         {
             "T": dtype,
@@ -75,12 +75,14 @@ def gated_delta_net(inputs: DeltaInputs) -> Results:
 
 
 def samples(model: ModelShapes) -> Iterator[Sample]:
-    """Yield one token and several tokens, with the true sizes of the model."""
+    """Yield one token, several tokens, and one of each of two sequences, with the true sizes of the model."""
     for weights in model.delta[:1]:
         geometry = Geometry(
             0, 0, 0, 0, 0, 0, weights.key_heads, weights.value_heads, weights.key_dim, weights.value_dim
         )
-        for tokens in (1, 5):
-            inputs = delta_inputs(geometry, model.dtype, tokens=tokens, taps=weights.taps, eps=weights.eps)
+        for tokens, sequences in ((1, 1), (5, 1), (1, 2)):
+            inputs = delta_inputs(
+                geometry, model.dtype, tokens=tokens, taps=weights.taps, eps=weights.eps, sequences=sequences
+            )
             if code_path(inputs) is not None:
                 yield Sample((inputs,))

@@ -4,7 +4,7 @@ Yang, Kautz, Hatamizadeh, "Gated Delta Networks: Improving Mamba2 with Delta Rul
 convolution, the decay and the gated norm as in transformers' ``Qwen3_5MoeGatedDeltaNet``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,7 +17,9 @@ L2_EPS = 1e-6
 
 @dataclass(slots=True)
 class DeltaInputs:
-    """Arguments of the operation for T tokens of one sequence; Dk and Dv are the widths of a key and a value head.
+    """Arguments of the operation for T tokens; Dk and Dv are the widths of a key and a value head.
+
+    The tokens belong to one sequence, or in equal numbers to several sequences, one sequence after the other.
 
     Not frozen: a frozen dataclass takes ten times as long to construct, and every layer constructs one per step.
 
@@ -27,8 +29,8 @@ class DeltaInputs:
         b: input of beta, [T, value_heads].
         a: input of the decay, [T, value_heads].
         weights: weights of the layer.
-        conv_state: the last inputs of the convolution, [taps - 1, channels].
-        recurrent_state: f32 [1, value_heads, Dv, Dk].
+        conv_state: the last inputs of the convolution, [taps - 1, channels] or [sequences, taps - 1, channels].
+        recurrent_state: f32 [sequences, value_heads, Dv, Dk].
     """
 
     qkv: mx.array
@@ -38,6 +40,19 @@ class DeltaInputs:
     weights: DeltaWeights
     conv_state: mx.array
     recurrent_state: mx.array
+
+    @property
+    def sequences(self) -> int:
+        """The number of sequences."""
+        return self.recurrent_state.shape[0]
+
+    def each(self) -> Iterator["DeltaInputs"]:
+        """Yield the arguments of each of several sequences."""
+        tokens = len(self.qkv) // self.sequences
+        for row in range(self.sequences):
+            own = slice(row * tokens, (row + 1) * tokens)
+            states = self.conv_state[row], self.recurrent_state[row : row + 1]
+            yield DeltaInputs(self.qkv[own], self.z[own], self.b[own], self.a[own], self.weights, *states)
 
 
 Results = tuple[mx.array, mx.array, mx.array]
@@ -83,6 +98,10 @@ def gated_delta_net(inputs: DeltaInputs, rule: GatedDelta = gated_delta) -> Resu
     Returns:
         y [T, value_heads * Dv] in the type of ``qkv``, and the new ``conv_state`` and ``recurrent_state``.
     """
+    if inputs.sequences > 1:
+        results = [gated_delta_net(one, rule) for one in inputs.each()]
+        outputs, conv_states, states = (list(parts) for parts in zip(*results, strict=True))
+        return mx.concatenate(outputs), mx.stack(conv_states), mx.concatenate(states)
     qkv, weights = inputs.qkv, inputs.weights
     length, dtype = qkv.shape[0], qkv.dtype
     padded = mx.concatenate([inputs.conv_state, qkv])

@@ -40,6 +40,13 @@ _METHODS: Mapping[str, str] = {
     "vptq": "VPTQ",
 }
 """Usual names of the methods, by ``quant_method``."""
+_AUTO_ROUND: Mapping[str, str] = {
+    "auto_round:gptq": "gptq",
+    "auto_round:auto_gptq": "gptq",
+    "auto_round:awq": "awq",
+    "auto_round:auto_awq": "awq",
+}
+"""Methods whose layout AutoRound's weights have, by ``packing_format``."""
 _LEGACY = {
     "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes", "config_groups": "compressed-tensors",
     "zero_point": "AWQ", "desc_act": "GPTQ", "damp_percent": "GPTQ", "sym": "GPTQ",
@@ -50,11 +57,11 @@ _KEYS = ("quantization", "quantization_config", "compression_config")
 _NOT_TEXT = re.compile(r"(^|\.)(visual|vision_tower|vision_model|mtp|audio_tower)(\.|$)")
 
 _IN_NAMES = re.compile(
-    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|AutoRound|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes"
+    r"(?:^|[-_./])(GGUF|NVFP4|MXFP4|MXFP8|HQQ|EXL2|EXL3|AQLM|EETQ|VPTQ|bnb|bitsandbytes"
     r"|INT4|INT8|W[48]A(?:4|8|16)(?:KV8)?|NVFP4A16|torchao|QuIP|ONNX|CoreML|IQ\d_\w+|Q\d_(?:K(?:_[SML]|_XL)?|[01]))(?=$|[-_.\d])",
     re.IGNORECASE,
 )
-_DECODED_IN_NAMES = re.compile(r"(?:^|[-_./])(?:GPTQ|AWQ)(?:$|[-_.\d])", re.IGNORECASE)
+_DECODED_IN_NAMES = re.compile(r"(?:^|[-_./])(?:GPTQ|AWQ|AutoRound)(?:$|[-_.\d])", re.IGNORECASE)
 _MLX_IN_NAMES = re.compile(r"(?:^|[-_./])mlx(?:$|[-_./])|^mlx-community/", re.IGNORECASE)
 
 _BY_PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -158,13 +165,16 @@ def _codes(settings: Mapping[str, Any]) -> Codes | None:
     if method is None and _method(settings) in ("AWQ", "GPTQ"):
         method = str(_method(settings))
     method = method.lower() if isinstance(method, str) else None
+    if method in ("auto-round", "autoround") and isinstance(packing := settings.get("packing_format"), str):
+        method, settings = _AUTO_ROUND.get(packing), {**settings, "checkpoint_format": "gptq"}
     return Codes(method, settings) if method in ("fp8", "gptq", "awq") else None
 
 
 def _method(settings: Mapping[str, Any]) -> str | None:
     """Return the name of the method of ``settings``; None for MLX's affine mode."""
     method = settings.get("quant_method")
-    algorithm = settings.get("quant_algo") or settings.get("format") or settings.get("fmt")
+    keys = ("quant_algo", "packing_format", "format", "fmt")
+    algorithm = next((settings[key] for key in keys if settings.get(key)), None)
     detail = f" ({shown(algorithm).strip(_QUOTES)})" if algorithm else ""
     if method is None:
         mode = settings.get("mode")

@@ -14,15 +14,17 @@ from flashmoe_mlx.checkpoint.experts import CheckpointExperts, LayerExperts, Sep
 from flashmoe_mlx.checkpoint.formats import USE_INSTEAD, coded_weights, format_of_tensors, mlx_mode, mlx_settings
 from flashmoe_mlx.checkpoint.names import canonical_name, describe_found, is_skipped
 from flashmoe_mlx.checkpoint.resident import Matrix, ResidentTensor
-from flashmoe_mlx.errors import CheckpointError
+from flashmoe_mlx.errors import CheckpointError, InputError
 from flashmoe_mlx.formats.fields import shown
 from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES, PROJECTIONS, LayerLayouts, MatrixFormat, RecordLayout
 from flashmoe_mlx.formats.safetensors_header import TensorInfo
 from flashmoe_mlx.models.config import ModelConfig
-from flashmoe_mlx.models.parameters import HEAD, Kind, Parameter, part_names, quantization_of
+from flashmoe_mlx.models.parameters import EMBEDDING, HEAD, Kind, Parameter, part_names, quantization_of
 from flashmoe_mlx.models.registry import family_of
 
 _FLOATS = ("BF16", "F16", "F32")
+_SAMPLE_BYTES = 2**16
+"""Size of each sample of a stored head; see ``_check_tied_head``."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ class _Classifier:
                 vectors.append(self._vector(parameter))
         kept = [*self._tables(), *self._kept()]
         if self._config.tie_word_embeddings:
-            # Some conversions store the tied head too, a copy of the embedding.
+            self._check_tied_head()
             self._unused -= {f"{HEAD}.{part}" for part in ("weight", "scales", "biases")}
         if self._unused:
             unknown, count = self._published[min(self._unused)], len(self._unused)
@@ -116,6 +118,26 @@ class _Classifier:
         routed = CheckpointExperts(self._checkpoint, LayerLayouts.of(layouts), layers)
         resident = tuple(matrices), tuple(vectors), tuple(kept)
         return CheckpointTensors(self._config, *resident, routed, self._skipped, self._codes)
+
+    def _check_tied_head(self) -> None:
+        """Raise CheckpointError if the stored head is not a copy of the embedding, by samples of both.
+
+        Some conversions store such a copy. A different head belongs to a model without tied embeddings, which
+        transformers runs as such, whereas mlx-lm drops the head.
+        """
+        names = [self._published.get(f"{name}.weight") for name in (HEAD, EMBEDDING)]
+        head, embedding = (None if name is None else self._tensors[name] for name in names)
+        if head is None or embedding is None or (head.dtype, head.shape) != (embedding.dtype, embedding.shape):
+            return
+        size = min(_SAMPLE_BYTES, head.nbytes)
+        for start in (0, (head.nbytes - size) // 2, head.nbytes - size):
+            one, other = (self._checkpoint.read(tensor, start, size) for tensor in (head, embedding))
+            if one != other:
+                raise CheckpointError(
+                    f"{self._where}: config.json ties the head to the embedding, but {names[0]} differs from "
+                    f"{names[1]}; set tie_word_embeddings to false in config.json to use the stored head",
+                    code="contradicting_head",
+                )
 
     def _tables(self) -> Iterator[ResidentTensor]:
         """Yield the tensors of all tables."""
@@ -212,7 +234,10 @@ class _Classifier:
         weight = self._find(f"{name}.weight", None, ("U32",))
         scales = self._find(f"{name}.scales", None)
         biases = self._find(f"{name}.biases", scales.shape, (scales.dtype,))
-        bits, group_size = quantization_of(f"{self._where}: {name}", dense, weight.shape, scales.shape)
+        try:
+            bits, group_size = quantization_of(f"{self._where}: {name}", dense, weight.shape, scales.shape)
+        except InputError as error:
+            raise CheckpointError(f"{error}, which config.json needs", code="wrong_shape") from None
         self._check_stated_quantization(name, bits, group_size)
         return (weight, scales, biases), bits, group_size
 

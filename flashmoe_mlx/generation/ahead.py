@@ -5,6 +5,7 @@ therefore never waits for Python. The last steps may be unnecessary; ``Sequence.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +29,22 @@ _LONGEST = 0.1
 """Seconds that the steps of an order should take at most: steps that are not needed cannot be stopped."""
 _STATE_BYTES = 2**29
 """Memory for recurrent states before steps that may be discarded."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepAlone(Step):
+    """A step of one sequence.
+
+    Attributes:
+        token: the token, uint32 [1].
+        logits: the logits by which it is chosen, f32 [vocabulary].
+        used: counts the experts used, which ``report`` has after the token and 1 if all logits are finite, else 0, in
+            one array int32.
+    """
+
+    token: mx.array
+    logits: mx.array
+    used: UsedExperts
 
 
 class StepsAhead:
@@ -54,9 +71,16 @@ class StepsAhead:
     @property
     def ready(self) -> bool:
         """Whether the store holds all layers in memory. A layer that the store has offered stays there."""
-        return self._traced() is not None
+        return self.traced() is not None
 
-    def _traced(self) -> TracedSteps | None:
+    @property
+    def most_sequences(self) -> int:
+        """The largest number of sequences that a step can have; 1 unless ``ready``, and where several nodes run it."""
+        steps = self.traced() if self._nodes is None else None
+        return 1 if steps is None else steps.most_sequences
+
+    def traced(self) -> TracedSteps | None:
+        """Return the steps of the model; None unless ``ready``."""
         if self._steps is None:
             self._steps = TracedSteps.of(self._model)
         return self._steps
@@ -91,12 +115,13 @@ class StepsAhead:
         """
         with self._meter.measured({sequence: 1}, decoding=True):
             self.begin(sequence, steps, refuse_cancelled)
-            self._take(sequence, sequence.ahead.pop(0))
+            self._take(sequence)
 
     def begin(self, sequence: Sequence, steps: int, refuse_cancelled: Callable[[], None]) -> None:
         """Begin ``steps`` steps of ``sequence``; see ``decode``."""
         for _ in range(steps):
             latest = sequence.ahead[-1] if sequence.ahead else None
+            assert latest is None or isinstance(latest, StepAlone)
             if latest is not None and sequence.cache.must_grow(1):
                 self._clock.evaluate("head", latest.report)  # the copy must not be made while the step writes
             token = mx.array(sequence.token_ids[-1:], mx.uint32) if latest is None else latest.token
@@ -105,14 +130,14 @@ class StepsAhead:
     def take(self, sequence: Sequence) -> None:
         """Append the token of the first step under way to ``sequence``, and begin no other step."""
         with self._meter.measured({sequence: 1}, decoding=True):
-            self._take(sequence, sequence.ahead.pop(0))
+            self._take(sequence)
 
-    def _begin(self, sequence: Sequence, token: mx.array, refuse_cancelled: Callable[[], None]) -> Step:
+    def _begin(self, sequence: Sequence, token: mx.array, refuse_cancelled: Callable[[], None]) -> StepAlone:
         """Begin a decode step with ``token`` uint32 [1], the latest of ``sequence``, and do not wait for it.
 
         If this fails, the cache of ``sequence`` is as it was.
         """
-        steps = self._traced()
+        steps = self.traced()
         assert steps is not None
         mark = sequence.cache.mark()
         used = UsedExperts(self._store)
@@ -131,16 +156,18 @@ class StepsAhead:
         except BaseException:
             sequence.cache.rewind(mark)
             raise
-        return Step(chosen, logits, report, used, mark, number)
+        return StepAlone(report, mark, number, chosen, logits, used)
 
-    def count(self, step: Step) -> npt.NDArray[np.int32]:
+    def count(self, step: StepAlone) -> npt.NDArray[np.int32]:
         """Wait for ``step``, count the experts that it used, and return its report."""
         report = self._clock.read("head", step.report)
         step.used.count(report[2:], self._meter.chosen_in_memory)
         return report
 
-    def _take(self, sequence: Sequence, step: Step) -> None:
-        """Wait for ``step`` and append its token to ``sequence``."""
+    def _take(self, sequence: Sequence) -> None:
+        """Wait for the first step under way of ``sequence`` and append its token."""
+        step = sequence.ahead.pop(0)
+        assert isinstance(step, StepAlone)
         report = self.count(step)
         with self._clock.phase("sample"):
             if not report[1]:

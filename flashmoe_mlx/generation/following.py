@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.generation.ahead import StepAlone
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
@@ -123,7 +124,7 @@ class Follower:
         steps = sequence.ahead
         sequence.ahead = steps[len(steps) - ahead :]
         for step in steps[: len(steps) - ahead]:
-            if step.mark.length < length:
+            if step.mark.length < length and isinstance(step, StepAlone):
                 self._runner.ahead.count(step)
         if steps and length < sequence.cache.length:
             mx.eval(steps[-1].report)

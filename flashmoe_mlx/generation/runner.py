@@ -31,6 +31,7 @@ from flashmoe_mlx.generation.prefill_chunk import choose_chunk
 from flashmoe_mlx.generation.prompt_cache.cache import PromptCache
 from flashmoe_mlx.generation.request import PrefillProgress, Request
 from flashmoe_mlx.generation.sequence import Sequence, Status
+from flashmoe_mlx.generation.together import StepsTogether, under_way_together
 from flashmoe_mlx.layers.cache import SequenceCache
 from flashmoe_mlx.layers.phases import PhaseClock
 from flashmoe_mlx.models.runnable import RunnableModel
@@ -77,6 +78,7 @@ class Runner:
         self.meter: PassMeter = PassMeter(store, clock)
         """Measures passes, and reports them to an observer and a watcher."""
         self.ahead: StepsAhead = StepsAhead(model, store, clock, self.meter, nodes)
+        self._together = StepsTogether(self.ahead, store, clock, self.meter)
         self._lock = threading.Lock()
         self.prompt_cache = prompt_cache
         self.orders: Orders = Orders(nodes)
@@ -281,7 +283,7 @@ class Runner:
         running = can_decode(sequences)
         if not running:
             return
-        ahead = len(running) == 1 and self._can_run_ahead(running[0])
+        ahead = len(running) == 1 and not under_way_together(running[0]) and self._can_run_ahead(running[0])
         steps = self.ahead.to_begin(running[0]) if ahead else None
         with self.orders.passing("decode", running, lazy=self._used_experts() is not None, steps=steps):
             self.decode_together(running, steps)
@@ -293,11 +295,12 @@ class Runner:
             if steps is not None:
                 self.ahead.decode(running[0], steps, lambda: self.orders.refuse_cancelled(running))
                 return
-            begun = [sequence for sequence in running if sequence.ahead]
+            done = self._together.decode(running, self._can_run_ahead, failures)
+            begun = [sequence for sequence in running if sequence.ahead and sequence not in done]
             for sequence in begun:
                 with ending_alone(sequence, failures):
                     self.ahead.take(sequence)
-            rest = [sequence for sequence in running if sequence not in begun]
+            rest = [sequence for sequence in running if sequence not in done and sequence not in begun]
             if rest:
                 self._decode_together(rest, failures)
         if failures:
@@ -305,9 +308,8 @@ class Runner:
 
     def _can_run_ahead(self, sequence: Sequence) -> bool:
         """Return whether the next steps of ``sequence`` need nothing from the host."""
-        if not sequence.can_choose_on_device or len(sequence.pending) > 1:
-            return False
-        return self._traces and self._used_experts() is not None and self.ahead.ready
+        free = sequence.can_choose_on_device and len(sequence.pending) <= 1
+        return free and self._traces and self._used_experts() is not None and self.ahead.ready
 
     def _decode_together(self, sequences: list[Sequence], failures: list[Exception]) -> None:
         """Process the latest token of each of ``sequences`` in one pass, and choose by its logits.
@@ -362,9 +364,8 @@ class Runner:
         """Return what collects the experts of a pass, or None if each layer's choice is needed at once."""
         if self.orders.follows:
             return UsedExperts(self.store) if self.orders.lazy else None
-        if self._prefetcher is not None or self.meter.observer is not None or self.clock.split:
-            return None
-        return UsedExperts(self.store)
+        waits = self._prefetcher is not None or self.meter.observer is not None or self.clock.split
+        return None if waits else UsedExperts(self.store)
 
     def _hidden(
         self,

@@ -263,7 +263,14 @@ class Sampler:
         if self._options.temperature == 0:
             return mx.argmax(logits, keepdims=True), None
         number = self._uniform()
-        return draw(logits, self._options, number), number
+        return draw(logits[None], self._options, [self._options.temperature], [number]), number
+
+    def take_number(self) -> tuple[SamplingOptions, float | None]:
+        """Return the options and the random number by which the next token is to be chosen, None for greedy decoding.
+
+        For ``choose_each``, which does what ``choose_on_device`` does.
+        """
+        return self._options, None if self._options.temperature == 0 else self._uniform()
 
     def return_number(self, number: float | None) -> None:
         """Use ``number``, the latest random number, again: the token that it chose is discarded."""

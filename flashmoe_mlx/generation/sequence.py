@@ -13,9 +13,8 @@ from flashmoe_mlx.generation.logprobs import TokenLogprobs, token_logprobs
 from flashmoe_mlx.generation.metrics import RunMetrics
 from flashmoe_mlx.generation.prompt_cache.positions import Kind
 from flashmoe_mlx.generation.request import FinishReason, PrefillProgress, Request
-from flashmoe_mlx.generation.sampling import Sampler
+from flashmoe_mlx.generation.sampling import Sampler, SamplingOptions
 from flashmoe_mlx.layers.cache import CacheMark, Checkpoint, SequenceCache
-from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.moe.prefetch import Guesses
 
 
@@ -32,21 +31,15 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A decode step under way on the device, which chooses a token.
+    """A decode step of a sequence under way on the device, which chooses a token.
 
     Attributes:
-        token: the token, uint32 [1].
-        logits: the logits by which it is chosen, f32 [vocabulary].
-        report: the token, 1 if all logits are finite or else 0, and the experts used, in one array int32.
-        used: counts the experts used.
+        report: the last result of the step.
         mark: the state of the sequence before the step.
         number: the random number that chooses the token, or None.
     """
 
-    token: mx.array
-    logits: mx.array
     report: mx.array
-    used: UsedExperts
     mark: CacheMark
     number: float | None
 
@@ -191,6 +184,10 @@ class Sequence:
     def choose_on_device(self, logits: mx.array) -> tuple[mx.array, float | None]:
         """Choose the next token lazily by ``logits`` f32 [vocabulary]; see ``Sampler.choose_on_device``."""
         return self._sampler.choose_on_device(logits)
+
+    def take_number(self) -> tuple[SamplingOptions, float | None]:
+        """Return what chooses the next token; see ``Sampler.take_number``."""
+        return self._sampler.take_number()
 
     def begin_again(self, cache: SequenceCache) -> None:
         """Begin the prompt with an empty ``cache``, not where the prompt cache ends."""

@@ -100,15 +100,15 @@ class Attention:
         return y
 
     def attend_at(self, position: mx.array, caches: Sequence[mx.array], projected: Sequence[mx.array]) -> mx.array:
-        """Attend from one token to keys and values with room for it; needs ``takes_positions``."""
+        """Attend from one token of each sequence to keys and values with room for it; needs ``takes_positions``."""
         q_and_gate, k, v = projected
         keys, values = caches
         return self.kernels.attention(AttentionInputs(q_and_gate, k, v, self.weights, keys, values, 0, position))[0]
 
-    def takes_positions(self) -> bool:
+    def takes_positions(self, sequences: int = 1) -> bool:
         """Return whether ``attend_at`` runs a kernel; MLX's operations need positions on the host."""
         attention, weights = self.kernels.attention, self.weights
-        room = mx.zeros((1, weights.kv_heads, 1, weights.rows.width), weights.rows.dtype(weights.q_norm.dtype))
-        row = mx.zeros((1, weights.heads * weights.query_width), weights.q_norm.dtype)
+        room = mx.zeros((sequences, weights.kv_heads, 1, weights.rows.width), weights.rows.dtype(weights.q_norm.dtype))
+        row = mx.zeros((sequences, weights.heads * weights.query_width), weights.q_norm.dtype)
         inputs = AttentionInputs(row, row, row, weights, room, room, 0)
         return isinstance(attention, CheckedKernel) and attention.runs(inputs)

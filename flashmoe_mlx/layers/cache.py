@@ -1,13 +1,14 @@
 """The state of a sequence in every layer: keys and values of attention, or the state of a recurrence."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import mlx.core as mx
 
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
+from flashmoe_mlx.layers.shared_row import SharedRow
 
 
 class LayerCache(Protocol):
@@ -82,22 +83,55 @@ Checkpoint = list[Any]
 
 @dataclass(frozen=True, slots=True)
 class CacheMark:
-    """A point to which a ``SequenceCache`` can return: its number of tokens, and the mark of each layer."""
+    """A point to which a ``SequenceCache`` can return.
+
+    Attributes:
+        length: the number of tokens.
+        layers: the mark of each layer.
+        shared: the place of the contents, in place of ``layers``, if they were shared; None otherwise.
+    """
 
     length: int
     layers: Sequence[Any]
+    shared: SharedRow | None = None
 
 
-@dataclass(slots=True)
 class SequenceCache:
-    """The caches of all layers; ``length`` is the number of tokens that went through them.
+    """The caches of all layers.
 
-    ``broken`` means that a pass failed or was cancelled halfway: its layers have seen different numbers of tokens.
+    Attributes:
+        length: the number of tokens that went through the layers.
+        broken: whether a pass failed or was cancelled halfway: its layers have seen different numbers of tokens.
+        shared: the place of the contents while the sequence decodes together with others; None if ``layers`` has them.
     """
 
-    layers: Sequence[LayerCache] = field(default_factory=list)
-    length: int = 0
-    broken: bool = False
+    __slots__ = ("__weakref__", "_layers", "broken", "length", "shared")
+
+    def __init__(self, layers: Sequence[LayerCache] = (), length: int = 0) -> None:
+        self._layers: list[LayerCache] = list(layers)
+        self.length = length
+        self.broken: bool = False
+        self.shared: SharedRow | None = None
+
+    @property
+    def layers(self) -> Sequence[LayerCache]:
+        """The cache of each layer, with its own arrays: contents that are shared are copied now."""
+        if self.shared is not None:
+            own_contents([self])
+        return self._layers
+
+    def give_arrays(self, index: int) -> list[mx.array]:
+        """Return the arrays of a layer, which is empty afterwards: ``shared`` is to hold its contents."""
+        layer = self.layers[index]
+        self._layers[index] = type(layer)()
+        return layer.arrays()
+
+    def own(self, arrays: Sequence[tuple[mx.array, mx.array]]) -> None:
+        """Take the contents from both arrays of every layer, which belong to this sequence alone."""
+        self._layers = [
+            type(layer).of_arrays(own, self.length) for layer, own in zip(self._layers, arrays, strict=True)
+        ]
+        self.shared = None
 
     @property
     def nbytes(self) -> int:
@@ -129,6 +163,7 @@ class SequenceCache:
 
     def restore(self, snapshot: "SequenceCache") -> None:
         """Return to the state of ``snapshot``, which is not changed; this also repairs a broken sequence."""
+        self.shared = None
         for layer, kept in zip(self.layers, snapshot.layers, strict=True):
             layer.restore(kept)
         mx.eval(self.arrays())
@@ -139,12 +174,21 @@ class SequenceCache:
 
         Only kernels for GPUs leave the marked state as it is; anywhere else, use ``snapshot``.
         """
+        if self.shared is not None:
+            return CacheMark(self.length, (), self.shared)
         return CacheMark(self.length, [layer.mark() for layer in self.layers])
 
     def rewind(self, mark: CacheMark) -> None:
         """Return to the state at ``mark``, also from a pass that failed. No kernel may be writing to the cache."""
-        for layer, kept in zip(self.layers, mark.layers, strict=True):
-            layer.rewind(kept)
+        if self.shared is not None and mark.shared is not None:
+            self.shared = self.shared.with_states_of(mark.shared)
+        else:
+            layers, then = self.layers, mark.shared
+            marks = mark.layers
+            if then is not None:  # the contents have left the shared arrays since
+                marks = [mark.length if layer.keeps_tokens else then.state(at) for at, layer in enumerate(layers)]
+            for layer, kept in zip(layers, marks, strict=True):
+                layer.rewind(kept)
         self.length, self.broken = mark.length, False
 
     def must_grow(self, tokens: int) -> bool:
@@ -174,7 +218,12 @@ class SequenceCache:
     @property
     def has_state(self) -> bool:
         """Whether a layer keeps a state in place of tokens, so that the sequence continues only where it was kept."""
-        return not all(layer.keeps_tokens for layer in self.layers)
+        return not all(layer.keeps_tokens for layer in self._layers)
+
+    @property
+    def layers_that_keep_tokens(self) -> list[bool]:
+        """Whether each layer keeps every token."""
+        return [layer.keeps_tokens for layer in self._layers]
 
     def keep_states(self, offsets: Sequence[int]) -> None:
         """Make the next pass copy the states after each number of its tokens in ``offsets``, which ascend."""
@@ -213,3 +262,12 @@ class SequenceCache:
                 layer.assemble([state[index]])
         mx.eval(self.arrays())
         self.length, self.broken = length, False
+
+
+def own_contents(caches: Sequence[SequenceCache]) -> None:
+    """Copy the contents of ``caches`` out of the arrays that they share with other sequences, with one wait."""
+    sharing = [(cache, cache.shared.copies(cache.length)) for cache in caches if cache.shared is not None]
+    if sharing:
+        mx.eval([copies for _, copies in sharing])
+    for cache, copies in sharing:
+        cache.own(copies)

@@ -57,7 +57,7 @@ class KVCache:
 
     def snapshot(self) -> "KVCache":
         """Return a copy without unused capacity."""
-        used = _rounded(self.length)
+        used = rounded_up(self.length)
         if self.keys is None or self.values is None:
             return KVCache()
         return KVCache(copied(self.keys[:, :, :used]), copied(self.values[:, :, :used]), self.length)
@@ -140,7 +140,9 @@ class IndexedCache(KVCache):
         kept = KVCache.snapshot(self)
         if self.index_keys is None:
             return IndexedCache()
-        return IndexedCache(kept.keys, kept.values, kept.length, copied(self.index_keys[:, :, : _rounded(self.length)]))
+        return IndexedCache(
+            kept.keys, kept.values, kept.length, copied(self.index_keys[:, :, : rounded_up(self.length)])
+        )
 
     def restore(self, snapshot: KVCache) -> None:
         """Return to the state of ``snapshot``."""
@@ -177,7 +179,8 @@ class IndexedCache(KVCache):
         self.index_keys, self.block_keys = _joined([(part.index_keys, part.length) for part in own]), None
 
 
-def _rounded(tokens: int) -> int:
+def rounded_up(tokens: int) -> int:
+    """Return the least capacity of a KV cache for ``tokens`` tokens."""
     return -(-tokens // _GROWTH) * _GROWTH
 
 
@@ -193,7 +196,7 @@ def _grown(rows: mx.array, end: int) -> mx.array:
 
 
 def _room(kv_heads: int, tokens: int, head_dim: int, dtype: mx.Dtype) -> mx.array:
-    room = mx.contiguous(mx.zeros((1, kv_heads, _rounded(tokens), head_dim), dtype))
+    room = mx.contiguous(mx.zeros((1, kv_heads, rounded_up(tokens), head_dim), dtype))
     mx.eval(room)
     return room
 
@@ -205,7 +208,7 @@ def _joined(parts: Sequence[tuple[mx.array | None, int]]) -> mx.array | None:
         return None
     _, heads, _, width = arrays[0].shape
     length = sum(array.shape[2] for array in arrays)
-    spare = mx.zeros((1, heads, _rounded(length + 1) - length, width), arrays[0].dtype)
+    spare = mx.zeros((1, heads, rounded_up(length + 1) - length, width), arrays[0].dtype)
     joined = mx.contiguous(mx.concatenate([*arrays, spare], axis=2))
     mx.eval(joined)  # kernels write to it
     return joined

@@ -16,18 +16,19 @@ from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.kv_cache import KVCache
 from flashmoe_mlx.layers.mlp import Mlp
 from flashmoe_mlx.layers.recurrent_state import RecurrentState
+from flashmoe_mlx.layers.shared_row import Pair, SharedRow
 from flashmoe_mlx.models.decoder import DecoderLayer, Model
 from flashmoe_mlx.models.runnable import RunnableModel
 from flashmoe_mlx.moe.experts import MixtureOfExperts
 from flashmoe_mlx.moe.in_memory import UsedExperts
 from flashmoe_mlx.stores.delivery import LayerInMemory
 
-_CAPACITIES = 8
-"""Traced functions that are kept: one for each capacity of a KV cache."""
+_SHAPES = 16
+"""Traced functions that are kept: one for each capacity of a KV cache and each number of sequences."""
 
 
 class TracedSteps:
-    """A model, to be called with one token of one sequence."""
+    """A model, to be called with one token of one sequence, or one token of each of several."""
 
     def __init__(self, model: Model, layers: list[LayerInMemory | None]) -> None:
         """Prepare steps of ``model`` with the experts of ``layers``, None for a layer without experts.
@@ -36,7 +37,9 @@ class TracedSteps:
         """
         self._model = model
         self._layers = layers
-        self._traced = lru_cache(maxsize=_CAPACITIES)(self._trace)
+        self.most_sequences: int = self._most_sequences()
+        """The largest number of sequences of a step."""
+        self._traced = lru_cache(maxsize=_SHAPES)(self._trace)
 
     @classmethod
     def of(cls, model: RunnableModel) -> "TracedSteps | None":
@@ -56,6 +59,12 @@ class TracedSteps:
             layers.append(whole)
         return cls(model, layers)
 
+    def _most_sequences(self) -> int:
+        mixers = [layer.mixer for layer in self._model.layers]
+        if not all(mixer.takes_positions(2) for mixer in mixers if isinstance(mixer, Attention)):
+            return 1
+        return min(mixture.in_memory.most_tokens for mixture in self._model.mixtures if mixture.in_memory is not None)
+
     def logits(self, token: mx.array, cache: SequenceCache, used: UsedExperts) -> tuple[mx.array, mx.array]:
         """Compute the logits f32 [vocabulary] of ``token`` uint32 [1] lazily, and whether all are finite, int32 [1].
 
@@ -71,7 +80,7 @@ class TracedSteps:
             else:
                 states += layer.arrays()
         position = mx.full((4,), cache.length, mx.int32)
-        logits, finite, listed, *states = self._traced(capacity)(token, position, used.listed, *states)
+        logits, finite, listed, *states = self._traced(1, capacity)(token, position, used.listed, *states)
         for layer in cache.layers:
             if isinstance(layer, RecurrentState):
                 layer.conv_state, layer.recurrent_state, *states = states
@@ -81,21 +90,47 @@ class TracedSteps:
         for experts in self._model.mixtures:
             used.add(experts.layer, listed)
         cache.length += 1
-        return logits, finite
+        return logits[0], finite
 
-    def _trace(self, capacity: int) -> Callable[..., Any]:  # noqa: ARG002  # the key of the cache
+    def logits_together(
+        self, tokens: mx.array, positions: mx.array, row: SharedRow, used: UsedExperts
+    ) -> tuple[mx.array, mx.array, dict[int, Pair]]:
+        """Compute the logits f32 [R, vocabulary] of ``tokens``, and whether those of each row are finite, int32 [R].
+
+        Args:
+            tokens: uint32 [R], a token of every row of shared arrays.
+            positions: their positions, int32 [max(4, R)].
+            row: a row of the arrays. Its keys and values have room for a token and are updated in place.
+            used: takes the experts of all rows.
+
+        Returns:
+            Logits, whether they are finite, and the new states of the layers that keep no tokens; all lazy.
+        """
+        states: list[mx.array] = []
+        capacity = 0
+        for index in range(len(self._model.layers)):
+            states += row.tokens.get(index) or row.states[index]
+            capacity = states[-1].shape[2] if index in row.tokens else capacity
+        traced = self._traced(len(tokens), capacity)
+        logits, finite, listed, *states = traced(tokens, positions, used.listed, *states)
+        for experts in self._model.mixtures:
+            used.add(experts.layer, listed)
+        pairs = zip(states[::2], states[1::2], strict=True)
+        return logits, finite, dict(zip(row.states, pairs, strict=True))
+
+    def _trace(self, rows: int, capacity: int) -> Callable[..., Any]:  # noqa: ARG002  # the key of the cache
         return mx.compile(self._step)
 
     def _step(self, token: mx.array, position: mx.array, listed: mx.array, *states: mx.array) -> tuple[mx.array, ...]:
-        """Compute logits, whether they are finite, the list of experts, and new recurrent states."""
+        """Compute logits of every row, whether they are finite, the list of experts, and new recurrent states."""
         model = self._model
         x = model.embedding.rows(token, model.norm.dtype)
         new: list[mx.array] = []
         for index, (layer, whole) in enumerate(zip(model.layers, self._layers, strict=True)):
             x, listed, changed = layer_step(layer, whole, x, position, listed, states[2 * index : 2 * index + 2])
             new += changed
-        logits = model.logits(x)[0]
-        finite = mx.isfinite(logits).all(keepdims=True).astype(mx.int32)
+        logits = model.logits(x)
+        finite = mx.isfinite(logits).all(axis=-1).astype(mx.int32)
         return logits, finite, listed, *new
 
 
@@ -107,13 +142,13 @@ def layer_step(
     listed: mx.array,
     states: tuple[mx.array, ...],
 ) -> tuple[mx.array, mx.array, tuple[mx.array, ...]]:
-    """Compute a layer for one token.
+    """Compute a layer for one token, or one token of each of several sequences.
 
     Args:
         layer: the layer.
         whole: its experts; None for a layer without.
-        x: the residual [1, hidden].
-        position: the position of the token, int32 [4].
+        x: the residual [sequences, hidden].
+        position: the position of the token of each sequence, int32 [max(4, sequences)].
         listed: the experts of earlier layers; see ``ExpertsInMemory``.
         states: both arrays of the layer's cache. Keys and values have room for the token and are updated in place.
 

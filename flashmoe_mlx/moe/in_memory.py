@@ -95,14 +95,20 @@ class UsedExperts:
         self,
         indices: npt.NDArray[np.integer],
         chosen: Callable[[int, npt.NDArray[np.integer]], object] | None = None,
+        rows: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Count the uses in the store; ``indices`` are the values of ``listed``.
+        """Count the uses in the store.
 
-        ``chosen`` receives each layer with the experts of all tokens, [T * K].
+        Args:
+            indices: the values of ``listed``.
+            chosen: receives each layer with the experts of all tokens that count, one token after the other.
+            rows: whether each of the T tokens counts; None if all do.
         """
         if not self._layers:
             return
         experts = indices[_ZEROS:].reshape(len(self._layers), -1)
+        if rows is not None:
+            experts = experts.reshape(len(self._layers), len(rows), -1)[:, rows].reshape(len(self._layers), -1)
         self.store.note_use(self._layers, experts)
         if chosen is not None:
             for layer, row in zip(self._layers, experts, strict=True):
