@@ -151,7 +151,7 @@ class StepsTogether:
         for row, sequence in rows.items():
             cache = sequence.cache
             sequence.ahead.append(StepTogether(report, cache.mark(), choices[row][1], step, row))
-            cache.shared = SharedRow(first.tokens, row, states, row)
+            cache.shared = SharedRow(first.tokens, row, states, row, report)
             cache.length += 1
 
     def _inputs(self, sequences: Listed[Sequence]) -> tuple[Mapping[int, Sequence], mx.array, mx.array, int]:
