@@ -72,7 +72,7 @@ _BY_MLX = "experts in {mode} are computed by MLX's own operations, which are slo
 def _modes_by_mlx(store: ExpertStore, kernels: Kernels) -> set[str]:
     """Return the modes of the experts of ``store`` that only MLX's operations compute with."""
     modes = {form.mode for layout in store.layout.distinct for form in layout.formats}
-    return modes.difference((AFFINE,) if kernels.routed_experts_cpu is None else native.MODES)
+    return modes.difference((AFFINE,) if kernels.routed_experts_cpu is None else native.modes())
 
 
 def load(

@@ -47,8 +47,6 @@ _INTERFACE = 12
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2, mx.uint8: 3}
 """Numbers of the types of scales in the compiled part; bytes are the exponents of mxfp4."""
-MODES = (AFFINE, "mxfp4")
-"""MLX's modes of quantization that kernels read."""
 _SHOWN = 40
 """Maximum number of characters of an invalid variable in an error."""
 _COPIED = 2**18
@@ -132,6 +130,14 @@ def tokens_phrases(tokens: int, activations: str) -> tuple[str, ...]:
     if tokens <= few:
         return ("one token" if tokens == 1 else f"2 to {few} tokens", "")
     return f"more than {few} tokens", rounded_phrase(activations)
+
+
+def modes() -> tuple[str, ...]:
+    """Return MLX's modes of quantization that kernels read.
+
+    Portable instructions have no lookup of bytes; with them, MLX's operations compute mxfp4 in less time.
+    """
+    return (AFFINE,) if loaded().instruction_set() == "portable" else (AFFINE, "mxfp4")
 
 
 def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:

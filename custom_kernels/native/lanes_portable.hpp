@@ -169,13 +169,7 @@ inline W float4_codes(W a) {
 // Return code J of each lane in mxfp4, as its integer.
 template <int J>
 inline F float4(W w) {
-    Integers code, twice;
-    const Words own = w.v >> (J * 4) & 15u;
-    std::memcpy(&code, &own, sizeof code);
-    // Shifts of signs in place of comparisons, which GCC divides into single elements.
-    const Integers size = code & 7, negative = -(code >> 3);
-    twice = size + ((4 - size) >> 31 & (size - 4)) + ((6 - size) >> 31 & 2);
-    return {__builtin_convertvector((twice ^ negative) - negative + 12, Floats)};
+    return to_floats(float4_codes(shift_right<J * 4>(w)) & splat_word(255));
 }
 
 // Transpose 16 rows of 16 words.

@@ -34,7 +34,7 @@ def model_shapes(model: Model) -> ModelShapes:
     mixers = [layer.mixer for layer in model.layers]
     experts = (block.shared.weights for block in model.mixtures if block.shared is not None)
     shared = {_expert_format(expert): expert for expert in experts}
-    modes = (AFFINE,) if model.kernels.routed_experts_cpu is None else native.MODES
+    modes = (AFFINE,) if model.kernels.routed_experts_cpu is None else native.modes()
     return ModelShapes(
         dtype=model.norm.dtype,
         hidden_size=model.config.hidden_size,

@@ -72,7 +72,7 @@ def choose_strategy(
         dtype: the type of activations.
         shared: the layer's shared expert, which a kernel may also apply, or None.
     """
-    if kernels.routed_experts_cpu is not None and (form := expert_format(layout, native.MODES)) is not None:
+    if kernels.routed_experts_cpu is not None and (form := expert_format(layout, native.modes())) is not None:
         return ExpertsOnHost(
             kernels.routed_experts_cpu, form, shared is not None and cpu.can_fuse_shared_expert(shared)
         )
