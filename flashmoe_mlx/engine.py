@@ -382,7 +382,7 @@ class Engine:
 
     def request(self, prompt: str | Messages, **options: Unpack[RequestOptions]) -> Request:
         """Return the request that ``generate`` answers; arguments and errors are those of ``generate``."""
-        token_ids = self.encode(prompt, **prompt_options(options))
+        token_ids = self.runner.checked_tokens(self.encode(prompt, **prompt_options(options)))
         tools, thinking = options.get("tools"), options.get("enable_thinking")
         if tools:
             _ = self.tool_format

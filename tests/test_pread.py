@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import itertools
 import os
 import shutil
 import threading
@@ -80,7 +81,7 @@ def test_prefetches_are_used_or_wasted(stored: StoredExperts) -> None:
     size = stored.source.layout.record_bytes
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3, 4, 5])
-        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
         check(store.fetch(0, [5, 3, 7]), 0, [5, 3, 7], stored)
         stats = store.stats()
         assert (stats.misses, stats.prefetched, stats.bytes_read) == (3, 2, 3 * size)
@@ -89,11 +90,11 @@ def test_prefetches_are_used_or_wasted(stored: StoredExperts) -> None:
         assert store.stats().prefetched == 2
 
 
-def test_a_cancelled_prefetch_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cancelled prefetch ends between two chunks, and its slot serves the new hint."""
+def test_a_stopped_prefetch_ends_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped prefetch ends between two chunks, and its slot serves the new hint."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
     size = stored.source.layout.record_bytes
-    monkeypatch.setattr(read_ahead, "_CHUNK", size // 8)
+    monkeypatch.setattr(read_ahead, "_GUESSED_CHUNK", size // 8)
     begun, go = threading.Event(), threading.Event()
     original = os.preadv
 
@@ -110,7 +111,7 @@ def test_a_cancelled_prefetch_ends_early(tmp_path: Path, monkeypatch: pytest.Mon
         store.prefetch(3, [4, 5])  # one slot is still being written to, the other is free
         assert [expert for _, expert in store._reader._hinted] == [4]
         go.set()
-        _wait_for(lambda: store._reader._hinted[3, 4].finished.is_set())
+        _wait_for(lambda: store._reader._hinted[3, 4].ended)
         check(store.fetch(3, [4, 5]), 3, [4, 5], stored)
         stats = store.stats()
         assert stats.prefetched == 1
@@ -122,7 +123,7 @@ def test_a_cancelled_prefetch_ends_early(tmp_path: Path, monkeypatch: pytest.Mon
 def test_unused_prefetches_are_counted_at_the_end(stored: StoredExperts) -> None:
     store = PreadStore(stored.source)
     store.prefetch(0, [3])
-    _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+    _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
     store.close()
     assert store.stats().bytes_wasted == stored.source.layout.record_bytes
 
@@ -217,18 +218,18 @@ def test_a_read_that_no_thread_makes(threads: int, stored: StoredExperts, monkey
 def test_an_incomplete_prefetch_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An incomplete prefetch is not used; the fetch reads the record."""
     stored = write_experts(tmp_path, bits=4, contiguous=True)
-    monkeypatch.setattr(read_ahead, "_CHUNK", stored.source.layout.record_bytes // 4)
-    original = prefetches.ThreadPrefetch.run
+    monkeypatch.setattr(read_ahead, "_GUESSED_CHUNK", stored.source.layout.record_bytes // 4)
+    original, count = prefetches.read_exactly, itertools.count(1)
 
-    def lose_the_last(job: Any, files: Any) -> None:
-        monkeypatch.setattr(prefetches, "total_bytes", lambda _: stored.source.layout.record_bytes)
-        job.plan = job.plan[:-1]
-        original(job, files)
+    def fail_the_third(*arguments: Any) -> int:
+        if next(count) == 3:
+            raise OSError(errno.EIO, "broken")
+        return original(*arguments)
 
-    monkeypatch.setattr(prefetches.ThreadPrefetch, "run", lose_the_last)
+    monkeypatch.setattr(prefetches, "read_exactly", fail_the_third)
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
-        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
         check(store.fetch(0, [3]), 0, [3], stored)
         assert store.stats().prefetched == 0
 
@@ -240,31 +241,31 @@ def test_a_prefetch_thread_survives_any_error(stored: StoredExperts, monkeypatch
     monkeypatch.setattr(prefetches, "read_exactly", fail)
     with PreadStore(stored.source, threads=1) as store:
         store.prefetch(0, [3])
-        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
         check(store.fetch(0, [3]), 0, [3], stored)
         assert store.stats().prefetched == 0
         monkeypatch.undo()
         store.prefetch(0, [4])
-        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
         check(store.fetch(0, [4]), 0, [4], stored)
         assert store.stats().prefetched == 1
 
 
 def test_a_prefetch_that_ends_while_it_is_counted(stored: StoredExperts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bytes of a cancelled prefetch count as wasted exactly once, whenever it ends."""
+    """The bytes of a stopped prefetch count as wasted exactly once, whenever it ends."""
     size = stored.source.layout.record_bytes
     asked: list[bool] = []
     with PreadStore(stored.source) as store:
         store.prefetch(0, [3])
-        _wait_for(lambda: all(job.finished.is_set() for job in store._reader._hinted.values()))
+        _wait_for(lambda: all(job.ended for job in store._reader._hinted.values()))
 
         def end_after_the_first_look(_: object) -> bool:
             asked.append(True)
-            return len(asked) == 1
+            return len(asked) > 1
 
-        monkeypatch.setattr(prefetches.ThreadPrefetch, "writing", property(end_after_the_first_look))
+        monkeypatch.setattr(prefetches.ThreadPrefetch, "ended", property(end_after_the_first_look))
         reader = store._reader
-        reader._cancel(reader._hinted.values())
+        reader._stop(reader._hinted.values())
         reader._hinted = {}
         assert reader._wasted() == 0
         assert reader._wasted() == size

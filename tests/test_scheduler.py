@@ -18,6 +18,7 @@ from flashmoe_mlx.generation import concurrency
 from flashmoe_mlx.generation.concurrency import Concurrency, run_all
 from flashmoe_mlx.generation.scheduler import Progress, Scheduler
 from flashmoe_mlx.generation.sequence import Sequence
+from flashmoe_mlx.generation.together import tokens_of_rows
 from flashmoe_mlx.stores.contract import ExpertReadError
 
 
@@ -150,9 +151,13 @@ def test_limits_are_checked(engine: Engine, options: dict[str, Any]) -> None:
     assert caught.value.code == "out_of_range"
 
 
-def runner_of(engine: Engine, *, reads: bool) -> Any:
-    """Return what ``Concurrency`` reads of a runner, whose store reads experts from storage if ``reads``."""
-    return SimpleNamespace(model=engine.model, prompt_cache=None, store=SimpleNamespace(reads=reads))
+def runner_of(engine: Engine, *, reads: bool, shares: bool = False) -> Any:
+    """Return what ``Concurrency`` reads of a runner.
+
+    Its store reads experts from storage if ``reads``; its sequences share arrays if ``shares``.
+    """
+    store, ahead = SimpleNamespace(reads=reads), SimpleNamespace(most_sequences=128 if shares else 1)
+    return SimpleNamespace(model=engine.model, prompt_cache=None, store=store, ahead=ahead)
 
 
 def measured(number: Concurrency, rate: Callable[[int], float]) -> None:
@@ -202,6 +207,21 @@ def test_sequences_wait_for_memory(engine: Engine, monkeypatch: pytest.MonkeyPat
     assert bounded.admits(sequences[1], set(sequences[:1]))
     assert not bounded.admits(sequences[2], set(sequences[:2]))
     assert bounded.admits(begin(engine, [5] * 150, max_tokens=200), set())
+
+
+def test_rows_of_shared_arrays_need_memory_for_the_longest_sequence(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States exist three times, and every row has room for the longest sequence and for further tokens."""
+    need = engine.model.prompt_memory
+    short, long = begin(engine, [5, 6], max_tokens=38), begin(engine, [5] * 150, max_tokens=200)
+    room = 2 * 3 * need.cache_fixed + 2 * 512 * need.cache_per_token
+    for available, fits in ((2 * room, True), (2 * room - 2, False)):
+        monkeypatch.setattr(concurrency, "available_memory", lambda available=available: available)
+        assert Concurrency(runner_of(engine, reads=False, shares=True)).admits(long, {short}) == fits
+    assert tokens_of_rows([40, 350]) == 2 * 512
+    assert tokens_of_rows([40] * 9) == 16 * 256  # of 8 or more rows, a multiple of 8
+    assert tokens_of_rows([40, 40, 40, 9000]) < 4 * 9000
 
 
 def test_a_number_of_sequences_below_one_is_refused(engine: Engine) -> None:

@@ -217,6 +217,30 @@ def test_results_come_before_the_text_beside_them(live: Live) -> None:
     assert counts == {prompt(live, messages=[ASK, call, *apart])}
 
 
+def test_search_results_references_and_documents_are_text(live: Live) -> None:
+    call = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "buy", "input": {}}]}
+    text = {"type": "text", "text": "Found."}
+
+    def count(block: Any, *, inside: bool) -> int:
+        result = {"type": "tool_result", "tool_use_id": "t1", "content": [block]}
+        messages = (
+            [ASK, call, {"role": "user", "content": [result]}] if inside else [{"role": "user", "content": [block]}]
+        )
+        return prompt(live, messages=messages)
+
+    for block, expected in (
+        ({"type": "search_result", "title": "T", "source": "S", "content": [text], "citations": {}}, "T\nS\nFound."),
+        ({"type": "tool_reference", "tool_name": "buy"}, "The tool buy can be called."),
+        ({"type": "document", "title": "T", "source": {"type": "text", "data": "D"}}, "T\nD"),
+        (
+            {"type": "document", "context": "C", "source": {"type": "content", "content": [text, text]}},
+            "C\nFound.\nFound.",
+        ),
+    ):
+        for inside in (False, True):
+            assert count(block, inside=inside) == count({"type": "text", "text": expected}, inside=inside)
+
+
 def test_an_error_of_a_tool_is_marked(live: Live) -> None:
     call = {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "buy", "input": {}}]}
 
@@ -262,6 +286,11 @@ def test_fields_and_tools_of_agents_are_taken(live: Live) -> None:
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_reference"}]}]}, "messages[0].content[0].tool_name"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "search_result", "content": [{"type": "image"}]}]}]},
+            "messages[0].content[0].content[0].type",
+        ),
         (
             {
                 "messages": [

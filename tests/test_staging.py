@@ -89,11 +89,11 @@ def test_no_hint_writes_to_memory_that_is_still_copied(
             experts = [(number + 3 * place) % 12 for place in range(4)]
             opened.prefetch(number % LAYERS, experts)
             for job in opened._reader._hinted.values():
-                job.finished.wait()
+                job.wait()
             batch = opened.fetch(number % LAYERS, experts)
             opened.prefetch((number + 1) % LAYERS, [(expert + 1) % 12 for expert in experts])
             for job in opened._reader._hinted.values():
-                job.finished.wait()
+                job.wait()
             assert len(opened._reader._hinted) >= (4 if store == "pread" else 1)
             check(batch, number % LAYERS, experts, stored)
         assert opened.stats().prefetched > 24
@@ -107,11 +107,11 @@ def test_the_emulation_finds_a_hint_that_writes_too_early(
     with PreadStore(stored.source, slots=4) as store:
         store.prefetch(0, [1, 2, 3, 4])
         for job in store._reader._hinted.values():
-            job.finished.wait()
+            job.wait()
         batch = store.fetch(0, [1, 2, 3, 4])
         store.prefetch(1, [5, 6, 7, 8])
         for job in store._reader._hinted.values():
-            job.finished.wait()
+            job.wait()
         with pytest.raises(AssertionError, match="during its copy"):
             batch.slab  # noqa: B018  # the copies end here
         gpu._copies.clear()

@@ -17,6 +17,7 @@ from systems import needs_linux
 import flashmoe_mlx
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 from flashmoe_mlx.engine import Engine
+from flashmoe_mlx.errors import FlashMoeError
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
@@ -156,3 +157,65 @@ def test_sequences_join_leave_and_need_the_host(engine: Engine) -> None:
         assert found == [expected[0], expected[2], expected[4], expected[3]]
         assert other.finish_reason == "cancelled"
         assert other.token_ids == expected[1][: len(other.token_ids)]
+
+
+def test_logits_that_are_no_numbers_end_one_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = engine.runner
+    with runner.exclusive():
+        expected = decoded(runner, [begun(engine, PROMPTS[1])])[0]
+        bad, good = begun(engine, PROMPTS[0]), begun(engine, PROMPTS[1])
+        compute = type(engine.model).logits
+        factors = mx.array([[1.0], [float("nan")]])  # the first row is that of the shorter sequence
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.model), "logits", lambda *rest: compute(*rest) * factors)
+            with pytest.raises(FlashMoeError) as caught:
+                runner.decode([bad, good])
+        assert caught.value.code == "bad_logits"
+        assert bad.cache.broken
+        assert not good.cache.broken
+        assert decoded(runner, [good])[0] == expected
+
+
+ENGINES = [
+    pytest.param(("metal", {"kv_bits": 8}), id="8-bit"),
+    pytest.param(("cuda", {}), id="cuda"),
+    pytest.param(("cuda", {"kv_bits": 4}), id="cuda-4-bit"),
+]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
+def test_rows_grow_on_every_device_and_at_every_width(engine: Engine) -> None:
+    """The rows of a long and of short sequences get more room, while a step is under way."""
+    prompts = [(PROMPTS[0] * 40)[:250], (PROMPTS[3] * 40)[:200], PROMPTS[2]]
+    with engine.runner.exclusive():
+        expected = [decoded(engine.runner, [begun(engine, prompt, 6)])[0] for prompt in prompts]
+        assert decoded(engine.runner, [begun(engine, prompt, 6) for prompt in prompts]) == expected
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_passes(seed: int, engine: Engine) -> None:
+    """Random subsets decode; sequences are settled, cancelled, kept and restored in between."""
+    random, runner = np.random.default_rng(seed), engine.runner
+    options = [WARM if number % 2 else GREEDY for number in range(len(PROMPTS))]
+    with runner.exclusive():
+        expected = [
+            decoded(runner, [begun(engine, prompt, 12, sampling=own)])[0]
+            for prompt, own in zip(PROMPTS, options, strict=True)
+        ]
+        sequences = [begun(engine, prompt, 12, sampling=own) for prompt, own in zip(PROMPTS, options, strict=True)]
+        while running := [sequence for sequence in sequences if sequence.status is Status.DECODING]:
+            chosen = [sequence for sequence in running if random.random() < 0.8] or running[:1]
+            match random.integers(8):
+                case 0:
+                    chosen[0].settle()
+                case 1:
+                    chosen[-1].cache.snapshot()
+                case 2 if len(running) == 4:
+                    chosen[0].cancel()
+                case _:
+                    runner.decode(chosen)
+        for sequence, tokens in zip(sequences, expected, strict=True):
+            assert sequence.token_ids == tokens[: len(sequence.token_ids)]
+            assert sequence.cancelled or sequence.token_ids == tokens

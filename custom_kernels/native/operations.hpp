@@ -128,6 +128,7 @@ struct Operations {
                 float* const* out);
 
     Multiplication floats, bytes;
+    Multiplication rounded; // products of floats that are rounded to bf16 first
 
     // Compute gate = silu(gate) * up.
     void (*swiglu)(float* gate, const float* up, int64_t count);

@@ -7,6 +7,7 @@ from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.scheduler import Progress, Scheduler
 from flashmoe_mlx.generation.sequence import Sequence, Status
+from flashmoe_mlx.generation.together import STATES, tokens_of_rows
 from flashmoe_mlx.stores.memory import available_memory
 
 _MOST = 128
@@ -36,6 +37,7 @@ class Concurrency:
         if together is not None and (type(together) is not int or together < 1):
             raise InputError(f"together={together!r}: must be a whole number, at least 1", code="out_of_range")
         self._need = runner.model.prompt_memory
+        self._ahead = runner.ahead
         reserved = 0 if runner.prompt_cache is None else runner.prompt_cache.room
         self._room = None if together is not None else int(_SHARE * (available_memory() - reserved))
         self._grows = together is None and runner.store.reads
@@ -50,7 +52,7 @@ class Concurrency:
             return True
         if len(running) >= self.limit:
             return False
-        return self._room is None or sum(map(self._bytes, (*running, sequence))) <= self._room
+        return self._room is None or self._bytes([*running, sequence]) <= self._room
 
     def measured(self, tokens: int, seconds: float) -> None:
         """Take the time of a step that decoded ``tokens`` sequences, and nothing else, into account."""
@@ -73,10 +75,13 @@ class Concurrency:
     def _begin_measurement(self) -> None:
         self._steps, self._seconds = -1, 0.0
 
-    def _bytes(self, sequence: Sequence) -> int:
-        """Return the bytes of the caches of ``sequence`` at its end."""
-        tokens = len(sequence.request.prompt_ids) + sequence.request.max_tokens
-        return self._need.cache_fixed + self._need.cache_per_token * tokens
+    def _bytes(self, sequences: list[Sequence]) -> int:
+        """Return the bytes of the caches of ``sequences`` at their ends."""
+        tokens = [len(sequence.request.prompt_ids) + sequence.request.max_tokens for sequence in sequences]
+        states, total = len(tokens), sum(tokens)
+        if self._ahead.most_sequences > 1:
+            states, total = STATES * states, tokens_of_rows(tokens)
+        return self._need.cache_fixed * states + self._need.cache_per_token * total
 
 
 def run_all(runner: Runner, sequences: Iterator[Sequence], concurrency: Concurrency) -> Iterator[Progress]:

@@ -1,5 +1,6 @@
 """The completion of a constrained answer in few tokens, for answers that run out of tokens."""
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
 
 _LONGEST = 1024
 """The largest number of tokens of a completion."""
+_MOST_SECONDS = 0.25
+"""Time of a search, during which no other answer goes on. Ordinary grammars take a hundredth of it."""
 _QUOTE, _LETTER = '"', "k"
 """Where both may come next, a string is open: no other value of JSON has a k."""
 _PREFERRED = ("}", "]", '"', ",", ":", *"0123456789", "null", "true", "false", *"ntf", "[", "{", "-", *"abcdefghijklm")
@@ -33,11 +36,13 @@ class Endings:
 
     def find(self, matcher: "LLMatcher") -> list[int] | None:
         """Return tokens after which the answer of ``matcher`` is complete; None if none are found."""
-        matcher = matcher.deep_copy()
+        matcher, end = matcher.deep_copy(), time.monotonic() + _MOST_SECONDS
         tokens: list[int] = []
         while not (matcher.is_stopped() or matcher.is_accepting()):
             following = matcher.compute_ff_tokens() or self._first(matcher)
-            if not following or len(tokens) > _LONGEST or not matcher.consume_tokens(following):
+            if len(tokens) > _LONGEST or time.monotonic() > end:
+                return None
+            if not following or not matcher.consume_tokens(following):
                 return None
             tokens += following
         return None if matcher.is_error() else tokens

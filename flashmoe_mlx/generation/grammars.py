@@ -2,8 +2,10 @@
 
 import json
 import logging
+import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,10 @@ _LARGEST = 64 * 2**10
 _LARGEST_TOOLS = 2**20
 """Number of characters of a grammar of tool calls; agents declare tools of 80 KB."""
 _DEEPEST = 32
+_LARGEST_FACTOR = 10_000
+"""The least common multiple of all ``multipleOf``; compilation takes minutes for a prime number of seven digits."""
+_MOST_ITEMS, _MOST_STEP_ITEMS = 200_000, 400_000
+"""Parts of a grammar that may come next, and those that a mask visits: as many as a schema of ``_LARGEST`` can have."""
 _JSON = {"whitespace_pattern": "[ \\t\\n\\r]{0,40}"}
 """Options of llguidance: whitespace is free, but a weak model cannot go on with it for ever."""
 
@@ -153,7 +159,8 @@ class Grammars:
         return not problem
 
     def _problem(self, grammar: str) -> str:
-        refused, texts = self._library().LLMatcher.validate_grammar_with_warnings(grammar, self._tokens())
+        check = self._library().LLMatcher.validate_grammar_with_warnings
+        refused, texts = check(grammar, self._tokens(), limits=self._limits())
         return "; ".join(texts) if refused else ""
 
     def _compiled(self, grammar: str, what: str, code: str) -> "LLMatcher":
@@ -162,7 +169,7 @@ class Grammars:
         Raises:
             InputError: llguidance refuses it, or no text satisfies it; ``what`` names the option, ``code`` the error.
         """
-        matcher: LLMatcher = self._library().LLMatcher(self._tokens(), grammar, log_level=0)
+        matcher: LLMatcher = self._library().LLMatcher(self._tokens(), grammar, log_level=0, limits=self._limits())
         if not matcher.is_error():
             words = np.zeros(-(-self._vocab_size // 32), np.int32)
             begun = matcher.deep_copy()
@@ -181,6 +188,10 @@ class Grammars:
                     self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=eos or None
                 )
             return self._prepared
+
+    def _limits(self) -> Any:
+        """Return limits by which an accepted schema does not become too complex in the middle of an answer."""
+        return self._library().LLParserLimits(max_items_in_row=_MOST_ITEMS, step_max_items=_MOST_STEP_ITEMS)
 
     def _library(self) -> Any:
         return import_module("llguidance")
@@ -257,7 +268,24 @@ def _json_rule(schema: object) -> str:
         raise InputError(f"schema: is not JSON ({error})", code=_SCHEMA) from None
     if _depth(schema) > _DEEPEST:
         raise InputError(f"schema: nested more than {_DEEPEST} levels deep", code=_SCHEMA)
+    if math.lcm(*_factors(schema)) > _LARGEST_FACTOR:
+        raise InputError(
+            f"schema: the numbers of multipleOf have a common multiple over {_LARGEST_FACTOR:,}", code=_SCHEMA
+        )
     return f"%json {_bounded(text, 'schema', _SCHEMA)}"
+
+
+def _factors(schema: object) -> Iterator[int]:
+    """Yield the numerators of all numbers of ``multipleOf``, without trailing zeros."""
+    if isinstance(schema, Mapping):
+        number = schema.get("multipleOf")
+        if isinstance(number, int | float):
+            digits = Decimal(repr(number)).normalize().as_tuple().digits
+            yield int("".join(map(str, digits))) or 1
+        yield from _factors(list(schema.values()))
+    elif isinstance(schema, list | tuple):
+        for part in schema:
+            yield from _factors(part)
 
 
 def _depth(value: object) -> int:

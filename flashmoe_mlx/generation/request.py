@@ -1,5 +1,6 @@
 """A request: everything that determines an answer."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
@@ -276,7 +277,7 @@ def _checked_bias(bias: Mapping[int, float] | Mapping[str, float], vocab_size: i
         raise InputError(f"logit_bias={bias!r:.60}: must be an object of ids and numbers", code="invalid_logit_bias")
     checked = {}
     for key, value in bias.items():
-        token = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 12 else key
+        token = int(key) if isinstance(key, str) and re.fullmatch("0|[1-9][0-9]{0,10}", key) else key
         if type(token) is not int or not 0 <= token < vocab_size:
             raise InputError(f"logit_bias: {key!r:.60} is not the id of a token", code="invalid_logit_bias")
         if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:

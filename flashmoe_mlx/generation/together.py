@@ -30,10 +30,14 @@ from flashmoe_mlx.stores.contract import ExpertStore
 
 _IN_FLIGHT = 2
 """Steps under way while the host waits for the first of them."""
+STATES = _IN_FLIGHT + 1
+"""Copies of the states of recurrences in memory: those before each step under way, and the latest."""
 _EXACT = 8
 """Up to this number of sequences, every sequence that ends causes new arrays; of more, every eighth."""
 _PADDING = 2
 """Largest size of shared keys and values in relation to those of each sequence by itself."""
+_SPARE = 8
+"""Rows have room for this part of the longest sequence beyond it, so that they are seldom copied."""
 
 
 @dataclass(slots=True)
@@ -147,7 +151,7 @@ class StepsTogether:
         for row, sequence in rows.items():
             cache = sequence.cache
             sequence.ahead.append(StepTogether(report, cache.mark(), choices[row][1], step, row))
-            cache.shared = SharedRow(first.tokens, row, states, row)
+            cache.shared = SharedRow(first.tokens, row, states, row, report)
             cache.length += 1
 
     def _inputs(self, sequences: Listed[Sequence]) -> tuple[Mapping[int, Sequence], mx.array, mx.array, int]:
@@ -165,7 +169,7 @@ class StepsTogether:
                 return {_row(sequence): sequence for sequence in sequences}, step.tokens, step.positions, step.capacity
             self._clock.evaluate("head", step.report)  # nothing may be copied while the step writes
         token_ids = [_latest_token(sequence) for sequence in sequences]
-        capacity, count = rounded_up(longest + longest // 8), _rows(len(sequences))
+        capacity, count = rounded_up(longest + longest // _SPARE), _rows(len(sequences))
         order = self._arrange([sequence.cache for sequence in sequences], count, capacity)
         tokens = [token_ids[at] for at in order] + [0] * (count - len(order))
         positions = [sequences[at].cache.length for at in order] + [0] * (count - len(order))
@@ -197,6 +201,13 @@ class StepsTogether:
                         checked_logits(np.array(step.logits[part.row]))  # -inf is allowed: it excludes a token
                     sequence.accept(int(report[part.row]))
         step.used.count(report[2 * rows :], self._meter.chosen_in_memory, counted)
+
+
+def tokens_of_rows(tokens: Listed[int]) -> int:
+    """Return the tokens that shared arrays have room for, at most, for sequences of ``tokens`` tokens."""
+    rows, longest = _rows(len(tokens)), max(tokens)
+    room = rounded_up(longest + longest // _SPARE)
+    return min(rows * room, _PADDING * sum(map(rounded_up, tokens)) + rows * (room - longest))
 
 
 def under_way_together(sequence: Sequence) -> bool:

@@ -87,11 +87,20 @@ def _text(block: Fields) -> str:
         if "text" not in block:
             block.refuse("text", "is required", code="missing_field")
         return block.text("text") or ""
+    if kind == "search_result":
+        return _lines(block.text("title"), block.text("source"), *map(_text, _blocks(block, "content")))
+    if kind == "tool_reference":
+        return f"The tool {block.required_text('tool_name', 256)} can be called."
     source = block.object("source") if kind == "document" else None
-    if source is not None and source.any("type") == "text":
-        return source.text("data") or ""
+    if source is not None and source.any("type") in ("text", "content"):
+        parts = [source.text("data")] if source.any("type") == "text" else map(_text, _blocks(source, "content"))
+        return _lines(block.text("title"), block.text("context"), *parts)
     shown = kind if isinstance(kind, str) else type(kind).__name__
     return block.refuse("type", f"is {shown[:40]!r}: this model takes text only", code="unsupported_content")
+
+
+def _lines(*texts: str | None) -> str:
+    return "\n".join(filter(None, texts))
 
 
 def _result(block: Fields) -> Message:

@@ -16,6 +16,5 @@ def prepare(conversation: Conversation, engine: Engine) -> Prepared:
     tools = conversation.tools or None
     refuse_long(texts_of(conversation.messages), engine)
     request = engine.request(conversation.messages, tools=tools, **conversation.options)
-    engine.runner.checked_tokens(request.prompt_ids)
     reader = ToolCallReader(tools, engine.tokenizer.added_tokens, engine.tool_format) if tools else None
     return Prepared(request, reader)

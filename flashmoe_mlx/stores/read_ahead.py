@@ -1,27 +1,21 @@
 """A reader that starts to read experts at a hint, before a request needs them."""
 
-import logging
-import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from queue import SimpleQueue
-from threading import Thread
 
 from flashmoe_mlx.formats.extents import ExpertSource
-from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
+from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.delivery import Delivery
 from flashmoe_mlx.stores.filling import Filling
+from flashmoe_mlx.stores.guess_limit import GuessLimit
 from flashmoe_mlx.stores.host_slots import HostSlots
 from flashmoe_mlx.stores.page_cache_sampler import PageCacheSampler
 from flashmoe_mlx.stores.pinned import PinnedRows
-from flashmoe_mlx.stores.prefetches import Prefetch, RingPrefetch, ThreadPrefetch
+from flashmoe_mlx.stores.prefetches import Prefetch, PrefetchThreads, RingPrefetch, ThreadPrefetch
 from flashmoe_mlx.stores.readers import ExpertReader
-from flashmoe_mlx.stores.reads import FileDescriptorCache, open_for_reading, plan_reads
+from flashmoe_mlx.stores.reads import Read, plan_reads, total_bytes
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.uring_reader import UringReader
-
-_log = logging.getLogger(__name__)
 
 _Ready = Callable[[Sequence[int]], None]
 """Receives experts whose records are complete."""
@@ -29,16 +23,22 @@ _Ready = Callable[[Sequence[int]], None]
 MAX_THREADS = 8
 _MOST_AHEAD = 32
 """Slots for prefetches; more would hold memory that no reader fills in time."""
-_CHUNK = 2**22
-"""Size of one read in bytes; small, so that a cancelled prefetch soon leaves the storage to requests."""
+_CERTAIN_CHUNK = 2**22
+"""Size in bytes of one read of an expert that the next request will need."""
+_GUESSED_CHUNK = 2**20
+"""Size in bytes of one read of a guessed expert; small, so that a wrong guess soon leaves the storage to requests."""
 
 
 class ReadAhead:
     """A reader that also takes hints: it prefetches the hinted experts into separate slots.
 
-    Only the latest hint counts: each hint and each request cancels all earlier prefetches that it does not need. If a
+    Only the latest hint counts: each hint and each request stops all earlier prefetches that it does not need. If a
     prefetch fails, the request for that expert reads it again and reports any error. The first hint allocates the slots
     for prefetches and starts the threads.
+
+    Requests come before guesses: a guess begins no more reads than usually end before the next request, and the
+    request itself reads the part of a guessed record whose reads have not begun. A hint for the layer of the latest
+    request is no guess: these are further experts of a prompt, and all of them are read at once.
 
     Args:
         source: the location of the experts.
@@ -66,19 +66,20 @@ class ReadAhead:
         self._ring = reader if isinstance(reader, UringReader) else None
         self._slots = slots
         self._ahead = min(slots, _MOST_AHEAD)
-        self._count = min(threads, MAX_THREADS)
-        self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
+        self._threads = PrefetchThreads(min(threads, MAX_THREADS), direct)
         self._sampler = None if direct else PageCacheSampler(source)
         self._in_place = slab is not None
         self._slab: Slab | HostSlots | PinnedRows | None = slab
         self._spare_rows = spare_rows
         self._in_use: Collection[int] = ()
         """The slots of the latest batch, or slots from which its records may still be copied."""
-        self._threads: list[Thread] = []
-        self._queue: SimpleQueue[ThreadPrefetch | None] = SimpleQueue()
-        self._end = weakref.finalize(self, _end, self._queue, self._threads)
         self._hinted: dict[tuple[int, int], Prefetch] = {}
-        self._retired: list[Prefetch] = []  # claimed or cancelled; their slots are free once they no longer write
+        self._retired: list[Prefetch] = []  # claimed or stopped; their slots are free once they have ended
+        self._limit = GuessLimit()
+        self._bound: bool | None = None
+        """Whether the limit kept the latest guess from reading more; None without a guess since the latest request."""
+        self._latest = -1
+        """The layer of the latest request."""
 
     def fetch(self, layer: int, experts: Sequence[int], delivery: Delivery) -> tuple[Slab, dict[int, int], StoreStats]:
         """Load distinct ``experts`` of ``layer`` into slots of the slab, where they stay valid until the next call.
@@ -92,7 +93,7 @@ class ReadAhead:
         slab = self._slab
         assert isinstance(slab, Slab)
         ahead = self._claim(layer, experts)
-        taken = {job.slot for job in self._retired if job.writing} | {job.slot for job in ahead.values()}
+        taken = {job.slot for job in self._retired if not job.ended} | {job.slot for job in ahead.values()}
         free = (slot for slot in range(slab.count) if slot not in taken)
         slots = {expert: ahead[expert].slot if expert in ahead else next(free) for expert in experts}
         self._in_use = frozenset(slots.values())
@@ -141,15 +142,27 @@ class ReadAhead:
             raise
 
     def _claim(self, layer: int, experts: Iterable[int]) -> dict[int, Prefetch]:
-        """Return the running and finished prefetches of ``experts``, by expert; cancel all other prefetches."""
+        """Stop all prefetches; return those of ``experts`` that have begun, by expert."""
         hinted = self._hinted
+        for job in hinted.values():
+            job.stop()
         self._poll()
         ahead = {expert: hinted[layer, expert] for expert in experts if (layer, expert) in hinted}
-        ahead = {expert: job for expert, job in ahead.items() if job.begun}
-        self._cancel(set(hinted.values()).difference(ahead.values()))
-        self._retired += ahead.values()
+        ahead = {expert: job for expert, job in ahead.items() if job.begun_bytes > 0}
+        if self._bound is not None:
+            self._learn([job for job in hinted.values() if job.begun], set(ahead.values()), self._bound)
+        self._bound = None
+        self._latest = layer
+        self._retired += hinted.values()
         self._hinted = {}
         return ahead
+
+    def _learn(self, jobs: Sequence[Prefetch], right: Collection[Prefetch], bound: bool) -> None:
+        """Adapt the limit to the prefetches of a guess, of which the request needs ``right``."""
+        begun, needed = sum(job.begun for job in jobs), sum(job.begun for job in right)
+        ended = begun - sum(job.running for job in jobs)
+        late = any(job.running for job in jobs if job not in right)
+        self._limit.learn(needed, begun - needed, ended, late, bound)
 
     def _load(
         self,
@@ -165,35 +178,67 @@ class ReadAhead:
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            ahead: the prefetch of each expert that has one; all other experts are read now.
+            ahead: the prefetch of each expert that has one; the rest of these records and all other experts are read
+                now.
             ready: as for ``read``.
             arrived: called with experts that were read now; None for ``ready``.
             move: brings a prefetched expert to its row; None if batches are served in place.
         """
-        finished = {expert: job for expert, job in ahead.items() if job.ended}
-        done = _take(finished, move)  # first, so that a GPU fetches these records while others are read
-        complete = [expert for expert, job in finished.items() if job.complete]
+        rest = {expert: job for expert, job in ahead.items() if job.begun_bytes < job.size}
+        complete = [expert for expert, job in ahead.items() if job.ended and expert not in rest and job.sound]
+        done = _take([ahead[expert] for expert in complete])
+        # First, so that a GPU fetches these records while others are read.
+        self._move(complete, ahead, move)
+        failed: list[int] = []
+
+        def take(expert: int) -> None:
+            """Use the prefetch of ``expert``, which has no read left to begin."""
+            nonlocal done
+            job = ahead[expert]
+            job.wait()
+            if not job.sound:
+                failed.append(expert)
+                return
+            done += _take([job])
+            self._move([expert], ahead, move)
+            if ready is not None:
+                ready([expert])
 
         def begun() -> None:
-            nonlocal done
             if ready is not None:
                 ready(complete)
-            for expert, job in ahead.items():  # these reads began before those of this request
-                if expert not in finished:
-                    job.wait()
-                    done += _take({expert: job}, move)
-                    if job.complete and ready is not None:
-                        ready([expert])
+            for expert in ahead:  # these reads began before those of this request
+                if expert not in rest and expert not in complete:
+                    take(expert)
 
-        rest = [(expert, row) for expert, row in wanted if expert not in ahead]
-        if rest:
-            read = self._read(layer, rest, arrived or ready, begun)
-            done += read
+        def arriving(experts: Sequence[int]) -> None:
+            plain = [expert for expert in experts if expert not in rest]
+            use = arrived or ready
+            if plain and use is not None:
+                use(plain)
+            for expert in experts:
+                if expert in rest:
+                    take(expert)
+
+        reading = [(expert, job.row) for expert, job in rest.items()]
+        reading += [(expert, row) for expert, row in wanted if expert not in ahead]
+        if reading:
+            parts = {expert: job.begun_bytes for expert, job in rest.items()}
+            announces = rest or arrived is not None or ready is not None
+            read = self._read(layer, reading, arriving if announces else None, begun, parts)
+            done += read  # not in one statement: the call changes ``done``
         else:
             begun()
-        failed = [(expert, row) for expert, row in wanted if expert in ahead and not ahead[expert].complete]
-        done += self._read(layer, failed, arrived or ready)
+        again = [(expert, row) for expert, row in wanted if expert in failed]
+        done += self._read(layer, again, arrived or ready)
         return done + StoreStats(bytes_wasted=self._wasted())
+
+    def _move(
+        self, experts: Sequence[int], ahead: Mapping[int, Prefetch], move: Callable[[int, Prefetch], None] | None
+    ) -> None:
+        if move is not None:
+            for expert in experts:
+                move(expert, ahead[expert])
 
     def _read(
         self,
@@ -201,11 +246,12 @@ class ReadAhead:
         wanted: Sequence[tuple[int, memoryview]],
         arrived: _Ready | None,
         begun: Callable[[], None] | None = None,
+        done: Mapping[int, int] | None = None,
     ) -> StoreStats:
         if not wanted:
             return StoreStats()
-        sampled = self._sample(layer, [expert for expert, _ in wanted])
-        reads, nbytes = self._reader.read(layer, wanted, arrived, begun)
+        sampled = self._sample(layer, [expert for expert, _ in wanted if not done or expert not in done])
+        reads, nbytes = self._reader.read(layer, wanted, arrived, begun, done)
         return replace(sampled, reads=reads, bytes_read=nbytes)
 
     def _sample(self, layer: int, experts: Sequence[int]) -> StoreStats:
@@ -219,29 +265,57 @@ class ReadAhead:
             BackendUnavailableError: the system starts no thread (code "no_threads").
         """
         slab = self._started()
-        self._poll()
+        certain = layer == self._latest
         wanted = {(layer, expert): None for expert in experts}
         kept = {place: job for place, job in self._hinted.items() if place in wanted}
-        self._cancel(set(self._hinted.values()).difference(kept.values()))
+        self._stop(set(self._hinted.values()).difference(kept.values()))
+        self._poll()
         self._hinted = kept
-        taken = {job.slot for job in kept.values()} | {job.slot for job in self._retired if job.writing}
+        taken = {job.slot for job in kept.values()} | {job.slot for job in self._retired if not job.ended}
         free = [slot for slot in range(slab.count) if slot not in taken and slot not in self._in_use]
         new = [place for place in wanted if place not in kept][: max(0, self._ahead - len(taken))]
+        room = None if certain else max(0, self._limit.reads - sum(job.running for job in kept.values()))
+        bound = False
         for place, slot in zip(new, free, strict=False):
             if self._ring is not None and not self._ring.has_room:
-                return
+                break
             row = slab.rows([slot])[0]
+            plan = list(plan_reads(self._source, layer, [(place[1], row)], self._chunk(certain)))
+            size = total_bytes(plan)
+            if room is not None:
+                bound = bound or len(plan) > room
+                plan = plan[:room]
+                room -= len(plan)
+            if not plan:
+                break
             # The job is known before its reads begin, so that an interrupt cannot free its slot too early.
-            job = self._hinted[place] = self._prefetch_of(layer, place[1], slot, row)
+            job = self._hinted[place] = self._prefetch_of(place, slot, row, size, plan)
             job.start()
+        if new and not certain:
+            self._bound = bound
 
-    def _prefetch_of(self, layer: int, expert: int, slot: int, row: memoryview) -> Prefetch:
-        """Return a prefetch of ``expert`` into ``row``, to be started."""
+    def _chunk(self, certain: bool) -> int:
+        """Return the size of the reads of a hint; the user's limit applies to the ring."""
+        size = _CERTAIN_CHUNK if certain else _GUESSED_CHUNK
+        return size if self._ring is None or self._ring.chunk is None else min(size, self._ring.chunk)
+
+    def _prefetch_of(
+        self, place: tuple[int, int], slot: int, row: memoryview, size: int, plan: Sequence[Read]
+    ) -> Prefetch:
+        """Return a prefetch that makes ``plan``, the first reads of a record into ``row``; to be started.
+
+        Args:
+            place: the layer and the expert.
+            slot: the slot of ``row``.
+            row: memory for the record.
+            size: bytes of the whole record.
+            plan: the reads.
+        """
+        layer, expert = place
         sampled = self._sample(layer, [expert])
         if self._ring is not None:
-            return RingPrefetch(slot, sampled, self._ring, self._ring.plan(layer, expert, row))
-        plan = list(plan_reads(self._source, layer, [(expert, row)], _CHUNK))
-        return ThreadPrefetch(slot, sampled, row, plan, self._queue)
+            return RingPrefetch(slot, row, size, sampled, self._ring, self._ring.ahead(layer, expert, row, plan))
+        return ThreadPrefetch(slot, row, size, sampled, plan, self._threads.queue)
 
     def _poll(self) -> None:
         """Notice which reads of the ring have ended."""
@@ -253,13 +327,10 @@ class ReadAhead:
 
         Later calls have no effect.
         """
-        self._cancel(self._hinted.values())
+        self._stop(self._hinted.values())
         self._hinted = {}
-        self._end()
-        for thread in self._threads:
-            thread.join()
+        self._threads.close()
         self._reader.close()
-        self._files.close()
         if self._sampler is not None:
             self._sampler.close()
         return StoreStats(bytes_wasted=self._wasted())
@@ -271,54 +342,29 @@ class ReadAhead:
             self._slab = self._spare_rows(self._ahead)
         elif self._in_place and self._slab.count < self._slots + self._ahead:
             self._slab = Slab(self._slots + self._ahead, self._source.layout.record_bytes)
-        if self._ring is not None:
-            return self._slab
-        try:
-            while len(self._threads) < self._count:
-                name = f"expert-prefetch-{len(self._threads)}"
-                thread = Thread(target=_serve, args=(self._queue, self._files), name=name, daemon=True)
-                thread.start()
-                self._threads.append(thread)
-        except RuntimeError as error:
-            if not self._threads:
-                raise BackendUnavailableError(
-                    f"cannot start a thread for prefetches: {error}; set prefetch=none", code="no_threads"
-                ) from error
+        if self._ring is None:
+            self._threads.start()
         return self._slab
 
-    def _cancel(self, jobs: Iterable[Prefetch]) -> None:
+    def _stop(self, jobs: Iterable[Prefetch]) -> None:
         for job in jobs:
-            job.cancelled = True
+            job.stop()
             self._retired.append(job)
 
     def _wasted(self) -> int:
-        """Return the bytes of finished prefetches that no request used, and forget these prefetches."""
-        writing: list[Prefetch] = []
-        finished: list[Prefetch] = []
+        """Return the bytes of ended prefetches that no request used, and forget these prefetches."""
+        running: list[Prefetch] = []
+        ended: list[Prefetch] = []
         for job in self._retired:  # one look at each: a prefetch may end at any moment
-            (writing if job.writing else finished).append(job)
-        self._retired = writing
-        return sum(job.nbytes for job in finished if not job.used)
+            (ended if job.ended else running).append(job)
+        self._retired = running
+        return sum(job.nbytes for job in ended if not job.used)
 
 
-def _take(finished: Mapping[int, Prefetch], move: Callable[[int, Prefetch], None] | None) -> StoreStats:
-    """Use the complete prefetches of ``finished``, by expert; return the counters."""
+def _take(jobs: Iterable[Prefetch]) -> StoreStats:
+    """Mark sound ``jobs`` as used; return their counters."""
     done = StoreStats()
-    for expert, job in finished.items():
-        if job.complete:
-            if move is not None:
-                move(expert, job)
-            job.used = True
-            done += replace(job.sampled, reads=job.reads, bytes_read=job.nbytes, prefetched=1)
+    for job in jobs:
+        job.used = True
+        done += replace(job.sampled, reads=job.begun, bytes_read=job.nbytes, prefetched=1)
     return done
-
-
-def _serve(queue: "SimpleQueue[ThreadPrefetch | None]", files: FileDescriptorCache) -> None:
-    while (job := queue.get()) is not None:
-        job.run(files)
-        del job  # its slot keeps the owner alive, whose finalizer ends this thread
-
-
-def _end(queue: "SimpleQueue[ThreadPrefetch | None]", threads: Sequence[Thread]) -> None:
-    for _ in threads:
-        queue.put(None)

@@ -1,6 +1,6 @@
 """The interface of readers, which read experts into memory, and a function that creates a reader by name."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from flashmoe_mlx.errors import InputError
@@ -21,16 +21,18 @@ class ExpertReader(Protocol):
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
         begun: Callable[[], None] | None = None,
+        done: Mapping[int, int] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        After this method returns or raises an error, nothing is written to the rows.
+        After this method returns or raises an error, it writes nothing to the rows.
 
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
             arrived: called, in the thread of the caller, with experts whose rows are complete.
             begun: called first, in the thread of the caller, as soon as reads are under way.
+            done: the bytes at the beginning of the records of some experts that need no read.
 
         Raises:
             ExpertReadError: an expert could not be read.

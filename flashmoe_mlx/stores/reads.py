@@ -5,7 +5,7 @@ import fcntl
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from flashmoe_mlx.stores.contract import ExpertReadError, ExpertStoreError
 from flashmoe_mlx.stores.limits import CHUNK_MIB
 
 __all__ = [
+    "PARTS_AT_ONCE",
     "FileDescriptorCache",
     "Read",
     "check_alignment",
@@ -23,10 +24,19 @@ __all__ = [
     "chunk_bytes",
     "coalesce",
     "open_for_reading",
+    "part_bytes",
     "plan_reads",
     "total_bytes",
 ]
 
+PARTS_AT_ONCE = 4
+"""Simultaneous direct reads if the caller uses each expert as soon as it arrives.
+
+A disk divides its rate among all reads that it knows, so that whole records, read at once, all arrive at the end. Four
+reads of 2 MiB keep it busy, and experts arrive one after the other (docs/measurements/2026-11-27-overlap.md).
+"""
+_PART = 2**21
+"""Largest read in bytes in that case."""
 _MIB = 2**20
 _PAGE = 4096
 """Alignment of addresses, offsets, and lengths for direct I/O in bytes; some disks and filesystems need only 512."""
@@ -64,7 +74,11 @@ class Read:
 
 
 def plan_reads(
-    source: ExpertSource, layer: int, wanted: Sequence[tuple[int, memoryview]], chunk_bytes: int | None
+    source: ExpertSource,
+    layer: int,
+    wanted: Sequence[tuple[int, memoryview]],
+    chunk_bytes: int | None,
+    done: Mapping[int, int] | None = None,
 ) -> Iterator[Read]:
     """Yield the reads that load experts of ``layer`` into rows of memory; adjacent extents become one read.
 
@@ -73,15 +87,16 @@ def plan_reads(
         layer: a valid layer.
         wanted: pairs of an expert and its row, the writable bytes of a slot.
         chunk_bytes: maximum size of a read; None for no limit.
+        done: the bytes at the beginning of the records of some experts that need no read.
     """
     for expert, row in wanted:
-        done = 0
+        place, skipped = 0, (done or {}).get(expert, 0)
         for extent in coalesce(source.extents(layer, expert)):
             step = chunk_bytes or extent.nbytes
-            for start in range(0, extent.nbytes, step):
+            for start in range(max(0, skipped - place), extent.nbytes, step):
                 end = min(start + step, extent.nbytes)
-                yield Read(expert, extent.path, extent.offset + start, row[done + start : done + end])
-            done += extent.nbytes
+                yield Read(expert, extent.path, extent.offset + start, row[place + start : place + end])
+            place += extent.nbytes
 
 
 def total_bytes(reads: Iterable[Read]) -> int:
@@ -109,6 +124,11 @@ def chunk_bytes(chunk_mib: float | None) -> int | None:
         return None
     CHUNK_MIB.check("chunk_mib", chunk_mib)
     return int(chunk_mib * _MIB) // _PAGE * _PAGE
+
+
+def part_bytes(chunk: int | None) -> int:
+    """Return the maximum size of a read if experts are used as they arrive; ``chunk`` is the user's maximum."""
+    return min(chunk or _PART, _PART)
 
 
 def coalesce(extents: Sequence[Extent]) -> list[Extent]:

@@ -2,7 +2,7 @@
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -11,18 +11,17 @@ from flashmoe_mlx.formats.extents import ExpertSource, read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError
 from flashmoe_mlx.stores.limits import THREADS
 from flashmoe_mlx.stores.reads import (
+    PARTS_AT_ONCE,
     FileDescriptorCache,
     Read,
     check_alignment,
     check_all_read,
     chunk_bytes,
     open_for_reading,
+    part_bytes,
     plan_reads,
     total_bytes,
 )
-
-_PART = 2**21
-"""Largest read in bytes if the caller uses each expert as soon as it arrives."""
 
 _Jobs = SimpleQueue[Callable[[], object] | None]
 
@@ -59,6 +58,7 @@ class ThreadReader:
         if direct:
             check_alignment(source)
         self._source = source
+        self._direct = direct
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct, readahead=readahead))
         self._queues: list[_Jobs] = []
         self._threads: list[Thread] = []
@@ -83,6 +83,7 @@ class ThreadReader:
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
         begun: Callable[[], None] | None = None,
+        done: Mapping[int, int] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
@@ -94,28 +95,31 @@ class ThreadReader:
             arrived: called, in the thread of the caller, with experts whose rows are complete. Threads then read parts
                 of one expert together, so that the first expert arrives early.
             begun: called first, in the thread of the caller, as soon as the threads have their work.
+            done: the bytes at the beginning of the records of some experts that need no read.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: no read failed, but fewer bytes arrived than were requested (code "lost_read").
         """
-        chunk = self._chunk if arrived is None else min(self._chunk or _PART, _PART)
-        reads = list(plan_reads(self._source, layer, wanted, chunk))
+        chunk = self._chunk if arrived is None else part_bytes(self._chunk)
+        reads = list(plan_reads(self._source, layer, wanted, chunk, done))
         batch = _Batch(partial(self._read, layer), reads, announces=arrived is not None)
-        workers = min(len(reads), len(self._queues))
+        # The page cache, unlike a disk, is the faster the more threads copy from it.
+        most = PARTS_AT_ONCE if arrived is not None and self._direct else len(self._queues)
+        workers = min(len(reads), len(self._queues), most)
         try:
             for queue in self._queues[:workers]:
                 queue.put(batch.work)
             if begun is not None:
                 begun()
-            done = batch.wait(workers, arrived)
+            made = batch.wait(workers, arrived)
         except BaseException:
             batch.todo.clear()
             self._settle()
             raise
         if batch.errors:
             raise batch.errors[0]
-        count, nbytes = sum(count for count, _ in done), sum(nbytes for _, nbytes in done)
+        count, nbytes = sum(count for count, _ in made), sum(nbytes for _, nbytes in made)
         check_all_read(layer, total_bytes(reads), nbytes)
         return count, nbytes
 

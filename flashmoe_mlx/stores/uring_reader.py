@@ -12,21 +12,20 @@ from flashmoe_mlx.stores.contract import BackendUnavailableError, ExpertReadErro
 from flashmoe_mlx.stores.libc import address_of
 from flashmoe_mlx.stores.limits import DEPTH
 from flashmoe_mlx.stores.reads import (
+    PARTS_AT_ONCE,
     FileDescriptorCache,
     Read,
     check_alignment,
     check_all_read,
     chunk_bytes,
     open_for_reading,
+    part_bytes,
     plan_reads,
     total_bytes,
 )
 from flashmoe_mlx.stores.slab import Slab
 from flashmoe_mlx.stores.staging import StagingArea
 from flashmoe_mlx.stores.uring import Ring, RingRead
-
-_LARGEST = 2**22
-"""Largest read in bytes of a hinted expert; a request that comes soon after need not wait for a large read."""
 
 
 class UringReader:
@@ -57,12 +56,14 @@ class UringReader:
         registered: Slab | StagingArea | None = None,
     ) -> None:
         DEPTH.check("depth", depth)
-        self._chunk = chunk_bytes(chunk_mib)
+        self._depth = depth
+        self.chunk: int | None = chunk_bytes(chunk_mib)
+        """The maximum size of one read in bytes; None for no limit."""
         if direct:
             check_alignment(source)
         self._source = source
         self._direct = direct
-        self._ring = Ring(depth, workers)
+        self._ring = Ring(2 * depth, workers)  # a request finds room beside all reads of ``begin``
         self._files = FileDescriptorCache(partial(open_for_reading, direct=direct))
         self._numbers: dict[Path, int] = {}
         self._running: dict[int, tuple[Read, RingReads]] = {}
@@ -101,27 +102,35 @@ class UringReader:
         wanted: Sequence[tuple[int, memoryview]],
         arrived: Callable[[Sequence[int]], None] | None = None,
         begun: Callable[[], None] | None = None,
+        done: Mapping[int, int] | None = None,
     ) -> tuple[int, int]:
         """Read ``wanted``, pairs of an expert and its row in memory; return the numbers of reads and bytes.
 
-        After this method returns or raises an error, nothing is written to the rows. After any error but a failed read,
-        nothing is written by reads of ``begin`` either, and they have failed.
+        These reads come before all reads of ``begin`` that wait for room. After this method returns or raises an error,
+        it writes nothing to the rows. After any error but a failed read, nothing is written by reads of ``begin``
+        either, and they have failed.
 
         Args:
             layer: a valid layer.
             wanted: the experts and their rows.
-            arrived: called with experts whose rows are complete.
+            arrived: called with experts whose rows are complete. Few and small reads then run at once, so that one
+                expert arrives after the other.
             begun: called first, as soon as reads are under way.
+            done: the bytes at the beginning of the records of some experts that need no read.
 
         Raises:
             ExpertReadError: an expert could not be read; this is the first failure.
             ExpertStoreError: the ring did not answer for exactly the requested reads (code "lost_read").
-            ValueError: the reader has registered slots, and a row is not one of them.
+            ValueError: the reader has registered slots, and the row of an expert that is not in ``done`` is not one of
+                them.
         """
-        for _, row in wanted:
-            if self._buffers and address_of(row) not in self._buffers:
+        for expert, row in wanted:
+            if self._buffers and address_of(row) not in self._buffers and expert not in (done or {}):
                 raise ValueError("registered=true, but a row is not registered")
-        reads = RingReads(layer, plan_reads(self._source, layer, wanted, self._chunk), self._buffers_of(wanted))
+        in_parts = arrived is not None
+        plan = plan_reads(self._source, layer, wanted, part_bytes(self.chunk) if in_parts else self.chunk, done)
+        most = min(self._depth, PARTS_AT_ONCE) if in_parts else self._depth
+        reads = RingReads(layer, plan, self._buffers_of(wanted), most)
         planned = total_bytes(reads.todo)
         try:
             self._submit(reads)
@@ -144,14 +153,13 @@ class UringReader:
 
     @property
     def has_room(self) -> bool:
-        """Whether the ring has room for another read."""
-        return self._ring.free > 0
+        """Whether ``begin`` has room for another read."""
+        return self._ring.running < self._depth
 
-    def plan(self, layer: int, expert: int, row: memoryview) -> "RingReads":
-        """Return the reads of ``expert`` into ``row``, for ``begin``."""
-        wanted = [(expert, row)]
-        plan = plan_reads(self._source, layer, wanted, min(self._chunk or _LARGEST, _LARGEST))
-        return RingReads(layer, plan, self._buffers_of(wanted), by_worker=not self._direct)
+    def ahead(self, layer: int, expert: int, row: memoryview, plan: Iterable[Read]) -> "RingReads":
+        """Return ``plan``, reads of ``expert`` into ``row``, for ``begin``."""
+        buffers = self._buffers_of([(expert, row)])
+        return RingReads(layer, plan, buffers, self._depth, ahead=True, by_worker=not self._direct)
 
     def begin(self, reads: "RingReads") -> None:
         """Begin ``reads`` without any wait; the reader owns their rows until they have ``ended``, after ``poll``."""
@@ -176,7 +184,7 @@ class UringReader:
                     reads.take(read, -errno.EIO)
                 self._running.clear()
             waiting, self._waiting = self._waiting, []
-            for reads in waiting:
+            for reads in sorted(waiting, key=lambda reads: reads.ahead):
                 self._submit(reads)
         except BaseException:
             self._abandon()
@@ -189,20 +197,19 @@ class UringReader:
             self.poll(1)
 
     def _submit(self, reads: "RingReads") -> None:
-        """Submit as many of ``reads`` as the ring has room for."""
+        """Submit as many of ``reads`` as there is room for, beside ``depth`` reads of ``begin``."""
         if reads.failure is not None or not reads.todo:
             return
+        room = min(self._ring.free, reads.most - (self._ring.running if reads.ahead else reads.running))
         try:
-            now = [reads.todo[place] for place in range(min(len(reads.todo), self._ring.free))]
+            now = [reads.todo[place] for place in range(min(len(reads.todo), max(0, room)))]
             requests = [self._ring_read(read, reads) for read in now]
         except ExpertReadError as error:
             reads.fail(error)
             return
         for number, read in zip(self._ring.submit(requests), now, strict=True):
             self._running[number] = (read, reads)
-            reads.todo.popleft()
-            reads.running += 1
-            reads.count += 1
+            reads.note_submitted()
         if reads.todo and reads not in self._waiting:
             self._waiting.append(reads)
 
@@ -242,26 +249,39 @@ class RingReads:
         layer: the layer of the experts.
         plan: the reads.
         buffers: the index of the registered buffer of each expert's row, or None.
+        most: the maximum number of simultaneous reads.
+        ahead: whether nobody waits for them yet.
         by_worker: whether threads of the kernel make the reads.
 
     Attributes:
-        todo: reads that have not been submitted.
+        todo: reads that have not been submitted, first the rests of reads that ended early.
         running: number of submitted reads that have not ended.
         count: number of submitted reads.
         nbytes: bytes read.
+        withdrawn_bytes: bytes at the end that are not read because of ``withdraw``.
         failure: the first failure.
     """
 
     def __init__(
-        self, layer: int, plan: Iterable[Read], buffers: Mapping[int, int | None], by_worker: bool = False
+        self,
+        layer: int,
+        plan: Iterable[Read],
+        buffers: Mapping[int, int | None],
+        most: int,
+        ahead: bool = False,
+        by_worker: bool = False,
     ) -> None:
         self.layer = layer
         self.buffers = buffers
+        self.most = most
+        self.ahead = ahead
         self.by_worker = by_worker
         self.todo: deque[Read] = deque(plan)
+        self._rests = 0
         self.running: int = 0
         self.count: int = 0
         self.nbytes: int = 0
+        self.withdrawn_bytes: int = 0
         self.failure: Exception | None = None
         self._left = Counter(read.expert for read in self.todo)
         self._complete: list[int] = []
@@ -270,6 +290,19 @@ class RingReads:
     def ended(self) -> bool:
         """Whether no read is running and none will be submitted."""
         return not self.running and not (self.todo and self.failure is None)
+
+    def note_submitted(self) -> None:
+        """Move the first read of ``todo`` to the running reads."""
+        self.todo.popleft()
+        self._rests = max(0, self._rests - 1)
+        self.running += 1
+        self.count += 1
+
+    def withdraw(self) -> None:
+        """Forget the reads that have not been submitted; those that have end completely."""
+        while len(self.todo) > self._rests:
+            self.withdrawn_bytes += len(self.todo[-1].view)
+            self.todo.pop()
 
     def take(self, read: Read, result: int) -> None:
         """Take the result of a read, the number of bytes or a negated error number."""
@@ -282,6 +315,7 @@ class RingReads:
             self.nbytes += result
             if result < len(read.view):
                 self.todo.appendleft(Read(read.expert, read.path, read.offset + result, read.view[result:]))
+                self._rests += 1
                 return
         self._left[read.expert] -= 1
         if not self._left[read.expert]:

@@ -64,17 +64,17 @@ class Disk:
         self.folder: Path = folder / name.hexdigest()
         self._segments: dict[Path, list[Segment]] = {}
         """The segments in the folder of each conversation."""
+        self._lock: int | None = None
         try:
             _make_private(folder)
             self.folder.mkdir(mode=_PRIVATE, exist_ok=True)
-            described = self.folder / SETTINGS
-            if not described.exists():
-                described.write_text(json.dumps({**about, **settings}, default=str, indent=1))
             self._lock = files.lock(self.folder)
             if self._lock is not None:
+                files.describe(self.folder, {**about, **settings})
                 files.delete_partial_files(self.folder)
                 self._make_room(0, set(), [])
         except OSError as error:
+            self.close()
             raise InputError(
                 f"cache_dir={folder}: cannot be used ({error.strerror}); choose another folder", code="cache_dir"
             ) from error

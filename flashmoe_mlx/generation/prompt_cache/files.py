@@ -31,6 +31,18 @@ def checksum(data: bytes) -> str:
     return blake2b(data, digest_size=16).hexdigest()
 
 
+def describe(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``settings`` for people, unless they are there; a power failure may have damaged them.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    text = json.dumps(settings, default=str, indent=1).encode()
+    file = folder / SETTINGS
+    if not file.exists() or file.read_bytes() != text:
+        file.write_bytes(text)
+
+
 def write_state(folder: Path, arrays: Mapping[str, mx.array], header: Mapping[str, Any]) -> Path:
     """Write the file of a state; a failure leaves no file.
 
@@ -52,10 +64,13 @@ def write_state(folder: Path, arrays: Mapping[str, mx.array], header: Mapping[st
 
 
 def state_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of the states of all conversations in ``folder``, the folder of a model."""
-    for file in folder.glob("*/*.safetensors"):
-        if file.name != _PARTIAL and file.is_file():
-            yield file
+    """Yield the files of the states of all conversations in ``folder``, the folder of a model, that can be listed."""
+    found: list[Path] = []
+    with contextlib.suppress(OSError):
+        for conversation in conversation_folders(folder):
+            with contextlib.suppress(OSError):
+                found += conversation.glob("*.safetensors")
+    yield from (file for file in found if file.name != _PARTIAL and file.is_file())
 
 
 def delete_partial_files(folder: Path) -> None:
