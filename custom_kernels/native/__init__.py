@@ -43,7 +43,7 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 13
+_INTERFACE = 14
 """Version of the compiled part's interface; another version is not called."""
 SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2, mx.uint8: 3}
 """Numbers of the types of scales in the compiled part; bytes are the exponents of mxfp4."""
