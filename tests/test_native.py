@@ -403,7 +403,8 @@ MATRIX = (np.zeros((8, 8), np.uint32), np.zeros((8, 1), np.float32), np.zeros((8
     [
         (5, 5, "bits must be"),
         (6, 48, "group size must be"),
-        (7, 3, "scales must be"),
+        (7, 4, "scales must be"),
+        (7, 3, "groups of 32"),
         (4, 96, "whole groups"),
         (3, 9, "weight: 256 bytes, but 288 are needed"),
         (3, -1, "out of range"),
