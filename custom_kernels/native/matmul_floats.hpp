@@ -28,7 +28,7 @@ void arrange_rounded(const float* const* x, int count, int64_t columns, int bits
 
 template <int BITS, int J>
 INLINE void unpack_floats(W word, F s, F b, float* to) {
-    store(to + J * kPanelRows, fma(decode<BITS, J>(word), s, b));
+    store(to + J * kPanelRows, fma(value<BITS, J>(word), s, b));
     if constexpr (J + 1 < codes_per_lane(BITS)) unpack_floats<BITS, J + 1>(word, s, b, to);
 }
 

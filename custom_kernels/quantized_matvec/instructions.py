@@ -14,6 +14,7 @@ from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
+from flashmoe_mlx.formats.record import AFFINE
 
 _BYTES = 2**22
 """Largest matrix of a call in bytes; larger matrices only repeat the same work."""
@@ -43,17 +44,26 @@ class Form:
 
 
 def forms(model: ModelShapes) -> Iterator[Form]:
-    """Yield the forms of the model's matrices that the extension supports."""
+    """Yield the forms of the model's matrices in MLX's affine format that the extension supports.
+
+    Matrices in mxfp4 take the instructions of the affine format of their width.
+    """
     matrices = [weight for projection in model.projections for weight in projection.weights]
     matrices += [matrix for shared in model.shared for matrix in shared.matrices]
     for weight in matrices:
-        if native.supports_weight(weight) and weight.scales is not None and weight.bits and weight.group_size:
+        if (
+            weight.mode == AFFINE
+            and native.supports_weight(weight)
+            and weight.scales is not None
+            and weight.bits
+            and weight.group_size
+        ):
             rows, groups = weight.scales.shape
             yield Form(rows, groups * weight.group_size, weight.bits, weight.group_size, weight.scales.dtype)
     for expert in model.experts:
         for projection in PROJECTIONS:
             own = expert.format_of(projection)
-            if native.supports_matrix(own.bits, own.group_size, own.dtype):
+            if own.mode == AFFINE and native.supports_matrix(own.bits, own.group_size, own.dtype):
                 yield Form(*expert.shape(projection), own.bits, own.group_size, own.dtype)
 
 
