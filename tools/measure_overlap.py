@@ -3,7 +3,8 @@
     python tools/measure_overlap.py <pack> --backend ram_hybrid --prefetch none,early_router \
         --options budget_gib=10,reader=io_uring,direct=true,preload=true
 
-Modes take turns in one process, on one store, with new random tokens in each round:
+Modes take turns token by token, in one process and on one store, because the rate of a disk may drift within a minute.
+Each mode has one sequence of random tokens in a round:
 
 - parts: experts are applied as they arrive; this is what users run.
 - blocking: the same, but a layer waits for its last expert before it computes with the first.
@@ -18,8 +19,8 @@ directly (``direct=true``), or "I/O" finds its records in the page cache.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -31,7 +32,7 @@ from check_speed_model import OtherProcesses
 
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
-from flashmoe_mlx.moe.prefetch import Guesses, Likely, Prefetcher
+from flashmoe_mlx.moe.prefetch import Likely, Prefetcher
 from flashmoe_mlx.research.traces.recorder import recorded
 from flashmoe_mlx.stores.contract import StoreStats
 from flashmoe_mlx.stores.delivery import Delivery
@@ -52,30 +53,25 @@ class KnownChoices(Prefetcher):
     def __init__(self, pack: Path, engine: Engine) -> None:
         super().__init__(engine.store, engine.store.source.num_layers)
         self._other = flashmoe_mlx.load(pack, "pread", prompt_cache_gib=0)
-        self._experts: Any = None
-        self._passes = 0
+        self.experts: Any = None
+        """The experts of the next token, by layer."""
         runner: Any = engine.runner
         runner._prefetcher = self
 
-    def learn(self, tokens: Sequence[int]) -> None:
-        """Find the experts of ``tokens``, which a new sequence begins with."""
+    def learn(self, tokens: Sequence[int]) -> Any:
+        """Return the experts [tokens, layers, K] of ``tokens``, which a new sequence begins with."""
         cache = self._other.new_cache()
         with recorded(self._other) as recorder:
             for token in tokens:
                 self._other.forward([token], cache)
-            self._experts = recorder.trace(self._num_experts, []).experts
-        self._passes = -1
-
-    @property
-    def _num_experts(self) -> int:
-        return int(self._store.source.num_experts)
-
-    def begin_pass(self, sequences: Sequence[Guesses], lengths: Sequence[int], decoding: bool) -> None:
-        super().begin_pass(sequences, lengths, decoding)
-        self._passes += 1
+            return recorder.trace(int(self._store.source.num_experts), []).experts
 
     def _likely_now(self, layer: int, _: mx.array) -> Likely:
-        return [self._experts[self._passes, layer].tolist()]
+        return [self.experts[layer].tolist()]
+
+
+Steps = Iterator[float]
+"""The milliseconds of each token."""
 
 
 class Bench:
@@ -94,48 +90,62 @@ class Bench:
         for start in range(0, _OTHER_RECORDS, len(some)):
             rows = self.others.rows(range(start, min(start + len(some), _OTHER_RECORDS)))
             self.store._reader._reader.read(0, list(zip(some, rows, strict=False)))
-        self.misses: list[list[tuple[int, list[int]]]] = []
-        """The misses of each token of the latest round of "parts", by layer."""
+        self.misses: list[tuple[int, list[int]]] = []
+        """The misses of the latest token of "parts", by layer."""
         self.next = 0
 
-    def tokens(self, count: int, engine: Engine | None = None) -> list[float]:
-        """Decode random tokens of a new sequence and return the milliseconds of each."""
-        engine = engine or self.engine
-        times, cache = [], engine.new_cache()
-        tokens = self.random.integers(256, size=count).tolist()
-        if self.known is not None:
-            self.known.learn(tokens)
-        for token in tokens:
-            self.misses.append([])
-            start = time.perf_counter()
-            mx.eval(engine.forward([token], cache))
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+    def sequences(self, count: int) -> dict[str, Steps]:
+        """Return new sequences of ``count`` random tokens, by mode."""
+        return {
+            "parts": self._steps(count, self.engine, self._parts),
+            "io": self._reads(),
+            "blocking": self._steps(count, self.engine, self._blocking),
+            "compute": self._steps(count, self.resident or self.engine, self._computing),
+        }
 
-    def parts(self, count: int) -> list[float]:
-        """Time the path of users, and record the misses."""
+    def warm_up(self) -> None:
+        """Decode tokens that do not count."""
+        for mode in self.sequences(_WARM_UP).values():
+            for _ in range(_WARM_UP):
+                next(mode)
+
+    def _steps(self, count: int, engine: Engine, way: Callable[[], AbstractContextManager[object]]) -> Steps:
+        """Decode random tokens of a new sequence in a ``way``, and yield the milliseconds of each."""
+        cache, tokens = engine.new_cache(), self.random.integers(256, size=count).tolist()
+        experts = self.known.learn(tokens) if self.known is not None else None
+        for place, token in enumerate(tokens):
+            if self.known is not None:
+                self.known.experts = experts[place]
+            with way():
+                start = time.perf_counter()
+                mx.eval(engine.forward([token], cache))
+                passed = time.perf_counter() - start
+            yield 1e3 * passed
+
+    @contextmanager
+    def _parts(self) -> Iterator[None]:
+        """Take the path of users, and record the misses."""
         self.misses = []
         reader, name = self.store._reader, "fetch" if self.store._reader._in_place else "read"
         original: Callable[..., Any] = getattr(reader, name)
 
         def recorded(layer: int, experts: Sequence[int], *rest: Any) -> Any:
-            self.misses[-1].append((layer, list(experts)))
+            self.misses.append((layer, list(experts)))
             return original(layer, experts, *rest)
 
         setattr(reader, name, recorded)
         try:
-            return self.tokens(count)
+            yield
         finally:
             delattr(reader, name)
 
-    def blocking(self, count: int) -> list[float]:
-        """Time a store that delivers all experts at the end."""
-        return self._with_load(count, lambda layer, experts, _: self.loads(layer, experts, Delivery(None, 0)))
+    def _blocking(self) -> AbstractContextManager[None]:
+        """Let the store deliver all experts at the end."""
+        return self._with_load(lambda layer, experts, _: self.loads(layer, experts, Delivery(None, 0)))
 
-    def compute(self, count: int) -> list[float]:
-        """Time a store that reads nothing."""
-        if self.resident is not None:
-            return self.tokens(count, self.resident)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Let the store read nothing."""
 
         def load(_: int, experts: Sequence[int], __: Delivery) -> Any:
             self.next += len(experts)
@@ -144,24 +154,24 @@ class Bench:
 
         self.store.prefetch = lambda *_: None
         try:
-            return self._with_load(count, load)
+            with self._with_load(load):
+                yield
         finally:
             del self.store.prefetch
 
-    def io(self, _: int) -> list[float]:
-        """Time the reads of the latest "parts" alone."""
-        times = []
-        for token in self.misses:
+    def _reads(self) -> Steps:
+        """Read the misses of the latest token of "parts" alone, and yield the milliseconds."""
+        while True:
             start = time.perf_counter()
-            for layer, experts in token:
+            for layer, experts in self.misses:
                 self.store._reader._reader.read(layer, list(zip(experts, self.others.rows(range(32)), strict=False)))
-            times.append(1e3 * (time.perf_counter() - start))
-        return times
+            yield 1e3 * (time.perf_counter() - start)
 
-    def _with_load(self, count: int, load: Callable[..., Any]) -> list[float]:
+    @contextmanager
+    def _with_load(self, load: Callable[..., Any]) -> Iterator[None]:
         self.store._load = load
         try:
-            return self.tokens(count)
+            yield
         finally:
             del self.store._load
 
@@ -194,19 +204,19 @@ def _measure(arguments: argparse.Namespace, policy: str, options: dict[str, Any]
     named = "early_router" if policy == _KNOWN else policy
     with flashmoe_mlx.load(arguments.pack, arguments.backend, prefetch=named, prompt_cache_gib=0, **options) as engine:
         bench = Bench(engine, 1, KnownChoices(arguments.pack, engine) if policy == _KNOWN else None, resident)
-        bench.tokens(_WARM_UP)
-        if resident is not None:
-            bench.tokens(_WARM_UP, resident)
+        bench.warm_up()
         times: dict[str, list[float]] = {"parts": [], "blocking": [], "compute": [], "io": []}
         done, others = StoreStats(), OtherProcesses()
-        for round_ in range(arguments.rounds):
-            for mode in (
-                ("parts", "io", "blocking", "compute") if round_ % 2 else ("compute", "blocking", "parts", "io")
-            ):
-                before = engine.store.stats()
-                times[mode] += getattr(bench, mode)(arguments.tokens)
-                if mode == "parts":
-                    done += engine.store.stats() - before
+        for _ in range(arguments.rounds):
+            modes = bench.sequences(arguments.tokens)
+            for token in range(arguments.tokens):
+                for mode in (
+                    ("parts", "io", "blocking", "compute") if token % 2 else ("compute", "blocking", "parts", "io")
+                ):
+                    before = engine.store.stats()
+                    times[mode].append(next(modes[mode]))
+                    if mode == "parts":
+                        done += engine.store.stats() - before
         _print_row(policy, times, done, others.share())
 
 
