@@ -21,11 +21,13 @@ class CodeFormat:
         bits: width of a code.
         group_size: codes that share a scale and a bias.
         dtype: type of scales and biases.
+        mode: MLX's mode of quantization; without biases unless it is affine.
     """
 
     bits: int
     group_size: int
     dtype: mx.Dtype
+    mode: str = AFFINE
 
     @property
     def name(self) -> str:
@@ -41,7 +43,7 @@ class CodeFormat:
 
 @dataclass(frozen=True)
 class ExpertFormat:
-    """The format of records whose matrices are in MLX's affine format.
+    """The format of records whose matrices are quantized in modes that a kernel reads.
 
     Attributes:
         hidden_size: width of a token's vector.
@@ -90,8 +92,9 @@ class ExpertFormat:
     def resized(self, hidden_size: int, intermediate_size: int) -> "ExpertFormat":
         """Return the same formats for experts of other sizes."""
         names = {dtype: name for name, dtype in MLX_DTYPES.items()}
-        formats = (MatrixFormat(own.bits, own.group_size, names[own.dtype]) for own in self.formats)
-        form = expert_format(RecordLayout(hidden_size, intermediate_size, *formats))
+        formats = (MatrixFormat(own.bits, own.group_size, names[own.dtype], own.mode) for own in self.formats)
+        modes = tuple({own.mode for own in self.formats})
+        form = expert_format(RecordLayout(hidden_size, intermediate_size, *formats), modes)
         assert form is not None
         return form
 
@@ -119,16 +122,17 @@ class ExpertFormat:
             offset, shape = self.offsets[f"{projection}.{name}"], shapes[name]
             return record[offset : offset + shape[0] * shape[1] * dtype.size].view(dtype).reshape(shape)
 
-        return QuantizedWeight(part("weight"), part("scales"), part("biases"), own.bits, own.group_size)
+        biases = part("biases") if own.mode == AFFINE else None
+        return QuantizedWeight(part("weight"), part("scales"), biases, own.bits, own.group_size, mode=own.mode)
 
 
 _PARTS = ("weight", "scales", "biases")
 
 
 @cache
-def expert_format(layout: RecordLayout) -> ExpertFormat | None:
-    """Return the format of the records of ``layout``; None if a projection is not in MLX's affine format."""
-    gate, up, down = map(_code_format, layout.formats)
+def expert_format(layout: RecordLayout, modes: tuple[str, ...] = (AFFINE,)) -> ExpertFormat | None:
+    """Return the format of the records of ``layout``; None if a projection is in none of MLX's ``modes``."""
+    gate, up, down = (_code_format(form, modes) for form in layout.formats)
     if gate is None or up is None or down is None:
         return None
     return ExpertFormat(
@@ -142,8 +146,8 @@ def expert_format(layout: RecordLayout) -> ExpertFormat | None:
     )
 
 
-def _code_format(form: MatrixFormat) -> CodeFormat | None:
-    """Return the format of a matrix in MLX's affine mode; None of any other matrix."""
-    if form.bits is None or form.group_size is None or form.mode != AFFINE:
+def _code_format(form: MatrixFormat, modes: tuple[str, ...]) -> CodeFormat | None:
+    """Return the format of a matrix in one of ``modes``; None of any other matrix."""
+    if form.bits is None or form.group_size is None or form.mode not in modes:
         return None
-    return CodeFormat(form.bits, form.group_size, MLX_DTYPES[form.dtype])
+    return CodeFormat(form.bits, form.group_size, MLX_DTYPES[form.dtype], form.mode)

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels.expert_format import PROJECTIONS, ExpertFormat
-from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight
+from flashmoe_mlx.custom_kernels.weights import ExpertWeights, QuantizedWeight, format_name
+from flashmoe_mlx.formats.record import AFFINE
 
 __all__ = ["GEOMETRIES", "Geometry", "RandomInputs"]
 
@@ -43,7 +44,7 @@ class RandomInputs:
     Args:
         dtype: type of activations.
         seed: seed of the random numbers.
-        scales: type of scales and biases; None stands for ``dtype``.
+        scales: type of scales and biases; None stands for ``dtype``, and uint8 for the exponents of mxfp4.
     """
 
     def __init__(self, dtype: mx.Dtype, seed: int, scales: mx.Dtype | None = None) -> None:
@@ -72,6 +73,10 @@ class RandomInputs:
             group_size: codes that share a scale and a bias.
         """
         groups = (rows, columns // group_size)
+        if self.scales == mx.uint8:
+            mode, power = format_name(bits, group_size, mx.uint8), 126 - round(np.log2(columns) / 2)
+            scales = mx.array(self._random.integers(power - 2, power + 1, groups, np.uint8))
+            return QuantizedWeight(self.words(rows, columns * bits // 32), scales, None, bits, group_size, mode=mode)
         return QuantizedWeight(
             self.words(rows, columns * bits // 32),
             self.normal(*groups, scale=columns**-0.5 / 2**bits, dtype=self.scales),
@@ -100,7 +105,7 @@ class RandomInputs:
             own = form.format_of(projection)
             drawn = RandomInputs(self.dtype, int(self._random.integers(2**31)), own.dtype)
             weight = drawn.quantized(*form.shape(projection), own.bits, own.group_size)
-            for part in ("weight", "scales", "biases"):
+            for part in ("weight", "scales", "biases")[: 3 if own.mode == AFFINE else 2]:
                 raw = np.array(getattr(weight, part).reshape(-1).view(mx.uint8))
                 start = form.offsets[f"{projection}.{part}"]
                 record[start : start + raw.size] = raw

@@ -9,11 +9,14 @@ import numpy.typing as npt
 
 from flashmoe_mlx.custom_kernels.kv_rows import RowFormat
 from flashmoe_mlx.custom_kernels.precision import widen
+from flashmoe_mlx.formats.record import FLOAT_MODES
 
 
 @cache
 def format_name(bits: int, group_size: int, scales: mx.Dtype) -> str:
     """Return a format of quantized matrices in words, for the names of code paths."""
+    if scales == mx.uint8:
+        return next(mode for mode, sizes in FLOAT_MODES.items() if sizes == (bits, group_size))
     return f"{bits} bits in groups of {group_size}, scales {str(scales).rpartition('.')[2]}"
 
 
@@ -27,8 +30,8 @@ class QuantizedWeight:
         biases: shape and type of ``scales``.
         bits: width of a code.
         group_size: codes that share a scale and a bias.
-        mode: MLX's mode of quantization; other modes than "affine" have scales of one byte and no biases, and only
-            MLX's operations compute with them.
+        mode: MLX's mode of quantization; other modes than "affine" have scales of one byte and no biases. Kernels for
+            CPUs compute with "mxfp4", and only MLX's operations with the rest.
     """
 
     weight: mx.array

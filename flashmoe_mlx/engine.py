@@ -14,7 +14,7 @@ import numpy as np
 
 from flashmoe_mlx.adapters.config import AdaptedConfig
 from flashmoe_mlx.adapters.options import NO_PROMPT_CACHE, keeps_prompts, refuse_options
-from flashmoe_mlx.custom_kernels import choose
+from flashmoe_mlx.custom_kernels import Kernels, choose, native
 from flashmoe_mlx.custom_kernels.precision import activation_type
 from flashmoe_mlx.errors import InputError
 from flashmoe_mlx.formats.record import AFFINE
@@ -69,9 +69,10 @@ _FEW_KV_BITS = (
 _BY_MLX = "experts in {mode} are computed by MLX's own operations, which are slower than kernels for affine formats"
 
 
-def _float_modes(store: ExpertStore) -> set[str]:
-    """Return the modes of MLX, other than affine, of the experts of ``store``."""
-    return {form.mode for layout in store.layout.distinct for form in layout.formats} - {AFFINE}
+def _modes_by_mlx(store: ExpertStore, kernels: Kernels) -> set[str]:
+    """Return the modes of the experts of ``store`` that only MLX's operations compute with."""
+    modes = {form.mode for layout in store.layout.distinct for form in layout.formats}
+    return modes.difference((AFFINE,) if kernels.routed_experts_cpu is None else native.modes())
 
 
 def load(
@@ -149,7 +150,7 @@ def load(
         cache_bytes = 0 if no_prompts else cache_bytes
         notes = [checked.note, no_prompts, _NO_TEMPLATE if tokenizer and tokenizer.chat_template is None else None]
         notes.append(_FEW_KV_BITS if kv_bits == 4 else None)
-        notes += [_BY_MLX.format(mode=mode) for mode in sorted(_float_modes(store))]
+        notes += [_BY_MLX.format(mode=mode) for mode in sorted(_modes_by_mlx(store, chosen))]
         setup = {
             "experts_k": k,
             "experts": store.layout.to_record(),

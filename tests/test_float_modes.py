@@ -90,7 +90,9 @@ def test_a_conversion(mode: str, tmp_path: Path) -> None:
         assert (got.argmax(-1) == expected.argmax(-1)).all()
     with flashmoe_mlx.load(pack.folder) as engine:
         assert engine.setup["experts"]["mode"] == mode
-        assert f"experts in {mode} are computed by MLX" in engine.setup["note"]
+        note = engine.setup["note"] or ""
+        assert (f"experts in {mode} are computed by MLX" in note) == (mode != "mxfp4")
+        assert engine.setup["replaced_kernels"] == []
 
 
 def test_a_variant_of_four_bits_from_mxfp4(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def test_the_limit_of_guesses() -> None:
     assert limit.reads > 1000
     limit.learn(right=2, wrong=6, ended=5, late=True, bound=False)
     assert limit.reads == 5  # the reads that had ended
-    for _ in range(32):
+    for _ in range(8):
         limit.learn(right=2, wrong=3, ended=5, late=False, bound=True)
     assert limit.reads == 7
     limit.learn(right=7, wrong=0, ended=1, late=False, bound=False)

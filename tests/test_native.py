@@ -89,6 +89,32 @@ def test_products_of_every_format(bits: int, group_size: int, scales: mx.Dtype) 
             )
 
 
+@pytest.mark.usefixtures("instructions")
+def test_products_in_mxfp4() -> None:
+    """Vectors in exact and rounded types, and rows that end inside a block; the bias cancels most of a sum."""
+    inputs = RandomInputs(F32, 0, mx.uint8)
+    for columns in (32, 96, 19 * 32):
+        weight = inputs.quantized(53, columns, 4, 32)
+        x = inputs.normal(40, columns)
+        exact = np.array(x, np.float64) @ np.array(weight.dense(), np.float64).T
+        for activations, error in ROUNDED.items():
+            for tokens in (1, 2, 3, 7, 9, 40):
+                (found,) = products(x[:tokens], [weight], None, activations)
+                off = np.linalg.norm(np.array(found) - exact[:tokens])
+                assert off <= (error if tokens > 8 else 1e-6) * 4 * np.linalg.norm(exact[:tokens])
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("shared", [False, True])
+def test_routed_experts_in_mxfp4(shared: bool) -> None:
+    for tokens, k in ((1, 3), (2, 2), (11, 2)):
+        check(
+            cases.routed_experts(
+                ODD, F32, group_size=32, tokens=tokens, k=k, shared=shared, scales=mx.uint8, on_cpu=True
+            )
+        )
+
+
 ROUNDED = {
     name: error for name, error in (("f32", 1e-6), ("bf16", 4e-3), ("int8", 1.2e-2)) if native.has_activations(name)
 }
@@ -377,7 +403,8 @@ MATRIX = (np.zeros((8, 8), np.uint32), np.zeros((8, 1), np.float32), np.zeros((8
     [
         (5, 5, "bits must be"),
         (6, 48, "group size must be"),
-        (7, 3, "scales must be"),
+        (7, 4, "scales must be"),
+        (7, 3, "groups of 32"),
         (4, 96, "whole groups"),
         (3, 9, "weight: 256 bytes, but 288 are needed"),
         (3, -1, "out of range"),

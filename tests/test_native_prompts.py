@@ -102,3 +102,22 @@ def test_matrices_of_an_expert_may_have_panels_of_different_widths() -> None:
                 np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     finally:
         extension.use_instruction_set(before)
+
+
+@pytest.mark.parametrize("name", native.loaded().instruction_sets())
+@pytest.mark.parametrize("bits", native.BITS)
+@pytest.mark.skipif("bf16" not in TYPES, reason="this machine has no products in bf16")
+def test_products_in_bf16_by_floats_are_exact_products_of_rounded_vectors(name: str, bits: int) -> None:
+    extension, inputs = native.loaded(), RandomInputs(F32, bits)
+    before = extension.instruction_set()
+    weight, x = inputs.quantized(37, 192, bits, 64), np.array(inputs.normal(20, 192))
+    x[3, :5] = np.nan, np.inf, -np.inf, 3e38, 1e-30
+    x[4, 7] = np.uint32(0x7F800001).view(np.float32)  # a NaN whose upper half is that of an infinity
+    rounded = mx.array(x).astype(mx.bfloat16).astype(F32)
+    try:
+        extension.use_instruction_set(name)
+        extension.use_for_products(len(x), native.ACTIVATIONS.index("bf16"), bits, 64, name)
+        (got,), (expected,) = products(mx.array(x), [weight], None, "bf16"), products(rounded, [weight])
+    finally:
+        extension.use_instruction_set(before)
+    np.testing.assert_array_equal(np.array(got), np.array(expected))

@@ -91,8 +91,8 @@ def observed(experts: StoredExperts, settings: dict[str, Any], monkeypatch: pyte
     with monkeypatch.context() as patch:
         spy(os, "open", lambda _, flags, *__: flags)
         spy(os, "posix_fadvise", lambda *arguments: arguments[-1])
-        spy(thread_reader, "plan_reads", lambda *arguments: arguments[-1])
-        spy(uring_reader, "plan_reads", lambda *arguments: arguments[-1])
+        spy(thread_reader, "plan_reads", lambda *arguments: arguments[3])
+        spy(uring_reader, "plan_reads", lambda *arguments: arguments[3])
         spy(uring_reader.Ring, "__init__", lambda _, *arguments: arguments)
         spy(uring_reader.Ring, "register_buffers", lambda _, buffers: len(buffers))
         spy(mmap_backend._Mapping, "__init__", lambda _, __, ___, advice: advice)

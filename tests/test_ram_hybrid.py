@@ -278,7 +278,7 @@ def test_prefetched_and_read_records_reach_their_slots(stored: StoredExperts, mo
         with RamHybridStore(stored.source, budget_gib=gib(6)) as store:
             store.fetch(0, [1])
             store.prefetch(0, hinted)
-            while not all(job.finished.is_set() for job in store._reader._hinted.values()):
+            while not all(job.ended for job in store._reader._hinted.values()):
                 time.sleep(0.001)
             check(store.fetch(0, [3, 1, 5, 7]), 0, [3, 1, 5, 7], stored)
             assert store.stats().prefetched == len(hinted)

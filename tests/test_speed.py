@@ -227,12 +227,20 @@ def test_the_chosen_backend_is_the_fastest_by_its_own_estimate(
         assert list(engine.generate("Hello", raw=True, max_tokens=2))
 
 
-@pytest.mark.parametrize(("factor", "policy"), [(0.9, "early_router"), (0.99, "none"), (1.2, "none")])
+@pytest.mark.parametrize(
+    ("factors", "policy"),
+    [
+        ({"early_router": 0.9}, "early_router"),
+        ({"early_router": 0.9, "next_router": 0.8}, "next_router"),
+        ({"early_router": 0.99, "next_router": 1.2}, "none"),
+    ],
+)
 def test_guesses_are_chosen_where_they_were_clearly_faster(
-    factor: float, policy: str, profile: MachineProfile, tiny_pack: Path
+    factors: dict[str, float], policy: str, profile: MachineProfile, tiny_pack: Path
 ) -> None:
     ahead = [
-        replace(point, way=AHEAD, seconds=tuple(factor * seconds for seconds in point.seconds))
+        replace(point, way=AHEAD[name], seconds=tuple(factor * seconds for seconds in point.seconds))
+        for name, factor in factors.items()
         for point in profile.points
         if point.way == HALF
     ]

@@ -18,6 +18,7 @@ import flashmoe_mlx
 from flashmoe_mlx.custom_kernels.kernel import Kernel
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.errors import FlashMoeError
+from flashmoe_mlx.generation.pass_meter import WatchedPass
 from flashmoe_mlx.generation.request import Request
 from flashmoe_mlx.generation.runner import Runner
 from flashmoe_mlx.generation.sampling import ChosenSampling, SamplingOptions
@@ -131,6 +132,7 @@ def test_every_sequence_has_the_tokens_and_states_of_it_alone(engine: Engine, sa
         together = [begun(engine, prompt, 3 + at, sampling=sampling) for at, prompt in enumerate(PROMPTS[:3])]
         together.append(begun(engine, PROMPTS[2], 5, sampling=sampling, stop_ids=stop))
         decoded(engine.runner, together)
+        assert together[0].cache.shared is None, "a row would keep the arrays of all sequences in memory"
         assert_same_states(engine, together, expected)
     steps = together[2].metrics.decode
     assert (steps.tokens, steps.store.fetches) == (4, 4 * TINY.num_layers)
@@ -157,6 +159,25 @@ def test_sequences_join_leave_and_need_the_host(engine: Engine) -> None:
         assert found == [expected[0], expected[2], expected[4], expected[3]]
         assert other.finish_reason == "cancelled"
         assert other.token_ids == expected[1][: len(other.token_ids)]
+
+
+def test_a_watcher_receives_the_experts_of_every_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are in another order than the sequences of a pass, and one of three ends before the others."""
+    seen: dict[tuple[int, int], list[list[int]]] = {}
+
+    def watch(watched: WatchedPass) -> None:
+        for at, sequence in enumerate(watched.parts if watched.decoding else ()):
+            own = [np.reshape(experts, (len(watched.parts), -1))[at].tolist() for _, experts in watched.choices]
+            key = sequence.request.prompt_ids[0], watched.positions[sequence]
+            assert seen.setdefault(key, own) == own
+
+    monkeypatch.setattr(engine.runner.meter, "watcher", watch)
+    with engine.runner.exclusive():
+        for at, prompt in enumerate(PROMPTS[:3]):
+            decoded(engine.runner, [begun(engine, prompt, 3 + at)])
+        count = len(seen)
+        decoded(engine.runner, [begun(engine, prompt, 3 + at) for at, prompt in enumerate(PROMPTS[:3])])
+    assert len(seen) == count == 2 + 3 + 4
 
 
 def test_logits_that_are_no_numbers_end_one_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Measure quantized products with one vector on this CPU; compare them with MLX's and with a plain read of the bytes.
 
-    python tools/measure_matvec.py
+    python tools/measure_matvec.py                  # four shapes, four widths of codes
     python tools/measure_matvec.py --one-thread     # every instruction set of this machine, in cache and out of it
 
 The calls rotate through sets of weights that exceed the cache several times, so every call reads its weights from
-memory. The three programs alternate, A B C C B A, each for all sets; the figure of a round is the time of one call.
-The plain read sums the bytes of all sets as 64-bit words on as many threads as the kernel uses, which synchronize
-once at the end: it measures the speed of memory.
+memory, where they lie as a model keeps them: from a cache line on, in large pages. All programs alternate, A B C ... C
+B A, each for all sets; the figure of a round is the time of one call. The plain read sums the bytes of all sets as
+64-bit words on as many threads as the kernel uses, which synchronize once at the end: it measures the speed of memory.
+"In cache" repeats the call for the first rows of a matrix, which stay in the second-level caches: it measures the
+instructions. Both include the time of a call for one row, "empty".
 """
 
 import argparse
@@ -24,17 +26,20 @@ import numpy.typing as npt
 from flashmoe_mlx.custom_kernels import native
 from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import quantized_matvec
 from flashmoe_mlx.research.intervals import median_interval
+from flashmoe_mlx.stores.allocation import align_to_cache_line
 
 _SETS_BYTES = 300e6
-_SHAPES = ((4096, 4096, 4), (4096, 1024, 4), (1024, 4096, 4), (12288, 4096, 4), (4096, 4096, 2), (4096, 4096, 3),
-           (4096, 4096, 8))  # fmt: skip
+_SHAPES = ((4096, 4096), (4096, 1024), (1024, 4096), (12288, 4096))
+_CACHED_BYTES = 2**19
+"""Bytes of the rows of a matrix that fit into the second-level cache of one core."""
 _GROUP = 64
 
 
 def main() -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of A B C C B A")
+    parser.add_argument("--rounds", type=int, default=5, help="of A B C ... C B A")
+    parser.add_argument("--bits", type=lambda text: list(map(int, text.split(","))), default=native.BITS)
     parser.add_argument("--one-thread", action="store_true", help="ours alone, by instruction set")
     arguments = parser.parse_args()
     mx.set_default_device(mx.cpu)
@@ -46,11 +51,12 @@ def main() -> None:
         return
     threads = native.usable_cores()
     print(f"{native.description()}; medians of {2 * arguments.rounds} rounds, 95 % bootstrap intervals; bf16 scales\n")
-    print("| rows x columns, bits | ours, us | GB/s | of a plain read | mx.quantized_matmul, us | ratio |")
-    print("|---|---|---|---|---|---|")
+    print("| rows x columns, bits | ours, us | GB/s | of a plain read | in cache, GB/s | empty, us | MLX, us | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
     with ThreadPoolExecutor(threads) as pool:
-        for rows, columns, bits in _SHAPES:
-            print(_row(rows, columns, bits, arguments.rounds, pool, threads), flush=True)
+        for bits in arguments.bits:
+            for rows, columns in _SHAPES:
+                print(_row(rows, columns, bits, arguments.rounds, pool, threads), flush=True)
 
 
 def _by_instructions(extension: ModuleType, rounds: int) -> None:
@@ -107,12 +113,22 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
             mx.eval(mx.quantized_matmul(x, weight, scales, biases, True, _GROUP, bits))
         return len(wide)
 
-    sides: dict[str, Callable[[], int]] = {"ours": ours, "plain": plain, "mlx": by_mlx}
+    few = int(_CACHED_BYTES * threads * rows // nbytes)
+    cached, empty = ([part[:count] for part in sets[0]] for count in (min(few, rows), 1))
+    mx.eval(cached, empty)
+
+    def in_cache(matrix: Sequence[mx.array] = cached) -> int:
+        for _ in range(count):
+            quantized_matvec(x, matrix[0], matrix[1], matrix[2], bits, _GROUP)
+        return count
+
+    sides: dict[str, Callable[[], int]] = {"ours": ours, "plain": plain, "mlx": by_mlx, "in cache": in_cache}
+    sides["empty"] = lambda: in_cache(empty)
     found: dict[str, list[float]] = {name: [] for name in sides}
     for name in sides:
         sides[name]()
     for _ in range(rounds):
-        for name in ("ours", "plain", "mlx", "mlx", "plain", "ours"):
+        for name in (*sides, *reversed(sides)):
             start = time.perf_counter()
             calls = sides[name]()
             found[name].append((time.perf_counter() - start) / calls)
@@ -124,6 +140,8 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
         _shown(microseconds, ".0f"),
         f"{nbytes / median(microseconds) / 1e3:.1f}",
         _shown(share, ".2f"),
+        f"{sum(part.nbytes for part in cached) / median(found['in cache']) / 1e9:.1f}",
+        f"{1e6 * median(found['empty']):.0f}",
         f"{1e6 * median(found['mlx']):.0f}",
         _shown(ratio, ".0f"),
     )
@@ -131,11 +149,10 @@ def _row(rows: int, columns: int, bits: int, rounds: int, pool: ThreadPoolExecut
 
 
 def _matrix(random: np.random.Generator, rows: int, columns: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    codes = random.integers(0, 2**32, (rows, columns * bits // 32), np.uint32)
-    scales, biases = (random.standard_normal((rows, columns // _GROUP), np.float32) for _ in range(2))
-    matrix = mx.array(codes), mx.array(scales).astype(mx.bfloat16), mx.array(biases).astype(mx.bfloat16)
-    mx.eval(matrix)
-    return matrix
+    codes = mx.array(random.integers(0, 2**32, (rows, columns * bits // 32), np.uint32))
+    factors = (mx.array(random.standard_normal((rows, columns // _GROUP), np.float32)) for _ in range(2))
+    scales, biases = (align_to_cache_line(part.astype(mx.bfloat16)) for part in factors)
+    return align_to_cache_line(codes), scales, biases
 
 
 def _share(matrix: Sequence[mx.array], number: int, of: int) -> list[npt.NDArray[np.uint64]]:

@@ -14,8 +14,9 @@ Each column is a part of the time of a token, summed over its layers, in the ord
 - head: everything after the last fetch.
 
 "settled" waits for the device after each fetch and before each choice, so that "end" includes the copies that were not
-hidden, and "build" all computation. ``--pieces`` sets the largest reads of a record in MiB, in turns; 0 reads whole
-records. ``--profile`` prints the Python functions that take longest.
+hidden, and "build" all computation. ``--reads`` lists ways to read a record that take turns: the size of a read in MiB
+and the number of reads in flight, such as 2x4, the default. ``--profile`` prints the Python functions that take the
+most time.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import yaml
 import flashmoe_mlx
 from flashmoe_mlx.engine import Engine
 from flashmoe_mlx.layers.phases import PhaseClock
+from flashmoe_mlx.stores import reads, thread_reader, uring_reader
 
 PARTS = ("build", "submit", "choice", "begin", "first", "rest", "arrived", "end", "head")
 
@@ -124,7 +126,7 @@ def main() -> None:
     parser.add_argument("--backend", default="ram_hybrid")
     parser.add_argument("--options", default="", help="options of the backend: name=value,name=value")
     parser.add_argument("--prefetch", default="none")
-    parser.add_argument("--pieces", default="0", help="largest reads in MiB, separated by commas; 0 for whole records")
+    parser.add_argument("--reads", default="2x4", help="MiB and number of reads in flight, for example 2x4,2x8,8x64")
     parser.add_argument("--tokens", type=int, default=20, help="tokens of a round")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help="compute on the GPU")
@@ -136,16 +138,17 @@ def main() -> None:
     load: Any = flashmoe_mlx.load
     named = {"prefetch": arguments.prefetch, "prompt_cache_gib": 0}
     with load(arguments.pack, arguments.backend, **named, **options) as engine:
-        reader, random = engine.store._reader._reader, np.random.default_rng(1)
-        name = "chunk" if hasattr(reader, "chunk") else "_chunk"  # of a ring, or of threads
-        default = getattr(reader, name)
-        modes = [(int(float(size) * 2**20), settled) for size in arguments.pieces.split(",") for settled in (0, 1)]
-        tokens: dict[tuple[int, int], list[dict[str, float]]] = {mode: [] for mode in modes}
+        random = np.random.default_rng(1)
+        ways = [tuple(map(int, way.split("x"))) for way in arguments.reads.split(",")]
+        modes = [(*way, settled) for way in ways for settled in (0, 1)]
+        tokens: dict[tuple[int, ...], list[dict[str, float]]] = {mode: [] for mode in modes}
         _decode(engine, random, 8, None)
         for round_ in range(arguments.rounds):
             for mode in modes if round_ % 2 else modes[::-1]:
-                setattr(reader, name, mode[0] or default)
-                tokens[mode] += _decode(engine, random, arguments.tokens, Trace(engine, bool(mode[1])))
+                size, most, settled = mode
+                reads._PART = size * 2**20
+                thread_reader.PARTS_AT_ONCE = uring_reader.PARTS_AT_ONCE = most
+                tokens[mode] += _decode(engine, random, arguments.tokens, Trace(engine, bool(settled)))
         _print(tokens)
         if arguments.profile:
             profile = cProfile.Profile()
@@ -173,13 +176,13 @@ def _decode(engine: Engine, random: np.random.Generator, count: int, trace: Trac
     return times
 
 
-def _print(tokens: dict[tuple[int, int], list[dict[str, float]]]) -> None:
-    print(f"| pieces, MiB | token, ms (p50) | outside of reads | {' | '.join(PARTS)} |")
+def _print(tokens: dict[tuple[int, ...], list[dict[str, float]]]) -> None:
+    print(f"| MiB x reads | token, ms (p50) | outside of reads | {' | '.join(PARTS)} |")
     print("|" + "---|" * (len(PARTS) + 3))
-    for (pieces, settled), times in tokens.items():
+    for (size, most, settled), times in tokens.items():
         whole = [sum(parts.values()) for parts in times]
         outside = mean(sum(parts.values()) - parts["first"] - parts["rest"] for parts in times)
-        name = f"{pieces / 2**20:g}{', settled' if settled else ''}"
+        name = f"{size}x{most}{', settled' if settled else ''}"
         columns = " | ".join(f"{mean(parts[part] for parts in times):.2f}" for part in PARTS)
         print(f"| {name} | {mean(whole):.1f} ({median(whole):.1f}) | {outside:.1f} | {columns} |", flush=True)
 

@@ -26,6 +26,7 @@ from flashmoe_mlx import cgroups
 from flashmoe_mlx.custom_kernels.native.untouched import untouched
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
 from flashmoe_mlx.errors import InputError
+from flashmoe_mlx.formats.record import AFFINE, FLOAT_MODES
 
 BITS = (2, 3, 4, 8)
 ACTIVATIONS = ("f32", "bf16", "int8")
@@ -42,10 +43,10 @@ MISSING = (
 # `python -m flashmoe_mlx` in a checkout runs the checkout's Python files; the compiled part is where pip installed it.
 __path__.extend(str(folder) for folder in (Path(entry, *__name__.split(".")) for entry in sys.path) if folder.is_dir())
 
-_INTERFACE = 12
+_INTERFACE = 14
 """Version of the compiled part's interface; another version is not called."""
-SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2}
-"""Numbers of the types of scales in the compiled part."""
+SCALES = {mx.float32: 0, mx.bfloat16: 1, mx.float16: 2, mx.uint8: 3}
+"""Numbers of the types of scales in the compiled part; bytes are the exponents of mxfp4."""
 _SHOWN = 40
 """Maximum number of characters of an invalid variable in an error."""
 _COPIED = 2**18
@@ -131,8 +132,18 @@ def tokens_phrases(tokens: int, activations: str) -> tuple[str, ...]:
     return f"more than {few} tokens", rounded_phrase(activations)
 
 
+def modes() -> tuple[str, ...]:
+    """Return MLX's modes of quantization that kernels read.
+
+    Portable instructions have no lookup of bytes; with them, MLX's operations compute mxfp4 in less time.
+    """
+    return (AFFINE,) if loaded().instruction_set() == "portable" else (AFFINE, "mxfp4")
+
+
 def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:
     """Return whether there are kernels for matrices of this format."""
+    if scales == mx.uint8:
+        return (bits, group_size) == FLOAT_MODES["mxfp4"]
     return bits in BITS and group_size in GROUP_SIZES and scales in SCALES
 
 
@@ -142,14 +153,16 @@ def supports_weight(weight: QuantizedWeight) -> bool:
 
 
 def matrix(weight: QuantizedWeight) -> tuple[mx.array, mx.array, mx.array, int, int, int, int, int]:
-    """Return a matrix for the compiled part: three arrays, rows, columns, bits, group size, type of scales."""
+    """Return a matrix for the compiled part: three arrays, rows, columns, bits, group size, type of scales.
+
+    In mxfp4, biases follow from the scales, which stand in their place.
+    """
     assert weight.scales is not None
-    assert weight.biases is not None
     assert weight.bits is not None
     assert weight.group_size is not None
     rows, groups = weight.scales.shape
     form = (rows, groups * weight.group_size, weight.bits, weight.group_size, SCALES[weight.scales.dtype])
-    return (weight.weight, weight.scales, weight.biases, *form)
+    return (weight.weight, weight.scales, weight.scales if weight.biases is None else weight.biases, *form)
 
 
 def largest(values: npt.NDArray[np.float32], lengths: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int32]:

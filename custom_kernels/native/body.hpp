@@ -225,6 +225,7 @@ const Operations operations = {
     dot,
     {kFloatBlock, kPanelRows, kFewTokens, float_vector_bytes, arrange_floats, panel_floats, multiply_floats},
     {kByteBlock, kPanelRows, 2, byte_vector_bytes, arrange_bytes, panel_floats, multiply_bytes},
+    {kFloatBlock, kPanelRows, kFewTokens, float_vector_bytes, arrange_rounded, panel_floats, multiply_floats},
     swiglu,
     convolve,
     delta,

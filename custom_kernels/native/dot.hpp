@@ -3,7 +3,7 @@
 // Compute rows [begin, end), ROWS at a time, which share each load of the vectors; return the first row left over.
 template <int BITS, int GROUP, int ROWS, int TOKENS>
 int64_t dot_rows(const Matrix& m, int64_t begin, int64_t end, const Vector* x, float* const* out, int64_t row) {
-    constexpr int64_t block_bytes = int64_t{16} * GROUP * BITS / 8;
+    constexpr int64_t block_bytes = int64_t{16} * GROUP * width(BITS) / 8;
     const int size = static_cast<int>(m.scale_bytes());
     const int64_t groups = m.groups(), blocks = groups / 16, scales_ahead = kAhead / block_bytes * 16 * size;
     const int rest = static_cast<int>(groups % 16);
@@ -19,7 +19,7 @@ int64_t dot_rows(const Matrix& m, int64_t begin, int64_t end, const Vector* x, f
         add_block<BITS, GROUP, ROWS, TOKENS>(codes, factors, x, b, chunks, total);
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) {
-            const F bias = any_scales(biases[r], m.type);
+            const F bias = any_biases(biases[r], m.type);
 #pragma GCC unroll 4
             for (int t = 0; t < TOKENS; ++t) total[r][t] = fma(bias, load(x[t].sums + 16 * b), total[r][t]);
         }

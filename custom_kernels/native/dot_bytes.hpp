@@ -59,10 +59,13 @@ INLINE void split(const uint8_t* p, __m512i* part) {
     } else {
         __m512i bytes = _mm512_loadu_si512(p);
         asm("" : "+v"(bytes)); // one load
-        const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1);
+        const __m512i mask = _mm512_set1_epi8((1 << width(BITS)) - 1);
         part[0] = BITS == 8 ? bytes : _mm512_and_si512(bytes, mask);
 #pragma GCC unroll 4 // keeps parts in registers
-        for (int i = 1; i < kParts<BITS>; ++i) part[i] = _mm512_and_si512(_mm512_srli_epi16(bytes, BITS * i), mask);
+        for (int i = 1; i < kParts<BITS>; ++i) part[i] = _mm512_and_si512(_mm512_srli_epi16(bytes, width(BITS) * i), mask);
+        if constexpr (BITS == kFloat4)
+#pragma GCC unroll 4
+            for (int i = 0; i < kParts<BITS>; ++i) part[i] = float4_codes({part[i]}).v;
     }
 }
 
@@ -152,7 +155,7 @@ INLINE void multiply_parts(const __m512i (*part)[kParts<BITS>], const uint8_t* p
             for (int r = 0; r < ROWS; ++r) sum[r] = _mm512_dpbusd_epi32(sum[r], part[r][i], bytes);
         }
     };
-    // Less than 2^31, because 15 * 128 * 8 * 65793 is.
+    // Less than 2^31, because 24 * 128 * 8 * 65793 is.
     add(upper, 0);
 #pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r) upper[r] = _mm512_slli_epi32(upper[r], 8);

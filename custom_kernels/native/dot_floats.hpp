@@ -37,7 +37,7 @@ void prepare(const float* x, int64_t columns, int bits, int group, uint8_t* to) 
 template <int BITS, int J, int TOKENS>
 struct Codes {
     static INLINE void add(W w, const Vector* x, int64_t at, F* part) {
-        F q = decode<BITS, J>(w);
+        F q = value<BITS, J>(w);
         for (int t = 0; t < TOKENS; ++t)
             part[t] = J ? fma(q, load(x[t].packed + at + 16 * J), part[t]) : q * load(x[t].packed + at);
         if constexpr (J + 1 < codes_per_lane(BITS)) Codes<BITS, J + 1, TOKENS>::add(w, x, at, part);

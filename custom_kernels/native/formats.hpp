@@ -5,7 +5,19 @@
 
 INLINE F any_scales(const uint8_t* p, Scale type) {
     if (type == Scale::bf16) return load_scales<Scale::bf16>(p);
+    if (type == Scale::e8m0) return load_scales<Scale::e8m0>(p);
     return type == Scale::f32 ? load_scales<Scale::f32>(p) : load_scales<Scale::f16>(p);
+}
+
+INLINE F any_biases(const uint8_t* p, Scale type) {
+    const F stored = any_scales(p, type);
+    return type == Scale::e8m0 ? stored * splat(kFloat4Bias) : stored;
+}
+
+template <int BITS, int J>
+INLINE F value(W w) {
+    if constexpr (BITS == kFloat4) return float4<J>(w);
+    else return decode<BITS, J>(w);
 }
 
 template <int BITS>
@@ -36,7 +48,7 @@ struct Tail {
 
 template <int BITS, int GROUP>
 void read_tail(const uint8_t* codes, const uint8_t* scales, const uint8_t* biases, int groups, int size, Tail& tail) {
-    const int bytes = groups * GROUP * BITS / 8;
+    const int bytes = groups * GROUP * width(BITS) / 8;
     tail.chunks = (bytes + kChunkBytes<BITS> - 1) / kChunkBytes<BITS>;
     std::memcpy(tail.codes, codes, bytes);
     std::memset(tail.codes + bytes, 0, tail.chunks * kChunkBytes<BITS> + 16 - bytes);
@@ -52,6 +64,7 @@ void read_tail(const uint8_t* codes, const uint8_t* scales, const uint8_t* biase
     if (m.group == 64) return function<bits_, 64>(m, __VA_ARGS__);           \
     return function<bits_, 128>(m, __VA_ARGS__);
 #define FOR_FORMAT(function, ...)                                            \
+    if (m.type == Scale::e8m0) return function<kFloat4, 32>(m, __VA_ARGS__); \
     switch (m.bits) {                                                        \
         case 2: FOR_GROUPS(function, 2, __VA_ARGS__)                         \
         case 3: FOR_GROUPS(function, 3, __VA_ARGS__)                         \

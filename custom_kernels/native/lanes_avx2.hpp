@@ -52,6 +52,11 @@ INLINE float largest(F a) {
 template <Scale TYPE>
 INLINE F load_scales(const uint8_t* p) {
     if constexpr (TYPE == Scale::f32) return load(reinterpret_cast<const float*>(p));
+    if constexpr (TYPE == Scale::e8m0) {
+        const __m128i half = _mm_subs_epu8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(1));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(half), 23)),
+                _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_srli_si128(half, 8)), 23))};
+    }
     const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16));
     if constexpr (TYPE == Scale::f16) return {_mm256_cvtph_ps(low), _mm256_cvtph_ps(high)};
@@ -141,6 +146,19 @@ INLINE void store_words(uint32_t* p, W a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), a.high);
 }
 INLINE F to_floats(W a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
+
+// Return the integers of bytes with codes of mxfp4; bytes above 127 become 0.
+INLINE W float4_codes(W a) {
+    const __m256i table =
+        _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(kFloat4Codes)));
+    return {_mm256_shuffle_epi8(table, a.low), _mm256_shuffle_epi8(table, a.high)};
+}
+
+// Return code J of each lane in mxfp4, as its integer.
+template <int J>
+INLINE F float4(W w) {
+    return to_floats(float4_codes((shift_right<J * 4>(w) & splat_word(15)) | splat_word(0x80808000)));
+}
 
 // Transpose 8 rows of 8 words.
 INLINE void transpose_eight(__m256i* rows) {

@@ -34,6 +34,10 @@ INLINE float largest(F a) { return _mm512_reduce_max_ps(a.v); }
 template <Scale TYPE>
 INLINE F load_scales(const uint8_t* p) {
     if constexpr (TYPE == Scale::f32) return {_mm512_loadu_ps(p)};
+    if constexpr (TYPE == Scale::e8m0) {
+        const __m128i half = _mm_subs_epu8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), _mm_set1_epi8(1));
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(half), 23))};
+    }
     __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     if constexpr (TYPE == Scale::f16) return {_mm512_cvtph_ps(half)};
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
@@ -74,6 +78,13 @@ INLINE F decode(W w) {
     return {_mm512_permutexvar_ps(shifted, table)};
 }
 
+// Return code J of each lane in mxfp4, as its integer.
+template <int J>
+INLINE F float4(W w) {
+    const __m512 table = _mm512_setr_ps(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0);
+    return {_mm512_permutexvar_ps(J ? _mm512_srli_epi32(w.v, J * 4) : w.v, table)};
+}
+
 // Return a vector whose lane i is element kGroupOfLane<PER_GROUP>.of[16 * chunk + i] of `block`.
 template <int PER_GROUP>
 INLINE F spread(F block, int chunk) {
@@ -103,6 +114,12 @@ INLINE W splat_word(uint32_t x) { return {_mm512_set1_epi32(static_cast<int>(x))
 INLINE W load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
 INLINE void store_words(uint32_t* p, W a) { _mm512_storeu_si512(p, a.v); }
 INLINE F to_floats(W a) { return {_mm512_cvtepi32_ps(a.v)}; }
+
+// Return the integers of bytes with codes of mxfp4.
+INLINE W float4_codes(W a) {
+    const __m128i table = _mm_load_si128(reinterpret_cast<const __m128i*>(kFloat4Codes));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(table), a.v)};
+}
 
 // Transpose 16 rows of 16 words.
 INLINE void transpose(W* rows) {

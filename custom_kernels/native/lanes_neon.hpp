@@ -53,6 +53,12 @@ INLINE float largest(F a) { return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v0, a.v1), v
 template <Scale TYPE>
 INLINE float32x4_t load_four_scales(const uint8_t* p, int number) {
     if constexpr (TYPE == Scale::f32) return vreinterpretq_f32_u8(vld1q_u8(p + 16 * number));
+    if constexpr (TYPE == Scale::e8m0) {
+        uint32_t four;
+        std::memcpy(&four, p + 4 * number, 4);
+        const uint8x8_t half = vqsub_u8(vreinterpret_u8_u32(vdup_n_u32(four)), vdup_n_u8(1));
+        return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vget_low_u16(vmovl_u8(half))), 23));
+    }
     const uint16x4_t half = vreinterpret_u16_u8(vld1_u8(p + 8 * number));
     if constexpr (TYPE == Scale::f16) return vcvt_f32_f16(vreinterpret_f16_u16(half));
     return vreinterpretq_f32_u32(vshll_n_u16(half, 16));
@@ -157,6 +163,20 @@ INLINE void store_words(uint32_t* p, W a) {
 INLINE float32x4_t to_four_floats(uint32x4_t a) { return vcvtq_f32_s32(vreinterpretq_s32_u32(a)); }
 INLINE F to_floats(W a) {
     return {to_four_floats(a.v0), to_four_floats(a.v1), to_four_floats(a.v2), to_four_floats(a.v3)};
+}
+
+// Return the integers of bytes with codes of mxfp4; bytes above 15 become 0.
+INLINE uint32x4_t float4_codes_of(uint32x4_t a) {
+    return vreinterpretq_u32_u8(vqtbl1q_u8(vld1q_u8(kFloat4Codes), vreinterpretq_u8_u32(a)));
+}
+INLINE W float4_codes(W a) {
+    return {float4_codes_of(a.v0), float4_codes_of(a.v1), float4_codes_of(a.v2), float4_codes_of(a.v3)};
+}
+
+// Return code J of each lane in mxfp4, as its integer.
+template <int J>
+INLINE F float4(W w) {
+    return to_floats(float4_codes((shift_right<J * 4>(w) & splat_word(15)) | splat_word(0xffffff00)));
 }
 
 // Transpose 16 rows of 16 words.

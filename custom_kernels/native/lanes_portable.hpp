@@ -68,6 +68,12 @@ inline F load_scales(const uint8_t* p) {
         std::memcpy(&r.v, p, sizeof r.v);
         return r;
     }
+    if constexpr (TYPE == Scale::e8m0) {
+        uint32_t powers[16];
+        for (int i = 0; i < 16; ++i) powers[i] = p[i] > 1 ? (p[i] - 1u) << 23 : 0;
+        std::memcpy(&r.v, powers, sizeof powers);
+        return r;
+    }
     uint16_t halves[16];
     std::memcpy(halves, p, sizeof halves);
     uint32_t bits[16];
@@ -149,6 +155,21 @@ inline F to_floats(W a) {
     Integers whole;
     std::memcpy(&whole, &a.v, sizeof whole);
     return {__builtin_convertvector(whole, Floats)};
+}
+
+// Return the integers of bytes with codes of mxfp4.
+inline W float4_codes(W a) {
+    uint8_t bytes[64];
+    std::memcpy(bytes, &a.v, sizeof bytes);
+    for (uint8_t& byte : bytes) byte = kFloat4Codes[byte & 15];
+    std::memcpy(&a.v, bytes, sizeof bytes);
+    return a;
+}
+
+// Return code J of each lane in mxfp4, as its integer.
+template <int J>
+inline F float4(W w) {
+    return to_floats(float4_codes(shift_right<J * 4>(w)) & splat_word(255));
 }
 
 // Transpose 16 rows of 16 words.

@@ -37,9 +37,13 @@ INLINE void unpack_bf16(W word, uint32_t* to) {
         alignas(64) static constexpr uint16_t values[16] = {0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
                                                             0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130,
                                                             0x4140, 0x4150, 0x4160, 0x4170}; // 0 to 15
-        const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(values)));
-        const W halves = shift_right<BITS * STEP>(BITS == 3 ? in_halves(word) : word);
-        const W own = halves & splat_word(((1u << BITS) - 1) * 0x10001u);
+        alignas(64) static constexpr uint16_t of_float4[16] = {0x4140, 0x4150, 0x4160, 0x4170, 0x4180, 0x4190,
+                                                               0x41a0, 0x41c0, 0x4140, 0x4130, 0x4120, 0x4110,
+                                                               0x4100, 0x40c0, 0x4080, 0x0000}; // kFloat4Codes
+        const __m512i table = _mm512_broadcast_i64x4(
+            _mm256_load_si256(reinterpret_cast<const __m256i*>(BITS == kFloat4 ? of_float4 : values)));
+        const W halves = shift_right<width(BITS) * STEP>(BITS == 3 ? in_halves(word) : word);
+        const W own = halves & splat_word(((1u << width(BITS)) - 1) * 0x10001u);
         store_words(to, {_mm512_permutexvar_epi16(own.v, table)});
     }
     if constexpr (STEP + 1 < codes_per_lane(BITS) / 2) unpack_bf16<BITS, STEP + 1>(word, to + kPanelRows);

@@ -44,6 +44,10 @@ template <int BITS>
 INLINE void unpack_bytes(W word, uint32_t* to) {
     if constexpr (BITS == 8) {
         store_words(to, word);
+    } else if constexpr (BITS == kFloat4) {
+        const W mask = splat_word(0x0f0f0f0f);
+        store_words(to, float4_codes(word & mask));
+        store_words(to + kPanelRows, float4_codes(shift_right<4>(word) & mask));
     } else if constexpr (BITS == 4) {
         const W mask = splat_word(0x0f0f0f0f);
         store_words(to, word & mask);

@@ -9,9 +9,26 @@ void arrange_floats(const float* const* x, int count, int64_t columns, int, int,
             for (int64_t i = k; i < k + 16; ++i) out[i * count + t] = x[t][i];
 }
 
+// Round to bf16, to the nearest and to even; NaN and infinities stay.
+INLINE float round_to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7f800000) != 0x7f800000) bits += 0x7fff + (bits >> 16 & 1);
+    else if (bits & 0x007fffff) bits |= 0x00400000; // a NaN whose lower half alone is not zero
+    bits &= 0xffff0000;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
+
+void arrange_rounded(const float* const* x, int count, int64_t columns, int bits, int group, uint8_t* to) {
+    arrange_floats(x, count, columns, bits, group, to);
+    float* values = reinterpret_cast<float*>(to);
+    for (int64_t i = 0; i < count * columns; ++i) values[i] = round_to_bf16(values[i]);
+}
+
 template <int BITS, int J>
 INLINE void unpack_floats(W word, F s, F b, float* to) {
-    store(to + J * kPanelRows, fma(decode<BITS, J>(word), s, b));
+    store(to + J * kPanelRows, fma(value<BITS, J>(word), s, b));
     if constexpr (J + 1 < codes_per_lane(BITS)) unpack_floats<BITS, J + 1>(word, s, b, to);
 }
 

@@ -128,7 +128,8 @@ void require(bool condition, const char* what) {
 void check_format(int64_t rows, int64_t columns, int bits, int group, int type) {
     require(bits == 2 || bits == 3 || bits == 4 || bits == 8, "bits must be 2, 3, 4 or 8");
     require(group == 32 || group == 64 || group == 128, "the group size must be 32, 64 or 128");
-    require(type >= 0 && type <= 2, "scales must be f32, bf16 or f16");
+    require(type >= 0 && type <= 3, "scales must be f32, bf16, f16 or e8m0");
+    require(type != 3 || (bits == 4 && group == 32), "scales in e8m0 belong to codes of 4 bits in groups of 32");
     require(rows > 0 && columns > 0 && rows < (int64_t{1} << 31) && columns < (int64_t{1} << 31), "sizes out of range");
     require(columns % group == 0, "columns must be whole groups");
 }
@@ -143,7 +144,7 @@ Matrix matrix(Held& held, PyObject* tuple) {
         throw PythonError{};
     check_format(rows, columns, bits, group, type);
     Matrix m{nullptr, nullptr, nullptr, rows, columns, bits, group, static_cast<Scale>(type)};
-    const Elements& factors = type == 0 ? kFloat : type == 1 ? kBrainFloat : kHalf;
+    const Elements& factors = type == 0 ? kFloat : type == 1 ? kBrainFloat : type == 2 ? kHalf : kByte;
     const int64_t count = rows * (columns / group);
     held.push_back(std::make_unique<Buffer>(weight, "weight", kCodes, (rows * m.row_bytes() + 3) / 4));
     m.codes = held.back()->bytes();
@@ -168,7 +169,9 @@ PyObject* large_pages(PyObject*, PyObject* args) {
     return guarded([&] {
         Held held;
         require(count >= 0, "count out of range");
-        use_large_pages(floats(held, y, "y", count, true), count);
+        float* to = floats(held, y, "y", count, true);
+        WithoutGil released;
+        use_large_pages(to, count);
     });
 }
 
@@ -519,7 +522,6 @@ PyObject* use_for_products(PyObject*, PyObject* args) {
     return guarded([&] {
         require(vectors >= 1, "the number of vectors is out of range");
         const Activations type = checked(activations);
-        require(vectors <= kFewTokens || type != Activations::bf16, "products of bf16 have one instruction set");
         check_format(1, group, bits, group, 0);
         require(choose_for_products(vectors, type, bits, group, name),
                 "this machine, or this build, has no such instruction set");
@@ -596,7 +598,7 @@ PyMethodDef methods[] = {
     {nullptr, nullptr, 0, nullptr},
 };
 
-constexpr int kInterface = 12; // see __init__.py
+constexpr int kInterface = 14; // see __init__.py
 
 int add_constants(PyObject* module) {
     return PyModule_AddIntConstant(module, "INTERFACE", kInterface) ||

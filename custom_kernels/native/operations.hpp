@@ -16,9 +16,19 @@ constexpr int kMostTokens = 4; // vectors that share one pass over the codes
 constexpr int kTile = 64;      // tokens that pass through GatedDeltaNet or attention together
 constexpr int kAhead = 8192;   // bytes between codes in use and prefetched codes
 
-enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class Scale : int { f32 = 0, bf16 = 1, f16 = 2, e8m0 = 3 };
 
-// A matrix [rows, columns] in MLX's affine format, without any alignment.
+// Codes of mxfp4, in place of a width. Twice its values plus 12 are the integers below; with half of the scale, and -12
+// times that half as the bias, they are codes of the affine format.
+constexpr int kFloat4 = 5;
+alignas(16) inline constexpr uint8_t kFloat4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+constexpr float kFloat4Bias = -12.0f;
+
+// Return the bits of a code.
+constexpr int width(int bits) { return bits == kFloat4 ? 4 : bits; }
+
+// A matrix [rows, columns] in MLX's affine format, or, where scales are e8m0, in mxfp4, without any alignment. In mxfp4
+// the biases follow from the scales, and `biases` points to the scales.
 struct Matrix {
     const uint8_t* codes;
     const uint8_t* scales;
@@ -29,7 +39,7 @@ struct Matrix {
     int group;
     Scale type;
 
-    int64_t scale_bytes() const { return type == Scale::f32 ? 4 : 2; }
+    int64_t scale_bytes() const { return type == Scale::f32 ? 4 : type == Scale::e8m0 ? 1 : 2; }
     int64_t groups() const { return columns / group; }
     int64_t row_bytes() const { return columns * bits / 8; }
     int64_t scale_row_bytes() const { return groups() * scale_bytes(); }
@@ -118,6 +128,7 @@ struct Operations {
                 float* const* out);
 
     Multiplication floats, bytes;
+    Multiplication rounded; // products of floats that are rounded to bf16 first
 
     // Compute gate = silu(gate) * up.
     void (*swiglu)(float* gate, const float* up, int64_t count);

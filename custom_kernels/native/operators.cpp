@@ -12,12 +12,15 @@
 namespace flashmoe {
 namespace {
 
+const char* const kBf16 = "avx512_bf16";
+
 std::atomic<const Operations*> chosen{nullptr};
-// The operations for products by number and type of vectors, and by format; null stands for `chosen`.
-std::atomic<const Operations*> chosen_for[4][9][3];
+// The operations for products by number and type of vectors, and by format; null stands for `chosen`, and for products of
+// many vectors in bf16 for `avx512_bf16`.
+std::atomic<const Operations*> chosen_for[5][9][3];
 
 std::atomic<const Operations*>& choice_for(int64_t vectors, Activations type, int bits, int group) {
-    const int kind = vectors == 1 ? 0 : vectors <= kFewTokens ? 1 : type == Activations::int8 ? 3 : 2;
+    const int kind = vectors == 1 ? 0 : vectors <= kFewTokens ? 1 : 2 + static_cast<int>(type);
     return chosen_for[kind][bits][group / 64];
 }
 
@@ -35,7 +38,10 @@ const Operations& operations_for(const Matrix& m, int64_t vectors, Activations t
 }
 
 const Multiplication& multiplication(const Matrix& m, Activations type) {
-    if (type == Activations::bf16) return *avx512_bf16();
+    if (type == Activations::bf16) {
+        const Operations* found = choice_for(kFewTokens + 1, type, m.bits, m.group).load(std::memory_order_relaxed);
+        return found ? found->rounded : *avx512_bf16();
+    }
     const Operations& own = operations_for(m, kFewTokens + 1, type);
     return type == Activations::int8 ? own.bytes : own.floats;
 }
@@ -77,9 +83,10 @@ bool choose_operations(const char* name) {
 }
 
 bool choose_for_products(int64_t vectors, Activations type, int bits, int group, const char* name) {
-    const Operations* found = named(name);
-    if (found) choice_for(vectors, type, bits, group).store(found);
-    return found;
+    const bool in_bf16 = vectors > kFewTokens && type == Activations::bf16 && std::strcmp(name, kBf16) == 0;
+    const Operations* found = in_bf16 ? nullptr : named(name);
+    if (found || in_bf16) choice_for(vectors, type, bits, group).store(found);
+    return found || in_bf16;
 }
 
 bool has_activations(Activations type) { return type != Activations::bf16 || avx512_bf16(); }
@@ -87,11 +94,15 @@ bool has_activations(Activations type) { return type != Activations::bf16 || avx
 constexpr int64_t kFilledAtOnce = 1 << 16; // floats
 
 void use_large_pages(float* y, int64_t count) {
-#if defined(__linux__)
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
     constexpr uintptr_t kPage = 1 << 21;
     const uintptr_t from = (reinterpret_cast<uintptr_t>(y) + kPage - 1) / kPage * kPage;
     const uintptr_t to = reinterpret_cast<uintptr_t>(y + count) / kPage * kPage;
-    if (from < to) madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // only advice
+    if (from >= to) return;
+    madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE); // both are only advice
+    parallel((to - from) / kPage, 1, [&](int64_t begin, int64_t end, int) {
+        madvise(reinterpret_cast<void*>(from + begin * kPage), (end - begin) * kPage, MADV_POPULATE_WRITE);
+    });
 #else
     (void)y, (void)count;
 #endif

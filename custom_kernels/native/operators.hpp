@@ -24,7 +24,8 @@ enum class Activations : int { f32 = 0, bf16 = 1, int8 = 2 };
 bool has_activations(Activations type);
 
 // Select an instruction set by name for products with matrices of a format: of one vector, of 2 to kFewTokens, or of more
-// vectors of a type, f32 or int8. Return false if this machine lacks it.
+// vectors of a type. For vectors in bf16 "avx512_bf16" multiplies pairs, and all others round, then multiply floats. Return
+// false if this machine lacks it.
 bool choose_for_products(int64_t vectors, Activations type, int bits, int group, const char* name);
 
 // A matrix and the result y [tokens, rows] = x [tokens, columns] times its transpose.
@@ -37,7 +38,8 @@ struct Product {
 void quantized_products(const std::vector<Product>& products, const float* x, int64_t tokens, bool add,
                         Activations type);
 
-// Ask the system for large pages for y, which nobody has written to: its first writes then take fewer page faults.
+// Let the threads share the work of the system for the pages of y, which nobody has written to, large pages if it has them.
+// Threads that write to one page at once would each clear one.
 void use_large_pages(float* y, int64_t count);
 
 // Store `count` values in y, zeros for a null pointer.

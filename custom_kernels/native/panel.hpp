@@ -30,8 +30,9 @@ INLINE void load_chunk(const Matrix& m, int64_t first, int64_t chunk, W* words) 
     transpose(words);
 }
 
-// Store the scales or biases `from` of a panel's rows as floats, [group][kPanelRows].
-INLINE void load_factors(const Matrix& m, const uint8_t* from, int64_t first, float* to) {
+// Store the scales or biases of a panel's rows as floats, [group][kPanelRows].
+INLINE void load_factors(const Matrix& m, bool biases, int64_t first, float* to) {
+    const uint8_t* from = biases ? m.biases : m.scales;
     const int64_t groups = m.groups(), size = m.scale_bytes();
     for (int v = 0; v < kPanelVectors; ++v)
         for (int64_t g = 0; g < groups; g += 16) {
@@ -43,7 +44,8 @@ INLINE void load_factors(const Matrix& m, const uint8_t* from, int64_t first, fl
                 const uint8_t* own = from + row * m.scale_row_bytes() + g * size;
                 uint8_t last[64] = {};
                 if (count < 16) std::memcpy(last, own, count * size);
-                store(rows[r], any_scales(count < 16 ? last : own, m.type));
+                const uint8_t* whole = count < 16 ? last : own;
+                store(rows[r], biases ? any_biases(whole, m.type) : any_scales(whole, m.type));
                 words[r] = load_words(reinterpret_cast<const uint32_t*>(rows[r]));
             }
             transpose(words);
@@ -60,8 +62,8 @@ struct Panel {
     Panel(const Matrix& m, int64_t first, float* scratch)
         : scales(scratch), biases(scratch + m.groups() * kPanelRows),
           words(reinterpret_cast<uint32_t*>(biases + m.groups() * kPanelRows)) {
-        load_factors(m, m.scales, first, scales);
-        load_factors(m, m.biases, first, biases);
+        load_factors(m, false, first, scales);
+        load_factors(m, true, first, biases);
     }
 };
 
@@ -71,6 +73,7 @@ int64_t panel_floats(const Matrix& m) { return (2 * m.groups() + kMostWords) * k
 INLINE W in_halves(W word) { return (word & splat_word(0xfff)) | shift_left<4>(word & splat_word(0xfff000)); }
 
 #define FOR_BITS(function, ...)                              \
+    if (m.type == Scale::e8m0) return function<kFloat4>(m, __VA_ARGS__); \
     switch (m.bits) {                                        \
         case 2: return function<2>(m, __VA_ARGS__);          \
         case 3: return function<3>(m, __VA_ARGS__);          \

@@ -14,6 +14,7 @@ from flashmoe_mlx.custom_kernels.quantized_matvec.cpu import products
 from flashmoe_mlx.custom_kernels.random_inputs import RandomInputs
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes
 from flashmoe_mlx.custom_kernels.weights import QuantizedWeight
+from flashmoe_mlx.formats.record import AFFINE
 
 _BYTES = 2**22
 """Largest matrix of a call in bytes; larger matrices only repeat the same work."""
@@ -22,6 +23,8 @@ _MULTIPLICATIONS = 2**27
 _MANY = 128
 """Vectors of a call with many vectors."""
 _CHECKED_ROWS = 32
+_PAIRS = "avx512_bf16"
+"""The instruction set for products of pairs in bf16."""
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,35 @@ class Form:
 
 
 def forms(model: ModelShapes) -> Iterator[Form]:
-    """Yield the forms of the model's matrices that the extension supports."""
+    """Yield the forms of the model's matrices in MLX's affine format that the extension supports.
+
+    Matrices in mxfp4 take the instructions of the affine format of their width.
+    """
     matrices = [weight for projection in model.projections for weight in projection.weights]
     matrices += [matrix for shared in model.shared for matrix in shared.matrices]
     for weight in matrices:
-        if native.supports_weight(weight) and weight.scales is not None and weight.bits and weight.group_size:
+        if (
+            weight.mode == AFFINE
+            and native.supports_weight(weight)
+            and weight.scales is not None
+            and weight.bits
+            and weight.group_size
+        ):
             rows, groups = weight.scales.shape
             yield Form(rows, groups * weight.group_size, weight.bits, weight.group_size, weight.scales.dtype)
     for expert in model.experts:
         for projection in PROJECTIONS:
             own = expert.format_of(projection)
-            if native.supports_matrix(own.bits, own.group_size, own.dtype):
+            if own.mode == AFFINE and native.supports_matrix(own.bits, own.group_size, own.dtype):
                 yield Form(*expert.shape(projection), own.bits, own.group_size, own.dtype)
 
 
 def contests(of: Iterable[Form], activations: str = "f32") -> Iterator[Contest]:
     """Yield the contests for one, several and many vectors, for every width and group size, on the largest such matrix.
 
-    Many vectors are rounded to ``activations``, a member of ``native.ACTIVATIONS``. Only one instruction set has
-    products of many vectors in bf16, so these have no contest. The portable instruction set takes part only where there
-    is no other.
+    Many vectors are rounded to ``activations``, a member of ``native.ACTIVATIONS``. Of vectors in bf16, ``avx512_bf16``
+    multiplies pairs, and the other instruction sets multiply as floats, which is faster on CPUs with a slow
+    instruction for pairs. The portable instruction set takes part only where there is no other.
     """
     largest: dict[tuple[int, int], Form] = {}
     for form in of:
@@ -71,11 +83,12 @@ def contests(of: Iterable[Form], activations: str = "f32") -> Iterator[Contest]:
     candidates = [name for name in extension.instruction_sets() if name != "portable"] or ["portable"]
     number = native.ACTIVATIONS.index(activations)
     for (bits, group_size), form in sorted(largest.items()):
-        for vectors in (1, 4) if activations == "bf16" else (1, 4, _MANY):
+        for vectors in (1, 4, _MANY):
+            in_pairs = [_PAIRS] if vectors == _MANY and activations == "bf16" else []
             phrases = ", ".join(filter(None, native.tokens_phrases(vectors, activations)))
             yield Contest(
                 f"instructions for {phrases}, {bits} bits in groups of {group_size}",
-                candidates,
+                [*in_pairs, *candidates],
                 partial(extension.use_for_products, vectors, number, bits, group_size),
                 partial(_trial, form, vectors, activations),
             )

@@ -147,7 +147,8 @@ class ExpertOutputs:
 
 def _layout(form: ExpertFormat) -> tuple[Any, ...]:
     """Return ``form`` as the extension takes it."""
-    offsets = tuple([form.offsets[f"{p}.{part}"] for p in PROJECTIONS for part in ("weight", "scales", "biases")])
+    parts = [(f"{p}.{part}", f"{p}.scales") for p in PROJECTIONS for part in ("weight", "scales", "biases")]
+    offsets = tuple([form.offsets[part if part in form.offsets else scales] for part, scales in parts])
     formats = tuple([(own.bits, own.group_size, native.SCALES[own.dtype]) for own in form.formats])
     return (form.hidden_size, form.intermediate_size, formats, offsets)
 

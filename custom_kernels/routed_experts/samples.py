@@ -8,7 +8,7 @@ import numpy as np
 from flashmoe_mlx.custom_kernels.expert_format import ExpertFormat, expert_format
 from flashmoe_mlx.custom_kernels.random_inputs import Geometry, RandomInputs
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
-from flashmoe_mlx.formats.record import MatrixFormat, RecordLayout
+from flashmoe_mlx.formats.record import AFFINE, MatrixFormat, RecordLayout
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,11 @@ def format_of(
         bits: width of a code, or those of gate, up and down.
         group_size: codes that share a scale and a bias, or those of gate, up and down.
     """
-    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}[scales]
-    formats = (MatrixFormat(*own, scale_type) for own in zip(_three(bits), _three(group_size), strict=True))
+    scale_type = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16", mx.uint8: "U8"}[scales]
+    mode = "mxfp4" if scales == mx.uint8 else AFFINE
+    formats = (MatrixFormat(*own, scale_type, mode) for own in zip(_three(bits), _three(group_size), strict=True))
     layout = RecordLayout(geometry.hidden, geometry.intermediate, *formats)
-    form = expert_format(layout)
+    form = expert_format(layout, (mode,))
     assert form is not None
     return form, layout.payload_bytes
 

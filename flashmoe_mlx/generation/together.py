@@ -151,7 +151,7 @@ class StepsTogether:
         for row, sequence in rows.items():
             cache = sequence.cache
             sequence.ahead.append(StepTogether(report, cache.mark(), choices[row][1], step, row))
-            cache.shared = SharedRow(first.tokens, row, states, row)
+            cache.shared = SharedRow(first.tokens, row, states, row, report)
             cache.length += 1
 
     def _inputs(self, sequences: Listed[Sequence]) -> tuple[Mapping[int, Sequence], mx.array, mx.array, int]:
@@ -160,47 +160,49 @@ class StepsTogether:
         The caches of ``sequences`` are rows of shared arrays afterwards, with room for a token.
         """
         longest = max(sequence.cache.length for sequence in sequences) + 2  # one place is for rows without a sequence
+        caches = [sequence.cache for sequence in sequences]
+        self._part(caches)
         latest = sequences[0].ahead[-1] if sequences[0].ahead else None
         assert latest is None or isinstance(latest, StepTogether)
         if latest is not None:
             step, count = latest.shared, _rows(len(sequences))
-            stays = all(sequence.cache.shared is not None for sequence in sequences)
+            stays = all(cache.shared is not None for cache in caches)
             if stays and len(step.tokens) == count and longest <= step.capacity:
                 return {_row(sequence): sequence for sequence in sequences}, step.tokens, step.positions, step.capacity
             self._clock.evaluate("head", step.report)  # nothing may be copied while the step writes
         token_ids = [_latest_token(sequence) for sequence in sequences]
         capacity, count = rounded_up(longest + longest // _SPARE), _rows(len(sequences))
-        order = self._arrange([sequence.cache for sequence in sequences], count, capacity)
+        order = share_arrays(caches, count, capacity)
+        self._sharing.update(caches)
         tokens = [token_ids[at] for at in order] + [0] * (count - len(order))
         positions = [sequences[at].cache.length for at in order] + [0] * (count - len(order))
         rows = {row: sequences[at] for row, at in enumerate(order)}
         return rows, mx.array(tokens, mx.uint32), on_device(positions), capacity
 
-    def _arrange(self, caches: Listed[SequenceCache], rows: int, capacity: int) -> list[int]:
-        """Move ``caches`` to new arrays, and the caches that shared arrays with them to their own."""
+    def _part(self, caches: Listed[SequenceCache]) -> None:
+        """Give caches that share arrays with ``caches`` their own: a row would keep all arrays of a step in memory."""
+        others = self._sharing.difference(caches)
+        if not others:
+            return
         arrays = {id(cache.shared.tokens) for cache in caches if cache.shared is not None}
-        staying = set(caches)
-        others = [cache for cache in self._sharing if cache not in staying and cache.shared is not None]
         own_contents([cache for cache in others if cache.shared is not None and id(cache.shared.tokens) in arrays])
-        order = share_arrays(caches, rows, capacity)
-        self._sharing = weakref.WeakSet([*(cache for cache in others if cache.shared is not None), *caches])
-        return order
+        self._sharing = weakref.WeakSet(cache for cache in self._sharing if cache.shared is not None)
 
     def _take(self, group: Listed[Sequence], failures: list[Exception]) -> None:
         """Wait for the first step under way of ``group`` and append its tokens."""
         parts = {sequence: sequence.ahead.pop(0) for sequence in group}
         step = next(part.shared for part in parts.values() if isinstance(part, StepTogether))
         report, rows = self._clock.read("head", step.report), len(step.tokens)
-        counted = np.zeros(rows, bool)
+        counted = []
         with self._clock.phase("sample"):
             for sequence, part in parts.items():
                 assert isinstance(part, StepTogether)
-                counted[part.row] = True
+                counted.append(part.row)
                 with ending_alone(sequence, failures):
                     if not report[rows + part.row]:
                         checked_logits(np.array(step.logits[part.row]))  # -inf is allowed: it excludes a token
                     sequence.accept(int(report[part.row]))
-        step.used.count(report[2 * rows :], self._meter.chosen_in_memory, counted)
+        step.used.count(report[2 * rows :], self._meter.chosen_in_memory, counted, rows)
 
 
 def tokens_of_rows(tokens: Listed[int]) -> int:

@@ -265,9 +265,12 @@ class SequenceCache:
 
 
 def own_contents(caches: Sequence[SequenceCache]) -> None:
-    """Copy the contents of ``caches`` out of the arrays that they share with other sequences, with one wait."""
-    sharing = [(cache, cache.shared.copies(cache.length)) for cache in caches if cache.shared is not None]
-    if sharing:
-        mx.eval([copies for _, copies in sharing])
-    for cache, copies in sharing:
-        cache.own(copies)
+    """Copy the contents of ``caches`` out of the arrays that they share with other sequences."""
+    rows = {cache: cache.shared for cache in caches if cache.shared is not None}
+    if not rows:
+        return
+    mx.eval([row.written for row in rows.values() if row.written is not None])
+    copies = {cache: row.copies(cache.length) for cache, row in rows.items()}
+    mx.eval(list(copies.values()))
+    for cache, own in copies.items():
+        cache.own(own)

@@ -22,12 +22,15 @@ class SharedRow:
         row: the row of the sequence in ``tokens``.
         states: both states of every other layer, by the index of the layer. No kernel writes to them.
         state_row: the row of the sequence in ``states``.
+        written: a result of the kernels that wrote the latest tokens; None if they have ended. MLX does not know that
+            they write, so what reads ``tokens`` must wait for it.
     """
 
     tokens: dict[int, Pair]
     row: int
     states: Mapping[int, Pair]
     state_row: int
+    written: mx.array | None = None
 
     def is_beside(self, other: "SharedRow | None") -> bool:
         """Return whether ``other`` is a row of the same arrays."""
@@ -35,7 +38,7 @@ class SharedRow:
 
     def with_states_of(self, other: "SharedRow") -> "SharedRow":
         """Return the row with the states of ``other``, an earlier row of the same sequence."""
-        return SharedRow(self.tokens, self.row, other.states, other.state_row)
+        return SharedRow(self.tokens, self.row, other.states, other.state_row, self.written)
 
     def state(self, layer: int) -> Pair:
         """Return the states of the sequence in ``layer`` as separate arrays."""

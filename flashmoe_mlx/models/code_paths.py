@@ -3,11 +3,12 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from flashmoe_mlx.custom_kernels import Kernels, check_kernels
+from flashmoe_mlx.custom_kernels import Kernels, check_kernels, native
 from flashmoe_mlx.custom_kernels.checks import KernelReport
 from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.shapes import ModelShapes, Projection
 from flashmoe_mlx.custom_kernels.weights import ExpertWeights
+from flashmoe_mlx.formats.record import AFFINE
 from flashmoe_mlx.layers.attention import Attention
 from flashmoe_mlx.layers.gated_delta_net import GatedDeltaNet
 from flashmoe_mlx.layers.linear import Linear
@@ -33,13 +34,14 @@ def model_shapes(model: Model) -> ModelShapes:
     mixers = [layer.mixer for layer in model.layers]
     experts = (block.shared.weights for block in model.mixtures if block.shared is not None)
     shared = {_expert_format(expert): expert for expert in experts}
+    modes = (AFFINE,) if model.kernels.routed_experts_cpu is None else native.modes()
     return ModelShapes(
         dtype=model.norm.dtype,
         hidden_size=model.config.hidden_size,
         attention=tuple(mixer.weights for mixer in mixers if isinstance(mixer, Attention))[:1],
         delta=tuple(mixer.weights for mixer in mixers if isinstance(mixer, GatedDeltaNet))[:1],
         projections=tuple(_projections(model)),
-        experts=tuple(filter(None, map(expert_format, first.store.layout.distinct))),
+        experts=tuple(filter(None, (expert_format(layout, modes) for layout in first.store.layout.distinct))),
         shared=tuple(shared.values()),
         experts_k=first.router.experts_k,
         num_experts=model.config.num_experts,

@@ -1,6 +1,6 @@
 """Routed experts of a few tokens where a store holds all experts of a layer: the router's choice stays on the GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -95,20 +95,22 @@ class UsedExperts:
         self,
         indices: npt.NDArray[np.integer],
         chosen: Callable[[int, npt.NDArray[np.integer]], object] | None = None,
-        rows: npt.NDArray[np.bool_] | None = None,
+        rows: Sequence[int] | None = None,
+        of: int = 0,
     ) -> None:
         """Count the uses in the store.
 
         Args:
             indices: the values of ``listed``.
             chosen: receives each layer with the experts of all tokens that count, one token after the other.
-            rows: whether each of the T tokens counts; None if all do.
+            rows: the tokens that count, in this order; None if all do.
+            of: T, with ``rows``.
         """
         if not self._layers:
             return
         experts = indices[_ZEROS:].reshape(len(self._layers), -1)
         if rows is not None:
-            experts = experts.reshape(len(self._layers), len(rows), -1)[:, rows].reshape(len(self._layers), -1)
+            experts = experts.reshape(len(self._layers), of, -1)[:, list(rows)].reshape(len(self._layers), -1)
         self.store.note_use(self._layers, experts)
         if chosen is not None:
             for layer, row in zip(self._layers, experts, strict=True):

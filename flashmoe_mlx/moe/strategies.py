@@ -5,7 +5,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from flashmoe_mlx.custom_kernels import ExpertWeights, Kernels
+from flashmoe_mlx.custom_kernels import ExpertWeights, Kernels, native
 from flashmoe_mlx.custom_kernels.expert_format import expert_format
 from flashmoe_mlx.custom_kernels.routed_experts import cpu, gpu
 from flashmoe_mlx.formats.record import RecordLayout
@@ -72,13 +72,13 @@ def choose_strategy(
         dtype: the type of activations.
         shared: the layer's shared expert, which a kernel may also apply, or None.
     """
-    form = expert_format(layout)
-    if form is None:
-        return ExpertsOneByOne(kernels.expert_mlp, layout)
-    if kernels.routed_experts_cpu is not None:
+    if kernels.routed_experts_cpu is not None and (form := expert_format(layout, native.modes())) is not None:
         return ExpertsOnHost(
             kernels.routed_experts_cpu, form, shared is not None and cpu.can_fuse_shared_expert(shared)
         )
+    form = expert_format(layout)
+    if form is None:
+        return ExpertsOneByOne(kernels.expert_mlp, layout)
     many: RoutedExperts = ExpertsOneByOne(kernels.expert_mlp, layout)
     if kernels.dense_experts is not None:
         many = ExpertsGrouped(kernels.dense_experts, kernels.row_kernels, form)

@@ -1,8 +1,12 @@
 """The number of reads that a guess may begin without delaying the request that follows."""
 
 _MOST = 4096
-_STEP = 1 / 16
-"""Growth by each request. Where no read ends in time, one request in 16 meets such a read."""
+_STEP = 1 / 4
+"""Growth by each request."""
+_FIRST_STEP = 1 / 16
+"""Growth by each request below one read. Where no read ends in time, one request in 16 meets such a read."""
+_DECAY = 15 / 16
+"""Factor of each request while few guesses are right."""
 _LEAST_RIGHT = 1 / 5
 """The smallest share of right guesses that is worth the processor time and the memory traffic of all guesses."""
 _MEMORY = 32
@@ -43,6 +47,6 @@ class GuessLimit:
         if late:
             self._reads = float(ended)
         elif begun and self._right < _LEAST_RIGHT:
-            self._reads = min(self._reads, begun) * (1 - _STEP)
+            self._reads = min(self._reads, begun) * _DECAY
         elif bound:
-            self._reads = min(self._reads + _STEP, _MOST)
+            self._reads = min(self._reads + (_STEP if self._reads >= 1 else _FIRST_STEP), _MOST)

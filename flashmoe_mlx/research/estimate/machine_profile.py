@@ -1,6 +1,7 @@
 """The results of the probe, and the file that keeps them."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -30,8 +31,8 @@ Warm reads come from the page cache, cold reads go through it, and direct reads 
 """
 HALF = "half direct"
 """The name for points of a store that keeps half of the experts and reads the rest directly."""
-AHEAD = "half direct, early_router"
-"""The name for points of the same store with guesses of early_router."""
+AHEAD = {policy: f"half direct, {policy}" for policy in ("early_router", "next_router")}
+"""The name for points of the same store with guesses, by prefetch policy."""
 _CLEARLY = 0.97
 """The part of the time that a policy must take at most to be chosen."""
 _IDENTITY = ("platform", "processor", "cores", "memory_bytes", "mlx_device", "kernels", "mlx")
@@ -45,7 +46,7 @@ class Point:
         size: key of ``SIZES``.
         bits: bit width of the experts.
         experts_k: experts per token.
-        way: key of ``WAYS``, ``MEMORY``, ``HALF``, or ``AHEAD``.
+        way: key of ``WAYS``, ``MEMORY``, ``HALF``, or a value of ``AHEAD``.
         layers: layers of the model.
         resident_weights: weights that a token uses besides its experts.
         expert_weights: weights of one expert.
@@ -95,12 +96,17 @@ class MachineProfile:
 
     def faster_prefetch(self, record_bytes: int) -> str:
         """Return the prefetch policy with which a store that reads records of this size was faster."""
-        points = [point for point in self.points if point.way in (HALF, AHEAD)]
+        points = [point for point in self.points if point.way == HALF]
         if not points:
             return "none"
         size = min(points, key=lambda point: abs(point.record_bytes - record_bytes)).size
-        seconds = {way: sum(p.seconds[1] for p in points if (p.way, p.size) == (way, size)) for way in (HALF, AHEAD)}
-        return "early_router" if 0 < seconds[AHEAD] < _CLEARLY * seconds[HALF] else "none"
+
+        def seconds(way: str) -> float:
+            return sum(point.seconds[1] for point in self.points if (point.way, point.size) == (way, size))
+
+        measured = {policy: seconds(way) for policy, way in AHEAD.items()}
+        fastest = min((policy for policy in measured if measured[policy]), key=measured.__getitem__, default="none")
+        return fastest if measured.get(fastest, math.inf) < _CLEARLY * seconds(HALF) else "none"
 
     @property
     def age_days(self) -> float:

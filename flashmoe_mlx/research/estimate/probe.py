@@ -120,7 +120,7 @@ class _SizeProbe:
                     continue
                 self._stack.enter_context(store)
                 self._add(bits, way, in_memory if cold else reading, store, cold)
-            for way in (HALF, AHEAD):
+            for way in (HALF, *AHEAD.values()):
                 self._add(bits, way, reading, self._half(many))
             self._stack = self._stack.pop_all()
         return self
@@ -149,7 +149,7 @@ class _SizeProbe:
     def _add(self, bits: int, way: str, engine: Engine, store: ExpertStore, cold: Sequence[Path] = ()) -> None:
         for k in EXPERTS:
             model = with_experts(engine.model, store, k)
-            policy = "early_router" if way == AHEAD else "none"
+            policy = next((policy for policy, name in AHEAD.items() if name == way), "none")
             self._decoders[bits, k, way] = _Decoder(model, store, cold, make_prefetcher(policy, store, model.routers))
 
     def measure(self, seconds: float, announce: Callable[[str], object]) -> Iterator[Point]:
