@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from oracle.recorded import (
     Encoding,
     LongCase,
 )
-from tiny_checkpoints import GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
+from tiny_checkpoints import GEOMETRIES, OLDER_GEOMETRIES, Dtype, Geometry, dense_weights, write_checkpoint
 
 import flashmoe_mlx
 from flashmoe_mlx.layers.rope import read_rope
@@ -245,3 +246,44 @@ def mlx_lm_logits(folder: Path, tokens: np.ndarray) -> np.ndarray:
     cache = model.make_cache()
     parts = np.split(tokens, range(PROMPT_LENGTH, len(tokens)))
     return np.concatenate([np.array(model(mx.array(part)[None], cache=cache)[0]) for part in parts])
+
+
+@pytest.mark.parametrize("name", ["text", "moe"])
+def test_yarn_beyond_the_original_context(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tokens at position 300,000, with the published factor of 4 over 262,144.
+
+    Both implementations process the same prompt, then get the same random keys and values for the tokens between. The
+    angles of transformers are f32, which is wrong by up to 0.03 rad there, so f64 replaces it, as in this engine.
+    """
+    scaling = (("rope_type", "yarn"), ("factor", 4.0), ("original_max_position_embeddings", 2**18))
+    geometry = replace({**GEOMETRIES, **OLDER_GEOMETRIES}[name], context=2**20, rope_theta=1e7, scaling=scaling)
+    length, prompt, new = 300_000, 16, 4
+    tokens = np.random.default_rng(0).integers(0, geometry.vocab_size, prompt + new)
+    reference = Reference(geometry, dense_weights(geometry, 0, "F32"))
+    rotary = reference.model.model.rotary_emb
+
+    with flashmoe_mlx.load(write_checkpoint(tmp_path / "yarn", geometry, 0)) as engine:
+        frequencies = np.array(engine.model.config.rope.frequencies())
+        np.testing.assert_allclose(frequencies, rotary.inv_freq.numpy(), rtol=2e-7)
+
+        def exact(_: Any, position_ids: Any) -> tuple[Any, ...]:
+            positions = position_ids.numpy().reshape(-1, position_ids.shape[-1])[0].astype(np.float64)
+            angles = np.tile(positions[:, None] * frequencies, 2)[None]
+            parts = (np.cos(angles), np.sin(angles))
+            return tuple(torch.from_numpy((part * rotary.attention_scaling).astype(np.float32)) for part in parts)
+
+        monkeypatch.setattr(rotary, "forward", exact)
+        theirs, cache = reference.new_cache(), engine.new_cache()
+        reference.forward(tokens[:prompt], theirs)
+        engine.forward(tokens[:prompt], cache)
+        for index, layer in enumerate(theirs.layers):
+            if getattr(layer, "keys", None) is not None:
+                shape = (*layer.keys.shape[:2], length - prompt, layer.keys.shape[3])
+                between = [mx.random.normal(shape, key=mx.random.key(2 * index + part)) for part in (0, 1)]
+                keys, values = (torch.from_numpy(np.array(array)) for array in between)
+                layer.keys, layer.values = torch.cat([layer.keys, keys], 2), torch.cat([layer.values, values], 2)
+                own: Any = cache.layers[index]
+                own.assemble([own.part(0, prompt), type(own).of_arrays(between, length - prompt)])
+        cache.length = length
+        for token in tokens[prompt:]:
+            assert_agree(engine.forward([token], cache), reference.forward(np.array([token]), theirs))

@@ -12,6 +12,9 @@ differ by several percent, for as long as they live. The Python API is measured 
 All sides answer the same prompt greedily and must give the same text. The prompt cache is off. Each round asks all
 sides once, in random order; a ratio is that of a round, with a 95 % interval of the median over the rounds. Rounds end
 after ``--seconds``, but not before the fifth.
+
+The demo model's answers are short, so its ends are forbidden, and tokens are chosen on the host. With ``--layers``,
+tokens are chosen as in an ordinary greedy answer: on a GPU that holds all experts, on the device.
 """
 
 import argparse
@@ -208,7 +211,6 @@ def main() -> None:
         options: dict[str, Any] = {"max_tokens": arguments.tokens, "temperature": 0}
         if arguments.layers is None:
             folder = demo_folder()
-            # An answer of the demo model is short, so its ends are forbidden.
             options["logit_bias"] = {str(token): -100 for token in Tokenizer.load(folder).eos_token_ids}
         else:
             sizes = replace(SIZES["small"], num_layers=arguments.layers)
