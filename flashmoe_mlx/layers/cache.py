@@ -109,7 +109,7 @@ class SequenceCache:
 
     def __init__(self, layers: Sequence[LayerCache] = (), length: int = 0) -> None:
         self._layers: list[LayerCache] = list(layers)
-        self.length = length
+        self.length: int = length
         self.broken: bool = False
         self.shared: SharedRow | None = None
 
