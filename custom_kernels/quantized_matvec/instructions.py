@@ -88,7 +88,7 @@ def contests(of: Iterable[Form], activations: str = "f32") -> Iterator[Contest]:
             phrases = ", ".join(filter(None, native.tokens_phrases(vectors, activations)))
             yield Contest(
                 f"instructions for {phrases}, {bits} bits in groups of {group_size}",
-                [*in_pairs, *candidates],
+                [*candidates, *in_pairs],
                 partial(extension.use_for_products, vectors, number, bits, group_size),
                 partial(_trial, form, vectors, activations),
             )
