@@ -75,6 +75,7 @@ def nested(depth: int) -> dict[str, Any]:
         ({"type": "string", "minLength": 10**9}, 200),
         ({"type": "array", "items": {"type": "string"}, "minItems": 10**9}, 200),
         ({"type": "number", "multipleOf": 1e-300}, 400),
+        ({"type": "number", "multipleOf": True}, 400),
         ({"type": "integer", "multipleOf": 9_999_991}, 400),
         ({"allOf": [{"type": "integer", "multipleOf": 97 + 2 * n} for n in range(4)]}, 400),
         ({"type": "array", "items": {"type": "number", "multipleOf": 0.25}}, 200),

@@ -279,7 +279,7 @@ def _factors(schema: object) -> Iterator[int]:
     """Yield the numerators of all numbers of ``multipleOf``, without trailing zeros."""
     if isinstance(schema, Mapping):
         number = schema.get("multipleOf")
-        if isinstance(number, int | float):
+        if isinstance(number, int | float) and not isinstance(number, bool):
             digits = Decimal(repr(number)).normalize().as_tuple().digits
             yield int("".join(map(str, digits))) or 1
         yield from _factors(list(schema.values()))
