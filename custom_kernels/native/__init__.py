@@ -141,7 +141,9 @@ def modes() -> tuple[str, ...]:
 
 
 def supports_matrix(bits: int | None, group_size: int | None, scales: mx.Dtype | None) -> bool:
-    """Return whether there are kernels for matrices of this format."""
+    """Return whether there are kernels for matrices of this format; ``scales`` is None for a matrix of floats."""
+    if scales is None:
+        return False
     if scales == mx.uint8:
         return (bits, group_size) == FLOAT_MODES["mxfp4"]
     return bits in BITS and group_size in GROUP_SIZES and scales in SCALES
