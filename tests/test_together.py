@@ -198,13 +198,12 @@ def test_logits_that_are_no_numbers_end_one_sequence(engine: Engine, monkeypatch
 
 
 ENGINES = [
-    pytest.param(("metal", {"kv_bits": 8}), id="8-bit"),
-    pytest.param(("cuda", {}), id="cuda"),
-    pytest.param(("cuda", {"kv_bits": 4}), id="cuda-4-bit"),
+    pytest.param(("metal", {"kv_bits": 8}), id="8-bit", marks=pytest.mark.thorough),
+    pytest.param(("cuda", {}), id="cuda", marks=pytest.mark.thorough),
+    pytest.param(("cuda", {"kv_bits": 4}), id="cuda-4-bit", marks=pytest.mark.nightly),
 ]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("engine", ENGINES, indirect=True)
 def test_rows_grow_on_every_device_and_at_every_width(engine: Engine) -> None:
     """The rows of a long and of short sequences get more room, while a step is under way."""
@@ -214,8 +213,13 @@ def test_rows_grow_on_every_device_and_at_every_width(engine: Engine) -> None:
         assert decoded(engine.runner, [begun(engine, prompt, 6) for prompt in prompts]) == expected
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed",
+    [
+        pytest.param(0, marks=pytest.mark.thorough),
+        *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2, 3)),
+    ],
+)
 def test_any_order_of_passes(seed: int, engine: Engine) -> None:
     """Random subsets decode; sequences are settled, cancelled, kept and restored in between."""
     random, runner = np.random.default_rng(seed), engine.runner
