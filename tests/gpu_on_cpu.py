@@ -31,6 +31,15 @@ AMPERE = nvidia.Gpu(multiprocessors=3, capability=8, shared_memory=160_000)
 FREE_MEMORY = 2**32
 
 
+@pytest.fixture(name="device", autouse=True, scope="module")
+def device_of_module() -> Iterator[None]:
+    """Run a module on the CPU, in place of the fixture for each test; for modules whose emulation outlives a test."""
+    default = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(default)
+
+
 @contextmanager
 def metal(dtype: mx.Dtype = mx.bfloat16) -> Iterator[Launches]:
     """Emulate a Mac with activations of ``dtype``; the kernels' Metal text runs on ``metal_on_cpu``."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_filesystem import small_filesystem
 from test_prompt_cache import conversation
 
 from flashmoe_mlx.errors import InputError
@@ -134,17 +135,10 @@ def test_the_power_fails(
 
 
 def test_a_small_file_system(tiny_pack: Path, tmp_path: Path, turns: Turns) -> None:
-    room = tmp_path / "room"
-    room.mkdir()
-    mounted = shutil.which("mount") and sys.platform == "linux" and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", room], check=False).returncode:
-        pytest.skip("this user cannot mount a filesystem")
-    try:
+    with small_filesystem(tmp_path / "room", "40k") as room:
         for prompt in (PROMPT, turns.second, turns.second):
             full = conversation(tiny_pack, room, prompt)
         assert full.token_ids == turns.expected
         subprocess.run(["mount", "-o", "remount,size=8m", room], check=True)
         assert conversation(tiny_pack, room, turns.second).token_ids == turns.expected
         assert conversation(tiny_pack, room, turns.second).metrics.computed_tokens == 1
-    finally:
-        subprocess.run(["umount", room], check=True)

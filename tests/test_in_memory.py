@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import TINY
+from gpu_on_cpu import device_of_module  # noqa: F401  # a fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import needs_linux
@@ -45,15 +46,6 @@ ALL_IN_SLOTS = {
     "slots": 8,
     "preload": True,
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def device() -> Iterator[None]:
-    """Run on the CPU, in place of the fixture for every test: emulation outlives a test here."""
-    default = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(default)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from pack_oracle import SMALL, assert_one_line, edit_json, tree
+from small_filesystem import small_filesystem
 from tiny_checkpoints import GEOMETRIES, Layout, write_checkpoint
 
 from flashmoe_mlx.errors import CheckpointError, FlashMoeError, InputError, PackError
@@ -432,12 +433,7 @@ for limit in (0, 70_000, 200_000, resource.RLIM_INFINITY):
 
 
 def test_a_small_filesystem(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room = tmp_path / "room"
-    room.mkdir()
-    mounted = shutil.which("mount") and sys.platform == "linux" and os.geteuid() == 0
-    if not mounted or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", room], check=False).returncode:
-        pytest.skip("this user cannot mount a filesystem")
-    try:
+    with small_filesystem(tmp_path / "room", "200k") as room:
         expected = pack_checkpoint(source, tmp_path / "expected")
         with pytest.raises(PackError) as refused:
             pack_checkpoint(source, room)
@@ -450,8 +446,6 @@ def test_a_small_filesystem(source: Path, tmp_path: Path, monkeypatch: pytest.Mo
         assert_one_line(caught.value)
         subprocess.run(["mount", "-o", "remount,size=8m", room], check=True)
         assert tree(pack_checkpoint(source, room).folder) == tree(expected.folder)
-    finally:
-        subprocess.run(["umount", room], check=True)
 
 
 def test_every_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
+from gpu_on_cpu import device_of_module  # noqa: F401  # a fixture
 from systems import needs_linux
 
 import flashmoe_mlx
@@ -31,15 +32,6 @@ pytestmark = needs_linux
 PROMPTS = [[5, 17, 42, 8, 3, 99, 23], [64, 12], [9], [77, 1, 2, 3], [30, 40, 50]]
 WARM = SamplingOptions(temperature=1.0, top_k=20, top_p=0.95)
 GREEDY = SamplingOptions()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def device() -> Iterator[None]:
-    """Run on the CPU, in place of the fixture for every test: emulation outlives a test here."""
-    default = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    yield
-    mx.set_default_device(default)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +154,7 @@ def test_sequences_join_leave_and_need_the_host(engine: Engine) -> None:
 
 
 def test_a_watcher_receives_the_experts_of_every_sequence(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are in another order than the sequences of a pass, and one of three ends before the others."""
+    """The order of rows differs from the order of the sequences in a pass, and one of three sequences ends early."""
     seen: dict[tuple[int, int], list[list[int]]] = {}
 
     def watch(watched: WatchedPass) -> None:

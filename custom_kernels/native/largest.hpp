@@ -14,8 +14,8 @@ namespace flashmoe {
 // Store the indices of the `count` largest of the first `lengths[row]` values of each row; count <= lengths[row]. NaN counts as the
 // largest value.
 //
-// Among equal values, torch's `topk` on CPUs chooses those that its calls of the standard library leave in front; this
-// function makes the same calls. Source: aten/src/ATen/native/TopKImpl.h.
+// Among equal values, the choice of torch's `topk` on CPUs depends on its calls of the standard library. This function
+// makes the same calls. Source: aten/src/ATen/native/TopKImpl.h.
 inline void largest(const float* values, const int32_t* lengths, int64_t rows, int64_t columns, int64_t count,
                     int32_t* indices) {
     using Element = std::pair<double, int64_t>;

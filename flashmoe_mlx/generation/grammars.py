@@ -35,7 +35,7 @@ _DEEPEST = 32
 _LARGEST_FACTOR = 10_000
 """The least common multiple of all ``multipleOf``; compilation takes minutes for a prime number of seven digits."""
 _MOST_ITEMS, _MOST_STEP_ITEMS = 200_000, 400_000
-"""Parts of a grammar that may come next, and those that a mask visits: as many as a schema of ``_LARGEST`` can have."""
+"""Limits of llguidance for the items of a row and of a step; a schema of ``_LARGEST`` stays below both."""
 _JSON = {"whitespace_pattern": "[ \\t\\n\\r]{0,40}"}
 """Options of llguidance: whitespace is free, but a weak model cannot go on with it for ever."""
 

@@ -218,7 +218,7 @@ class SequenceCache:
     @property
     def has_state(self) -> bool:
         """Whether a layer keeps a state in place of tokens, so that the sequence continues only where it was kept."""
-        return not all(layer.keeps_tokens for layer in self._layers)
+        return not all(self.layers_that_keep_tokens)
 
     @property
     def layers_that_keep_tokens(self) -> list[bool]:

@@ -83,7 +83,12 @@ class RecurrentState:
 
 
 def copied(array: mx.array) -> mx.array:
-    """Return a contiguous copy in separate memory; a selection is exact for every bit pattern."""
-    copy = mx.where(mx.array(True), array, array)
+    """Return a contiguous copy in separate memory."""
+    copy = lazy_copy(array)
     mx.eval(copy)
     return copy
+
+
+def lazy_copy(array: mx.array) -> mx.array:
+    """Return a contiguous copy, not computed yet; a selection is exact for every bit pattern."""
+    return mx.where(mx.array(True), array, array)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from flashmoe_mlx.layers.kv_cache import rounded_up
+from flashmoe_mlx.layers.recurrent_state import lazy_copy
 
 Pair = tuple[mx.array, mx.array]
 
@@ -44,7 +45,7 @@ class SharedRow:
         """Return the states of the sequence in ``layer`` as separate arrays."""
         conv_state, recurrent_state = self.states[layer]
         row = self.state_row
-        own = _copy(conv_state[row]), _copy(recurrent_state[row : row + 1])
+        own = lazy_copy(conv_state[row]), lazy_copy(recurrent_state[row : row + 1])
         mx.eval(own)
         return own
 
@@ -54,13 +55,8 @@ class SharedRow:
         own: dict[int, Pair] = {}
         for layer, (keys, values) in self.tokens.items():
             row = slice(self.row, self.row + 1)
-            own[layer] = _copy(keys[row, :, :capacity]), _copy(values[row, :, :capacity])
+            own[layer] = lazy_copy(keys[row, :, :capacity]), lazy_copy(values[row, :, :capacity])
         for layer, (conv_state, recurrent_state) in self.states.items():
             row = slice(self.state_row, self.state_row + 1)
-            own[layer] = _copy(conv_state[self.state_row]), _copy(recurrent_state[row])
+            own[layer] = lazy_copy(conv_state[self.state_row]), lazy_copy(recurrent_state[row])
         return [own[layer] for layer in range(len(own))]
-
-
-def _copy(array: mx.array) -> mx.array:
-    """Return a lazy, contiguous copy; a selection is exact for every bit pattern."""
-    return mx.where(mx.array(True), array, array)

@@ -2,13 +2,13 @@
 
 import logging
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol
 
 from flashmoe_mlx.formats.extents import read_exactly
 from flashmoe_mlx.stores.contract import BackendUnavailableError, StoreStats
@@ -18,60 +18,61 @@ from flashmoe_mlx.stores.uring_reader import RingReads, UringReader
 _log = logging.getLogger(__name__)
 
 
-class Prefetch(Protocol):
+class Prefetch(ABC):
     """The prefetch of a record, or of its beginning, into ``row``, the memory of ``slot``.
 
     ``size`` is the length of the whole record in bytes; ``sampled`` are the counters of its lookup in the page cache;
     the owner sets ``used``.
     """
 
-    slot: int
-    row: memoryview
-    size: int
-    sampled: StoreStats
-    used: bool
+    def __init__(self, slot: int, row: memoryview, size: int, sampled: StoreStats) -> None:
+        self.slot: int = slot
+        self.row: memoryview = row
+        self.size: int = size
+        self.sampled: StoreStats = sampled
+        self.used: bool = False
 
     @property
+    @abstractmethod
     def begun_bytes(self) -> int:
         """The length of the beginning of the record whose reads have begun; final after ``stop``."""
-        ...
 
     @property
+    @abstractmethod
     def begun(self) -> int:
         """Number of reads that have begun."""
-        ...
 
     @property
+    @abstractmethod
     def running(self) -> int:
         """Number of reads that have begun and not ended."""
-        ...
 
     @property
+    @abstractmethod
     def ended(self) -> bool:
         """Whether no read is running and none will begin; the row is then not written to."""
-        ...
 
     @property
+    @abstractmethod
     def sound(self) -> bool:
         """Whether no read has failed."""
-        ...
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes read."""
-        ...
 
+    @abstractmethod
     def start(self) -> None:
         """Begin to read."""
-        ...
 
+    @abstractmethod
     def stop(self) -> None:
         """Begin no further read."""
-        ...
 
+    @abstractmethod
     def wait(self) -> None:
         """Wait until it has ended."""
-        ...
 
 
 class RingPrefetch(Prefetch):
@@ -80,11 +81,7 @@ class RingPrefetch(Prefetch):
     def __init__(
         self, slot: int, row: memoryview, size: int, sampled: StoreStats, ring: UringReader, run: RingReads
     ) -> None:
-        self.slot = slot
-        self.row = row
-        self.size = size
-        self.sampled = sampled
-        self.used = False
+        super().__init__(slot, row, size, sampled)
         self._ring = ring
         self._run = run
         self._planned = total_bytes(run.todo)
@@ -139,11 +136,7 @@ class ThreadPrefetch(Prefetch):
         plan: Sequence[Read],
         queue: "SimpleQueue[ThreadPrefetch | None]",
     ) -> None:
-        self.slot = slot
-        self.row = row
-        self.size = size
-        self.sampled = sampled
-        self.used = False
+        super().__init__(slot, row, size, sampled)
         self._left: SimpleQueue[None] = SimpleQueue()
         """An item for each thread that has left; no interrupt of a wait leaves this queue unusable."""
         self._todo = deque(plan)

@@ -299,7 +299,7 @@ class RingReads:
         self.count += 1
 
     def withdraw(self) -> None:
-        """Forget the reads that have not been submitted; those that have end completely."""
+        """Forget the reads that have not been submitted. Submitted reads still end."""
         while len(self.todo) > self._rests:
             self.withdrawn_bytes += len(self.todo[-1].view)
             self.todo.pop()
